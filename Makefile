@@ -1,0 +1,68 @@
+# RS-Prune: `make help` lists the commands.
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test test-all lint bench sweep tables autoencoder clean distclean
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PROFILE ?= local
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+UNFINISHED := .venv/.unfinished
+
+help:  ## list the commands
+	@echo "make COMMAND [PROFILE=smoke|local|paper]"; echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## a virtual environment .venv with everything pinned
+
+# A set-up that was interrupted left its mark, and the next one starts from nothing; a finished one is brought up to date.
+# Without build isolation, because basicsr asks for torch at build time though it needs none: pip would install it twice.
+# The second package of the same opencv is for machines without a display library (libGL), where the first cannot load.
+$(READY): requirements.txt pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+	    { echo "error: Python 3.11 or 3.12 is needed, found $(or $(PYTHON),none): name one with make setup PYTHON=PATH" >&2; exit 2; }
+	@if [ -e $(UNFINISHED) ]; then rm -rf .venv; fi
+	@mkdir -p .venv && touch $(UNFINISHED)
+	@echo "setting up .venv: about 6 GB to fetch or unpack, several minutes" >&2
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep '^setuptools==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet --use-pep517 --no-build-isolation -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \
+	    $(BIN)/python -m pip uninstall --quiet --yes opencv-python; \
+	    $(BIN)/python -m pip install --quiet --no-deps --force-reinstall \
+	        "$$(sed -n 's/^opencv-python==/opencv-python-headless==/p' requirements.txt)"; }
+	@rm $(UNFINISHED) && touch $(READY)
+
+reproduce: $(READY)  ## the whole chain: results/PROFILE/report.html, tables, figures
+	$(BIN)/python scripts/reproduce.py profile=$(PROFILE)
+
+test: $(READY)  ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+
+bench: $(READY)  ## speed of every stage on this machine
+	$(BIN)/python scripts/bench.py profile=$(PROFILE)
+
+sweep: $(READY)  ## pretrain over methods and ratios
+	$(BIN)/python train/pretrain.py -m prune=full,random,rsprune ratio=0.5,0.85 profile=$(PROFILE)
+
+tables: $(READY)  ## tables from results/PROFILE/results.jsonl
+	$(BIN)/python scripts/tables.py profile=$(PROFILE)
+
+autoencoder: $(READY)  ## train the shipped autoencoder again (hours)
+	$(BIN)/python train/autoencoder.py
+
+clean:  ## remove what tools left: caches, bytecode, logs
+	rm -rf .pytest_cache .ruff_cache .hypothesis *.egg-info outputs multirun wandb
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove .venv, runs and results
+	rm -rf .venv runs results

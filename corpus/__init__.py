@@ -1,0 +1,1 @@
+"""Images in: sources, decoding, tiling, captions, splits, and what was unreadable and why."""

@@ -1,0 +1,85 @@
+"""Stage directories: named by what went in, written beside, renamed into place when whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+COMPLETE = "stage.json"
+
+
+def plain(value: Any) -> Any:
+    """A JSON-ready copy of configs, dataclasses, paths and NumPy scalars."""
+    if isinstance(value, (DictConfig, ListConfig)):
+        return plain(OmegaConf.to_container(value, resolve=True))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"_class_": type(value).__qualname__, **plain(dataclasses.asdict(value))}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def fingerprint(**inputs: Any) -> str:
+    """16 hex digits that change when any input (config, upstream fingerprint, seed) changes."""
+    text = json.dumps(plain(inputs), sort_keys=True, allow_nan=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(plain(value), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits of a file's SHA-256."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+def stage(
+    runs: Path | str,
+    name: str,
+    inputs: Mapping[str, Any],
+    build: Callable[[Path], None],
+    *,
+    resumable: bool = False,
+) -> Path:
+    """Run `build` once for these inputs and return `runs/<name>/<fingerprint>/`.
+
+    `build` receives a directory to fill. It is `<fingerprint>.partial` until `build` returns, so a directory that
+    carries its final name is whole. A failed or killed stage leaves only the `.partial`, which is emptied before the
+    next try unless `resumable`, in which case `build` finds what it left there.
+    """
+    key = fingerprint(**inputs)
+    final = Path(runs) / name / key
+    if (final / COMPLETE).is_file():
+        return final
+    partial = final.with_name(key + ".partial")
+    if partial.exists() and not resumable:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    build(partial)
+    write_json(partial / COMPLETE, {"stage": name, "fingerprint": key, "inputs": plain(inputs)})
+    os.rename(partial, final)
+    return final

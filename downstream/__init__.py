@@ -1,0 +1,1 @@
+"""Foundation model to super-resolution and semantic image synthesis."""

@@ -1,0 +1,393 @@
+"""Image-conditioned latent diffusion, the part that both downstream tasks share.
+
+The U-Net sees the condition picture's latents beside the noisy ones (Brooks et al. 2023, InstructPix2Pix, section 3.2)
+and is saved as a StableDiffusionInstructPix2PixPipeline. That pipeline feeds the autoencoder's raw latents, not
+multiplied by `scaling_factor`. Training feeds latents of unit scale, at which Adam's steps fit all inputs alike, and
+the factor goes into the first convolution's weights when the pipeline is saved: the same function.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from corpus.artefacts import plain, read_json, stage, write_json
+from corpus.errors import UserError
+from corpus.index import Corpus, index_corpus
+from corpus.progress import progress
+from corpus.tracking import Tracker, track
+from eval.figures import comparison_sheet
+from eval.generate import generate
+from eval.heldout import HeldOut
+from prune.selection import method_name
+from train.components import load_autoencoder, load_text_parts, make_accelerator
+from train.diffusion import FlowOptions, draw_noise, encode_latents, flow_matching_loss, flow_scheduler, new_unet
+from train.foundation import held_out, pretrain
+from train.latents import scene_balanced_weights, to_tensor
+from train.loop import LoopOptions, Modules, train_loop
+from train.text_encoder import encode_prompts
+
+#: Columns of a sample sheet, and images kept for the report.
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Task:
+    """What sets one image-conditioned task apart.
+
+    Args:
+        name: of the stage and of the table.
+        facts: what the condition pictures depend on beside the corpus, for fingerprints.
+        condition: (corpus, rows) -> the pictures the network is conditioned on, uint8 [K, R, R, 3].
+        measure: (outputs uint8 [N, R, R, 3], held-out images) -> metrics.
+        inputs: (held-out images) -> labelled rows of the sample sheet above the output; inputs.npy is the first.
+        yardstick: what `measure` depends on, for fingerprints.
+        files: further JSON files of the run, by name.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    condition: Callable[[Corpus, np.ndarray], np.ndarray]
+    measure: Callable[[np.ndarray, HeldOut], dict[str, float]]
+    inputs: Callable[[HeldOut], dict[str, np.ndarray]]
+    yardstick: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A foundation model taken apart; `unet` is None where the network starts from nothing."""
+
+    unet: UNet2DConditionModel | None
+    autoencoder: nn.Module
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+
+
+def resolve_foundation(cfg: DictConfig) -> tuple[Path | None, str]:
+    """The run that `foundation` names and the method it stands for; null pretrains one, `scratch` is none.
+
+    Raises:
+        UserError: the folder is no pretraining run.
+    """
+    if cfg.foundation is None:
+        name = method_name(cfg)
+        return pretrain(cfg, name), name
+    if str(cfg.foundation) == "scratch":
+        return None, "scratch"
+    directory = Path(cfg.foundation)
+    _pipeline_folder(directory)
+    summary = directory / "summary.json"
+    return directory, read_json(summary)["method"] if summary.is_file() else directory.resolve().name
+
+
+def _pipeline_folder(directory: Path) -> Path:
+    """The text-to-image pipeline of a pretraining run, or the folder itself where it is such a pipeline."""
+    for folder in (directory / "pipeline", directory):
+        index = folder / "model_index.json"
+        if index.is_file() and json.loads(index.read_text()).get("_class_name") == "StableDiffusionPipeline":
+            return folder
+    raise UserError(
+        f"foundation={directory} is no pretraining run: give the directory that `python train/pretrain.py` prints "
+        "(run: DIR), foundation=null to pretrain one now, or foundation=scratch to start from nothing"
+    )
+
+
+def load_parts(cfg: DictConfig, foundation: Path | None, corpus: Corpus) -> Parts:
+    """All of a foundation run's networks, or from scratch the configured frozen ones.
+
+    Raises:
+        UserError: the folder is no pretraining run, or its pipeline does not load.
+    """
+    if foundation is None:
+        autoencoder, _ = load_autoencoder(cfg)
+        text = load_text_parts(cfg, corpus)
+        return Parts(None, autoencoder, text.text_encoder, text.tokenizer)
+    folder = _pipeline_folder(foundation)
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"foundation={foundation} does not load: {reason}") from error
+    for part in (pipeline.vae, pipeline.text_encoder):
+        part.eval().requires_grad_(False)
+    return Parts(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """16 hex digits of all weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def widen(unet: UNet2DConditionModel, condition_channels: int) -> UNet2DConditionModel:
+    """The same network with further input channels, which it ignores until it has learned otherwise (zero weights)."""
+    with torch.random.fork_rng():
+        wide = UNet2DConditionModel.from_config(unet.config, in_channels=unet.config.in_channels + condition_channels)
+    state = unet.state_dict()
+    known = state["conv_in.weight"]
+    added = known.new_zeros(len(known), condition_channels, *known.shape[2:])
+    state["conv_in.weight"] = torch.cat([known, added], dim=1)
+    wide.load_state_dict(state)
+    return wide
+
+
+@torch.no_grad()
+def for_raw_condition(unet: UNet2DConditionModel, scaling_factor: float) -> UNet2DConditionModel:
+    """A copy that takes the condition's raw latents where the given network took them at unit scale."""
+    unet = copy.deepcopy(unet)
+    unet.conv_in.weight[:, unet.config.out_channels :] *= scaling_factor
+    return unet
+
+
+@torch.no_grad()
+def encode_condition(autoencoder: nn.Module, pictures: np.ndarray) -> torch.Tensor:
+    """Raw latents float32 [N, C, h, w] of uint8 [N, H, W, 3], as the pipeline computes them: the mode, unscaled."""
+    device = next(autoencoder.parameters()).device
+    parts = []
+    for start in progress(range(0, len(pictures), 128), "encode conditions", unit="batch"):
+        output = autoencoder.encode(to_tensor(pictures[start : start + 128]).to(device))
+        raw = output.latents if hasattr(output, "latents") else output.latent_dist.mode()
+        parts.append(raw.float().cpu())
+    return torch.cat(parts)
+
+
+def conditional_pipeline(
+    parts: Parts, unet: UNet2DConditionModel, shift: float
+) -> StableDiffusionInstructPix2PixPipeline:
+    """The parts and a network trained on unit-scale conditions, as a pipeline that loads without any code of ours.
+
+    Call it with `image=` (PIL, or [0, 1] arrays) and guidance_scale=1; larger ones also guide by the image.
+    """
+    pipeline = StableDiffusionInstructPix2PixPipeline(
+        vae=parts.autoencoder,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=for_raw_condition(unet, parts.autoencoder.config.scaling_factor),
+        scheduler=flow_scheduler(shift),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def training_corpus(cfg: DictConfig) -> Corpus:
+    return index_corpus(instantiate(cfg.corpus.train), cfg.runs)
+
+
+def training_rows(corpus: Corpus, size: int, seed: int) -> np.ndarray:
+    """Up to `size` different readable rows, every scene with the same chance; int64, ascending."""
+    weights = scene_balanced_weights(corpus)
+    size = min(size, np.count_nonzero(weights))
+    return np.sort(np.random.default_rng([seed, 10]).choice(len(corpus), size, replace=False, p=weights))
+
+
+def held_out_part(cfg: DictConfig) -> HeldOut:
+    """The first `downstream.images` of the balanced held-out set."""
+    held, size = held_out(cfg)["balanced"], cfg.downstream.images
+    return replace(held, rows=held.rows[:size], features=held.features[:size], captions=held.captions[:size])
+
+
+def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -> Path:
+    """Train a task's network from a foundation run, or from nothing (None), and measure it on held-out images.
+
+    Foundation and scratch share shape, data, steps, batches and all noise.
+
+    Args:
+        name: of the foundation's pruning method, or `scratch`.
+    Returns:
+        runs/<task>/<fingerprint>/ with pipeline/, summary.json, samples/.
+    Raises:
+        UserError: the foundation is none, or does not fit the corpus.
+    """
+    corpus = training_corpus(cfg)
+    parts = load_parts(cfg, foundation, corpus)
+    held = held_out_part(cfg)
+    settings = cfg.downstream
+    inputs = {
+        "condition": task.facts,
+        "yardstick": task.yardstick,
+        "name": name,
+        "network": weights_digest(parts.unet) if parts.unet is not None else cfg.model,
+        "autoencoder": weights_digest(parts.autoencoder),
+        "text_encoder": weights_digest(parts.text_encoder),
+        "corpus": corpus.fingerprint,
+        "settings": [
+            settings.training_images,
+            settings.steps,
+            settings.condition_dropout,
+            settings.captions[task.name],
+        ],
+        "loop": settings.loop,
+        "train": [cfg.train.objective, cfg.train.flow_shift, cfg.train.mixed_precision],
+        "held_out": [held.corpus.fingerprint, held.rows.tolist()],
+        "noise": cfg.eval.seed,
+        "encoder": cfg.encoder,
+        "seed": cfg.seed,
+    }
+
+    def build(directory: Path) -> None:
+        with track(cfg, task.name, name) as tracker:
+            _train(cfg, task, name, foundation, corpus, parts, held, directory, tracker)
+
+    return stage(cfg.runs, task.name, inputs, build, resumable=True)
+
+
+def _cached_latents(
+    cfg: DictConfig, task: Task, corpus: Corpus, rows: np.ndarray, autoencoder: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit-scale latents of images and of their condition pictures, float32 [K, C, h, w] each; kept on disk."""
+    inputs = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "autoencoder": weights_digest(autoencoder)}
+
+    def images(directory: Path) -> None:
+        np.save(directory / "latents.npy", encode_latents(autoencoder, corpus, rows)[0].numpy())
+
+    def conditions(directory: Path) -> None:
+        raw = encode_condition(autoencoder, task.condition(corpus, rows))
+        np.save(directory / "latents.npy", (raw * autoencoder.config.scaling_factor).numpy())
+
+    folders = [
+        stage(cfg.runs, "latents", {**inputs, "of": "images"}, images),
+        stage(cfg.runs, "latents", {**inputs, "of": [task.name, task.facts]}, conditions),
+    ]
+    latents, condition = (torch.from_numpy(np.load(folder / "latents.npy")) for folder in folders)
+    return latents, condition
+
+
+def _train(
+    cfg: DictConfig,
+    task: Task,
+    name: str,
+    foundation: Path | None,
+    corpus: Corpus,
+    parts: Parts,
+    held: HeldOut,
+    directory: Path,
+    tracker: Tracker,
+) -> None:
+    settings = cfg.downstream
+    accelerator = make_accelerator(cfg)
+    for part in (parts.autoencoder, parts.text_encoder):
+        part.to(accelerator.device)
+    rows = training_rows(corpus, settings.training_images, cfg.seed)
+    latents, conditions = _cached_latents(cfg, task, corpus, rows, parts.autoencoder)
+    captioned = bool(settings.captions[task.name])
+    written = corpus.manifest["caption"].to_numpy(dtype=str)[rows] if captioned else np.full(len(rows), "")
+    captions, caption_of = np.unique(written, return_inverse=True)
+    # the last row is the empty caption, for classifier-free guidance
+    prompts = encode_prompts(parts.text_encoder, parts.tokenizer, [*captions, ""])
+
+    channels, size = conditions.shape[1], latents.shape[-1]
+    if parts.unet is None:
+        unet = new_unet(plain(cfg.model.unet), latents.shape[1], size, prompts.shape[-1], cfg.seed, channels)
+    else:
+        if parts.unet.config.sample_size != size:
+            raise UserError(
+                f"foundation={foundation} was trained on latents of side {parts.unet.config.sample_size}, this corpus' "
+                f"have {size}: give the foundation's corpus.train.resolution"
+            )
+        unet = widen(parts.unet, channels)
+
+    options = LoopOptions(**settings.loop, seed=cfg.seed)
+    objective = FlowOptions(**cfg.train.objective)
+
+    def loss(modules: Modules, random: np.random.Generator, part: slice) -> torch.Tensor:
+        picked = random.integers(len(rows), size=options.batch_size)
+        noise, times, dropped = draw_noise(random, (options.batch_size, *latents.shape[1:]), objective)
+        caption = torch.from_numpy(caption_of[picked])
+        caption[dropped] = len(captions)
+        blank = torch.from_numpy(random.random(options.batch_size) < settings.condition_dropout)
+        condition = conditions[picked].masked_fill(blank[:, None, None, None], 0)
+        batch = (latents[picked], prompts[caption], noise, times, condition)
+        return flow_matching_loss(modules["unet"], *(tensor[part].to(accelerator.device) for tensor in batch))
+
+    best = train_loop(
+        accelerator, {"unet": unet}, loss, options, directory, label=f"{task.name} {name}", log=tracker.log
+    )
+    if not accelerator.is_main_process:
+        return
+    history = read_json(directory / "checkpoints" / f"{options.steps:08d}" / "state.json")
+    pipeline = conditional_pipeline(
+        parts, accelerator.unwrap_model(best["unet"], keep_fp32_wrapper=False), cfg.train.flow_shift
+    )
+    pipeline.save_pretrained(directory / "pipeline")
+    outputs = draw(cfg, task, pipeline, held, captioned)
+    metrics = task.measure(outputs, held)
+    shown = replace(held, rows=held.rows[:SHOWN], features=held.features[:SHOWN], captions=held.captions[:SHOWN])
+    sheet = save_samples(directory / "samples", task.inputs(shown), outputs[:SHOWN], shown.images)
+    tracker.image("samples", sheet, options.steps)
+    for file, content in task.files.items():
+        write_json(directory / file, content)
+    summary = {
+        "task": task.name,
+        "method": name,
+        "foundation": None if foundation is None else str(foundation),
+        "metrics": metrics,
+        "steps": options.steps,
+        "images": len(held.rows),
+        "training_images": len(rows),
+        "images_seen": options.steps * options.batch_size,
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "seconds": round(history["seconds"], 2),
+        "loss": float(np.mean(history["losses"])),
+        "seed": cfg.seed,
+    }
+    write_json(directory / "summary.json", summary)
+    tracker.summary(metrics)
+    shutil.rmtree(directory / "checkpoints")  # four times the network's size, and of no more use
+
+
+def draw(
+    cfg: DictConfig, task: Task, pipeline: StableDiffusionInstructPix2PixPipeline, held: HeldOut, captioned: bool
+) -> np.ndarray:
+    """One output per held-out image, uint8 [N, R, R, 3], without guidance, from noise that every method shares."""
+    return generate(
+        pipeline,
+        held.captions if captioned else [""] * len(held.rows),
+        steps=cfg.downstream.steps,
+        guidance_scale=1.0,
+        seed=cfg.eval.seed,
+        label=f"generate {task.name}",
+        image=[Image.fromarray(picture) for picture in task.condition(held.corpus, held.rows)],
+    )
+
+
+def save_samples(folder: Path, inputs: Mapping[str, np.ndarray], outputs: np.ndarray, truth: np.ndarray) -> Path:
+    """The sheet (input, output, truth) and its images as arrays, uint8 [N, H, W, 3] each. Returns the sheet's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {"inputs": next(iter(inputs.values())), "outputs": outputs, "truth": truth}
+    for name, images in arrays.items():
+        np.save(folder / f"{name}.npy", images)
+    path = folder / "comparison.png"
+    comparison_sheet({**inputs, "output": outputs, "truth": truth}).save(path)
+    return path
+
+
+def print_result(directory: Path, start: float) -> None:
+    """Metrics, seconds since `start` (time.perf_counter) and, last, the run."""
+    metrics = read_json(directory / "summary.json")["metrics"]
+    for key in sorted(metrics):
+        print(f"{key}: {metrics[key]:.4g}")
+    print(f"seconds: {time.perf_counter() - start:.0f}")
+    print(f"run: {directory}")

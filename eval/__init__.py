@@ -1,0 +1,1 @@
+"""Images or pipelines to metrics, convergence curves, tables and reports."""

@@ -1,0 +1,1 @@
+"""Corpus to subset: entropy, embedding, scenes, clusters, allocation, every method."""

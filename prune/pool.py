@@ -1,0 +1,80 @@
+"""What a pruning method gets and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A corpus as a pruning method sees it: arrays only, in corpus order.
+
+    Attributes:
+        ids: str [N].
+        readable: bool [N]; unreadable images count in N and are never kept.
+        entropy: float32 [N], bits.
+        embeddings: float [N, D], usually a memory map.
+        reference_embeddings: float [M, D] of the labelled reference set.
+        reference_labels: str [M].
+        captions: str [N], or None.
+    """
+
+    ids: np.ndarray
+    readable: np.ndarray
+    entropy: np.ndarray
+    embeddings: np.ndarray
+    reference_embeddings: np.ndarray
+    reference_labels: np.ndarray
+    captions: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A method's answer.
+
+    Attributes:
+        kept: int64 [K], ascending indices into the pool.
+        reason: str [N]: kept, unreadable, low_entropy, redundant, not_drawn.
+        scene: str [N], "" where the method assigns none.
+        scene_similarity: float32 [N], cosine to the nearest prototype, NaN where there is none.
+        cluster: int32 [N], -1 where there is none.
+        centroid_distance: float32 [N], NaN where there is none.
+        facts: what the summary should say besides (thresholds, counts).
+    """
+
+    kept: np.ndarray
+    reason: np.ndarray
+    scene: np.ndarray
+    scene_similarity: np.ndarray
+    cluster: np.ndarray
+    centroid_distance: np.ndarray
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pool: Pool, kept: np.ndarray, dropped_reason: str, **diagnostics: Any) -> Selection:
+        """A selection whose diagnostics default to none; the rest is `dropped_reason` or unreadable."""
+        size = len(pool)
+        kept = np.sort(np.asarray(kept, dtype=np.int64))
+        reason = diagnostics.pop("reason", np.full(size, dropped_reason, dtype=object))
+        reason[~pool.readable] = "unreadable"
+        reason[kept] = "kept"
+        defaults = {
+            "scene": np.full(size, "", dtype=object),
+            "scene_similarity": np.full(size, np.nan, dtype=np.float32),
+            "cluster": np.full(size, -1, dtype=np.int32),
+            "centroid_distance": np.full(size, np.nan, dtype=np.float32),
+        }
+        return cls(kept=kept, reason=reason, **{**defaults, **diagnostics})
+
+
+class Method(Protocol):
+    """A pruning method: a frozen dataclass with one method, no I/O."""
+
+    def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
+        """Keep `budget` images of the pool (fewer only where fewer are readable)."""

@@ -1,0 +1,17 @@
+"""Prune a corpus: `python prune/run.py corpus=bluemarble prune=rsprune ratio=0.85`."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from corpus.application import run
+from prune.selection import method_name, select
+
+
+def main(cfg: DictConfig) -> None:
+    directory, _ = select(cfg, method_name(cfg))
+    print(f"selection: {directory}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,179 @@
+"""The pruning stage: an indexed corpus and a method to a selection directory."""
+
+from __future__ import annotations
+
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from corpus.artefacts import plain, stage, write_json
+from corpus.errors import UserError
+from corpus.index import Corpus, index_corpus
+from corpus.tracking import track
+from prune.features import corpus_embeddings, corpus_entropy
+from prune.pool import Pool, Selection
+from prune.report import write_prune_report
+
+ENTROPY_PATCH = 16
+
+
+def method_name(cfg: DictConfig) -> str:
+    """The method's name as in configs/prune: `prune.name` where a config gives one, else the chosen file's."""
+    return cfg.prune.get("name") or HydraConfig.get().runtime.choices.prune
+
+
+def budget_of(images: int, ratio: float) -> int:
+    """Images to keep: exactly N - round(ratio N).
+
+    Raises:
+        UserError: the ratio is not in [0, 1).
+    """
+    if not 0 <= ratio < 1:
+        raise UserError(f"ratio={ratio} is outside [0, 1): it is the share that is removed, for example ratio=0.85")
+    return images - round(ratio * images)
+
+
+def reference_rows(corpus: Corpus, per_scene: int, generator: np.random.Generator) -> np.ndarray:
+    """Up to `per_scene` random labelled, readable images of each scene; int64, ascending."""
+    labels = corpus.manifest["scene"].to_numpy(dtype=object)
+    usable = corpus.readable & (labels != "")
+    if not usable.any():
+        raise UserError(
+            f"the reference set {corpus.name} has no labels: give one with a sub-folder a class (reference=…)"
+        )
+    groups = [np.flatnonzero(usable & (labels == name)) for name in sorted(set(labels[usable]))]
+    return np.sort(np.concatenate([generator.permutation(group)[:per_scene] for group in groups]))
+
+
+def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
+    """Run the pruning stage `name` of a config, or find it done. Returns the selection's directory and its corpus."""
+    budget_of(1, cfg.ratio)  # refused before anything is computed
+    method = instantiate(cfg.prune, _convert_="all")
+    keeps_everything = getattr(method, "keeps_everything", False)
+    ratio = 0.0 if keeps_everything else float(cfg.ratio)
+    clock = _Clock()
+    with clock("index"):
+        corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
+    inputs = {
+        "corpus": corpus.fingerprint,
+        "method": method,
+        "ratio": ratio,
+        "seed": cfg.seed,
+        "encoder": cfg.encoder,
+        "reference": cfg.reference,
+    }
+
+    def build(directory: Path) -> None:
+        with clock("entropy"):
+            entropy = corpus_entropy(corpus, ENTROPY_PATCH, cfg.runs)
+        encoder = instantiate(cfg.encoder)
+        with clock("embedding"):
+            embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
+        with clock("reference"):
+            reference = index_corpus(instantiate(cfg.reference.source), cfg.runs)
+            rows = reference_rows(reference, cfg.reference.per_scene, np.random.default_rng([cfg.seed, 1]))
+            reference_embeddings = corpus_embeddings(reference, encoder, cfg.runs)[rows]
+        pool = Pool(
+            ids=corpus.manifest["id"].to_numpy(),
+            readable=corpus.readable,
+            entropy=entropy,
+            embeddings=embeddings,
+            reference_embeddings=reference_embeddings,
+            reference_labels=reference.manifest["scene"].to_numpy(dtype=object)[rows],
+            captions=corpus.manifest["caption"].to_numpy(),
+        )
+        with clock("selection"):
+            selection = method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([cfg.seed, 2]))
+        table = selection_table(pool, selection)
+        table.to_parquet(directory / "selection.parquet", index=False)
+        summary = summarise(table, corpus, selection, name, ratio, cfg.seed, clock.seconds)
+        write_json(directory / "summary.json", summary)
+        write_prune_report(
+            directory / "report.html", table, summary, corpus.images, np.random.default_rng([cfg.seed, 3])
+        )
+        with track(cfg, "prune", name) as tracker:
+            tracker.summary({key: value for key, value in summary.items() if not isinstance(value, dict)})
+            tracker.table("scenes", _scene_frame(summary["true_scenes"]))
+
+    return stage(cfg.runs, "selection", inputs, build), corpus
+
+
+def selection_table(pool: Pool, selection: Selection) -> pd.DataFrame:
+    """The contract's table: one row an image, in corpus order."""
+    kept = np.zeros(len(pool), dtype=bool)
+    kept[selection.kept] = True
+    return pd.DataFrame(
+        {
+            "id": pool.ids,
+            "kept": kept,
+            "reason": selection.reason.astype(str),
+            "entropy": pool.entropy.astype(np.float32),
+            "scene": selection.scene.astype(str),
+            "scene_similarity": selection.scene_similarity.astype(np.float32),
+            "cluster": selection.cluster.astype(np.int32),
+            "centroid_distance": selection.centroid_distance.astype(np.float32),
+        }
+    )
+
+
+def summarise(
+    table: pd.DataFrame,
+    corpus: Corpus,
+    selection: Selection,
+    name: str,
+    ratio: float,
+    seed: int,
+    seconds: dict[str, float],
+) -> dict:
+    """The contract's summary.json."""
+    true_scenes = corpus.manifest["scene"].where(corpus.readable, "unreadable")
+    assigned = table["scene"].where(table["scene"] != "", true_scenes)
+    packages = ("torch", "faiss-cpu", "numpy", "timm", "numba")
+    return {
+        "method": name,
+        "ratio": ratio,
+        "images": len(table),
+        "unreadable": int((~corpus.readable).sum()),
+        "kept": int(table["kept"].sum()),
+        "seed": int(seed),
+        "scenes": _before_after(assigned, table["kept"]),
+        "true_scenes": _before_after(true_scenes, table["kept"]),
+        "reasons": {str(key): int(value) for key, value in table["reason"].value_counts().items()},
+        "entropy_threshold": selection.facts.get("entropy_threshold"),
+        "facts": plain(selection.facts),
+        "seconds": {key: round(value, 3) for key, value in seconds.items()},
+        "images_per_second": len(table) / max(sum(seconds.values()), 1e-9),
+        "versions": {package: metadata.version(package) for package in packages},
+    }
+
+
+def _before_after(scenes: pd.Series, kept: pd.Series) -> dict[str, dict[str, int]]:
+    before, after = scenes.value_counts(), scenes[kept.to_numpy()].value_counts()
+    return {str(scene): {"before": int(count), "after": int(after.get(scene, 0))} for scene, count in before.items()}
+
+
+def _scene_frame(scenes: dict[str, dict[str, int]]) -> pd.DataFrame:
+    return pd.DataFrame([{"scene": scene, **counts} for scene, counts in scenes.items()])
+
+
+class _Clock:
+    """Seconds by name: `with clock("embedding"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str) -> _Clock:
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self._name] = time.perf_counter() - self._start

@@ -1,0 +1,1 @@
+"""What ties the stages together: reproduce, tables, sweeps, benchmarks."""

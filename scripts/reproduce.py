@@ -1,0 +1,186 @@
+"""The whole chain: prune -> pretrain -> downstream -> evaluate -> tables and report. `make reproduce` runs this."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from corpus.application import run
+from corpus.artefacts import fingerprint, read_json, stage, write_json
+from corpus.errors import UserError
+from corpus.index import index_corpus
+from corpus.tracking import track
+from downstream.semantic_synthesis import semantic_synthesis
+from downstream.super_resolution import bicubic_baseline, super_resolution
+from eval.floors import against_itself, halves, real_train, subset_quality
+from eval.tables import append_result
+from prune.features import corpus_embeddings
+from prune.selection import select
+from scripts.report import rebuild
+from train.components import load_autoencoder, load_encoder
+from train.foundation import CONVERGENCE, held_out, pretrain
+from train.latents import PatchPCA, decode, encode, scene_balanced_weights, to_tensor, to_uint8
+
+
+def with_method(method: str) -> DictConfig:
+    """This run's config with another pruning method."""
+    return compose("config", overrides=[*HydraConfig.get().overrides.task, f"prune={method}"])
+
+
+def floors(cfg: DictConfig) -> Path:
+    """Measure what no method can beat; cached."""
+    corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
+    encoder = load_encoder(cfg)
+    sets = held_out(cfg)
+    autoencoder, key = load_autoencoder(cfg)
+    embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
+    channels = autoencoder.config.latent_channels
+
+    def build(directory: Path) -> None:
+        generator = np.random.default_rng([cfg.seed, 400])
+        sample = generator.choice(len(corpus), min(4000, 4 * len(corpus)), p=scene_balanced_weights(corpus))
+        pca = PatchPCA.fit(to_tensor(corpus.images[np.sort(sample)]), channels)
+        rebuilt: dict[str, dict[str, np.ndarray]] = {"reconstruction": {}, f"pca{channels}": {}}
+        with torch.inference_mode():
+            for name, held in sets.items():
+                batches = [to_tensor(held.images[start : start + 100]) for start in range(0, len(held.rows), 100)]
+                rebuilt["reconstruction"][name] = np.concatenate(
+                    [to_uint8(decode(autoencoder, encode(autoencoder, batch))) for batch in batches]
+                )
+                rebuilt[f"pca{channels}"][name] = np.concatenate(
+                    [to_uint8(pca.decode(pca.encode(batch))) for batch in batches]
+                )
+        rows = {
+            "real_train": real_train(sets, corpus, embeddings, encoder, cfg.seed),
+            "halves": halves(sets, encoder),
+            **{name: against_itself(sets, images, encoder) for name, images in rebuilt.items()},
+        }
+        write_json(directory / "floors.json", rows)
+        balanced = slice(0, 12)
+        np.save(directory / "truth.npy", sets["balanced"].images[balanced])
+        for name, images in rebuilt.items():
+            np.save(directory / f"{name.rstrip('0123456789')}.npy", images["balanced"][balanced])
+
+    inputs = {
+        "corpus": corpus.fingerprint,
+        "held_out": sets["balanced"].corpus.fingerprint,
+        "encoder": cfg.encoder,
+        "autoencoder": key,
+        "images": cfg.eval.images,
+        "seed": cfg.seed,
+    }
+    return stage(cfg.runs, "floors", inputs, build)
+
+
+def subset(cfg: DictConfig, method: str) -> Path:
+    """Measure the selected images themselves; cached."""
+    selection, corpus = select(cfg, method)
+    encoder = load_encoder(cfg)
+    sets = held_out(cfg)
+
+    def build(directory: Path) -> None:
+        rows = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
+        embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
+        write_json(directory / "metrics.json", subset_quality(rows, sets, embeddings, encoder, cfg.seed))
+
+    inputs = {"selection": selection.name, "held_out": sets["balanced"].corpus.fingerprint}
+    inputs |= {"images": cfg.eval.images, "encoder": cfg.encoder, "seed": cfg.seed}
+    return stage(cfg.runs, "subset", inputs, build)
+
+
+def cells(cfg: DictConfig) -> Iterator[tuple[str, str, int, dict, Path]]:
+    """Every cell of the tables as (stage, method, step, metrics, directory), computed or found done."""
+    directory = floors(cfg)
+    for name, metrics in read_json(directory / "floors.json").items():
+        yield "floor", name, 0, metrics, directory
+    foundations = {}
+    for method in cfg.profile.methods:
+        chosen = with_method(method)
+        directory = subset(chosen, method)
+        yield "subset", method, 0, read_json(directory / "metrics.json"), directory
+        foundations[method] = directory = pretrain(chosen, method)
+        for line in pd.read_json(directory / CONVERGENCE, lines=True).to_dict("records"):
+            yield "convergence", method, int(line.pop("step")), line, directory
+        summary = read_json(directory / "summary.json")
+        yield "generation", method, summary["steps"], summary["metrics"], directory
+    tasks = {"super_resolution": super_resolution, "semantic_synthesis": semantic_synthesis}
+    for task, finetune in tasks.items():
+        for method in [*cfg.profile.downstream, "scratch"]:
+            directory = finetune(cfg, foundations.get(method), method)
+            summary = read_json(directory / "summary.json")
+            yield task, method, summary["steps"], summary["metrics"], directory
+    directory = stage(
+        cfg.runs,
+        "bicubic",
+        {
+            "held_out": held_out(cfg)["balanced"].corpus.fingerprint,
+            "downstream": cfg.downstream,
+            "encoder": cfg.encoder,
+        },
+        lambda partial: write_json(partial / "metrics.json", bicubic_baseline(cfg)),
+    )
+    yield "super_resolution", "bicubic", 0, read_json(directory / "metrics.json"), directory
+
+
+def reproduce(cfg: DictConfig) -> Path:
+    """Run the chain and write `results/<profile>/`."""
+    missing = set(cfg.profile.downstream) - set(cfg.profile.methods)
+    if missing:
+        raise UserError(f"profile.downstream names {sorted(missing)}, which profile.methods does not train: add them")
+    results = Path(cfg.results) / cfg.profile.name
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / "results.jsonl"
+    path.unlink(missing_ok=True)
+    places: dict[str, str] = {}
+    for kind, method, step, metrics, directory in cells(cfg):
+        row = {
+            "stage": kind,
+            "corpus": cfg.corpus.name,
+            "prune": method,
+            "ratio": 0.0 if method == "full" else float(cfg.ratio),
+            "seed": int(cfg.seed),
+            "step": step,
+            "metrics": metrics,
+            "fingerprint": fingerprint(directory=directory.name, step=step),
+            "commit": _commit(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        }
+        append_result(path, row)
+        places[f"{kind}/{method}"] = str(directory)
+    for method in cfg.profile.methods:
+        places[f"selection/{method}"] = str(select(with_method(method), method)[0])
+    write_json(results / "runs.json", places)
+    with track(cfg, "report", cfg.profile.name) as tracker:
+        tables = rebuild(results)
+        for name, table in tables.items():
+            tracker.table(name, table.astype(str))
+    return results
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def main(cfg: DictConfig) -> None:
+    start = time.perf_counter()
+    results = reproduce(cfg)
+    print((results / "tables" / "generation.md").read_text())
+    print(f"done in {time.perf_counter() - start:.0f} s; open {results}/report.html")
+    print(f"results: {results}")
+
+
+if __name__ == "__main__":
+    run(main)

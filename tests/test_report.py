@@ -1,0 +1,271 @@
+"""Report, figures, sheets: pixels where they belong, pictures inside the file, counts that agree."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from eval.figures import (
+    GAP,
+    PAPER,
+    cluster_sizes,
+    comparison_sheet,
+    contact_sheet,
+    convergence_figure,
+    entropy_histogram,
+    scene_bars,
+)
+from eval.report import Gallery, figure_bytes, png_bytes, write_report
+from eval.tables import build_tables
+from prune.report import write_prune_report
+
+
+class Page(HTMLParser):
+    """Images, links, table cells and ids of an HTML file."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.images, self.links, self.ids, self.text, self.open = [], [], set(), [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.images += [attributes] if tag == "img" else []
+        self.links += [attributes["href"]] if tag == "a" else []
+        self.ids |= {attributes["id"]} if "id" in attributes else set()
+        if tag not in ("img", "meta", "wbr", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        self.text += [data.strip()] if data.strip() and self.open[-1] != "style" else []
+
+    def picture(self, alt: str) -> np.ndarray:
+        source = next(image["src"] for image in self.images if image["alt"] == alt)
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))).convert("RGB"))
+
+
+@pytest.fixture
+def tiles() -> np.ndarray:
+    """uint8 [7, 6, 4, 3], every pixel different from the paper and from each other tile's."""
+    return np.random.default_rng(0).integers(0, 200, (7, 6, 4, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("captioned", [False, True])
+def test_contact_sheet_puts_every_pixel_where_it_says(tiles, scale, captioned):
+    labels = ["a caption of several words"] * 7 if captioned else None
+    sheet = np.asarray(contact_sheet(tiles, 3, labels, scale))
+    height, width = 6 * scale, 4 * scale
+    below = (sheet.shape[0] - GAP) // 3 - height - GAP
+    assert (below > 0) == captioned
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, 3)
+        top, left = GAP + row * (height + GAP + below), GAP + column * (width + GAP)
+        block = sheet[top : top + height, left : left + width]
+        np.testing.assert_array_equal(block[::scale, ::scale], tile)
+        np.testing.assert_array_equal(block, np.kron(tile, np.ones((scale, scale, 1), dtype=np.uint8)))
+    if not captioned:
+        painted = (sheet != PAPER).any(axis=2).sum()
+        assert painted == 7 * height * width
+
+
+def test_captions_stand_below_their_tile_and_keep_to_its_width():
+    tiles = np.zeros((2, 64, 64, 3), dtype=np.uint8)
+    sheet = np.asarray(contact_sheet(tiles, 2, ["a satellite image of a coast, tropical forest and ocean", ""], 2))
+    below = (sheet[GAP + 128 :] != PAPER).any(axis=(0, 2))
+    assert below[GAP : GAP + 128].any()
+    assert not below[GAP + 128 + 1 :].any()
+
+
+def test_comparison_sheet_enlarges_small_inputs_and_labels_rows_at_the_left(tiles):
+    sheet = np.asarray(comparison_sheet({"input": tiles[:2, ::2, ::2], "truth": tiles[:2]}, scale=2))
+    right = sheet.shape[1] - 2 * (8 + GAP)
+    np.testing.assert_array_equal(sheet[GAP : GAP + 12 : 4, right : right + 8 : 4], tiles[0, ::2, ::2])
+    np.testing.assert_array_equal(sheet[2 * GAP + 12 : 2 * GAP + 24 : 2, right : right + 8 : 2], tiles[0])
+    assert (sheet[:, : right - GAP] != PAPER).any()
+    with pytest.raises(ValueError, match="different numbers"):
+        comparison_sheet({"a": tiles[:2], "b": tiles[:3]})
+
+
+def test_convergence_figure_draws_every_method_with_its_numbers_and_interval():
+    frame = pd.DataFrame({"step": [200, 100], "kid": [10.0, 100.0], "kid_low": [8.0, 90.0], "kid_high": [12.0, 110.0]})
+    figure = convergence_figure(
+        {"rsprune": frame, "full": frame * 2, "none": frame[["step"]]}, "kid", floors={"real": 3.0}
+    )
+    axes = figure.axes[0]
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label()[0] != "_"}
+    assert curves == {"full": [[200, 200], [400, 20]], "rsprune": [[100, 100], [200, 10]]}
+    assert len(axes.collections) == 2
+    assert axes.get_yscale() == "log"
+    assert {3.0} == {line.get_ydata()[0] for line in axes.lines if line.get_label()[0] == "_"}
+    with pytest.raises(ValueError, match="nothing"):
+        convergence_figure({"rsprune": frame}, "nothing")
+
+
+def test_histogram_and_bars_draw_the_counts():
+    entropy = np.array([0.5, 1.5, 1.6, 3.0, np.nan], dtype=np.float32)
+    axes = entropy_histogram(entropy, 1.0, np.array([0, 1, 0, 1, 0], dtype=bool)).axes[0]
+    heights = [sum(bar.get_height() for bar in container) for container in axes.containers]
+    assert heights == [4, 2]
+    left, right = scene_bars({"ocean": 90, "ice": 10}, {"ocean": 5}).axes
+    assert [list(bars.datavalues) for bars in left.containers] == [[90, 10], [5, 0]]
+    assert [list(bars.datavalues) for bars in right.containers] == [[0.9, 0.1], [1, 0]]
+    many = scene_bars({f"s{index}": index + 1 for index in range(100)}, {}, most=10).axes[0]
+    assert sum(many.containers[0].datavalues) == 5050
+    assert len(many.containers[0]) == 10
+
+
+def test_figures_leave_no_global_state_and_the_same_bytes():
+    import matplotlib.pyplot as plt
+
+    before = dict(plt.rcParams)
+    pngs = {figure_bytes(cluster_sizes([5, 3, 1], [1, 1, 0])) for _ in range(2)}
+    assert len(pngs) == 1
+    assert dict(plt.rcParams) == before
+    assert plt.get_fignums() == []
+
+
+def _write(path, tiles, **options):
+    metrics = {"balanced_kid_x1000": 227.0, "balanced_kid_x1000_low": 214.0, "balanced_kid_x1000_high": 240.0}
+    base = {"corpus": "c", "ratio": 0.85, "seed": 0, "fingerprint": "f"}
+    rows = [
+        {**base, "stage": "generation", "prune": "rsprune", "step": 9, "metrics": metrics},
+        {**base, "stage": "generation", "prune": "<b>&evil", "step": 9, "metrics": {"balanced_kid_x1000": 300.0}},
+        {**base, "stage": "floor", "prune": "real_train", "step": None, "metrics": {"balanced_kid_x1000": 8.0}},
+    ]
+    sheet = path.with_name("sheet.png")
+    sheet.write_bytes(png_bytes(contact_sheet(tiles, 4)))
+    write_report(
+        path,
+        title="A <title>",
+        intro="First.\n\nSecond.",
+        tables=build_tables(rows),
+        figures=[("Curve", "falls", png_bytes(tiles[0]))],
+        sheets=[("Sheet", "drawn", sheet)],
+        galleries={"rsprune": [Gallery("ocean", tiles[:2], tiles[2:], 2, 1234)]},
+        facts={"seed": "0"},
+        **options,
+    )
+    return Page(path)
+
+
+def test_report_is_one_file_with_every_picture_inside(tmp_path, tiles):
+    page = _write(tmp_path / "report.html", tiles)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(|<script|<link", html)
+    assert len(page.images) == 2 + len(tiles)
+    assert all(re.match(r"data:image/(png|webp);base64,", image["src"]) for image in page.images)
+    assert all(image["alt"] and image["loading"] == "lazy" for image in page.images)
+    np.testing.assert_array_equal(page.picture("Curve: falls"), tiles[0])
+    np.testing.assert_array_equal(page.picture("Sheet: drawn"), np.asarray(contact_sheet(tiles, 4)))
+    assert page.picture("ocean, kept image 2").shape == tiles[0].shape
+    assert page.open == []  # every element is closed
+    assert {link.removeprefix("#") for link in page.links} <= page.ids
+    assert [p.name for p in tmp_path.glob("*.partial")] == []
+
+
+def test_report_escapes_names_and_shows_intervals_floors_and_totals(tmp_path, tiles):
+    page = _write(tmp_path / "report.html", tiles)
+    assert {"A <title>", "<b>&evil", "227", "[214, 240]", "floors", "real_train", "Dropped, 5 of 1,234"} <= set(
+        page.text
+    )
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"<b>227</b>", html)
+    assert '<tr class="floor"><td>real_train' in html
+    assert "<b>&evil" not in html
+
+
+def test_report_leaves_out_empty_sections_and_takes_notes(tmp_path, tiles):
+    write_report(tmp_path / "empty.html", title="t", intro="i")
+    page = Page(tmp_path / "empty.html")
+    assert page.links == []
+    assert page.images == []
+    page = _write(tmp_path / "noted.html", tiles, notes={"generation": "My note.", "sheets": "My lead."})
+    assert {"My note.", "My lead."} <= set(page.text)
+
+
+def _selection(images: int) -> pd.DataFrame:
+    index = np.arange(images)
+    kept = index % 5 == 0
+    reason = np.where(kept, "kept", np.where(index % 5 == 1, "low_entropy", "redundant")).astype(object)
+    reason[[1, 2]] = "unreadable"
+    entropy = np.linspace(0, 7, images, dtype=np.float32)
+    entropy[[1, 2]] = np.nan
+    return pd.DataFrame(
+        {
+            "id": index.astype(str), "kept": kept, "reason": reason, "entropy": entropy,
+            "scene": np.where(index < images // 4, "ice", "ocean"), "scene_similarity": np.float32(0.5),
+            "cluster": np.where(index % 5 == 1, -1, index % 3).astype(np.int32), "centroid_distance": np.float32(0.1),
+        }
+    )  # fmt: skip
+
+
+def _summary(selection: pd.DataFrame) -> dict:
+    scenes = {
+        name: {"before": len(group), "after": int(group["kept"].sum())} for name, group in selection.groupby("scene")
+    }
+    return {
+        "method": "rsprune", "ratio": 0.8, "images": len(selection), "unreadable": 2,
+        "kept": int(selection["kept"].sum()), "seed": 0, "scenes": scenes,
+        "true_scenes": scenes, "reasons": {}, "entropy_threshold": 1.25,
+        "seconds": {"entropy": 1.04, "embedding": 2.0}, "images_per_second": 1234.5, "versions": {},
+    }  # fmt: skip
+
+
+def test_prune_report_shows_counts_and_images_of_the_right_group(tmp_path):
+    selection = _selection(2000)
+    images = np.zeros((2000, 16, 16, 3), dtype=np.uint8)
+    images[selection["kept"], ..., 1] = 255  # green: kept
+    images[~selection["kept"], ..., 0] = 255  # red: dropped
+    images[[1, 2]] = 0
+    np.save(tmp_path / "images.npy", images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    path = tmp_path / "report.html"
+    write_prune_report(path, selection, _summary(selection), mapped, np.random.default_rng(0), per_group=300)
+
+    page = Page(path)
+    text = " ".join(page.text)
+    assert "rsprune: 400 of 2,000 images kept" in text
+    assert "ocean 1500 of" not in text
+    for scene, before in (("ocean", 1500), ("ice", 498)):  # without the two unreadable ones
+        kept = int((selection["kept"] & (selection["scene"] == scene)).sum())
+        assert f"{scene} {kept:,} of {before:,} kept" in text
+        assert page.picture(f"{scene}, kept image 1").mean(axis=(0, 1)).argmax() == 1
+    dropped = [image for image in page.images if ", dropped image" in image["alt"]]
+    assert len(dropped) == 600
+    reds = {page.picture(image["alt"])[8, 8, 0] > 200 for image in dropped[::25]}
+    assert reds == {True}
+    for name, count in selection["reason"].value_counts().items():
+        assert f"{name} {count:,} {count / 2000:.1%}" in text
+    assert "total 3.0" in text
+    assert "1.25 bits" in text
+
+
+def test_prune_report_of_the_same_seed_is_the_same_file(tmp_path):
+    selection, images = _selection(200), np.random.default_rng(1).integers(0, 255, (200, 8, 8, 3), dtype=np.uint8)
+    for name in ("a", "b"):
+        write_prune_report(
+            tmp_path / name, selection, _summary(selection), images, np.random.default_rng(0), per_group=5
+        )
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_prune_report_of_a_method_without_scenes_clusters_or_entropy(tmp_path):
+    selection = _selection(50).assign(scene="", cluster=-1, entropy=np.float32("nan"))
+    summary = {**_summary(selection), "entropy_threshold": None, "scenes": {}, "true_scenes": {}}
+    images = np.zeros((50, 8, 8, 3), dtype=np.uint8)
+    write_prune_report(tmp_path / "report.html", selection, summary, images, np.random.default_rng(0))
+    page = Page(tmp_path / "report.html")
+    assert "all images" in page.text
+    assert not [image for image in page.images if image["src"].startswith("data:image/png")]

@@ -1,0 +1,200 @@
+"""Tables: numbers recomputed from the rows, marks, floors, escapes, and the results file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import re
+
+import pytest
+
+from corpus.errors import UserError
+from eval.tables import append_result, build_tables, latex_escape, read_results, to_markdown, write_tables
+
+
+def row(stage: str, prune: str, metrics: dict, *, step: int | None = 100, seed: int = 0, **fields) -> dict:
+    return {
+        "stage": stage, "corpus": "bluemarble", "prune": prune, "ratio": None if stage == "floor" else 0.85,
+        "seed": seed, "step": step, "metrics": metrics, "fingerprint": "f" + prune, "commit": "c", "machine": "m",
+        **fields,
+    }  # fmt: skip
+
+
+def kid(value: float, **others: float) -> dict[str, float]:
+    interval = {"balanced_kid_x1000_low": value - 13.4, "balanced_kid_x1000_high": value + 12.6}
+    return {"balanced_kid_x1000": value, **interval, **others}
+
+
+GENERATION = [
+    row("generation", "scratch", kid(500.4, balanced_precision=0.1)),
+    row("generation", "zebra", kid(300.25, balanced_precision=0.31249)),
+    row(
+        "generation", "rsprune", kid(227.4, balanced_precision=0.5, balanced_fd_efficientnet_lite0=140.06, seconds=9.0)
+    ),
+    row("generation", "full", kid(330.1, balanced_precision=0.6, balanced_fd_efficientnet_lite0=150.0)),
+    row("generation", "random", kid(310.9, balanced_precision=0.5996)),
+]
+FLOORS = [
+    row("floor", "pca16", kid(46.2, psnr=30.2), step=None),
+    row("floor", "real_train", kid(8.46, psnr=None), step=None),
+]
+
+
+def lines_of(markdown: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+
+
+def test_methods_are_ordered_and_floors_come_last():
+    table = build_tables([*FLOORS, *GENERATION])["generation"]
+    assert table["prune"].tolist() == ["full", "random", "rsprune", "zebra", "scratch", "real_train", "pca16"]
+    assert table["kind"].tolist() == ["measured"] * 5 + ["floor"] * 2
+
+
+def test_markdown_shows_rounded_values_intervals_and_the_best_measured_one():
+    markdown = to_markdown("generation", build_tables([*GENERATION, *FLOORS])["generation"])
+    head, _, *body = lines_of(markdown)
+    column = {name: index for index, name in enumerate(head)}
+    cells = {line[column["prune"]]: line for line in body}
+    shown = column["balanced KID×10³ ↓"]
+    assert cells["rsprune"][shown] == "**227** [214, 240]"
+    assert cells["full"][shown] == "330 [317, 343]"
+    assert cells["real_train"][shown] == "8.5 [-4.9, 21.1]"  # better than any method, and a floor: not marked
+    precision = column["balanced precision ↑"]
+    assert cells["full"][precision] == "**0.600**"
+    assert cells["random"][precision] == "**0.600**"  # 0.5996 is shown alike, so it is marked alike
+    assert cells["zebra"][precision] == "0.312"
+    distance = column["balanced fd_efficientnet_lite0 ↓"]
+    assert cells["rsprune"][distance] == "**140.1**"
+    assert cells["scratch"][distance] == "–"
+    assert cells["pca16"][column["PSNR (dB) ↑"]] == "30.20"
+    assert cells["pca16"][column["kind"]] == "floor"
+
+
+def test_a_single_value_is_not_marked_as_best():
+    markdown = to_markdown("generation", build_tables(GENERATION[:1])["generation"])
+    assert "**" not in markdown
+
+
+def test_csv_holds_every_number_of_the_rows_exactly_and_no_timing(tmp_path):
+    rows = [*GENERATION, *FLOORS]
+    write_tables(build_tables(rows), tmp_path)
+    with open(tmp_path / "generation.csv", encoding="utf-8", newline="") as handle:
+        read = {line["prune"]: line for line in csv.DictReader(handle)}
+    for source in rows:
+        for name, value in source["metrics"].items():
+            if name == "seconds":
+                assert name not in read[source["prune"]]
+            elif value is not None:
+                assert float(read[source["prune"]][name]) == value
+            else:
+                assert read[source["prune"]][name] == ""
+    assert not {"machine", "commit", "fingerprint"} & read["full"].keys()
+    assert "**" not in (tmp_path / "generation.csv").read_text(encoding="utf-8")
+
+
+def test_tables_do_not_depend_on_the_order_of_rows_nor_on_timing():
+    resumed = [{**r, "metrics": {**r["metrics"], "train_seconds": 3.0}, "machine": "other"} for r in GENERATION[::-1]]
+    first, second = build_tables([*GENERATION, *FLOORS]), build_tables([*FLOORS[::-1], *resumed])
+    assert first["generation"].to_csv() == second["generation"].to_csv()
+
+
+def test_convergence_marks_the_best_of_each_step_and_balanced_floors_only():
+    rows = [
+        row("convergence", name, kid(value), step=step)
+        for name, step, value in [("rsprune", 50, 400), ("full", 50, 390), ("rsprune", 100, 200), ("full", 100, 290)]
+    ]
+    floor = row("floor", "real_train", kid(8.0, natural_kid_x1000=1.0), step=None)
+    table = build_tables([*rows, floor])["convergence"]
+    assert list(zip(table["step"][:4], table["prune"][:4], strict=True)) == [
+        (50, "full"), (50, "rsprune"), (100, "full"), (100, "rsprune"),
+    ]  # fmt: skip
+    assert "natural_kid_x1000" not in table
+    bold = [line for line in to_markdown("convergence", table).splitlines() if "**" in line]
+    assert [re.search(r"\*\*(\d+)\*\*", line).group(1) for line in bold] == ["390", "200"]
+
+
+def test_floors_join_only_tables_with_the_same_distance():
+    rows = [
+        row("super_resolution", "bicubic", {"psnr": 27.0, "kid_x1000": 500.0}),
+        row("subset", "full", kid(100.0)),
+        *FLOORS,
+    ]
+    tables = build_tables(rows)
+    assert set(tables) == {"super_resolution", "subset_quality"}
+    assert tables["super_resolution"]["kind"].tolist() == ["measured"]
+    assert tables["subset_quality"]["kind"].tolist() == ["measured", "floor", "floor"]
+    assert "psnr" not in tables["subset_quality"]
+
+
+def test_the_newest_row_of_a_cell_counts_and_ablations_keep_their_fields():
+    old, new = row("subset", "full", kid(1.0)), {**row("subset", "full", kid(2.0)), "fingerprint": "other"}
+    assert build_tables([old, new])["subset_quality"]["balanced_kid_x1000"].tolist() == [2.0]
+    rows = [row("ablation", "rsprune", kid(5.0), patch=8), row("ablation", "rsprune", kid(6.0), patch=16)]
+    assert set(build_tables(rows)["ablation"]["patch"]) == {"8", "16"}
+
+
+def test_latex_escapes_and_uses_booktabs(tmp_path):
+    rows = [row("generation", "my_method 50% & #1 {x}", kid(10.0)), row("generation", "full", kid(20.0)), *FLOORS]
+    write_tables(build_tables(rows), tmp_path)
+    text = (tmp_path / "generation.tex").read_text(encoding="utf-8")
+    assert r"my\_method 50\% \& \#1 \{x\}" in text
+    assert r"\textbf{10} [-3, 23]" in text
+    assert text.count(r"\midrule") == 2  # under the heading, and above the floors
+    body = text.split(r"\midrule")[1].split(r"\bottomrule")[0]
+    columns = len(re.search(r"\\begin\{tabular\}\{([lr]+)\}", text).group(1))
+    assert all(len(re.findall(r"(?<!\\)&", line)) == columns - 1 for line in body.strip().splitlines())
+    assert re.search(r"(?<!\\)[_%#]", "\n".join(text.splitlines()[7:-3])) is None
+    assert text.isascii()
+    assert latex_escape("a\\b~^") == r"a\textbackslash{}b\textasciitilde{}\textasciicircum{}"
+
+
+def test_append_replaces_the_same_cell_and_keeps_the_others(tmp_path):
+    path = tmp_path / "results" / "results.jsonl"
+    first, second = row("generation", "full", kid(1.0)), row("generation", "random", kid(2.0))
+    for item in (first, second, {**first, "metrics": {"kid": float("nan")}, "commit": "later"}):
+        append_result(path, item)
+    assert [(r["prune"], r["commit"]) for r in read_results(path)] == [("random", "c"), ("full", "later")]
+    assert read_results(path)[1]["metrics"] == {"kid": None}  # JSON has no NaN
+    for name, value in [("step", 200), ("seed", 1), ("ratio", 0.5), ("corpus", "aid"), ("fingerprint", "g")]:
+        append_result(path, {**second, name: value})
+    assert len(read_results(path)) == 7
+    assert [p.name for p in path.parent.iterdir()] == ["results.jsonl"]
+
+
+def test_append_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    append_result(path, row("generation", "full", kid(1.0)))
+    before = path.read_bytes()
+
+    def no_space(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("eval.tables.os.replace", no_space)
+    with pytest.raises(OSError, match="no space"):
+        append_result(path, row("generation", "random", kid(2.0)))
+    assert path.read_bytes() == before
+
+
+def _append_ten(path, worker):
+    for step in range(10):
+        append_result(path, row("generation", f"m{worker}", kid(1.0), step=step))
+
+
+def test_append_from_several_processes_loses_nothing(tmp_path):
+    path = tmp_path / "results.jsonl"
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_append_ten, args=(path, worker)) for worker in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert {(r["prune"], r["step"]) for r in read_results(path)} == {(f"m{w}", s) for w in range(3) for s in range(10)}
+
+
+def test_a_broken_line_is_a_user_error_naming_it(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(GENERATION[0]) + "\n{half", encoding="utf-8")
+    with pytest.raises(UserError, match=r"results\.jsonl:2 is not JSON"):
+        read_results(path)
+    assert read_results(tmp_path / "none.jsonl") == []

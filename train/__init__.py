@@ -1,0 +1,1 @@
+"""Subset to foundation model: autoencoder, text encoder, latent diffusion."""

@@ -1,0 +1,132 @@
+"""The frozen parts of a foundation model, from this repository, a folder or the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from corpus.artefacts import file_digest, stage
+from corpus.errors import UserError
+from corpus.index import Corpus
+from corpus.tracking import track
+from train.loop import LoopOptions
+from train.text_encoder import clip_tokenizer, small_clip, train_clip
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """Text encoder and tokenizer, the CLIP model they belong to (None where only the text half is at hand)."""
+
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    clip: CLIPModel | None
+    fingerprint: str
+
+
+def make_accelerator(cfg: DictConfig) -> Accelerator:
+    """Accelerate decides device, precision and processes; the seed also fixes what libraries draw globally."""
+    set_seed(int(cfg.seed))
+    return Accelerator(mixed_precision=str(cfg.train.mixed_precision))
+
+
+def _resolve(path: str) -> str:
+    """A path as given, or relative to the repository; a hub name stays one."""
+    for candidate in (Path(path), REPOSITORY / path):
+        if candidate.exists():
+            return str(candidate)
+    return path
+
+
+def load_autoencoder(cfg: DictConfig) -> tuple[nn.Module, str]:
+    """The frozen autoencoder of `autoencoder.path` (a folder or a hub name) and its fingerprint.
+
+    Raises:
+        UserError: it is not there.
+    """
+    path = _resolve(cfg.autoencoder.path)
+    loader = getattr(diffusers, cfg.autoencoder.class_name)
+    try:
+        autoencoder = loader.from_pretrained(path, subfolder=cfg.autoencoder.get("subfolder"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no {cfg.autoencoder.class_name} at autoencoder.path={cfg.autoencoder.path}: run `make autoencoder`, "
+            "give a folder or a hub name that can be reached, or choose autoencoder=bluemarble_f8c16"
+        ) from error
+    weights = Path(path) / "diffusion_pytorch_model.safetensors"
+    return autoencoder.eval().requires_grad_(False), file_digest(weights) if weights.is_file() else path
+
+
+def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
+    """The text encoder: trained on the corpus (cached) or loaded from a folder or the hub.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if cfg.text_encoder.kind == "train":
+        directory = _train_text_encoder(cfg, corpus)
+        folders = {"clip": directory / "clip", "text_encoder": directory / "text_encoder"}
+        folders["tokenizer"] = directory / "tokenizer"
+        key = directory.name
+    else:
+        path = _resolve(cfg.text_encoder.path)
+        folders = {"clip": path, "text_encoder": path, "tokenizer": path}
+        key = path
+    try:
+        return TextParts(
+            CLIPTextModel.from_pretrained(folders["text_encoder"]).eval().requires_grad_(False),
+            CLIPTokenizer.from_pretrained(folders["tokenizer"]),
+            CLIPModel.from_pretrained(folders["clip"]).eval().requires_grad_(False),
+            key,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no CLIP model at text_encoder.path={cfg.text_encoder.get('path')}: give a folder or a hub name that can "
+            "be reached, or train one here with text_encoder=clip_local"
+        ) from error
+
+
+def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
+    options = cfg.text_encoder
+
+    def build(directory: Path) -> None:
+        accelerator = make_accelerator(cfg)
+        tokenizer = clip_tokenizer(options.max_length)
+        model = small_clip(
+            corpus.resolution,
+            width=options.width,
+            layers=options.layers,
+            patch=options.patch,
+            max_length=options.max_length,
+            seed=cfg.seed,
+        )
+        loop = LoopOptions(**options.train, seed=cfg.seed)
+        with track(cfg, "text_encoder", "clip_local") as tracker:
+            model = train_clip(model, tokenizer, corpus, accelerator, loop, directory, log=tracker.log)
+        model.save_pretrained(directory / "clip")
+        text_encoder = CLIPTextModel(model.config.text_config)
+        prefix = "text_model."
+        state = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
+        own = text_encoder.state_dict()
+        if not set(state) <= set(own):  # transformers 5 drops the prefix
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+        text_encoder.load_state_dict(state)
+        text_encoder.save_pretrained(directory / "text_encoder")
+        tokenizer.save_pretrained(directory / "tokenizer")
+
+    inputs = {"corpus": corpus.fingerprint, "options": options, "seed": cfg.seed}
+    return stage(cfg.runs, "text_encoder", inputs, build, resumable=True)
+
+
+def load_encoder(cfg: DictConfig):
+    """The image encoder of clusters and distances."""
+    return instantiate(cfg.encoder)

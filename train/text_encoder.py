@@ -1,0 +1,144 @@
+"""A small CLIP trained on the corpus's own tiles and captions, with CLIP's own byte-pair vocabulary."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from corpus.index import Corpus
+from train.latents import flip, scene_balanced_weights, to_tensor
+from train.loop import LoopOptions, train_loop
+
+
+def clip_tokenizer(max_length: int) -> CLIPTokenizer:
+    """CLIP's tokenizer (49,408 byte-pair tokens) from the vocabulary that `open_clip_torch` ships."""
+    packed = resources.files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
+    with packed.open("rb") as handle, gzip.open(handle, "rt", encoding="utf-8") as lines:
+        merges = lines.read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = [tuple(line.split()) for line in merges]
+    alphabet = list(_byte_alphabet().values())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-ins for the 256 bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in alphabet:
+            alphabet[byte] = chr(256 + len(alphabet) - len(printable))
+    return alphabet
+
+
+def small_clip(resolution: int, *, width: int, layers: int, patch: int, max_length: int, seed: int) -> CLIPModel:
+    """A randomly initialised CLIPModel for images of `resolution` px and captions of `max_length` tokens."""
+    shared = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "projection_dim": width,
+    }
+    config = CLIPConfig(
+        text_config={
+            **shared,
+            "vocab_size": 49408,
+            "max_position_embeddings": max_length,
+            "bos_token_id": 49406,
+            "eos_token_id": 49407,
+            "pad_token_id": 49407,
+        },
+        vision_config={**shared, "image_size": resolution, "patch_size": patch},
+        projection_dim=width,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return CLIPModel(config)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """Padded token ids int64 [N, model_max_length]; longer captions are cut."""
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_prompts(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """Last hidden states float32 [N, L, D] of captions, as StableDiffusionPipeline computes them."""
+    device = next(text_encoder.parameters()).device
+    batches = tokenize(tokenizer, captions).split(256)
+    return torch.cat([text_encoder(batch.to(device))[0].float().cpu() for batch in batches])
+
+
+def contrastive_loss(
+    images: torch.Tensor, texts: torch.Tensor, same: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """CLIP's symmetric cross-entropy, where every image of the same caption is a positive.
+
+    Args:
+        images, texts: unit embeddings [B, D].
+        same: bool [B, B], whether caption i equals caption j.
+        scale: inverse temperature.
+    """
+    logits = scale * images @ texts.T
+    targets = same.float() / same.float().sum(1, keepdim=True)
+    by_image = nn.functional.cross_entropy(logits, targets)
+    by_text = nn.functional.cross_entropy(logits.T, targets)
+    return (by_image + by_text) / 2
+
+
+def train_clip(
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    corpus: Corpus,
+    accelerator: Accelerator,
+    options: LoopOptions,
+    directory: Path,
+    log: Callable[[dict[str, float], int], None] | None = None,
+) -> CLIPModel:
+    """Train on scene-balanced tiles of the training split and their captions; returns the averaged weights."""
+    captions, codes = np.unique(corpus.manifest["caption"].to_numpy(dtype=str), return_inverse=True)
+    tokens = tokenize(tokenizer, captions)
+    weights = scene_balanced_weights(corpus)
+
+    def loss(modules: dict[str, nn.Module], random: np.random.Generator, rows: slice) -> torch.Tensor:
+        picked = random.choice(len(corpus), options.batch_size, p=weights)[rows]
+        pixels = flip(to_tensor(corpus.images[picked]), random).to(accelerator.device)
+        code = torch.from_numpy(codes[picked]).to(accelerator.device)
+        # one text forward a distinct caption: a batch holds few of them
+        distinct, position = torch.unique(code, return_inverse=True)
+        output = modules["clip"](input_ids=tokens[distinct.cpu()].to(accelerator.device), pixel_values=pixels)
+        texts = output.text_embeds[position]
+        same = code[:, None] == code[None]
+        scale = accelerator.unwrap_model(modules["clip"]).logit_scale.exp().clamp(max=100)
+        return contrastive_loss(output.image_embeds, texts, same, scale)
+
+    best = train_loop(accelerator, {"clip": model}, loss, options, directory, label="text encoder", log=log)
+    model.load_state_dict(best["clip"].state_dict())
+    return model.eval()
+
+
+@torch.no_grad()
+def clip_score(model: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """100 times the cosine of each image's embedding and its caption's, float32 [N] (CLIPScore, Hessel et al. 2021)."""
+    distinct, position = np.unique(np.asarray(captions, dtype=str), return_inverse=True)
+    pictures = torch.cat([model.get_image_features(pixel_values=to_tensor(images[start : start + 256])).pooler_output
+                          for start in range(0, len(images), 256)])  # fmt: skip
+    texts = model.get_text_features(input_ids=tokenize(tokenizer, distinct)).pooler_output[position]
+    return 100 * nn.functional.cosine_similarity(pictures, texts).numpy()
