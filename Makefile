@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench sweep tables autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench sweep tables readme autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -56,6 +56,9 @@ sweep: $(READY)  ## pretrain over methods and ratios
 
 tables: $(READY)  ## tables from results/PROFILE/results.jsonl
 	$(BIN)/python scripts/tables.py profile=$(PROFILE)
+
+readme: $(READY)  ## tables and pictures of results/local into README.md
+	$(BIN)/python scripts/readme.py profile=$(PROFILE) tracker=none
 
 autoencoder: $(READY)  ## train the shipped autoencoder again (hours)
 	$(BIN)/python train/autoencoder.py

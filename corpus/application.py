@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import sys
 import warnings
@@ -12,7 +14,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def prepare_process() -> None:
-    """Denormals to zero (some networks ran 2-9 times slower without), libraries quiet, downloads off by default bars."""
+    """Denormals to zero (some networks ran 2-9 times slower without) and libraries quiet."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -22,27 +24,35 @@ def prepare_process() -> None:
     import torch
 
     torch.set_flush_denormal(True)
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    for name in ("diffusers", "transformers"):  # an entry point that needs them has imported them by now
+        if name in sys.modules:
+            sys.modules[name].utils.logging.set_verbosity_error()
+            sys.modules[name].utils.logging.disable_progress_bar()
 
 
 def run(main: Callable) -> None:
     """Run a Hydra main function: user errors end in one line on stderr and exit code 2."""
     import hydra
     from hydra.errors import HydraException
+    from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
     from corpus.errors import UserError
 
+    @functools.wraps(main)
+    def guarded(cfg: DictConfig) -> None:
+        try:
+            main(cfg)
+        except (UserError, OmegaConfBaseException, HydraException) as error:  # inside, or Hydra prints a page first
+            _fail(str(error) if isinstance(error, UserError) else _one_line(error))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _fail(f"no space left on the disk of {cfg.runs}: free some and run the same command again")
+
     try:
         prepare_process()
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(main)()
-    except UserError as error:
-        _fail(str(error))
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error))
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
+def is_main_process() -> bool:
+    """Whether this is the only or the first process of a launch (`accelerate launch`, torchrun, MPI)."""
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return next((int(os.environ[name]) for name in ranks if name in os.environ), 0) == 0
+
+
 def stage(
     runs: Path | str,
     name: str,
@@ -64,22 +71,32 @@ def stage(
     build: Callable[[Path], None],
     *,
     resumable: bool = False,
+    together: bool = False,
 ) -> Path:
     """Run `build` once for these inputs and return `runs/<name>/<fingerprint>/`.
 
     `build` receives a directory to fill. It is `<fingerprint>.partial` until `build` returns, so a directory that
     carries its final name is whole. A failed or killed stage leaves only the `.partial`, which is emptied before the
     next try unless `resumable`, in which case `build` finds what it left there.
+
+    In a launch of several processes the first one builds and the others wait for the finished directory; where a build
+    trains over all of them (`together`), all call `build`. They watch the file system instead of meeting at a barrier:
+    that needs no process group yet, runs into no time limit, and the launcher ends them if the first one fails.
     """
     key = fingerprint(**inputs)
     final = Path(runs) / name / key
     if (final / COMPLETE).is_file():
         return final
     partial = final.with_name(key + ".partial")
-    if partial.exists() and not resumable:
+    main = is_main_process()
+    if main and partial.exists() and not resumable:
         shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    build(partial)
-    write_json(partial / COMPLETE, {"stage": name, "fingerprint": key, "inputs": plain(inputs)})
-    os.rename(partial, final)
+    if main or together:
+        partial.mkdir(parents=True, exist_ok=True)
+        build(partial)
+    if main:
+        write_json(partial / COMPLETE, {"stage": name, "fingerprint": key, "inputs": plain(inputs)})
+        os.rename(partial, final)
+    while not (final / COMPLETE).is_file():
+        time.sleep(0.2)
     return final

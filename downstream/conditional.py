@@ -87,7 +87,7 @@ def resolve_foundation(cfg: DictConfig) -> tuple[Path | None, str]:
         UserError: the folder is no pretraining run.
     """
     if cfg.foundation is None:
-        name = method_name(cfg)
+        name = method_name()
         return pretrain(cfg, name), name
     if str(cfg.foundation) == "scratch":
         return None, "scratch"
@@ -243,7 +243,7 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
         "train": [cfg.train.objective, cfg.train.flow_shift, cfg.train.mixed_precision],
         "held_out": [held.corpus.fingerprint, held.rows.tolist()],
         "noise": cfg.eval.seed,
-        "encoder": cfg.encoder,
+        "encoder": cfg.eval.encoder,
         "seed": cfg.seed,
     }
 
@@ -251,7 +251,7 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
         with track(cfg, task.name, name) as tracker:
             _train(cfg, task, name, foundation, corpus, parts, held, directory, tracker)
 
-    return stage(cfg.runs, task.name, inputs, build, resumable=True)
+    return stage(cfg.runs, task.name, inputs, build, resumable=True, together=True)
 
 
 def _cached_latents(

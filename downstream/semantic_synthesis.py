@@ -54,17 +54,17 @@ def spread_colours(colours: np.ndarray, distance: float) -> np.ndarray:
         float64 [K, 3] in 0..255; the nearest found where the colour cube is too small for the distance.
     """
     points = np.asarray(colours, dtype=np.float64).copy()
-    for attempt in range(1000):
+    generator = np.random.default_rng(0)
+    for _ in range(2000):
         between = points[:, None] - points[None]
         length = np.linalg.norm(between, axis=2)
         close = (length < distance) & ~np.eye(len(points), dtype=bool)
         if not close.any():
             break
-        if attempt == 0:  # colours that coincide, or lie on one line, need a direction to part in
-            points[close.any(1)] += np.random.default_rng(0).normal(scale=0.5, size=points.shape)[close.any(1)]
-            continue
-        step = np.where(close, (distance + 1 - length) / np.maximum(length, 1e-9), 0)[..., None] * between / 2
-        points = (points + step.sum(1)).clip(0, 255)
+        step = np.where(close, (distance + 1 - length) / np.maximum(length, 1e-9), 0)[..., None] * between / 4
+        # a little noise, for colours that coincide or were pushed into one corner
+        step = step.sum(1) + close.any(1)[:, None] * generator.normal(scale=0.3, size=points.shape)
+        points = (points + step).clip(0, 255)
     return points
 
 
@@ -158,7 +158,7 @@ def trained_segmenter(cfg: DictConfig, corpus: Corpus) -> Segmenter:
         "options": cfg.downstream.segmenter,
         "seed": cfg.seed,
     }
-    directory = stage(cfg.runs, "segmenter", inputs, build, resumable=True)
+    directory = stage(cfg.runs, "segmenter", inputs, build, resumable=True, together=True)
     segmenter.load_state_dict(load_file(directory / "segmenter.safetensors"))
     return segmenter.cpu().eval()
 
@@ -195,11 +195,12 @@ def semantic_synthesis(cfg: DictConfig, foundation: Path | None, name: str) -> P
     """
     corpus = require_masks(cfg)
     palette = natural_palette(corpus, cfg.seed, cfg.downstream.colour_distance)
+    segmenter = trained_segmenter(cfg, corpus)  # by all processes of a launch; the first alone measures
     task = Task(
         name="semantic_synthesis",
         facts={"palette": palette.tolist()},
         condition=lambda source, rows: palette[source.masks[rows]],
-        measure=lambda outputs, held: measure(cfg, outputs, held, trained_segmenter(cfg, corpus)),
+        measure=lambda outputs, held: measure(cfg, outputs, held, segmenter),
         inputs=lambda held: {"input": palette[held.masks]},
         yardstick=cfg.downstream.segmenter,
         files={"palette.json": dict(zip(corpus.mask_classes, palette.tolist(), strict=True))},

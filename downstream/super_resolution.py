@@ -45,7 +45,7 @@ def measure(cfg: DictConfig, outputs: np.ndarray, held: HeldOut) -> dict[str, fl
     """Distortion (psnr in dB, ssim) pair by pair and distances (Fréchet, KID) between the two sets."""
     encoder = load_encoder(cfg)
     distances = compare_features(embed(encoder, outputs, label="embed outputs"), held.features, encoder.name)
-    wanted = {key: value for key, value in distances.items() if key.startswith(("fd_", "kid_"))}
+    wanted = {key: value for key, value in distances.items() if key.startswith(("fid", "fd_", "kid_"))}
     return {**psnr_ssim(outputs, held.images), **wanted}
 
 
@@ -79,7 +79,7 @@ def bicubic_baseline(cfg: DictConfig) -> dict[str, float]:
         outputs = bicubic(low_resolution(held.images, factor), factor)
         write_json(directory / "metrics.json", measure(cfg, outputs, held))
 
-    inputs = {"held_out": [held.corpus.fingerprint, held.rows.tolist()], "factor": factor, "encoder": cfg.encoder}
+    inputs = {"held_out": [held.corpus.fingerprint, held.rows.tolist()], "factor": factor, "encoder": cfg.eval.encoder}
     return read_json(stage(cfg.runs, "bicubic", inputs, build) / "metrics.json")
 
 

@@ -35,7 +35,7 @@ def evaluate(cfg: DictConfig) -> Path:
     source = Path(cfg.pipeline)
     if not source.is_dir():
         raise UserError(f"pipeline={source} is no directory: give a saved diffusers pipeline or a folder of images")
-    encoder = instantiate(cfg.encoder)
+    encoder = instantiate(cfg.eval.encoder)
     test = index_corpus(instantiate(cfg.corpus.test), cfg.runs)
     sets = held_out_sets(test, encoder, cfg.eval.images, cfg.seed, cfg.runs)
     is_pipeline = (source / "model_index.json").is_file()
@@ -59,7 +59,7 @@ def evaluate(cfg: DictConfig) -> Path:
             write_json(directory / "metrics.json", metrics)
             tracker.summary(metrics)
 
-    inputs = {"source": key, "eval": cfg.eval, "encoder": cfg.encoder, "held_out": test.fingerprint, "seed": cfg.seed}
+    inputs = {"source": key, "eval": cfg.eval, "held_out": test.fingerprint, "seed": cfg.seed}
     return stage(cfg.runs, "evaluate", inputs, build)
 
 

@@ -15,7 +15,8 @@ DRAWS = {"balanced": balanced_rows, "natural": natural_rows}
 
 
 def prefixed(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"{name}_{key}": value for key, value in metrics.items()}
+    """Metrics under the name of their held-out set; those of the set called "" keep their own names."""
+    return {f"{name}_{key}" if name else key: value for key, value in metrics.items()}
 
 
 def real_train(
@@ -24,7 +25,7 @@ def real_train(
     """Real training images, drawn as each held-out set was, against it: what a perfect generator would score."""
     metrics = {}
     for index, (name, held) in enumerate(sets.items()):
-        rows = DRAWS[name](corpus, len(held.rows), np.random.default_rng([seed, 200 + index]))
+        rows = DRAWS[held.name](corpus, len(held.rows), np.random.default_rng([seed, 200 + index]))
         features = embeddings[rows].astype(np.float32)
         metrics |= prefixed(name, compare_features(features, held.features, encoder.name))
     return metrics
@@ -51,7 +52,7 @@ def against_itself(
         features = embed(encoder, reconstructions[name])
         metrics |= prefixed(name, compare_features(features, held.features, encoder.name))
         error = np.mean((reconstructions[name].astype(np.float64) - held.images) ** 2)
-        metrics[f"{name}_psnr"] = float(10 * np.log10(255**2 / error))
+        metrics |= prefixed(name, {"psnr": float(10 * np.log10(255**2 / error))})
     return metrics
 
 

@@ -63,11 +63,14 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, neighbours: in
 
 
 def compare_features(features: np.ndarray, reference: np.ndarray, encoder: str) -> dict[str, float]:
-    """All distances of two feature sets by their contract names, for example `fd_efficientnet_lite0`."""
+    """All distances of two feature sets by their contract names, for example `fd_efficientnet_lite0`.
+
+    The Fréchet distance is `fid` on the encoder `inception` alone, whose name `corpus.pretrained.InceptionV3` keeps.
+    """
     kid, low, high = kernel_distance(features, reference)
     precision, recall = precision_recall(features, reference)
     return {
-        f"fd_{encoder}": frechet_distance(features, reference),
+        "fid" if encoder == "inception" else f"fd_{encoder}": frechet_distance(features, reference),
         "kid_x1000": kid,
         "kid_x1000_low": low,
         "kid_x1000_high": high,

@@ -110,7 +110,7 @@ class RSPrune:
         cosines = points @ kmeans(sample, clusters, seed).T
         labels = cosines.argmax(axis=1)
         distances = 1 - np.take_along_axis(cosines, labels[:, None], axis=1)[:, 0]
-        used, labels = np.unique(labels, return_inverse=True)
+        _, labels = np.unique(labels, return_inverse=True)
         return labels, distances.astype(np.float32)
 
     def _pick(self, points: np.ndarray, labels: np.ndarray, distances: np.ndarray, budget: int) -> np.ndarray:

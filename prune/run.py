@@ -9,7 +9,7 @@ from prune.selection import method_name, select
 
 
 def main(cfg: DictConfig) -> None:
-    directory, _ = select(cfg, method_name(cfg))
+    directory, _ = select(cfg, method_name())
     print(f"selection: {directory}")
 
 

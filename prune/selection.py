@@ -23,9 +23,9 @@ from prune.report import write_prune_report
 ENTROPY_PATCH = 16
 
 
-def method_name(cfg: DictConfig) -> str:
-    """The method's name as in configs/prune: `prune.name` where a config gives one, else the chosen file's."""
-    return cfg.prune.get("name") or HydraConfig.get().runtime.choices.prune
+def method_name() -> str:
+    """The chosen method's name as in configs/prune."""
+    return HydraConfig.get().runtime.choices.prune
 
 
 def budget_of(images: int, ratio: float) -> int:

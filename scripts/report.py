@@ -61,7 +61,8 @@ def _figures(places: dict[str, Path], directory: Path) -> list[tuple[str, str, b
         method: pd.read_json(path / CONVERGENCE, lines=True) for method, path in _of(places, "convergence").items()
     }
     floor_rows = read_json(next(iter(_of(places, "floor").values())) / "floors.json")
-    distance = next(key for key in next(iter(curves.values())).columns if key.startswith("balanced_fd_"))
+    columns = next(iter(curves.values())).columns
+    distance = next(key for key in columns if key.startswith(("balanced_fid", "balanced_fd_")))
     for name, metric, title in (
         ("convergence_kid", "balanced_kid_x1000", "Convergence, KID"),
         ("convergence_fd", distance, "Convergence, Fréchet distance"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from corpus.artefacts import fingerprint, read_json, stage, write_json
 from corpus.errors import UserError
 from corpus.index import index_corpus
 from corpus.tracking import track
+from downstream.conditional import held_out_part
 from downstream.semantic_synthesis import semantic_synthesis
 from downstream.super_resolution import bicubic_baseline, super_resolution
 from eval.floors import against_itself, halves, real_train, subset_quality
@@ -30,7 +33,7 @@ from prune.selection import select
 from scripts.report import rebuild
 from train.components import load_autoencoder, load_encoder
 from train.foundation import CONVERGENCE, held_out, pretrain
-from train.latents import PatchPCA, decode, encode, scene_balanced_weights, to_tensor, to_uint8
+from train.latents import decode, encode, fit_pca, to_tensor, to_uint8
 
 
 def with_method(method: str) -> DictConfig:
@@ -42,21 +45,23 @@ def floors(cfg: DictConfig) -> Path:
     """Measure what no method can beat; cached."""
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
     encoder = load_encoder(cfg)
-    sets = held_out(cfg)
+    # the downstream tables compare fewer images, and a Fréchet distance depends on how many: floors of their own
+    sets = {**held_out(cfg), "": held_out_part(cfg)}
     autoencoder, key = load_autoencoder(cfg)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
     channels = autoencoder.config.latent_channels
 
     def build(directory: Path) -> None:
-        generator = np.random.default_rng([cfg.seed, 400])
-        sample = generator.choice(len(corpus), min(4000, 4 * len(corpus)), p=scene_balanced_weights(corpus))
-        pca = PatchPCA.fit(to_tensor(corpus.images[np.sort(sample)]), channels)
+        pca = fit_pca(corpus, channels, cfg.seed)
+        autoencoder.to(device)
+        generator = torch.Generator(device).manual_seed(cfg.seed)  # a KL autoencoder samples its latents
         rebuilt: dict[str, dict[str, np.ndarray]] = {"reconstruction": {}, f"pca{channels}": {}}
         with torch.inference_mode():
             for name, held in sets.items():
                 batches = [to_tensor(held.images[start : start + 100]) for start in range(0, len(held.rows), 100)]
                 rebuilt["reconstruction"][name] = np.concatenate(
-                    [to_uint8(decode(autoencoder, encode(autoencoder, batch))) for batch in batches]
+                    [to_uint8(decode(autoencoder, encode(autoencoder, x.to(device), generator))) for x in batches]
                 )
                 rebuilt[f"pca{channels}"][name] = np.concatenate(
                     [to_uint8(pca.decode(pca.encode(batch))) for batch in batches]
@@ -75,9 +80,9 @@ def floors(cfg: DictConfig) -> Path:
     inputs = {
         "corpus": corpus.fingerprint,
         "held_out": sets["balanced"].corpus.fingerprint,
-        "encoder": cfg.encoder,
+        "encoder": cfg.eval.encoder,
         "autoencoder": key,
-        "images": cfg.eval.images,
+        "images": [len(held.rows) for held in sets.values()],
         "seed": cfg.seed,
     }
     return stage(cfg.runs, "floors", inputs, build)
@@ -95,7 +100,7 @@ def subset(cfg: DictConfig, method: str) -> Path:
         write_json(directory / "metrics.json", subset_quality(rows, sets, embeddings, encoder, cfg.seed))
 
     inputs = {"selection": selection.name, "held_out": sets["balanced"].corpus.fingerprint}
-    inputs |= {"images": cfg.eval.images, "encoder": cfg.encoder, "seed": cfg.seed}
+    inputs |= {"images": cfg.eval.images, "encoder": cfg.eval.encoder, "seed": cfg.seed}
     return stage(cfg.runs, "subset", inputs, build)
 
 
@@ -111,7 +116,9 @@ def cells(cfg: DictConfig) -> Iterator[tuple[str, str, int, dict, Path]]:
         yield "subset", method, 0, read_json(directory / "metrics.json"), directory
         foundations[method] = directory = pretrain(chosen, method)
         for line in pd.read_json(directory / CONVERGENCE, lines=True).to_dict("records"):
-            yield "convergence", method, int(line.pop("step")), line, directory
+            # what depends on the number of images compared stays in convergence.jsonl: these points use fewer
+            unbiased = {key: value for key, value in line.items() if not re.search("fd_|fid|precision|recall", key)}
+            yield "convergence", method, int(line["step"]), unbiased, directory
         summary = read_json(directory / "summary.json")
         yield "generation", method, summary["steps"], summary["metrics"], directory
     tasks = {"super_resolution": super_resolution, "semantic_synthesis": semantic_synthesis}
@@ -120,17 +127,7 @@ def cells(cfg: DictConfig) -> Iterator[tuple[str, str, int, dict, Path]]:
             directory = finetune(cfg, foundations.get(method), method)
             summary = read_json(directory / "summary.json")
             yield task, method, summary["steps"], summary["metrics"], directory
-    directory = stage(
-        cfg.runs,
-        "bicubic",
-        {
-            "held_out": held_out(cfg)["balanced"].corpus.fingerprint,
-            "downstream": cfg.downstream,
-            "encoder": cfg.encoder,
-        },
-        lambda partial: write_json(partial / "metrics.json", bicubic_baseline(cfg)),
-    )
-    yield "super_resolution", "bicubic", 0, read_json(directory / "metrics.json"), directory
+    yield "super_resolution", "bicubic", 0, bicubic_baseline(cfg), held_out(cfg)["balanced"].corpus.directory
 
 
 def reproduce(cfg: DictConfig) -> Path:
@@ -141,7 +138,8 @@ def reproduce(cfg: DictConfig) -> Path:
     results = Path(cfg.results) / cfg.profile.name
     results.mkdir(parents=True, exist_ok=True)
     path = results / "results.jsonl"
-    path.unlink(missing_ok=True)
+    partial = path.with_name("results.jsonl.partial")  # the earlier results stand until the new ones are whole
+    partial.unlink(missing_ok=True)
     places: dict[str, str] = {}
     for kind, method, step, metrics, directory in cells(cfg):
         row = {
@@ -156,10 +154,11 @@ def reproduce(cfg: DictConfig) -> Path:
             "commit": _commit(),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         }
-        append_result(path, row)
+        append_result(partial, row)
         places[f"{kind}/{method}"] = str(directory)
     for method in cfg.profile.methods:
         places[f"selection/{method}"] = str(select(with_method(method), method)[0])
+    os.replace(partial, path)
     write_json(results / "runs.json", places)
     with track(cfg, "report", cfg.profile.name) as tracker:
         tables = rebuild(results)

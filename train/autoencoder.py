@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,26 @@ from torch import nn
 
 from corpus.application import run
 from corpus.artefacts import stage
-from corpus.encoder import EfficientNetLite0
+from corpus.encoder import EfficientNetLite0, embed
+from corpus.errors import UserError
 from corpus.index import Corpus, index_corpus
 from corpus.tracking import track
-from train.latents import PATCH, PatchPCA, flip, scene_balanced_weights, to_tensor
-from train.loop import LoopOptions, train_loop
+from eval.heldout import held_out_sets
+from eval.metrics import compare_features
+from train.components import REPOSITORY
+from train.latents import (
+    PATCH,
+    PatchPCA,
+    decode,
+    encode,
+    fit_pca,
+    flip,
+    peak_signal_noise_ratio,
+    scene_balanced_weights,
+    to_tensor,
+    to_uint8,
+)
+from train.loop import LoopOptions, Modules, train_loop
 
 
 @torch.no_grad()
@@ -70,70 +86,74 @@ def start_from_pca(autoencoder: AutoencoderTiny, pca: PatchPCA) -> None:
     last.bias.copy_(-offset * gain / 2)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the autoencoder's training.
+
+    Args:
+        trains: "decoder" (the encoder stays what it is) or "both".
+        perceptual_weight: of the relative feature distance beside the pixel loss.
+        perceptual_share: share of each batch on which the perceptual loss, the dearer one, is computed.
+        loop: how long and how fast.
+    """
+
+    trains: str
+    perceptual_weight: float
+    perceptual_share: float
+    loop: LoopOptions
+
+
 def train_autoencoder(
     autoencoder: AutoencoderTiny,
     corpus: Corpus,
     accelerator: Accelerator,
-    warm_start: LoopOptions,
-    joint: LoopOptions,
+    phases: Sequence[Phase],
     directory: Path,
     *,
-    perceptual_weight: float,
     perceptual: EfficientNetLite0,
-    pca_images: int = 4000,
     log: Callable[[dict[str, float], int], None] | None = None,
-) -> tuple[AutoencoderTiny, PatchPCA]:
-    """Train in two phases on scene-balanced tiles of the training split.
+) -> AutoencoderTiny:
+    """Start from PCA and train phase by phase on scene-balanced tiles of the training split.
 
-    `warm_start`: the encoder is PCA and frozen, the decoder learns to invert it (squared and absolute error).
-    `joint`: both learn, with a perceptual loss on the encoder's feature pyramid added.
-    Returns the averaged weights and the PCA it has to beat.
+    The pixel loss is squared plus a tenth of absolute error; the perceptual loss is the relative L1 distance of feature
+    maps. Every phase goes on from the averaged weights of the one before.
     """
     weights = scene_balanced_weights(corpus)
-    generator = np.random.default_rng([warm_start.seed, len(corpus)])
-    sample = np.sort(generator.choice(len(corpus), pca_images, p=weights))
-    pca = PatchPCA.fit(to_tensor(corpus.images[sample]), autoencoder.config.latent_channels)
-    start_from_pca(autoencoder, pca)
+    start_from_pca(autoencoder, fit_pca(corpus, autoencoder.config.latent_channels, phases[0].loop.seed))
     autoencoder = autoencoder.to(memory_format=torch.channels_last)
+    for index, phase in enumerate(phases):
+        modules = {"decoder": autoencoder.decoder}
+        if phase.trains == "both":
+            modules = {"encoder": autoencoder.encoder, **modules}
 
-    def batch(random: np.random.Generator, rows: slice, size: int) -> torch.Tensor:
-        picked = random.choice(len(corpus), size, p=weights)[rows]
-        images = flip(to_tensor(corpus.images[picked]), random)
-        return images.to(accelerator.device).contiguous(memory_format=torch.channels_last)
+        def loss(modules: Modules, random: np.random.Generator, rows: slice, phase: Phase = phase) -> torch.Tensor:
+            picked = random.choice(len(corpus), phase.loop.batch_size, p=weights)[rows]
+            images = flip(to_tensor(corpus.images[picked]), random).to(accelerator.device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            with accelerator.autocast(), torch.set_grad_enabled("encoder" in modules):
+                latents = modules.get("encoder", autoencoder.encoder)(images)
+            with accelerator.autocast():
+                output = modules["decoder"](latents).float()
+            difference = output - images
+            total = difference.square().mean() + 0.1 * difference.abs().mean()
+            if phase.perceptual_weight:
+                part = slice(max(1, round(phase.perceptual_share * len(images))))
+                with accelerator.autocast():
+                    with torch.no_grad():
+                        wanted = perceptual.feature_pyramid(images[part])
+                    found = perceptual.feature_pyramid(output[part])
+                distances = [
+                    (a.float() - b.float()).abs().mean() / b.float().abs().mean()
+                    for a, b in zip(found, wanted, strict=True)
+                ]
+                total = total + phase.perceptual_weight * sum(distances) / len(distances)
+            return total
 
-    def pixel_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        difference = output.float() - target
-        return difference.square().mean() + 0.1 * difference.abs().mean()
-
-    def warm_loss(modules: dict[str, nn.Module], random: np.random.Generator, rows: slice) -> torch.Tensor:
-        images = batch(random, rows, warm_start.batch_size)
-        with accelerator.autocast():
-            latents = pca.encode(images) / autoencoder.config.scaling_factor
-            output = modules["decoder"](latents.contiguous(memory_format=torch.channels_last))
-        return pixel_loss(output, images)
-
-    def joint_loss(modules: dict[str, nn.Module], random: np.random.Generator, rows: slice) -> torch.Tensor:
-        images = batch(random, rows, joint.batch_size)
-        with accelerator.autocast():
-            output = modules["decoder"](modules["encoder"](images)).float()
-            with torch.no_grad():
-                wanted = perceptual.feature_pyramid(images)
-            found = perceptual.feature_pyramid(output)
-        distance = sum(
-            (a.float() - b.float()).abs().mean() / b.float().abs().mean() for a, b in zip(found, wanted, strict=True)
-        )
-        return pixel_loss(output, images) + perceptual_weight * distance / len(wanted)
-
-    decoder = train_loop(
-        accelerator, {"decoder": autoencoder.decoder}, warm_loss, warm_start, directory / "warm_start",
-        label="autoencoder, decoder", log=log,
-    )["decoder"]  # fmt: skip
-    autoencoder.decoder.load_state_dict(decoder.state_dict())
-    modules = {"encoder": autoencoder.encoder, "decoder": autoencoder.decoder}
-    best = train_loop(accelerator, modules, joint_loss, joint, directory / "joint", label="autoencoder, joint", log=log)
-    for name, module in modules.items():
-        module.load_state_dict(best[name].state_dict())
-    return autoencoder.eval(), pca
+        label = f"autoencoder, phase {index + 1} of {len(phases)}"
+        best = train_loop(accelerator, modules, loss, phase.loop, directory / f"phase_{index}", label=label, log=log)
+        for name, module in modules.items():
+            module.load_state_dict(best[name].state_dict())
+    return autoencoder.eval()
 
 
 def main(cfg: DictConfig) -> None:
@@ -154,22 +174,76 @@ def main(cfg: DictConfig) -> None:
     def build(directory: Path) -> None:
         accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
         with track(cfg, "autoencoder", corpus.name) as tracker:
-            trained, _ = train_autoencoder(
-                autoencoder,
-                corpus,
-                accelerator,
-                LoopOptions(**recipe.warm_start, seed=cfg.seed),
-                LoopOptions(**recipe.joint, seed=cfg.seed),
-                directory,
-                perceptual_weight=recipe.perceptual_weight,
-                perceptual=encoder,
-                log=tracker.log,
+            phases = [Phase(**{**phase, "loop": LoopOptions(**phase.loop, seed=cfg.seed)}) for phase in recipe.phases]
+            trained = train_autoencoder(
+                autoencoder, corpus, accelerator, phases, directory, perceptual=encoder, log=tracker.log
             )
         trained.to(memory_format=torch.contiguous_format).save_pretrained(directory / "autoencoder")
 
     inputs = {"corpus": corpus.fingerprint, "recipe": recipe, "encoder": cfg.encoder, "seed": cfg.seed}
     directory = stage(cfg.runs, "autoencoder", inputs, build, resumable=True)
+    trained = AutoencoderTiny.from_pretrained(directory / "autoencoder").eval().requires_grad_(False)
+    figures = measure(cfg, trained, corpus)
+    target = REPOSITORY / cfg.autoencoder.path
+    trained.save_pretrained(target)
+    (target / "README.md").write_text(_card(cfg, figures), encoding="utf-8")
+    for name, values in figures.items():
+        print(name, {key: round(value, 3) for key, value in values.items()})
+    if figures["autoencoder"]["psnr"] <= figures["pca"]["psnr"]:
+        raise UserError("the autoencoder does not beat PCA of its latent size: train it longer (autoencoder.recipe)")
     print(f"run: {directory}")
+
+
+@torch.inference_mode()
+def measure(cfg: DictConfig, autoencoder: AutoencoderTiny, corpus: Corpus) -> dict[str, dict[str, float]]:
+    """Reconstructions of the balanced held-out set by the autoencoder and by PCA of its latent size."""
+    encoder = instantiate(cfg.encoder)
+    test = index_corpus(instantiate(cfg.corpus.test), cfg.runs)
+    held = held_out_sets(test, encoder, cfg.eval.images, cfg.seed, cfg.runs)["balanced"]
+    pca = fit_pca(corpus, autoencoder.config.latent_channels, cfg.seed)
+    rebuilt: dict[str, list[np.ndarray]] = {"autoencoder": [], "pca": []}
+    for start in range(0, len(held.rows), 100):
+        images = to_tensor(held.images[start : start + 100])
+        rebuilt["autoencoder"].append(to_uint8(decode(autoencoder, encode(autoencoder, images))))
+        rebuilt["pca"].append(to_uint8(pca.decode(pca.encode(images))))
+    figures = {}
+    for name, batches in rebuilt.items():
+        images = np.concatenate(batches)
+        figures[name] = compare_features(embed(encoder, images), held.features, encoder.name)
+        figures[name]["psnr"] = peak_signal_noise_ratio(images, held.images)
+    return figures
+
+
+def _card(cfg: DictConfig, figures: dict[str, dict[str, float]]) -> str:
+    """The model card, with the figures just measured."""
+    recipe = cfg.autoencoder.recipe
+    keys = ("psnr", f"fd_{instantiate(cfg.encoder).name}", "kid_x1000")
+    rows = "\n".join(
+        f"| {name} | " + " | ".join(f"{values[key]:.2f}" for key in keys) + " |" for name, values in figures.items()
+    )
+    phases = ", ".join(f"{phase.loop.steps} steps of {phase.trains}" for phase in recipe.phases)
+    return f"""---
+library_name: diffusers
+license: apache-2.0
+---
+# {Path(cfg.autoencoder.path).name}
+
+The frozen autoencoder of the embedded corpus: `diffusers.AutoencoderTiny`, 64 px, 8-fold, {recipe.latent_channels}
+channels, `scaling_factor` {recipe.scaling_factor}.
+
+- **Data**: the training split of NASA's Blue Marble (public domain), scene-balanced tiles; no held-out pixel.
+- **Start**: PCA of 8 x 8 patches in the encoder. **Then**, with a perceptual loss on EfficientNet-Lite0 (ImageNet
+  weights, Apache-2.0): {phases}.
+- **Regenerate**: `make autoencoder` (recipe in `configs/autoencoder/{Path(cfg.autoencoder.path).name}.yaml`).
+- **Load**: `AutoencoderTiny.from_pretrained("{cfg.autoencoder.path}")`.
+- **Limits**: other sensors, resolutions and cloud are outside what it has seen.
+
+Reconstructions of {cfg.eval.images} scene-balanced held-out tiles:
+
+| | {" | ".join(keys)} |
+| --- | --- | --- | --- |
+{rows}
+"""
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
+import numpy as np
+import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
@@ -16,7 +20,9 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from corpus.artefacts import file_digest, stage
 from corpus.errors import UserError
 from corpus.index import Corpus
+from corpus.pretrained import LOAD_ERRORS, PixelRecipe
 from corpus.tracking import track
+from train.latents import to_tensor
 from train.loop import LoopOptions
 from train.text_encoder import clip_tokenizer, small_clip, train_clip
 
@@ -25,18 +31,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class TextParts:
-    """Text encoder and tokenizer, the CLIP model they belong to (None where only the text half is at hand)."""
+    """Text encoder and tokenizer, the CLIP model they belong to (None where only the text half is at hand).
+
+    `clip_pixels` turns uint8 images [N, H, W, 3] into what that CLIP model sees.
+    """
 
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     clip: CLIPModel | None
     fingerprint: str
+    clip_pixels: Callable[[np.ndarray], torch.Tensor] = to_tensor
 
 
 def make_accelerator(cfg: DictConfig) -> Accelerator:
     """Accelerate decides device, precision and processes; the seed also fixes what libraries draw globally."""
     set_seed(int(cfg.seed))
-    return Accelerator(mixed_precision=str(cfg.train.mixed_precision))
+    # the others wait at a barrier while the first process evaluates: longer than the usual ten minutes
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(mixed_precision=str(cfg.train.mixed_precision), kwargs_handlers=[patience])
 
 
 def _resolve(path: str) -> str:
@@ -56,8 +68,8 @@ def load_autoencoder(cfg: DictConfig) -> tuple[nn.Module, str]:
     path = _resolve(cfg.autoencoder.path)
     loader = getattr(diffusers, cfg.autoencoder.class_name)
     try:
-        autoencoder = loader.from_pretrained(path, subfolder=cfg.autoencoder.get("subfolder"))
-    except (OSError, ValueError) as error:
+        autoencoder = loader.from_pretrained(path, subfolder=cfg.autoencoder.get("subfolder"), use_safetensors=True)
+    except LOAD_ERRORS as error:
         raise UserError(
             f"no {cfg.autoencoder.class_name} at autoencoder.path={cfg.autoencoder.path}: run `make autoencoder`, "
             "give a folder or a hub name that can be reached, or choose autoencoder=bluemarble_f8c16"
@@ -82,13 +94,14 @@ def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
         folders = {"clip": path, "text_encoder": path, "tokenizer": path}
         key = path
     try:
-        return TextParts(
-            CLIPTextModel.from_pretrained(folders["text_encoder"]).eval().requires_grad_(False),
-            CLIPTokenizer.from_pretrained(folders["tokenizer"]),
-            CLIPModel.from_pretrained(folders["clip"]).eval().requires_grad_(False),
-            key,
-        )
-    except (OSError, ValueError) as error:
+        clip = CLIPModel.from_pretrained(folders["clip"], use_safetensors=True).eval().requires_grad_(False)
+        text_encoder = CLIPTextModel.from_pretrained(folders["text_encoder"], use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folders["tokenizer"])
+        pixels = to_tensor
+        if cfg.text_encoder.kind != "train":  # the one trained here sees pixels as they are
+            pixels = PixelRecipe.of(folders["clip"], clip.config.vision_config.image_size)
+        return TextParts(text_encoder.eval().requires_grad_(False), tokenizer, clip, key, pixels)
+    except LOAD_ERRORS as error:
         raise UserError(
             f"no CLIP model at text_encoder.path={cfg.text_encoder.get('path')}: give a folder or a hub name that can "
             "be reached, or train one here with text_encoder=clip_local"
@@ -112,6 +125,8 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
         loop = LoopOptions(**options.train, seed=cfg.seed)
         with track(cfg, "text_encoder", "clip_local") as tracker:
             model = train_clip(model, tokenizer, corpus, accelerator, loop, directory, log=tracker.log)
+        if not accelerator.is_main_process:
+            return
         model.save_pretrained(directory / "clip")
         text_encoder = CLIPTextModel(model.config.text_config)
         prefix = "text_model."
@@ -124,9 +139,9 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
         tokenizer.save_pretrained(directory / "tokenizer")
 
     inputs = {"corpus": corpus.fingerprint, "options": options, "seed": cfg.seed}
-    return stage(cfg.runs, "text_encoder", inputs, build, resumable=True)
+    return stage(cfg.runs, "text_encoder", inputs, build, resumable=True, together=True)
 
 
 def load_encoder(cfg: DictConfig):
-    """The image encoder of clusters and distances."""
-    return instantiate(cfg.encoder)
+    """The image encoder of distances; pruning clusters with `encoder`, which is the same one by default."""
+    return instantiate(cfg.eval.encoder)

@@ -56,7 +56,6 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
         "model": cfg.model,
         "train": cfg.train,
         "eval": cfg.eval,
-        "encoder": cfg.encoder,
         "held_out": sets["balanced"].corpus.fingerprint,
         "seed": cfg.seed,
     }
@@ -65,7 +64,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
         with track(cfg, "pretrain", f"{name}-{cfg.ratio}") as tracker:
             _train(cfg, name, selection, corpus, text, autoencoder, sets, directory, tracker)
 
-    return stage(cfg.runs, "pretrain", inputs, build, resumable=True)
+    return stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=True)
 
 
 def _train(
@@ -80,8 +79,9 @@ def _train(
     tracker: Tracker,
 ) -> None:
     accelerator = make_accelerator(cfg)
-    for part in (autoencoder, text.text_encoder):
-        part.to(accelerator.device)
+    for part in (autoencoder, text.text_encoder, text.clip):
+        if part is not None:
+            part.to(accelerator.device)
     rows = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
     latents = encode_latents(autoencoder, corpus, rows, symmetries=cfg.train.symmetries)
     captions, caption_of = np.unique(corpus.manifest["caption"].to_numpy(dtype=str)[rows], return_inverse=True)
@@ -177,7 +177,7 @@ def measure(
     encoder = load_encoder(cfg)
     metrics = compare_features(embed(encoder, images), held.features[:count], encoder.name)
     if text.clip is not None:
-        score = clip_score(text.clip, text.tokenizer, images, prompts)
+        score = clip_score(text.clip, text.tokenizer, images, prompts, text.clip_pixels)
         metrics[f"clip_{cfg.text_encoder.score_name}"] = float(score.mean())
     return metrics, images
 

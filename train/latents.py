@@ -94,3 +94,10 @@ def flip(images: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
     if generator.random() < 0.5:
         images = images.flip(3)
     return torch.rot90(images, int(generator.integers(4)), (2, 3))
+
+
+def fit_pca(corpus: Corpus, components: int, seed: int, images: int = 4000) -> PatchPCA:
+    """PCA of scene-balanced training tiles: the autoencoder's start and the one it has to beat."""
+    generator = np.random.default_rng([seed, len(corpus)])
+    sample = generator.choice(len(corpus), images, p=scene_balanced_weights(corpus))
+    return PatchPCA.fit(to_tensor(corpus.images[np.sort(sample)]), components)

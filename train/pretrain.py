@@ -14,7 +14,7 @@ from train.foundation import pretrain
 
 def main(cfg: DictConfig) -> None:
     start = time.perf_counter()
-    directory = pretrain(cfg, method_name(cfg))
+    directory = pretrain(cfg, method_name())
     metrics = read_json(directory / "summary.json")["metrics"]
     for key in sorted(metrics):
         print(f"{key}: {metrics[key]:.4g}")

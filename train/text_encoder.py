@@ -135,10 +135,21 @@ def train_clip(
 
 
 @torch.no_grad()
-def clip_score(model: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """100 times the cosine of each image's embedding and its caption's, float32 [N] (CLIPScore, Hessel et al. 2021)."""
+def clip_score(
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    images: np.ndarray,
+    captions: Sequence[str],
+    pixels: Callable[[np.ndarray], torch.Tensor] = to_tensor,
+) -> np.ndarray:
+    """100 times the cosine of each image's embedding and its caption's, float32 [N] (CLIPScore, Hessel et al. 2021).
+
+    Args:
+        images: uint8 [N, H, W, 3]; pixels: turns them into what the model sees.
+    """
+    device = next(model.parameters()).device
     distinct, position = np.unique(np.asarray(captions, dtype=str), return_inverse=True)
-    pictures = torch.cat([model.get_image_features(pixel_values=to_tensor(images[start : start + 256])).pooler_output
-                          for start in range(0, len(images), 256)])  # fmt: skip
-    texts = model.get_text_features(input_ids=tokenize(tokenizer, distinct)).pooler_output[position]
-    return 100 * nn.functional.cosine_similarity(pictures, texts).numpy()
+    batches = (pixels(images[start : start + 256]).to(device) for start in range(0, len(images), 256))
+    pictures = torch.cat([model.get_image_features(pixel_values=batch).pooler_output.float() for batch in batches])
+    texts = model.get_text_features(input_ids=tokenize(tokenizer, distinct).to(device)).pooler_output[position]
+    return 100 * nn.functional.cosine_similarity(pictures, texts).cpu().numpy()

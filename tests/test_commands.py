@@ -1,0 +1,225 @@
+"""The real commands, as a user types them, on the smoke profile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(*arguments: str, cwd: Path) -> list[str]:
+    script, *overrides = arguments
+    return [sys.executable, str(ROOT / script), *overrides]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+
+
+def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments, cwd=cwd), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A working directory in which the whole smoke profile has run, after a kill half-way."""
+    directory = tmp_path_factory.mktemp("smoke")
+    process = subprocess.Popen(
+        command("scripts/reproduce.py", "profile=smoke", cwd=directory),
+        cwd=directory,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    # killed in the middle of the first pretraining, after its first checkpoint
+    deadline = time.monotonic() + 600
+    while not list(directory.glob("runs/pretrain/*.partial/checkpoints/*0")):
+        assert process.poll() is None, "the smoke run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (directory / "results" / "smoke" / "report.html").exists()
+    done = call("scripts/reproduce.py", "profile=smoke", cwd=directory)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return directory
+
+
+def test_reproduce_leaves_the_contract_behind(home):
+    results = home / "results" / "smoke"
+    rows = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} >= {
+        "floor", "subset", "generation", "convergence", "super_resolution", "semantic_synthesis",
+    }  # fmt: skip
+    for row in rows:
+        assert set(row) == {
+            "stage", "corpus", "prune", "ratio", "seed", "step", "metrics", "fingerprint", "commit", "machine",
+        }  # fmt: skip
+    generated = {row["prune"] for row in rows if row["stage"] == "generation"}
+    assert generated == {"full", "random", "rsprune"}
+    for row in rows:
+        if row["stage"] == "generation":
+            for name in ("fd_efficientnet_lite0", "kid_x1000", "precision", "recall", "clip_local"):
+                for held_out in ("balanced", "natural"):
+                    assert np.isfinite(row["metrics"][f"{held_out}_{name}"])
+    assert {row["prune"] for row in rows if row["stage"] == "super_resolution"} == {"rsprune", "scratch", "bicubic"}
+    for name in ("generation", "convergence", "subset_quality", "super_resolution", "semantic_synthesis"):
+        for suffix in ("md", "tex", "csv"):
+            assert (results / "tables" / f"{name}.{suffix}").stat().st_size > 0
+    assert list((results / "figures").glob("*.png"))
+    page = (results / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and "data:image/" in page
+
+
+def test_again_is_a_cache_hit_with_the_same_tables(home):
+    tables = home / "results" / "smoke" / "tables"
+    before = {path.name: path.read_bytes() for path in tables.iterdir()}
+    stages = sorted(str(path) for path in (home / "runs").glob("*/*"))
+    start = time.monotonic()
+    done = call("scripts/reproduce.py", "profile=smoke", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name: path.read_bytes() for path in tables.iterdir()} == before
+    assert sorted(str(path) for path in (home / "runs").glob("*/*") if "wandb" not in str(path)) == [
+        stage for stage in stages if "wandb" not in stage
+    ]
+    assert done.stdout.strip().splitlines()[-1].startswith("results: ")
+    print(f"second run: {time.monotonic() - start:.0f} s")
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_tables_of_an_undisturbed_one(home, tmp_path):
+    done = call("scripts/reproduce.py", "profile=smoke", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for path in sorted((home / "results" / "smoke" / "tables").iterdir()):
+        assert (tmp_path / "results" / "smoke" / "tables" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_prune_leaves_the_contract_behind(home):
+    done = call("prune/run.py", "profile=smoke", "prune=rsprune", "ratio=0.85", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("selection: ")
+    directory = home / last.removeprefix("selection: ")
+    table = pd.read_parquet(directory / "selection.parquet")
+    assert list(table.columns) == [
+        "id", "kept", "reason", "entropy", "scene", "scene_similarity", "cluster", "centroid_distance",
+    ]  # fmt: skip
+    assert table["kept"].sum() == len(table) - round(0.85 * len(table)) == 72
+    assert table["entropy"].dtype == table["scene_similarity"].dtype == np.float32
+    assert table["cluster"].dtype == np.int32 and table["kept"].dtype == bool
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["kept"] == 72 and summary["images"] == 480 and summary["unreadable"] == 0
+    assert sum(counts["after"] for counts in summary["true_scenes"].values()) == 72
+    assert (directory / "report.html").stat().st_size > 10_000
+
+
+def test_pretrain_leaves_a_pipeline_that_plain_diffusers_draws_with(home):
+    done = call("train/pretrain.py", "profile=smoke", "prune=rsprune", "tracker=none", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("run: ")
+    directory = home / last.removeprefix("run: ")
+    assert {"pipeline", "convergence.jsonl", "samples", "checkpoints", "summary.json"} <= set(os.listdir(directory))
+    lines = [json.loads(line) for line in (directory / "convergence.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40]
+    assert {"images_seen", "seconds", "loss", "balanced_kid_x1000"} <= set(lines[0])
+    draw = (
+        "import sys; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained(sys.argv[1]);"
+        "i = p('a satellite image of desert', num_inference_steps=2, height=64, width=64).images[0];"
+        "print(type(p).__name__, i.size)"
+    )
+    plain = subprocess.run(
+        [sys.executable, "-c", draw, str(directory / "pipeline")], cwd="/", capture_output=True, text=True, timeout=300
+    )
+    assert plain.stdout.strip() == "StableDiffusionPipeline (64, 64)", plain.stderr[-2000:]
+
+
+def test_evaluate_measures_a_pipeline_and_a_folder(home):
+    runs = json.loads((home / "results" / "smoke" / "runs.json").read_text())
+    pipeline = Path(runs["generation/rsprune"]) / "pipeline"
+    done = call("eval/evaluate.py", f"pipeline={pipeline}", "profile=smoke", "tracker=none", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, metrics, last = done.stdout.strip().splitlines()
+    assert last.startswith("results: ")
+    measured = json.loads(metrics)
+    summary = json.loads((Path(home / runs["generation/rsprune"]) / "summary.json").read_text())
+    for key, value in measured.items():
+        assert value == pytest.approx(summary["metrics"][key], rel=1e-5), key
+
+
+def test_tables_are_regenerated(home):
+    tables = home / "results" / "smoke" / "tables"
+    before = (tables / "generation.md").read_text()
+    (tables / "generation.md").unlink()
+    done = call("scripts/tables.py", "profile=smoke", "tracker=none", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tables / "generation.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("prune/run.py", "prune=no_such_method"), "no_such_method"),
+        (("prune/run.py", "ratio=1.0"), "ratio=1.0"),
+        (("prune/run.py", "ratio=-0.1"), "ratio=-0.1"),
+        (("prune/run.py", "corpus=folder", "corpus.root=/no/such/folder"), "/no/such/folder"),
+        (("prune/run.py", "corpus=folder"), "corpus.root"),
+        (("prune/run.py", "no_such_key=1"), "no_such_key"),
+        (("prune/run.py", "prune.no_such_key=1"), "no_such_key"),
+        (("train/pretrain.py", "ratio=2"), "ratio=2"),
+        (("train/pretrain.py", "autoencoder.path=/no/such/autoencoder"), "/no/such/autoencoder"),
+        (("downstream/super_resolution.py", "foundation=/no/such/run"), "/no/such/run"),
+        (("downstream/semantic_synthesis.py", "foundation=/no/such/run"), "/no/such/run"),
+        (("eval/evaluate.py",), "pipeline="),
+        (("eval/evaluate.py", "pipeline=/no/such/folder"), "/no/such/folder"),
+        (("scripts/tables.py", "results=/no/such/results"), "/no/such/results"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(home, arguments, named):
+    script, *overrides = arguments
+    before = sorted(path for path in (home / "runs").glob("*/*") if "wandb" not in str(path))
+    done = call(script, "profile=smoke", "tracker=none", *overrides, cwd=home)
+    assert done.returncode == 2, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1, done.stderr[-3000:]
+    assert errors[0].startswith("error: ") and named in errors[0]
+    assert "Traceback" not in done.stderr
+    assert sorted(path for path in (home / "runs").glob("*/*") if "wandb" not in str(path)) == before
+
+
+def test_a_killed_embedding_leaves_nothing_that_looks_whole(home, tmp_path):
+    shutil.copytree(home / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("wandb", "pretrain"))
+    for name in ("embedding", "selection"):
+        shutil.rmtree(tmp_path / "runs" / name)
+    arguments = ("prune/run.py", "profile=smoke", "tracker=none", "corpus.train.limit=480")
+    process = subprocess.Popen(
+        command(*arguments, cwd=tmp_path), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not list(tmp_path.glob("runs/embedding/*.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.glob("runs/selection/*"))
+    done = call(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = tmp_path / done.stdout.strip().splitlines()[-1].removeprefix("selection: ")
+    runs = json.loads((home / "results" / "smoke" / "runs.json").read_text())
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(again / "selection.parquet"),
+        pd.read_parquet(home / runs["selection/rsprune"] / "selection.parquet"),
+    )

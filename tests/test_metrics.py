@@ -1,0 +1,90 @@
+"""Distances against known Gaussians, the libraries' arithmetic and brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.image.fid import _compute_fid
+
+from eval.generate import starting_noise
+from eval.metrics import compare_features, frechet_distance, kernel_distance, precision_recall
+
+
+def gaussians(count: int, dimensions: int = 12, shift: float = 0.7) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    mix = random.standard_normal((dimensions, dimensions))
+    return random.standard_normal((count, dimensions)), shift + random.standard_normal((count, dimensions)) @ mix
+
+
+def test_frechet_distance_of_known_gaussians():
+    random = np.random.default_rng(0)
+    first = random.standard_normal((200_000, 2))
+    second = np.array([3.0, 0.0]) + random.standard_normal((200_000, 2)) * [2, 1]
+    # |m1 - m2|^2 + sum (s1 - s2)^2 for commuting covariances
+    assert frechet_distance(first, second) == pytest.approx(9 + 1, rel=0.02)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [500, 40, 9])
+def test_frechet_distance_agrees_with_torchmetrics(count):
+    first, second = gaussians(count)
+    moments = [(torch.from_numpy(x.mean(0)), torch.from_numpy(np.cov(x.T))) for x in (first, second)]
+    expected = float(_compute_fid(*moments[0], *moments[1]))
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frechet_distance_agrees_with_clean_fid():
+    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid does not import here")
+    first, second = gaussians(500)
+    try:
+        expected = fid.frechet_distance(first.mean(0), np.cov(first.T), second.mean(0), np.cov(second.T))
+    except (TypeError, ValueError):
+        pytest.skip("this SciPy's sqrtm no longer has the argument that clean-fid passes")
+    assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_kernel_distance_agrees_with_brute_force():
+    first, second = gaussians(60)
+    size, dimensions = first.shape
+
+    def kernel(x, y):
+        return (x @ y / dimensions + 1) ** 3
+
+    within = sum(kernel(x[i], x[j]) for x in (first, second) for i in range(size) for j in range(size) if i != j)
+    between = sum(kernel(x, y) for x in first for y in second)
+    expected = 1000 * (within / (size * (size - 1)) - 2 * between / size**2)
+    value, low, high = kernel_distance(first, second)
+    assert value == pytest.approx(expected, rel=1e-9)
+    assert low < value < high
+
+
+def test_kernel_distance_is_unbiased_and_its_interval_covers():
+    covered = []
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        value, low, high = kernel_distance(random.standard_normal((80, 6)), random.standard_normal((80, 6)))
+        covered.append((low <= 0 <= high, value))
+    hits, values = zip(*covered, strict=True)
+    assert np.mean(hits) > 0.85
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
+
+
+def test_precision_and_recall_of_nested_sets():
+    random = np.random.default_rng(0)
+    wide = random.uniform(-1, 1, (400, 2))
+    narrow = random.uniform(-0.3, 0.3, (400, 2))
+    precision, recall = precision_recall(narrow, wide)
+    assert precision > 0.95 and recall < 0.3
+    assert precision_recall(wide, wide) == (1, 1)
+    assert precision_recall(wide + 10, wide) == (0, 0)
+
+
+def test_names_say_which_encoder():
+    names = compare_features(*gaussians(30), "efficientnet_lite0")
+    assert "fd_efficientnet_lite0" in names and "fid" not in names
+
+
+def test_noise_of_an_image_does_not_depend_on_the_others():
+    torch.testing.assert_close(starting_noise(3, (4, 2, 2), 5), starting_noise(8, (4, 2, 2), 5)[:3], rtol=0, atol=0)
+    assert not torch.equal(starting_noise(1, (4, 2, 2), 5), starting_noise(1, (4, 2, 2), 6))

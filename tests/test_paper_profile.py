@@ -1,0 +1,359 @@
+"""The `paper` profile, its downloads replaced by small random networks of the same classes, all offline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from cleanfid.resize import build_resizer
+from diffusers import AutoencoderKL, DiffusionPipeline
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch.nn.functional import cosine_similarity
+from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from corpus.artefacts import COMPLETE, plain, read_json
+from corpus.errors import UserError
+from corpus.pretrained import INCEPTION_FILE, InceptionV3, TransformersEncoder
+from eval.generate import generate
+from eval.metrics import compare_features
+from prune.selection import select
+from train.components import load_autoencoder, load_encoder, load_text_parts
+from train.diffusion import FlowOptions, draw_noise, flow_matching_loss, new_unet, text_to_image_pipeline
+from train.foundation import CONVERGENCE, held_out, pretrain
+from train.latents import encode, to_tensor
+from train.text_encoder import clip_score, clip_tokenizer, encode_prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+GROUPS = [
+    next(iter(entry))
+    for entry in yaml.safe_load((CONFIGS / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    if isinstance(entry, dict) and not next(iter(entry)).startswith("override")
+]
+CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+SMALL_UNET = [
+    "model.unet.block_out_channels=[32,32,32,32]", "model.unet.layers_per_block=1",
+    "model.unet.attention_head_dim=4", "model.unet.norm_num_groups=8",
+]  # fmt: skip
+CLIP_SIDE, DINO_SIDE = 32, 28
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def pictures(count: int, side: int = 64) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory) -> Path:
+    """Folders vae, clip and dino: what the hub would send, small and random."""
+    folder = tmp_path_factory.mktemp("networks")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4,
+        ).save_pretrained(folder / "vae")  # fmt: skip
+        shared = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text = {**shared, "vocab_size": 49408, "max_position_embeddings": 16, "bos_token_id": 49406,
+                "eos_token_id": 49407, "pad_token_id": 49407}  # fmt: skip
+        vision = {**shared, "image_size": CLIP_SIDE, "patch_size": 16}
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(
+            folder / "clip"
+        )
+        clip_tokenizer(16).save_pretrained(folder / "clip")
+        CLIPImageProcessor().save_pretrained(folder / "clip")
+        Dinov2Model(Dinov2Config(**shared, image_size=56, patch_size=14)).save_pretrained(folder / "dino")
+        BitImageProcessor(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]).save_pretrained(
+            folder / "dino"
+        )
+    return folder
+
+
+def small_paper(networks: Path, *overrides: str) -> DictConfig:
+    """The profile with every path pointing at a small network."""
+    return config(
+        "profile=paper", f"autoencoder.path={networks}/vae", f"text_encoder.path={networks}/clip",
+        f"encoder.path={networks}/dino", f"encoder.input_size={DINO_SIDE}", *SMALL_UNET, *overrides,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes(choice: str) -> None:
+    cfg = config(choice)
+    OmegaConf.resolve(cfg)
+    assert plain(cfg)
+
+
+def test_choices_of_the_profile() -> None:
+    cfg = config("profile=paper", "corpus.root=DIR")
+    assert cfg.profile.name == "paper"
+    assert cfg.autoencoder.class_name == "AutoencoderKL" and cfg.text_encoder.kind == "pretrained"
+    assert cfg.encoder._target_ == "corpus.pretrained.TransformersEncoder"
+    assert cfg.eval.encoder._target_ == "corpus.pretrained.InceptionV3"
+    assert cfg.corpus.train.resolution == cfg.corpus.test.resolution == 256
+    without = config("profile=paper", "encoder@yardstick=efficientnet_lite0")
+    assert plain(without.eval.encoder) == plain(config().encoder)
+
+
+def test_distances_are_measured_with_the_pruning_encoder_by_default() -> None:
+    cfg = config("encoder.input_size=96")
+    assert plain(cfg.eval.encoder) == plain(cfg.encoder)
+    assert load_encoder(cfg) == instantiate(cfg.encoder)
+
+
+def test_unet_has_the_size_of_stable_diffusion() -> None:
+    with torch.device("meta"):
+        unet = new_unet(plain(config("profile=paper").model.unet), 4, 32, 768, seed=0)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
+
+
+@pytest.mark.parametrize(("name", "kind"), [("cpu", "NO"), ("multi_gpu", "MULTI_GPU")])
+def test_launch_configurations_load(name: str, kind: str) -> None:
+    launch = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
+    assert launch.distributed_type == kind
+    assert launch.use_cpu == (name == "cpu")
+    assert config("profile=paper").train.loop.batch_size % launch.num_processes == 0
+
+
+# ---------------------------------------------------------------- the networks
+
+
+def test_all_parts_train_and_draw(networks: Path, tmp_path: Path) -> None:
+    cfg = small_paper(networks)
+    autoencoder, _ = load_autoencoder(cfg)
+    text = load_text_parts(cfg, None)
+    images = pictures(2)
+    latents = encode(autoencoder, to_tensor(images), torch.Generator().manual_seed(0))
+    assert latents.shape == (2, 4, 8, 8)
+    prompts = encode_prompts(text.text_encoder, text.tokenizer, ["a harbour", ""])
+    assert prompts.shape == (2, 16, 32)
+
+    unet = new_unet(plain(cfg.model.unet), 4, 8, prompts.shape[-1], cfg.seed)
+    noise, times, _ = draw_noise(np.random.default_rng(0), latents.shape, FlowOptions(**cfg.train.objective))
+    loss = flow_matching_loss(unet, latents, prompts, noise, times)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in unet.parameters())
+
+    pipeline = text_to_image_pipeline(autoencoder, text.text_encoder, text.tokenizer, unet, cfg.train.flow_shift)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    drawn = [generate(one, ["a harbour", "a river"], steps=2, guidance_scale=2.0, seed=0) for one in (pipeline, loaded)]
+    assert drawn[0].shape == (2, 64, 64, 3) and drawn[0].dtype == np.uint8
+    np.testing.assert_array_equal(*drawn)
+
+
+def test_clip_from_one_folder_gives_both_halves(networks: Path) -> None:
+    text = load_text_parts(small_paper(networks), None)
+    whole = {key.removeprefix("text_model."): value for key, value in text.clip.text_model.state_dict().items()}
+    half = {key.removeprefix("text_model."): value for key, value in text.text_encoder.state_dict().items()}
+    assert whole.keys() == half.keys()
+    for key, value in half.items():
+        torch.testing.assert_close(value, whole[key], rtol=0, atol=0)
+
+
+def test_clip_scores_what_its_own_preprocessing_shows(networks: Path) -> None:
+    text = load_text_parts(small_paper(networks), None)
+    images, captions = pictures(3, CLIP_SIDE), ["a harbour", "a river", "a harbour"]
+    processor = CLIPImageProcessor.from_pretrained(networks / "clip", do_resize=False, do_center_crop=False)
+    inputs = text.tokenizer(captions, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        output = text.clip(
+            input_ids=inputs.input_ids,
+            pixel_values=processor([Image.fromarray(image) for image in images], return_tensors="pt").pixel_values,
+        )
+        expected = 100 * cosine_similarity(output.image_embeds, output.text_embeds)
+    score = clip_score(text.clip, text.tokenizer, images, captions, text.clip_pixels)
+    np.testing.assert_allclose(score, expected, atol=1e-3)
+    larger = clip_score(text.clip, text.tokenizer, pictures(3), captions, text.clip_pixels)
+    assert larger.shape == (3,) and np.isfinite(larger).all()
+
+
+def test_encoder_is_the_pooled_output_of_the_network(networks: Path) -> None:
+    encoder = instantiate(small_paper(networks).encoder)
+    assert encoder.name == "dinov2" and encoder.dimensions == 32
+    images = pictures(3, DINO_SIDE)
+    pixels = BitImageProcessor.from_pretrained(networks / "dino", do_resize=False, do_center_crop=False)(
+        [Image.fromarray(image) for image in images], return_tensors="pt"
+    ).pixel_values
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(networks / "dino").eval()(pixel_values=pixels).pooler_output
+    found = encoder(images)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert encoder(pictures(2, 50)).shape == (2, 32)
+    wanted = to_tensor(images).requires_grad_(True)
+    encoder.features(wanted)[:, 0].sum().backward()
+    assert wanted.grad.abs().sum() > 0
+
+
+def test_encoder_takes_clip_networks_too(networks: Path) -> None:
+    encoder = TransformersEncoder(name="remoteclip", path=str(networks / "clip"), input_size=CLIP_SIDE)
+    assert encoder.dimensions == 24
+    assert encoder(pictures(2)).shape == (2, 24)
+    with pytest.raises(UserError, match=f"encoder.input_size={CLIP_SIDE}"):
+        TransformersEncoder(name="remoteclip", path=str(networks / "clip"), input_size=224).network()
+
+
+def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Path, tmp_path: Path) -> None:
+    """The whole pretraining stage of the profile on a small folder; only FID's network is replaced."""
+    root = tmp_path / "images"
+    for scene in ("Harbour", "River"):
+        for split in ("train", "test"):
+            (root / split / scene).mkdir(parents=True)
+            for index, image in enumerate(pictures(12, 64)):
+                Image.fromarray(image // (2 if scene == "River" else 1)).save(root / split / scene / f"{index}.png")
+    cfg = small_paper(
+        networks, f"corpus.root={root}", "corpus.train.resolution=64", f"runs={tmp_path}/runs", "tracker=none",
+        "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32", "prune=random", "ratio=0.5",
+        "eval.images=12", "eval.convergence_images=8", "eval.convergence_points=1", "eval.steps=2",
+        "train.mixed_precision=no", "train.loop.steps=2", "train.loop.batch_size=4", "train.loop.checkpoint_every=2",
+    )  # fmt: skip
+    selection, corpus = select(cfg, "random")
+    assert read_json(selection / "summary.json")["kept"] == len(corpus) / 2 == 12
+    widths = [np.load(file, mmap_mode="r").shape[1] for file in (tmp_path / "runs").glob("embedding/*/embeddings.npy")]
+    assert widths == [32]
+    assert held_out(cfg)["natural"].features.shape == (12, 1280)
+    directory = pretrain(cfg, "random")
+    metrics = read_json(directory / "summary.json")["metrics"]
+    assert {"balanced_fd_efficientnet_lite0", "natural_kid_x1000", "balanced_clip_vit_l14"} <= set(metrics)
+    assert (directory / CONVERGENCE).is_file() and (directory / "pipeline" / "model_index.json").is_file()
+
+
+# ---------------------------------------------------------------- FID's network
+
+
+def test_only_the_inception_network_gives_fid(tmp_path: Path) -> None:
+    encoder = instantiate(config("profile=paper", f"yardstick.folder={tmp_path}").eval.encoder)
+    assert encoder.name == "inception" and encoder.dimensions == 2048
+    features = np.random.default_rng(0).normal(size=(2, 20, 3))
+    names = compare_features(*features, encoder.name)
+    assert "fid" in names and not any(name.startswith("fd_") for name in names)
+    assert "fid" not in compare_features(*features, "dinov2")
+    with pytest.raises(UserError, match="kept for the standard InceptionV3"):
+        TransformersEncoder(name="inception", path="owner/name")
+    with pytest.raises(TypeError):
+        InceptionV3(name="inception_of_mine")
+
+
+def test_inception_images_are_resized_by_clean_fid() -> None:
+    images = pictures(2)
+    resized = InceptionV3(download=False).resize(images)
+    assert resized.shape == (2, 3, 299, 299) and resized.dtype == torch.float32
+    expected = build_resizer("clean")(images[1])
+    np.testing.assert_array_equal(resized[1].permute(1, 2, 0).numpy(), expected)
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_missing_inception_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr("corpus.pretrained.urlopen", refuse)
+    for download in (False, True):
+        with pytest.raises(UserError) as error:
+            InceptionV3(folder=str(tmp_path), download=download)(pictures(1))
+        message = one_line(error)
+        assert str(tmp_path / INCEPTION_FILE) in message and "encoder=efficientnet_lite0" in message
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / INCEPTION_FILE).write_bytes(b"half a file")
+    with pytest.raises(UserError) as error:
+        InceptionV3(folder=str(tmp_path))(pictures(1))
+    assert "remove it" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("load", "key", "way_out"),
+    [
+        (lambda cfg: load_autoencoder(cfg), "autoencoder.path", "autoencoder=bluemarble_f8c16"),
+        (lambda cfg: load_text_parts(cfg, None), "text_encoder.path", "text_encoder=clip_local"),
+        (lambda cfg: instantiate(cfg.encoder).dimensions, "encoder.path", "encoder=efficientnet_lite0"),
+    ],
+    ids=["autoencoder", "text_encoder", "encoder"],
+)
+@pytest.mark.parametrize("broken", [False, True])
+def test_missing_network_is_one_line(load, key: str, way_out: str, broken: bool, tmp_path: Path) -> None:
+    path = tmp_path / "nowhere"
+    if broken:
+        path.mkdir()
+        (path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load(config("profile=paper", f"{key}={path}"))
+    message = one_line(error)
+    assert f"{key}={path}" in message and way_out in message
+
+
+def test_command_without_the_hub_ends_in_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "prune/run.py", "profile=paper", f"corpus.root={tiny_folder}", "tracker=none",
+               "corpus.train.resolution=32", f"runs={tmp_path / 'runs'}"]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stderr.splitlines() if "it/s" not in line]
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(lines) == 1 and lines[0].startswith("error: no image encoder at encoder.path=facebook/dinov2-large")
+    assert "encoder=efficientnet_lite0" in lines[0]
+
+
+# ---------------------------------------------------------------- several processes
+
+LAUNCHED = """
+import os, sys, time
+from pathlib import Path
+from corpus.artefacts import stage
+
+def build(directory):
+    time.sleep(0.5)
+    (directory / f"built_by_{os.environ['RANK']}").touch()
+    if "together" in sys.argv:  # as training does, the first waits for the others
+        while len(list(directory.iterdir())) < 2:
+            time.sleep(0.01)
+
+final = stage(sys.argv[1], "work", {"seed": 1}, build, together="together" in sys.argv)
+print(sorted(file.name for file in final.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_one_process_of_a_launch_builds_and_all_find_it(together: bool, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAUNCHED, str(tmp_path), *(["together"] if together else [])]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env={**os.environ, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in ("1", "0")
+    ]
+    outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
+    builders = ["built_by_0", "built_by_1"] if together else ["built_by_0"]
+    assert outputs == [str([*builders, COMPLETE])] * 2
+    assert [path.name.endswith(".partial") for path in (tmp_path / "work").iterdir()] == [False]

@@ -1,0 +1,174 @@
+"""The pruning core against independent computation: entropy, allocation, exact budgets, RS-Prune's promises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.measure import shannon_entropy
+
+from corpus.errors import UserError
+from prune.allocation import allocate, proportional, water_fill
+from prune.baselines import Full, Random
+from prune.entropy import local_entropy, patch_entropies
+from prune.pool import Pool
+from prune.rsprune import RSPrune, pick_in_cluster
+from prune.selection import budget_of
+
+
+def grey(levels: np.ndarray) -> np.ndarray:
+    return np.repeat(levels[..., None].astype(np.uint8), 3, axis=2)
+
+
+def test_entropy_of_known_images():
+    assert local_entropy(grey(np.full((64, 64), 77))) == 0
+    checkerboard = np.indices((64, 64)).sum(0) % 2 * 255
+    assert local_entropy(grey(checkerboard)) == pytest.approx(1)
+    ramp = np.tile(np.arange(256).reshape(16, 16), (4, 4))  # every 16 px patch holds every level once
+    assert local_entropy(grey(ramp), 16) == pytest.approx(8)
+
+
+def test_entropy_agrees_with_scikit_image():
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    luma = (299 * image[..., 0].astype(int) + 587 * image[..., 1] + 114 * image[..., 2] + 500) // 1000
+    expected = [shannon_entropy(luma[y : y + 8, x : x + 8]) for y in range(0, 40, 8) for x in range(0, 56, 8)]
+    np.testing.assert_allclose(patch_entropies(image, 8), expected)
+
+
+capacities = st.lists(st.integers(0, 40), min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(capacities, st.floats(0, 1, allow_subnormal=False), st.floats(0, 1, allow_subnormal=False))
+def test_allocation_is_exact_and_capped(sizes, share, uniformity):
+    sizes = np.array(sizes)
+    budget = int(share * sizes.sum())
+    for allocation in (water_fill(sizes, budget), proportional(sizes, budget), allocate(sizes, budget, uniformity)):
+        assert allocation.sum() == budget
+        assert (allocation >= 0).all() and (allocation <= sizes).all()
+
+
+def test_water_filling_is_the_most_even_allocation():
+    np.testing.assert_array_equal(water_fill(np.array([2, 10, 10, 1]), 13), [2, 5, 5, 1])
+    even = water_fill(np.array([5, 50, 500]), 100)
+    assert even.tolist() == [5, 47, 48]
+
+
+def test_proportional_uses_largest_remainders():
+    assert proportional(np.array([50, 30, 20]), 10).tolist() == [5, 3, 2]
+    assert proportional(np.array([1, 1, 1]), 2).sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "ratio", "kept"), [(100, 0.85, 15), (101, 0.5, 51), (7, 0.0, 7), (16830, 0.85, 2525)]
+)
+def test_budget(images, ratio, kept):
+    assert budget_of(images, ratio) == kept
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, -0.1, float("nan")])
+def test_ratio_outside_its_range_is_refused(ratio):
+    with pytest.raises(UserError, match="ratio="):
+        budget_of(10, ratio)
+
+
+def blobs(sizes: list[int], unreadable: int = 0, seed: int = 0, dimensions: int = 16) -> tuple[Pool, np.ndarray]:
+    """A pool of Gaussian blobs, one a scene, labelled a..; returns it with the true scene of every image."""
+    random = np.random.default_rng(seed)
+    centres = 8 * random.standard_normal((len(sizes), dimensions))
+    scenes = np.repeat(np.arange(len(sizes)), sizes)
+    embeddings = (centres[scenes] + random.standard_normal((len(scenes), dimensions))).astype(np.float32)
+    labels = np.repeat(np.array([chr(ord("a") + index) for index in range(len(sizes))], dtype=object), 10)
+    reference = centres[np.repeat(np.arange(len(sizes)), 10)] + random.standard_normal((len(labels), dimensions))
+    readable = np.ones(len(scenes), dtype=bool)
+    readable[random.permutation(len(scenes))[:unreadable]] = False
+    pool = Pool(
+        ids=np.arange(len(scenes)).astype(str),
+        readable=readable,
+        entropy=random.uniform(1, 7, len(scenes)).astype(np.float32),
+        embeddings=embeddings,
+        reference_embeddings=reference.astype(np.float32),
+        reference_labels=labels,
+    )
+    return pool, scenes
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 300), st.integers(0, 40), st.floats(0, 0.999, allow_subnormal=False), st.integers(0, 5))
+def test_every_method_keeps_the_exact_budget(images, unreadable, ratio, seed):
+    first = images - images // 3 - images // 7
+    pool, _ = blobs([first, images // 3, images // 7], min(unreadable, images - 1), seed)
+    budget = budget_of(len(pool), ratio)
+    possible = min(budget, int(pool.readable.sum()))
+    for method in (Random(), RSPrune()):
+        selection = method.select(pool, budget, np.random.default_rng(seed))
+        assert len(selection.kept) == possible
+        assert (np.diff(selection.kept) > 0).all()  # ascending, hence no repeats
+        assert pool.readable[selection.kept].all()
+        assert (selection.reason[selection.kept] == "kept").all()
+        assert (selection.reason == "kept").sum() == possible
+        assert (selection.reason[~pool.readable] == "unreadable").all()
+
+
+def test_full_keeps_all_that_is_readable():
+    pool, _ = blobs([30, 5], unreadable=4)
+    assert len(Full().select(pool, 3, np.random.default_rng(0)).kept) == 31
+
+
+def test_rsprune_balances_the_long_tail_and_names_the_scenes():
+    pool, scenes = blobs([900, 60, 40])
+    selection = RSPrune(entropy_quantile=0).select(pool, 90, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.bincount(scenes[selection.kept]), [30, 30, 30])
+    known = selection.scene != "open"
+    assert known.mean() > 0.9
+    np.testing.assert_array_equal(selection.scene[known], np.array(["a", "b", "c"], dtype=object)[scenes[known]])
+
+
+def test_uniformity_zero_is_proportional():
+    pool, scenes = blobs([900, 60, 40])
+    selection = RSPrune(entropy_quantile=0, uniformity=0.0).select(pool, 100, np.random.default_rng(0))
+    assert abs(np.bincount(scenes[selection.kept])[0] - 90) <= 2
+
+
+def test_entropy_step_removes_the_least_informative_first_and_gives_back_the_best():
+    pool, _ = blobs([200])
+    selection = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0))
+    dropped = np.flatnonzero(selection.reason == "low_entropy")
+    assert selection.facts["returned_by_entropy"] == 50
+    assert pool.entropy[dropped].max() < pool.entropy[selection.kept].min()
+
+
+def test_unknown_scenes_are_not_lost():
+    pool, _ = blobs([200, 200])
+    stranger = np.zeros_like(pool.embeddings[:30])
+    stranger[:, 3] = -60
+    stranger += np.random.default_rng(1).standard_normal(stranger.shape)
+    pool = Pool(
+        ids=np.arange(430).astype(str),
+        readable=np.ones(430, dtype=bool),
+        entropy=np.full(430, 5, dtype=np.float32),
+        embeddings=np.concatenate([pool.embeddings, stranger.astype(np.float32)]),
+        reference_embeddings=pool.reference_embeddings,
+        reference_labels=pool.reference_labels,
+    )
+    selection = RSPrune().select(pool, 60, np.random.default_rng(0))
+    assert (selection.scene[400:] == "open").mean() > 0.9
+    assert (selection.kept >= 400).sum() >= 10
+
+
+def test_same_seed_same_selection():
+    pool, _ = blobs([300, 100, 20])
+    first, second = (RSPrune().select(pool, 60, np.random.default_rng(7)) for _ in range(2))
+    np.testing.assert_array_equal(first.kept, second.kept)
+    np.testing.assert_array_equal(first.cluster, second.cluster)
+    other = Random().select(pool, 60, np.random.default_rng(8))
+    assert not np.array_equal(Random().select(pool, 60, np.random.default_rng(7)).kept, other.kept)
+
+
+def test_picks_are_near_the_centroid_then_spread_and_duplicates_come_last():
+    angles = np.array([0.0, 0.001, 0.3, 0.6, 0.9])
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    picked = pick_in_cluster(points, angles.astype(np.float32), 3, 0.34, 0.98)
+    assert picked.tolist() == [0, 4, 2] or picked.tolist() == [0, 4, 3]
+    assert 1 not in pick_in_cluster(points, angles.astype(np.float32), 4, 1.0, 0.98)

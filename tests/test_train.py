@@ -1,0 +1,196 @@
+"""Training parts: PCA start, tokenizer, objective, and a loop that resumes bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
+from torch import nn
+
+from corpus.errors import UserError
+from train.autoencoder import start_from_pca
+from train.diffusion import FlowOptions, draw_noise, flow_matching_loss, flow_scheduler, symmetric
+from train.latents import PatchPCA, encode, peak_signal_noise_ratio, to_tensor, to_uint8
+from train.loop import LoopOptions, train_loop
+from train.text_encoder import clip_tokenizer, contrastive_loss
+
+
+def smooth_images(count: int) -> torch.Tensor:
+    noise = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(noise, size=32, mode="bicubic").clamp(-1, 1)
+
+
+def test_pca_is_the_best_linear_code_of_its_size():
+    images = smooth_images(64)
+    small, large = (PatchPCA.fit(images, components) for components in (4, 192))
+    torch.testing.assert_close(large.decode(large.encode(images)), images, rtol=0, atol=1e-4)
+    patches = images.unflatten(2, (4, 8)).unflatten(4, (4, 8)).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192).double()
+    singular = torch.linalg.svdvals(patches - patches.mean(0))
+    error = (small.decode(small.encode(images)) - images).double().square().sum()
+    assert float(error) == pytest.approx(float(singular[4:].square().sum()), rel=1e-4)
+    assert float(small.encode(images).square().mean()) == pytest.approx(1, rel=1e-4)
+
+
+def test_autoencoder_starts_as_pca_exactly():
+    images = smooth_images(32)
+    pca = PatchPCA.fit(images, 16)
+    autoencoder = AutoencoderTiny(
+        encoder_block_out_channels=(64,) * 4,
+        decoder_block_out_channels=(64,) * 4,
+        latent_channels=16,
+        num_encoder_blocks=(0, 1, 1, 2),
+        num_decoder_blocks=(1, 1, 1, 1),
+        scaling_factor=8.0,
+    )
+    start_from_pca(autoencoder, pca)
+    with torch.no_grad():
+        torch.testing.assert_close(encode(autoencoder, images), pca.encode(images), rtol=0, atol=1e-4)
+
+
+def test_images_survive_the_round_trip():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(to_tensor(images)), images)
+    assert peak_signal_noise_ratio(np.full((1, 2, 2, 3), 10), np.full((1, 2, 2, 3), 20)) == pytest.approx(
+        28.1308, abs=1e-3
+    )
+
+
+def test_the_eight_symmetries_are_different():
+    image = torch.arange(12.0).reshape(1, 3, 2, 2)
+    seen = {tuple(symmetric(image, index).flatten().tolist()) for index in range(8)}
+    assert len(seen) == 8
+
+
+def test_tokenizer_is_clips_own():
+    open_clip = pytest.importorskip("open_clip")
+    text = "A satellite image of dry steppe, naïve 3x — coast's edge"
+    expected = [token for token in open_clip.get_tokenizer("ViT-B-32")(text)[0].tolist() if token]
+    assert clip_tokenizer(77)(text).input_ids == expected
+
+
+def test_contrastive_loss_treats_equal_captions_as_positives():
+    eye = torch.eye(3)
+    same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    texts = eye[[0, 0, 2]]
+    low = contrastive_loss(eye[[0, 0, 2]], texts, same, torch.tensor(50.0))
+    high = contrastive_loss(eye[[2, 1, 0]], texts, same, torch.tensor(50.0))
+    assert low < 0.7 < high  # log 2 for the pair that shares its caption, weighted by two thirds, is the least
+
+
+class Constant(nn.Module):
+    """Predicts a given velocity."""
+
+    def __init__(self, velocity: torch.Tensor) -> None:
+        super().__init__()
+        self.velocity = velocity
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor):
+        return type("Output", (), {"sample": self.velocity})
+
+
+def test_flow_loss_is_zero_for_the_true_velocity_and_the_sampler_follows_it():
+    latents, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    network = Constant(noise - latents)
+    text = torch.zeros(2, 1, 8)
+    assert float(flow_matching_loss(network, latents, text, noise, torch.rand(2))) == 0
+    assert float(flow_matching_loss(network, latents + 1, text, noise, torch.rand(2))) == pytest.approx(1, rel=1e-4)
+    scheduler = flow_scheduler()
+    scheduler.set_timesteps(8)
+    sample = noise.clone()
+    for step in scheduler.timesteps:
+        sample = scheduler.step(noise - latents, step, sample).prev_sample
+    torch.testing.assert_close(sample, latents, rtol=0, atol=0.02)
+
+
+def test_noise_of_a_step():
+    options = FlowOptions(time_mean=0.3, time_std=0.8, caption_dropout=0.25)
+    noise, time, dropped = draw_noise(np.random.default_rng(0), (4096, 2, 2, 2), options)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.03) and float(noise.std()) == pytest.approx(1, abs=0.02)
+    logit = torch.logit(time.double())
+    assert float(logit.mean()) == pytest.approx(0.3, abs=0.01) and float(logit.std()) == pytest.approx(0.8, abs=0.01)
+    assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+OPTIONS = LoopOptions(steps=12, batch_size=4, learning_rate=1e-2, warmup=2, ema_halflife=8, checkpoint_every=3, seed=5)
+
+
+def fit(directory, stop_at: int | None = None, options: LoopOptions = OPTIONS) -> tuple[dict, list]:
+    """Train a small network on noise; `stop_at` raises inside that step's loss, as a kill would."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+    calls, seen = [0], []
+
+    def loss(modules, random, rows):
+        calls[0] += 1
+        if calls[0] == stop_at:
+            raise KeyboardInterrupt
+        batch = torch.from_numpy(random.standard_normal((4, 6), dtype=np.float32))[rows]
+        return (modules["net"](batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def on_milestone(step, mean_loss, seconds, modules):
+        seen.append((step, mean_loss))
+
+    accelerator = Accelerator(cpu=True)
+    best = train_loop(
+        accelerator, {"net": module}, loss, options, directory, label="t", milestones=[6, 12], on_milestone=on_milestone
+    )
+    return {key: value.clone() for key, value in best["net"].state_dict().items()}, seen
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
+    whole, milestones = fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut", stop_at=9)
+    resumed, later = fit(tmp_path / "cut")
+    for key, value in whole.items():
+        torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
+    assert later[-1] == milestones[-1]
+    assert [step for step, _ in milestones] == [6, 12]
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
+    whole, _ = fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut", stop_at=9)
+    partial = tmp_path / "cut" / "checkpoints" / "00000009.partial"
+    partial.mkdir()
+    (partial / "net.safetensors").write_bytes(b"cut short")
+    resumed, _ = fit(tmp_path / "cut")
+    torch.testing.assert_close(resumed["0.weight"], whole["0.weight"], rtol=0, atol=0)
+    assert len(list((tmp_path / "cut" / "checkpoints").iterdir())) == 1
+
+
+def test_checkpoints_are_safetensors_and_json_alone(tmp_path):
+    fit(tmp_path)
+    files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    assert load_file(next(path for path in files if path.name == "net.safetensors"))["0.weight"].shape == (5, 6)
+
+
+def test_the_average_differs_from_the_weights_and_can_be_off(tmp_path):
+    averaged, _ = fit(tmp_path / "a")
+    plain, _ = fit(tmp_path / "b", options=replace(OPTIONS, ema_halflife=0))
+    assert not torch.equal(averaged["0.weight"], plain["0.weight"])
+    torch.testing.assert_close(
+        load_file(next((tmp_path / "a").rglob("net.safetensors")))["0.weight"], plain["0.weight"]
+    )
+
+
+def test_divergence_stops_with_the_step(tmp_path):
+    module = nn.Linear(1, 1)
+
+    def loss(modules, random, rows):
+        return modules["net"](torch.ones(1, 1)).sum() * float("nan")
+
+    with pytest.raises(UserError, match="at step 1"):
+        train_loop(Accelerator(cpu=True), {"net": module}, loss, OPTIONS, tmp_path, label="t")
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [OPTIONS.rate(step) for step in range(12)]
+    assert rates[0] == pytest.approx(5e-3) and max(rates) == 1e-2 and rates[-1] < 3e-3
