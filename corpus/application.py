@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import io
 import os
 import sys
 import warnings
@@ -17,6 +19,7 @@ def prepare_process() -> None:
     """Denormals to zero (some networks ran 2-9 times slower without) and libraries quiet."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors arrive here instead of as Hydra's own pages
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -37,12 +40,14 @@ def run(main: Callable) -> None:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
+    from corpus.artefacts import is_main_process
     from corpus.errors import UserError
 
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
         try:
-            main(cfg)
+            with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO()):
+                main(cfg)  # of several processes the first alone prints the result
         except (UserError, OmegaConfBaseException, HydraException) as error:  # inside, or Hydra prints a page first
             _fail(str(error) if isinstance(error, UserError) else _one_line(error))
         except OSError as error:

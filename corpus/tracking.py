@@ -69,7 +69,7 @@ def track(cfg: DictConfig, stage: str, name: str) -> Iterator[Tracker]:
     try:
         yield Tracker(run)
     finally:
-        run.finish(quiet=True)
+        run.finish()
 
 
 def _has_netrc_key() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import platform
 import re
@@ -19,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from corpus.application import run
-from corpus.artefacts import fingerprint, read_json, stage, write_json
+from corpus.artefacts import fingerprint, is_main_process, read_json, stage, write_json
 from corpus.errors import UserError
 from corpus.index import index_corpus
 from corpus.tracking import track
@@ -118,10 +119,12 @@ def cells(cfg: DictConfig) -> Iterator[tuple[str, str, int, dict, Path]]:
         for line in pd.read_json(directory / CONVERGENCE, lines=True).to_dict("records"):
             # what depends on the number of images compared stays in convergence.jsonl: these points use fewer
             unbiased = {key: value for key, value in line.items() if not re.search("fd_|fid|precision|recall", key)}
-            yield "convergence", method, int(line["step"]), unbiased, directory
+            yield "convergence", method, int(unbiased.pop("step")), unbiased, directory
         summary = read_json(directory / "summary.json")
         yield "generation", method, summary["steps"], summary["metrics"], directory
     tasks = {"super_resolution": super_resolution, "semantic_synthesis": semantic_synthesis}
+    if held_out(cfg)["balanced"].corpus.masks is None:
+        del tasks["semantic_synthesis"]  # a folder has none, and the rest of the chain still stands
     for task, finetune in tasks.items():
         for method in [*cfg.profile.downstream, "scratch"]:
             directory = finetune(cfg, foundations.get(method), method)
@@ -136,6 +139,9 @@ def reproduce(cfg: DictConfig) -> Path:
     if missing:
         raise UserError(f"profile.downstream names {sorted(missing)}, which profile.methods does not train: add them")
     results = Path(cfg.results) / cfg.profile.name
+    if not is_main_process():  # takes its part in the training; the first process writes
+        collections.deque(cells(cfg), maxlen=0)
+        return results
     results.mkdir(parents=True, exist_ok=True)
     path = results / "results.jsonl"
     partial = path.with_name("results.jsonl.partial")  # the earlier results stand until the new ones are whole
@@ -146,7 +152,7 @@ def reproduce(cfg: DictConfig) -> Path:
             "stage": kind,
             "corpus": cfg.corpus.name,
             "prune": method,
-            "ratio": 0.0 if method == "full" else float(cfg.ratio),
+            "ratio": 0.0 if method == "full" else float(cfg.ratio) if method in cfg.profile.methods else None,
             "seed": int(cfg.seed),
             "step": step,
             "metrics": metrics,
@@ -176,6 +182,8 @@ def _commit() -> str:
 def main(cfg: DictConfig) -> None:
     start = time.perf_counter()
     results = reproduce(cfg)
+    if not is_main_process():
+        return
     print((results / "tables" / "generation.md").read_text())
     print(f"done in {time.perf_counter() - start:.0f} s; open {results}/report.html")
     print(f"results: {results}")
