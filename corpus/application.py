@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import io
+import logging
 import os
 import sys
 import warnings
@@ -20,6 +21,8 @@ def prepare_process() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it reports every attempt to reach the hub
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors arrive here instead of as Hydra's own pages
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from corpus.errors import UserError
 
@@ -117,8 +117,9 @@ class TransformersEncoder:
 def _transformers_network(encoder: TransformersEncoder) -> tuple[nn.Module, PixelRecipe]:
     path = os.path.expanduser(encoder.path)
     try:
+        config = AutoConfig.from_pretrained(path, revision=encoder.revision)  # without the hub, the first to give up
+        network = AutoModel.from_pretrained(path, config=config, revision=encoder.revision, use_safetensors=True)
         recipe = PixelRecipe.of(path, encoder.input_size, encoder.revision)
-        network = AutoModel.from_pretrained(path, revision=encoder.revision, use_safetensors=True)
     except LOAD_ERRORS as error:
         raise UserError(
             f"no image encoder at encoder.path={encoder.path}: give a hub name that can be reached or a folder with "

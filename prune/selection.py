@@ -34,7 +34,7 @@ def budget_of(images: int, ratio: float) -> int:
     Raises:
         UserError: the ratio is not in [0, 1).
     """
-    if not 0 <= ratio < 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise UserError(f"ratio={ratio} is outside [0, 1): it is the share that is removed, for example ratio=0.85")
     return images - round(ratio * images)
 

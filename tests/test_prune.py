@@ -31,7 +31,7 @@ def test_entropy_of_known_images():
 
 def test_entropy_agrees_with_scikit_image():
     image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-    luma = (299 * image[..., 0].astype(int) + 587 * image[..., 1] + 114 * image[..., 2] + 500) // 1000
+    luma = (image @ np.array([299, 587, 114]) + 500) // 1000
     expected = [shannon_entropy(luma[y : y + 8, x : x + 8]) for y in range(0, 40, 8) for x in range(0, 56, 8)]
     np.testing.assert_allclose(patch_entropies(image, 8), expected)
 
@@ -61,7 +61,7 @@ def test_proportional_uses_largest_remainders():
 
 
 @pytest.mark.parametrize(
-    ("images", "ratio", "kept"), [(100, 0.85, 15), (101, 0.5, 51), (7, 0.0, 7), (16830, 0.85, 2525)]
+    ("images", "ratio", "kept"), [(100, 0.85, 15), (101, 0.5, 51), (7, 0.0, 7), (16830, 0.85, 2524)]
 )
 def test_budget(images, ratio, kept):
     assert budget_of(images, ratio) == kept
@@ -79,8 +79,8 @@ def blobs(sizes: list[int], unreadable: int = 0, seed: int = 0, dimensions: int 
     centres = 8 * random.standard_normal((len(sizes), dimensions))
     scenes = np.repeat(np.arange(len(sizes)), sizes)
     embeddings = (centres[scenes] + random.standard_normal((len(scenes), dimensions))).astype(np.float32)
-    labels = np.repeat(np.array([chr(ord("a") + index) for index in range(len(sizes))], dtype=object), 10)
-    reference = centres[np.repeat(np.arange(len(sizes)), 10)] + random.standard_normal((len(labels), dimensions))
+    labels = np.repeat(np.array([chr(ord("a") + index) for index in range(len(sizes))], dtype=object), 100)
+    reference = centres[np.repeat(np.arange(len(sizes)), 100)] + random.standard_normal((len(labels), dimensions))
     readable = np.ones(len(scenes), dtype=bool)
     readable[random.permutation(len(scenes))[:unreadable]] = False
     pool = Pool(
@@ -118,16 +118,14 @@ def test_full_keeps_all_that_is_readable():
 
 def test_rsprune_balances_the_long_tail_and_names_the_scenes():
     pool, scenes = blobs([900, 60, 40])
-    selection = RSPrune(entropy_quantile=0).select(pool, 90, np.random.default_rng(0))
+    selection = RSPrune(entropy_quantile=0, floor_quantile=0).select(pool, 90, np.random.default_rng(0))
     np.testing.assert_array_equal(np.bincount(scenes[selection.kept]), [30, 30, 30])
-    known = selection.scene != "open"
-    assert known.mean() > 0.9
-    np.testing.assert_array_equal(selection.scene[known], np.array(["a", "b", "c"], dtype=object)[scenes[known]])
+    np.testing.assert_array_equal(selection.scene, np.array(["a", "b", "c"], dtype=object)[scenes])
 
 
 def test_uniformity_zero_is_proportional():
     pool, scenes = blobs([900, 60, 40])
-    selection = RSPrune(entropy_quantile=0, uniformity=0.0).select(pool, 100, np.random.default_rng(0))
+    selection = RSPrune(entropy_quantile=0, floor_quantile=0, uniformity=0.0).select(pool, 100, np.random.default_rng(0))
     assert abs(np.bincount(scenes[selection.kept])[0] - 90) <= 2
 
 
@@ -152,7 +150,7 @@ def test_unknown_scenes_are_not_lost():
         reference_embeddings=pool.reference_embeddings,
         reference_labels=pool.reference_labels,
     )
-    selection = RSPrune().select(pool, 60, np.random.default_rng(0))
+    selection = RSPrune(floor_quantile=0.001).select(pool, 60, np.random.default_rng(0))
     assert (selection.scene[400:] == "open").mean() > 0.9
     assert (selection.kept >= 400).sum() >= 10
 

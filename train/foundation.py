@@ -45,9 +45,9 @@ def held_out(cfg: DictConfig) -> dict[str, HeldOut]:
 
 def pretrain(cfg: DictConfig, name: str) -> Path:
     """Prune with method `name` if not cached, then train the latent diffusion model on what is kept."""
+    autoencoder, autoencoder_key = load_autoencoder(cfg)  # first: what is missing is said before anything is computed
     selection, corpus = select(cfg, name)
     text = load_text_parts(cfg, corpus)
-    autoencoder, autoencoder_key = load_autoencoder(cfg)
     sets = held_out(cfg)
     inputs = {
         "selection": selection.name,
