@@ -77,7 +77,7 @@ def _one_line(error: Exception) -> str:
     if "Available options" in str(cause):
         start = next(index for index, line in enumerate(lines) if "Available options" in line)
         options = [line for line in lines[start + 1 :] if ":" not in line]
-        message += " Choose one of: " + ", ".join(options) + "."
+        message = message.rstrip(".") + ". Choose one of: " + ", ".join(options) + "."
     if "not in struct" in str(cause) or "Could not override" in message:
         message += " See configs/ for the keys."
     return message

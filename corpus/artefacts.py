@@ -80,8 +80,9 @@ def stage(
     next try unless `resumable`, in which case `build` finds what it left there.
 
     In a launch of several processes the first one builds and the others wait for the finished directory; where a build
-    trains over all of them (`together`), all call `build`. They watch the file system instead of meeting at a barrier:
-    that needs no process group yet, runs into no time limit, and the launcher ends them if the first one fails.
+    trains over all of them (`together`), all call `build`, and what was there stays, as in a resumable one: the first
+    process may not be the first to arrive. They watch the file system instead of meeting at a barrier: that needs no
+    process group yet, runs into no time limit, and the launcher ends them if the first one fails.
     """
     key = fingerprint(**inputs)
     final = Path(runs) / name / key
@@ -89,7 +90,7 @@ def stage(
         return final
     partial = final.with_name(key + ".partial")
     main = is_main_process()
-    if main and partial.exists() and not resumable:
+    if main and partial.exists() and not (resumable or together):
         shutil.rmtree(partial)
     if main or together:
         partial.mkdir(parents=True, exist_ok=True)
