@@ -125,7 +125,9 @@ def test_rsprune_balances_the_long_tail_and_names_the_scenes():
 
 def test_uniformity_zero_is_proportional():
     pool, scenes = blobs([900, 60, 40])
-    selection = RSPrune(entropy_quantile=0, floor_quantile=0, uniformity=0.0).select(pool, 100, np.random.default_rng(0))
+    selection = RSPrune(entropy_quantile=0, floor_quantile=0, uniformity=0.0).select(
+        pool, 100, np.random.default_rng(0)
+    )
     assert abs(np.bincount(scenes[selection.kept])[0] - 90) <= 2
 
 
