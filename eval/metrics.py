@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
 
 
@@ -28,25 +31,64 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     return max(0.0, float(distance))
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray, *, blocks: int = 10) -> tuple[float, float, float]:
+def kernel_distance(features: np.ndarray, reference: np.ndarray, *, blocks: int = 23) -> tuple[float, float, float]:
     """Unbiased KID x 1000 with a 95 % interval (Binkowski et al. 2018: cubic polynomial kernel).
 
     torchmetrics' kernel and estimator on all images; the interval is the delete-one-block jackknife over both sets.
     The larger set is cut to the smaller one's size.
 
+    Args:
+        features: float [N, D]; reference: float [M, D].
+        blocks: of the jackknife; a prime, so that no period in the order of the images falls in with it.
     Returns:
         value, low, high.
     """
     size = min(len(features), len(reference))
-    first, second = (torch.from_numpy(np.asarray(x[:size], dtype=np.float64)) for x in (features, reference))
-    k_xx, k_yy, k_xy = poly_kernel(first, first), poly_kernel(second, second), poly_kernel(first, second)
-    value = 1000 * float(maximum_mean_discrepancy(k_xx, k_xy, k_yy))
-    # block b is every `blocks`-th image, so that sets ordered by scene leave out all scenes alike
+    distance = _kernel_estimate(features[:size], reference[:size])
+    return _jackknife(distance, size, blocks)
+
+
+def kernel_distance_difference(
+    features: np.ndarray, other: np.ndarray, reference: np.ndarray, *, blocks: int = 23
+) -> tuple[float, float, float]:
+    """KID x 1000 of `features` minus that of `other`, with the 95 % interval of the difference.
+
+    Paired: row i of both sets came from the same prompt and the same noise, and is left out of both together with row
+    i of the reference. What the two sets share, the draw of prompts and reference images above all, cancels; two
+    intervals that overlap may still hide a difference that this one shows.
+
+    Args:
+        features, other, reference: float [N, D].
+    Returns:
+        value, low, high.
+    Raises:
+        ValueError: the sets differ in size.
+    """
+    if not len(features) == len(other) == len(reference):
+        raise ValueError(f"paired sets differ in size: {len(features)}, {len(other)}, {len(reference)}")
+    first, second = _kernel_estimate(features, reference), _kernel_estimate(other, reference)
+    return _jackknife(lambda rows: first(rows) - second(rows), len(reference), blocks)
+
+
+def _kernel_estimate(features: np.ndarray, reference: np.ndarray) -> Callable[[torch.Tensor], float]:
+    """KID x 1000 as a function of the rows, int64 [K], that both sets keep."""
+    first, second = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (features, reference))
+    kernels = poly_kernel(first, first), poly_kernel(first, second), poly_kernel(second, second)
+    return lambda rows: 1000 * float(maximum_mean_discrepancy(*(kernel[rows][:, rows] for kernel in kernels)))
+
+
+def _jackknife(estimate: Callable[[torch.Tensor], float], size: int, blocks: int) -> tuple[float, float, float]:
+    """An estimate on all rows, and its 95 % delete-one-block interval by Student's t.
+
+    Block b is every `blocks`-th row, so that sets ordered by scene leave out all scenes alike.
+    """
+    rows = torch.arange(size)
     blocks = min(blocks, size // 2)
-    kept = [torch.arange(size)[torch.arange(size) % blocks != block] for block in range(blocks)]
-    without = [1000 * float(maximum_mean_discrepancy(*(k[rows][:, rows] for k in (k_xx, k_xy, k_yy)))) for rows in kept]
+    value = estimate(rows)
+    without = [estimate(rows[rows % blocks != block]) for block in range(blocks)]
     error = float(np.sqrt((blocks - 1) * np.var(without)))
-    return value, value - 1.96 * error, value + 1.96 * error
+    reach = float(student_t.ppf(0.975, blocks - 1)) * error
+    return value, value - reach, value + reach
 
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, neighbours: int = 3) -> tuple[float, float]:

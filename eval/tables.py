@@ -62,6 +62,7 @@ _HIGHER = ("precision", "recall", "density", "coverage", "clip_", "psnr", "ssim"
 _DISTANCES = ("fid", "fd_", "kid")
 _TIMING = re.compile(r"(^|_)(seconds?|minutes|hours|time|duration|eta|per_second)($|_)")
 _NOTHING = "–"
+_DIFFERENCE = "_minus_"
 
 
 # ---------------------------------------------------------------- results.jsonl
@@ -259,8 +260,10 @@ class Shown:
 
 
 def direction(metric: str) -> int:
-    """-1: lower is better, 1: higher is better, 0: unknown."""
+    """-1: lower is better, 1: higher is better, 0: unknown, or a difference (its best is its metric's)."""
     name = _base(metric)[1]
+    if _DIFFERENCE in name:
+        return 0
     return -1 if name.startswith(_LOWER) else 1 if name.startswith(_HIGHER) else 0
 
 
@@ -331,7 +334,8 @@ def _number(name: str, value: float) -> str:
         return str(value)
     if name == "ratio":
         return f"{value:g}"
-    return f"{value:.{_places(name, float(value))}f}"
+    sign = "+" if _DIFFERENCE in name else ""
+    return f"{value:{sign}.{_places(name, float(value))}f}"
 
 
 def _places(name: str, value: float) -> int:
@@ -346,7 +350,10 @@ def _places(name: str, value: float) -> int:
 
 def _heading(name: str) -> str:
     held_out, base = _base(name)
+    base, _, other = base.partition(_DIFFERENCE)
     label = {"kid_x1000": "KID×10³", "psnr": "PSNR (dB)", "ssim": "SSIM"}.get(base, base)
+    if other:
+        label += f" minus {other}'s"
     arrow = {-1: "↓", 0: "", 1: "↑"}[direction(name)]
     return " ".join(part for part in (held_out, label, arrow) if part)
 
@@ -374,7 +381,9 @@ def note(name: str, table: pd.DataFrame) -> str:
     if any(heading.endswith(("↓", "↑")) for heading in shown.headings):
         parts.append("↓ lower is better, ↑ higher is better, bold: the best measured value.")
     if any(cell.interval for _, cells in shown.rows for cell in cells):
-        parts.append("Brackets: 95 % interval.")
+        parts.append("Brackets: 95 % interval of the sampling of images, not of the training seed.")
+    if any(_DIFFERENCE in column for column in table.columns):
+        parts.append("Differences are paired (same prompts, noise and held-out images): below zero is better.")
     if "kind" in table.columns and (table["kind"] == "floor").any():
         floors = table.loc[table["kind"] == "floor", "prune"].unique()
         named = "; ".join(f"{floor}: {FLOOR_NOTES[floor]}" for floor in floors if floor in FLOOR_NOTES)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
+from skimage.filters import threshold_otsu
 
 from prune.allocation import allocate
+from prune.clusters import Clustering, Points, members_of, normalise
 from prune.pool import Pool, Selection
-from prune.scenes import OPEN_SCENE, assign_scenes, fit_prototypes, kmeans, unit
+from prune.scenes import OPEN_SCENE, assign_scenes, fit_prototypes
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,16 @@ class RSPrune:
     Args:
         entropy_quantile: share of the readable corpus with the lowest local entropy that goes in step 1.
         entropy_bits: absolute threshold in bits instead (None: the quantile).
+        entropy_otsu: Otsu's threshold instead, between the two modes of the corpus's entropies.
+        scenes: cluster inside the scenes of the reference set; False, or an empty reference: in the whole corpus.
         prototypes_per_class: k-means prototypes of each reference class.
         floor_quantile: images less similar to every prototype than this quantile of the reference form the open scene.
-        images_per_cluster: clusters of a scene = its images / this, within 1..max_clusters.
-        max_clusters: most clusters of one scene.
+        images_per_cluster: clusters of a scene = its images / this, at least one.
+        clusters_per_scene: a number of clusters for every scene instead of the rule.
+        max_clusters: most clusters of one k-means; beyond it a scene is split level by level if `hierarchical`,
+            otherwise this is the most it gets.
+        hierarchical: see `max_clusters`.
+        spherical: k-means on unit vectors by cosine; False: on centred embeddings by Euclidean distance.
         sample_per_cluster: images per cluster on which k-means runs; the rest is assigned.
         uniformity: 0 spreads the budget over scenes and clusters in proportion to size, 1 evenly (water-filling).
         representativeness: share of a cluster's budget taken nearest to the centroid; the rest is spread.
@@ -30,10 +39,15 @@ class RSPrune:
 
     entropy_quantile: float = 0.2
     entropy_bits: float | None = None
-    prototypes_per_class: int = 4
+    entropy_otsu: bool = False
+    scenes: bool = True
+    prototypes_per_class: int = 8
     floor_quantile: float = 0.01
     images_per_cluster: int = 40
+    clusters_per_scene: int | None = None
     max_clusters: int = 64
+    hierarchical: bool = True
+    spherical: bool = True
     sample_per_cluster: int = 256
     uniformity: float = 1.0
     representativeness: float = 0.5
@@ -43,31 +57,29 @@ class RSPrune:
         budget = min(budget, int(pool.readable.sum()))
         informative, threshold, returned = self._informative(pool, budget)
         rows = np.flatnonzero(informative)
-        seed = int(generator.integers(2**31))
-        prototypes = fit_prototypes(
-            pool.reference_embeddings, pool.reference_labels, self.prototypes_per_class, self.floor_quantile, seed
-        )
-        scene, similarity = assign_scenes(pool.embeddings, prototypes)
+        names, scene, similarity, centre, floor = self._scenes(pool, generator)
+        points = Points(pool.embeddings, centre, self.spherical)
 
+        groups = members_of(scene[rows], len(names))
+        scene_rows = [rows[group] for group in groups]
+        scene_budgets = allocate(np.array([len(group) for group in scene_rows]), budget, self.uniformity)
+        clustering = Clustering(self.max_clusters, self.hierarchical, self.sample_per_cluster)
         cluster = np.full(len(pool), -1, dtype=np.int32)
         distance = np.full(len(pool), np.nan, dtype=np.float32)
-        scene_rows = [rows[scene[rows] == index] for index in range(len(prototypes.names) + 1)]
-        scene_budgets = allocate(np.array([len(group) for group in scene_rows]), budget, self.uniformity)
         kept, clusters = [], 0
         for group, scene_budget in zip(scene_rows, scene_budgets, strict=True):
             if len(group) == 0:
                 continue
-            points = unit(pool.embeddings[group], prototypes.centre)
-            labels, distances = self._cluster(points, seed, generator)
+            wanted = self.clusters_per_scene or max(1, round(len(group) / self.images_per_cluster))
+            labels, distances = clustering(points, group, wanted, generator)
             cluster[group] = labels + clusters
             distance[group] = distances
             clusters += int(labels.max()) + 1
-            kept.append(group[self._pick(points, labels, distances, int(scene_budget))])
+            kept.append(group[self._pick(points, group, labels, distances, int(scene_budget))])
 
         reason = np.full(len(pool), "redundant", dtype=object)
         reason[~informative] = "low_entropy"
-        names = np.array([*prototypes.names, OPEN_SCENE], dtype=object)
-        scene_names = names[scene]
+        scene_names = np.array(names, dtype=object)[scene]
         scene_names[~pool.readable] = ""
         similarity[~pool.readable] = np.nan
         return Selection.of(
@@ -83,16 +95,21 @@ class RSPrune:
                 "entropy_threshold": threshold,
                 "returned_by_entropy": returned,
                 "clusters": clusters,
-                "open_floor": prototypes.floor,
+                "open_floor": floor,
             },
         )
 
-    def _informative(self, pool: Pool, budget: int) -> tuple[np.ndarray, float, int]:
+    def _informative(self, pool: Pool, budget: int) -> tuple[np.ndarray, float | None, int]:
         """Step 1: who stays, the threshold in bits, and how many came back because the budget needed them."""
-        entropy = np.where(pool.readable, pool.entropy, -np.inf)
+        known = pool.entropy[pool.readable]
+        if len(known) == 0 or np.isnan(known).all():
+            return pool.readable.copy(), None, 0
         threshold = self.entropy_bits
+        if threshold is None and self.entropy_otsu:
+            threshold = threshold_otsu(known) if known.min() < known.max() else known.min()
         if threshold is None:
-            threshold = float(np.quantile(pool.entropy[pool.readable], self.entropy_quantile))
+            threshold = np.quantile(known, self.entropy_quantile)
+        entropy = np.where(pool.readable, pool.entropy, -np.inf)
         informative = pool.readable & (entropy >= threshold)
         returned = max(0, budget - int(informative.sum()))
         if returned:
@@ -100,28 +117,43 @@ class RSPrune:
             informative[outside[np.argsort(-entropy[outside], kind="stable")[:returned]]] = True
         return informative, float(threshold), returned
 
-    def _cluster(self, points: np.ndarray, seed: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Step 2: k-means on a bounded sample of one scene; labels int64 [n] and cosine distances float32 [n]."""
-        clusters = int(np.clip(round(len(points) / self.images_per_cluster), 1, self.max_clusters))
-        sample = points
-        if len(points) > clusters * self.sample_per_cluster:
-            picked = generator.choice(len(points), clusters * self.sample_per_cluster, replace=False)
-            sample = points[np.sort(picked)]
-        cosines = points @ kmeans(sample, clusters, seed).T
-        labels = cosines.argmax(axis=1)
-        distances = 1 - np.take_along_axis(cosines, labels[:, None], axis=1)[:, 0]
-        _, labels = np.unique(labels, return_inverse=True)
-        return labels, distances.astype(np.float32)
+    def _scenes(
+        self, pool: Pool, generator: np.random.Generator
+    ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, float | None]:
+        """Step 2: scene names, every image's scene and its similarity, the centre of the space and the open floor."""
+        seed = int(generator.integers(2**31))
+        if self.scenes and len(pool.reference_embeddings):
+            prototypes = fit_prototypes(
+                pool.reference_embeddings, pool.reference_labels, self.prototypes_per_class, self.floor_quantile, seed
+            )
+            scene, similarity = assign_scenes(pool.embeddings, prototypes)
+            return (*prototypes.names, OPEN_SCENE), scene, similarity, prototypes.centre, prototypes.floor
+        usable = np.flatnonzero(pool.readable)
+        sample = np.sort(np.random.default_rng(seed).permutation(usable)[:10_000])
+        centre = np.zeros(pool.embeddings.shape[1], np.float32)
+        if len(sample):
+            centre = np.asarray(pool.embeddings[sample], dtype=np.float32).mean(axis=0)
+        nowhere = np.full(len(pool), np.nan, dtype=np.float32)
+        return (OPEN_SCENE,), np.zeros(len(pool), dtype=np.int64), nowhere, centre, None
 
-    def _pick(self, points: np.ndarray, labels: np.ndarray, distances: np.ndarray, budget: int) -> np.ndarray:
-        """Step 3: the budget over the scene's clusters, then representative and spread images of each."""
-        members = [np.flatnonzero(labels == index) for index in range(int(labels.max()) + 1)]
+    def _pick(
+        self, points: Points, rows: np.ndarray, labels: np.ndarray, distances: np.ndarray, budget: int
+    ) -> np.ndarray:
+        """Step 3: the budget over a scene's clusters, then representative and spread images of each."""
+        members = members_of(labels, int(labels.max()) + 1)
         budgets = allocate(np.array([len(group) for group in members]), budget, self.uniformity)
-        picks = [
-            group[pick_in_cluster(points[group], distances[group], int(count), self.representativeness,
-                                  self.duplicate_similarity)]
-            for group, count in zip(members, budgets, strict=True)
-        ]  # fmt: skip
+        picks = [np.empty(0, dtype=np.int64)]
+        for group, count in zip(members, budgets, strict=True):
+            if count == len(group):
+                picks.append(group)
+            elif count:
+                vectors = points[rows[group]]
+                if not points.spherical:
+                    vectors = normalise(vectors)
+                chosen = pick_in_cluster(
+                    vectors, distances[group], int(count), self.representativeness, self.duplicate_similarity
+                )
+                picks.append(group[chosen])
         return np.concatenate(picks)
 
 
@@ -141,20 +173,42 @@ def pick_in_cluster(
     """
     if budget >= len(points):
         return np.arange(len(points))
-    nearest_taken = np.full(len(points), -np.inf, dtype=np.float32)  # cosine to the nearest image taken
-    taken: list[int] = []
-
-    def take(index: int) -> None:
-        taken.append(index)
-        np.maximum(nearest_taken, points @ points[index], out=nearest_taken)
-        nearest_taken[index] = np.inf
-
     near = max(1, round(representativeness * budget)) if budget else 0
-    for index in np.argsort(distances, kind="stable"):
-        if len(taken) == near:
-            break
-        if nearest_taken[index] < duplicate_similarity:
-            take(int(index))
-    while len(taken) < budget:
-        take(int(nearest_taken.argmin()))
-    return np.array(taken, dtype=np.int64)
+    order = np.argsort(distances, kind="stable")
+    return near_then_far(np.ascontiguousarray(points), order, near, budget, np.float32(duplicate_similarity))
+
+
+@numba.njit(cache=True)
+def near_then_far(points, order, near, budget, duplicate_similarity):
+    """The first `near` of `order` that are no near-duplicates, then farthest-first; int64 [budget].
+
+    Args:
+        points: float32 [n, D], unit length, contiguous.
+        order: int64 [k], at least one.
+        near, budget: near <= budget <= n.
+        duplicate_similarity: float32 cosine.
+    """
+    count = len(points)
+    nearest_taken = np.full(count, -np.inf, dtype=np.float32)  # cosine to the nearest image taken
+    taken = np.empty(budget, dtype=np.int64)
+    size = 0
+    position = 0
+    while size < budget:
+        index = -1
+        if size < near:
+            while position < count and nearest_taken[order[position]] >= duplicate_similarity:
+                position += 1
+            if position < count:
+                index = order[position]
+            else:
+                near = size
+        if index < 0:
+            index = nearest_taken.argmin()
+        taken[size] = index
+        size += 1
+        products = points @ points[index]
+        for other in range(count):
+            if products[other] > nearest_taken[other]:
+                nearest_taken[other] = products[other]
+        nearest_taken[index] = np.inf
+    return taken

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 
-CHUNK = 65_536
+from prune.clusters import CHUNK, Points, kmeans, nearest_centroid
+
 OPEN_SCENE = "open"
 
 
@@ -30,48 +30,38 @@ class Prototypes:
     floor: float
 
 
-def unit(embeddings: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Centred embeddings of unit length, float32 [N, D]; a zero vector stays zero."""
-    centred = np.asarray(embeddings, dtype=np.float32) - centre
-    norms = np.linalg.norm(centred, axis=1, keepdims=True)
-    return centred / np.maximum(norms, 1e-12)
-
-
-def kmeans(points: np.ndarray, clusters: int, seed: int, *, iterations: int = 20) -> np.ndarray:
-    """Spherical k-means of unit vectors by faiss. Returns unit centroids float32 [min(clusters, n), D]."""
-    points = np.ascontiguousarray(points, dtype=np.float32)
-    clusters = min(clusters, len(points))
-    if clusters == len(points):
-        return points.copy()
-    model = faiss.Kmeans(
-        points.shape[1],
-        clusters,
-        niter=iterations,
-        spherical=True,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=1_000_000_000,
-    )
-    model.train(points)
-    return model.centroids
-
-
 def fit_prototypes(
     embeddings: np.ndarray, labels: np.ndarray, per_class: int, floor_quantile: float, seed: int
 ) -> Prototypes:
-    """Spherical k-means prototypes of every reference class.
+    """Spherical k-means prototypes of every reference class, and the floor below which an image is of none.
 
-    The floor is the `floor_quantile` of the reference images' own cosine to their nearest prototype: what is farther
-    from every prototype than almost every labelled image is of no known scene.
+    The floor is the `floor_quantile` of the cosine of labelled images to their nearest prototype: what is farther from
+    every prototype than almost every labelled image is of no known scene. Each half of the reference is measured on
+    prototypes fitted to the other half, since images lie nearer to prototypes fitted to themselves.
+
+    Args:
+        embeddings: float [M, D], M at least 1; labels: str [M].
     """
     centre = np.asarray(embeddings, dtype=np.float32).mean(axis=0)
-    points = unit(embeddings, centre)
+    points = Points(embeddings, centre)[:]
     names = tuple(sorted(set(labels.tolist())))
-    groups = [kmeans(points[labels == name], per_class, seed) for name in names]
-    vectors = np.concatenate(groups)
-    classes = np.repeat(np.arange(len(names)), [len(group) for group in groups])
-    floor = float(np.quantile((points @ vectors.T).max(axis=1), floor_quantile)) if floor_quantile > 0 else -np.inf
+    groups = [np.flatnonzero(labels == name) for name in names]
+    fitted = [kmeans(points[rows], per_class, seed) for rows in groups]
+    vectors = np.concatenate(fitted)
+    classes = np.repeat(np.arange(len(names)), [len(part) for part in fitted])
+    floor = _open_floor(points, groups, per_class, floor_quantile, seed) if floor_quantile > 0 else -np.inf
     return Prototypes(centre, vectors, classes, names, floor)
+
+
+def _open_floor(points: np.ndarray, groups: list[np.ndarray], per_class: int, quantile: float, seed: int) -> float:
+    """Quantile of every image's cosine to the prototypes of the half it is not in; -inf where no class has two."""
+    generator = np.random.default_rng([seed, 1])
+    halves = [np.array_split(generator.permutation(rows), 2) for rows in groups if len(rows) > 1]
+    nearest = []
+    for fit, measure in ((0, 1), (1, 0)):
+        vectors = [kmeans(points[half[fit]], per_class, seed) for half in halves]
+        nearest += [(points[half[measure]] @ np.concatenate(vectors).T).max(axis=1) for half in halves]
+    return float(np.quantile(np.concatenate(nearest), quantile)) if nearest else -np.inf
 
 
 def assign_scenes(embeddings: np.ndarray, prototypes: Prototypes) -> tuple[np.ndarray, np.ndarray]:
@@ -83,11 +73,10 @@ def assign_scenes(embeddings: np.ndarray, prototypes: Prototypes) -> tuple[np.nd
     """
     scene = np.empty(len(embeddings), dtype=np.int64)
     similarity = np.empty(len(embeddings), dtype=np.float32)
+    points = Points(embeddings, prototypes.centre)
     for start in range(0, len(embeddings), CHUNK):
         rows = slice(start, start + CHUNK)
-        cosines = unit(embeddings[rows], prototypes.centre) @ prototypes.vectors.T
-        nearest = cosines.argmax(axis=1)
-        scene[rows] = prototypes.classes[nearest]
-        similarity[rows] = np.take_along_axis(cosines, nearest[:, None], axis=1)[:, 0]
+        nearest, distance = nearest_centroid(points[rows], prototypes.vectors)
+        scene[rows], similarity[rows] = prototypes.classes[nearest], 1 - distance
     scene[similarity < prototypes.floor] = len(prototypes.names)
     return scene, similarity

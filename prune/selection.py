@@ -17,6 +17,7 @@ from corpus.errors import UserError
 from corpus.index import Corpus, index_corpus
 from corpus.tracking import track
 from prune.features import corpus_embeddings, corpus_entropy
+from prune.library import budget_of, refuse_not_finite
 from prune.pool import Pool, Selection
 from prune.report import write_prune_report
 
@@ -26,17 +27,6 @@ ENTROPY_PATCH = 16
 def method_name() -> str:
     """The chosen method's name as in configs/prune."""
     return HydraConfig.get().runtime.choices.prune
-
-
-def budget_of(images: int, ratio: float) -> int:
-    """Images to keep: exactly N - round(ratio N).
-
-    Raises:
-        UserError: the ratio is not in [0, 1).
-    """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise UserError(f"ratio={ratio} is outside [0, 1): it is the share that is removed, for example ratio=0.85")
-    return images - round(ratio * images)
 
 
 def reference_rows(corpus: Corpus, per_scene: int, generator: np.random.Generator) -> np.ndarray:
@@ -88,6 +78,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
             reference_labels=reference.manifest["scene"].to_numpy(dtype=object)[rows],
             captions=corpus.manifest["caption"].to_numpy(),
         )
+        refuse_not_finite(embeddings, corpus.readable, f"the embeddings of corpus {corpus.name}")
         with clock("selection"):
             selection = method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([cfg.seed, 2]))
         table = selection_table(pool, selection)

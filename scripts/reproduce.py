@@ -28,13 +28,17 @@ from downstream.conditional import held_out_part
 from downstream.semantic_synthesis import semantic_synthesis
 from downstream.super_resolution import bicubic_baseline, super_resolution
 from eval.floors import against_itself, halves, real_train, subset_quality
+from eval.metrics import kernel_distance_difference
 from eval.tables import append_result
 from prune.features import corpus_embeddings
 from prune.selection import select
 from scripts.report import rebuild
 from train.components import load_autoencoder, load_encoder
-from train.foundation import CONVERGENCE, held_out, pretrain
+from train.foundation import CONVERGENCE, GENERATED, held_out, pretrain
 from train.latents import decode, encode, fit_pca, to_tensor, to_uint8
+
+#: What every other method is compared with, image by image.
+BASELINE = "random"
 
 
 def with_method(method: str) -> DictConfig:
@@ -105,12 +109,25 @@ def subset(cfg: DictConfig, method: str) -> Path:
     return stage(cfg.runs, "subset", inputs, build)
 
 
+def differences(cfg: DictConfig, foundations: dict[str, Path], method: str) -> dict[str, float]:
+    """Paired difference of a method's KID to that of the `BASELINE`, on both held-out sets; none for the baseline."""
+    if method == BASELINE or BASELINE not in foundations:
+        return {}
+    metrics = {}
+    for name, held in held_out(cfg).items():
+        mine, other = (np.load(foundations[who] / GENERATED / f"{name}.npy") for who in (method, BASELINE))
+        key = f"{name}_kid_x1000_minus_{BASELINE}"
+        values = kernel_distance_difference(mine, other, held.features)
+        metrics |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
+    return metrics
+
+
 def cells(cfg: DictConfig) -> Iterator[tuple[str, str, int, dict, Path]]:
     """Every cell of the tables as (stage, method, step, metrics, directory), computed or found done."""
     directory = floors(cfg)
     for name, metrics in read_json(directory / "floors.json").items():
         yield "floor", name, 0, metrics, directory
-    foundations = {}
+    foundations: dict[str, Path] = {}
     for method in cfg.profile.methods:
         chosen = with_method(method)
         directory = subset(chosen, method)
@@ -120,8 +137,10 @@ def cells(cfg: DictConfig) -> Iterator[tuple[str, str, int, dict, Path]]:
             # what depends on the number of images compared stays in convergence.jsonl: these points use fewer
             unbiased = {key: value for key, value in line.items() if not re.search("fd_|fid|precision|recall", key)}
             yield "convergence", method, int(unbiased.pop("step")), unbiased, directory
+    for method, directory in foundations.items():
         summary = read_json(directory / "summary.json")
-        yield "generation", method, summary["steps"], summary["metrics"], directory
+        metrics = summary["metrics"] | differences(cfg, foundations, method)
+        yield "generation", method, summary["steps"], metrics, directory
     tasks = {"super_resolution": super_resolution, "semantic_synthesis": semantic_synthesis}
     if held_out(cfg)["balanced"].corpus.masks is None:
         del tasks["semantic_synthesis"]  # a folder has none, and the rest of the chain still stands

@@ -8,7 +8,13 @@ import torch
 from torchmetrics.image.fid import _compute_fid
 
 from eval.generate import starting_noise
-from eval.metrics import compare_features, frechet_distance, kernel_distance, precision_recall
+from eval.metrics import (
+    compare_features,
+    frechet_distance,
+    kernel_distance,
+    kernel_distance_difference,
+    precision_recall,
+)
 
 
 def gaussians(count: int, dimensions: int = 12, shift: float = 0.7) -> tuple[np.ndarray, np.ndarray]:
@@ -68,6 +74,30 @@ def test_kernel_distance_is_unbiased_and_its_interval_covers():
     hits, values = zip(*covered, strict=True)
     assert np.mean(hits) > 0.85
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
+
+
+def test_a_paired_difference_is_sharper_than_two_intervals_and_covers():
+    """Two sets that share their images' noise, one a little farther off than the other."""
+    differences, intervals, alone = [], [], []
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        reference, noise = random.standard_normal((2, 200, 4))
+        near, far = noise + 0.3, noise * 1.1 + 0.4
+        value, *interval = kernel_distance_difference(far, near, reference)
+        first, second = kernel_distance(far, reference), kernel_distance(near, reference)
+        assert value == pytest.approx(first[0] - second[0])
+        differences.append(value)
+        intervals.append(interval)
+        alone.append(first[2] - first[1])
+    low, high = np.transpose(intervals)
+    expected = np.mean(differences)  # the estimator is unbiased
+    assert np.mean((low <= expected) & (expected <= high)) > 0.85
+    assert np.mean(high - low) < np.mean(alone)
+
+
+def test_paired_sets_have_one_size():
+    with pytest.raises(ValueError, match="differ in size: 5, 4, 5"):
+        kernel_distance_difference(np.ones((5, 2)), np.ones((4, 2)), np.ones((5, 2)))
 
 
 def test_precision_and_recall_of_nested_sets():

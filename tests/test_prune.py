@@ -14,6 +14,7 @@ from prune.baselines import Full, Random
 from prune.entropy import local_entropy, patch_entropies
 from prune.pool import Pool
 from prune.rsprune import RSPrune, pick_in_cluster
+from prune.scenes import assign_scenes, fit_prototypes
 from prune.selection import budget_of
 
 
@@ -155,6 +156,21 @@ def test_unknown_scenes_are_not_lost():
     selection = RSPrune(floor_quantile=0.001).select(pool, 60, np.random.default_rng(0))
     assert (selection.scene[400:] == "open").mean() > 0.9
     assert (selection.kept >= 400).sum() >= 10
+
+
+def test_the_open_floor_holds_for_images_the_prototypes_have_not_seen():
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((5, 64))
+    labels = np.repeat(np.arange(5), 60)
+    reference, others = (centres[np.repeat(np.arange(5), n)] + random.standard_normal((5 * n, 64)) for n in (60, 2000))
+    prototypes = fit_prototypes(reference, labels.astype(str), 8, 0.05, seed=0)
+    scenes, _ = assign_scenes(others, prototypes)
+    assert np.mean(scenes == 5) < 0.1  # near the 5 % asked for; far above it when measured on the fitted images
+
+
+def test_a_reference_with_one_image_a_class_sets_no_floor():
+    prototypes = fit_prototypes(np.eye(3, 8), np.array(["a", "b", "c"]), 4, 0.01, seed=0)
+    assert prototypes.floor == -np.inf and len(prototypes.vectors) == 3
 
 
 def test_same_seed_same_selection():

@@ -51,6 +51,17 @@ def test_methods_are_ordered_and_floors_come_last():
     assert table["kind"].tolist() == ["measured"] * 5 + ["floor"] * 2
 
 
+def test_a_paired_difference_has_a_sign_and_no_best():
+    key = "balanced_kid_x1000_minus_random"
+    paired = {key: -20.4, f"{key}_low": -33.6, f"{key}_high": -7.2}
+    rows = [row("generation", "random", kid(310.9)), row("generation", "rsprune", kid(290.5, **paired))]
+    markdown = to_markdown("generation", build_tables(rows)["generation"])
+    head, _, *body = lines_of(markdown)
+    place = head.index("balanced KID×10³ minus random's")
+    assert {line[0]: line[place] for line in body} == {"random": "–", "rsprune": "-20 [-34, -7]"}
+    assert "Differences are paired" in markdown
+
+
 def test_markdown_shows_rounded_values_intervals_and_the_best_measured_one():
     markdown = to_markdown("generation", build_tables([*GENERATION, *FLOORS])["generation"])
     head, _, *body = lines_of(markdown)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -31,10 +33,12 @@ from train.diffusion import (
     new_unet,
     text_to_image_pipeline,
 )
-from train.loop import LoopOptions, Modules, train_loop
+from train.loop import ComputeLoss, LoopOptions, Modules, train_loop
 from train.text_encoder import clip_score, encode_prompts
 
 CONVERGENCE = "convergence.jsonl"
+#: Folder of a run with the features of the final images, `<held-out set>.npy`, for paired comparisons.
+GENERATED = "generated_features"
 
 
 def held_out(cfg: DictConfig) -> dict[str, HeldOut]:
@@ -62,35 +66,67 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
 
     def build(directory: Path) -> None:
         with track(cfg, "pretrain", f"{name}-{cfg.ratio}") as tracker:
-            _train(cfg, name, selection, corpus, text, autoencoder, sets, directory, tracker)
+            _train(_Run(cfg, name, selection, corpus, text, autoencoder, sets, directory, tracker))
 
     return stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=True)
 
 
-def _train(
-    cfg: DictConfig,
-    name: str,
-    selection: Path,
-    corpus: Corpus,
-    text: TextParts,
-    autoencoder: torch.nn.Module,
-    sets: dict[str, HeldOut],
-    directory: Path,
-    tracker: Tracker,
-) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """What one pretraining run is made of."""
+
+    cfg: DictConfig
+    name: str
+    selection: Path
+    corpus: Corpus
+    text: TextParts
+    autoencoder: torch.nn.Module
+    sets: dict[str, HeldOut]
+    directory: Path
+    tracker: Tracker
+
+    def pipeline(self, unet: torch.nn.Module) -> StableDiffusionPipeline:
+        text = self.text
+        return text_to_image_pipeline(
+            self.autoencoder, text.text_encoder, text.tokenizer, unet, self.cfg.train.flow_shift
+        )
+
+
+def _train(run: _Run) -> None:
+    cfg = run.cfg
     accelerator = make_accelerator(cfg)
-    for part in (autoencoder, text.text_encoder, text.clip):
+    for part in (run.autoencoder, run.text.text_encoder, run.text.clip):
         if part is not None:
             part.to(accelerator.device)
-    rows = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
-    latents = encode_latents(autoencoder, corpus, rows, symmetries=cfg.train.symmetries)
-    captions, caption_of = np.unique(corpus.manifest["caption"].to_numpy(dtype=str)[rows], return_inverse=True)
-    # the last row is the empty caption, for classifier-free guidance
-    prompts = encode_prompts(text.text_encoder, text.tokenizer, [*captions, ""])
-
+    rows = np.flatnonzero(pd.read_parquet(run.selection / "selection.parquet")["kept"].to_numpy())
     options = LoopOptions(**cfg.train.loop, seed=cfg.seed)
+    unet, loss = _network_and_loss(run, rows, options, accelerator.device)
+    points = cfg.eval.convergence_points
+    best = train_loop(
+        accelerator,
+        {"unet": unet},
+        loss,
+        options,
+        run.directory,
+        label=f"pretrain {run.name}",
+        milestones=sorted({round(options.steps * (index + 1) / points) for index in range(points)}),
+        on_milestone=partial(_milestone, run, options.batch_size),
+        log=run.tracker.log,
+    )
+    if accelerator.is_main_process:
+        _finish(run, best["unet"], options, len(rows))
+
+
+def _network_and_loss(
+    run: _Run, rows: np.ndarray, options: LoopOptions, device: torch.device
+) -> tuple[UNet2DConditionModel, ComputeLoss]:
+    """The untrained network and its loss on the latents and captions of `rows`, encoded here, once."""
+    cfg = run.cfg
+    latents = encode_latents(run.autoencoder, run.corpus, rows, symmetries=cfg.train.symmetries)
+    captions, caption_of = np.unique(run.corpus.manifest["caption"].to_numpy(dtype=str)[rows], return_inverse=True)
+    # the last row is the empty caption, for classifier-free guidance
+    prompts = encode_prompts(run.text.text_encoder, run.text.tokenizer, [*captions, ""])
     objective = FlowOptions(**cfg.train.objective)
-    unet = new_unet(plain(cfg.model.unet), latents.shape[2], latents.shape[-1], prompts.shape[-1], seed=cfg.seed)
 
     def loss(modules: Modules, random: np.random.Generator, part: slice) -> torch.Tensor:
         picked = random.integers(len(rows), size=options.batch_size)
@@ -99,71 +135,69 @@ def _train(
         caption = torch.from_numpy(caption_of[picked])
         caption[dropped] = len(captions)
         batch = (latents[symmetry[part], picked[part]], prompts[caption[part]], noise[part], times[part])
-        return flow_matching_loss(modules["unet"], *(tensor.to(accelerator.device) for tensor in batch))
+        return flow_matching_loss(modules["unet"], *(tensor.to(device) for tensor in batch))
 
-    def pipeline_of(modules: Modules) -> StableDiffusionPipeline:
-        return text_to_image_pipeline(
-            autoencoder, text.text_encoder, text.tokenizer, modules["unet"], cfg.train.flow_shift
-        )
+    unet = new_unet(plain(cfg.model.unet), latents.shape[2], latents.shape[-1], prompts.shape[-1], seed=cfg.seed)
+    return unet, loss
 
-    def on_milestone(step: int, mean_loss: float, seconds: float, modules: Modules) -> None:
-        metrics = measure(cfg, pipeline_of(modules), text, sets["balanced"], cfg.eval.convergence_images)[0]
-        line = {
-            "step": step,
-            "images_seen": step * options.batch_size,
-            "seconds": round(seconds, 2),
-            "loss": mean_loss,
-            **{f"balanced_{key}": value for key, value in metrics.items()},
-        }
-        _put_line(directory / CONVERGENCE, line)
-        tracker.log({key: value for key, value in line.items() if key != "step"}, step)
-        sheet = _sample_sheet(cfg, pipeline_of(modules), corpus, directory / "samples" / f"step_{step:06d}.png")
-        tracker.image("samples", sheet, step)
 
-    points = cfg.eval.convergence_points
-    milestones = sorted({round(options.steps * (index + 1) / points) for index in range(points)})
-    best = train_loop(
-        accelerator,
-        {"unet": unet},
-        loss,
-        options,
-        directory,
-        label=f"pretrain {name}",
-        milestones=milestones,
-        on_milestone=on_milestone,
-        log=tracker.log,
-    )
-    if not accelerator.is_main_process:
-        return
-    pipeline = pipeline_of({"unet": best["unet"]})
-    pipeline.save_pretrained(directory / "pipeline")
+def _milestone(run: _Run, batch_size: int, step: int, mean_loss: float, seconds: float, modules: Modules) -> None:
+    """Measure the averaged network in the middle of its training, and draw its sample sheet."""
+    pipeline, cfg = run.pipeline(modules["unet"]), run.cfg
+    metrics = measure(cfg, pipeline, run.text, run.sets["balanced"], cfg.eval.convergence_images).metrics
+    line = {
+        "step": step,
+        "images_seen": step * batch_size,
+        "seconds": round(seconds, 2),
+        "loss": mean_loss,
+        **{f"balanced_{key}": value for key, value in metrics.items()},
+    }
+    _put_line(run.directory / CONVERGENCE, line)
+    run.tracker.log({key: value for key, value in line.items() if key != "step"}, step)
+    sheet = _sample_sheet(cfg, pipeline, run.corpus, run.directory / "samples" / f"step_{step:06d}.png")
+    run.tracker.image("samples", sheet, step)
+
+
+def _finish(run: _Run, unet: torch.nn.Module, options: LoopOptions, images: int) -> None:
+    """Save the pipeline, measure it on both held-out sets and write the summary."""
+    pipeline = run.pipeline(unet)
+    pipeline.save_pretrained(run.directory / "pipeline")
+    (run.directory / GENERATED).mkdir(exist_ok=True)
     metrics = {}
-    for held in sets.values():
-        measured, images = measure(cfg, pipeline, text, held, len(held.rows))
-        metrics |= {f"{held.name}_{key}": value for key, value in measured.items()}
+    for held in run.sets.values():
+        measured = measure(run.cfg, pipeline, run.text, held, len(held.rows))
+        metrics |= {f"{held.name}_{key}": value for key, value in measured.metrics.items()}
+        np.save(run.directory / GENERATED / f"{held.name}.npy", measured.features)
         labels = [caption.removeprefix("a satellite image of ") for caption in held.captions[:64]]
-        _save(contact_sheet(images[:64], 8, labels), directory / "samples" / f"{held.name}.png")
-    convergence = [json.loads(line) for line in (directory / CONVERGENCE).read_text().splitlines()]
+        _save(contact_sheet(measured.images[:64], 8, labels), run.directory / "samples" / f"{held.name}.png")
+    convergence = [json.loads(line) for line in (run.directory / CONVERGENCE).read_text().splitlines()]
     summary = {
-        "method": name,
-        "ratio": cfg.ratio,
-        "images": len(rows),
+        "method": run.name,
+        "ratio": run.cfg.ratio,
+        "images": images,
         "steps": options.steps,
         "images_seen": options.steps * options.batch_size,
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "seconds": convergence[-1]["seconds"],
         "loss": convergence[-1]["loss"],
         "metrics": metrics,
-        "selection": selection.name,
-        "seed": cfg.seed,
+        "selection": run.selection.name,
+        "seed": run.cfg.seed,
     }
-    write_json(directory / "summary.json", summary)
-    tracker.summary(metrics)
+    write_json(run.directory / "summary.json", summary)
+    run.tracker.summary(metrics)
 
 
-def measure(
-    cfg: DictConfig, pipeline: StableDiffusionPipeline, text: TextParts, held: HeldOut, count: int
-) -> tuple[dict[str, float], np.ndarray]:
+@dataclass(frozen=True)
+class Measured:
+    """Generated images uint8 [N, R, R, 3], their features float32 [N, D] and their distances to the held-out ones."""
+
+    images: np.ndarray
+    features: np.ndarray
+    metrics: dict[str, float]
+
+
+def measure(cfg: DictConfig, pipeline: StableDiffusionPipeline, text: TextParts, held: HeldOut, count: int) -> Measured:
     """Generate from the captions of the first `count` held-out images and compare with them."""
     prompts = held.captions[:count]
     images = generate(
@@ -175,11 +209,12 @@ def measure(
         label=f"generate {held.name}",
     )
     encoder = load_encoder(cfg)
-    metrics = compare_features(embed(encoder, images), held.features[:count], encoder.name)
+    features = embed(encoder, images)
+    metrics = compare_features(features, held.features[:count], encoder.name)
     if text.clip is not None:
         score = clip_score(text.clip, text.tokenizer, images, prompts, text.clip_pixels)
         metrics[f"clip_{cfg.text_encoder.score_name}"] = float(score.mean())
-    return metrics, images
+    return Measured(images, features, metrics)
 
 
 def _sample_sheet(cfg: DictConfig, pipeline: StableDiffusionPipeline, corpus: Corpus, path: Path) -> Path:
@@ -209,6 +244,6 @@ def _put_line(path: Path, line: dict) -> None:
     """Add a line to a JSON-lines file, replacing those of this step and later (a resumed run repeats them)."""
     lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
     lines = [old for old in lines if old["step"] < line["step"]] + [plain(line)]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
-    os.replace(partial, path)
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    os.replace(beside, path)

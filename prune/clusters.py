@@ -1,0 +1,174 @@
+"""k-means of a scene at any size: bounded samples, level by level, the rest assigned in a stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+
+from prune.pool import Pool, Selection
+
+CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class Points:
+    """Rows of an embedding matrix, usually a memory map, read only where they are needed.
+
+    Attributes:
+        embeddings: float [N, D].
+        centre: float32 [D], subtracted.
+        spherical: bring rows to unit length.
+    """
+
+    embeddings: np.ndarray
+    centre: np.ndarray
+    spherical: bool = True
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """float32 [K, D], centred and, if spherical, of unit length; a zero vector stays zero."""
+        centred = np.asarray(self.embeddings[rows], dtype=np.float32) - self.centre
+        return normalise(centred) if self.spherical else centred
+
+
+def normalise(vectors: np.ndarray) -> np.ndarray:
+    """Rows of unit length, float32 [N, D]; a zero row stays zero."""
+    vectors = np.asarray(vectors, dtype=np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def kmeans(points: np.ndarray, clusters: int, seed: int, *, iterations: int = 20, spherical: bool = True) -> np.ndarray:
+    """Centroids by faiss k-means, float32 [min(clusters, n), D]; spherical ones have unit length."""
+    points = np.ascontiguousarray(points, dtype=np.float32)
+    clusters = min(clusters, len(points))
+    if clusters == len(points):
+        return points.copy()
+    model = faiss.Kmeans(
+        points.shape[1],
+        clusters,
+        niter=iterations,
+        spherical=spherical,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=1_000_000_000,
+    )
+    model.train(points)
+    return model.centroids
+
+
+def nearest_centroid(
+    points: np.ndarray, centroids: np.ndarray, spherical: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the nearest centroid, int64 [n], and the distance to it, float32 [n].
+
+    The distance is 1 - cosine for spherical clusters, Euclidean otherwise. Ties go to the first.
+    """
+    products = points @ centroids.T
+    if spherical:
+        labels = products.argmax(axis=1)
+        return labels, 1 - np.take_along_axis(products, labels[:, None], axis=1)[:, 0]
+    squares = (points**2).sum(axis=1, keepdims=True) - 2 * products + (centroids**2).sum(axis=1)
+    labels = squares.argmin(axis=1)
+    return labels, np.sqrt(np.maximum(np.take_along_axis(squares, labels[:, None], axis=1)[:, 0], 0))
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """How a set of rows is clustered.
+
+    Args:
+        branches: most clusters of one k-means.
+        hierarchical: beyond `branches`, split every cluster again until there are as many as asked for; otherwise
+            `branches` is the most there will be.
+        sample_per_cluster: rows per cluster on which one k-means runs; the rest is assigned.
+        iterations: of Lloyd's algorithm.
+    """
+
+    branches: int = 64
+    hierarchical: bool = True
+    sample_per_cluster: int = 256
+    iterations: int = 20
+
+    def __call__(
+        self, points: Points, rows: np.ndarray, clusters: int, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """About `clusters` clusters of `rows`, int64 [n].
+
+        With b branches the cost is n b log(clusters) / log(b) products and a bounded k-means per branch: near-linear
+        in n, where one k-means with as many clusters would be quadratic.
+
+        Returns:
+            labels: int64 [n], 0..k-1, none empty.
+            distances: float32 [n] to the centroid of the last level.
+        """
+        branches = max(1, min(clusters, self.branches, len(rows)))
+        sample = rows
+        if len(rows) > branches * self.sample_per_cluster:
+            sample = rows[np.sort(generator.choice(len(rows), branches * self.sample_per_cluster, replace=False))]
+        seed = int(generator.integers(2**31))
+        centroids = kmeans(points[sample], branches, seed, iterations=self.iterations, spherical=points.spherical)
+        labels, distances = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            labels[part], distances[part] = nearest_centroid(points[rows[part]], centroids, points.spherical)
+        if self.hierarchical and clusters > branches:
+            groups, offset = members_of(labels, branches), 0
+            for group in groups:
+                wanted = round(len(group) * clusters / len(rows))
+                if wanted > 1:
+                    labels[group], distances[group] = self(points, rows[group], wanted, generator)
+                    labels[group] += offset
+                else:
+                    labels[group] = offset
+                offset = labels[group].max(initial=offset - 1) + 1
+        return np.unique(labels, return_inverse=True)[1], distances
+
+
+def members_of(labels: np.ndarray, count: int) -> list[np.ndarray]:
+    """Ascending positions of every label 0..count-1, in one sort."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.searchsorted(labels[order], np.arange(1, count)))
+
+
+def corpus_points(pool: Pool) -> tuple[np.ndarray, Points]:
+    """Readable rows of a pool, int64 [n], and its embeddings centred on their mean, of unit length.
+
+    Centred, because features after a ReLU all point the same way and their raw cosines say little.
+    """
+    rows = np.flatnonzero(pool.readable)
+    total = np.zeros(pool.embeddings.shape[1], dtype=np.float64)
+    for start in range(0, len(rows), CHUNK):
+        total += np.asarray(pool.embeddings[rows[start : start + CHUNK]], dtype=np.float32).sum(axis=0)
+    return rows, Points(pool.embeddings, (total / max(1, len(rows))).astype(np.float32))
+
+
+def corpus_clusters(
+    pool: Pool, clusters: int | None, generator: np.random.Generator
+) -> tuple[np.ndarray, Points, np.ndarray, np.ndarray]:
+    """One flat spherical k-means of the readable images; `clusters` None: the square root of their number.
+
+    Returns:
+        rows int64 [n], points, labels int64 [n], cosine distances float32 [n].
+    """
+    rows, points = corpus_points(pool)
+    if len(rows) == 0:
+        return rows, points, np.empty(0, np.int64), np.empty(0, np.float32)
+    clusters = clusters or max(1, round(len(rows) ** 0.5))
+    labels, distances = Clustering(clusters, hierarchical=False)(points, rows, clusters, generator)
+    return rows, points, labels, distances
+
+
+def ranked(pool: Pool, rows: np.ndarray, score: np.ndarray, budget: int, reason: str, **diagnostics: Any) -> Selection:
+    """Keep the `budget` rows of the highest score; ties go to the first."""
+    kept = rows[np.argsort(-score, kind="stable")[:budget]]
+    return Selection.of(pool, kept, reason, **diagnostics)
+
+
+def cluster_diagnostics(pool: Pool, rows: np.ndarray, labels: np.ndarray, distances: np.ndarray) -> dict[str, Any]:
+    """`cluster` and `centroid_distance` of a selection, for clusters of some rows."""
+    cluster = np.full(len(pool), -1, dtype=np.int32)
+    distance = np.full(len(pool), np.nan, dtype=np.float32)
+    cluster[rows], distance[rows] = labels, distances
+    return {"cluster": cluster, "centroid_distance": distance}

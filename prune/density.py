@@ -1,0 +1,76 @@
+"""Density-based pruning: more images for the more complex clusters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from prune.clusters import cluster_diagnostics, corpus_clusters, members_of, normalise
+from prune.pool import Pool, Selection
+
+
+@dataclass(frozen=True)
+class DensityPruning:
+    """Density-based pruning (Abbas et al. 2024, arXiv 2401.04578).
+
+    A cluster's complexity is its mean distance to the nearest other centroids times its images' mean distance to its
+    own; a softmax over complexities gives its share of the budget, and a quadratic program the nearest feasible one.
+    Inside a cluster the images farthest from the centroid are kept. Left out: the de-duplication and the CLIP-score
+    filter that the paper runs first.
+
+    Args:
+        clusters: k-means clusters; None: the square root of the number of images.
+        temperature: of the softmax.
+        neighbours: centroids to which the outer distance is averaged.
+    """
+
+    clusters: int | None = None
+    temperature: float = 0.1
+    neighbours: int = 20
+
+    def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
+        rows, points, labels, distances = corpus_clusters(pool, self.clusters, generator)
+        budget = min(budget, len(rows))
+        members = members_of(labels, int(labels.max(initial=-1)) + 1)
+        if budget == 0:
+            return Selection.of(pool, rows[:0], "redundant")
+        centroids = normalise(np.stack([points[rows[group]].mean(axis=0) for group in members]))
+        inner = np.array([distances[group].mean() for group in members])
+        complexity = inner * outer_distance(centroids, self.neighbours)
+        shares = np.exp((complexity - complexity.max()) / self.temperature)
+        budgets = nearest_feasible(budget * shares / shares.sum(), np.array([len(group) for group in members]), budget)
+        kept = [
+            group[np.argsort(-distances[group], kind="stable")[:count]]
+            for group, count in zip(members, budgets, strict=True)
+        ]
+        diagnostics = cluster_diagnostics(pool, rows, labels, distances)
+        return Selection.of(pool, rows[np.concatenate(kept)], "redundant", **diagnostics)
+
+
+def outer_distance(centroids: np.ndarray, neighbours: int) -> np.ndarray:
+    """Mean cosine distance of each unit centroid to its nearest `neighbours` others, float [k]; one cluster: ones."""
+    if len(centroids) == 1:
+        return np.ones(1)
+    distances = 1 - centroids @ centroids.T
+    np.fill_diagonal(distances, np.inf)
+    return np.sort(distances, axis=1)[:, : min(neighbours, len(centroids) - 1)].mean(axis=1)
+
+
+def nearest_feasible(wanted: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
+    """Integers that sum to `budget` within 0..sizes, nearest to `wanted` in least squares.
+
+    The program min |x - wanted|^2, sum x = budget, 0 <= x <= sizes is solved by x = clip(wanted + shift, 0, sizes) for
+    one shift, found by bisection; then rounded by largest remainders.
+    """
+    low, high = -wanted.max() - 1.0, float(sizes.max()) + 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.clip(wanted + middle, 0, sizes).sum() < budget else (low, middle)
+    exact = np.clip(wanted + high, 0, sizes)
+    whole = np.floor(exact + 1e-9).astype(np.int64)
+    for index in np.argsort(whole - exact, kind="stable"):
+        if whole.sum() >= budget:
+            break
+        whole[index] += whole[index] < sizes[index]
+    return whole

@@ -1,0 +1,155 @@
+"""Pruning of plain NumPy arrays: no configuration, no files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from corpus.errors import UserError
+from prune import rsprune
+from prune.clusters import CHUNK
+from prune.pool import Method, Pool, Selection
+
+NAMED = 5  # bad rows that an error names
+
+
+class RSPrune:
+    """RS-Prune (arXiv 2512.23239) on arrays.
+
+    >>> selection = RSPrune(ratio=0.85).select(embeddings, entropy=bits, reference=known, labels=classes)
+    >>> subset = images[selection.kept]
+
+    Args:
+        ratio: share that is removed, in [0, 1): exactly N - round(ratio N) images are kept.
+        seed: same seed, same selection bit for bit.
+        parameters: of `prune.rsprune.RSPrune`, for example `uniformity=0.5`.
+    Raises:
+        TypeError: there is no such parameter.
+        UserError: the ratio is out of range.
+    """
+
+    def __init__(self, ratio: float = 0.85, *, seed: int = 0, **parameters: Any) -> None:
+        budget_of(1, ratio)
+        self.ratio = ratio
+        self.seed = seed
+        self.method = rsprune.RSPrune(**parameters)
+
+    def select(
+        self,
+        embeddings: np.ndarray,
+        *,
+        entropy: np.ndarray | None = None,
+        reference: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        readable: np.ndarray | None = None,
+    ) -> Selection:
+        """Choose the images to keep; the arguments are those of `select_from_arrays`."""
+        return select_from_arrays(
+            self.method,
+            embeddings,
+            ratio=self.ratio,
+            seed=self.seed,
+            entropy=entropy,
+            reference=reference,
+            labels=labels,
+            readable=readable,
+        )
+
+
+def select_from_arrays(
+    method: Method,
+    embeddings: np.ndarray,
+    *,
+    ratio: float,
+    seed: int = 0,
+    entropy: np.ndarray | None = None,
+    reference: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    readable: np.ndarray | None = None,
+) -> Selection:
+    """Run any pruning method on arrays.
+
+    Args:
+        method: for example `prune.semdedup.SemDeDup()`.
+        embeddings: float [N, D], one row an image; a memory map is read in parts.
+        ratio: share that is removed, in [0, 1).
+        entropy: float [N] in bits (`prune.entropy.local_entropy`); None: no image is dropped for its entropy.
+        reference: float [M, D], embeddings of a labelled set by the same encoder; None: no scenes are told apart.
+        labels: [M], the reference's class of each row.
+        readable: bool [N]; images that are not count in N and are never kept. None: all are.
+    Returns:
+        a Selection: `kept` is int64 [K], ascending; `reason`, `scene`, `cluster` ... have one entry an image.
+    Raises:
+        UserError: shapes disagree, a number is not finite, or the ratio is out of range.
+    """
+    embeddings = _matrix(embeddings, "embeddings")
+    size = len(embeddings)
+    readable = np.ones(size, dtype=bool) if readable is None else _vector(readable, size, "readable").astype(bool)
+    refuse_not_finite(embeddings, readable, "embeddings")
+    if entropy is None:
+        entropy = np.full(size, np.nan, dtype=np.float32)
+    else:
+        entropy = _vector(entropy, size, "entropy").astype(np.float32)
+        refuse_not_finite(entropy[:, None], readable, "entropy")
+    if (reference is None) != (labels is None):
+        raise UserError("reference and labels belong together: give both or neither")
+    if reference is None:
+        reference, labels = np.empty((0, embeddings.shape[1]), np.float32), np.empty(0, dtype=object)
+    reference = _matrix(reference, "reference")
+    if reference.shape[1] != embeddings.shape[1]:
+        raise UserError(
+            f"reference has {reference.shape[1]} dimensions and embeddings {embeddings.shape[1]}: "
+            "embed both with one encoder"
+        )
+    refuse_not_finite(reference, np.ones(len(reference), dtype=bool), "reference")
+    pool = Pool(
+        ids=np.arange(size).astype(str),
+        readable=readable,
+        entropy=entropy,
+        embeddings=embeddings,
+        reference_embeddings=reference,
+        reference_labels=_vector(labels, len(reference), "labels").astype(str).astype(object),
+    )
+    return method.select(pool, budget_of(size, ratio), np.random.default_rng([seed, 2]))
+
+
+def budget_of(images: int, ratio: float) -> int:
+    """Images to keep: exactly N - round(ratio N).
+
+    Raises:
+        UserError: the ratio is not in [0, 1).
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise UserError(f"ratio={ratio} is outside [0, 1): it is the share that is removed, for example ratio=0.85")
+    return images - round(ratio * images)
+
+
+def _matrix(values: np.ndarray, name: str) -> np.ndarray:
+    values = np.asarray(values) if not isinstance(values, np.ndarray) else values
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+        raise UserError(f"{name} must be floats of shape [images, dimensions], not {values.dtype} {values.shape}")
+    return values
+
+
+def _vector(values: np.ndarray, size: int, name: str) -> np.ndarray:
+    values = np.asarray(values)
+    if values.shape != (size,):
+        raise UserError(f"{name} must have shape ({size},), one entry a row, not {values.shape}")
+    return values
+
+
+def refuse_not_finite(values: np.ndarray, wanted: np.ndarray, name: str) -> None:
+    """Raise a UserError that names the first bad rows."""
+    bad: list[int] = []
+    for start in range(0, len(values), CHUNK):
+        part = slice(start, start + CHUNK)
+        # a sum over a row is finite only if the row is; its overflow would need a row beyond any encoder's
+        sums = values[part].sum(axis=1, dtype=np.float32)
+        suspects = np.flatnonzero(~np.isfinite(sums) & wanted[part]) + start
+        bad += [int(row) for row in suspects if not np.isfinite(values[row]).all()]
+    if bad:
+        named = ", ".join(map(str, bad[:NAMED])) + (" ..." if len(bad) > NAMED else "")
+        raise UserError(
+            f"{name} of {len(bad)} images are not finite (rows {named}): embed them again or mark them unreadable"
+        )

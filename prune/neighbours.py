@@ -1,0 +1,39 @@
+"""Nearest neighbours of the images of a pool, by faiss."""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+
+EXACT = 20_000  # images; above it an inverted file is searched
+
+
+def nearest_neighbours(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` most similar other rows of each row, by cosine.
+
+    Exact up to `EXACT` rows, then an inverted file of sqrt(n) lists, 16 of them probed.
+
+    Args:
+        points: float32 [n, D], unit length.
+        count: cut to n - 1.
+    Returns:
+        indices int64 [n, count] and cosines float32 [n, count], best first; -1 and -inf where the search found fewer.
+    """
+    points = np.ascontiguousarray(points, dtype=np.float32)
+    count = min(count, len(points) - 1)
+    if count <= 0:
+        return np.empty((len(points), 0), np.int64), np.empty((len(points), 0), np.float32)
+    index = faiss.IndexFlatIP(points.shape[1])
+    if len(points) > EXACT:
+        lists = round(len(points) ** 0.5)
+        index = faiss.IndexIVFFlat(index, points.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+        index.nprobe = 16
+        index.train(points[:: max(1, len(points) // (lists * 64))])
+    index.add(points)
+    cosines, found = index.search(points, count + 1)
+    itself = found == np.arange(len(points))[:, None]
+    itself[~itself.any(axis=1), -1] = True  # crowded out by exact duplicates: drop the last instead
+    keep = ~itself
+    shape = (len(points), count)
+    found, cosines = found[keep].reshape(shape), cosines[keep].reshape(shape)
+    return found, np.where(found < 0, -np.inf, cosines)
