@@ -106,7 +106,7 @@ class RSPrune:
             return pool.readable.copy(), None, 0
         threshold = self.entropy_bits
         if threshold is None and self.entropy_otsu:
-            threshold = threshold_otsu(known) if known.min() < known.max() else known.min()
+            threshold = otsu(known)
         if threshold is None:
             threshold = np.quantile(known, self.entropy_quantile)
         entropy = np.where(pool.readable, pool.entropy, -np.inf)
@@ -155,6 +155,12 @@ class RSPrune:
                 )
                 picks.append(group[chosen])
         return np.concatenate(picks)
+
+
+def otsu(values: np.ndarray) -> float:
+    """Otsu's (1979) threshold of a sample, from 256 bins; values from it on are the upper class."""
+    low, high = float(values.min()), float(values.max())
+    return threshold_otsu(values, 256) + (high - low) / 512 if low < high else low  # of the bin, its upper edge
 
 
 def pick_in_cluster(
