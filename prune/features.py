@@ -10,17 +10,17 @@ from corpus.artefacts import read_json, stage, write_json
 from corpus.encoder import EfficientNetLite0
 from corpus.index import Corpus
 from corpus.progress import progress
-from prune.entropy import local_entropy
+from prune.entropy import LocalEntropy
 
 
-def corpus_entropy(corpus: Corpus, patch: int, runs: Path | str) -> np.ndarray:
+def corpus_entropy(corpus: Corpus, measure: LocalEntropy, runs: Path | str) -> np.ndarray:
     """Local entropy float32 [N] in bits, zero where unreadable; cached."""
 
     def build(directory: Path) -> None:
         images = progress(corpus.images, "entropy", total=len(corpus))
-        np.save(directory / "entropy.npy", np.array([local_entropy(image, patch) for image in images], np.float32))
+        np.save(directory / "entropy.npy", np.array([measure(image) for image in images], np.float32))
 
-    directory = stage(runs, "entropy", {"corpus": corpus.fingerprint, "patch": patch}, build)
+    directory = stage(runs, "entropy", {"corpus": corpus.fingerprint, "measure": measure}, build)
     return np.load(directory / "entropy.npy")
 
 

@@ -21,8 +21,6 @@ from prune.library import budget_of, refuse_not_finite
 from prune.pool import Pool, Selection
 from prune.report import write_prune_report
 
-ENTROPY_PATCH = 16
-
 
 def method_name() -> str:
     """The chosen method's name as in configs/prune."""
@@ -55,13 +53,14 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         "method": method,
         "ratio": ratio,
         "seed": cfg.seed,
+        "entropy": cfg.entropy,
         "encoder": cfg.encoder,
         "reference": cfg.reference,
     }
 
     def build(directory: Path) -> None:
         with clock("entropy"):
-            entropy = corpus_entropy(corpus, ENTROPY_PATCH, cfg.runs)
+            entropy = corpus_entropy(corpus, instantiate(cfg.entropy), cfg.runs)
         encoder = instantiate(cfg.encoder)
         with clock("embedding"):
             embeddings = corpus_embeddings(corpus, encoder, cfg.runs)

@@ -11,7 +11,7 @@ from skimage.measure import shannon_entropy
 from corpus.errors import UserError
 from prune.allocation import allocate, proportional, water_fill
 from prune.baselines import Full, Random
-from prune.entropy import local_entropy, patch_entropies
+from prune.entropy import AGGREGATES, LocalEntropy, local_entropy, patch_entropies
 from prune.pool import Pool
 from prune.rsprune import RSPrune, pick_in_cluster
 from prune.scenes import assign_scenes, fit_prototypes
@@ -35,6 +35,43 @@ def test_entropy_agrees_with_scikit_image():
     luma = (image @ np.array([299, 587, 114]) + 500) // 1000
     expected = [shannon_entropy(luma[y : y + 8, x : x + 8]) for y in range(0, 40, 8) for x in range(0, 56, 8)]
     np.testing.assert_allclose(patch_entropies(image, 8), expected)
+
+
+def test_fewer_bins_merge_neighbouring_levels():
+    levels = np.tile(np.array([[8, 9], [200, 201]], dtype=np.uint8), (8, 8))
+    assert LocalEntropy()(grey(levels)) == pytest.approx(2)
+    assert LocalEntropy(bins=128)(grey(levels)) == pytest.approx(1)
+    assert LocalEntropy(bins=2)(levels) == pytest.approx(1)  # grey images go in as they are
+
+
+def test_aggregates_of_four_known_patches():
+    flat, busy = np.full((16, 16), 9), np.arange(256).reshape(16, 16)
+    image = grey(np.block([[flat, busy], [busy, busy]]))
+    bits = {name: LocalEntropy(aggregate=name, quantile=0.5, bits=4.0)(image) for name in AGGREGATES}
+    assert bits == pytest.approx({"mean": 6, "min": 0, "quantile": 8, "share": 0.75})
+
+
+def test_no_data_is_not_counted():
+    busy, hole = np.arange(1, 257).reshape(16, 16) % 255 + 1, np.zeros((16, 16), dtype=int)
+    image = grey(np.block([[hole, busy], [hole, busy]]))
+    assert LocalEntropy(no_data=0)(image) == pytest.approx(LocalEntropy()(grey(busy)))
+    assert LocalEntropy()(image) < LocalEntropy(no_data=0)(image)
+    assert LocalEntropy(no_data=0)(grey(np.zeros((32, 32)))) == 0
+
+
+def test_a_median_takes_sensor_noise_away():
+    noisy = np.full((64, 64), 100)
+    speckle = np.random.default_rng(0).permutation(64 * 64)[:200]
+    noisy.flat[speckle] = 255
+    assert LocalEntropy()(grey(noisy)) > 0.2
+    assert LocalEntropy(denoise=True)(grey(noisy)) < 0.05
+
+
+def test_unknown_aggregates_and_bins_are_refused():
+    with pytest.raises(ValueError, match="aggregate=max: give one of"):
+        LocalEntropy(aggregate="max")
+    with pytest.raises(ValueError, match="power of two"):
+        LocalEntropy(bins=100)
 
 
 capacities = st.lists(st.integers(0, 40), min_size=1, max_size=12)
