@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench sweep tables readme autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench sweep quality suggest tables readme autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -50,9 +50,16 @@ lint: $(READY)  ## ruff
 
 bench: $(READY)  ## speed of every stage on this machine
 	$(BIN)/python scripts/bench.py profile=$(PROFILE)
+	$(BIN)/python scripts/bench_selection.py profile=$(PROFILE)
 
 sweep: $(READY)  ## pretrain over methods and ratios
 	$(BIN)/python train/pretrain.py -m prune=full,random,rsprune ratio=0.5,0.85 profile=$(PROFILE)
+
+quality: $(READY)  ## every pruning method at several ratios, judged without training
+	$(BIN)/python scripts/quality.py profile=$(PROFILE)
+
+suggest: $(READY)  ## the ratio to prune at: a curve and its knee
+	$(BIN)/python scripts/suggest.py profile=$(PROFILE)
 
 tables: $(READY)  ## tables from results/PROFILE/results.jsonl
 	$(BIN)/python scripts/tables.py profile=$(PROFILE)

@@ -148,6 +148,21 @@ def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.nda
     return figure
 
 
+def ratio_curve(table: pd.DataFrame, suggested: float, title: str) -> Figure:
+    """Representation of the corpus by its subset over ratios, and the suggested ratio.
+
+    Args:
+        table: columns ratio (share removed) and representation (cosine of an image to its nearest kept one).
+    """
+    figure = _figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    axes.plot(100 * table["ratio"], table["representation"], color=AFTER, marker="o", linewidth=2, zorder=3)
+    axes.axvline(100 * suggested, color=ACCENT, linewidth=2, zorder=2, label=f"knee of the curve, ratio={suggested:g}")
+    _dress(axes, title, "removed (%)", "cosine to the nearest kept image")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=11)
+    return figure
+
+
 def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int = 30) -> Figure:
     """Images (log scale) and shares of every scene before and after pruning, largest scene first.
 

@@ -1,4 +1,4 @@
-"""What no method can beat: the floors of every table of distances, and the subsets themselves."""
+"""What no method can beat: the floors of every table of distances."""
 
 from __future__ import annotations
 
@@ -53,17 +53,4 @@ def against_itself(
         metrics |= prefixed(name, compare_features(features, held.features, encoder.name))
         error = np.mean((reconstructions[name].astype(np.float64) - held.images) ** 2)
         metrics |= prefixed(name, {"psnr": float(10 * np.log10(255**2 / error))})
-    return metrics
-
-
-def subset_quality(
-    rows: np.ndarray, sets: Mapping[str, HeldOut], embeddings: np.ndarray, encoder: EfficientNetLite0, seed: int
-) -> dict[str, float]:
-    """The selected real images themselves, as many as the held-out set has, against both sets."""
-    metrics = {}
-    for index, (name, held) in enumerate(sets.items()):
-        generator = np.random.default_rng([seed, 300 + index])
-        picked = generator.permutation(rows)[: len(held.rows)]
-        features = embeddings[np.sort(picked)].astype(np.float32)
-        metrics |= prefixed(name, compare_features(features, held.features, encoder.name))
     return metrics

@@ -39,7 +39,8 @@ TABLE_OF_STAGE = {
 TABLE_NOTES = {
     "generation": "Generated images against real held-out images: a scene-balanced set and one as nature mixes it.",
     "convergence": "The same measures during training: at each step every method has seen equally many images.",
-    "subset_quality": "The kept real images themselves against the held-out images, before any training.",
+    "subset_quality": "The kept real images themselves against the held-out images, before any training; Vendi score "
+    "(effective number of kinds), evenness of the true scenes, shares of near-duplicates and of low information.",
     "super_resolution": "Held-out images restored from a quarter of their side; scratch: same network, same steps.",
     "semantic_synthesis": "Images drawn from held-out masks; scratch: same network, same steps.",
     "ablation": "One choice changed at a time.",
@@ -56,9 +57,14 @@ KEY = ("stage", "corpus", "prune", "ratio", "seed", "step", "fingerprint")
 _CELL = ("corpus", "prune", "ratio", "seed", "step")
 _FIRST, _LAST = ("full", "random", "rsprune"), ("scratch",)
 _HELD_OUT = ("balanced", "natural")
-_METRICS = ("fid", "fd_", "kid", "precision", "recall", "clip_", "psnr", "ssim", "mask_agreement", "feature_distance")
-_LOWER = ("fid", "fd_", "kid", "feature_distance", "lpips", "loss")
-_HIGHER = ("precision", "recall", "density", "coverage", "clip_", "psnr", "ssim", "mask_agreement")
+_METRICS = (
+    "fid", "fd_", "kid", "precision", "recall", "density", "coverage", "clip_", "psnr", "ssim", "mask_agreement",
+    "feature_distance", "vendi", "scene_entropy", "near_duplicates", "low_information",
+)  # fmt: skip
+_LOWER = ("fid", "fd_", "kid", "feature_distance", "lpips", "loss", "near_duplicates", "low_information")
+_HIGHER = (
+    "precision", "recall", "density", "coverage", "clip_", "psnr", "ssim", "mask_agreement", "vendi", "scene_entropy",
+)  # fmt: skip
 _DISTANCES = ("fid", "fd_", "kid")
 _TIMING = re.compile(r"(^|_)(seconds?|minutes|hours|time|duration|eta|per_second)($|_)")
 _NOTHING = "–"
@@ -344,6 +350,8 @@ def _places(name: str, value: float) -> int:
     if base.startswith("kid"):
         return 0 if abs(value) >= 10 else 1
     if base.startswith(("fd_", "fid")):
+        return 1
+    if base == "vendi":
         return 1
     return 2 if base.startswith("psnr") else 3
 

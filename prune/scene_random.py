@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from corpus.errors import UserError
 from prune.allocation import water_fill
 from prune.clusters import members_of
 from prune.pool import Pool, Selection
@@ -16,6 +17,8 @@ from prune.scenes import OPEN_SCENE, assign_scenes, fit_prototypes
 class SceneRandom:
     """Water-fill the budget over the scenes of the reference set, then draw at random inside each (a control of ours).
 
+    Raises a UserError without a reference.
+
     Args:
         prototypes_per_class: k-means prototypes of each reference class.
         floor_quantile: as in `RSPrune`.
@@ -25,6 +28,8 @@ class SceneRandom:
     floor_quantile: float = 0.01
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
+        if len(pool.reference_embeddings) == 0:
+            raise UserError("scene_random needs a labelled reference: give reference and labels, or use random")
         prototypes = fit_prototypes(
             pool.reference_embeddings,
             pool.reference_labels,

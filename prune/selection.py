@@ -42,7 +42,7 @@ def reference_rows(corpus: Corpus, per_scene: int, generator: np.random.Generato
 def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     """Run the pruning stage `name` of a config, or find it done. Returns the selection's directory and its corpus."""
     budget_of(1, cfg.ratio)  # refused before anything is computed
-    method = instantiate(cfg.prune, _convert_="all")
+    method, measure = instantiate(cfg.prune, _convert_="all"), instantiate(cfg.entropy)
     keeps_everything = getattr(method, "keeps_everything", False)
     ratio = 0.0 if keeps_everything else float(cfg.ratio)
     clock = _Clock()
@@ -60,7 +60,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
 
     def build(directory: Path) -> None:
         with clock("entropy"):
-            entropy = corpus_entropy(corpus, instantiate(cfg.entropy), cfg.runs)
+            entropy = corpus_entropy(corpus, measure, cfg.runs)
         encoder = instantiate(cfg.encoder)
         with clock("embedding"):
             embeddings = corpus_embeddings(corpus, encoder, cfg.runs)

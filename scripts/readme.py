@@ -40,10 +40,13 @@ def main(cfg: DictConfig) -> None:
     results = Path(cfg.results) / cfg.profile.name
     if not (results / "report.html").is_file():
         raise UserError(f"no report in {results}: run `make reproduce PROFILE={cfg.profile.name}` first")
-    parts = []
+    parts, explained = [], ""
     for name in TABLES:
-        table = (results / "tables" / f"{name}.md").read_text(encoding="utf-8").strip()
-        parts.append(f"**{name.replace('_', ' ').capitalize()}**\n\n{table}")
+        table, note = (results / "tables" / f"{name}.md").read_text(encoding="utf-8").strip().split("\n\n")
+        first, mark, rest = note.partition(" ↓ ")  # what all tables share is said once, below the last
+        explained = max(explained, mark.strip() + " " + rest, key=len)
+        parts.append(f"**{name.replace('_', ' ').capitalize()}.** {first}\n\n{table}")
+    parts.append(explained)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     filled = "<!-- results -->\n" + "\n\n".join(parts) + "\n<!-- /results -->"

@@ -27,10 +27,11 @@ from corpus.tracking import track
 from downstream.conditional import held_out_part
 from downstream.semantic_synthesis import semantic_synthesis
 from downstream.super_resolution import bicubic_baseline, super_resolution
-from eval.floors import against_itself, halves, real_train, subset_quality
+from eval.floors import against_itself, halves, real_train
 from eval.metrics import kernel_distance_difference
+from eval.quality import subset_quality
 from eval.tables import append_result
-from prune.features import corpus_embeddings
+from prune.features import corpus_embeddings, corpus_entropy
 from prune.selection import select
 from scripts.report import rebuild
 from train.components import load_autoencoder, load_encoder
@@ -39,11 +40,14 @@ from train.latents import decode, encode, fit_pca, to_tensor, to_uint8
 
 #: What every other method is compared with, image by image.
 BASELINE = "random"
+#: Share of the corpus, the lowest in entropy, that counts as low in information.
+LOW_INFORMATION = 0.2
 
 
-def with_method(method: str) -> DictConfig:
-    """This run's config with another pruning method."""
-    return compose("config", overrides=[*HydraConfig.get().overrides.task, f"prune={method}"])
+def with_method(method: str, ratio: float | None = None) -> DictConfig:
+    """This run's config with another pruning method, and another ratio if one is given."""
+    chosen = [f"prune={method}"] if ratio is None else [f"prune={method}", f"ratio={ratio}"]
+    return compose("config", overrides=[*HydraConfig.get().overrides.task, *chosen])
 
 
 def floors(cfg: DictConfig) -> Path:
@@ -102,10 +106,21 @@ def subset(cfg: DictConfig, method: str) -> Path:
     def build(directory: Path) -> None:
         rows = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
         embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
-        write_json(directory / "metrics.json", subset_quality(rows, sets, embeddings, encoder, cfg.seed))
+        entropy = corpus_entropy(corpus, instantiate(cfg.entropy), cfg.runs)
+        metrics = subset_quality(
+            rows,
+            sets,
+            embeddings,
+            encoder.name,
+            scenes=corpus.manifest["scene"].to_numpy(dtype=object),
+            entropy=entropy,
+            low_information_bits=float(np.quantile(entropy[corpus.readable], LOW_INFORMATION)),
+            seed=cfg.seed,
+        )
+        write_json(directory / "metrics.json", metrics)
 
     inputs = {"selection": selection.name, "held_out": sets["balanced"].corpus.fingerprint}
-    inputs |= {"images": cfg.eval.images, "encoder": cfg.eval.encoder, "seed": cfg.seed}
+    inputs |= {"images": cfg.eval.images, "encoder": cfg.eval.encoder, "entropy": cfg.entropy, "seed": cfg.seed}
     return stage(cfg.runs, "subset", inputs, build)
 
 

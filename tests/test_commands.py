@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,6 +170,60 @@ def test_tables_are_regenerated(home):
     assert (tables / "generation.md").read_text() == before
 
 
+def test_quality_compares_methods_over_ratios(home):
+    done = call(
+        "scripts/quality.py", "profile=smoke", "tracker=none", "quality.methods=[full,random,rsprune,semdedup]",
+        "quality.ratios=[0.5,0.9]", cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = home / done.stdout.strip().splitlines()[-1].removeprefix("results: ")
+    table = pd.read_csv(results / "subset_quality.csv")
+    assert list(zip(table["prune"], table["ratio"], strict=True)) == [
+        ("full", 0.0), ("random", 0.5), ("random", 0.9), ("rsprune", 0.5), ("rsprune", 0.9), ("semdedup", 0.5),
+        ("semdedup", 0.9),
+    ]  # fmt: skip
+    names = ["balanced_coverage", "natural_density", "vendi", "scene_entropy", "near_duplicates", "low_information"]
+    assert np.isfinite(table[names]).all(axis=None)
+    best = table.set_index(["prune", "ratio"])["scene_entropy"]
+    assert best["rsprune", 0.9] > best["random", 0.9]
+
+
+def test_suggest_names_a_ratio_on_its_curve(home):
+    done = call("scripts/suggest.py", "profile=smoke", "tracker=none", "quality.curve=[0.3,0.6,0.8,0.9]", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = home / done.stdout.strip().splitlines()[-1].removeprefix("results: ")
+    found = json.loads((results / "rsprune.json").read_text())
+    assert found["suggested"] in (0.3, 0.6, 0.8, 0.9)
+    values = [point["representation"] for point in found["curve"]]
+    assert values == sorted(values)  # more images kept, nearer to all
+    assert (results / "rsprune.png").stat().st_size > 5_000
+
+
+def test_long_tail_makes_a_hard_corpus_and_judges_methods(home, tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("coast", "field", "town"):
+        (tmp_path / name).mkdir()
+        for index in range(12):
+            texture = random.integers(0, 256, (40, 40, 3)).astype(np.uint8)
+            Image.fromarray(texture).resize((80, 80)).save(tmp_path / name / f"{index}.png")
+    done = call(
+        "scripts/long_tail.py", "tracker=none", f"long_tail.root={tmp_path}", "long_tail.images=120",
+        "long_tail.size=48", "long_tail.reference=4", "quality.methods=[random,rsprune]", "ratio=0.5", cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((home / "results" / "long_tail" / "long_tail.json").read_text())
+    noise_free = {row["prune"]: row["noise_free"] for row in found["methods"]}
+    assert found["images"] == 120 and noise_free["rsprune"] > noise_free["random"]
+
+
+def test_bench_of_selection_measures_time_and_memory(home):
+    done = call("scripts/bench_selection.py", "tracker=none", "bench.sizes=[400,1600]", "bench.dimensions=32", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((home / "results" / "bench_selection.json").read_text())
+    assert {row["images"] for row in found["rows"]} == {400, 1600}
+    assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in found["rows"]) and "rsprune" in found["exponents"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -179,6 +234,10 @@ def test_tables_are_regenerated(home):
         (("prune/run.py", "corpus=folder"), "corpus.root"),
         (("prune/run.py", "no_such_key=1"), "no_such_key"),
         (("prune/run.py", "prune.no_such_key=1"), "no_such_key"),
+        (("prune/run.py", "entropy.aggregate=max"), "aggregate=max"),
+        (("prune/run.py", "prune=ssp_hard", "prune.keep=medium"), "keep=medium"),
+        (("scripts/long_tail.py",), "long_tail.root"),
+        (("scripts/long_tail.py", "long_tail.root=/no/such/folder"), "/no/such/folder"),
         (("train/pretrain.py", "ratio=2"), "ratio=2"),
         (("train/pretrain.py", "autoencoder.path=/no/such/autoencoder"), "/no/such/autoencoder"),
         (("downstream/super_resolution.py", "foundation=/no/such/run"), "/no/such/run"),

@@ -328,6 +328,8 @@ def test_bad_arrays_are_named():
         RSPrune().select(cloud(30), entropy=np.ones(29))
     with pytest.raises(UserError, match="dimensions"):
         RSPrune().select(cloud(30), reference=np.ones((5, 3)), labels=np.arange(5))
+    with pytest.raises(UserError, match="scene_random needs"):
+        select_from_arrays(METHODS["scene_random"], cloud(30), ratio=0.5)
     with pytest.raises(UserError, match="ratio=1"):
         RSPrune(ratio=1.0)
     with pytest.raises(TypeError):

@@ -184,13 +184,17 @@ def main(cfg: DictConfig) -> None:
     directory = stage(cfg.runs, "autoencoder", inputs, build, resumable=True)
     trained = AutoencoderTiny.from_pretrained(directory / "autoencoder").eval().requires_grad_(False)
     figures = measure(cfg, trained, corpus)
+    for name, values in figures.items():
+        print(name, {key: round(value, 3) for key, value in values.items()})
+    ours, pca, distance = figures["autoencoder"], figures["pca"], f"fd_{encoder.name}"
+    if ours["psnr"] <= pca["psnr"] or ours[distance] >= pca[distance]:
+        raise UserError(
+            f"the autoencoder in {directory} does not beat PCA of its latent size in PSNR and in Fréchet distance, so "
+            f"{cfg.autoencoder.path} stays as it was: train it longer (autoencoder.recipe)"
+        )
     target = REPOSITORY / cfg.autoencoder.path
     trained.save_pretrained(target)
     (target / "README.md").write_text(_card(cfg, figures), encoding="utf-8")
-    for name, values in figures.items():
-        print(name, {key: round(value, 3) for key, value in values.items()})
-    if figures["autoencoder"]["psnr"] <= figures["pca"]["psnr"]:
-        raise UserError("the autoencoder does not beat PCA of its latent size: train it longer (autoencoder.recipe)")
     print(f"run: {directory}")
 
 

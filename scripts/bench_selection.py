@@ -1,0 +1,176 @@
+"""Selection on synthetic clustered embeddings of growing size: seconds, memory, and what was picked. `make bench`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig
+from sklearn.cluster import MiniBatchKMeans
+
+from corpus.application import run
+from corpus.artefacts import stage, write_json
+from corpus.progress import progress
+from eval.quality import scene_entropy
+from prune.hierarchical import HierarchicalKMeans
+from prune.library import select_from_arrays
+from prune.rsprune import RSPrune
+from prune.semdedup import SemDeDup
+
+CHUNK = 50_000
+CLASSES = 30
+RATIO = 0.85
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Embeddings of `kinds` clusters whose sizes follow a power law, each in one of 30 classes.
+
+    Attributes:
+        embeddings: float16 [N, D], memory-mapped; kinds: int64 [N], the true cluster of each row.
+        reference: float32 [M, D] and classes int64 [M], labelled rows of their own.
+    """
+
+    embeddings: np.ndarray
+    kinds: np.ndarray
+    reference: np.ndarray
+    classes: np.ndarray
+
+
+def make(cfg: DictConfig, size: int) -> Path:
+    """Write a synthetic set of `size` rows once."""
+    dimensions = int(cfg.bench.dimensions)
+
+    def build(directory: Path) -> None:
+        generator = np.random.default_rng([cfg.seed, size])
+        count = max(CLASSES, int(2 * size**0.5))
+        classes = np.arange(count) % CLASSES
+        centres = generator.standard_normal((CLASSES, dimensions), dtype=np.float32)[classes]
+        centres += 0.7 * generator.standard_normal((count, dimensions), dtype=np.float32)
+        weights = np.arange(1, count + 1) ** -0.8
+        kinds = generator.choice(count, size, p=weights / weights.sum())
+        array = np.lib.format.open_memmap(
+            directory / "embeddings.npy", mode="w+", dtype=np.float16, shape=(size, dimensions)
+        )
+        for start in progress(range(0, size, CHUNK), f"synthetic {size:,}", unit="chunk"):
+            part = kinds[start : start + CHUNK]
+            noise = generator.standard_normal((len(part), dimensions), dtype=np.float32)
+            array[start : start + CHUNK] = centres[part] + 0.5 * noise
+        array.flush()
+        np.save(directory / "kinds.npy", kinds)
+        known = generator.choice(count, 60 * CLASSES)
+        noise = generator.standard_normal((len(known), dimensions), dtype=np.float32)
+        np.save(directory / "reference.npy", centres[known] + 0.5 * noise)
+        np.save(directory / "classes.npy", classes[known])
+
+    return stage(cfg.runs, "bench", {"size": size, "dimensions": dimensions, "seed": cfg.seed}, build)
+
+
+def load(directory: Path) -> Synthetic:
+    return Synthetic(
+        np.load(directory / "embeddings.npy", mmap_mode="r"),
+        *(np.load(directory / f"{name}.npy") for name in ("kinds", "reference", "classes")),
+    )
+
+
+def with_method(method) -> Callable[[Synthetic], np.ndarray]:
+    def select(data: Synthetic) -> np.ndarray:
+        return select_from_arrays(
+            method, data.embeddings, ratio=RATIO, reference=data.reference, labels=data.classes
+        ).kept
+
+    return select
+
+
+def one_faiss_kmeans(data: Synthetic) -> np.ndarray:
+    """One flat k-means of everything with as many clusters as RS-Prune makes, one iteration; picks at random inside."""
+    points = np.asarray(data.embeddings, dtype=np.float32)
+    clusters = len(points) // RSPrune.images_per_cluster
+    model = faiss.Kmeans(points.shape[1], clusters, niter=1, seed=0, max_points_per_centroid=1_000_000_000)
+    model.train(points)
+    return np.arange(0, len(points), round(1 / (1 - RATIO)))
+
+
+def minibatch_kmeans(data: Synthetic) -> np.ndarray:
+    """scikit-learn's MiniBatchKMeans with as many clusters, then the images nearest to each centre in turn."""
+    points = np.asarray(data.embeddings, dtype=np.float32)
+    model = MiniBatchKMeans(len(points) // RSPrune.images_per_cluster, batch_size=4096, n_init=1, random_state=0)
+    labels = model.fit_predict(points)
+    distances = np.linalg.norm(points - model.cluster_centers_[labels], axis=1)
+    order = np.lexsort((distances, labels))
+    starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) > 0])
+    rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+    return order[np.argsort(rank, kind="stable")[: len(points) - round(RATIO * len(points))]]
+
+
+#: name -> (what runs, largest size it is run at)
+RIVALS: dict[str, tuple[Callable[[Synthetic], np.ndarray], int]] = {
+    "rsprune": (with_method(RSPrune()), 10**9),
+    "semdedup": (with_method(SemDeDup()), 10**6),
+    "hierarchical": (with_method(HierarchicalKMeans()), 10**5),
+    "minibatch_kmeans": (minibatch_kmeans, 10**5),
+    "one_faiss_kmeans (1 of 20 iterations)": (one_faiss_kmeans, 10**6),
+}
+
+
+def measure(name: str, directory: str, results: multiprocessing.Queue) -> None:
+    """Run one method in this, a fresh process; puts seconds, peak resident GB and what was picked."""
+    data = load(Path(directory))
+    warm = Synthetic(data.embeddings[:2000], data.kinds[:2000], data.reference, data.classes)
+    if "kmeans" not in name:
+        RIVALS[name][0](warm)  # compiled code and page cache are not what is measured
+    start = time.perf_counter()
+    kept = RIVALS[name][0](data)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    kinds = data.kinds[kept].astype(str).astype(object)
+    results.put(
+        {
+            "method": name,
+            "images": len(data.kinds),
+            "seconds": seconds,
+            "peak_gb": peak,
+            "kinds_found": len(set(kinds)) / len(set(data.kinds.tolist())),
+            "evenness": scene_entropy(kinds, len(set(data.kinds.tolist()))),
+        }
+    )
+
+
+def main(cfg: DictConfig) -> None:
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for size in cfg.bench.sizes:
+        directory = make(cfg, int(size))
+        for name, (_, largest) in RIVALS.items():
+            if size > largest:
+                continue
+            queue = context.Queue()
+            process = context.Process(target=measure, args=(name, str(directory), queue))
+            process.start()
+            rows.append(queue.get())
+            process.join()
+            print("{method:40s} {images:>9,d} {seconds:8.2f} s {peak_gb:6.2f} GB".format(**rows[-1]), flush=True)
+    table = pd.DataFrame(rows)
+    exponents = {}
+    for name, group in table.groupby("method"):
+        if len(group) > 1:
+            last = group.sort_values("images").iloc[-2:]
+            exponents[name] = float(np.diff(np.log(last["seconds"]))[0] / np.diff(np.log(last["images"]))[0])
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    for name, exponent in exponents.items():
+        print(f"growth of {name}: seconds ~ images^{exponent:.2f}")
+    results = Path(cfg.results)
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(results / "bench_selection.json", {"rows": rows, "exponents": exponents})
+    print(f"results: {results}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,154 @@
+"""A long-tailed, redundant, noisy corpus made from a labelled folder, and what every method makes of it.
+
+`python scripts/long_tail.py long_tail.root=DIR` with one sub-folder a class below DIR (or DIR/images). The methods see
+no label: scenes come from a small labelled reference set of other images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+
+from corpus.application import run
+from corpus.artefacts import stage, write_json
+from corpus.errors import UserError
+from corpus.folder import ImageFolder
+from corpus.index import index_corpus
+from corpus.progress import progress
+from eval.quality import duplicate_rate, scene_entropy, unit
+from prune.features import corpus_embeddings, corpus_entropy
+from prune.library import select_from_arrays
+from scripts.reproduce import with_method
+
+NOISE = ("blank", "hazy", "no_data")
+
+
+def class_counts(classes: int, images: int, exponent: float) -> np.ndarray:
+    """Images of each class by a power law of its rank, int64 [classes], descending, at least one each."""
+    weights = np.arange(1, classes + 1) ** -float(exponent)
+    return np.maximum(1, np.round(images * weights / weights.sum())).astype(np.int64)
+
+
+def crops(image: np.ndarray, size: int, count: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """`count` random squares of side `size`, which overlap by most of their area."""
+    for _ in range(count):
+        top, left = (int(generator.integers(0, length - size + 1)) for length in image.shape[:2])
+        yield image[top : top + size, left : left + size]
+
+
+def spoil(image: np.ndarray, kind: str, generator: np.random.Generator) -> np.ndarray:
+    """A tile that carries next to nothing: one colour, under haze, or mostly without data."""
+    if kind == "blank":
+        colour = generator.integers(20, 236, 3)
+        return np.clip(colour + generator.normal(0, 1, image.shape), 0, 255).astype(np.uint8)
+    if kind == "hazy":
+        veil = generator.uniform(0.88, 0.97)
+        return ((1 - veil) * image + veil * generator.integers(190, 230)).astype(np.uint8)
+    share = generator.uniform(0.6, 0.95)
+    spoiled = np.rot90(image, generator.integers(4)).copy()
+    spoiled[: round(share * len(image))] = 0
+    return spoiled
+
+
+def build(cfg: DictConfig, directory: Path) -> None:
+    """Write `pool/` (flat, unlabelled), `reference/<class>/` and `truth.parquet` (id, scene, kind)."""
+    options, generator = cfg.long_tail, np.random.default_rng([cfg.seed, 400])
+    files: dict[str, list[Path]] = {}
+    for path in sorted(Path(options.root).expanduser().rglob("*")):
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif"):
+            files.setdefault(path.parent.name, []).append(path)
+    if len(files) < 2:
+        raise UserError(f"long_tail.root={options.root} has no two classes: give a folder with one sub-folder a class")
+    names = [sorted(files)[index] for index in generator.permutation(len(files))]
+    counts = class_counts(len(names), round(options.images * (1 - options.noise)), options.exponent)
+    rows: list[tuple[str, str, str]] = []
+    (directory / "pool").mkdir()
+
+    def put(image: np.ndarray, scene: str, kind: str) -> None:
+        name = f"{generator.integers(2**48):012x}.jpg"  # the order of names tells nothing
+        Image.fromarray(image).save(directory / "pool" / name, quality=95)
+        rows.append((name, scene, kind))
+
+    clean: list[Path] = []
+    for name, count in zip(progress(names, "long tail", unit="class"), counts, strict=True):
+        order = [files[name][index] for index in generator.permutation(len(files[name]))]
+        known, rest = order[: options.reference], order[options.reference :]
+        (directory / "reference" / name).mkdir(parents=True)
+        for path in known:
+            (directory / "reference" / name / path.name).write_bytes(path.read_bytes())
+        wanted, used = int(count), 0
+        if not rest:
+            raise UserError(f"class {name} has only {len(order)} images: lower long_tail.reference")
+        while wanted:
+            path = rest[used % len(rest)]
+            image = np.asarray(Image.open(path).convert("RGB"))
+            part = min(wanted, options.crops)
+            for crop in crops(image, min(options.size, *image.shape[:2]), part, generator):
+                put(crop, name, "clean")
+            wanted, used = wanted - part, used + 1
+        clean += rest[:used]
+    for index in range(round(options.images * options.noise)):
+        image = np.asarray(Image.open(clean[generator.integers(len(clean))]).convert("RGB"))
+        kind = NOISE[index % len(NOISE)]
+        put(spoil(next(crops(image, min(options.size, *image.shape[:2]), 1, generator)), kind, generator), "", kind)
+    pd.DataFrame(rows, columns=["id", "scene", "kind"]).to_parquet(directory / "truth.parquet", index=False)
+
+
+def main(cfg: DictConfig) -> None:
+    options = cfg.long_tail
+    if options.root is None:
+        raise UserError("long_tail.root is not set: give a folder with one sub-folder a class")
+    made = stage(cfg.runs, "long_tail", {"options": options, "seed": cfg.seed}, lambda path: build(cfg, path))
+    pool = index_corpus(ImageFolder(root=str(made / "pool"), resolution=options.size), cfg.runs)
+    known = index_corpus(ImageFolder(root=str(made / "reference"), resolution=options.size), cfg.runs)
+    truth = pd.read_parquet(made / "truth.parquet").set_index("id").loc[pool.manifest["id"]]
+    encoder = instantiate(cfg.encoder)
+    embeddings, reference = (corpus_embeddings(corpus, encoder, cfg.runs) for corpus in (pool, known))
+    entropy = corpus_entropy(pool, instantiate(cfg.entropy), cfg.runs)
+    scenes, kinds = truth["scene"].to_numpy(dtype=object), truth["kind"].to_numpy(dtype=object)
+    rows = []
+    for name in cfg.quality.methods:
+        start = time.perf_counter()
+        selection = select_from_arrays(
+            instantiate(with_method(name).prune, _convert_="all"),
+            embeddings,
+            ratio=0.0 if name == "full" else cfg.ratio,
+            seed=cfg.seed,
+            entropy=entropy,
+            reference=reference,
+            labels=known.manifest["scene"].to_numpy(dtype=object),
+            readable=pool.readable,
+        )
+        seconds = time.perf_counter() - start
+        kept = selection.kept
+        vectors = unit(np.asarray(embeddings[kept], dtype=np.float32) - np.asarray(embeddings, np.float32).mean(axis=0))
+        clean = scenes[kept][scenes[kept] != ""]
+        rows.append(
+            {
+                "prune": name,
+                "kept": len(kept),
+                "noise_free": float((kinds[kept] == "clean").mean()),
+                "scene_entropy": scene_entropy(scenes[kept], len(set(scenes) - {""})),
+                "scenes": len(set(clean)),
+                "near_duplicates": duplicate_rate(vectors),
+                "seconds": seconds,
+            }
+        )
+    table = pd.DataFrame(rows)
+    results = Path(cfg.results) / "long_tail"
+    results.mkdir(parents=True, exist_ok=True)
+    table.to_csv(results / "long_tail.csv", index=False)
+    write_json(results / "long_tail.json", {"images": len(pool), "ratio": cfg.ratio, "methods": rows})
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(f"results: {results}")
+
+
+if __name__ == "__main__":
+    run(main)
