@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench sweep quality suggest tables readme autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench sweep quality ablation suggest tables readme autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -57,6 +57,9 @@ sweep: $(READY)  ## pretrain over methods and ratios
 
 quality: $(READY)  ## every pruning method at several ratios, judged without training
 	$(BIN)/python scripts/quality.py profile=$(PROFILE)
+
+ablation: $(READY)  ## RS-Prune with one choice changed at a time, judged without training
+	$(BIN)/python scripts/ablation.py profile=$(PROFILE)
 
 suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 	$(BIN)/python scripts/suggest.py profile=$(PROFILE)

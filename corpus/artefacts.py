@@ -19,11 +19,15 @@ COMPLETE = "stage.json"
 
 
 def plain(value: Any) -> Any:
-    """A JSON-ready copy of configs, dataclasses, paths and NumPy scalars."""
+    """A JSON-ready copy of configs, dataclasses, paths and NumPy scalars.
+
+    A dataclass field with the metadata {"fingerprint": False}, which changes no result, is left out.
+    """
     if isinstance(value, (DictConfig, ListConfig)):
         return plain(OmegaConf.to_container(value, resolve=True))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"_class_": type(value).__qualname__, **plain(dataclasses.asdict(value))}
+        fields = [field for field in dataclasses.fields(value) if field.metadata.get("fingerprint", True)]
+        return {"_class_": type(value).__qualname__, **{f.name: plain(getattr(value, f.name)) for f in fields}}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

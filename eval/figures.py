@@ -148,6 +148,40 @@ def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.nda
     return figure
 
 
+def map_figure(places: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most: int = 10) -> Figure:
+    """A 2-D map of images: by scene, and what was kept.
+
+    Args:
+        places: float [n, 2]; scenes: str [n]; kept: bool [n].
+        most: scenes with a colour of their own, the largest first.
+    """
+    figure = _figure(6.8, 4.4)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    names, counts = np.unique(scenes.astype(str), return_counts=True)
+    names = names[np.argsort(-counts, kind="stable")]
+    palette = matplotlib.colormaps["tab10"]
+    for index, name in enumerate(names[:most]):
+        inside = scenes.astype(str) == name
+        left.scatter(
+            *places[inside].T, s=3, color=palette(index % 10), label=name or "no scene", linewidths=0, zorder=3
+        )
+    rest = np.isin(scenes.astype(str), names[most:])
+    if rest.any():
+        label = f"{len(names) - most} more"
+        left.scatter(*places[rest].T, s=3, color=BEFORE, label=label, linewidths=0, zorder=2)
+    right.scatter(*places[~kept].T, s=3, color=BEFORE, label="dropped", linewidths=0, zorder=2)
+    right.scatter(*places[kept].T, s=4, color=AFTER, label="kept", linewidths=0, zorder=3)
+    for axes, title in ((left, "By scene"), (right, "Kept and dropped")):
+        _dress(axes, title, "", "", grid="both")
+        axes.set_xticklabels([])
+        axes.set_yticklabels([])
+        axes.set(xlim=(-3.5, 3.5), ylim=(-3.5, 3.5))
+    parts = [axes.get_legend_handles_labels() for axes in (left, right)]
+    handles, labels = ([*parts[0][index], *parts[1][index]] for index in (0, 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=10, markerscale=4)
+    return figure
+
+
 def ratio_curve(table: pd.DataFrame, suggested: float, title: str) -> Figure:
     """Representation of the corpus by its subset over ratios, and the suggested ratio.
 

@@ -11,6 +11,8 @@ import numpy as np
 from prune.pool import Pool, Selection
 
 CHUNK = 65_536
+#: Levels of clusters at most: images that are all alike cannot be split, however often one tries.
+DEEPEST = 6
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,13 @@ class Clustering:
             labels: int64 [n], 0..k-1, none empty.
             distances: float32 [n] to the centroid of the last level.
         """
+        labels, distances = self._split(points, rows, clusters, generator, DEEPEST)
+        return np.unique(labels, return_inverse=True)[1], distances
+
+    def _split(
+        self, points: Points, rows: np.ndarray, clusters: int, generator: np.random.Generator, levels: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One k-means and, while there are `levels` left, one inside each of its clusters; labels may skip numbers."""
         branches = max(1, min(clusters, self.branches, len(rows)))
         sample = rows
         if len(rows) > branches * self.sample_per_cluster:
@@ -113,17 +122,17 @@ class Clustering:
         for start in range(0, len(rows), CHUNK):
             part = slice(start, start + CHUNK)
             labels[part], distances[part] = nearest_centroid(points[rows[part]], centroids, points.spherical)
-        if self.hierarchical and clusters > branches:
+        if self.hierarchical and clusters > branches and levels > 1:
             groups, offset = members_of(labels, branches), 0
             for group in groups:
                 wanted = round(len(group) * clusters / len(rows))
                 if wanted > 1:
-                    labels[group], distances[group] = self(points, rows[group], wanted, generator)
+                    labels[group], distances[group] = self._split(points, rows[group], wanted, generator, levels - 1)
                     labels[group] += offset
                 else:
                     labels[group] = offset
                 offset = labels[group].max(initial=offset - 1) + 1
-        return np.unique(labels, return_inverse=True)[1], distances
+        return labels, distances
 
 
 def members_of(labels: np.ndarray, count: int) -> list[np.ndarray]:

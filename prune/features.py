@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from corpus.artefacts import read_json, stage, write_json
+from corpus.artefacts import fingerprint, read_json, stage, write_json
 from corpus.encoder import EfficientNetLite0
-from corpus.index import Corpus
+from corpus.index import Corpus, Scan, Source, index_corpus, scanned
 from corpus.progress import progress
 from prune.entropy import LocalEntropy
+
+ENTROPY_BATCH = 64
+
+
+def scan_corpus(source: Source, runs: Path | str, measure: LocalEntropy, encoder: EfficientNetLite0) -> Corpus:
+    """Index a source, its entropies and its embeddings in one pass over the bytes, or open what is there.
+
+    Threads decode the next images while the network embeds these. `corpus_entropy` and `corpus_embeddings` then find
+    their results; on a corpus that was indexed before, they compute them from its decoded images.
+    """
+    scans = [
+        Scan(fingerprint(measure=measure), lambda images: _entropies(measure, images), ENTROPY_BATCH, np.float32),
+        Scan(fingerprint(encoder=encoder), encoder, encoder.batch_size, np.float16),
+    ]
+    return index_corpus(source, runs, scans)
 
 
 def corpus_entropy(corpus: Corpus, measure: LocalEntropy, runs: Path | str) -> np.ndarray:
     """Local entropy float32 [N] in bits, zero where unreadable; cached."""
 
     def build(directory: Path) -> None:
-        images = progress(corpus.images, "entropy", total=len(corpus))
-        np.save(directory / "entropy.npy", np.array([measure(image) for image in images], np.float32))
+        if _take(corpus, fingerprint(measure=measure), directory / "entropy.npy"):
+            return
+        values = np.array([measure(image) for image in progress(corpus.images, "entropy", total=len(corpus))])
+        np.save(directory / "entropy.npy", np.where(corpus.readable, values, 0).astype(np.float32))
 
     directory = stage(runs, "entropy", {"corpus": corpus.fingerprint, "measure": measure}, build)
     return np.load(directory / "entropy.npy")
@@ -29,6 +48,8 @@ def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | s
 
     def build(directory: Path) -> None:
         path, state = directory / "embeddings.npy", directory / "progress.json"
+        if _take(corpus, fingerprint(encoder=encoder), path):
+            return
         batch = encoder.batch_size
         done = read_json(state)["done"] if state.exists() else 0
         shape = (len(corpus), encoder.dimensions)
@@ -49,3 +70,19 @@ def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | s
     inputs = {"corpus": corpus.fingerprint, "encoder": encoder}
     directory = stage(runs, "embedding", inputs, build, resumable=True)
     return np.load(directory / "embeddings.npy", mmap_mode="r")
+
+
+def _entropies(measure: LocalEntropy, images: np.ndarray) -> np.ndarray:
+    return np.array([measure(image) for image in images], dtype=np.float32)
+
+
+def _take(corpus: Corpus, key: str, path: Path) -> bool:
+    """Put what a scan left at `path`, by a second name of the same file where the file system can."""
+    found = scanned(corpus, key)
+    if found is None or path.exists():
+        return False
+    try:
+        os.link(found, path)
+    except OSError:
+        shutil.copyfile(found, path)
+    return True

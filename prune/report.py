@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.figures import cluster_sizes, entropy_histogram, scene_bars
+from eval.figures import cluster_sizes, entropy_histogram, map_figure, scene_bars
 from eval.report import LEADS, Gallery, figure_bytes, write_report
+from prune.layout import embedding_map
 
 #: Scenes with a gallery of their own, the largest first.
 MOST_SCENES = 40
 NO_SCENE = "no scene"
+#: Images on the map.
+MAPPED = 3000
 
 
 def write_prune_report(
@@ -24,6 +27,7 @@ def write_prune_report(
     images: np.ndarray,
     generator: np.random.Generator,
     per_group: int = 24,
+    embeddings: np.ndarray | None = None,
 ) -> None:
     """Write the report of one pruning run; reads at most `2 * per_group` images of at most `MOST_SCENES` scenes.
 
@@ -32,9 +36,11 @@ def write_prune_report(
         summary: the content of summary.json.
         images: uint8 [N, R, R, 3], memory-mapped.
         generator: draws the images shown.
-        per_group: images shown of the kept and of the dropped ones of a scene.
+        per_group: images shown of the kept and of the dropped ones of a scene, and of those dropped for one reason.
+        embeddings: float [N, D], memory-mapped, for the map; None draws none.
     """
     galleries, left_out = _galleries(selection, images, generator, per_group)
+    reasons = _reason_galleries(selection, images, generator, per_group)
     tables = {"scenes": _scenes(summary), "reasons": _reasons(selection), "seconds": _seconds(summary)}
     if (selection["cluster"] >= 0).any():
         tables["clusters"] = _clusters(selection)
@@ -45,8 +51,12 @@ def write_prune_report(
         f"{summary['method']}. This page shows what stayed, what went and why.",
         facts=_facts(summary),
         tables={name: table for name, table in tables.items() if len(table)},
-        figures=_figures(selection, summary),
-        galleries={str(summary["method"]): galleries} if galleries else None,
+        figures=[*_figures(selection, summary), *_map(selection, embeddings, generator)],
+        galleries={
+            title: groups
+            for title, groups in ((str(summary["method"]), galleries), ("dropped, by reason", reasons))
+            if groups
+        },
         notes={
             "tables": "Exact counts. The budget counts every image of the corpus, unreadable ones included.",
             "figures": "Grey is the corpus before pruning, blue is what was kept.",
@@ -80,6 +90,40 @@ def _galleries(
         title = names[code] or ("all images" if len(order) == 1 else NO_SCENE)
         galleries.append(Gallery(title, images[shown[0]], images[shown[1]], len(groups[0]), len(groups[1])))
     return galleries, max(len(order) - MOST_SCENES, 0)
+
+
+def _reason_galleries(
+    selection: pd.DataFrame, images: np.ndarray, generator: np.random.Generator, per_group: int
+) -> list[Gallery]:
+    """What went for each reason; unreadable images have no pixels to show."""
+    reasons = selection["reason"].to_numpy(dtype=object)
+    nothing, galleries = images[:0], []
+    for reason in sorted(set(reasons) - {"kept", "unreadable"}):
+        rows = np.flatnonzero(reasons == reason)
+        shown = np.sort(generator.permutation(rows)[: 2 * per_group])
+        galleries.append(Gallery(reason, nothing, images[shown], 0, len(rows)))
+    return galleries
+
+
+def _map(
+    selection: pd.DataFrame, embeddings: np.ndarray | None, generator: np.random.Generator
+) -> list[tuple[str, str, bytes]]:
+    """The map of a sample in which kept images are half, if there are as many."""
+    if embeddings is None:
+        return []
+    kept = selection["kept"].to_numpy(dtype=bool)
+    readable = (selection["reason"] != "unreadable").to_numpy()
+    groups = [np.flatnonzero(readable & state) for state in (kept, ~kept)]
+    rows = np.sort(np.concatenate([generator.permutation(group)[: MAPPED // 2] for group in groups]))
+    if len(rows) < 3:
+        return []
+    scenes = selection["scene"].fillna("").to_numpy(dtype=str)[rows]
+    places = embedding_map(np.asarray(embeddings[rows], dtype=np.float32), scenes)
+    caption = (
+        f"{len(rows):,} sampled images in the plane of the embedding space that parts the scenes best. Blue should "
+        "reach wherever grey does, and evenly."
+    )
+    return [("Map", caption, figure_bytes(map_figure(places, scenes, kept[rows])))]
 
 
 def _figures(selection: pd.DataFrame, summary: Mapping[str, Any]) -> list[tuple[str, str, bytes]]:

@@ -16,7 +16,7 @@ from corpus.artefacts import plain, stage, write_json
 from corpus.errors import UserError
 from corpus.index import Corpus, index_corpus
 from corpus.tracking import track
-from prune.features import corpus_embeddings, corpus_entropy
+from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import budget_of, refuse_not_finite
 from prune.pool import Pool, Selection
 from prune.report import write_prune_report
@@ -46,8 +46,9 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     keeps_everything = getattr(method, "keeps_everything", False)
     ratio = 0.0 if keeps_everything else float(cfg.ratio)
     clock = _Clock()
-    with clock("index"):
-        corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
+    encoder = instantiate(cfg.encoder)
+    with clock("scan"):
+        corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
     inputs = {
         "corpus": corpus.fingerprint,
         "method": method,
@@ -61,7 +62,6 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     def build(directory: Path) -> None:
         with clock("entropy"):
             entropy = corpus_entropy(corpus, measure, cfg.runs)
-        encoder = instantiate(cfg.encoder)
         with clock("embedding"):
             embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
         with clock("reference"):
@@ -85,7 +85,12 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         summary = summarise(table, corpus, selection, name, ratio, cfg.seed, clock.seconds)
         write_json(directory / "summary.json", summary)
         write_prune_report(
-            directory / "report.html", table, summary, corpus.images, np.random.default_rng([cfg.seed, 3])
+            directory / "report.html",
+            table,
+            summary,
+            corpus.images,
+            np.random.default_rng([cfg.seed, 3]),
+            embeddings=embeddings,
         )
         with track(cfg, "prune", name) as tracker:
             tracker.summary({key: value for key, value in summary.items() if not isinstance(value, dict)})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +15,23 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
+from skimage.filters.rank import entropy as rank_entropy
 from skimage.measure import shannon_entropy
+from skimage.morphology import disk
 
 from corpus.application import run
-from corpus.artefacts import plain, write_json
-from corpus.encoder import embed
+from corpus.artefacts import plain, stage, write_json
+from corpus.decode import in_order
+from corpus.errors import UserError
+from corpus.folder import SUFFIXES, ImageFolder
 from corpus.index import index_corpus
-from prune.entropy import local_entropy
+from prune.entropy import LocalEntropy, luma
+from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from train.components import load_autoencoder, load_encoder
 from train.diffusion import flow_matching_loss, new_unet
 from train.latents import decode, encode, to_tensor
+
+SIDE = 400  # px of the JPEGs that are made where no folder is given
 
 
 def per_second(work: Callable[[], object], items: int, *, seconds: float = 2.0) -> float:
@@ -34,26 +44,89 @@ def per_second(work: Callable[[], object], items: int, *, seconds: float = 2.0) 
     return items * calls / (time.perf_counter() - start)
 
 
-def main(cfg: DictConfig) -> None:
+def jpegs(cfg: DictConfig, count: int) -> list[Path]:
+    """`count` JPEG files: of `bench.root`, or enlarged tiles of the corpus, written once.
+
+    Raises:
+        UserError: the folder has no images.
+    """
+    if cfg.bench.root is not None:
+        files = sorted(path for path in Path(cfg.bench.root).rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not files:
+            raise UserError(f"bench.root={cfg.bench.root} has no images: give a folder of images, or null")
+        return [files[index] for index in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)]
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
-    images = np.array(corpus.images[:: max(1, len(corpus) // 128)][:128])
-    encoder = load_encoder(cfg)
-    autoencoder, _ = load_autoencoder(cfg)
-    greys = [np.asarray(Image.fromarray(image).convert("L")) for image in images]
-    tensors = to_tensor(images)
+
+    def build(directory: Path) -> None:
+        random = np.random.default_rng(cfg.seed)
+        for row in range(count):
+            tile = Image.fromarray(np.array(corpus.images[row * len(corpus) // count])).resize((SIDE, SIDE))
+            grain = random.normal(0, 6, (SIDE, SIDE, 3))  # a photograph's, without which a JPEG would be all smooth
+            textured = np.clip(np.asarray(tile) + grain, 0, 255).astype(np.uint8)
+            Image.fromarray(textured).save(directory / f"{row:06d}.jpg", quality=88)
+
+    directory = stage(cfg.runs, "bench_jpegs", {"corpus": corpus.fingerprint, "count": count, "side": SIDE}, build)
+    return sorted(directory.glob("*.jpg"))
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def entropy_figures(files: list[Path]) -> dict[str, float]:
+    """The entropy step on whole JPEGs beside pure decoding of the same files, and beside scikit-image."""
+    measure = LocalEntropy()
+    images = [pixels(path) for path in files[:64]]
+    greys = [luma(image) for image in images]
+    drain = lambda work: lambda: sum(1 for _ in in_order(work, files))  # noqa: E731
+    return {
+        "JPEG decoding alone (limit)": per_second(drain(pixels), len(files)),
+        "decoding and local entropy": per_second(drain(lambda path: measure(pixels(path))), len(files)),
+        "local entropy alone, one core": per_second(lambda: [measure(image) for image in images], len(images)),
+        "skimage shannon_entropy of the whole image, one core": per_second(
+            lambda: [shannon_entropy(grey) for grey in greys], len(greys)
+        ),
+        "skimage rank.entropy, 16 px disk, one core": per_second(lambda: rank_entropy(greys[0], disk(8)), 1),
+    }
+
+
+def feature_figures(cfg: DictConfig, files: list[Path]) -> dict[str, float]:
+    """Index, entropy and embedding of files, everything cached on disk, beside the bare network on ready tensors."""
+    encoder = instantiate(cfg.encoder)
+    size = encoder.input_size
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "images"
+        root.mkdir()
+        for index, path in enumerate(files):
+            shutil.copy(path, root / f"{index:06d}{path.suffix}")
+        source = ImageFolder(root=str(root), resolution=size)
+
+        def stages() -> None:
+            runs = Path(folder) / "runs"
+            shutil.rmtree(runs, ignore_errors=True)
+            corpus = scan_corpus(source, runs, LocalEntropy(), encoder)
+            corpus_entropy(corpus, LocalEntropy(), runs)
+            corpus_embeddings(corpus, encoder, runs)
+
+        ours = per_second(stages, len(files), seconds=5)
     network = encoder.network()
+    ready = torch.rand(encoder.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        resized = encoder._resize(tensors)
+        bare = per_second(lambda: network(ready), len(ready), seconds=5)
+    return {"bare network on ready tensors (limit)": bare, "files to index, entropy and embeddings": ours}
+
+
+def network_figures(cfg: DictConfig) -> dict[str, float]:
+    """The autoencoder and one training step of the diffusion model."""
+    corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
+    tensors = to_tensor(np.array(corpus.images[:: max(1, len(corpus) // 128)][:128]))
+    autoencoder, _ = load_autoencoder(cfg)
+    with torch.inference_mode():
         latents = encode(autoencoder, tensors)
         figures = {
-            "local entropy, ours": per_second(lambda: [local_entropy(image) for image in images], len(images)),
-            "entropy, skimage shannon_entropy of the whole tile": per_second(
-                lambda: [shannon_entropy(grey) for grey in greys], len(images)
-            ),
-            "embedding, ours": per_second(lambda: embed(encoder, images), len(images)),
-            "embedding, bare network on prepared tensors": per_second(lambda: network(resized), len(images)),
-            "autoencoder, encode": per_second(lambda: encode(autoencoder, tensors), len(images)),
-            "autoencoder, decode": per_second(lambda: decode(autoencoder, latents), len(images)),
+            "autoencoder, encode": per_second(lambda: encode(autoencoder, tensors), len(tensors)),
+            "autoencoder, decode": per_second(lambda: decode(autoencoder, latents), len(tensors)),
         }
     width = cfg.text_encoder.get("width", 128)
     unet = new_unet(plain(cfg.model.unet), latents.shape[1], latents.shape[2], width, seed=0)
@@ -67,14 +140,45 @@ def main(cfg: DictConfig) -> None:
         loss.backward()
         optimiser.step()
 
-    figures["diffusion, bare training step"] = per_second(step, size)
+    return {**figures, "diffusion, bare training step": per_second(step, size)}
+
+
+def main(cfg: DictConfig) -> None:
+    load_encoder(cfg)
+    files = jpegs(cfg, cfg.bench.files)
+    figures = {**entropy_figures(files), **feature_figures(cfg, files), **network_figures(cfg)}
+    part = {
+        "entropy step, of pure decoding": ("decoding and local entropy", "JPEG decoding alone (limit)"),
+        "entropy and embedding, of the bare network": (
+            "files to index, entropy and embeddings",
+            "bare network on ready tensors (limit)",
+        ),
+    }
+    shares = {name: figures[ours] / figures[limit] for name, (ours, limit) in part.items()}
     for name, value in figures.items():
         print(f"{name:55s} {value:10.1f} images/s")
+    for name, value in shares.items():
+        print(f"{name:55s} {value:10.0%}")
     path = Path(cfg.results) / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    write_json(path, {"machine": machine, "images_per_second": figures})
+    with Image.open(files[0]) as first:
+        width, height = first.size
+    facts = {
+        "machine": machine(),
+        "files": f"{len(files)} JPEGs of {width} x {height} px",
+        "images_per_second": figures,
+        "shares": shares,
+    }
+    write_json(path, facts)
     print(f"results: {path.parent}")
+
+
+def machine() -> str:
+    """Processor, cores and threads: what a figure depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {device}"
 
 
 if __name__ == "__main__":

@@ -168,7 +168,10 @@ def main(cfg: DictConfig) -> None:
         print(f"growth of {name}: seconds ~ images^{exponent:.2f}")
     results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
-    write_json(results / "bench_selection.json", {"rows": rows, "exponents": exponents})
+    write_json(
+        results / "bench_selection.json",
+        {"dimensions": int(cfg.bench.dimensions), "rows": rows, "exponents": exponents},
+    )
     print(f"results: {results}")
 
 

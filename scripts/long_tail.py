@@ -20,12 +20,11 @@ from corpus.application import run
 from corpus.artefacts import stage, write_json
 from corpus.errors import UserError
 from corpus.folder import ImageFolder
-from corpus.index import index_corpus
 from corpus.progress import progress
 from eval.quality import duplicate_rate, scene_entropy, unit
-from prune.features import corpus_embeddings, corpus_entropy
+from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import select_from_arrays
-from scripts.reproduce import with_method
+from scripts.cells import with_method
 
 NOISE = ("blank", "hazy", "no_data")
 
@@ -106,12 +105,14 @@ def main(cfg: DictConfig) -> None:
     if options.root is None:
         raise UserError("long_tail.root is not set: give a folder with one sub-folder a class")
     made = stage(cfg.runs, "long_tail", {"options": options, "seed": cfg.seed}, lambda path: build(cfg, path))
-    pool = index_corpus(ImageFolder(root=str(made / "pool"), resolution=options.size), cfg.runs)
-    known = index_corpus(ImageFolder(root=str(made / "reference"), resolution=options.size), cfg.runs)
+    measure, encoder = instantiate(cfg.entropy), instantiate(cfg.encoder)
+    pool, known = (
+        scan_corpus(ImageFolder(root=str(made / name), resolution=options.size), cfg.runs, measure, encoder)
+        for name in ("pool", "reference")
+    )
     truth = pd.read_parquet(made / "truth.parquet").set_index("id").loc[pool.manifest["id"]]
-    encoder = instantiate(cfg.encoder)
     embeddings, reference = (corpus_embeddings(corpus, encoder, cfg.runs) for corpus in (pool, known))
-    entropy = corpus_entropy(pool, instantiate(cfg.entropy), cfg.runs)
+    entropy = corpus_entropy(pool, measure, cfg.runs)
     scenes, kinds = truth["scene"].to_numpy(dtype=object), truth["kind"].to_numpy(dtype=object)
     rows = []
     for name in cfg.quality.methods:
@@ -145,7 +146,15 @@ def main(cfg: DictConfig) -> None:
     results = Path(cfg.results) / "long_tail"
     results.mkdir(parents=True, exist_ok=True)
     table.to_csv(results / "long_tail.csv", index=False)
-    write_json(results / "long_tail.json", {"images": len(pool), "ratio": cfg.ratio, "methods": rows})
+    root = Path(options.root).expanduser().resolve()
+    facts = {
+        "corpus": root.parent.name if root.name == "images" else root.name,
+        "images": len(pool),
+        "noise": options.noise,
+        "ratio": cfg.ratio,
+        "methods": rows,
+    }
+    write_json(results / "long_tail.json", facts)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"results: {results}")
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
-import platform
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,25 +12,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from corpus.application import run
-from corpus.artefacts import fingerprint, is_main_process, read_json, stage, write_json
+from corpus.artefacts import is_main_process, read_json, stage, write_json
 from corpus.errors import UserError
-from corpus.index import index_corpus
 from corpus.tracking import track
 from downstream.conditional import held_out_part
 from downstream.semantic_synthesis import semantic_synthesis
 from downstream.super_resolution import bicubic_baseline, super_resolution
 from eval.floors import against_itself, halves, real_train
 from eval.metrics import kernel_distance_difference
-from eval.quality import subset_quality
 from eval.tables import append_result
-from prune.features import corpus_embeddings, corpus_entropy
+from prune.features import corpus_embeddings, scan_corpus
 from prune.selection import select
+from scripts.cells import result_row, subset, with_method
 from scripts.report import rebuild
 from train.components import load_autoencoder, load_encoder
 from train.foundation import CONVERGENCE, GENERATED, held_out, pretrain
@@ -40,20 +35,12 @@ from train.latents import decode, encode, fit_pca, to_tensor, to_uint8
 
 #: What every other method is compared with, image by image.
 BASELINE = "random"
-#: Share of the corpus, the lowest in entropy, that counts as low in information.
-LOW_INFORMATION = 0.2
-
-
-def with_method(method: str, ratio: float | None = None) -> DictConfig:
-    """This run's config with another pruning method, and another ratio if one is given."""
-    chosen = [f"prune={method}"] if ratio is None else [f"prune={method}", f"ratio={ratio}"]
-    return compose("config", overrides=[*HydraConfig.get().overrides.task, *chosen])
 
 
 def floors(cfg: DictConfig) -> Path:
     """Measure what no method can beat; cached."""
-    corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
     encoder = load_encoder(cfg)
+    corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, instantiate(cfg.entropy), instantiate(cfg.encoder))
     # the downstream tables compare fewer images, and a Fréchet distance depends on how many: floors of their own
     sets = {**held_out(cfg), "": held_out_part(cfg)}
     autoencoder, key = load_autoencoder(cfg)
@@ -95,33 +82,6 @@ def floors(cfg: DictConfig) -> Path:
         "seed": cfg.seed,
     }
     return stage(cfg.runs, "floors", inputs, build)
-
-
-def subset(cfg: DictConfig, method: str) -> Path:
-    """Measure the selected images themselves; cached."""
-    selection, corpus = select(cfg, method)
-    encoder = load_encoder(cfg)
-    sets = held_out(cfg)
-
-    def build(directory: Path) -> None:
-        rows = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
-        embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
-        entropy = corpus_entropy(corpus, instantiate(cfg.entropy), cfg.runs)
-        metrics = subset_quality(
-            rows,
-            sets,
-            embeddings,
-            encoder.name,
-            scenes=corpus.manifest["scene"].to_numpy(dtype=object),
-            entropy=entropy,
-            low_information_bits=float(np.quantile(entropy[corpus.readable], LOW_INFORMATION)),
-            seed=cfg.seed,
-        )
-        write_json(directory / "metrics.json", metrics)
-
-    inputs = {"selection": selection.name, "held_out": sets["balanced"].corpus.fingerprint}
-    inputs |= {"images": cfg.eval.images, "encoder": cfg.eval.encoder, "entropy": cfg.entropy, "seed": cfg.seed}
-    return stage(cfg.runs, "subset", inputs, build)
 
 
 def differences(cfg: DictConfig, foundations: dict[str, Path], method: str) -> dict[str, float]:
@@ -182,18 +142,8 @@ def reproduce(cfg: DictConfig) -> Path:
     partial.unlink(missing_ok=True)
     places: dict[str, str] = {}
     for kind, method, step, metrics, directory in cells(cfg):
-        row = {
-            "stage": kind,
-            "corpus": cfg.corpus.name,
-            "prune": method,
-            "ratio": 0.0 if method == "full" else float(cfg.ratio) if method in cfg.profile.methods else None,
-            "seed": int(cfg.seed),
-            "step": step,
-            "metrics": metrics,
-            "fingerprint": fingerprint(directory=directory.name, step=step),
-            "commit": _commit(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        }
+        ratio = 0.0 if method == "full" else float(cfg.ratio) if method in cfg.profile.methods else None
+        row = result_row(cfg, kind, method, ratio, metrics, directory, step=step)
         append_result(partial, row)
         places[f"{kind}/{method}"] = str(directory)
     for method in cfg.profile.methods:
@@ -205,12 +155,6 @@ def reproduce(cfg: DictConfig) -> Path:
         for name, table in tables.items():
             tracker.table(name, table.astype(str))
     return results
-
-
-def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def main(cfg: DictConfig) -> None:

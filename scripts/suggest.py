@@ -16,7 +16,7 @@ from eval.quality import SAMPLE, knee, representation, unit
 from eval.report import figure_bytes
 from prune.features import corpus_embeddings
 from prune.selection import method_name, select
-from scripts.reproduce import with_method
+from scripts.cells import with_method
 
 
 def curve(cfg: DictConfig, method: str) -> pd.DataFrame:

@@ -34,6 +34,15 @@ def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
+def ran(*arguments: str, cwd: Path) -> Path:
+    """The result directory that a command prints last, after it has succeeded."""
+    done = call(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kind, _, directory = done.stdout.strip().splitlines()[-1].partition(": ")
+    assert kind in ("selection", "run", "results")
+    return cwd / directory
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A working directory in which the whole smoke profile has run, after a kill half-way."""
@@ -109,11 +118,7 @@ def test_a_killed_run_ends_with_the_tables_of_an_undisturbed_one(home, tmp_path)
 
 
 def test_prune_leaves_the_contract_behind(home):
-    done = call("prune/run.py", "profile=smoke", "prune=rsprune", "ratio=0.85", cwd=home)
-    assert done.returncode == 0, done.stderr[-3000:]
-    last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("selection: ")
-    directory = home / last.removeprefix("selection: ")
+    directory = ran("prune/run.py", "profile=smoke", "prune=rsprune", "ratio=0.85", cwd=home)
     table = pd.read_parquet(directory / "selection.parquet")
     assert list(table.columns) == [
         "id", "kept", "reason", "entropy", "scene", "scene_similarity", "cluster", "centroid_distance",
@@ -128,11 +133,7 @@ def test_prune_leaves_the_contract_behind(home):
 
 
 def test_pretrain_leaves_a_pipeline_that_plain_diffusers_draws_with(home):
-    done = call("train/pretrain.py", "profile=smoke", "prune=rsprune", "tracker=none", cwd=home)
-    assert done.returncode == 0, done.stderr[-3000:]
-    last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("run: ")
-    directory = home / last.removeprefix("run: ")
+    directory = ran("train/pretrain.py", "profile=smoke", "prune=rsprune", "tracker=none", cwd=home)
     assert {"pipeline", "convergence.jsonl", "samples", "checkpoints", "summary.json"} <= set(os.listdir(directory))
     lines = [json.loads(line) for line in (directory / "convergence.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40]
@@ -171,12 +172,10 @@ def test_tables_are_regenerated(home):
 
 
 def test_quality_compares_methods_over_ratios(home):
-    done = call(
+    results = ran(
         "scripts/quality.py", "profile=smoke", "tracker=none", "quality.methods=[full,random,rsprune,semdedup]",
         "quality.ratios=[0.5,0.9]", cwd=home,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = home / done.stdout.strip().splitlines()[-1].removeprefix("results: ")
     table = pd.read_csv(results / "subset_quality.csv")
     assert list(zip(table["prune"], table["ratio"], strict=True)) == [
         ("full", 0.0), ("random", 0.5), ("random", 0.9), ("rsprune", 0.5), ("rsprune", 0.9), ("semdedup", 0.5),
@@ -188,10 +187,17 @@ def test_quality_compares_methods_over_ratios(home):
     assert best["rsprune", 0.9] > best["random", 0.9]
 
 
+def test_ablation_changes_one_choice_at_a_time(home):
+    changes = "ablation.changes=['prune.uniformity=0.0','entropy.aggregate=min']"
+    results = ran("scripts/ablation.py", "profile=smoke", "tracker=none", changes, cwd=home)
+    table = pd.read_csv(results / "ablation.csv").set_index("change")
+    table = table[table["kind"] == "measured"]
+    assert set(table.index) == {"none (default)", "prune.uniformity=0.0", "entropy.aggregate=min"}
+    assert table.loc["none (default)", "scene_entropy"] > table.loc["prune.uniformity=0.0", "scene_entropy"]
+
+
 def test_suggest_names_a_ratio_on_its_curve(home):
-    done = call("scripts/suggest.py", "profile=smoke", "tracker=none", "quality.curve=[0.3,0.6,0.8,0.9]", cwd=home)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = home / done.stdout.strip().splitlines()[-1].removeprefix("results: ")
+    results = ran("scripts/suggest.py", "profile=smoke", "tracker=none", "quality.curve=[0.3,0.6,0.8,0.9]", cwd=home)
     found = json.loads((results / "rsprune.json").read_text())
     assert found["suggested"] in (0.3, 0.6, 0.8, 0.9)
     values = [point["representation"] for point in found["curve"]]
@@ -259,10 +265,28 @@ def test_bad_input_is_one_line_and_exit_code_2(home, arguments, named):
     assert sorted(path for path in (home / "runs").glob("*/*") if "wandb" not in str(path)) == before
 
 
+def test_the_selection_of_a_folder_does_not_depend_on_the_workers(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("coast", "field"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(20):
+            texture = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(texture).resize((96, 96)).save(tmp_path / "images" / name / f"{index}.jpg")
+    tables = []
+    for workers in (0, 1, 2):
+        directory = ran(
+            "prune/run.py", "corpus=folder", f"corpus.root={tmp_path / 'images'}", f"corpus.workers={workers}",
+            "tracker=none", "ratio=0.5", f"runs=runs{workers}", cwd=tmp_path,
+        )  # fmt: skip
+        tables.append((directory / "selection.parquet").read_bytes())
+    assert tables[0] == tables[1] == tables[2]
+
+
 def test_a_killed_embedding_leaves_nothing_that_looks_whole(home, tmp_path):
     shutil.copytree(home / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("wandb", "pretrain"))
-    for name in ("embedding", "selection"):
-        shutil.rmtree(tmp_path / "runs" / name)
+    for pattern in ("embedding", "selection", "corpus/*/scanned"):  # so that embedding is a pass of its own again
+        for path in (tmp_path / "runs").glob(pattern):
+            shutil.rmtree(path)
     arguments = ("prune/run.py", "profile=smoke", "tracker=none", "corpus.train.limit=480")
     process = subprocess.Popen(
         command(*arguments, cwd=tmp_path), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL,

@@ -16,9 +16,13 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from corpus.bluemarble import SCENES, BlueMarble
+from corpus.decode import WINDOW, in_order
+from corpus.encoder import EfficientNetLite0
 from corpus.errors import UserError
 from corpus.folder import ImageFolder, read_image
 from corpus.index import Source, index_corpus, open_corpus
+from prune.entropy import LocalEntropy
+from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 
 HEIGHT, WIDTH = 2700, 5400  # px of bmng.jpg
 #: scene by the first letters of a Köppen-Geiger zone's name, written down apart from the code under test
@@ -400,6 +404,65 @@ def test_sources_hand_on_what_the_index_expects(world: BlueMarble, tiny_folder: 
         assert sum(1 for _ in source.images()) == 5
         assert sum(1 for _ in source.masks()) == (5 if source.mask_classes else 0)
         json.dumps(source.version)
+
+
+def test_threads_keep_the_order_and_hold_few_items():
+    drawn = []
+
+    def items():
+        for number in range(500):
+            drawn.append(number)
+            yield number
+
+    stream = in_order(lambda number: number * number, items(), workers=2)
+    assert [next(stream) for _ in range(10)] == [number * number for number in range(10)]
+    assert len(drawn) < 10 + 2 * WINDOW + 2
+    assert list(stream) == [number * number for number in range(10, 500)]
+    assert list(in_order(str, range(3), workers=0)) == ["0", "1", "2"]
+
+
+def test_threads_pass_errors_on():
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(lambda number: 1 // number, [1, 0, 1], workers=2))
+
+
+def test_worker_count_changes_neither_the_index_nor_its_name(tiny_folder: Path, tmp_path: Path) -> None:
+    corpora = [
+        index_corpus(ImageFolder(root=str(tiny_folder), resolution=16, workers=workers), tmp_path / str(workers))
+        for workers in (0, 1, 2)
+    ]
+    assert len({corpus.fingerprint for corpus in corpora}) == 1
+    assert len({(corpus.directory / "images.npy").read_bytes() for corpus in corpora}) == 1
+
+
+def test_one_pass_finds_what_separate_passes_find(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for index, texture in enumerate(np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)):
+        Image.fromarray(texture).save(tmp_path / "images" / f"{index}.png")
+    (tmp_path / "images" / "3.png").write_bytes(b"no image")
+    source = ImageFolder(root=str(tmp_path / "images"), resolution=32)
+    encoder = EfficientNetLite0(input_size=32, batch_size=3)
+    results = []
+    for name in ("together", "apart"):
+        runs = tmp_path / name
+        together = name == "together"
+        corpus = scan_corpus(source, runs, LocalEntropy(), encoder) if together else index_corpus(source, runs)
+        assert (corpus.directory / "scanned").is_dir() == together
+        results.append((corpus_entropy(corpus, LocalEntropy(), runs), corpus_embeddings(corpus, encoder, runs)))
+        assert not corpus.readable.all() and (results[-1][1][~corpus.readable] == 0).all()
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+    assert np.abs(results[0][1]).max() > 0 and results[0][0].max() > 0
+
+
+def test_a_large_jpeg_decodes_small_and_alike(tmp_path: Path) -> None:
+    """Decoded at a fraction of its size, a picture stays the one that whole decoding and averaging gives."""
+    random = np.random.default_rng(0)
+    rough = Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((768, 768))
+    rough.save(tmp_path / "a.jpg", quality=95)
+    found = read_image(tmp_path / "a.jpg", 32).astype(float)
+    whole = Image.open(tmp_path / "a.jpg").convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
+    assert np.abs(found - np.asarray(whole)).mean() < 2
 
 
 def test_aid_is_a_folder_corpus(shared_data: Path, tmp_path: Path) -> None:

@@ -271,6 +271,12 @@ def test_clusters_level_by_level_find_what_one_kmeans_finds():
     assert capped.max() + 1 <= 8
 
 
+@pytest.mark.parametrize("embeddings", [np.ones((300, 4)), np.r_[np.ones((290, 4)), 3 * np.eye(4).repeat(3, 0)[:10]]])
+def test_images_that_cannot_be_split_end_the_splitting(embeddings):
+    method = RSPruneMethod(entropy_quantile=0, scenes=False, images_per_cluster=1, max_clusters=3)
+    assert len(method.select(pool_of(embeddings), 100, np.random.default_rng(0)).kept) == 100
+
+
 def test_euclidean_clusters_measure_euclidean_distance():
     pool = pool_of(cloud(60))
     selection = RSPruneMethod(entropy_quantile=0, spherical=False).select(pool, 20, np.random.default_rng(0))

@@ -24,6 +24,7 @@ from eval.figures import (
 )
 from eval.report import Gallery, figure_bytes, png_bytes, write_report
 from eval.tables import build_tables
+from prune.layout import embedding_map
 from prune.report import write_prune_report
 
 
@@ -242,7 +243,7 @@ def test_prune_report_shows_counts_and_images_of_the_right_group(tmp_path):
         kept = int((selection["kept"] & (selection["scene"] == scene)).sum())
         assert f"{scene} {kept:,} of {before:,} kept" in text
         assert page.picture(f"{scene}, kept image 1").mean(axis=(0, 1)).argmax() == 1
-    dropped = [image for image in page.images if ", dropped image" in image["alt"]]
+    dropped = [image for image in page.images if image["alt"].startswith(("ocean, dropped", "ice, dropped"))]
     assert len(dropped) == 600
     reds = {page.picture(image["alt"])[8, 8, 0] > 200 for image in dropped[::25]}
     assert reds == {True}
@@ -250,6 +251,40 @@ def test_prune_report_shows_counts_and_images_of_the_right_group(tmp_path):
         assert f"{name} {count:,} {count / 2000:.1%}" in text
     assert "total 3.0" in text
     assert "1.25 bits" in text
+    for reason in set(selection.loc[~selection["kept"], "reason"]) - {"unreadable"}:
+        assert page.picture(f"{reason}, dropped image 1")[8, 8, 0] > 200
+
+
+def test_prune_report_maps_the_embeddings(tmp_path):
+    selection = _selection(300)
+    embeddings = np.random.default_rng(0).standard_normal((300, 12)).astype(np.float16)
+    images = np.zeros((300, 8, 8, 3), dtype=np.uint8)
+    pictures = []
+    for name, given in (("with", embeddings), ("without", None)):
+        write_prune_report(
+            tmp_path / name, selection, _summary(selection), images, np.random.default_rng(0), embeddings=given
+        )
+        pictures.append(sum(image["src"].startswith("data:image/png") for image in Page(tmp_path / name).images))
+    assert pictures[0] == pictures[1] + 1
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 5])
+def test_the_map_parts_what_differs(kinds):
+    random = np.random.default_rng(0)
+    truth = np.arange(200) % kinds
+    embeddings = 4 * random.standard_normal((kinds, 30))[truth] + random.standard_normal((200, 30))
+    places = embedding_map(embeddings, truth.astype(str))
+    assert places.shape == (200, 2) and np.isfinite(places).all()
+    if kinds > 1:
+        means = np.stack([places[truth == kind].mean(axis=0) for kind in range(kinds)])
+        nearest = ((places[:, None] - means[None]) ** 2).sum(axis=2).argmin(axis=1)
+        assert (nearest == truth).mean() > 0.8
+
+
+@pytest.mark.parametrize("embeddings", [np.zeros((5, 4)), np.ones((1, 4)), np.zeros((0, 4)), np.eye(3)])
+def test_the_map_of_next_to_nothing(embeddings):
+    scenes = np.array(["a", "b", "c"] * 2, dtype=str)[: len(embeddings)]
+    assert np.isfinite(embedding_map(embeddings, scenes)).all()
 
 
 def test_prune_report_of_the_same_seed_is_the_same_file(tmp_path):
