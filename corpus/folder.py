@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from corpus.decode import in_order
 from corpus.errors import UserError
+from corpus.parallel import in_order
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")

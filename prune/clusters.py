@@ -7,10 +7,13 @@ from typing import Any
 
 import faiss
 import numpy as np
+import torch
 
 from prune.pool import Pool, Selection
 
-CHUNK = 65_536
+CHUNK = 16_384
+#: Products (points x clusters) from which a k-means gains by more than one thread.
+MANY_PRODUCTS = 4_000_000
 #: Levels of clusters at most: images that are all alike cannot be split, however often one tries.
 DEEPEST = 6
 
@@ -31,8 +34,11 @@ class Points:
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         """float32 [K, D], centred and, if spherical, of unit length; a zero vector stays zero."""
-        centred = np.asarray(self.embeddings[rows], dtype=np.float32) - self.centre
-        return normalise(centred) if self.spherical else centred
+        # torch, since NumPy converts half precision one number at a time
+        vectors = torch.from_numpy(np.array(self.embeddings[rows])).float().sub_(torch.from_numpy(self.centre))
+        if self.spherical:
+            vectors /= vectors.norm(dim=1, keepdim=True).clamp_min_(1e-12)
+        return vectors.numpy()
 
 
 def normalise(vectors: np.ndarray) -> np.ndarray:
@@ -42,7 +48,10 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
 
 
 def kmeans(points: np.ndarray, clusters: int, seed: int, *, iterations: int = 20, spherical: bool = True) -> np.ndarray:
-    """Centroids by faiss k-means, float32 [min(clusters, n), D]; spherical ones have unit length."""
+    """Centroids by faiss k-means, float32 [min(clusters, n), D]; spherical ones have unit length.
+
+    A small one runs in one thread: several can then run side by side, and threads would cost more than they give.
+    """
     points = np.ascontiguousarray(points, dtype=np.float32)
     clusters = min(clusters, len(points))
     if clusters == len(points):
@@ -56,7 +65,13 @@ def kmeans(points: np.ndarray, clusters: int, seed: int, *, iterations: int = 20
         min_points_per_centroid=1,
         max_points_per_centroid=1_000_000_000,
     )
-    model.train(points)
+    threads = faiss.omp_get_max_threads()
+    if len(points) * clusters < MANY_PRODUCTS:
+        faiss.omp_set_num_threads(1)  # of this thread alone
+    try:
+        model.train(points)
+    finally:
+        faiss.omp_set_num_threads(threads)
     return model.centroids
 
 

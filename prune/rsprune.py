@@ -8,6 +8,7 @@ import numba
 import numpy as np
 from skimage.filters import threshold_otsu
 
+from corpus.parallel import in_order
 from prune.allocation import allocate
 from prune.clusters import Clustering, Points, members_of, normalise
 from prune.pool import Pool, Selection
@@ -66,16 +67,22 @@ class RSPrune:
         clustering = Clustering(self.max_clusters, self.hierarchical, self.sample_per_cluster)
         cluster = np.full(len(pool), -1, dtype=np.int32)
         distance = np.full(len(pool), np.nan, dtype=np.float32)
-        kept, clusters = [], 0
-        for group, scene_budget in zip(scene_rows, scene_budgets, strict=True):
-            if len(group) == 0:
-                continue
+
+        def of_scene(job: tuple[np.ndarray, int, np.random.Generator]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            group, scene_budget, scene_generator = job
             wanted = self.clusters_per_scene or max(1, round(len(group) / self.images_per_cluster))
-            labels, distances = clustering(points, group, wanted, generator)
+            labels, distances = clustering(points, group, wanted, scene_generator)
+            return labels, distances, self._pick(points, group, labels, distances, int(scene_budget))
+
+        # scenes side by side, each with randomness of its own: the result does not depend on who is first
+        jobs = list(zip(scene_rows, scene_budgets, generator.spawn(len(scene_rows)), strict=True))
+        jobs = [job for job in jobs if len(job[0])]
+        kept, clusters = [], 0
+        for (group, _, _), (labels, distances, picked) in zip(jobs, in_order(of_scene, jobs), strict=True):
             cluster[group] = labels + clusters
             distance[group] = distances
             clusters += int(labels.max()) + 1
-            kept.append(group[self._pick(points, group, labels, distances, int(scene_budget))])
+            kept.append(group[picked])
 
         reason = np.full(len(pool), "redundant", dtype=object)
         reason[~informative] = "low_entropy"
@@ -184,7 +191,7 @@ def pick_in_cluster(
     return near_then_far(np.ascontiguousarray(points), order, near, budget, np.float32(duplicate_similarity))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def near_then_far(points, order, near, budget, duplicate_similarity):
     """The first `near` of `order` that are no near-duplicates, then farthest-first; int64 [budget].
 

@@ -21,10 +21,10 @@ from skimage.morphology import disk
 
 from corpus.application import run
 from corpus.artefacts import plain, stage, write_json
-from corpus.decode import in_order
 from corpus.errors import UserError
 from corpus.folder import SUFFIXES, ImageFolder
 from corpus.index import index_corpus
+from corpus.parallel import in_order
 from prune.entropy import LocalEntropy, luma
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from train.components import load_autoencoder, load_encoder

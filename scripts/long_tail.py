@@ -19,7 +19,7 @@ from PIL import Image
 from corpus.application import run
 from corpus.artefacts import stage, write_json
 from corpus.errors import UserError
-from corpus.folder import ImageFolder
+from corpus.folder import SUFFIXES, ImageFolder
 from corpus.progress import progress
 from eval.quality import duplicate_rate, scene_entropy, unit
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
@@ -56,15 +56,29 @@ def spoil(image: np.ndarray, kind: str, generator: np.random.Generator) -> np.nd
     return spoiled
 
 
-def build(cfg: DictConfig, directory: Path) -> None:
-    """Write `pool/` (flat, unlabelled), `reference/<class>/` and `truth.parquet` (id, scene, kind)."""
-    options, generator = cfg.long_tail, np.random.default_rng([cfg.seed, 400])
+def files_by_class(options: DictConfig) -> dict[str, list[Path]]:
+    """Image files by the name of their folder.
+
+    Raises:
+        UserError: there are no two classes, or one has too few images.
+    """
+    if options.root is None:
+        raise UserError("long_tail.root is not set: give a folder with one sub-folder a class")
     files: dict[str, list[Path]] = {}
     for path in sorted(Path(options.root).expanduser().rglob("*")):
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif"):
+        if path.suffix.lower() in SUFFIXES:
             files.setdefault(path.parent.name, []).append(path)
     if len(files) < 2:
         raise UserError(f"long_tail.root={options.root} has no two classes: give a folder with one sub-folder a class")
+    for name, paths in files.items():
+        if len(paths) <= options.reference:
+            raise UserError(f"class {name} has only {len(paths)} images: lower long_tail.reference")
+    return files
+
+
+def build(cfg: DictConfig, files: dict[str, list[Path]], directory: Path) -> None:
+    """Write `pool/` (flat, unlabelled), `reference/<class>/` and `truth.parquet` (id, scene, kind)."""
+    options, generator = cfg.long_tail, np.random.default_rng([cfg.seed, 400])
     names = [sorted(files)[index] for index in generator.permutation(len(files))]
     counts = class_counts(len(names), round(options.images * (1 - options.noise)), options.exponent)
     rows: list[tuple[str, str, str]] = []
@@ -83,8 +97,6 @@ def build(cfg: DictConfig, directory: Path) -> None:
         for path in known:
             (directory / "reference" / name / path.name).write_bytes(path.read_bytes())
         wanted, used = int(count), 0
-        if not rest:
-            raise UserError(f"class {name} has only {len(order)} images: lower long_tail.reference")
         while wanted:
             path = rest[used % len(rest)]
             image = np.asarray(Image.open(path).convert("RGB"))
@@ -102,9 +114,8 @@ def build(cfg: DictConfig, directory: Path) -> None:
 
 def main(cfg: DictConfig) -> None:
     options = cfg.long_tail
-    if options.root is None:
-        raise UserError("long_tail.root is not set: give a folder with one sub-folder a class")
-    made = stage(cfg.runs, "long_tail", {"options": options, "seed": cfg.seed}, lambda path: build(cfg, path))
+    files = files_by_class(options)
+    made = stage(cfg.runs, "long_tail", {"options": options, "seed": cfg.seed}, lambda path: build(cfg, files, path))
     measure, encoder = instantiate(cfg.entropy), instantiate(cfg.encoder)
     pool, known = (
         scan_corpus(ImageFolder(root=str(made / name), resolution=options.size), cfg.runs, measure, encoder)

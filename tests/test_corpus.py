@@ -16,11 +16,11 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from corpus.bluemarble import SCENES, BlueMarble
-from corpus.decode import WINDOW, in_order
 from corpus.encoder import EfficientNetLite0
 from corpus.errors import UserError
 from corpus.folder import ImageFolder, read_image
 from corpus.index import Source, index_corpus, open_corpus
+from corpus.parallel import WINDOW, in_order
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 

@@ -1,4 +1,4 @@
-"""Decoding many images at once, in order, with a bounded number in memory."""
+"""Work on many items at once, by threads: in order, with a bounded number in memory."""
 
 from __future__ import annotations
 
