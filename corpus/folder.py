@@ -186,7 +186,7 @@ def read_image(path: Path, resolution: int) -> np.ndarray | str:
     try:
         with Image.open(path) as image:
             # a JPEG decodes to an eighth, a quarter or a half of its size for a fraction of the time
-            image.draft("RGB", (2 * resolution, 2 * resolution))
+            image.draft("RGB", (resolution, resolution))
             upright = ImageOps.exif_transpose(image).convert("RGB")
             side = min(upright.size)
             left, top = (upright.width - side) / 2, (upright.height - side) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numba
@@ -12,42 +13,62 @@ AGGREGATES = ("mean", "min", "quantile", "share")
 
 
 @numba.njit(cache=True, nogil=True)
-def _patch_entropies(luma: np.ndarray, patch: int, shift: int, no_data: int, out: np.ndarray) -> None:
+def _patch_entropies(
+    luma: np.ndarray, patch: int, shift: int, no_data: int, weighted: np.ndarray, out: np.ndarray
+) -> None:
+    """H = log2 n - sum over bins of c log2 c / n, whose terms are looked up: `weighted[c]` is c log2 c.
+
+    Unsigned indices need no check for negative ones, and four sums in turn need not wait for each other.
+    """
     height, width = luma.shape
+    flat = luma.ravel()
     columns = width // patch
-    counts = np.zeros(256, dtype=np.int64)
+    unsigned = np.uint64
+    # neighbouring pixels are often alike: two histograms in turn, so that no count waits for the one before
+    even, odd = np.zeros(256, dtype=np.uint32), np.zeros(256, dtype=np.uint32)
     for row in range(height // patch):
         for column in range(columns):
-            counts[:] = 0
-            seen = 0
+            even[:] = 0
+            odd[:] = 0
+            seen = patch * patch
             for y in range(row * patch, (row + 1) * patch):
-                for x in range(column * patch, (column + 1) * patch):
-                    if luma[y, x] != no_data:
-                        counts[luma[y, x] >> shift] += 1
-                        seen += 1
-            entropy = 0.0
-            for count in counts:
-                if count:
-                    share = count / seen
-                    entropy -= share * np.log2(share)
-            out[row * columns + column] = entropy if 2 * seen >= patch * patch else np.nan
+                start = unsigned(y * width + column * patch)
+                for x in range(unsigned(0), unsigned(patch // 2)):
+                    even[flat[start + x + x]] += 1
+                    odd[flat[start + x + x + unsigned(1)]] += 1
+                if patch % 2:
+                    even[flat[start + unsigned(patch - 1)]] += 1
+            if no_data >= 0:
+                seen -= even[no_data] + odd[no_data]
+                even[no_data] = 0
+                odd[no_data] = 0
+            if shift:
+                for level in range(256):
+                    count = even[level] + odd[level]
+                    even[level] = 0
+                    odd[level] = 0
+                    even[level >> shift] += count  # never beyond the level that is read next
+            first, second, third, fourth = 0.0, 0.0, 0.0, 0.0
+            for level in range(unsigned(0), unsigned(64)):
+                first += weighted[even[4 * level] + odd[4 * level]]
+                second += weighted[even[4 * level + 1] + odd[4 * level + 1]]
+                third += weighted[even[4 * level + 2] + odd[4 * level + 2]]
+                fourth += weighted[even[4 * level + 3] + odd[4 * level + 3]]
+            entropy = np.log2(seen) - (first + second + third + fourth) / seen if seen else 0.0
+            out[row * columns + column] = max(entropy, 0.0) if 2 * seen >= patch * patch else np.nan
 
 
-@numba.njit(cache=True, nogil=True)
-def _luma(image: np.ndarray, out: np.ndarray) -> None:
-    for y in range(out.shape[0]):
-        for x in range(out.shape[1]):
-            red, green, blue = np.int64(image[y, x, 0]), np.int64(image[y, x, 1]), np.int64(image[y, x, 2])
-            out[y, x] = (299 * red + 587 * green + 114 * blue + 500) // 1000
+@lru_cache(maxsize=16)
+def _weighted(count: int) -> np.ndarray:
+    """c log2 c for c = 0..count, float64."""
+    numbers = np.arange(count + 1, dtype=np.float64)
+    return numbers * np.log2(np.maximum(numbers, 1))
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """ITU-R BT.601 luma, rounded: uint8 [H, W] of uint8 [H, W, 3]; a grey image uint8 [H, W] is its own."""
-    if image.ndim == 2:
-        return np.ascontiguousarray(image)
-    out = np.empty(image.shape[:2], dtype=np.uint8)
-    _luma(image, out)
-    return out
+    """ITU-R BT.601 luma, rounded, by OpenCV: uint8 [H, W] of uint8 [H, W, 3]; a grey image uint8 [H, W] is its own."""
+    image = np.ascontiguousarray(image)
+    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
 def patch_entropies(image: np.ndarray, patch: int, *, bins: int = 256, no_data: int | None = None) -> np.ndarray:
@@ -66,7 +87,9 @@ def patch_entropies(image: np.ndarray, patch: int, *, bins: int = 256, no_data: 
     """
     grey = luma(image)
     out = np.empty((grey.shape[0] // patch) * (grey.shape[1] // patch))
-    _patch_entropies(grey, patch, 8 - bins.bit_length() + 1, -1 if no_data is None else no_data, out)
+    _patch_entropies(
+        grey, patch, 8 - bins.bit_length() + 1, -1 if no_data is None else no_data, _weighted(patch**2), out
+    )
     return out
 
 
