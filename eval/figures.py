@@ -175,7 +175,6 @@ def map_figure(places: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most
         _dress(axes, title, "", "", grid="both")
         axes.set_xticklabels([])
         axes.set_yticklabels([])
-        axes.set(xlim=(-3.5, 3.5), ylim=(-3.5, 3.5))
     parts = [axes.get_legend_handles_labels() for axes in (left, right)]
     handles, labels = ([*parts[0][index], *parts[1][index]] for index in (0, 1))
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=10, markerscale=4)

@@ -27,7 +27,7 @@ from corpus.index import index_corpus
 from corpus.parallel import in_order
 from prune.entropy import LocalEntropy, luma
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
-from train.components import load_autoencoder, load_encoder
+from train.components import load_autoencoder
 from train.diffusion import flow_matching_loss, new_unet
 from train.latents import decode, encode, to_tensor
 
@@ -144,7 +144,6 @@ def network_figures(cfg: DictConfig) -> dict[str, float]:
 
 
 def main(cfg: DictConfig) -> None:
-    load_encoder(cfg)
     files = jpegs(cfg, cfg.bench.files)
     figures = {**entropy_figures(files), **feature_figures(cfg, files), **network_figures(cfg)}
     part = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cleanfid import fid
 from torchmetrics.image.fid import _compute_fid
 
 from eval.generate import starting_noise
@@ -41,12 +42,8 @@ def test_frechet_distance_agrees_with_torchmetrics(count):
 
 
 def test_frechet_distance_agrees_with_clean_fid():
-    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid does not import here")
     first, second = gaussians(500)
-    try:
-        expected = fid.frechet_distance(first.mean(0), np.cov(first.T), second.mean(0), np.cov(second.T))
-    except (TypeError, ValueError):
-        pytest.skip("this SciPy's sqrtm no longer has the argument that clean-fid passes")
+    expected = fid.frechet_distance(first.mean(0), np.cov(first.T), second.mean(0), np.cov(second.T))
     assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-4)
 
 

@@ -67,7 +67,8 @@ def test_the_eight_symmetries_are_different():
 
 
 def test_tokenizer_is_clips_own():
-    open_clip = pytest.importorskip("open_clip")
+    import open_clip  # seconds, and this test alone needs it
+
     text = "A satellite image of dry steppe, naïve 3x — coast's edge"
     expected = [token for token in open_clip.get_tokenizer("ViT-B-32")(text)[0].tolist() if token]
     assert clip_tokenizer(77)(text).input_ids == expected
