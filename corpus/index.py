@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
 
-from corpus.artefacts import fingerprint, read_json, stage, write_json
+from corpus.artefacts import COMPLETE, fingerprint, plain, read_json, stage, write_json
 from corpus.errors import UserError
+from corpus.parallel import cores, in_processes
 from corpus.progress import progress
 
 #: Folder of a corpus stage with the results of its scans.
 SCANNED = "scanned"
+#: Images that are decoded, scanned and noted as done together.
+CHUNK = 256
+#: Rows of the manifest that are written together.
+ROW_GROUP = 65_536
+#: Chunks per worker from which worker processes are worth their start.
+CHUNKS_PER_WORKER = 8
+
+
+class Sample(NamedTuple):
+    """A decoded image uint8 [R, R, 3] and its mask uint8 [R, R]."""
+
+    image: np.ndarray
+    mask: np.ndarray
+
+
+#: Reads some images in turn: uint8 [R, R, 3], or a `Sample` where the source has masks, or the reason why one cannot
+#: be read.
+Reader = Callable[[], Iterable["np.ndarray | Sample | str"]]
 
 
 class Source(Protocol):
-    """What a corpus must offer; see `corpus.bluemarble` and `corpus.folder`."""
+    """What a corpus must offer; see `corpus.bluemarble` and `corpus.folder`.
+
+    Attributes:
+        workers: processes that decode; None: one a core; 1: in this process, and a reader need not be picklable.
+    """
 
     name: str
     resolution: int
+    workers: int | None
 
     @property
     def version(self) -> Any:
@@ -33,13 +57,13 @@ class Source(Protocol):
         """Names of the mask values; empty where there are no masks."""
 
     def manifest(self) -> pd.DataFrame:
-        """One row an image, with at least id, scene ("" unknown) and caption ("" none)."""
+        """One row an image, with at least id, scene ("" unknown) and caption ("" none).
 
-    def images(self) -> Iterator[np.ndarray | str]:
-        """uint8 [R, R, 3] in manifest order, or the reason why an image cannot be read."""
+        A column `stamp` that changes with an image's bytes lets the next index take over what has not changed.
+        """
 
-    def masks(self) -> Iterator[np.ndarray]:
-        """uint8 [R, R] in manifest order."""
+    def reader(self, rows: np.ndarray) -> Reader:
+        """Work that reads some rows of the manifest, ascending; a worker process may do it."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +107,30 @@ class Scan:
 
     Attributes:
         key: names the result.
-        compute: (uint8 [B, R, R, 3]) -> [B, ...], called with whole batches in corpus order.
-        batch_size: images a call.
-        dtype: of the result.
+        compute: (uint8 [B, R, R, 3]) -> [B, ...], called in corpus order.
+        batch_size: images a call, the last of a chunk excepted.
+        dtype, shape: of one image's result.
+        by_worker: compute where the image is decoded, so it must be picklable; otherwise here.
     """
 
     key: str
     compute: Callable[[np.ndarray], np.ndarray]
     batch_size: int
     dtype: type
+    shape: tuple[int, ...] = ()
+    by_worker: bool = False
 
 
 def index_corpus(source: Source, runs: Path | str, scans: Sequence[Scan] = ()) -> Corpus:
     """Decode a source once into `runs/corpus/<fingerprint>/`, or open what is there.
 
     `scans` run in the same pass, while the next images are decoded; a corpus that is there already is not scanned.
+    A killed pass goes on from its last finished chunk. Where the source was indexed before and some of its images came,
+    went or changed since, only the new and changed ones are decoded and scanned.
     """
     inputs = {"source": source, "version": source.version}
-    return open_corpus(stage(runs, "corpus", inputs, lambda directory: _build(source, directory, scans)))
+    build = lambda directory: _build(source, Path(runs), directory, scans)  # noqa: E731
+    return open_corpus(stage(runs, "corpus", inputs, build, resumable=True))
 
 
 def scanned(corpus: Corpus, key: str) -> Path | None:
@@ -123,62 +153,200 @@ def open_corpus(directory: Path) -> Corpus:
     )
 
 
-def _build(source: Source, directory: Path, scans: Sequence[Scan]) -> None:
+@dataclass(frozen=True)
+class ArrayFile:
+    """An .npy file that is written and read piece by piece, without mapping it.
+
+    Mapped pages would count as this process's memory, and a full disk would kill it instead of raising an OSError.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def create(self) -> None:
+        """The file with zeros, which take no space yet."""
+        self.path.parent.mkdir(exist_ok=True)
+        np.lib.format.open_memmap(self.path, mode="w+", dtype=self.dtype, shape=self.shape)
+
+    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Put values [K, ...] at ascending rows [K]."""
+        values = np.ascontiguousarray(values, dtype=self.dtype)
+        with open(self.path, "r+b", buffering=0) as file:
+            for part in _runs(rows):
+                file.seek(self._offset(rows[part.start]))
+                data = memoryview(values[part]).cast("B")
+                while len(data):  # a write may stop halfway, on a full disk just before the error
+                    data = data[file.write(data) :]
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """The values [K, ...] at ascending rows [K]."""
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            for part in _runs(rows):
+                file.seek(self._offset(rows[part.start]))
+                file.readinto(memoryview(values[part]).cast("B"))
+        return values
+
+    def _offset(self, row: int) -> int:
+        whole = int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return self.path.stat().st_size - whole + int(row) * (whole // max(1, self.shape[0]))
+
+
+def _runs(rows: np.ndarray) -> Iterator[slice]:
+    """Positions of runs of neighbouring rows."""
+    edges = np.flatnonzero(np.diff(rows) != 1) + 1
+    for start, stop in zip([0, *edges], [*edges, len(rows)], strict=True):
+        if stop > start:
+            yield slice(start, stop)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The arrays of a corpus while it is built."""
+
+    images: ArrayFile
+    masks: ArrayFile | None
+    reasons: ArrayFile
+    scans: dict[str, ArrayFile]
+
+    @classmethod
+    def of(cls, directory: Path, count: int, source: Source, scans: Sequence[Scan]) -> _Files:
+        size = source.resolution
+        masks = ArrayFile(directory / "masks.npy", (count, size, size), np.uint8) if source.mask_classes else None
+        return cls(
+            images=ArrayFile(directory / "images.npy", (count, size, size, 3), np.uint8),
+            masks=masks,
+            reasons=ArrayFile(directory / "reasons.npy", (count,), "S64"),
+            scans={
+                scan.key: ArrayFile(directory / SCANNED / f"{scan.key}.npy", (count, *scan.shape), scan.dtype)
+                for scan in scans
+            },
+        )
+
+    def create(self) -> None:
+        for file in (self.images, self.masks, self.reasons, *self.scans.values()):
+            if file is not None:
+                file.create()
+
+    def write_scan(self, scan: Scan, rows: np.ndarray, images: np.ndarray, readable: np.ndarray) -> None:
+        """Compute a scan of some images batch by batch and write it, zeros where there is no image."""
+        for start in range(0, len(rows), scan.batch_size):
+            part = slice(start, start + scan.batch_size)
+            values = scan.compute(images[part])
+            values[~readable[part]] = 0
+            self.scans[scan.key].write(rows[part], values)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What a worker does: read some images, write them, and compute the scans that need no network."""
+
+    reader: Reader
+    rows: np.ndarray
+    files: _Files
+    scans: tuple[Scan, ...]
+
+    def __call__(self) -> np.ndarray:
+        """Returns which rows have an image, bool."""
+        size = self.files.images.shape[1]
+        images = np.zeros((len(self.rows), size, size, 3), np.uint8)
+        masks = np.zeros((len(self.rows), size, size) if self.files.masks else 0, np.uint8)
+        reasons = np.zeros(len(self.rows), "S64")
+        for position, sample in enumerate(self.reader()):
+            if isinstance(sample, str):
+                reasons[position] = sample.encode()
+            elif isinstance(sample, Sample):
+                images[position], masks[position] = sample
+            else:
+                images[position] = sample
+        readable = reasons == b""
+        self.files.images.write(self.rows, images)
+        self.files.reasons.write(self.rows, reasons)
+        if self.files.masks is not None:
+            self.files.masks.write(self.rows, masks)
+        for scan in self.scans:
+            self.files.write_scan(scan, self.rows, images, readable)
+        return readable
+
+
+def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -> None:
     manifest = source.manifest()
     if manifest.empty:
         raise UserError(f"corpus {source.name} has no images: check its root, split and limit")
-    size = source.resolution
-    array = np.lib.format.open_memmap(
-        directory / "images.npy", mode="w+", dtype=np.uint8, shape=(len(manifest), size, size, 3)
-    )
-    reasons = [""] * len(manifest)
-    running = [_RunningScan(scan, array, directory / SCANNED) for scan in scans]
-    for row, image in enumerate(progress(source.images(), f"index {source.name}", total=len(manifest))):
-        if isinstance(image, str):
-            reasons[row] = image
-        else:
-            array[row] = image
-        for scan in running:
-            scan.advance(row + 1)
-    array.flush()
-    for scan in running:
-        scan.finish(np.array(reasons) != "")
-    if source.mask_classes:
-        masks = np.lib.format.open_memmap(
-            directory / "masks.npy", mode="w+", dtype=np.uint8, shape=(len(manifest), size, size)
-        )
-        for row, mask in enumerate(source.masks()):
-            masks[row] = mask
-        masks.flush()
-    manifest["readable"] = [not reason for reason in reasons]
-    manifest["reason"] = reasons
-    manifest.to_parquet(directory / "manifest.parquet", index=False)
-    write_json(directory / "corpus.json", {"name": source.name, "mask_classes": list(source.mask_classes)})
+    count = len(manifest)
+    previous, origin = _earlier(source, runs, manifest)
+    if previous is not None:  # what was not scanned then is left to the stages that need it: they take all images
+        scans = [scan for scan in scans if scanned(previous, scan.key) is not None]
+    files, state = _Files.of(directory, count, source, scans), directory / "progress.json"
+    plan = {"count": count, "scans": sorted(files.scans), "previous": previous and previous.fingerprint}
+    before = read_json(state) if state.exists() else {}
+    done = before["done"] if {key: before.get(key) for key in plan} == plan else 0
+    todo = np.flatnonzero(origin < 0)
+    if not done:
+        files.create()
+        if previous is not None:
+            _copy(previous, files, np.flatnonzero(origin >= 0), origin)
+        write_json(state, {**plan, "done": 0})
+
+    chunks = [todo[start : start + CHUNK] for start in range(done, len(todo), CHUNK)]
+    by_worker = tuple(scan for scan in scans if scan.by_worker)
+    work = (_Chunk(source.reader(rows), rows, files, by_worker) for rows in chunks)
+    workers = min(cores() if source.workers is None else source.workers, len(chunks) // CHUNKS_PER_WORKER)
+    with progress(range(len(todo)), f"index {source.name}", total=len(todo), initial=done) as bar:
+        for rows, readable in zip(chunks, in_processes(_Chunk.__call__, work, workers), strict=True):
+            images = files.images.read(rows)
+            for scan in scans:
+                if not scan.by_worker:
+                    files.write_scan(scan, rows, images, readable)
+            done += len(rows)
+            write_json(state, {**plan, "done": done})
+            bar.update(len(rows))
+
+    reasons = files.reasons.read(np.arange(count))
+    manifest["readable"] = reasons == b""
+    manifest["reason"] = [reason.decode() for reason in reasons]
+    manifest.to_parquet(directory / "manifest.parquet", index=False, row_group_size=ROW_GROUP)
+    facts = {"name": source.name, "mask_classes": list(source.mask_classes)}
+    write_json(directory / "corpus.json", facts)
+    files.reasons.path.unlink()
+    state.unlink()
 
 
-class _RunningScan:
-    """Applies a scan to each batch of `images` as soon as it is decoded."""
+def _earlier(source: Source, runs: Path, manifest: pd.DataFrame) -> tuple[Corpus | None, np.ndarray]:
+    """The corpus of the same source from before files came, went or changed, and each image's row there or -1.
 
-    def __init__(self, scan: Scan, images: np.ndarray, folder: Path) -> None:
-        self._scan, self._images, self._done = scan, images, 0
-        folder.mkdir(exist_ok=True)
-        self._path = folder / f"{scan.key}.npy"
-        self._results: np.ndarray | None = None
+    An image is the same if its id and its `stamp` are.
+    """
+    nothing = None, np.full(len(manifest), -1)
+    if "stamp" not in manifest:
+        return nothing
+    stages = [path for path in (runs / "corpus").glob(f"*/{COMPLETE}")]
+    for path in sorted(stages, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if read_json(path)["inputs"]["source"] != plain(source):
+            continue
+        previous = open_corpus(path.parent)
+        if "stamp" not in previous.manifest:
+            continue
+        before = pd.MultiIndex.from_frame(previous.manifest[["id", "stamp"]])
+        now = pd.MultiIndex.from_frame(manifest[["id", "stamp"]])
+        if before.is_unique and now.is_unique:
+            return previous, before.get_indexer(now)
+    return nothing
 
-    def advance(self, decoded: int) -> None:
-        """Compute the batches that are whole now, and the last one."""
-        while self._done < decoded and (decoded - self._done >= self._scan.batch_size or decoded == len(self._images)):
-            rows = slice(self._done, min(self._done + self._scan.batch_size, decoded))
-            values = self._scan.compute(self._images[rows])
-            if self._results is None:
-                shape = (len(self._images), *values.shape[1:])
-                self._results = np.lib.format.open_memmap(self._path, mode="w+", dtype=self._scan.dtype, shape=shape)
-            self._results[rows] = values
-            self._done = rows.stop
 
-    def finish(self, unreadable: np.ndarray) -> None:
-        self._results[unreadable] = 0
-        self._results.flush()
+def _copy(previous: Corpus, files: _Files, rows: np.ndarray, origin: np.ndarray) -> None:
+    """Take over the images, masks, reasons and scans of rows that an earlier corpus has."""
+    scans = {key: np.load(scanned(previous, key), mmap_mode="r") for key in files.scans}
+    reasons = previous.manifest["reason"].to_numpy(dtype="S64")
+    for start in progress(range(0, len(rows), CHUNK), "take over", unit="chunk"):
+        part = rows[start : start + CHUNK]
+        files.images.write(part, previous.images[origin[part]])
+        files.reasons.write(part, reasons[origin[part]])
+        if files.masks is not None:
+            files.masks.write(part, previous.masks[origin[part]])
+        for key, values in scans.items():
+            files.scans[key].write(part, values[origin[part]])
 
 
 def subset_fingerprint(corpus: Corpus, rows: np.ndarray) -> str:

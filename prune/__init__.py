@@ -1,6 +1,21 @@
 """Corpus to subset: entropy, embedding, scenes, clusters, allocation, every method."""
 
-from prune.library import RSPrune, select_from_arrays
-from prune.pool import Selection
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prune.library import RSPrune, select_from_arrays
+    from prune.pool import Selection
+
+_HOME = {"RSPrune": "prune.library", "select_from_arrays": "prune.library", "Selection": "prune.pool"}
 
 __all__ = ["RSPrune", "Selection", "select_from_arrays"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: a worker process that measures entropies needs none of the methods' libraries."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -143,6 +143,11 @@ class LocalEntropy:
         return float(patches.mean())
 
 
+def entropies(measure: LocalEntropy, images: np.ndarray) -> np.ndarray:
+    """Of each of uint8 [B, H, W, 3], float32 [B]."""
+    return np.array([measure(image) for image in images], dtype=np.float32)
+
+
 def local_entropy(image: np.ndarray, patch: int = 16) -> float:
     """Mean patch entropy of one image in bits."""
     return LocalEntropy(patch=patch)(image)

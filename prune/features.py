@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from corpus.artefacts import fingerprint, read_json, stage, write_json
 from corpus.encoder import EfficientNetLite0
-from corpus.index import Corpus, Scan, Source, index_corpus, scanned
+from corpus.index import CHUNK, Corpus, Scan, Source, index_corpus, scanned
 from corpus.progress import progress
-from prune.entropy import LocalEntropy
-
-ENTROPY_BATCH = 64
+from prune.entropy import LocalEntropy, entropies
 
 
 def scan_corpus(source: Source, runs: Path | str, measure: LocalEntropy, encoder: EfficientNetLite0) -> Corpus:
     """Index a source, its entropies and its embeddings in one pass over the bytes, or open what is there.
 
-    Threads decode the next images while the network embeds these. `corpus_entropy` and `corpus_embeddings` then find
-    their results; on a corpus that was indexed before, they compute them from its decoded images.
+    Worker processes decode the next images and measure their entropy while the network embeds these. `corpus_entropy`
+    and `corpus_embeddings` then find their results; on a corpus that was indexed before, they compute them from its
+    decoded images.
     """
     scans = [
-        Scan(fingerprint(measure=measure), lambda images: _entropies(measure, images), ENTROPY_BATCH, np.float32),
-        Scan(fingerprint(encoder=encoder), encoder, encoder.batch_size, np.float16),
+        Scan(fingerprint(measure=measure), partial(entropies, measure), CHUNK, np.float32, by_worker=True),
+        Scan(fingerprint(encoder=encoder), encoder, encoder.batch_size, np.float16, (encoder.dimensions,)),
     ]
     return index_corpus(source, runs, scans)
 
@@ -70,10 +70,6 @@ def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | s
     inputs = {"corpus": corpus.fingerprint, "encoder": encoder}
     directory = stage(runs, "embedding", inputs, build, resumable=True)
     return np.load(directory / "embeddings.npy", mmap_mode="r")
-
-
-def _entropies(measure: LocalEntropy, images: np.ndarray) -> np.ndarray:
-    return np.array([measure(image) for image in images], dtype=np.float32)
 
 
 def _take(corpus: Corpus, key: str, path: Path) -> bool:

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from skimage.filters import threshold_otsu
 
-from corpus.parallel import in_order
+from corpus.parallel import cores, in_threads
 from prune.allocation import allocate
 from prune.clusters import Clustering, Points, members_of, normalise
 from prune.pool import Pool, Selection
@@ -78,7 +78,9 @@ class RSPrune:
         jobs = list(zip(scene_rows, scene_budgets, generator.spawn(len(scene_rows)), strict=True))
         jobs = [job for job in jobs if len(job[0])]
         kept, clusters = [], 0
-        for (group, _, _), (labels, distances, picked) in zip(jobs, in_order(of_scene, jobs), strict=True):
+        for (group, _, _), (labels, distances, picked) in zip(
+            jobs, in_threads(of_scene, jobs, min(cores(), len(jobs))), strict=True
+        ):
             cluster[group] = labels + clusters
             distance[group] = distances
             clusters += int(labels.max()) + 1

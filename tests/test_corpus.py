@@ -7,6 +7,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
+import loky
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,11 +17,12 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from corpus.bluemarble import SCENES, BlueMarble
+from corpus.decoding import DAMAGED, EMPTY, NOT_AN_IMAGE, VANISHED, read_image
 from corpus.encoder import EfficientNetLite0
 from corpus.errors import UserError
-from corpus.folder import ImageFolder, read_image
-from corpus.index import Source, index_corpus, open_corpus
-from corpus.parallel import WINDOW, in_order
+from corpus.folder import ImageFolder
+from corpus.index import Sample, Source, index_corpus, open_corpus
+from corpus.parallel import WINDOW, in_processes, in_threads
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 
@@ -140,9 +142,9 @@ def test_masks_agree_with_an_independent_lookup(world: BlueMarble, zones: tuple[
     source = tiles_of(world, limit=40)
     table = source.manifest()
     generator = np.random.default_rng(0)
-    rows = list(zip(table.itertuples(), source.images(), source.masks(), strict=True))
+    rows = list(zip(table.itertuples(), source.reader(np.arange(40))(), strict=True))
     assert len(rows) == 40
-    for tile, image, mask in rows:
+    for tile, (image, mask) in rows:
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8
         assert mask.shape == (64, 64) and mask.dtype == np.uint8
         for row, column in generator.integers(0, 64, size=(20, 2)):
@@ -159,7 +161,7 @@ def test_captions_follow_the_areas(world: BlueMarble) -> None:
     source = tiles_of(world, limit=400)
     table = source.manifest()
     seen = set()
-    for tile, mask in zip(table.itertuples(), source.masks(), strict=True):
+    for tile, (_, mask) in zip(table.itertuples(), source.reader(np.arange(400))(), strict=True):
         shares = np.bincount(mask.ravel(), minlength=8) / mask.size
         first, second = np.sort(shares)[::-1][:2]
         scenes = {SCENES[index] for index in np.argsort(-shares, kind="stable")[:2]}
@@ -211,7 +213,7 @@ def test_folder_is_indexed_with_its_broken_file_counted(tiny_folder: Path, tmp_p
     corpus = index_corpus(ImageFolder(str(tiny_folder), resolution=16), tmp_path / "runs")
     assert corpus.images.shape == (8, 16, 16, 3) and corpus.masks is None
     broken = corpus.manifest["id"] == "dry_river/broken.jpg"
-    assert corpus.manifest.loc[broken, "reason"].tolist() == ["unreadable"]
+    assert corpus.manifest.loc[broken, "reason"].tolist() == [DAMAGED]
     assert (corpus.readable == ~broken).all()
     assert not corpus.images[np.flatnonzero(broken)[0]].any()
     assert (corpus.images[0] == (20, 160, 40)).all()
@@ -304,12 +306,16 @@ def test_folder_converts_to_rgb(tmp_path: Path, mode: str) -> None:
     assert (read_image(path, 10) == 255).all()
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n broken", None], ids=str)
-def test_unreadable_files_have_a_reason(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", EMPTY), (b"<html>404</html>", NOT_AN_IMAGE), (b"\x89PNG\r\n\x1a\n broken", NOT_AN_IMAGE), (None, VANISHED)],
+    ids=str,
+)
+def test_unreadable_files_have_a_reason(tmp_path: Path, content: bytes | None, reason: str) -> None:
     path = tmp_path / "bad.png"
     if content is not None:
         path.write_bytes(content)
-    assert read_image(path, 8) == "unreadable"
+    assert read_image(path, 8) == reason
 
 
 def test_folder_version_follows_every_file(tiny_folder: Path, tmp_path: Path) -> None:
@@ -401,36 +407,65 @@ def test_sources_hand_on_what_the_index_expects(world: BlueMarble, tiny_folder: 
     for source in sources:
         table = source.manifest()
         assert {"id", "scene", "caption"} <= set(table.columns) and len(table) == 5
-        assert sum(1 for _ in source.images()) == 5
-        assert sum(1 for _ in source.masks()) == (5 if source.mask_classes else 0)
+        samples = list(source.reader(np.array([0, 1, 4]))())
+        assert len(samples) == 3 and {isinstance(sample, Sample) for sample in samples} == {bool(source.mask_classes)}
         json.dumps(source.version)
 
 
-def test_threads_keep_the_order_and_hold_few_items():
+def square(number: int) -> int:
+    return number * number
+
+
+def reciprocal(number: int) -> int:
+    return 1 // number
+
+
+def kill_self(_: int) -> None:
+    os.kill(os.getpid(), 9)
+
+
+@pytest.mark.parametrize("stream_of", [in_threads, in_processes])
+def test_workers_keep_the_order_and_hold_few_items(stream_of) -> None:
     drawn = []
 
     def items():
-        for number in range(500):
+        for number in range(100):
             drawn.append(number)
             yield number
 
-    stream = in_order(lambda number: number * number, items(), workers=2)
+    stream = stream_of(square, items(), workers=2)
     assert [next(stream) for _ in range(10)] == [number * number for number in range(10)]
     assert len(drawn) < 10 + 2 * WINDOW + 2
-    assert list(stream) == [number * number for number in range(10, 500)]
-    assert list(in_order(str, range(3), workers=0)) == ["0", "1", "2"]
+    assert list(stream) == [number * number for number in range(10, 100)]
+    assert list(stream_of(str, range(3), workers=0)) == ["0", "1", "2"]
 
 
-def test_threads_pass_errors_on():
+@pytest.mark.parametrize("stream_of", [in_threads, in_processes])
+def test_workers_pass_errors_on(stream_of) -> None:
     with pytest.raises(ZeroDivisionError):
-        list(in_order(lambda number: 1 // number, [1, 0, 1], workers=2))
+        list(stream_of(reciprocal, [1, 0, 1], workers=2))
 
 
-def test_worker_count_changes_neither_the_index_nor_its_name(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match="a worker process was killed") as caught:
+        list(in_processes(kill_self, [1], workers=2))
+    assert "\n" not in str(caught.value)
+    assert list(in_processes(square, [3], workers=2)) == [9], "the next call has workers again"
+
+
+def test_worker_count_changes_neither_the_index_nor_its_name(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("corpus.index.CHUNK", 3)
+    monkeypatch.setattr("corpus.index.CHUNKS_PER_WORKER", 1)
+    pooled = []
+    started = loky.get_reusable_executor
+    monkeypatch.setattr(loky, "get_reusable_executor", lambda *a, **k: pooled.append(a) or started(*a, **k))
     corpora = [
         index_corpus(ImageFolder(root=str(tiny_folder), resolution=16, workers=workers), tmp_path / str(workers))
         for workers in (0, 1, 2)
     ]
+    assert pooled, "two workers must have been used"
     assert len({corpus.fingerprint for corpus in corpora}) == 1
     assert len({(corpus.directory / "images.npy").read_bytes() for corpus in corpora}) == 1
 
@@ -461,7 +496,7 @@ def test_a_large_jpeg_decodes_small_and_alike(tmp_path: Path) -> None:
     rough = Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((768, 768))
     rough.save(tmp_path / "a.jpg", quality=95)
     found = read_image(tmp_path / "a.jpg", 32).astype(float)
-    whole = Image.open(tmp_path / "a.jpg").convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
+    whole = Image.open(tmp_path / "a.jpg").convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
     assert np.abs(found - np.asarray(whole)).mean() < 2
 
 

@@ -1,0 +1,135 @@
+"""Bytes of one image file to RGB pixels, or to the reason why there are none."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+EMPTY = "empty file"
+VANISHED = "vanished"
+NO_PERMISSION = "no permission to read"
+NOT_A_FILE = "not a file"
+UNREADABLE_FILE = "cannot be read from the disk"
+NOT_AN_IMAGE = "not an image"
+DAMAGED = "damaged or truncated"
+TOO_MANY_PIXELS = "too many pixels"
+#: Refused before a pixel is decoded; what Pillow, too, calls a decompression bomb.
+MAX_PIXELS = 89_478_485
+#: Percentiles between which pixels deeper than 8 bits are stretched to 0..255.
+STRETCH = (2.0, 98.0)
+
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_GDAL_NO_DATA = 42113
+
+
+def read_bytes(path: Path | str) -> bytes | str:
+    """The bytes of a file, or the reason why there are none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read() or EMPTY
+    except FileNotFoundError:
+        return VANISHED
+    except PermissionError:
+        return NO_PERMISSION
+    except IsADirectoryError:
+        return NOT_A_FILE
+    except OSError:
+        return UNREADABLE_FILE
+
+
+def read_image(path: Path | str, resolution: int) -> np.ndarray | str:
+    """`decode_image` of a file."""
+    data = read_bytes(path)
+    return data if isinstance(data, str) else decode_image(data, resolution)
+
+
+def decode_image(data: bytes, resolution: int) -> np.ndarray | str:
+    """The central square of an image, upright (EXIF), first frame or page, as RGB uint8 [R, R, 3]; or a reason.
+
+    Grey and float images deeper than 8 bits are stretched between percentiles of their own (`STRETCH`); what is
+    transparent or no data becomes black. JPEGs decode to an eighth, a quarter or a half of their size where that is
+    enough.
+    """
+    if not data:
+        return EMPTY
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return TOO_MANY_PIXELS
+            image.draft("RGB", (resolution, resolution))
+            ImageOps.exif_transpose(image, in_place=True)
+            return square(_rgb(image), resolution)
+    except Image.DecompressionBombError:
+        return TOO_MANY_PIXELS
+    except UnidentifiedImageError:
+        return NOT_AN_IMAGE
+    except Exception:  # decoders raise whatever they like on damaged files
+        return DAMAGED
+
+
+def decode_mask(data: bytes, resolution: int) -> np.ndarray | str:
+    """The central square of a mask of class numbers, uint8 [R, R], nearest pixels; or a reason.
+
+    A palette image gives its indices; of a colour image the first channel counts.
+    """
+    if not data:
+        return EMPTY
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return TOO_MANY_PIXELS
+            values = np.asarray(image)
+    except Image.DecompressionBombError:
+        return TOO_MANY_PIXELS
+    except UnidentifiedImageError:
+        return NOT_AN_IMAGE
+    except Exception:
+        return DAMAGED
+    values = values[..., 0] if values.ndim == 3 else values
+    side = min(values.shape)
+    rows, columns = (
+        (length - side) // 2 + (np.arange(resolution) * 2 + 1) * side // (2 * resolution) for length in values.shape
+    )
+    return values[np.ix_(rows, columns)].astype(np.uint8)
+
+
+def square(pixels: np.ndarray, resolution: int) -> np.ndarray:
+    """The central square of uint8 [H, W, 3], resized to [R, R, 3] by antialiased bicubic interpolation."""
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    pixels = pixels[top : top + side, left : left + side]
+    if side == resolution:
+        return pixels
+    # torch's kernel for bytes: Pillow's, but vectorised
+    planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(planes, (resolution, resolution), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Values of any depth to uint8, linearly between two percentiles (`STRETCH`) of the valid ones; others 0."""
+    if not valid.any():
+        return np.zeros(values.shape, dtype=np.uint8)
+    low, high = np.percentile(values[valid], STRETCH)
+    scaled = (np.where(valid, values, low).astype(np.float64) - low) * (255 / (high - low) if high > low else 0)
+    return np.where(valid, np.clip(scaled.round(), 0, 255), 0).astype(np.uint8)
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of an opened image."""
+    if image.mode in _DEEP_MODES:
+        values = np.asarray(image)
+        valid = np.isfinite(values)
+        no_data = getattr(image, "tag_v2", {}).get(_GDAL_NO_DATA)
+        if no_data is not None:
+            valid &= values != float(str(no_data).strip("\0 "))
+        grey = stretch(values, valid)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", coloured.size, "black"), coloured))[..., :3]
+    return np.asarray(image.convert("RGB"))
