@@ -132,4 +132,4 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", coloured.size, "black"), coloured))[..., :3]
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

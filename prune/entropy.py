@@ -13,62 +13,70 @@ AGGREGATES = ("mean", "min", "quantile", "share")
 
 
 @numba.njit(cache=True, nogil=True)
-def _patch_entropies(
-    luma: np.ndarray, patch: int, shift: int, no_data: int, weighted: np.ndarray, out: np.ndarray
-) -> None:
-    """H = log2 n - sum over bins of c log2 c / n, whose terms are looked up: `weighted[c]` is c log2 c.
+def _luma(image: np.ndarray) -> np.ndarray:
+    """0.299 R + 0.587 G + 0.114 B in 15-bit fixed point: OpenCV's numbers, in half its time on small images."""
+    height, width, _ = image.shape
+    grey = np.empty((height, width), dtype=np.uint8)
+    colours, out = image.reshape(-1), grey.reshape(-1)
+    red, green, blue, half, bits = np.uint32(9798), np.uint32(19235), np.uint32(3735), np.uint32(16384), np.uint32(15)
+    for pixel in range(height * width):
+        out[pixel] = (
+            colours[3 * pixel] * red + colours[3 * pixel + 1] * green + colours[3 * pixel + 2] * blue + half
+        ) >> bits
+    return grey
 
-    Unsigned indices need no check for negative ones, and four sums in turn need not wait for each other.
+
+@numba.njit(cache=True, nogil=True)
+def _patch_entropies(
+    luma: np.ndarray, patch: int, shift: int, no_data: int, steps: np.ndarray, unit: float, out: np.ndarray
+) -> None:
+    """H = log2 n - sum over bins of c log2 c / n, summed pixel by pixel.
+
+    The c-th pixel of a bin adds c log2 c - (c - 1) log2 (c - 1), which `steps` has in fixed point of `unit`: no pass
+    over the bins is needed, and the sum is exact in any order.
     """
     height, width = luma.shape
     flat = luma.ravel()
     columns = width // patch
-    unsigned = np.uint64
-    # neighbouring pixels are often alike: two histograms in turn, so that no count waits for the one before
-    even, odd = np.zeros(256, dtype=np.uint32), np.zeros(256, dtype=np.uint32)
+    unsigned = np.uint64  # needs no check for indices from the end
+    counts = np.zeros(256, dtype=np.uint32)
     for row in range(height // patch):
         for column in range(columns):
-            even[:] = 0
-            odd[:] = 0
-            seen = patch * patch
+            counts[:] = 0
+            seen, total = patch * patch, np.int64(0)
             for y in range(row * patch, (row + 1) * patch):
                 start = unsigned(y * width + column * patch)
-                for x in range(unsigned(0), unsigned(patch // 2)):
-                    even[flat[start + x + x]] += 1
-                    odd[flat[start + x + x + unsigned(1)]] += 1
-                if patch % 2:
-                    even[flat[start + unsigned(patch - 1)]] += 1
-            if no_data >= 0:
-                seen -= even[no_data] + odd[no_data]
-                even[no_data] = 0
-                odd[no_data] = 0
-            if shift:
-                for level in range(256):
-                    count = even[level] + odd[level]
-                    even[level] = 0
-                    odd[level] = 0
-                    even[level >> shift] += count  # never beyond the level that is read next
-            first, second, third, fourth = 0.0, 0.0, 0.0, 0.0
-            for level in range(unsigned(0), unsigned(64)):
-                first += weighted[even[4 * level] + odd[4 * level]]
-                second += weighted[even[4 * level + 1] + odd[4 * level + 1]]
-                third += weighted[even[4 * level + 2] + odd[4 * level + 2]]
-                fourth += weighted[even[4 * level + 3] + odd[4 * level + 3]]
-            entropy = np.log2(seen) - (first + second + third + fourth) / seen if seen else 0.0
+                if no_data < 0:
+                    for x in range(unsigned(0), unsigned(patch)):
+                        level = flat[start + x] >> shift
+                        count = counts[level]
+                        counts[level] = count + np.uint32(1)
+                        total += steps[count]
+                    continue
+                for x in range(unsigned(0), unsigned(patch)):
+                    level = flat[start + x]
+                    if level == no_data:
+                        seen -= 1
+                    else:
+                        count = counts[level >> shift]
+                        counts[level >> shift] = count + np.uint32(1)
+                        total += steps[count]
+            entropy = np.log2(seen) - total * unit / seen if seen else 0.0
             out[row * columns + column] = max(entropy, 0.0) if 2 * seen >= patch * patch else np.nan
 
 
 @lru_cache(maxsize=16)
-def _weighted(count: int) -> np.ndarray:
-    """c log2 c for c = 0..count, float64."""
+def _steps(count: int) -> tuple[np.ndarray, float]:
+    """c log2 c - (c - 1) log2 (c - 1) for c = 1..count, int64, and the unit it is counted in."""
     numbers = np.arange(count + 1, dtype=np.float64)
-    return numbers * np.log2(np.maximum(numbers, 1))
+    unit = 2.0 ** (np.ceil(np.log2(count * max(np.log2(count), 1))) - 60)  # all of them together stay below 2^61
+    return np.round(np.diff(numbers * np.log2(np.maximum(numbers, 1))) / unit).astype(np.int64), float(unit)
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """ITU-R BT.601 luma, rounded, by OpenCV: uint8 [H, W] of uint8 [H, W, 3]; a grey image uint8 [H, W] is its own."""
+    """ITU-R BT.601 luma, rounded: uint8 [H, W] of uint8 [H, W, 3]; a grey image uint8 [H, W] is its own."""
     image = np.ascontiguousarray(image)
-    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    return image if image.ndim == 2 else _luma(image)
 
 
 def patch_entropies(image: np.ndarray, patch: int, *, bins: int = 256, no_data: int | None = None) -> np.ndarray:
@@ -87,9 +95,9 @@ def patch_entropies(image: np.ndarray, patch: int, *, bins: int = 256, no_data: 
     """
     grey = luma(image)
     out = np.empty((grey.shape[0] // patch) * (grey.shape[1] // patch))
-    _patch_entropies(
-        grey, patch, 8 - bins.bit_length() + 1, -1 if no_data is None else no_data, _weighted(patch**2), out
-    )
+    steps, unit = _steps(patch**2)
+    shift = np.uint8(8 - bins.bit_length() + 1)
+    _patch_entropies(grey, patch, shift, -1 if no_data is None else no_data, steps, unit, out)
     return out
 
 
@@ -131,9 +139,10 @@ class LocalEntropy:
             # the hole stays as it was: a median at its rim would eat into the image, or grow into it
             grey = filtered if self.no_data is None else np.where(grey == self.no_data, grey, filtered)
         patches = patch_entropies(grey, min(self.patch, *grey.shape), bins=self.bins, no_data=self.no_data)
-        patches = patches[~np.isnan(patches)]
-        if len(patches) == 0:
-            return 0.0
+        if self.no_data is not None:
+            patches = patches[~np.isnan(patches)]
+            if len(patches) == 0:
+                return 0.0
         if self.aggregate == "min":
             return float(patches.min())
         if self.aggregate == "quantile":

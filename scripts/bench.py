@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ from skimage.morphology import disk
 
 from corpus.application import run
 from corpus.artefacts import plain, stage, write_json
+from corpus.encoder import EfficientNetLite0
 from corpus.errors import UserError
 from corpus.folder import SUFFIXES, ImageFolder
 from corpus.index import CHUNK, index_corpus
@@ -127,17 +129,25 @@ def feature_figures(cfg: DictConfig, files: list[Path]) -> dict[str, float]:
             corpus_entropy(corpus, LocalEntropy(), runs)
             corpus_embeddings(corpus, encoder, runs)
 
-        network = encoder.network()
-        ready = torch.rand(encoder.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
         rates: dict[str, list[float]] = {"limit": [], "ours": []}
         for _ in range(ROUNDS):
-            with torch.inference_mode():
-                rates["limit"].append(per_second(lambda: network(ready), len(ready), seconds=8))
+            rates["limit"].append(network_rate(encoder))
             rates["ours"].append(per_second(stages, len(files), seconds=8))
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        plain = process.apply(network_rate, (encoder,))
     return {
+        "bare network in a process as torch leaves it": plain,
         "bare network on ready tensors (limit)": float(np.median(rates["limit"])),
         "files to index, entropy and embeddings": float(np.median(rates["ours"])),
     }
+
+
+def network_rate(encoder: EfficientNetLite0) -> float:
+    """Images a second of the bare network on ready tensors."""
+    network, size = encoder.network(), encoder.input_size
+    ready = torch.rand(encoder.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        return per_second(lambda: network(ready), len(ready), seconds=8)
 
 
 def network_figures(cfg: DictConfig) -> dict[str, float]:
@@ -175,12 +185,16 @@ def main(cfg: DictConfig) -> None:
             "files to index, entropy and embeddings",
             "bare network on ready tensors (limit)",
         ),
+        "entropy and embedding, of the network as torch leaves it": (
+            "files to index, entropy and embeddings",
+            "bare network in a process as torch leaves it",
+        ),
     }
     shares = {name: figures[ours] / figures[limit] for name, (ours, limit) in part.items()}
     for name, value in figures.items():
-        print(f"{name:55s} {value:10.1f} images/s")
+        print(f"{name:60s} {value:10.1f} images/s")
     for name, value in shares.items():
-        print(f"{name:55s} {value:10.0%}")
+        print(f"{name:60s} {value:10.0%}")
     path = Path(cfg.results) / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(files[0]) as first:
