@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 COMPLETE = "stage.json"
@@ -81,7 +84,8 @@ def stage(
 
     `build` receives a directory to fill. It is `<fingerprint>.partial` until `build` returns, so a directory that
     carries its final name is whole. A failed or killed stage leaves only the `.partial`, which is emptied before the
-    next try unless `resumable`, in which case `build` finds what it left there.
+    next try unless `resumable`, in which case `build` finds what it left there. Of two runs that want the same stage
+    the second waits for the first, and says so.
 
     In a launch of several processes the first one builds and the others wait for the finished directory; where a build
     trains over all of them (`together`), all call `build`, and what was there stays, as in a resumable one: the first
@@ -94,14 +98,33 @@ def stage(
         return final
     partial = final.with_name(key + ".partial")
     main = is_main_process()
-    if main and partial.exists() and not (resumable or together):
-        shutil.rmtree(partial)
-    if main or together:
-        partial.mkdir(parents=True, exist_ok=True)
-        build(partial)
-    if main:
-        write_json(partial / COMPLETE, {"stage": name, "fingerprint": key, "inputs": plain(inputs)})
-        os.rename(partial, final)
+    with _alone(Path(runs) / ".locks" / f"{name}-{key}.lock", final) if main else contextlib.nullcontext():
+        if main and (final / COMPLETE).is_file():  # another run finished it meanwhile
+            return final
+        if main and partial.exists() and not (resumable or together):
+            shutil.rmtree(partial)
+        if main or together:
+            partial.mkdir(parents=True, exist_ok=True)
+            build(partial)
+        if main:
+            write_json(partial / COMPLETE, {"stage": name, "fingerprint": key, "inputs": plain(inputs)})
+            os.rename(partial, final)
     while not (final / COMPLETE).is_file():
         time.sleep(0.2)
     return final
+
+
+@contextlib.contextmanager
+def _alone(path: Path, final: Path) -> Iterator[None]:
+    """Hold a lock that the system takes back from a killed process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another run is at work on {final}: waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

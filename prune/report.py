@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.figures import cluster_sizes, entropy_histogram, map_figure, scene_bars
+from eval.figures import cluster_sizes, entropy_histogram, map_figure, scene_bars, world_figure
 from eval.report import LEADS, Gallery, figure_bytes, write_report
 from prune.layout import embedding_map
 
@@ -18,6 +18,7 @@ MOST_SCENES = 40
 NO_SCENE = "no scene"
 #: Images on the map.
 MAPPED = 3000
+WORLD_MAPPED = 6000
 
 
 def write_prune_report(
@@ -28,6 +29,7 @@ def write_prune_report(
     generator: np.random.Generator,
     per_group: int = 24,
     embeddings: np.ndarray | None = None,
+    places: pd.DataFrame | None = None,
 ) -> None:
     """Write the report of one pruning run; reads at most `2 * per_group` images of at most `MOST_SCENES` scenes.
 
@@ -38,6 +40,7 @@ def write_prune_report(
         generator: draws the images shown.
         per_group: images shown of the kept and of the dropped ones of a scene, and of those dropped for one reason.
         embeddings: float [N, D], memory-mapped, for the map; None draws none.
+        places: N rows with lon and lat in degrees, NaN unknown, for the world map; None draws none.
     """
     galleries, left_out = _galleries(selection, images, generator, per_group)
     reasons = _reason_galleries(selection, images, generator, per_group)
@@ -51,7 +54,11 @@ def write_prune_report(
         f"{summary['method']}. This page shows what stayed, what went and why.",
         facts=_facts(summary),
         tables={name: table for name, table in tables.items() if len(table)},
-        figures=[*_figures(selection, summary), *_map(selection, embeddings, generator)],
+        figures=[
+            *_figures(selection, summary),
+            *_map(selection, embeddings, generator),
+            *_world(selection, places, generator),
+        ],
         galleries={
             title: groups
             for title, groups in ((str(summary["method"]), galleries), ("dropped, by reason", reasons))
@@ -126,6 +133,24 @@ def _map(
     return [("Map", caption, figure_bytes(map_figure(places, scenes, kept[rows])))]
 
 
+def _world(
+    selection: pd.DataFrame, places: pd.DataFrame | None, generator: np.random.Generator
+) -> list[tuple[str, str, bytes]]:
+    """The world map of a sample, half of it kept if there are as many, of the images whose place is known."""
+    if places is None:
+        return []
+    known = places[["lon", "lat"]].notna().all(axis=1).to_numpy()
+    kept = selection["kept"].to_numpy(dtype=bool)
+    groups = [np.flatnonzero(known & state) for state in (kept, ~kept)]
+    rows = np.sort(np.concatenate([generator.permutation(group)[: WORLD_MAPPED // 2] for group in groups]))
+    if len(rows) == 0:
+        return []
+    shown = places.iloc[rows]
+    figure = world_figure(shown["lon"].to_numpy(), shown["lat"].to_numpy(), kept[rows])
+    caption = f"Where {len(rows):,} images lie. What is kept should reach every region that has anything to show."
+    return [("World", caption, figure_bytes(figure))]
+
+
 def _figures(selection: pd.DataFrame, summary: Mapping[str, Any]) -> list[tuple[str, str, bytes]]:
     figures = []
     for key, title in (("scenes", "Scenes"), ("true_scenes", "Scenes by the corpus's own labels")):
@@ -158,6 +183,7 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
         "images": f"{summary['images']:,}",
         "kept": f"{summary['kept']:,}",
         "unreadable": f"{summary['unreadable']:,}",
+        **({"why": _why(summary["quarantined"])} if summary.get("quarantined") else {}),
         "ratio removed": f"{summary['ratio']:g}",
         "seed": str(summary["seed"]),
     }
@@ -166,6 +192,10 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
     if summary.get("images_per_second"):
         facts["images a second"] = f"{summary['images_per_second']:,.0f}"
     return facts
+
+
+def _why(quarantined: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in quarantined.items())
 
 
 def _scenes(summary: Mapping[str, Any]) -> pd.DataFrame:

@@ -12,9 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from corpus.artefacts import plain, stage, write_json
+from corpus.artefacts import COMPLETE, plain, stage, write_json
 from corpus.errors import UserError
-from corpus.index import Corpus, index_corpus
+from corpus.index import QUARANTINE, Corpus, index_corpus, quarantined
 from corpus.tracking import track
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import budget_of, refuse_not_finite
@@ -45,7 +45,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     method, measure = instantiate(cfg.prune, _convert_="all"), instantiate(cfg.entropy)
     keeps_everything = getattr(method, "keeps_everything", False)
     ratio = 0.0 if keeps_everything else float(cfg.ratio)
-    clock = _Clock()
+    clock, started = _Clock(), time.time()
     encoder = instantiate(cfg.encoder)
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
@@ -82,7 +82,10 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
             selection = method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([cfg.seed, 2]))
         table = selection_table(pool, selection)
         table.to_parquet(directory / "selection.parquet", index=False)
+        quarantined(corpus.manifest).to_parquet(directory / QUARANTINE, index=False)
         summary = summarise(table, corpus, selection, name, ratio, cfg.seed, clock.seconds)
+        if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run, whose time we have not
+            summary["images_per_second"] = None
         write_json(directory / "summary.json", summary)
         write_prune_report(
             directory / "report.html",
@@ -91,6 +94,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
             corpus.images,
             np.random.default_rng([cfg.seed, 3]),
             embeddings=embeddings,
+            places=corpus.manifest if {"lon", "lat"} <= set(corpus.manifest) else None,
         )
         with track(cfg, "prune", name) as tracker:
             tracker.summary({key: value for key, value in summary.items() if not isinstance(value, dict)})
@@ -135,6 +139,9 @@ def summarise(
         "ratio": ratio,
         "images": len(table),
         "unreadable": int((~corpus.readable).sum()),
+        "quarantined": {
+            str(key): int(value) for key, value in quarantined(corpus.manifest)["reason"].value_counts().items()
+        },
         "kept": int(table["kept"].sum()),
         "seed": int(seed),
         "scenes": _before_after(assigned, table["kept"]),

@@ -1,0 +1,254 @@
+"""A Hugging Face data set: by hub name, saved to disk, or as Parquet and Arrow files."""
+
+from __future__ import annotations
+
+import glob
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from corpus.captions import caption_of, scalars
+from corpus.decoding import EMPTY, decode_image, read_bytes
+from corpus.errors import UserError
+from corpus.progress import progress
+from corpus.splits import NAMES, check, hashed_split, thinned
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
+SCENE_COLUMNS = ("scene", "label", "labels", "class", "category")
+CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "sentence", "description")
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """Rows of a data set that `datasets` can load; ids are `<split>/<row>`.
+
+    Images stay in the bytes they came in until they are decoded here, so that a broken one is a row with a reason.
+
+    Args:
+        path: a hub name ("owner/name"), a folder that `save_to_disk` wrote, or a folder, file or pattern of Parquet or
+            Arrow files.
+        config: of a data set that has several.
+        split: "all", "train" or "test": where the data set has splits of these names (or validation), they; else a
+            hash of the id.
+        streaming: read a hub data set row by row instead of downloading it whole; by one process, in two passes.
+        image_column, scene_column, caption_column: None: the first that is called what it usually is.
+        resolution: side of the images handed on, in pixels.
+        test_share: share of the images that the hash holds out.
+        limit: keep at most so many images, evenly spread (None: all).
+        workers: decoding processes (None: one a core); the result does not depend on it.
+    Raises:
+        UserError: no path, nothing there, or a column that is not.
+    """
+
+    path: str | None = None
+    config: str | None = None
+    split: str = "all"
+    streaming: bool = False
+    image_column: str | None = None
+    scene_column: str | None = None
+    caption_column: str | None = None
+    resolution: int = 64
+    test_share: float = 0.1
+    limit: int | None = None
+    workers: int | None = field(default=None, metadata={"fingerprint": False})
+    name: str = "huggingface"
+    mask_classes = ()
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError(
+                "corpus=huggingface reads no data set yet: say which with corpus.path=OWNER/NAME or a folder"
+            )
+        check(self.split, self.test_share, self.limit, self.resolution)
+        if self.streaming and self.workers not in (None, 1):
+            raise UserError("corpus.streaming=true reads by one process: leave corpus.workers at null")
+        if self.streaming:
+            object.__setattr__(self, "workers", 1)
+
+    @property
+    def version(self) -> dict[str, str]:
+        """The fingerprints that `datasets` gives, which change with the data."""
+        return {name: str(getattr(part, "_fingerprint", "")) for name, part in self._parts.items()}
+
+    def manifest(self) -> pd.DataFrame:
+        """One row an image: id, scene, caption, and every column of numbers or texts."""
+        return self._chosen[1]
+
+    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
+        places = self._chosen[0][rows]
+        if self.streaming:
+            return partial(self._stream, places)
+        names = list(self._parts)
+        parts = {names[number]: self._parts[names[number]] for number in sorted(set(places[:, 0].tolist()))}
+        chosen = [(names[number], int(row)) for number, row in places]
+        return partial(_read_rows, parts, chosen, self._columns["image"], self.resolution)
+
+    def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, None]]:
+        """The bytes of every image and their suffix."""
+        parts, column = list(self._parts.values()), self._columns["image"]
+        records = (
+            self._stream_records(self._chosen[0][rows])
+            if self.streaming
+            else (parts[number][row] for number, row in self._chosen[0][rows].tolist())
+        )
+        for record in records:
+            data = _bytes(record[column])
+            yield data, _suffix(data), None
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        """The data set's own splits by name, images undecoded."""
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
+        try:
+            loaded = _load(str(self.path), self.config, self.streaming)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"corpus.path={self.path} cannot be loaded ({reason}): give a hub name, a folder of save_to_disk, "
+                "or Parquet files"
+            ) from None
+        return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+    @cached_property
+    def _columns(self) -> dict[str, str | None]:
+        first = next(iter(self._parts.values()))
+        features = first.features or {}
+        names = list(first.column_names or features)
+
+        def named(wanted: str | None, usual: tuple[str, ...], what: str) -> str | None:
+            if wanted is not None and wanted not in names:
+                raise UserError(f"corpus.{what}_column={wanted} is not in {self.path}: it has {', '.join(names)}")
+            return wanted or next((name for name in usual if name in names), None)
+
+        import datasets
+
+        images = tuple(name for name, feature in features.items() if isinstance(feature, datasets.Image))
+        columns = {
+            "image": named(self.image_column, (*images, *IMAGE_COLUMNS), "image"),
+            "scene": named(self.scene_column, SCENE_COLUMNS, "scene"),
+            "caption": named(self.caption_column, CAPTION_COLUMNS, "caption"),
+        }
+        if columns["image"] is None:
+            raise UserError(
+                f"{self.path} has no column of images: name it with corpus.image_column ({', '.join(names)})"
+            )
+        return columns
+
+    @cached_property
+    def _chosen(self) -> tuple[np.ndarray, pd.DataFrame]:
+        """Part and row of every image of the split, int64 [n, 2], thinned to the limit; and their manifest."""
+        rows, places = [], []
+        named = {NAMES[name] for name in self._parts if name in NAMES}
+        for number, (name, part) in enumerate(self._parts.items()):
+            texts = part.select_columns([column for column in part.column_names if column != self._columns["image"]])
+            facts = texts if texts.column_names else ({} for _ in range(len(part)))
+            for row, record in enumerate(progress(facts, f"read rows of {name}")):
+                identifier = f"{name}/{row:08d}"
+                inside = NAMES.get(name) if named >= {"train", "test"} else None
+                if self.split in ("all", inside or hashed_split(identifier, self.test_share)):
+                    places.append((number, row))
+                    rows.append({"id": identifier, **self._facts(record, part.features)})
+        kept = thinned(len(rows), self.limit)
+        table = pd.DataFrame([rows[row] for row in kept], columns=None if len(kept) else ["id", "scene", "caption"])
+        return np.array(places, dtype=np.int64).reshape(-1, 2)[kept], table
+
+    def _facts(self, record: dict, features: Any) -> dict[str, Any]:
+        value = record.get(self._columns["scene"]) if self._columns["scene"] else None
+        names = getattr(features.get(self._columns["scene"]), "names", None) if features and value is not None else None
+        scene = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
+        scene = "" if scene is None or isinstance(scene, (list, dict)) else str(scene)
+        caption = record.get(self._columns["caption"]) if self._columns["caption"] else None
+        row = {"captions": caption} if isinstance(caption, (list, tuple)) and caption else {"text": caption}
+        own = (self._columns["scene"], self._columns["caption"])
+        known = {key: value for key, value in scalars(record).items() if key not in own}
+        return {**known, "scene": scene, "caption": caption_of(row, scene)}
+
+    def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | str]:
+        for record in self._stream_records(places):
+            yield _decode(record[self._columns["image"]], self.resolution)
+
+    def _stream_records(self, places: np.ndarray) -> Iterator[dict]:
+        """Rows of a stream in ascending order; a chunk that follows the last one reads on where that ended."""
+        parts = list(self._parts.values())
+        for number, row in places.tolist():
+            state = self.__dict__.setdefault("_position", {})
+            if state.get("part") != number or state["row"] > row:
+                state.update(part=number, row=0, rows=iter(parts[number]))
+            while state["row"] <= row:
+                record = next(state["rows"])
+                state["row"] += 1
+            yield record
+
+
+def _load(path: str, config: str | None, streaming: bool) -> Any:
+    import datasets
+
+    folder = Path(path).expanduser()
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(str(folder))
+    else:
+        files = _files(folder, path)
+        if files:
+            kind = "parquet" if files[0].endswith(".parquet") else "arrow"
+            loaded = datasets.load_dataset(kind, data_files=files, streaming=streaming)
+        else:
+            loaded = datasets.load_dataset(path, config, streaming=streaming)
+    if not isinstance(loaded, dict):
+        loaded = {str(loaded.split or "train"): loaded}
+    return {name: _undecoded(part) for name, part in loaded.items()}
+
+
+def _files(folder: Path, pattern: str) -> list[str]:
+    """Parquet or Arrow files in a folder, of a pattern, or the one that is named."""
+    if folder.is_dir():
+        found = sorted(str(path) for path in folder.rglob("*.parquet")) or sorted(map(str, folder.rglob("*.arrow")))
+    else:
+        found = sorted(glob.glob(str(folder)))
+    return [path for path in found if path.endswith((".parquet", ".arrow"))]
+
+
+def _undecoded(part: Any) -> Any:
+    import datasets
+
+    for name, feature in (part.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            part = part.cast_column(name, datasets.Image(decode=False))
+    return part
+
+
+def _read_rows(
+    parts: dict[str, Any], places: list[tuple[str, int]], column: str, resolution: int
+) -> Iterator[np.ndarray | str]:
+    for name, row in places:
+        yield _decode(parts[name][row][column], resolution)
+
+
+def _decode(value: Any, resolution: int) -> np.ndarray | str:
+    data = _bytes(value)
+    return data if isinstance(data, str) else decode_image(data, resolution)
+
+
+def _bytes(value: Any) -> bytes | str:
+    """Of an image as `datasets` stores it, {bytes, path}, or bare; or the reason why there are none."""
+    data = value
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        if data is None and value.get("path"):
+            return read_bytes(value["path"])
+    return data if isinstance(data, bytes) and data else EMPTY
+
+
+def _suffix(data: bytes) -> str:
+    """Of the format that the bytes are in."""
+    with Image.open(io.BytesIO(data)) as image:
+        return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format, f".{str(image.format).lower()}")

@@ -1,0 +1,31 @@
+"""Named reference sets: from a local folder, or from the hub."""
+
+from __future__ import annotations
+
+from corpus.errors import UserError
+from corpus.folder import ImageFolder
+from corpus.huggingface import HuggingFace
+from corpus.index import Source
+
+
+def reference_set(name: str, hub: str, resolution: int, root: str | None = None, config: str | None = None) -> Source:
+    """A scene-classification set whose sub-folders, or whose labels on the hub, are the scenes.
+
+    Args:
+        hub: its name on the hub; config: where the data set there has several.
+        root: a local copy with one sub-folder a class; it is taken where it is given.
+        resolution: side of the images in pixels.
+    Raises:
+        UserError: no local copy given and the hub cannot be reached; says what to fetch and where to put it.
+    """
+    if root is not None:
+        return ImageFolder(root=root, split="all", resolution=resolution, name=name)
+    source = HuggingFace(path=hub, config=config, split="all", resolution=resolution, name=name)
+    try:
+        source.version  # noqa: B018  # loads it
+    except UserError:
+        raise UserError(
+            f"reference={name} is not here and the hub's {hub} could not be loaded: go online, or fetch it elsewhere, "
+            "unpack it into a folder with one sub-folder a class, and give reference.root=DIR"
+        ) from None
+    return source

@@ -1,0 +1,287 @@
+"""Tar shards in the WebDataset convention, local or behind any URL that fsspec opens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+
+from corpus.captions import caption_of, scalars
+from corpus.decoding import UNREADABLE_FILE, VANISHED, decode_image, decode_mask
+from corpus.errors import UserError
+from corpus.index import Sample
+from corpus.progress import progress
+from corpus.splits import check, hashed_split, thinned
+
+IMAGES = ("jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "gif")
+MASKS = tuple(f"{name}.{suffix}" for name in ("mask", "seg") for suffix in ("png", "tif", "tiff", "bmp"))
+TEXTS = ("txt", "caption", "text")
+CUT = "shard cut in the middle"
+BROKEN = "not a tar shard"
+DUPLICATE = "duplicate key"
+UNSAFE = "unsafe member name"
+NO_IMAGE = "no image in the sample"
+#: Larger ones are no captions.
+LARGEST_TEXT = 2**20
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the bytes of a member lie in its shard."""
+
+    shard: str
+    offset: int
+    size: int
+    suffix: str
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One sample, or one thing in a shard that cannot be one, as its `problem` says."""
+
+    id: str
+    stamp: str = ""
+    image: _Place | None = None
+    mask: _Place | None = None
+    problem: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WebDataset:
+    """Samples of tar shards: members that share their name up to the first dot of its last part.
+
+    An image (jpg, png, tif, …); if there are, a caption (`txt`), facts (`json`: caption or captions, scene or label,
+    split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is that of the facts, else
+    `cls`, else the first folder of the key. A first pass over the shards' headers finds every member's place; images
+    are then read from there by many processes. Nothing is unpacked to disk.
+
+    Args:
+        urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::".
+        split: "all", "train" or "test"; an image is of the split that its facts name, else of its hash.
+        resolution: side of the images handed on, in pixels.
+        test_share: share of the images that the hash holds out.
+        limit: keep at most so many samples, evenly spread (None: all).
+        classes: names of the mask values; empty: masks are left alone.
+        workers: decoding processes (None: one a core); the result does not depend on it.
+    Raises:
+        UserError: no shards given, or one cannot be found.
+    """
+
+    urls: str | None = None
+    split: str = "all"
+    resolution: int = 64
+    test_share: float = 0.1
+    limit: int | None = None
+    classes: tuple[str, ...] = ()
+    workers: int | None = field(default=None, metadata={"fingerprint": False})
+    name: str = "webdataset"
+
+    def __post_init__(self) -> None:
+        if not self.urls:
+            raise UserError("corpus=webdataset reads no shards yet: say which with corpus.urls='DIR/{000..009}.tar'")
+        check(self.split, self.test_share, self.limit, self.resolution)
+
+    @property
+    def version(self) -> dict[str, str]:
+        """A digest of every shard's size and time of change."""
+        text = json.dumps([[shard, self._shard_stamp(shard)] for shard in self._shards])
+        return {"shards": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+    @property
+    def mask_classes(self) -> tuple[str, ...]:
+        return tuple(self.classes)
+
+    def manifest(self) -> pd.DataFrame:
+        """One row a sample in the order of the shards: id (the key), scene, caption, stamp and the facts' scalars."""
+        rows = [{"id": item.id, "scene": "", "caption": "", "stamp": item.stamp, **item.facts} for item in self._chosen]
+        return pd.DataFrame(rows, columns=None if rows else ["id", "scene", "caption", "stamp"])
+
+    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
+        items = [self._chosen[row] for row in rows]
+        places = [(item.image, item.mask, item.problem) for item in items]
+        return partial(_read_places, places, self.resolution, bool(self.classes))
+
+    def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
+        """The bytes and suffix of every image member, and those of its mask or None."""
+        for row in rows:
+            item = self._chosen[row]
+            parts = []
+            for place in (item.image, item.mask):
+                if place is not None:
+                    with fsspec.open(place.shard, "rb") as file:
+                        file.seek(place.offset)
+                        parts.append((file.read(place.size), f".{place.suffix.rsplit('.')[-1]}"))
+            yield *parts[0], parts[1] if item.mask is not None else None
+
+    @cached_property
+    def _shards(self) -> list[str]:
+        from webdataset.shardlists import expand_urls
+
+        shards = expand_urls(str(self.urls))
+        if len(set(shards)) < len(shards):
+            raise UserError(f"corpus.urls={self.urls} names a shard twice: name each once")
+        return shards
+
+    def _shard_stamp(self, shard: str) -> str:
+        """What changes with a shard: its size and, where its file system knows, its time of change or tag."""
+        system, path = fsspec.core.url_to_fs(shard)
+        try:
+            facts = system.info(path)
+        except FileNotFoundError:
+            raise UserError(f"corpus.urls: there is no shard {shard}: check the path and the brace list") from None
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"corpus.urls: {shard} cannot be opened ({reason}): check the URL and the network"
+            ) from None
+        tag = next((facts[key] for key in ("mtime", "ETag", "etag", "LastModified", "md5") if facts.get(key)), "")
+        return f"{facts.get('size')}-{tag}"
+
+    @cached_property
+    def _chosen(self) -> list[_Item]:
+        """Samples of the split, thinned to the limit."""
+        items, seen = [], {}
+        for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
+            for item in _items(shard, self._shard_stamp(shard), bool(self.classes)):
+                seen[item.id] = number = seen.get(item.id, 0) + 1
+                if number > 1:  # ids are unique, so that none vanishes
+                    item = _Item(id=f"{item.id}#{number}", problem=item.problem or DUPLICATE)
+                if self.split in ("all", item.facts.pop("split", None) or hashed_split(item.id, self.test_share)):
+                    items.append(item)
+        return [items[row] for row in thinned(len(items), self.limit)]
+
+
+def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
+    """The samples of one shard, in its order, and what is wrong with it."""
+    from webdataset.tariterators import base_plus_ext
+
+    key: str | None = None
+    members: dict[str, _Place] = {}
+    texts: dict[str, bytes] = {}
+    doubled = False
+
+    def sample() -> Iterator[_Item]:
+        if key is not None:
+            yield _item(key, stamp, members, texts, masks, doubled)
+
+    with fsspec.open(shard, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    base, suffix = base_plus_ext(member.name)
+                    if not member.isfile() or base is None or PurePosixPath(member.name).name.startswith("."):
+                        continue
+                    if PurePosixPath(member.name).is_absolute() or ".." in PurePosixPath(member.name).parts:
+                        yield _Item(id=f"{shard}:{member.name}", problem=UNSAFE)
+                        continue
+                    if base != key:
+                        yield from sample()
+                        key, members, texts, doubled = base, {}, {}, False
+                    suffix = suffix.lower()
+                    doubled |= suffix in members
+                    members[suffix] = _Place(shard, member.offset_data, member.size, suffix)
+                    if suffix in (*TEXTS, "json", "cls") and member.size <= LARGEST_TEXT:
+                        texts[suffix] = tar.extractfile(member).read()
+                whole = _ends_whole(file, tar)
+        except (tarfile.TarError, EOFError, OSError):
+            whole = False
+            if key is None:
+                yield _Item(id=shard, problem=BROKEN)
+                return
+    if whole:
+        yield from sample()
+        return
+    # the last sample may lack members that were cut off; its image, if it has all its bytes, is read all the same
+    yield from sample()
+    yield _Item(id=f"{shard}:end", problem=CUT)
+
+
+def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
+    """Whether all of the last member is there: `tarfile` takes a file that ends anywhere for a whole one."""
+    file.seek(0, 2)
+    return file.tell() >= tar.offset
+
+
+def _item(
+    key: str, stamp: str, members: dict[str, _Place], texts: dict[str, bytes], masks: bool, doubled: bool
+) -> _Item:
+    image = next((members[suffix] for suffix in members if suffix in IMAGES), None)
+    mask = next((members[suffix] for suffix in MASKS if suffix in members), None) if masks else None
+    facts = _json(texts.get("json", b""))
+    captions = next((texts[suffix].decode("utf-8", "replace") for suffix in TEXTS if suffix in texts), None)
+    folders = PurePosixPath(key).parts[:-1]
+    scene = facts.get("scene", facts.get("label", texts.get("cls", b"").decode("utf-8", "replace").strip()))
+    scene = str(scene) if scene not in ("", None) else folders[0] if folders else ""
+    row = {**facts, "text": captions} if captions else facts
+    known = {
+        name: value
+        for name, value in scalars(facts).items()
+        if name not in ("id", "scene", "label", "caption", "stamp")
+    }
+    if facts.get("split"):
+        known["split"] = "train" if str(facts["split"]).lower() == "train" else "test"
+    return _Item(
+        id=key,
+        stamp=f"{stamp}-{image.offset}" if image else stamp,
+        image=image,
+        mask=mask,
+        problem=DUPLICATE if doubled else "" if image else NO_IMAGE,
+        facts={**known, "scene": scene, "caption": caption_of(row, scene)},
+    )
+
+
+def _json(data: bytes) -> dict:
+    try:
+        facts = json.loads(data or b"{}")
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _read_places(
+    places: Sequence[tuple[_Place | None, _Place | None, str]], resolution: int, masks: bool
+) -> Iterator[np.ndarray | Sample | str]:
+    """Images at places in shards, each shard opened once for as long as its turn lasts."""
+    opened, file = None, None
+    try:
+        for image_place, mask_place, problem in places:
+            if problem:
+                yield problem
+                continue
+            try:
+                if opened != image_place.shard:
+                    if file is not None:
+                        file.close()
+                    opened, file = None, fsspec.open(image_place.shard, "rb").open()
+                    opened = image_place.shard
+                file.seek(image_place.offset)
+                data = file.read(image_place.size)
+                mask_data = b""
+                if mask_place is not None:
+                    file.seek(mask_place.offset)
+                    mask_data = file.read(mask_place.size)
+            except FileNotFoundError:
+                yield VANISHED
+                continue
+            except OSError:
+                yield UNREADABLE_FILE
+                continue
+            image = decode_image(data, resolution)
+            if not masks or isinstance(image, str):
+                yield image
+                continue
+            mask = decode_mask(mask_data, resolution) if mask_place is not None else "missing"
+            yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
+    finally:
+        if file is not None:
+            file.close()

@@ -1,0 +1,252 @@
+"""The kept images in the form that the next tool reads: `python scripts/export.py selection=DIR to=folder`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig
+from PIL import Image
+
+from corpus.application import run
+from corpus.artefacts import COMPLETE, plain, read_json
+from corpus.errors import UserError
+from corpus.folder import ImageFolder
+from corpus.huggingface import HuggingFace
+from corpus.index import Corpus, open_corpus
+from corpus.progress import progress
+from corpus.webdataset import WebDataset
+
+FORMS = ("folder", "symlinks", "webdataset", "huggingface", "list")
+#: Sources that can hand on the bytes an image came in; of the others, the decoded image is exported.
+WITH_ORIGINALS = {kind.__name__: kind for kind in (ImageFolder, WebDataset, HuggingFace)}
+#: Columns that say how an image was read, not what it shows.
+OWN_COLUMNS = ("readable", "reason", "stamp")
+LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class Item:
+    """One kept image as it leaves.
+
+    Attributes:
+        name: a file name without suffix, unique whatever the case, safe on every system.
+        facts: the manifest's row, JSON-ready.
+        mask: the bytes of a mask file and its suffix, or None.
+    """
+
+    name: str
+    image: bytes
+    suffix: str
+    facts: dict[str, Any]
+    mask: tuple[bytes, str] | None
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The kept rows of a corpus, int64, ascending, and the source of their bytes or None."""
+
+    corpus: Corpus
+    rows: np.ndarray
+    source: ImageFolder | WebDataset | HuggingFace | None
+
+    def items(self) -> Iterator[Item]:
+        """Every kept image, in corpus order."""
+        table = self.corpus.manifest.drop(columns=list(OWN_COLUMNS), errors="ignore")
+        names = safe_names(table["id"].iloc[self.rows])
+        originals = self._decoded() if self.source is None else self.source.originals(self.rows)
+        for row, name, (image, suffix, mask) in zip(
+            progress(self.rows, "export", unit="image"), names, originals, strict=True
+        ):
+            record = table.iloc[int(row)].dropna().to_dict()
+            facts = {key: value.item() if isinstance(value, np.generic) else value for key, value in record.items()}
+            yield Item(name, image, suffix, facts, mask)
+
+    def _decoded(self) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
+        for row in self.rows:
+            mask = None if self.corpus.masks is None else (png(self.corpus.masks[row]), ".png")
+            yield png(self.corpus.images[row]), ".png", mask
+
+
+def open_subset(selection: Path) -> Subset:
+    """The kept images of a selection stage.
+
+    Raises:
+        UserError: the directory is no selection, its corpus is gone, or its images changed since.
+    """
+    facts = selection / COMPLETE
+    if not (selection / "selection.parquet").is_file() or not facts.is_file():
+        raise UserError(f"selection={selection} is no selection: give the directory that prune/run.py prints")
+    directory = selection.resolve().parent.parent / "corpus" / read_json(facts)["inputs"]["corpus"]
+    if not (directory / COMPLETE).is_file():
+        raise UserError(f"the corpus of {selection} is not in {directory}: prune again")
+    corpus = open_corpus(directory)
+    kept = pd.read_parquet(selection / "selection.parquet", columns=["id", "kept"])
+    if kept["id"].tolist() != corpus.manifest["id"].tolist():
+        raise UserError(f"{selection} does not belong to {directory}: prune again")
+    inputs = read_json(directory / COMPLETE)["inputs"]
+    fields = dict(inputs["source"])
+    kind = WITH_ORIGINALS.get(fields.pop("_class_"))
+    source = None if kind is None else kind(**fields)
+    if source is not None and plain(source.version) != inputs["version"]:
+        raise UserError(f"the images of {selection} changed since they were pruned: prune again, then export")
+    return Subset(corpus, np.flatnonzero(kept["kept"].to_numpy()), source)
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def safe_names(identifiers: pd.Series) -> Iterator[str]:
+    """A file name without suffix for every id: ASCII, no separators or dots, unique whatever the case."""
+    taken: dict[str, int] = {}
+    for identifier in identifiers:
+        stem = str(PurePosixPath(identifier).with_suffix("")) if identifier.strip("/.") else identifier
+        base = (
+            "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in stem)[-LONGEST_NAME:] or "image"
+        )
+        name, number = base, taken.get(base.lower(), 0)
+        while name.lower() in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken[base.lower()] = number
+        taken[name.lower()] = taken.get(name.lower(), 0)
+        yield name
+
+
+def folder_name(scene: str) -> str:
+    """A scene as a folder's name; "" where there is no scene."""
+    return "".join(c if c.isalnum() or c in "-_ " else "_" for c in scene).strip()
+
+
+def to_folder(subset: Subset, target: Path, links: bool = False) -> None:
+    """`images/<scene>/<name>.<suffix>`, `masks/<scene>/<name>.png` and `images/metadata.jsonl`, a row an image.
+
+    The convention of Hugging Face's ImageFolder; `corpus=folder` reads it back with labels, captions and masks.
+    """
+    if links and not isinstance(subset.source, ImageFolder):
+        raise UserError("to=symlinks needs a corpus=folder, whose files can be linked to: take to=folder")
+    (target / "images").mkdir()
+    with (target / "images" / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+        for item, row in zip(subset.items(), subset.rows, strict=True):
+            place = Path(folder_name(str(item.facts.get("scene", "")))) / item.name
+            path = target / "images" / place.with_name(item.name + item.suffix)
+            path.parent.mkdir(exist_ok=True)
+            if links:
+                path.symlink_to(subset.source.path(int(row)).resolve())
+            else:
+                path.write_bytes(item.image)
+            if item.mask is not None:
+                mask = target / "masks" / place.with_name(item.name + item.mask[1])
+                mask.parent.mkdir(parents=True, exist_ok=True)
+                mask.write_bytes(item.mask[0])
+            facts = {"file_name": path.relative_to(target / "images").as_posix(), **item.facts}
+            lines.write(json.dumps(facts, ensure_ascii=False) + "\n")
+
+
+def to_webdataset(subset: Subset, target: Path, shard_size: int) -> None:
+    """`subset-000000.tar`, ... with `<name>.<suffix>`, `<name>.json` and `<name>.mask.<suffix>`; the same bytes always.
+
+    Shards differ by at most one image in size.
+    """
+    if shard_size < 1:
+        raise UserError(f"export.shard_size={shard_size}: give at least 1")
+    count = len(subset.rows)
+    shards = max(1, -(-count // shard_size))
+    items = subset.items()
+    for shard in range(shards):
+        with tarfile.open(target / f"subset-{shard:06d}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            for _ in range(count * shard // shards, count * (shard + 1) // shards):
+                item = next(items)
+                members = {item.suffix: item.image, ".json": json.dumps(item.facts, ensure_ascii=False).encode()}
+                if item.mask is not None:
+                    members[f".mask{item.mask[1]}"] = item.mask[0]
+                for suffix, data in members.items():
+                    header = tarfile.TarInfo(item.name + suffix)  # its time, owner and mode: no clock, no user
+                    header.size = len(data)
+                    tar.addfile(header, io.BytesIO(data))
+
+
+def to_huggingface(subset: Subset, target: Path, scratch: Path) -> None:
+    """A data set that `datasets.load_from_disk` opens: image, mask if there are, and the manifest's columns."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    table = subset.corpus.manifest.drop(columns=list(OWN_COLUMNS), errors="ignore").iloc[subset.rows]
+    columns = {name: _feature(table[name]) for name in table}
+    features = {"image": datasets.Image(), **columns}
+    if subset.corpus.masks is not None:
+        features["mask"] = datasets.Image()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for item in subset.items():
+            row = {name: item.facts.get(name) for name in columns}
+            row["image"] = {"bytes": item.image, "path": item.name + item.suffix}
+            if "mask" in features:
+                row["mask"] = item.mask and {"bytes": item.mask[0], "path": item.name + item.mask[1]}
+            yield row
+
+    made = datasets.Dataset.from_generator(rows, features=datasets.Features(features), cache_dir=str(scratch))
+    made.save_to_disk(str(target))
+
+
+def _feature(column: pd.Series) -> Any:
+    import datasets
+
+    kind = "float64" if column.dtype.kind == "f" else {"i": "int64", "u": "int64", "b": "bool"}.get(column.dtype.kind)
+    return datasets.Value(kind or "string")
+
+
+def to_list(subset: Subset, target: Path) -> None:
+    """`kept.txt`: an id a line (with \\n and \\ escaped), and `kept.jsonl`, a row an image."""
+    table = subset.corpus.manifest.drop(columns=list(OWN_COLUMNS), errors="ignore").iloc[subset.rows]
+    lines = [identifier.replace("\\", "\\\\").replace("\n", "\\n") for identifier in table["id"]]
+    (target / "kept.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    table.to_json(target / "kept.jsonl", orient="records", lines=True, force_ascii=False)
+
+
+def main(cfg: DictConfig) -> None:
+    if cfg.selection is None:
+        raise UserError("no selection given: selection=DIR, the directory that prune/run.py prints")
+    if cfg.to not in FORMS:
+        raise UserError(f"to={cfg.to} is unknown: choose from {', '.join(FORMS)}")
+    selection = Path(cfg.selection).expanduser()
+    subset = open_subset(selection)
+    target = Path(cfg.export.out or Path(cfg.results) / "export" / f"{selection.resolve().name}-{cfg.to}").expanduser()
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise UserError(f"export.out={target} is not empty: name another, or remove it")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    scratch = partial.with_name(target.name + ".scratch")
+    try:
+        if cfg.to in ("folder", "symlinks"):
+            to_folder(subset, partial, links=cfg.to == "symlinks")
+        elif cfg.to == "webdataset":
+            to_webdataset(subset, partial, int(cfg.export.shard_size))
+        elif cfg.to == "huggingface":
+            to_huggingface(subset, partial, scratch)
+        else:
+            to_list(subset, partial)
+        if target.exists():
+            target.rmdir()
+        os.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(f"export: {target}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,602 @@
+"""Corpora as users have them: what is wrong with files, shards, hub data sets and GeoTIFF scenes, in and out."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+import tifffile
+from PIL import Image
+from rasterio.transform import from_origin
+
+from corpus import decoding
+from corpus.artefacts import read_json, stage
+from corpus.decoding import decode_image, decode_mask
+from corpus.encoder import EfficientNetLite0
+from corpus.errors import UserError
+from corpus.folder import ImageFolder
+from corpus.geotiff import GeoTiff
+from corpus.huggingface import HuggingFace
+from corpus.index import Corpus, index_corpus
+from corpus.webdataset import CUT, DUPLICATE, NO_IMAGE, UNSAFE, WebDataset
+from prune.entropy import LocalEntropy
+from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
+
+SIDE = 24
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def texture(seed: int = 0, side: int = 32, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def tiff(values: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG header that claims 30,000 x 30,000 px, and next to no pixels."""
+    small = bytearray(encoded(Image.new("1", (8, 8))))
+    small[16:24] = (30_000).to_bytes(4, "big") * 2
+    import zlib
+
+    small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
+    return bytes(small)
+
+
+def animation() -> bytes:
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "green")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+ODD = np.linspace(0, 4000, 32 * 32).reshape(32, 32)
+WITH_HOLES = ODD.astype(np.float32).copy()
+WITH_HOLES[:4] = np.nan
+WITH_HOLES[4:8] = -9999
+
+# --------------------------------------------------------------------------------------------------- robust reading
+
+READABLE = {
+    "jpeg": encoded(texture(), "JPEG"),
+    "wrong extension: a PNG": encoded(texture()),
+    "CMYK jpeg": encoded(texture(mode="CMYK"), "JPEG"),
+    "grey jpeg": encoded(texture(mode="L"), "JPEG"),
+    "1 bit": encoded(texture(mode="1")),
+    "palette with transparency": encoded(texture().quantize(16), "PNG", transparency=3),
+    "16-bit grey": encoded(Image.fromarray(ODD.astype(np.uint16))),
+    "16-bit tiff": tiff(ODD.astype(np.uint16)),
+    "RGBA": encoded(texture(mode="RGBA")),
+    "float tiff with NaN and no data": tiff(WITH_HOLES, extratags=[(42113, "s", 0, "-9999", False)]),
+    "animated GIF": animation(),
+    "multi-page tiff": encoded(texture(), "TIFF", save_all=True, append_images=[texture(1)]),
+    "1 x 1": encoded(Image.new("RGB", (1, 1), "white")),
+    "webp": encoded(texture(), "WEBP"),
+}
+QUARANTINED = {
+    "zero bytes": (b"", decoding.EMPTY),
+    "truncated jpeg": (encoded(texture(), "JPEG")[:-300], decoding.DAMAGED),
+    "truncated png": (encoded(texture())[:-800], decoding.DAMAGED),
+    "truncated tiff": (encoded(texture(), "TIFF")[:600], decoding.DAMAGED),
+    "html": (b"<!DOCTYPE html><html><body>404</body></html>", decoding.NOT_AN_IMAGE),
+    "13 bands": (tiff(np.zeros((13, 16, 16), np.uint16), planarconfig="separate"), None),
+    "30,000 x 30,000 px": (bomb(), decoding.TOO_MANY_PIXELS),
+    "text": (b"not a picture", decoding.NOT_AN_IMAGE),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_odd_images_are_read(name: str) -> None:
+    image = decode_image(READABLE[name], SIDE)
+    assert isinstance(image, np.ndarray), image
+    assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
+    assert image.max() > 100
+
+
+@pytest.mark.parametrize("name", QUARANTINED)
+def test_broken_images_have_a_reason(name: str) -> None:
+    data, reason = QUARANTINED[name]
+    found = decode_image(data, SIDE)
+    assert isinstance(found, str) and found
+    assert reason is None or found == reason
+
+
+def test_a_ycck_jpeg_shows_its_colours() -> None:
+    """Adobe's inverted four colours: white stays white and red red."""
+    picture = Image.new("RGB", (32, 32), (250, 250, 250))
+    picture.paste((220, 30, 30), (0, 0, 32, 16))
+    image = decode_image(encoded(picture.convert("CMYK"), "JPEG", quality=95), 32).astype(int)
+    assert np.abs(image[4, 16] - (220, 30, 30)).max() < 40 and np.abs(image[28, 16] - 250).max() < 12
+
+
+def test_transparent_pixels_are_black() -> None:
+    clear = Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (0, 0, SIDE, SIDE // 2))
+    image = decode_image(encoded(clear), SIDE)
+    assert (image[: SIDE // 2] == 255).all() and (image[SIDE // 2 :] == 0).all()
+
+
+def test_deep_pixels_are_stretched_between_percentiles() -> None:
+    image = decode_image(READABLE["16-bit tiff"], 32)[..., 0].astype(float).ravel()
+    low, high = np.percentile(np.round(ODD), (2, 98))
+    expected = np.clip((np.floor(ODD.ravel()) - low) / (high - low) * 255, 0, 255)
+    assert np.abs(image - expected).max() <= 1
+    holes = decode_image(READABLE["float tiff with NaN and no data"], 32)
+    assert (holes[:8] == 0).all() and holes[12:].min() > 0
+
+
+def test_masks_keep_their_class_numbers() -> None:
+    classes = np.repeat(np.arange(4, dtype=np.uint8), 8)[:, None].repeat(32, axis=1)
+    palette = Image.fromarray(classes, mode="P")
+    palette.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 9, 9, 9])
+    for mask in (decode_mask(encoded(palette), 16), decode_mask(encoded(Image.fromarray(classes)), 16)):
+        assert (mask == np.repeat(np.arange(4), 4)[:, None]).all()
+
+
+@pytest.fixture
+def messy(tmp_path: Path) -> Path:
+    """A folder with everything that is wrong with folders, and good images."""
+    root = tmp_path / "messy"
+    (root / "a b").mkdir(parents=True)
+    (root / "dir.jpg").mkdir()
+    for number, (name, data) in enumerate(READABLE.items()):
+        (root / "a b" / f"{number:02d} good {name[:4]}\n.jpg").write_bytes(data)
+    for number, (data, _) in enumerate(QUARANTINED.values()):
+        (root / "dir.jpg" / f"{number:02d}.png").write_bytes(data)
+    (root / "a b" / "same.png").write_bytes(READABLE["RGBA"])
+    (root / "a b" / "SAME.png").write_bytes(READABLE["RGBA"])
+    (root / "loop").symlink_to(root, target_is_directory=True)
+    (root / "self.png").symlink_to(root / "self.png")
+    (root / "gone.png").symlink_to(root / "nothing.png")
+    os.rename(root / "a b" / "same.png", os.fsencode(root) + b"/\xff\xfe.png")
+    return root
+
+
+def test_none_of_a_messy_folder_vanishes(messy: Path, tmp_path: Path) -> None:
+    source = ImageFolder(str(messy), resolution=SIDE)
+    corpus = index_corpus(source, tmp_path / "runs")
+    on_disk = sum(len(files) for _, _, files in os.walk(messy))
+    assert len(corpus) == on_disk == len(READABLE) + 2 + len(QUARANTINED) + 2
+    assert corpus.readable.sum() == len(READABLE) + 2
+    quarantine = pd.read_parquet(corpus.directory / "quarantine.parquet")
+    assert set(quarantine["id"]) == set(corpus.manifest.loc[~corpus.readable, "id"])
+    reasons = quarantine.set_index("id")["reason"]
+    assert (reasons != "").all() and reasons["gone.png"] == decoding.VANISHED
+    for number, (_, reason) in enumerate(QUARANTINED.values()):
+        assert reason is None or reasons[f"dir.jpg/{number:02d}.png"] == reason
+    assert (corpus.images[~corpus.readable] == 0).all()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads what nobody may")
+def test_what_may_not_be_read_is_quarantined(tmp_path: Path) -> None:
+    for name in ("open", "shut"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        texture().save(tmp_path / "root" / name / "a.png")
+    texture().save(tmp_path / "root" / "b.png")
+    (tmp_path / "root" / "b.png").chmod(0)
+    (tmp_path / "root" / "shut").chmod(0)
+    corpus = index_corpus(ImageFolder(str(tmp_path / "root")), tmp_path / "runs")
+    (tmp_path / "root" / "shut").chmod(0o755)
+    assert corpus.manifest.set_index("id")["reason"].to_dict() == {
+        "b.png": decoding.NO_PERMISSION, "open/a.png": "", "shut": decoding.NO_PERMISSION,
+    }  # fmt: skip
+
+
+def test_files_that_vanish_during_the_run_are_quarantined(tmp_path: Path) -> None:
+    for number in range(4):
+        texture(number).save(tmp_path / f"{number}.png")
+    source = ImageFolder(str(tmp_path), resolution=SIDE)
+    source.manifest()
+    (tmp_path / "2.png").unlink()
+    read = list(source.reader(np.arange(4))())
+    assert read[2] == decoding.VANISHED and all(isinstance(read[row], np.ndarray) for row in (0, 1, 3))
+
+
+def test_folder_masks_come_with_their_images(tmp_path: Path) -> None:
+    for name in ("images/Beach", "masks/Beach"):
+        (tmp_path / name).mkdir(parents=True)
+    classes = np.zeros((32, 32), np.uint8)
+    classes[:, 16:] = 1
+    for number in range(3):
+        texture(number).save(tmp_path / "images" / "Beach" / f"{number}.jpg")
+    Image.fromarray(classes).save(tmp_path / "masks" / "Beach" / "0.png")
+    (tmp_path / "masks" / "Beach" / "1.png").write_bytes(b"broken")
+    corpus = index_corpus(
+        ImageFolder(str(tmp_path), masks="masks", classes=("sand", "sea"), resolution=16), tmp_path / "runs"
+    )
+    assert corpus.mask_classes == ("sand", "sea")
+    assert (corpus.masks[0] == np.repeat([0, 1], 8)[None]).all()
+    assert corpus.manifest["reason"].tolist() == ["", "mask: not an image", "mask: missing"]
+    with pytest.raises(UserError, match=r"corpus\.classes"):
+        ImageFolder(str(tmp_path), masks="masks")
+    with pytest.raises(UserError, match="is no folder"):
+        ImageFolder(str(tmp_path), masks="labels", classes=("a",))
+
+
+# ------------------------------------------------------------------------------------------------------- webdataset
+
+
+def shard(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards of twelve samples with captions, scenes, places, splits and masks."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    mask = encoded(Image.fromarray(np.full((32, 32), 1, np.uint8)))
+    for number in range(2):
+        members: list[tuple[str, bytes]] = []
+        for row in range(number * 6, number * 6 + 6):
+            facts = {"scene": f"scene{row % 3}", "lon": row * 10.0, "split": "test" if row == 11 else "train"}
+            members += [
+                (f"s{row:03d}.jpg", encoded(texture(row), "JPEG", quality=95)),
+                (f"s{row:03d}.txt", f"caption {row}".encode()),
+                (f"s{row:03d}.json", json.dumps(facts).encode()),
+                (f"s{row:03d}.mask.png", mask),
+            ]
+        shard(folder / f"part-{number}.tar", members)
+    return folder
+
+
+def test_webdataset_reads_what_the_library_reads(shards: Path, tmp_path: Path) -> None:
+    import webdataset
+
+    urls = str(shards / "part-{0..1}.tar")
+    source = WebDataset(urls, resolution=32, classes=("a", "b"), workers=1)
+    corpus = index_corpus(source, tmp_path / "runs")
+    expected = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert corpus.manifest["id"].tolist() == [sample["__key__"] for sample in expected]
+    assert corpus.manifest["caption"].tolist() == [sample["txt"].decode() for sample in expected]
+    assert corpus.manifest["scene"].tolist() == [json.loads(sample["json"])["scene"] for sample in expected]
+    assert corpus.manifest["lon"].tolist() == [row * 10.0 for row in range(12)]
+    for image, mask, sample in zip(corpus.images, corpus.masks, expected, strict=True):
+        assert (image == np.asarray(Image.open(io.BytesIO(sample["jpg"])))).all() and (mask == 1).all()
+    assert WebDataset(urls, split="test").manifest()["id"].tolist() == ["s011"]
+
+
+def test_what_is_wrong_with_shards_has_a_reason(tmp_path: Path) -> None:
+    good = encoded(texture(), "JPEG")
+    shard(
+        tmp_path / "odd.tar",
+        [
+            ("a.jpg", good), ("/etc/passwd.jpg", good), ("../up.jpg", good), ("b.jpg", good), ("b.jpg", good),
+            ("c.txt", b"alone"), ("d.jpg", b"broken"), ("e.jpg", good), ("a.jpg", good), ("x/f.jpg", good),
+        ],
+    )  # fmt: skip
+    shard(tmp_path / "cut.tar", [(f"g{number}.jpg", good) for number in range(4)])
+    (tmp_path / "cut.tar").write_bytes(
+        (tmp_path / "cut.tar").read_bytes()[: 2 * (512 + 512 * -(-len(good) // 512)) + 700]
+    )
+    (tmp_path / "no.tar").write_bytes(b"<html>" * 400)
+    urls = "::".join(str(tmp_path / f"{name}.tar") for name in ("odd", "cut", "no"))
+    corpus = index_corpus(WebDataset(urls, resolution=SIDE), tmp_path / "runs")
+    reasons = dict(zip(corpus.manifest["id"], corpus.manifest["reason"], strict=True))
+    assert reasons["a"] == reasons["e"] == reasons["x/f"] == reasons["g0"] == reasons["g1"] == ""
+    assert reasons["b"] == reasons["a#2"] == DUPLICATE and reasons["c"] == NO_IMAGE
+    assert reasons["d"] == decoding.NOT_AN_IMAGE
+    assert [reason for name, reason in reasons.items() if "passwd" in name or "up.jpg" in name] == [UNSAFE, UNSAFE]
+    assert reasons["g2"] == decoding.DAMAGED and "g3" not in reasons
+    assert [reasons[name] for name in reasons if name.endswith("cut.tar:end")] == [CUT]
+    assert reasons[str(tmp_path / "no.tar")] == "not a tar shard"
+    assert corpus.manifest.set_index("id").loc["x/f", "scene"] == "x"
+    assert not (tmp_path.parent / "up.jpg").exists()
+
+
+def test_shards_behind_a_url(shards: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in shards.glob("*.tar"):
+        memory.pipe(f"/bucket/{path.name}", path.read_bytes())
+    source = WebDataset("memory://bucket/part-{0..1}.tar", resolution=SIDE, workers=1)
+    assert len(source.manifest()) == 12
+    assert all(isinstance(image, np.ndarray) for image in source.reader(np.arange(12))())
+    with pytest.raises(UserError, match=r"there is no shard memory://bucket/part-7\.tar"):
+        _ = WebDataset("memory://bucket/part-7.tar").version
+
+
+# ------------------------------------------------------------------------------------------------------ huggingface
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["Beach", "DenseForest"]),
+            "lat": datasets.Value("float64"),
+        }
+    )
+    rows = {
+        "image": [{"bytes": encoded(texture(row)), "path": None} for row in range(6)]
+        + [{"bytes": b"broken", "path": None}],
+        "label": [row % 2 for row in range(7)],
+        "lat": [float(row) for row in range(7)],
+    }
+    part = datasets.Dataset.from_dict(rows, features=features)
+    part.save_to_disk(str(tmp_path / "disk"))
+    (tmp_path / "parquet").mkdir()
+    part.to_parquet(str(tmp_path / "parquet" / "train-0.parquet"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("place", "streaming"), [("disk", False), ("parquet", False), ("parquet", True)])
+def test_huggingface_sets_are_read(saved: Path, tmp_path: Path, place: str, streaming: bool) -> None:
+    source = HuggingFace(str(saved / place), resolution=32, streaming=streaming)
+    corpus = index_corpus(source, tmp_path / "runs")
+    assert corpus.manifest["scene"].tolist() == [["Beach", "DenseForest"][row % 2] for row in range(7)]
+    assert corpus.manifest["caption"][1] == "a satellite image of dense forest"
+    assert corpus.manifest["lat"].tolist() == [float(row) for row in range(7)]
+    assert corpus.manifest["reason"].tolist() == [""] * 6 + [decoding.NOT_AN_IMAGE]
+    for row in range(6):
+        assert (corpus.images[row] == np.asarray(texture(row))).all()
+    splits = [
+        set(HuggingFace(str(saved / place), split=split, test_share=0.5).manifest()["id"])
+        for split in ("train", "test")
+    ]
+    assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 7
+
+
+def test_huggingface_errors_are_one_line(saved: Path) -> None:
+    for options, message in (
+        ({}, "corpus.path"),
+        ({"path": str(saved / "nowhere")}, "cannot be loaded"),
+        ({"path": str(saved / "disk"), "image_column": "picture"}, "corpus.image_column=picture"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            HuggingFace(**options).manifest()
+        assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- geotiff
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """A 4326 scene of 8 and one UTM scene of 16 bits with a no-data corner, and a file that is none."""
+    folder = tmp_path / "scenes"
+    (folder / "alps").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    values = random.integers(1, 256, (3, 96, 128), dtype=np.uint8)
+    with rasterio.open(
+        folder / "alps" / "a.tif", "w", driver="GTiff", height=96, width=128, count=3, dtype="uint8",
+        crs="EPSG:4326", transform=from_origin(10.0, 48.0, 0.01, 0.01),
+    ) as raster:  # fmt: skip
+        raster.write(values)
+    deep = random.integers(100, 3000, (4, 64, 64), dtype=np.uint16)
+    deep[:, :32, :32] = 0
+    with rasterio.open(
+        folder / "b.tif", "w", driver="GTiff", height=64, width=64, count=4, dtype="uint16", nodata=0,
+        crs="EPSG:32632", transform=from_origin(500_000, 5_300_000, 10, 10),
+    ) as raster:  # fmt: skip
+        raster.write(deep)
+    (folder / "c.tif").write_bytes(b"no scene")
+    return folder
+
+
+def test_geotiff_tiles_know_their_place(scenes: Path, tmp_path: Path) -> None:
+    corpus = index_corpus(GeoTiff(str(scenes), stretch="none", bands=(3, 2, 1), resolution=32), tmp_path / "runs")
+    table = corpus.manifest.set_index("id")
+    tile = table.loc["alps/a.tif/000032_000064"]
+    assert tile["scene"] == "alps" and tile["lon"] == pytest.approx(10 + 0.01 * 80)
+    assert tile["lat"] == pytest.approx(48 - 0.01 * 48)
+    metres = 0.01 * 111_320 * np.sqrt(np.cos(np.radians(tile["lat"])))
+    assert tile["ground_sampling_distance"] == pytest.approx(metres, rel=1e-3)
+    assert json.loads(tile["transform"]) == pytest.approx([10.64, 0.01, 0, 47.68, 0, -0.01])
+    row = table.index.get_loc("alps/a.tif/000032_000064")
+    with rasterio.open(scenes / "alps" / "a.tif") as raster:
+        assert (corpus.images[row] == raster.read([3, 2, 1])[:, 32:64, 64:96].transpose(1, 2, 0)).all()
+    utm = table.loc["b.tif/000032_000032"]
+    assert utm["lon"] == pytest.approx(9.0, abs=0.01) and utm["lat"] == pytest.approx(47.85, abs=0.01)
+    assert utm["ground_sampling_distance"] == pytest.approx(10, rel=0.01)
+    assert table.loc["b.tif/000000_000000", "reason"] == "no data"
+    assert table.loc["c.tif", "reason"] == "cannot be opened as a scene"
+    assert corpus.readable.sum() == 12 + 3
+
+
+def test_geotiff_stretches_deep_values(scenes: Path) -> None:
+    source = GeoTiff(str(scenes / "b.tif"), resolution=32, workers=1)
+    images = [image for image in source.reader(np.arange(4))() if not isinstance(image, str)]
+    assert len(images) == 3 and np.mean(images) == pytest.approx(127, abs=8)
+    ranged = GeoTiff(str(scenes / "b.tif"), resolution=32, stretch="range", low=0, high=6000)
+    assert np.mean([image for image in ranged.reader(np.arange(1, 4))()]) == pytest.approx(1550 / 6000 * 255, abs=8)
+
+
+def test_geotiff_splits_share_no_pixel(scenes: Path) -> None:
+    painted = {}
+    for split in ("train", "test"):
+        canvas = np.zeros((96, 128), int)
+        tiles = GeoTiff(
+            str(scenes / "alps" / "a.tif"), tile=16, resolution=16, overlap=8, block=2, split=split, test_share=0.4
+        ).manifest()
+        for tile in tiles.itertuples():
+            canvas[tile.row : tile.row + 16, tile.column : tile.column + 16] += 1
+        painted[split] = canvas > 0
+    assert painted["train"].any() and painted["test"].any()
+    assert not (painted["train"] & painted["test"]).any()
+
+
+def test_geotiff_errors_are_one_line(scenes: Path) -> None:
+    for options in (
+        {}, {"root": str(scenes / "none")}, {"root": str(scenes), "overlap": 64},
+        {"root": str(scenes), "bands": (1, 2)},
+        {"root": str(scenes), "stretch": "log"}, {"root": str(scenes), "stretch": "range", "low": 9, "high": 3},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="corpus") as caught:
+            GeoTiff(**options).manifest()
+        assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- what changes, what stops
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Path:
+    root = tmp_path / "growing"
+    root.mkdir()
+    for number in range(9):
+        texture(number).save(root / f"{number}.png")
+    return root
+
+
+def arrays_of(corpus: Corpus, runs: Path, encoder: EfficientNetLite0) -> list[np.ndarray]:
+    entropy = corpus_entropy(corpus, LocalEntropy(), runs)
+    return [np.asarray(corpus.images), entropy, np.asarray(corpus_embeddings(corpus, encoder, runs))]
+
+
+@pytest.mark.parametrize("content_hash", [False, True])
+def test_only_what_is_new_or_changed_is_read_again(
+    growing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content_hash: bool
+) -> None:
+    encoder, seen, embedded = EfficientNetLite0(input_size=32, batch_size=4), [], []
+    runs = tmp_path / "runs"
+
+    def source() -> ImageFolder:
+        return ImageFolder(str(growing), resolution=32, content_hash=content_hash)
+
+    real_read, real_embed = ImageFolder.reader, EfficientNetLite0.__call__
+    monkeypatch.setattr(ImageFolder, "reader", lambda self, rows: seen.extend(rows) or real_read(self, rows))
+    monkeypatch.setattr(EfficientNetLite0, "__call__", lambda self, x: embedded.append(len(x)) or real_embed(self, x))
+    arrays_of(scan_corpus(source(), runs, LocalEntropy(), encoder), runs, encoder)
+    assert len(seen) == 9 and sum(embedded) == 9
+
+    seen.clear(), embedded.clear()
+    (growing / "3.png").unlink()
+    texture(50).save(growing / "5.png")
+    texture(51).save(growing / "55.png")
+    if content_hash:
+        os.utime(growing / "7.png", ns=(1, 1))  # touched, the same bytes
+    corpus = scan_corpus(source(), runs, LocalEntropy(), encoder)
+    found = arrays_of(corpus, runs, encoder)
+    assert [corpus.manifest["id"][row] for row in seen] == ["5.png", "55.png"] and sum(embedded) == 2
+    assert "3.png" not in set(corpus.manifest["id"]) and len(corpus) == 9
+
+    whole = arrays_of(scan_corpus(source(), tmp_path / "anew", LocalEntropy(), encoder), tmp_path / "anew", encoder)
+    np.testing.assert_array_equal(found[0], whole[0])
+    np.testing.assert_array_equal(found[1], whole[1])
+    np.testing.assert_allclose(found[2].astype(float), whole[2].astype(float), rtol=2e-3, atol=2e-3)
+
+
+def test_grown_shards_are_taken_over(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = WebDataset.reader
+    monkeypatch.setattr(WebDataset, "reader", lambda self, rows: seen.extend(rows) or real(self, rows))
+    urls = str(shards / "part-{0..1}.tar")
+    first = index_corpus(WebDataset(urls, resolution=SIDE), tmp_path / "runs")
+    seen.clear()
+    shard(shards / "part-1.tar", [("new.jpg", encoded(texture(99), "JPEG"))])
+    second = index_corpus(WebDataset(urls, resolution=SIDE), tmp_path / "runs")
+    assert [second.manifest["id"][row] for row in seen] == ["new"]
+    assert (second.images[:6] == first.images[:6]).all()
+
+
+INTERRUPTED = """
+import sys, os
+sys.path.insert(0, {repository!r})
+from corpus import index
+index.CHUNK = 4
+write = index.write_json
+count = 0
+def dying(path, value):
+    global count
+    write(path, value)
+    count += path.name == "progress.json"
+    if count == {deaths}:
+        os.kill(os.getpid(), 9)
+index.write_json = dying
+from corpus.folder import ImageFolder
+from corpus.encoder import EfficientNetLite0
+from prune.features import scan_corpus
+from prune.entropy import LocalEntropy
+encoder = EfficientNetLite0(input_size=32, batch_size=2)
+print(scan_corpus(ImageFolder({root!r}, resolution=32), {runs!r}, LocalEntropy(), encoder).directory)
+"""
+
+
+def test_a_killed_index_goes_on_from_its_last_chunk(growing: Path, tmp_path: Path, repository: Path) -> None:
+    def go(runs: Path, deaths: int) -> subprocess.CompletedProcess:
+        code = INTERRUPTED.format(repository=str(repository), root=str(growing), runs=str(runs), deaths=deaths)
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    killed = go(tmp_path / "killed", 2)
+    assert killed.returncode == -9
+    partial = next((tmp_path / "killed" / "corpus").glob("*.partial"))
+    assert read_json(partial / "progress.json")["done"] == 4
+    resumed, undisturbed = go(tmp_path / "killed", 0), go(tmp_path / "whole", 0)
+    assert resumed.returncode == undisturbed.returncode == 0, resumed.stderr + undisturbed.stderr
+    one, other = (Path(run.stdout.split()[-1]) for run in (resumed, undisturbed))
+    names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_the_second_of_two_runs_waits_and_says_so(tmp_path: Path, repository: Path) -> None:
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(repository)!r})\n"
+        "from pathlib import Path\nfrom corpus.artefacts import stage\n"
+        "def build(directory):\n"
+        f"    open({str(tmp_path / 'builds')!r}, 'a').write('built\\n'); time.sleep(1.5)\n"
+        f"print(stage({str(tmp_path / 'runs')!r}, 'slow', {{'a': 1}}, build))\n"
+    )
+    runs = []
+    for _ in range(2):
+        runs.append(
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        time.sleep(0.1)
+    results = [run.communicate(timeout=60) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert results[0][0] == results[1][0]
+    assert (tmp_path / "builds").read_text() == "built\n"
+    assert sum("another run is at work" in error for _, error in results) == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(growing: Path, tmp_path: Path, repository: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True, text=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
+    try:
+        kept = stage(small / "runs", "earlier", {}, lambda directory: (directory / "a").write_text("whole"))
+        for number in range(300):
+            texture(number, side=8).save(growing / f"more{number}.png")
+        command = [
+            sys.executable, str(repository / "prune" / "run.py"), "corpus=folder", f"corpus.root={growing}",
+            "prune=random", "corpus.train.split=all", f"runs={small / 'runs'}", "tracker=none",
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert result.returncode == 2, result.stderr
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+        assert len(lines) == 1 and "no space left" in lines[0] and "Traceback" not in result.stderr
+        assert (kept / "a").read_text() == "whole"
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=False)
