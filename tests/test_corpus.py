@@ -76,7 +76,7 @@ def manifest(world: BlueMarble) -> pd.DataFrame:
 def tiles_of(world: BlueMarble, **options: object) -> BlueMarble:
     """Blue Marble with other options, without decoding its maps again."""
     source = BlueMarble(**options)
-    source.__dict__.update(_world=world._world, _scene_map=world._scene_map)
+    source.__dict__.update(world=world.world, _scene_map=world._scene_map)
     return source
 
 

@@ -600,3 +600,58 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(growing: Path, tmp_pa
         assert (kept / "a").read_text() == "whole"
     finally:
         subprocess.run(["umount", "-l", str(small)], check=False)
+
+
+MANY = """
+import sys, threading, time
+sys.path.insert(0, {repository!r})
+from pathlib import Path
+
+peak = 0
+
+def memory():
+    \"\"\"Proportional resident bytes of this process and its workers.\"\"\"
+    total = 0
+    for path in Path("/proc").glob("[0-9]*/smaps_rollup"):
+        try:
+            parent = int((path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            own = path.parent.name == str(Path("/proc/self").resolve().name)
+            if own or str(parent) == str(Path("/proc/self").resolve().name):
+                total += next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("Pss:"))
+        except (OSError, StopIteration, IndexError):
+            pass
+    return total / 2**20
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, memory())
+        time.sleep(0.2)
+
+threading.Thread(target=watch, daemon=True).start()
+from corpus.webdataset import WebDataset
+from corpus.encoder import EfficientNetLite0
+from prune.features import corpus_entropy, scan_corpus
+from prune.entropy import LocalEntropy
+source = WebDataset({urls!r}, resolution=16)
+corpus = scan_corpus(source, {runs!r}, LocalEntropy(patch=8), EfficientNetLite0(input_size=32, batch_size=256))
+entropy = corpus_entropy(corpus, LocalEntropy(patch=8), {runs!r})
+print(len(corpus), int(corpus.readable.sum()), float(entropy.mean()) > 0, peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no /proc to read the memory from")
+def test_two_hundred_thousand_images_fit_in_little_memory(tmp_path: Path, repository: Path) -> None:
+    images = [encoded(texture(seed, side=16), "JPEG") for seed in range(100)]
+    for number in range(200):
+        shard(
+            tmp_path / f"{number:03d}.tar",
+            [(f"{number:03d}/{row:04d}.jpg", images[(number + row) % 100]) for row in range(1000)],
+        )
+    code = MANY.format(repository=str(repository), urls=str(tmp_path / "{000..199}.tar"), runs=str(tmp_path / "runs"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, readable, scored, peak = done.stdout.split()
+    assert (count, readable, scored) == ("200000", "200000", "True")
+    assert float(peak) < 1.5, f"{peak} GB resident"

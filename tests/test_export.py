@@ -1,0 +1,169 @@
+"""The subset goes out in every form, and comes back with its pixels, labels, captions, masks and metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from corpus.artefacts import stage
+from corpus.bluemarble import BlueMarble
+from corpus.folder import ImageFolder
+from corpus.huggingface import HuggingFace
+from corpus.index import Source, index_corpus
+from corpus.webdataset import WebDataset
+from scripts.export import FORMS, open_subset, safe_names
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = [0, 2, 3, 7, 8]
+
+
+def select(source: Source, runs: Path, kept: list[int] = KEPT) -> Path:
+    """A selection stage that keeps these rows, as prune/run.py leaves it."""
+    corpus = index_corpus(source, runs)
+
+    def build(directory: Path) -> None:
+        table = pd.DataFrame({"id": corpus.manifest["id"], "kept": np.isin(np.arange(len(corpus)), kept)})
+        table.to_parquet(directory / "selection.parquet", index=False)
+
+    return stage(runs, "selection", {"corpus": corpus.fingerprint, "kept": kept}, build)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ImageFolder:
+    """Ten images of two scenes with captions, places and masks; awkward names among them."""
+    root = tmp_path / "corpus"
+    names = ["a", "A", "a b\nc", "é", "x.y", "sub/a", "0", "1", "2", "3"]
+    rows = []
+    for number, name in enumerate(names):
+        scene = ("Beach", "Forest")[number % 2]
+        for kind in ("images", "masks"):
+            (root / kind / scene / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / scene / f"{name}.png")
+        Image.fromarray(np.full((16, 16), number % 2, np.uint8)).save(root / "masks" / scene / f"{name}.png")
+        rows.append({"file_name": f"{scene}/{name}.png", "caption": f"number {number}", "split": "train"})
+    (root / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return ImageFolder(str(root), masks="masks", classes=("sand", "leaf"), resolution=16)
+
+
+def export(selection: Path, form: str, out: Path, *options: str, fails: bool = False) -> str:
+    command = [
+        sys.executable, str(ROOT / "scripts" / "export.py"), f"selection={selection}", f"to={form}",
+        f"export.out={out}", "tracker=none", *options,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out.parent, timeout=300)
+    assert (done.returncode == 2) if fails else (done.returncode == 0), done.stderr[-2000:]
+    assert not list(out.parent.glob("*.partial")) and not list(out.parent.glob("*.scratch"))
+    return done.stderr if fails else done.stdout
+
+
+def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> None:
+    selection = select(folder, tmp_path / "runs")
+    subset = open_subset(selection)
+    images, masks = subset.corpus.images[KEPT], subset.corpus.masks[KEPT]
+    table = subset.corpus.manifest.iloc[KEPT]
+    for form in FORMS:
+        assert export(selection, form, tmp_path / form).strip() == f"export: {tmp_path / form}"
+
+    def same(corpus, by: str) -> None:
+        """The exported corpus has the same images, masks, scenes and captions, whatever their order."""
+        order = corpus.manifest[by].argsort() if by else np.arange(len(corpus))
+        expected = table["caption"].argsort() if by else np.arange(len(table))
+        assert (corpus.images[order] == images[expected]).all()
+        if corpus.masks is not None:
+            assert (corpus.masks[order] == masks[expected]).all()
+        for column in ("scene", "caption", *(() if by else ("id",))):
+            assert corpus.manifest[column].to_numpy()[order].tolist() == table[column].to_numpy()[expected].tolist()
+
+    for form in ("folder", "symlinks"):
+        back = ImageFolder(str(tmp_path / form), masks="masks", classes=("sand", "leaf"), resolution=16)
+        same(index_corpus(back, tmp_path / "back"), "caption")
+    assert all(path.is_symlink() for path in (tmp_path / "symlinks" / "images").rglob("*.png"))
+
+    shards = WebDataset(str(tmp_path / "webdataset" / "subset-000000.tar"), classes=("sand", "leaf"), resolution=16)
+    same(index_corpus(shards, tmp_path / "back"), "")
+
+    import datasets
+
+    loaded = datasets.load_from_disk(str(tmp_path / "huggingface"))
+    assert loaded["caption"][:] == table["caption"].tolist() and loaded["id"][:] == table["id"].tolist()
+    assert (np.asarray(loaded[1]["image"]) == images[1]).all() and (np.asarray(loaded[1]["mask"]) == masks[1]).all()
+    same(index_corpus(HuggingFace(str(tmp_path / "huggingface"), resolution=16), tmp_path / "back"), "")
+
+    lines = (tmp_path / "list" / "kept.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.replace("\\n", "\n") for line in lines] == table["id"].tolist()
+    rows = [json.loads(line) for line in (tmp_path / "list" / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["caption"] for row in rows] == table["caption"].tolist()
+
+
+def test_shards_are_deterministic_and_of_equal_size(folder: ImageFolder, tmp_path: Path) -> None:
+    selection = select(folder, tmp_path / "runs")
+    for name in ("one", "two"):
+        export(selection, "webdataset", tmp_path / name, "export.shard_size=2")
+    files = sorted((tmp_path / "one").iterdir())
+    assert [path.read_bytes() for path in files] == [path.read_bytes() for path in sorted((tmp_path / "two").iterdir())]
+    sizes = []
+    for path in files:
+        with tarfile.open(path) as tar:
+            names = tar.getnames()
+        assert not any(name.startswith("/") or ".." in name for name in names)
+        sizes.append(len({name.split(".")[0] for name in names}))
+    assert len(files) == 3 and sum(sizes) == 5 and max(sizes) - min(sizes) <= 1
+
+
+def test_bluemarble_goes_out_with_its_places(tmp_path: Path) -> None:
+    selection = select(BlueMarble(limit=9), tmp_path / "runs")
+    export(selection, "folder", tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "images" / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 and all({"lon", "lat", "scene", "caption"} <= set(row) for row in rows)
+    subset = open_subset(selection)
+    for row, image in zip(rows, subset.corpus.images[KEPT], strict=True):
+        assert (np.asarray(Image.open(tmp_path / "out" / "images" / row["file_name"])) == image).all()
+    assert "corpus=folder" in export(selection, "symlinks", tmp_path / "links", fails=True)
+
+
+def test_export_refuses_in_one_line(folder: ImageFolder, tmp_path: Path) -> None:
+    selection = select(folder, tmp_path / "runs")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "theirs.txt").write_text("keep")
+    cases = [
+        (selection, "tape", tmp_path / "a", "to=tape is unknown"),
+        (tmp_path / "none", "folder", tmp_path / "a", "is no selection"),
+        (selection, "folder", full, "is not empty"),
+    ]
+    changed = (selection, "folder", tmp_path / "a", "changed since they were pruned")
+    for chosen, form, out, message in (*cases, changed):
+        if message == changed[-1]:
+            os.utime(Path(folder.root) / "images" / "Beach" / "a b\nc.png", ns=(1, 1))
+        error = export(chosen, form, out, fails=True)
+        assert message in error and len(error.strip().splitlines()) == 1, error
+    assert (full / "theirs.txt").read_text() == "keep" and not (tmp_path / "a").exists()
+
+
+def test_names_are_safe_and_unique_whatever_the_case() -> None:
+    identifiers = [
+        "a/b.png",
+        "a_b.png",
+        "A/B.jpg",
+        "../../etc/passwd",
+        "/abs.png",
+        "é\n.png",
+        "",
+        "x" * 300,
+        "a-1",
+        "a",
+        "A",
+    ]
+    names = list(safe_names(pd.Series(identifiers)))
+    assert len({name.lower() for name in names}) == len(names)
+    assert all(name and name.isascii() and "/" not in name and "." not in name and len(name) < 120 for name in names)
