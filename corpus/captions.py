@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def caption_of(row: Mapping[str, Any], scene: str) -> str:
-    """The caption of a row (`captions`, the first; `text`; `caption`), else one made of the scene, else ""."""
-    captions = row.get("captions") or [row.get("text") or row.get("caption")]
-    caption = captions if isinstance(captions, str) else captions[0]
-    if isinstance(caption, str) and caption.strip():
-        return caption.strip()
-    return f"a satellite image of {words(scene)}" if scene else ""
+def caption_facts(row: Mapping[str, Any], scene: str) -> dict[str, Any]:
+    """`caption`, the first that a row has (`captions`, a list or one; `text`; `caption`), and `captions` if several.
+
+    A row without one is called after its scene, and by "" where there is none.
+    """
+    found = row.get("captions") or row.get("text") or row.get("caption") or []
+    texts = [text.strip() for text in ([found] if isinstance(found, str) else found) if isinstance(text, str)]
+    texts = [text for text in texts if text] or ([f"a satellite image of {words(scene)}"] if scene else [""])
+    return {"caption": texts[0], **({"captions": texts} if len(texts) > 1 else {})}
 
 
 def words(name: str) -> str:
@@ -24,6 +26,6 @@ def words(name: str) -> str:
 
 def scalars(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """The numbers and texts of a row that the manifest has no word for: place, resolution, date, whatever else."""
-    own = ("id", "scene", "label", "caption", "text", "stamp", "readable", "reason", "file_name")
+    own = ("id", "scene", "label", "caption", "captions", "text", "stamp", "readable", "reason", "file_name", "split")
     known = {str(key): value for key, value in row.items() if isinstance(value, (str, int, float, bool))}
     return {key: value for key, value in known.items() if key not in own}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import cv2
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EMPTY = "empty file"
@@ -98,16 +98,15 @@ def decode_mask(data: bytes, resolution: int) -> np.ndarray | str:
 
 
 def square(pixels: np.ndarray, resolution: int) -> np.ndarray:
-    """The central square of uint8 [H, W, 3], resized to [R, R, 3] by antialiased bicubic interpolation."""
+    """The central square of uint8 [H, W, 3], resized to [R, R, 3]: averaged over areas if larger, else bicubic."""
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
     pixels = pixels[top : top + side, left : left + side]
     if side == resolution:
         return pixels
-    # torch's kernel for bytes: Pillow's, but vectorised
-    planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(planes, (resolution, resolution), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    # OpenCV's: two to four times as fast as Pillow's, and no network library in the worker processes
+    kernel = cv2.INTER_AREA if side > resolution else cv2.INTER_CUBIC
+    return cv2.resize(np.ascontiguousarray(pixels), (resolution, resolution), interpolation=kernel)
 
 
 def stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:

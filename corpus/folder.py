@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from corpus.artefacts import file_digest
-from corpus.captions import caption_of
+from corpus.captions import caption_facts, scalars
 from corpus.decoding import decode_mask, read_bytes, read_image
 from corpus.errors import UserError
 from corpus.index import Sample
@@ -90,9 +91,14 @@ class ImageFolder:
         return tuple(self.classes) if self.masks is not None else ()
 
     def manifest(self) -> pd.DataFrame:
-        """One row an image, sorted by id: id (POSIX path below the root), scene, caption ("" for none), stamp."""
-        rows = [(*self._facts(file), self._stamps[file]) for file in self._chosen]
-        return pd.DataFrame(rows, columns=["id", "scene", "caption", "stamp"])
+        """One row an image, sorted by id: id (POSIX path below the root), scene, caption ("" for none), stamp.
+
+        Also `captions` where an image has several, and the numbers and texts of its row in the caption file.
+        """
+        return pd.DataFrame(
+            [{**self._facts(file), "stamp": self._stamps[file]} for file in self._chosen],
+            columns=None if self._chosen else ["id", "scene", "caption", "stamp"],
+        )
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
         files = [self._chosen[row] for row in rows]
@@ -223,13 +229,13 @@ class ImageFolder:
         folders = PurePosixPath(file).parts[:-1]
         return folders[1:] if folders and folders[0] == "images" else folders
 
-    def _facts(self, file: str) -> tuple[str, str, str]:
+    def _facts(self, file: str) -> dict[str, Any]:
         folders = self._folders(file)
         if folders and folders[0].lower() in NAMES:
             folders = folders[1:]
         scene = _identifier(folders[0]) if folders else ""
         row = self._rows.get(file, {})
-        return _identifier(file), scene, caption_of(row, scene)
+        return {"id": _identifier(file), "scene": scene, **caption_facts(row, scene), **scalars(row)}
 
 
 def _read_files(

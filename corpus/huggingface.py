@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from corpus.captions import caption_of, scalars
+from corpus.captions import caption_facts, scalars
 from corpus.decoding import EMPTY, decode_image, read_bytes
 from corpus.errors import UserError
 from corpus.progress import progress
@@ -136,8 +136,8 @@ class HuggingFace:
         columns = {
             "image": named(self.image_column, (*images, *IMAGE_COLUMNS), "image"),
             "scene": named(self.scene_column, SCENE_COLUMNS, "scene"),
-            "caption": named(self.caption_column, CAPTION_COLUMNS, "caption"),
         }
+        named(self.caption_column, (), "caption")
         if columns["image"] is None:
             raise UserError(
                 f"{self.path} has no column of images: name it with corpus.image_column ({', '.join(names)})"
@@ -170,11 +170,12 @@ class HuggingFace:
         names = getattr(features.get(self._columns["scene"]), "names", None) if features and value is not None else None
         scene = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
         scene = "" if scene is None or isinstance(scene, (list, dict)) else str(scene)
-        caption = record.get(self._columns["caption"]) if self._columns["caption"] else None
-        row = {"captions": caption} if isinstance(caption, (list, tuple)) and caption else {"text": caption}
-        own = (self._columns["scene"], self._columns["caption"])
+        usual = [name for name in CAPTION_COLUMNS if name in record]
+        captions = [self.caption_column] if self.caption_column else usual
+        row = {"captions": next((record[name] for name in captions if record[name]), None)}
+        own = (self._columns["scene"], *captions)
         known = {key: value for key, value in scalars(record).items() if key not in own}
-        return {**known, "scene": scene, "caption": caption_of(row, scene)}
+        return {**known, "scene": scene, **caption_facts(row, scene)}
 
     def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | str]:
         for record in self._stream_records(places):

@@ -324,7 +324,7 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
 def _storable(manifest: pd.DataFrame) -> pd.DataFrame:
     """A column of numbers here and texts there, as rows of many hands have, becomes texts: Parquet wants one kind."""
     for name in manifest.select_dtypes("object"):
-        kinds = {type(value) for value in manifest[name].dropna()}
+        kinds = {type(value) for value in manifest[name] if not (isinstance(value, float) and value != value)}
         if len(kinds) > 1:
             manifest[name] = manifest[name].map(str, na_action="ignore")
     return manifest

@@ -100,7 +100,5 @@ def _single_thread() -> None:
     threadpool_limits(1)
     keep_freed_memory()
     import cv2
-    import torch
 
     cv2.setNumThreads(1)
-    torch.set_num_threads(1)

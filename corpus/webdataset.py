@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 
-from corpus.captions import caption_of, scalars
+from corpus.captions import caption_facts, scalars
 from corpus.decoding import UNREADABLE_FILE, VANISHED, decode_image, decode_mask
 from corpus.errors import UserError
 from corpus.index import Sample
@@ -34,7 +34,7 @@ NO_IMAGE = "no image in the sample"
 LARGEST_TEXT = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     """Where the bytes of a member lie in its shard."""
 
@@ -44,7 +44,7 @@ class _Place:
     suffix: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Item:
     """One sample, or one thing in a shard that cannot be one, as its `problem` says."""
 
@@ -62,8 +62,8 @@ class WebDataset:
 
     An image (jpg, png, tif, …); if there are, a caption (`txt`), facts (`json`: id, caption or captions, scene,
     label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is the facts',
-    else `cls`, else the first folder of the key. A first pass over the shards' headers finds every member's place; images
-    are then read from there by many processes. Nothing is unpacked to disk.
+    else `cls`, else the first folder of the key. A first pass over the shards' headers finds every member's place;
+    images are then read from there by many processes. Nothing is unpacked to disk.
 
     Args:
         urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::".
@@ -222,7 +222,7 @@ def _item(
     folders = PurePosixPath(key).parts[:-1]
     scene = facts.get("scene", facts.get("label", texts.get("cls", b"").decode("utf-8", "replace").strip()))
     scene = str(scene) if scene not in ("", None) else folders[0] if folders else ""
-    row = {**facts, "text": captions} if captions else facts
+    row = facts if captions is None or facts.get("captions") else {"text": captions}
     known = {
         name: value
         for name, value in scalars(facts).items()
@@ -236,7 +236,7 @@ def _item(
         image=image,
         mask=mask,
         problem=DUPLICATE if doubled else "" if image else NO_IMAGE,
-        facts={**known, "scene": scene, "caption": caption_of(row, scene)},
+        facts={**known, "scene": scene, **caption_facts(row, scene)},
     )
 
 

@@ -32,6 +32,8 @@ WITH_ORIGINALS = {kind.__name__: kind for kind in (ImageFolder, WebDataset, Hugg
 #: Columns that say how an image was read, not what it shows.
 OWN_COLUMNS = ("readable", "reason", "stamp")
 LONGEST_NAME = 100
+#: What tables give for numbers and for lists; JSON wants Python's own.
+GENERIC = (np.generic, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Subset:
             progress(self.rows, "export", unit="image"), names, originals, strict=True
         ):
             record = table.iloc[int(row)].dropna().to_dict()
-            facts = {key: value.item() if isinstance(value, np.generic) else value for key, value in record.items()}
+            facts = {key: value.tolist() if isinstance(value, GENERIC) else value for key, value in record.items()}
             yield Item(name, image, suffix, facts, mask)
 
     def _decoded(self) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
@@ -204,6 +206,8 @@ def to_huggingface(subset: Subset, target: Path, scratch: Path) -> None:
 def _feature(column: pd.Series) -> Any:
     import datasets
 
+    if any(isinstance(value, np.ndarray) for value in column):
+        return datasets.List(datasets.Value("string"))
     kind = "float64" if column.dtype.kind == "f" else {"i": "int64", "u": "int64", "b": "bool"}.get(column.dtype.kind)
     return datasets.Value(kind or "string")
 

@@ -50,7 +50,8 @@ def folder(tmp_path: Path) -> ImageFolder:
         pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "images" / scene / f"{name}.png")
         Image.fromarray(np.full((16, 16), number % 2, np.uint8)).save(root / "masks" / scene / f"{name}.png")
-        rows.append({"file_name": f"{scene}/{name}.png", "caption": f"number {number}", "split": "train"})
+        captions = [f"number {number}", f"the {number}th"] if number % 3 else f"number {number}"
+        rows.append({"file_name": f"{scene}/{name}.png", "captions": captions, "lon": number * 1.5, "split": "train"})
     (root / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return ImageFolder(str(root), masks="masks", classes=("sand", "leaf"), resolution=16)
 
@@ -83,6 +84,10 @@ def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> Non
             assert (corpus.masks[order] == masks[expected]).all()
         for column in ("scene", "caption", *(() if by else ("id",))):
             assert corpus.manifest[column].to_numpy()[order].tolist() == table[column].to_numpy()[expected].tolist()
+        several = [None if value is None else list(value) for value in corpus.manifest["captions"].to_numpy()[order]]
+        assert several == [None if value is None else list(value) for value in table["captions"].to_numpy()[expected]]
+        assert several[1] is None or len(several[1]) == 2
+        assert corpus.manifest["lon"].to_numpy()[order].tolist() == table["lon"].to_numpy()[expected].tolist()
 
     for form in ("folder", "symlinks"):
         back = ImageFolder(str(tmp_path / form), masks="masks", classes=("sand", "leaf"), resolution=16)

@@ -28,6 +28,7 @@ from corpus.folder import ImageFolder
 from corpus.geotiff import GeoTiff
 from corpus.huggingface import HuggingFace
 from corpus.index import Corpus, index_corpus
+from corpus.reference import reference_set
 from corpus.webdataset import CUT, DUPLICATE, NO_IMAGE, UNSAFE, WebDataset
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
@@ -450,6 +451,55 @@ def test_geotiff_errors_are_one_line(scenes: Path) -> None:
         with pytest.raises(UserError, match="corpus") as caught:
             GeoTiff(**options).manifest()
         assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------- torchgeo
+
+
+def test_torchgeo_sets_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("torchgeo", reason="torchgeo is the extra `geo`, which is not installed")
+    from corpus.torchgeo import TorchGeo
+
+    members: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for scene in ("agricultural", "forest"):
+        (tmp_path / "UCMerced_LandUse" / "Images" / scene).mkdir(parents=True)
+        for number, split in enumerate(("train", "train", "val", "test")):
+            name = f"{scene}{number:02d}.tif"
+            texture(number, side=256).save(tmp_path / "UCMerced_LandUse" / "Images" / scene / name)
+            members[split].append(name)
+    for split, names in members.items():
+        (tmp_path / f"uc_merced-{split}.txt").write_text("\n".join(names) + "\n")
+    corpus = index_corpus(TorchGeo("UCMerced", str(tmp_path), resolution=256), tmp_path / "runs")
+    assert sorted(corpus.manifest["scene"]) == ["agricultural"] * 4 + ["forest"] * 4
+    assert (corpus.images[0] == np.asarray(texture(0, side=256))).all()
+    assert len(TorchGeo("UCMerced", str(tmp_path), split="train").manifest()) == 4
+    for options, message in (
+        ({"dataset": "Nothing", "root": str(tmp_path)}, "no non-geo data set"),
+        ({"dataset": "EuroSAT", "root": str(tmp_path)}, "does not find its files"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TorchGeo(**options).manifest()
+
+
+def test_torchgeo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from corpus.torchgeo import TorchGeo
+
+    monkeypatch.setitem(sys.modules, "torchgeo", None)
+    with pytest.raises(UserError, match=r"\.\[geo\]"):
+        TorchGeo("UCMerced", str(tmp_path)).manifest()
+
+
+# -------------------------------------------------------------------------------------------------------- reference
+
+
+def test_a_missing_reference_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corpus.huggingface._load", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(UserError, match=r"reference\.root=DIR") as caught:
+        reference_set("aid", "blanchon/AID", 32)
+    assert "blanchon/AID" in str(caught.value) and "\n" not in str(caught.value)
+    (tmp_path / "Beach").mkdir()
+    texture().save(tmp_path / "Beach" / "a.png")
+    assert reference_set("aid", "blanchon/AID", 32, root=str(tmp_path)).manifest()["scene"].tolist() == ["Beach"]
 
 
 # ------------------------------------------------------------------------------------------- what changes, what stops
