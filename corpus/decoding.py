@@ -98,15 +98,21 @@ def decode_mask(data: bytes, resolution: int) -> np.ndarray | str:
 
 
 def square(pixels: np.ndarray, resolution: int) -> np.ndarray:
-    """The central square of uint8 [H, W, 3], resized to [R, R, 3]: averaged over areas if larger, else bicubic."""
+    """The central square of uint8 [H, W, 3], resized to [R, R, 3] without aliasing.
+
+    At less than a half by the mean over areas; from there to its own size by linear interpolation after a Gaussian of
+    half the excess scale (scikit-image's rule), for which OpenCV needs a quarter of the time; enlarged, bicubic.
+    """
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    pixels = pixels[top : top + side, left : left + side]
+    pixels = np.ascontiguousarray(pixels[top : top + side, left : left + side])
     if side == resolution:
         return pixels
-    # OpenCV's: two to four times as fast as Pillow's, and no network library in the worker processes
+    if resolution < side < 2 * resolution:
+        blurred = cv2.GaussianBlur(pixels, (0, 0), (side / resolution - 1) / 2)
+        return cv2.resize(blurred, (resolution, resolution), interpolation=cv2.INTER_LINEAR)
     kernel = cv2.INTER_AREA if side > resolution else cv2.INTER_CUBIC
-    return cv2.resize(np.ascontiguousarray(pixels), (resolution, resolution), interpolation=kernel)
+    return cv2.resize(pixels, (resolution, resolution), interpolation=kernel)
 
 
 def stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ CHUNK = 256
 #: Rows of the manifest that are written together.
 ROW_GROUP = 65_536
 #: Chunks per worker from which worker processes are worth their start.
-CHUNKS_PER_WORKER = 8
+CHUNKS_PER_WORKER = 2
 
 
 class Sample(NamedTuple):

@@ -28,7 +28,14 @@ def _luma(image: np.ndarray) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def _patch_entropies(
-    luma: np.ndarray, patch: int, shift: int, no_data: int, steps: np.ndarray, unit: float, out: np.ndarray
+    luma: np.ndarray,
+    patch: int,
+    shift: int,
+    no_data: int,
+    steps: np.ndarray,
+    unit: float,
+    counts: np.ndarray,
+    out: np.ndarray,
 ) -> None:
     """H = log2 n - sum over bins of c log2 c / n, summed pixel by pixel.
 
@@ -39,7 +46,6 @@ def _patch_entropies(
     flat = luma.ravel()
     columns = width // patch
     unsigned = np.uint64  # needs no check for indices from the end
-    counts = np.zeros(256, dtype=np.uint32)
     for row in range(height // patch):
         for column in range(columns):
             counts[:] = 0
@@ -50,7 +56,7 @@ def _patch_entropies(
                     for x in range(unsigned(0), unsigned(patch)):
                         level = flat[start + x] >> shift
                         count = counts[level]
-                        counts[level] = count + np.uint32(1)
+                        counts[level] = count + 1
                         total += steps[count]
                     continue
                 for x in range(unsigned(0), unsigned(patch)):
@@ -59,7 +65,7 @@ def _patch_entropies(
                         seen -= 1
                     else:
                         count = counts[level >> shift]
-                        counts[level >> shift] = count + np.uint32(1)
+                        counts[level >> shift] = count + 1
                         total += steps[count]
             entropy = np.log2(seen) - total * unit / seen if seen else 0.0
             out[row * columns + column] = max(entropy, 0.0) if 2 * seen >= patch * patch else np.nan
@@ -97,7 +103,8 @@ def patch_entropies(image: np.ndarray, patch: int, *, bins: int = 256, no_data: 
     out = np.empty((grey.shape[0] // patch) * (grey.shape[1] // patch))
     steps, unit = _steps(patch**2)
     shift = np.uint8(8 - bins.bit_length() + 1)
-    _patch_entropies(grey, patch, shift, -1 if no_data is None else no_data, steps, unit, out)
+    counts = np.zeros(256, dtype=np.uint16 if patch < 256 else np.uint32)  # the smaller, the faster set to zero
+    _patch_entropies(grey, patch, shift, -1 if no_data is None else no_data, steps, unit, counts, out)
     return out
 
 
@@ -149,7 +156,7 @@ class LocalEntropy:
             return float(np.quantile(patches, self.quantile))
         if self.aggregate == "share":
             return float((patches > self.bits).mean())
-        return float(patches.mean())
+        return float(patches.sum() / len(patches))
 
 
 def entropies(measure: LocalEntropy, images: np.ndarray) -> np.ndarray:
