@@ -48,6 +48,15 @@ def per_second(work: Callable[[], object], items: int, *, seconds: float = 2.0) 
     return items * calls / (time.perf_counter() - start)
 
 
+def paired(limit: Callable[[], float], ours: Callable[[], float]) -> tuple[float, float, float]:
+    """Two rates measured in turn, their medians, and the median of their ratio within a turn.
+
+    Other work comes and goes on a machine: what was measured in the same seconds can be compared.
+    """
+    turns = np.array([(limit(), ours()) for _ in range(ROUNDS)])
+    return *np.median(turns, axis=0).tolist(), float(np.median(turns[:, 1] / turns[:, 0]))
+
+
 def jpegs(cfg: DictConfig, count: int) -> list[Path]:
     """`count` JPEG files: of `bench.root`, or enlarged tiles of the corpus, written once.
 
@@ -96,13 +105,14 @@ def entropy_figures(files: list[Path]) -> dict[str, float]:
     greys = [luma(image) for image in images]
     chunks = [files[start : start + CHUNK // 4] for start in range(0, len(files), CHUNK // 4)]
     both = partial(decode_and_measure_all, measure)
-    rates: dict[str, list[float]] = {"limit": [], "ours": []}
-    for _ in range(ROUNDS):  # in turn, and the best of each: other work on the machine only ever slows one down
-        rates["limit"].append(per_second(lambda: sum(in_processes(decode_all, chunks)), len(files)))
-        rates["ours"].append(per_second(lambda: sum(in_processes(both, chunks)), len(files)))
+    limit, ours, share = paired(
+        lambda: per_second(lambda: sum(in_processes(decode_all, chunks)), len(files), seconds=1),
+        lambda: per_second(lambda: sum(in_processes(both, chunks)), len(files), seconds=1),
+    )
     return {
-        "JPEG decoding alone (limit)": max(rates["limit"]),
-        "decoding and local entropy": max(rates["ours"]),
+        "JPEG decoding alone (limit)": limit,
+        "decoding and local entropy": ours,
+        "entropy step, of pure decoding": share,
         "local entropy alone, one core": per_second(lambda: [measure(image) for image in images], len(images)),
         "skimage shannon_entropy of the whole image, one core": per_second(
             lambda: [shannon_entropy(grey) for grey in greys], len(greys)
@@ -129,16 +139,15 @@ def feature_figures(cfg: DictConfig, files: list[Path]) -> dict[str, float]:
             corpus_entropy(corpus, LocalEntropy(), runs)
             corpus_embeddings(corpus, encoder, runs)
 
-        rates: dict[str, list[float]] = {"limit": [], "ours": []}
-        for _ in range(ROUNDS):
-            rates["limit"].append(network_rate(encoder))
-            rates["ours"].append(per_second(stages, len(files), seconds=8))
+        limit, ours, share = paired(lambda: network_rate(encoder), lambda: per_second(stages, len(files), seconds=8))
     with multiprocessing.get_context("spawn").Pool(1) as process:
         plain = process.apply(network_rate, (encoder,))
     return {
         "bare network in a process as torch leaves it": plain,
-        "bare network on ready tensors (limit)": max(rates["limit"]),
-        "files to index, entropy and embeddings": max(rates["ours"]),
+        "bare network on ready tensors (limit)": limit,
+        "files to index, entropy and embeddings": ours,
+        "entropy and embedding, of the bare network": share,
+        "entropy and embedding, of the network as torch leaves it": ours / plain,
     }
 
 
@@ -179,18 +188,7 @@ def network_figures(cfg: DictConfig) -> dict[str, float]:
 def main(cfg: DictConfig) -> None:
     files = jpegs(cfg, cfg.bench.files)
     figures = {**entropy_figures(files), **feature_figures(cfg, files), **network_figures(cfg)}
-    part = {
-        "entropy step, of pure decoding": ("decoding and local entropy", "JPEG decoding alone (limit)"),
-        "entropy and embedding, of the bare network": (
-            "files to index, entropy and embeddings",
-            "bare network on ready tensors (limit)",
-        ),
-        "entropy and embedding, of the network as torch leaves it": (
-            "files to index, entropy and embeddings",
-            "bare network in a process as torch leaves it",
-        ),
-    }
-    shares = {name: figures[ours] / figures[limit] for name, (ours, limit) in part.items()}
+    shares = {name: figures.pop(name) for name in list(figures) if ", of " in name}
     for name, value in figures.items():
         print(f"{name:60s} {value:10.1f} images/s")
     for name, value in shares.items():
