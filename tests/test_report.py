@@ -21,6 +21,7 @@ from eval.figures import (
     convergence_figure,
     entropy_histogram,
     scene_bars,
+    world_figure,
 )
 from eval.report import Gallery, figure_bytes, png_bytes, write_report
 from eval.tables import build_tables
@@ -266,6 +267,22 @@ def test_prune_report_maps_the_embeddings(tmp_path):
         )
         pictures.append(sum(image["src"].startswith("data:image/png") for image in Page(tmp_path / name).images))
     assert pictures[0] == pictures[1] + 1
+
+
+def test_prune_report_shows_where_on_earth_and_why_not(tmp_path):
+    selection = _selection(300)
+    places = pd.DataFrame({"lon": np.linspace(-170, 170, 300), "lat": np.linspace(-80, 80, 300)})
+    places.loc[:9, "lon"] = np.nan
+    summary = {**_summary(selection), "quarantined": {"empty file": 2}}
+    images = np.zeros((300, 8, 8, 3), dtype=np.uint8)
+    write_prune_report(tmp_path / "a", selection, summary, images, np.random.default_rng(0), places=places)
+    text = " ".join(Page(tmp_path / "a").text)
+    assert "Where 290 images lie" in text and "2 empty file" in text
+    kept = selection["kept"].to_numpy()
+    axes = world_figure(places["lon"].to_numpy()[10:], places["lat"].to_numpy()[10:], kept[10:]).axes[0]
+    drawn = {points.get_label(): points.get_offsets() for points in axes.collections}
+    assert len(drawn["kept"]) == kept[10:].sum() and len(drawn["dropped"]) == (~kept[10:]).sum()
+    np.testing.assert_allclose(drawn["kept"], places.to_numpy()[10:][kept[10:]])
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 5])
