@@ -13,8 +13,8 @@ def caption_facts(row: Mapping[str, Any], scene: str) -> dict[str, Any]:
     A row without one is called after its scene, and by "" where there is none.
     """
     found = row.get("captions") or row.get("text") or row.get("caption") or []
-    texts = [text.strip() for text in ([found] if isinstance(found, str) else found) if isinstance(text, str)]
-    texts = [text for text in texts if text] or ([f"a satellite image of {words(scene)}"] if scene else [""])
+    texts = [text.strip() for text in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(text, str)]
+    texts = [encodable(text) for text in texts if text] or ([f"a satellite image of {words(scene)}"] if scene else [""])
     return {"caption": texts[0], **({"captions": texts} if len(texts) > 1 else {})}
 
 
@@ -28,4 +28,15 @@ def scalars(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """The numbers and texts of a row that the manifest has no word for: place, resolution, date, whatever else."""
     own = ("id", "scene", "label", "caption", "captions", "text", "stamp", "readable", "reason", "file_name", "split")
     known = {str(key): value for key, value in row.items() if isinstance(value, (str, int, float, bool))}
-    return {key: value for key, value in known.items() if key not in own}
+    return {key: _storable(value) for key, value in known.items() if key not in own}
+
+
+def encodable(text: str) -> str:
+    """Halves of characters, as cut emojis leave them, escaped: no file could hold them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return encodable(value)
+    return str(value) if isinstance(value, int) and abs(value) >= 2**63 else value  # beyond a column of integers

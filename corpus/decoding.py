@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
 import cv2
 import numpy as np
+import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EMPTY = "empty file"
@@ -17,6 +19,7 @@ UNREADABLE_FILE = "cannot be read from the disk"
 NOT_AN_IMAGE = "not an image"
 DAMAGED = "damaged or truncated"
 TOO_MANY_PIXELS = "too many pixels"
+TOO_MANY_CLASSES = "class numbers above 255"
 #: Refused before a pixel is decoded; what Pillow, too, calls a decompression bomb.
 MAX_PIXELS = 89_478_485
 #: Percentiles between which pixels deeper than 8 bits are stretched to 0..255.
@@ -66,8 +69,34 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray | str:
     except Image.DecompressionBombError:
         return TOO_MANY_PIXELS
     except UnidentifiedImageError:
-        return NOT_AN_IMAGE
+        return _deep(data, resolution)
     except Exception:  # decoders raise whatever they like on damaged files
+        return DAMAGED
+
+
+def _deep(data: bytes, resolution: int) -> np.ndarray | str:
+    """TIFFs of several bands deeper than 8 bits, which Pillow does not know: the first three, or the first."""
+    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return NOT_AN_IMAGE
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page, series = file.pages[0], file.series[0]
+            if page.imagewidth * page.imagelength * page.samplesperpixel > MAX_PIXELS:
+                return TOO_MANY_PIXELS
+            values, axes = series.asarray(), series.axes
+            bands = next((axes.index(name) for name in "SCQI" if name in axes), None)
+            if values.ndim == 3 and bands is not None:
+                values = np.moveaxis(values, bands, -1)
+                values = values[..., :3] if values.shape[-1] >= 3 else values[..., 0]
+            if values.ndim == 2:
+                values = values[..., None]
+            if values.ndim != 3:
+                return DAMAGED
+            planes = [stretch(values[..., band], np.isfinite(values[..., band])) for band in range(values.shape[-1])]
+            return square(
+                np.ascontiguousarray(np.broadcast_to(np.stack(planes, -1), (*values.shape[:2], 3))), resolution
+            )
+    except Exception:
         return DAMAGED
 
 
@@ -90,6 +119,8 @@ def decode_mask(data: bytes, resolution: int) -> np.ndarray | str:
     except Exception:
         return DAMAGED
     values = values[..., 0] if values.ndim == 3 else values
+    if values.max(initial=0) > 255:
+        return TOO_MANY_CLASSES
     side = min(values.shape)
     rows, columns = (
         (length - side) // 2 + (np.arange(resolution) * 2 + 1) * side // (2 * resolution) for length in values.shape
@@ -130,8 +161,8 @@ def _rgb(image: Image.Image) -> np.ndarray:
         values = np.asarray(image)
         valid = np.isfinite(values)
         no_data = getattr(image, "tag_v2", {}).get(_GDAL_NO_DATA)
-        if no_data is not None:
-            valid &= values != float(str(no_data).strip("\0 "))
+        with contextlib.suppress(ValueError):  # GDAL allows words there
+            valid &= values != float(str("nan" if no_data is None else no_data).strip("\0 "))
         grey = stretch(values, valid)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:

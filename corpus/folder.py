@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -165,6 +166,7 @@ class ImageFolder:
         """Image files and caption files as POSIX paths below the root, each sorted."""
         images, captions = [], []
         inside = self._root / "images"
+        masks = None if self.masks is None else self._mask_root
 
         def closed(error: OSError) -> None:
             if Path(error.filename) == self._root:
@@ -172,7 +174,7 @@ class ImageFolder:
             images.append(Path(error.filename).relative_to(self._root).as_posix())  # a row whose reason says so
 
         for folder, folders, files in os.walk(self._root, onerror=closed):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [name for name in folders if not (name.startswith(".") or Path(folder) / name == masks)]
             if Path(folder) == self._root and inside.is_dir():
                 folders[:] = ["images"]
                 files = [name for name in files if name in CAPTION_FILES]
@@ -256,14 +258,18 @@ def _stamp(path: Path, content_hash: bool) -> str:
         if content_hash:
             return file_digest(path)
         facts = path.stat()
-        return f"{facts.st_size}-{facts.st_mtime_ns}"
+        return f"{facts.st_size}-{facts.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else "-shut")
     except OSError:  # a dangling link, say: reading it gives the reason
         return ""
 
 
 def _read_rows(path: Path) -> Iterator[dict]:
     """The objects of a JSON-lines caption file, each with a `file_name`."""
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+    try:
+        opened = path.open(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or remove it") from None
+    with opened as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -280,4 +286,8 @@ def _read_rows(path: Path) -> Iterator[dict]:
 
 def _identifier(text: str) -> str:
     """The text as valid Unicode: bytes of a file name that are no UTF-8 become \\xNN."""
+    if text.isprintable() and "\\" not in text:
+        return text
+    # a backslash of the name's own before such an escape is doubled, so that two names never give one id
+    text = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\\\", text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

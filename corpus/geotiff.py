@@ -22,6 +22,7 @@ from corpus.splits import check, hashed_split, thinned
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 NO_DATA = "no data"
+SMALLER = "smaller than a tile"
 NOT_A_SCENE = "cannot be opened as a scene"
 #: Side of the reduced picture of a scene from which its stretch is measured, in pixels.
 OVERVIEW = 512
@@ -101,6 +102,8 @@ class GeoTiff:
             raise UserError(
                 f"corpus.bands={list(self.bands)}: name three bands for red, green and blue, or one for grey"
             )
+        if self.bands is not None and min(self.bands) < 1:
+            raise UserError(f"corpus.bands={list(self.bands)}: bands are counted from 1")
         if self.stretch not in ("percentile", "range", "none"):
             raise UserError(f"corpus.stretch={self.stretch} is unknown: take percentile, range or none")
         if self.stretch == "range" and not self.low < self.high:
@@ -117,6 +120,8 @@ class GeoTiff:
     def manifest(self) -> pd.DataFrame:
         """One row a tile, scene by scene, row by row; a file that is no scene is a row whose reason says so."""
         rows = pd.DataFrame([_row(scene, x, y, self._side / self.resolution) for scene, x, y in self._chosen])
+        if rows.empty:
+            return rows
         for crs, tiles in rows.groupby("crs"):
             if crs:
                 transforms = np.array([json.loads(text) for text in tiles["transform"]])
@@ -166,7 +171,7 @@ class GeoTiff:
                 tiles.append((scene, 0, 0))
                 continue
             for x, y, block in self._grid(scene):
-                if self.split in ("all", hashed_split(f"{file}:{block}", self.test_share)):
+                if self.split in ("all", hashed_split(f"{_text(file)}:{block}", self.test_share)):
                     tiles.append((scene, x, y))
         return [tiles[row] for row in thinned(len(tiles), self.limit)]
 
@@ -189,6 +194,8 @@ class GeoTiff:
         try:
             with _quiet(), rasterio.open(path) as raster:
                 bands = tuple(self.bands or ((1, 2, 3) if raster.count >= 3 else (1,)))
+                if min(raster.height, raster.width) < self._side:
+                    return _Scene(file, _stamp(path), problem=SMALLER)
                 if max(bands) > raster.count:
                     return _Scene(file, _stamp(path), problem=f"has {raster.count} bands, not {max(bands)}")
                 low, high = (self.low,) * len(bands), (self.high,) * len(bands)
@@ -227,7 +234,11 @@ def _percentiles(raster: Any, bands: Sequence[int]) -> tuple[tuple[float, ...], 
     """Of every band's valid pixels in a reduced picture of the scene."""
     scale = max(1.0, max(raster.height, raster.width) / OVERVIEW)
     shape = (len(bands), math.ceil(raster.height / scale), math.ceil(raster.width / scale))
-    values, valid = _values(raster.read(list(bands), out_shape=shape, masked=True))
+    try:
+        read = raster.read(list(bands), out_shape=shape, masked=True)
+    except Exception:  # a block of it is damaged: what its first rows hold is measured instead
+        read = raster.read(list(bands), window=((0, min(OVERVIEW, raster.height) // 4), (0, raster.width)), masked=True)
+    values, valid = _values(read)
     ends = [np.percentile(band[valid], STRETCH) if valid.any() else (0.0, 1.0) for band in values]
     return tuple(float(low) for low, _ in ends), tuple(float(high) for _, high in ends)
 
@@ -286,7 +297,7 @@ def _colours(values: np.ndarray, valid: np.ndarray, scene: _Scene, stretch: str)
 def _row(scene: _Scene, x: int, y: int, scale: float) -> dict[str, Any]:
     """A tile's row; its place on Earth comes later, for all tiles at once."""
     folders = Path(scene.file).parts[:-1]
-    identifier = scene.file.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    identifier = _text(scene.file)
     own = ()
     if not scene.problem:
         left, width, shear_x, top, shear_y, height = scene.transform
@@ -294,7 +305,7 @@ def _row(scene: _Scene, x: int, y: int, scale: float) -> dict[str, Any]:
         own = (corner[0], width * scale, shear_x * scale, corner[1], shear_y * scale, height * scale)
     return {
         "id": identifier if scene.problem else f"{identifier}/{y:06d}_{x:06d}",
-        "scene": folders[0] if folders else "",
+        "scene": _text(folders[0]) if folders else "",
         "caption": "",
         "stamp": scene.stamp,
         "lon": math.nan,
@@ -307,6 +318,11 @@ def _row(scene: _Scene, x: int, y: int, scale: float) -> dict[str, Any]:
     }
 
 
+def _text(name: str) -> str:
+    """A file's name as valid Unicode."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _places(crs: str, transforms: np.ndarray, resolution: int) -> np.ndarray:
     """Of tiles with GDAL transforms [n, 6]: lon, lat of the centre and metres a pixel there, float64 [n, 3]."""
     from rasterio.warp import transform as to_crs
@@ -317,7 +333,11 @@ def _places(crs: str, transforms: np.ndarray, resolution: int) -> np.ndarray:
         return np.stack(to_crs(crs, "EPSG:4326", x, y))
 
     half = resolution / 2
-    centre = at(half, half)
+    try:
+        centre = at(half, half)
+    except Exception:  # a local coordinate system, which has no place on Earth
+        return np.full((len(transforms), 3), np.nan)
     shrink = np.stack([np.cos(np.radians(centre[1])), np.ones(len(transforms))])  # of a degree of longitude
     metres = [np.hypot(*((other - centre) * shrink)) * DEGREE for other in (at(half + 1, half), at(half, half + 1))]
-    return np.stack([*centre, np.sqrt(metres[0] * metres[1])], axis=1)
+    longitude = (centre[0] + 180) % 360 - 180
+    return np.stack([longitude, centre[1], np.sqrt(metres[0] * metres[1])], axis=1)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from corpus.captions import caption_facts, scalars
+from corpus.captions import caption_facts, encodable, scalars
 from corpus.decoding import EMPTY, decode_image, read_bytes
 from corpus.errors import UserError
 from corpus.progress import progress
@@ -75,7 +75,14 @@ class HuggingFace:
     @property
     def version(self) -> dict[str, str]:
         """The fingerprints that `datasets` gives, which change with the data."""
-        return {name: str(getattr(part, "_fingerprint", "")) for name, part in self._parts.items()}
+        if not self.streaming:
+            return {name: str(getattr(part, "_fingerprint", "")) for name, part in self._parts.items()}
+        files = _files(Path(str(self.path)).expanduser())
+        if files:
+            return {file: f"{Path(file).stat().st_size}-{Path(file).stat().st_mtime_ns}" for file in files}
+        from huggingface_hub import HfApi
+
+        return {"commit": str(HfApi().dataset_info(str(self.path)).sha)}
 
     def manifest(self) -> pd.DataFrame:
         """One row an image: id, scene, caption, and every column of numbers or texts."""
@@ -100,6 +107,10 @@ class HuggingFace:
         )
         for record in records:
             data = _bytes(record[column])
+            if isinstance(data, str):
+                raise UserError(
+                    f"an image of {self.path} cannot be read any more ({data}): prune again, or put it back"
+                )
             yield data, _suffix(data), None
 
     @cached_property
@@ -151,11 +162,13 @@ class HuggingFace:
         named = {NAMES[name] for name in self._parts if name in NAMES}
         for number, (name, part) in enumerate(self._parts.items()):
             texts = part.select_columns([column for column in part.column_names if column != self._columns["image"]])
-            facts = texts if texts.column_names else ({} for _ in range(len(part)))
+            facts = texts if texts.column_names else ({} for _ in part)
             for row, record in enumerate(progress(facts, f"read rows of {name}")):
                 identifier = f"{name}/{row:08d}"
                 if isinstance(record.get("id"), str) and record["id"] not in taken:
                     identifier = record["id"]
+                while identifier in taken:
+                    identifier += "#"
                 taken.add(identifier)
                 inside = NAMES.get(name) if named >= {"train", "test"} else None
                 if self.split in ("all", inside or hashed_split(identifier, self.test_share)):
@@ -169,7 +182,7 @@ class HuggingFace:
         value = record.get(self._columns["scene"]) if self._columns["scene"] else None
         names = getattr(features.get(self._columns["scene"]), "names", None) if features and value is not None else None
         scene = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
-        scene = "" if scene is None or isinstance(scene, (list, dict)) else str(scene)
+        scene = "" if scene is None or isinstance(scene, (list, dict)) else encodable(str(scene))
         usual = [name for name in CAPTION_COLUMNS if name in record]
         captions = [self.caption_column] if self.caption_column else usual
         row = {"captions": next((record[name] for name in captions if record[name]), None)}
@@ -201,7 +214,7 @@ def _load(path: str, config: str | None, streaming: bool) -> Any:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         loaded = datasets.load_from_disk(str(folder))
     else:
-        files = _files(folder, path)
+        files = _files(folder)
         if files:
             kind = "parquet" if files[0].endswith(".parquet") else "arrow"
             loaded = datasets.load_dataset(kind, data_files=files, streaming=streaming)
@@ -212,7 +225,7 @@ def _load(path: str, config: str | None, streaming: bool) -> Any:
     return {name: _undecoded(part) for name, part in loaded.items()}
 
 
-def _files(folder: Path, pattern: str) -> list[str]:
+def _files(folder: Path) -> list[str]:
     """Parquet or Arrow files in a folder, of a pattern, or the one that is named."""
     if folder.is_dir():
         found = sorted(str(path) for path in folder.rglob("*.parquet")) or sorted(map(str, folder.rglob("*.arrow")))
@@ -249,6 +262,8 @@ def _bytes(value: Any) -> bytes | str:
         data = value.get("bytes")
         if data is None and value.get("path"):
             return read_bytes(value["path"])
+    if isinstance(value, str):
+        return read_bytes(value)
     return data if isinstance(data, bytes) and data else EMPTY
 
 

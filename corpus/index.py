@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from corpus.artefacts import COMPLETE, fingerprint, plain, read_json, stage, write_json
+from corpus.decoding import NO_PERMISSION, UNREADABLE_FILE, VANISHED
 from corpus.errors import UserError
 from corpus.parallel import cores, in_processes
 from corpus.progress import progress
@@ -21,6 +22,8 @@ SCANNED = "scanned"
 QUARANTINE = "quarantine.parquet"
 #: Images that are decoded, scanned and noted as done together.
 CHUNK = 256
+#: Reasons that may be gone when one looks again, though the bytes are the same.
+PASSING = (VANISHED, NO_PERMISSION, UNREADABLE_FILE)
 #: Rows of the manifest that are written together.
 ROW_GROUP = 65_536
 #: Chunks per worker from which worker processes are worth their start.
@@ -281,6 +284,9 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     manifest = _storable(source.manifest())
     if manifest.empty:
         raise UserError(f"corpus {source.name} has no images: check its root, split and limit")
+    if not manifest["id"].is_unique:
+        twice = manifest.loc[manifest["id"].duplicated(), "id"].iloc[0]
+        raise UserError(f"corpus {source.name} has the id {twice!r} twice: ids must be unique")
     count = len(manifest)
     previous, origin = _earlier(source, runs, manifest)
     if previous is not None:  # what was not scanned then is left to the stages that need it: they take all images
@@ -291,6 +297,7 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     done = before["done"] if {key: before.get(key) for key in plan} == plan else 0
     todo = np.flatnonzero(origin < 0)
     if not done:
+        state.unlink(missing_ok=True)  # it may speak of arrays that are gone in a moment
         files.create()
         if previous is not None:
             _copy(previous, files, np.flatnonzero(origin >= 0), origin)
@@ -317,8 +324,8 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     quarantined(manifest).to_parquet(directory / QUARANTINE, index=False)
     facts = {"name": source.name, "mask_classes": list(source.mask_classes)}
     write_json(directory / "corpus.json", facts)
+    state.unlink()  # first: without it a killed run starts anew, with it the reasons must be there
     files.reasons.path.unlink()
-    state.unlink()
 
 
 def _storable(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -346,9 +353,9 @@ def _earlier(source: Source, runs: Path, manifest: pd.DataFrame) -> tuple[Corpus
         if "stamp" not in previous.manifest:
             continue
         before = pd.MultiIndex.from_frame(previous.manifest[["id", "stamp"]])
-        now = pd.MultiIndex.from_frame(manifest[["id", "stamp"]])
-        if before.is_unique and now.is_unique:
-            return previous, before.get_indexer(now)
+        origin = before.get_indexer(pd.MultiIndex.from_frame(manifest[["id", "stamp"]]))
+        again = previous.manifest["reason"].isin(PASSING).to_numpy()[origin]
+        return previous, np.where(again | (manifest["stamp"] == "").to_numpy(), -1, origin)
     return nothing
 
 

@@ -97,13 +97,22 @@ class TorchGeo:
         for name in splits:
             try:
                 parts[str(name)] = kind(root=root, split=name)
-            except TypeError:  # the class has no splits
-                return {"all": kind(root=root)}
+            except AssertionError:  # the class has no such split
+                continue
+            except TypeError:  # it has no splits at all
+                return {"all": self._opened(kind, root=root)}
             except datasets.DatasetNotFoundError:
-                raise UserError(
-                    f"torchgeo's {self.dataset} does not find its files in {root}: put them there"
-                ) from None
+                return {name: self._opened(kind, root=root, split=name)}
         return parts
+
+    def _opened(self, kind: type, **options: str) -> Any:
+        from torchgeo import datasets
+
+        try:
+            return kind(**options)
+        except datasets.DatasetNotFoundError:
+            message = f"torchgeo's {self.dataset} does not find its files in {self.root}: put them there"
+            raise UserError(message) from None
 
     @cached_property
     def _chosen(self) -> list[tuple[str, int]]:
@@ -121,6 +130,6 @@ def _colours(image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] of float [3, H, W]."""
     image = np.moveaxis(image, 0, -1)
     valid = np.isfinite(image)
-    if image.min() >= 0 and image.max() <= 255:
+    if image.min() >= 0 and 1 < image.max() <= 255:
         return np.where(valid, image, 0).round().astype(np.uint8)
     return np.stack([stretch(image[..., band], valid[..., band]) for band in range(3)], axis=-1)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 
-from corpus.captions import caption_facts, scalars
+from corpus.captions import caption_facts, encodable, scalars
 from corpus.decoding import UNREADABLE_FILE, VANISHED, decode_image, decode_mask
 from corpus.errors import UserError
 from corpus.index import Sample
@@ -32,6 +32,8 @@ UNSAFE = "unsafe member name"
 NO_IMAGE = "no image in the sample"
 #: Larger ones are no captions.
 LARGEST_TEXT = 2**20
+#: Zeros after the last member; writers fill up to their own block size.
+LONGEST_END = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +129,23 @@ class WebDataset:
     def _shards(self) -> list[str]:
         from webdataset.shardlists import expand_urls
 
-        shards = expand_urls(str(self.urls))
+        try:
+            shards = expand_urls(str(self.urls))
+        except Exception:
+            raise UserError(
+                f"corpus.urls={self.urls} is no list of shards: close its braces, as in {{000..099}}"
+            ) from None
         if len(set(shards)) < len(shards):
             raise UserError(f"corpus.urls={self.urls} names a shard twice: name each once")
         return shards
 
     def _shard_stamp(self, shard: str) -> str:
         """What changes with a shard: its size and, where its file system knows, its time of change or tag."""
-        system, path = fsspec.core.url_to_fs(shard)
         try:
+            system, path = fsspec.core.url_to_fs(shard)
             facts = system.info(path)
+            if facts.get("type") == "directory":
+                raise FileNotFoundError
         except FileNotFoundError:
             raise UserError(f"corpus.urls: there is no shard {shard}: check the path and the brace list") from None
         except Exception as error:
@@ -153,9 +162,15 @@ class WebDataset:
         items, seen = [], {}
         for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
             for item in _items(shard, self._shard_stamp(shard), bool(self.classes)):
-                seen[item.id] = number = seen.get(item.id, 0) + 1
+                identifier = item.id.encode("utf-8", "backslashreplace").decode()
+                number = seen[identifier] = seen.get(identifier, 0) + 1
                 if number > 1:  # ids are unique, so that none vanishes
-                    item = _Item(id=f"{item.id}#{number}", problem=item.problem or DUPLICATE)
+                    while f"{identifier}#{number}" in seen:
+                        number += 1
+                    identifier = f"{identifier}#{number}"
+                    seen[identifier] = 1
+                    item = _Item(id=identifier, problem=item.problem or DUPLICATE)
+                item = replace(item, id=identifier)
                 if self.split in ("all", item.facts.pop("split", None) or hashed_split(item.id, self.test_share)):
                     items.append(item)
         return [items[row] for row in thinned(len(items), self.limit)]
@@ -207,9 +222,15 @@ def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
 
 
 def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
-    """Whether all of the last member is there: `tarfile` takes a file that ends anywhere for a whole one."""
+    """Whether the archive's end is where reading ended: `tarfile` takes a damaged or cut header for the end, too.
+
+    Tar marks it with blocks of zeros; some writers leave them out and end after the last member.
+    """
     file.seek(0, 2)
-    return file.tell() >= tar.offset
+    size = file.tell()
+    file.seek(min(tar.offset, size))
+    rest = file.read(LONGEST_END + 1)
+    return size >= tar.offset and len(rest) <= LONGEST_END and not any(rest) and (not rest or len(rest) >= 512)
 
 
 def _item(
@@ -221,7 +242,7 @@ def _item(
     captions = next((texts[suffix].decode("utf-8", "replace") for suffix in TEXTS if suffix in texts), None)
     folders = PurePosixPath(key).parts[:-1]
     scene = facts.get("scene", facts.get("label", texts.get("cls", b"").decode("utf-8", "replace").strip()))
-    scene = str(scene) if scene not in ("", None) else folders[0] if folders else ""
+    scene = encodable(str(scene)) if scene not in ("", None) else folders[0] if folders else ""
     row = facts if captions is None or facts.get("captions") else {"text": captions}
     known = {
         name: value
@@ -243,7 +264,7 @@ def _item(
 def _json(data: bytes) -> dict:
     try:
         facts = json.loads(data or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 

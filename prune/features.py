@@ -75,10 +75,13 @@ def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | s
 def _take(corpus: Corpus, key: str, path: Path) -> bool:
     """Put what a scan left at `path`, by a second name of the same file where the file system can."""
     found = scanned(corpus, key)
-    if found is None or path.exists():
+    if found is None:
         return False
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
     try:
-        os.link(found, path)
+        os.link(found, partial)
     except OSError:
-        shutil.copyfile(found, path)
+        shutil.copyfile(found, partial)
+    os.replace(partial, path)
     return True

@@ -139,7 +139,8 @@ def _world(
     """The world map of a sample, half of it kept if there are as many, of the images whose place is known."""
     if places is None:
         return []
-    known = places[["lon", "lat"]].notna().all(axis=1).to_numpy()
+    places = places[["lon", "lat"]].apply(pd.to_numeric, errors="coerce")
+    known = np.isfinite(places.to_numpy(dtype=float)).all(axis=1)
     kept = selection["kept"].to_numpy(dtype=bool)
     groups = [np.flatnonzero(known & state) for state in (kept, ~kept)]
     rows = np.sort(np.concatenate([generator.permutation(group)[: WORLD_MAPPED // 2] for group in groups]))

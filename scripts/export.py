@@ -22,7 +22,7 @@ from corpus.artefacts import COMPLETE, plain, read_json
 from corpus.errors import UserError
 from corpus.folder import ImageFolder
 from corpus.huggingface import HuggingFace
-from corpus.index import Corpus, open_corpus
+from corpus.index import Corpus, open_corpus, subset_fingerprint
 from corpus.progress import progress
 from corpus.webdataset import WebDataset
 
@@ -129,7 +129,7 @@ def safe_names(identifiers: pd.Series) -> Iterator[str]:
 
 def folder_name(scene: str) -> str:
     """A scene as a folder's name; "" where there is no scene."""
-    return "".join(c if c.isalnum() or c in "-_ " else "_" for c in scene).strip()
+    return "".join(c if c.isalnum() or c in "-_ " else "_" for c in scene).strip()[:60]
 
 
 def to_folder(subset: Subset, target: Path, links: bool = False) -> None:
@@ -186,7 +186,7 @@ def to_huggingface(subset: Subset, target: Path, scratch: Path) -> None:
 
     datasets.disable_progress_bars()
     table = subset.corpus.manifest.drop(columns=list(OWN_COLUMNS), errors="ignore").iloc[subset.rows]
-    columns = {name: _feature(table[name]) for name in table}
+    columns = {name: _feature(table[name]) for name in table if name not in ("image", "mask")}
     features = {"image": datasets.Image(), **columns}
     if subset.corpus.masks is not None:
         features["mask"] = datasets.Image()
@@ -199,7 +199,13 @@ def to_huggingface(subset: Subset, target: Path, scratch: Path) -> None:
                 row["mask"] = item.mask and {"bytes": item.mask[0], "path": item.name + item.mask[1]}
             yield row
 
-    made = datasets.Dataset.from_generator(rows, features=datasets.Features(features), cache_dir=str(scratch))
+    # named, since `datasets` would hash all images to find a name
+    made = datasets.Dataset.from_generator(
+        rows,
+        features=datasets.Features(features),
+        cache_dir=str(scratch),
+        fingerprint=subset_fingerprint(subset.corpus, subset.rows),
+    )
     made.save_to_disk(str(target))
 
 

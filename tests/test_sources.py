@@ -73,6 +73,8 @@ WITH_HOLES = ODD.astype(np.float32).copy()
 WITH_HOLES[:4] = np.nan
 WITH_HOLES[4:8] = -9999
 
+BANDS = np.random.default_rng(0).integers(0, 4000, (13, 32, 32), dtype=np.uint16)
+
 # --------------------------------------------------------------------------------------------------- robust reading
 
 READABLE = {
@@ -89,6 +91,9 @@ READABLE = {
     "animated GIF": animation(),
     "multi-page tiff": encoded(texture(), "TIFF", save_all=True, append_images=[texture(1)]),
     "1 x 1": encoded(Image.new("RGB", (1, 1), "white")),
+    "13 bands": tiff(BANDS, planarconfig="separate", photometric="minisblack"),
+    "13 bands, interleaved": tiff(np.moveaxis(BANDS, 0, -1), planarconfig="contig", photometric="minisblack"),
+    "float colours": tiff(np.moveaxis(BANDS[:3], 0, -1).astype(np.float32), photometric="rgb"),
     "webp": encoded(texture(), "WEBP"),
 }
 QUARANTINED = {
@@ -97,7 +102,7 @@ QUARANTINED = {
     "truncated png": (encoded(texture())[:-800], decoding.DAMAGED),
     "truncated tiff": (encoded(texture(), "TIFF")[:600], decoding.DAMAGED),
     "html": (b"<!DOCTYPE html><html><body>404</body></html>", decoding.NOT_AN_IMAGE),
-    "13 bands": (tiff(np.zeros((13, 16, 16), np.uint16), planarconfig="separate"), None),
+    "13 bands, cut": (tiff(BANDS, planarconfig="separate", photometric="minisblack")[:2000], decoding.DAMAGED),
     "30,000 x 30,000 px": (bomb(), decoding.TOO_MANY_PIXELS),
     "text": (b"not a picture", decoding.NOT_AN_IMAGE),
 }
@@ -139,6 +144,14 @@ def test_deep_pixels_are_stretched_between_percentiles() -> None:
     low, high = np.percentile(np.round(ODD), (2, 98))
     expected = np.clip((np.floor(ODD.ravel()) - low) / (high - low) * 255, 0, 255)
     assert np.abs(image - expected).max() <= 1
+    bands = [decode_image(READABLE[name], 32) for name in ("13 bands", "13 bands, interleaved")]
+    assert (bands[0] == bands[1]).all()
+    expected = [
+        np.clip((band - low) / (high - low) * 255, 0, 255)
+        for band in BANDS[:3].astype(float)
+        for low, high in [np.percentile(band, (2, 98))]
+    ]
+    assert np.abs(bands[0] - np.stack(expected, -1)).max() <= 1
     holes = decode_image(READABLE["float tiff with NaN and no data"], 32)
     assert (holes[:8] == 0).all() and holes[12:].min() > 0
 
@@ -223,6 +236,11 @@ def test_folder_masks_come_with_their_images(tmp_path: Path) -> None:
         ImageFolder(str(tmp_path), masks="masks", classes=("sand", "sea"), resolution=16), tmp_path / "runs"
     )
     assert corpus.mask_classes == ("sand", "sea")
+    (tmp_path / "flat" / "masks").mkdir(parents=True)
+    texture().save(tmp_path / "flat" / "a.png")
+    texture().save(tmp_path / "flat" / "masks" / "a.png")
+    flat = ImageFolder(str(tmp_path / "flat"), masks="masks", classes=("sand",))
+    assert flat.manifest()["id"].tolist() == ["a.png"], "masks below the root are no images"
     assert (corpus.masks[0] == np.repeat([0, 1], 8)[None]).all()
     assert corpus.manifest["reason"].tolist() == ["", "mask: not an image", "mask: missing"]
     with pytest.raises(UserError, match=r"corpus\.classes"):
@@ -304,6 +322,54 @@ def test_what_is_wrong_with_shards_has_a_reason(tmp_path: Path) -> None:
     assert reasons[str(tmp_path / "no.tar")] == "not a tar shard"
     assert corpus.manifest.set_index("id").loc["x/f", "scene"] == "x"
     assert not (tmp_path.parent / "up.jpg").exists()
+
+
+def test_a_shard_that_breaks_off_anywhere_says_so(tmp_path: Path) -> None:
+    good = encoded(texture(), "JPEG")
+    shard(tmp_path / "a.tar", [(f"g{number}.jpg", good) for number in range(6)])
+    whole = (tmp_path / "a.tar").read_bytes()
+    member = 512 + 512 * -(-len(good) // 512)
+    damaged = bytearray(whole)
+    damaged[2 * member : 2 * member + 512] = b"\xff" * 512
+    cases = {
+        "whole": (whole, 6, False), "without its end": (whole[: 6 * member], 6, False),
+        "damaged header": (bytes(damaged), 2, True), "cut header": (whole[: 3 * member + 100], 3, True),
+    }  # fmt: skip
+    for name, (data, samples, cut) in cases.items():
+        (tmp_path / "b.tar").write_bytes(data)
+        source = WebDataset(str(tmp_path / "b.tar"), resolution=SIDE, workers=1)
+        read = list(source.reader(np.arange(len(source.manifest())))())
+        assert sum(isinstance(image, np.ndarray) for image in read) == samples, name
+        assert (CUT in [image for image in read if isinstance(image, str)]) == cut, name
+
+
+def test_odd_facts_stop_nothing(tmp_path: Path) -> None:
+    good = encoded(texture(), "JPEG")
+    facts = [
+        {"captions": 7},
+        {"text": 5},
+        {"caption": "\ud83d"},
+        {"n": 2**80},
+        {"n": 1},
+        {"n": "x"},
+        {"lon": "12.5", "lat": "1"},
+    ]
+    members = [
+        pair
+        for row, fact in enumerate(facts)
+        for pair in ((f"{row}.jpg", good), (f"{row}.json", json.dumps(fact).encode()))
+    ]
+    others = [(name, good) for name in ("a.jpg", "a#2.jpg", "b.jpg", "a.jpg")]
+    shard(tmp_path / "a.tar", [*members, *others, ("c.json", b"[" * 99_999)])
+    corpus = index_corpus(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path / "runs")
+    assert corpus.readable.sum() == len(facts) + 3 and corpus.manifest["id"].is_unique
+
+
+@pytest.mark.parametrize("urls", ["{000..", "foo://a.tar", "{folder}", "${NOWHERE}.tar"])
+def test_urls_that_lead_nowhere_are_one_line(tmp_path: Path, urls: str) -> None:
+    with pytest.raises(UserError, match="corpus") as caught:
+        _ = WebDataset(urls.replace("{folder}", str(tmp_path))).version
+    assert "\n" not in str(caught.value)
 
 
 def test_shards_behind_a_url(shards: Path) -> None:
@@ -418,6 +484,19 @@ def test_geotiff_tiles_know_their_place(scenes: Path, tmp_path: Path) -> None:
     assert table.loc["b.tif/000000_000000", "reason"] == "no data"
     assert table.loc["c.tif", "reason"] == "cannot be opened as a scene"
     assert corpus.readable.sum() == 12 + 3
+
+
+def test_geotiff_names_what_cannot_be_tiled(scenes: Path, tmp_path: Path) -> None:
+    reasons = index_corpus(GeoTiff(str(scenes), resolution=80), tmp_path / "runs").manifest.set_index("id")["reason"]
+    assert reasons["b.tif"] == "smaller than a tile" and reasons["alps/a.tif/000000_000000"] == ""
+    with pytest.raises(UserError, match="no images"):
+        index_corpus(GeoTiff(str(scenes / "b.tif"), resolution=32, split="test", test_share=0), tmp_path / "runs")
+    with pytest.raises(UserError, match="counted from 1"):
+        GeoTiff(str(scenes), bands=(0, 1, 2))
+    whole = (scenes / "alps" / "a.tif").read_bytes()
+    (scenes / "alps" / "a.tif").write_bytes(whole[: len(whole) // 2])
+    cut = index_corpus(GeoTiff(str(scenes / "alps"), resolution=16, stretch="none"), tmp_path / "cut")
+    assert 0 < cut.readable.sum() < len(cut) and set(cut.manifest["reason"]) == {"", decoding.DAMAGED}
 
 
 def test_geotiff_stretches_deep_values(scenes: Path) -> None:
@@ -550,6 +629,40 @@ def test_only_what_is_new_or_changed_is_read_again(
     np.testing.assert_array_equal(found[0], whole[0])
     np.testing.assert_array_equal(found[1], whole[1])
     np.testing.assert_allclose(found[2].astype(float), whole[2].astype(float), rtol=2e-3, atol=2e-3)
+
+
+def test_what_could_not_be_read_is_tried_again(growing: Path, tmp_path: Path) -> None:
+    (growing / "gone.png").symlink_to(tmp_path / "later.png")
+    first = index_corpus(ImageFolder(str(growing), resolution=SIDE), tmp_path / "runs")
+    assert not first.readable[first.manifest["id"] == "gone.png"].any()
+    texture(7).save(tmp_path / "later.png")
+    second = index_corpus(ImageFolder(str(growing), resolution=SIDE), tmp_path / "runs")
+    assert second.directory != first.directory and second.readable.all()
+
+
+def test_a_run_killed_between_two_others_starts_anew(growing: Path, tmp_path: Path, monkeypatch) -> None:
+    """Progress that another set of scans left must not pass for this one's."""
+    source = ImageFolder(str(growing), resolution=32)
+    encoders = [EfficientNetLite0(input_size=32, batch_size=size) for size in (2, 4)]
+    monkeypatch.setattr("corpus.index.CHUNK", 4)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        seen = []
+        embed = EfficientNetLite0.__call__
+        patch.setattr(
+            EfficientNetLite0,
+            "__call__",
+            lambda self, x: stop() if len(seen) == 2 else seen.append(1) or embed(self, x),
+        )
+        scan_corpus(source, tmp_path / "runs", LocalEntropy(), encoders[0])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("corpus.index.write_json", stop)
+        scan_corpus(source, tmp_path / "runs", LocalEntropy(), encoders[1])
+    corpus = scan_corpus(source, tmp_path / "runs", LocalEntropy(), encoders[0])
+    assert corpus.readable.all() and (corpus.images.reshape(9, -1).max(axis=1) > 0).all()
 
 
 def test_grown_shards_are_taken_over(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
