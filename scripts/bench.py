@@ -35,7 +35,7 @@ from train.diffusion import flow_matching_loss, new_unet
 from train.latents import decode, encode, to_tensor
 
 SIDE = 400  # px of the JPEGs that are made where no folder is given
-ROUNDS = 5
+ROUNDS = 3
 
 
 def per_second(work: Callable[[], object], items: int, *, seconds: float = 2.0) -> float:
