@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
@@ -94,6 +95,8 @@ def test_every_import_is_pinned() -> None:
     pins = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.+]+", line)] == []
     pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in pins}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    optional = {line.split("==")[0] for lines in extras.values() for line in lines if "==" in line}
     owners = third_party()
     missing = {}
     for path in (*FILES, *TESTS):
