@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -57,19 +58,27 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray | str:
     transparent or no data becomes black. JPEGs decode to an eighth, a quarter or a half of their size where that is
     enough.
     """
+
+    def read(image: Image.Image) -> np.ndarray:
+        image.draft("RGB", (resolution, resolution))
+        ImageOps.exif_transpose(image, in_place=True)
+        return square(_rgb(image), resolution)
+
+    found = _with_pillow(data, read)
+    return _deep(data, resolution) if isinstance(found, str) and found == NOT_AN_IMAGE else found
+
+
+def _with_pillow(data: bytes, read: Callable[[Image.Image], np.ndarray]) -> np.ndarray | str:
+    """What `read` makes of the opened image, or the reason why it cannot."""
     if not data:
         return EMPTY
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return TOO_MANY_PIXELS
-            image.draft("RGB", (resolution, resolution))
-            ImageOps.exif_transpose(image, in_place=True)
-            return square(_rgb(image), resolution)
+            return TOO_MANY_PIXELS if image.width * image.height > MAX_PIXELS else read(image)
     except Image.DecompressionBombError:
         return TOO_MANY_PIXELS
     except UnidentifiedImageError:
-        return _deep(data, resolution)
+        return NOT_AN_IMAGE
     except Exception:  # decoders raise whatever they like on damaged files
         return DAMAGED
 
@@ -105,19 +114,9 @@ def decode_mask(data: bytes, resolution: int) -> np.ndarray | str:
 
     A palette image gives its indices; of a colour image the first channel counts.
     """
-    if not data:
-        return EMPTY
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return TOO_MANY_PIXELS
-            values = np.asarray(image)
-    except Image.DecompressionBombError:
-        return TOO_MANY_PIXELS
-    except UnidentifiedImageError:
-        return NOT_AN_IMAGE
-    except Exception:
-        return DAMAGED
+    values = _with_pillow(data, np.asarray)
+    if isinstance(values, str):
+        return values
     values = values[..., 0] if values.ndim == 3 else values
     if values.max(initial=0) > 255:
         return TOO_MANY_CLASSES
@@ -132,7 +131,7 @@ def square(pixels: np.ndarray, resolution: int) -> np.ndarray:
     """The central square of uint8 [H, W, 3], resized to [R, R, 3] without aliasing.
 
     At less than a half by the mean over areas; from there to its own size by linear interpolation after a Gaussian of
-    half the excess scale (scikit-image's rule), for which OpenCV needs a quarter of the time; enlarged, bicubic.
+    half the excess scale (scikit-image's rule), for which OpenCV needs less time; enlarged, bicubic.
     """
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2

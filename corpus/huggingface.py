@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from corpus.captions import caption_facts, encodable, scalars
 from corpus.decoding import EMPTY, decode_image, read_bytes
@@ -77,12 +77,18 @@ class HuggingFace:
         """The fingerprints that `datasets` gives, which change with the data."""
         if not self.streaming:
             return {name: str(getattr(part, "_fingerprint", "")) for name, part in self._parts.items()}
+        parts = self._parts  # refused in one line where it cannot be loaded
         files = _files(Path(str(self.path)).expanduser())
         if files:
             return {file: f"{Path(file).stat().st_size}-{Path(file).stat().st_mtime_ns}" for file in files}
         from huggingface_hub import HfApi
 
-        return {"commit": str(HfApi().dataset_info(str(self.path)).sha)}
+        try:
+            return {"commit": str(HfApi().dataset_info(str(self.path)).sha), "splits": ",".join(parts)}
+        except Exception as error:
+            raise UserError(
+                f"the hub does not say which version {self.path} has ({type(error).__name__}): try again"
+            ) from None
 
     def manifest(self) -> pd.DataFrame:
         """One row an image: id, scene, caption, and every column of numbers or texts."""
@@ -268,6 +274,10 @@ def _bytes(value: Any) -> bytes | str:
 
 
 def _suffix(data: bytes) -> str:
-    """Of the format that the bytes are in."""
-    with Image.open(io.BytesIO(data)) as image:
+    """Of the format that the bytes are in; what is read without Pillow is a TIFF."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        return ".tif"
+    with image:
         return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format, f".{str(image.format).lower()}")

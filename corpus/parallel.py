@@ -33,7 +33,7 @@ def in_threads(
     """`function` of every item, in the order of the items, by threads that share this process's memory.
 
     For long calls that release the interpreter's lock. The libraries they call (BLAS, OpenMP) share out the cores among
-    them meanwhile: more threads than cores made a k-means of many scenes half as fast.
+    them meanwhile: with more threads than cores a k-means of many scenes took nearly half as long again.
 
     Args:
         workers: threads; 0 or 1 computes in the caller's; None: one a core.

@@ -230,7 +230,12 @@ def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
     size = file.tell()
     file.seek(min(tar.offset, size))
     rest = file.read(LONGEST_END + 1)
-    return size >= tar.offset and len(rest) <= LONGEST_END and not any(rest) and (not rest or len(rest) >= 512)
+    return (
+        size >= tar.offset
+        and len(rest) <= LONGEST_END
+        and rest.count(0) == len(rest)
+        and (not rest or len(rest) >= 512)
+    )
 
 
 def _item(
@@ -244,11 +249,7 @@ def _item(
     scene = facts.get("scene", facts.get("label", texts.get("cls", b"").decode("utf-8", "replace").strip()))
     scene = encodable(str(scene)) if scene not in ("", None) else folders[0] if folders else ""
     row = facts if captions is None or facts.get("captions") else {"text": captions}
-    known = {
-        name: value
-        for name, value in scalars(facts).items()
-        if name not in ("id", "scene", "label", "caption", "stamp")
-    }
+    known = scalars(facts)
     if facts.get("split"):
         known["split"] = "train" if str(facts["split"]).lower() == "train" else "test"
     return _Item(

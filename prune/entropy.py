@@ -14,7 +14,7 @@ AGGREGATES = ("mean", "min", "quantile", "share")
 
 @numba.njit(cache=True, nogil=True)
 def _luma(image: np.ndarray) -> np.ndarray:
-    """0.299 R + 0.587 G + 0.114 B in 15-bit fixed point: OpenCV's numbers, in half its time on small images."""
+    """0.299 R + 0.587 G + 0.114 B in 15-bit fixed point: OpenCV's numbers, in less time on small images."""
     height, width, _ = image.shape
     grey = np.empty((height, width), dtype=np.uint8)
     colours, out = image.reshape(-1), grey.reshape(-1)

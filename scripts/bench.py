@@ -35,7 +35,7 @@ from train.diffusion import flow_matching_loss, new_unet
 from train.latents import decode, encode, to_tensor
 
 SIDE = 400  # px of the JPEGs that are made where no folder is given
-ROUNDS = 3
+ROUNDS = 5
 
 
 def per_second(work: Callable[[], object], items: int, *, seconds: float = 2.0) -> float:
@@ -98,7 +98,7 @@ def decode_and_measure_all(measure: LocalEntropy, files: list[Path]) -> int:
 def entropy_figures(files: list[Path]) -> dict[str, float]:
     """The entropy step on whole JPEGs beside pure decoding of the same files, and beside scikit-image.
 
-    Both by the worker processes that index a corpus, in chunks of the same size.
+    Both by the worker processes that index a corpus, in the same chunks.
     """
     measure = LocalEntropy()
     images = [pixels(path) for path in files[:64]]
