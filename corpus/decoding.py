@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import simplejpeg
 import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -59,6 +60,10 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray | str:
     enough.
     """
 
+    pixels = decode_jpeg(data, resolution)
+    if pixels is not None:
+        return square(pixels, resolution)
+
     def read(image: Image.Image) -> np.ndarray:
         image.draft("RGB", (resolution, resolution))
         ImageOps.exif_transpose(image, in_place=True)
@@ -66,6 +71,28 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray | str:
 
     found = _with_pillow(data, read)
     return _deep(data, resolution) if isinstance(found, str) and found == NOT_AN_IMAGE else found
+
+
+def decode_jpeg(data: bytes, resolution: int | None = None) -> np.ndarray | None:
+    """An ordinary JPEG as uint8 [H, W, 3] in half of Pillow's time and bit for bit alike; None: Pillow must judge.
+
+    Ordinary is a whole file in YCbCr without EXIF (which might turn it), of which the decoder has nothing to complain.
+
+    Args:
+        resolution: decode to an eighth, a quarter or a half where both sides stay at least as long.
+    """
+    if not data.startswith(b"\xff\xd8\xff") or b"Exif\0" in data:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours != "YCbCr" or height * width > MAX_PIXELS:
+            return None
+        part = max((part for part in (2, 4, 8) if resolution and min(height, width) // part >= resolution), default=1)
+        return simplejpeg.decode_jpeg(
+            data, colorspace="RGB", min_height=-(-height // part), min_width=-(-width // part), min_factor=part
+        )
+    except ValueError:
+        return None
 
 
 def _with_pillow(data: bytes, read: Callable[[Image.Image], np.ndarray]) -> np.ndarray | str:

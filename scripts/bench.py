@@ -23,6 +23,7 @@ from skimage.morphology import disk
 
 from corpus.application import run
 from corpus.artefacts import plain, stage, write_json
+from corpus.decoding import decode_jpeg, read_image
 from corpus.encoder import EfficientNetLite0
 from corpus.errors import UserError
 from corpus.folder import SUFFIXES, ImageFolder
@@ -83,36 +84,55 @@ def jpegs(cfg: DictConfig, count: int) -> list[Path]:
 
 
 def pixels(path: Path) -> np.ndarray:
+    """The whole image, by the decoder that indexes a corpus."""
+    found = decode_jpeg(path.read_bytes())
+    return pixels_of_pillow(path) if found is None else found
+
+
+def pixels_of_pillow(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def decode_all(files: list[Path]) -> int:
-    return sum(pixels(path).size > 0 for path in files)
+def decode_all(decode: Callable[[Path], np.ndarray], files: list[Path]) -> int:
+    return sum(decode(path).size > 0 for path in files)
 
 
-def decode_and_measure_all(measure: LocalEntropy, files: list[Path]) -> int:
-    return sum(measure(pixels(path)) >= 0 for path in files)
+def decode_and_measure_all(decode: Callable[[Path], np.ndarray], measure: LocalEntropy, files: list[Path]) -> int:
+    return sum(measure(decode(path)) >= 0 for path in files)
 
 
-def entropy_figures(files: list[Path]) -> dict[str, float]:
-    """The entropy step on whole JPEGs beside pure decoding of the same files, and beside scikit-image.
+def entropy_figures(files: list[Path], resolution: int) -> dict[str, float]:
+    """The entropy step beside pure decoding of the same files, and beside scikit-image.
 
-    Both by the worker processes that index a corpus, in the same chunks.
+    All by the worker processes that index a corpus, in the same chunks: on squares of the corpus's resolution, as the
+    stage does it, and on whole images.
     """
     measure = LocalEntropy()
+    corpus_square = partial(read_image, resolution=resolution)
     images = [pixels(path) for path in files[:64]]
     greys = [luma(image) for image in images]
     chunks = [files[start : start + CHUNK // 4] for start in range(0, len(files), CHUNK // 4)]
-    both = partial(decode_and_measure_all, measure)
-    limit, ours, share = paired(
-        lambda: per_second(lambda: sum(in_processes(decode_all, chunks)), len(files), seconds=1),
-        lambda: per_second(lambda: sum(in_processes(both, chunks)), len(files), seconds=1),
+
+    def rate(work: Callable[[list[Path]], int]) -> float:
+        return per_second(lambda: sum(in_processes(work, chunks)), len(files), seconds=1)
+
+    alone = partial(decode_all, pixels)
+    _, stage_rate, stage_share = paired(
+        lambda: rate(alone), lambda: rate(partial(decode_and_measure_all, corpus_square, measure))
     )
+    limit, whole_rate, whole_share = paired(
+        lambda: rate(alone), lambda: rate(partial(decode_and_measure_all, pixels, measure))
+    )
+    pillow = rate(partial(decode_all, pixels_of_pillow))
     return {
-        "JPEG decoding alone (limit)": limit,
-        "decoding and local entropy": ours,
-        "entropy step, of pure decoding": share,
+        "JPEG decoding alone, Pillow": pillow,
+        "JPEG decoding alone, ours (limit)": limit,
+        "entropy of whole images, from files": whole_rate,
+        f"entropy step at {resolution} px, from files": stage_rate,
+        f"entropy step at {resolution} px, of pure decoding": stage_share,
+        "entropy of whole images, of pure decoding": whole_share,
+        "entropy of whole images, of Pillow's decoding": whole_rate / pillow,
         "local entropy alone, one core": per_second(lambda: [measure(image) for image in images], len(images)),
         "skimage shannon_entropy of the whole image, one core": per_second(
             lambda: [shannon_entropy(grey) for grey in greys], len(greys)
@@ -187,7 +207,7 @@ def network_figures(cfg: DictConfig) -> dict[str, float]:
 
 def main(cfg: DictConfig) -> None:
     files = jpegs(cfg, cfg.bench.files)
-    figures = {**entropy_figures(files), **feature_figures(cfg, files), **network_figures(cfg)}
+    figures = {**entropy_figures(files, cfg.corpus.train.resolution), **feature_figures(cfg, files), **network_figures(cfg)}
     shares = {name: figures.pop(name) for name in list(figures) if ", of " in name}
     for name, value in figures.items():
         print(f"{name:60s} {value:10.1f} images/s")

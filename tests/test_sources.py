@@ -124,6 +124,41 @@ def test_broken_images_have_a_reason(name: str) -> None:
     assert reason is None or found == reason
 
 
+def jpegs_of_all_kinds() -> list[bytes]:
+    random = np.random.default_rng(0)
+    kinds = []
+    for width, height in ((64, 64), (63, 65), (200, 131), (1, 1), (40, 300)):
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        turned = Image.Exif()
+        turned[274] = 6
+        kinds += [encoded(image, "JPEG", subsampling=part, progressive=part == 1) for part in (0, 1, 2)]
+        kinds += [encoded(image, "JPEG", keep_rgb=True), encoded(image, "JPEG", exif=turned)]
+        kinds += [encoded(image.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    whole = kinds[8]
+    half = whole[: len(whole) // 2]
+    kinds += [half, half + b"\xff\xd9", whole[:-2], whole + b"after", whole[:300]]
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in random.integers(2, len(whole), 4):
+            damaged[place] = random.integers(256)
+        kinds.append(bytes(damaged))
+    return kinds
+
+
+@pytest.mark.parametrize("resolution", [8, 32, 64])
+def test_jpegs_are_what_pillow_makes_of_them(resolution: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faster decoder reads ordinary JPEGs bit for bit as Pillow does, and leaves it all others, broken ones too."""
+    files = jpegs_of_all_kinds()
+    faster = sum(decoding.decode_jpeg(data, resolution) is not None for data in files)
+    ours = [decode_image(data, resolution) for data in files]
+    monkeypatch.setattr(decoding, "decode_jpeg", lambda *_: None)
+    pillows = [decode_image(data, resolution) for data in files]
+    assert 15 <= faster < len(files) - 10
+    for mine, pillow in zip(ours, pillows, strict=True):
+        assert isinstance(mine, str) == isinstance(pillow, str)
+        assert np.array_equal(mine, pillow)
+
+
 def test_a_ycck_jpeg_shows_its_colours() -> None:
     """Adobe's inverted four colours: white stays white and red red."""
     picture = Image.new("RGB", (32, 32), (250, 250, 250))
