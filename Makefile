@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench sweep quality ablation suggest tables readme autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench sweep quality ablation suggest demo tables readme autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -63,6 +63,9 @@ ablation: $(READY)  ## RS-Prune with one choice changed at a time, judged withou
 
 suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 	$(BIN)/python scripts/suggest.py profile=$(PROFILE)
+
+demo: $(READY)  ## a page that draws images: make demo FOUNDATION=DIR, a pretraining run
+	$(BIN)/python scripts/demo.py $(if $(FOUNDATION),foundation="$(FOUNDATION)")
 
 tables: $(READY)  ## tables from results/PROFILE/results.jsonl
 	$(BIN)/python scripts/tables.py profile=$(PROFILE)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
@@ -37,10 +38,11 @@ from eval.generate import generate
 from eval.heldout import HeldOut
 from prune.selection import method_name
 from train.components import load_autoencoder, load_text_parts, make_accelerator
-from train.diffusion import FlowOptions, draw_noise, encode_latents, flow_matching_loss, flow_scheduler, new_unet
+from train.diffusion import diffusion_loss, new_unet
 from train.foundation import held_out, pretrain
-from train.latents import scene_balanced_weights, to_tensor
-from train.loop import LoopOptions, Modules, train_loop
+from train.latents import cached_latents, scene_balanced_weights, to_tensor
+from train.loop import Batch, LoopOptions, Modules, train_loop
+from train.objective import Objective, prediction_of
 from train.text_encoder import encode_prompts
 
 #: Columns of a sample sheet, and images kept for the report.
@@ -101,8 +103,14 @@ def _pipeline_folder(directory: Path) -> Path:
     """The text-to-image pipeline of a pretraining run, or the folder itself where it is such a pipeline."""
     for folder in (directory / "pipeline", directory):
         index = folder / "model_index.json"
-        if index.is_file() and json.loads(index.read_text()).get("_class_name") == "StableDiffusionPipeline":
+        kind = json.loads(index.read_text()).get("_class_name") if index.is_file() else None
+        if kind == "StableDiffusionPipeline":
             return folder
+        if kind is not None:
+            raise UserError(
+                f"foundation={directory} is a {kind}: the downstream tasks start from a StableDiffusionPipeline; "
+                "give a run of model=ldm_tiny, ldm_small or ldm_base"
+            )
     raise UserError(
         f"foundation={directory} is no pretraining run: give the directory that `python train/pretrain.py` prints "
         "(run: DIR), foundation=null to pretrain one now, or foundation=scratch to start from nothing"
@@ -125,6 +133,12 @@ def load_parts(cfg: DictConfig, foundation: Path | None, corpus: Corpus) -> Part
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"foundation={foundation} does not load: {reason}") from error
+    learned = prediction_of(pipeline.scheduler)
+    if learned != cfg.train.objective.prediction:
+        raise UserError(
+            f"foundation={foundation} predicts {learned}, train.objective.prediction={cfg.train.objective.prediction} "
+            f"asks for another: give train.objective.prediction={learned}"
+        )
     for part in (pipeline.vae, pipeline.text_encoder):
         part.eval().requires_grad_(False)
     return Parts(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
@@ -172,7 +186,7 @@ def encode_condition(autoencoder: nn.Module, pictures: np.ndarray) -> torch.Tens
 
 
 def conditional_pipeline(
-    parts: Parts, unet: UNet2DConditionModel, shift: float
+    parts: Parts, unet: UNet2DConditionModel, scheduler: SchedulerMixin
 ) -> StableDiffusionInstructPix2PixPipeline:
     """The parts and a network trained on unit-scale conditions, as a pipeline that loads without any code of ours.
 
@@ -183,7 +197,7 @@ def conditional_pipeline(
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
         unet=for_raw_condition(unet, parts.autoencoder.config.scaling_factor),
-        scheduler=flow_scheduler(shift),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -256,23 +270,19 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
 
 def _cached_latents(
     cfg: DictConfig, task: Task, corpus: Corpus, rows: np.ndarray, autoencoder: nn.Module
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Unit-scale latents of images and of their condition pictures, float32 [K, C, h, w] each; kept on disk."""
-    inputs = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "autoencoder": weights_digest(autoencoder)}
-
-    def images(directory: Path) -> None:
-        np.save(directory / "latents.npy", encode_latents(autoencoder, corpus, rows)[0].numpy())
+    key = weights_digest(autoencoder)
 
     def conditions(directory: Path) -> None:
         raw = encode_condition(autoencoder, task.condition(corpus, rows))
         np.save(directory / "latents.npy", (raw * autoencoder.config.scaling_factor).numpy())
 
-    folders = [
-        stage(cfg.runs, "latents", {**inputs, "of": "images"}, images),
-        stage(cfg.runs, "latents", {**inputs, "of": [task.name, task.facts]}, conditions),
-    ]
-    latents, condition = (torch.from_numpy(np.load(folder / "latents.npy")) for folder in folders)
-    return latents, condition
+    inputs = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "autoencoder": key, "of": [task.name, task.facts]}
+    folder = stage(cfg.runs, "condition_latents", inputs, conditions)
+    latents = cached_latents(autoencoder, key, corpus, rows, cfg.runs)[0]
+    channels = autoencoder.config.latent_channels  # of a variational one, the means
+    return latents[:, :channels], np.load(folder / "latents.npy")
 
 
 def _train(
@@ -310,26 +320,31 @@ def _train(
         unet = widen(parts.unet, channels)
 
     options = LoopOptions(**settings.loop, seed=cfg.seed)
-    objective = FlowOptions(**cfg.train.objective)
+    objective = Objective(**cfg.train.objective)
 
-    def loss(modules: Modules, random: np.random.Generator, part: slice) -> torch.Tensor:
+    def draw(random: np.random.Generator, part: slice) -> Batch:
         picked = random.integers(len(rows), size=options.batch_size)
-        noise, times, dropped = draw_noise(random, (options.batch_size, *latents.shape[1:]), objective)
+        noise, times, dropped = objective.draw(random, (options.batch_size, *latents.shape[1:]))
         caption = torch.from_numpy(caption_of[picked])
         caption[dropped] = len(captions)
-        blank = torch.from_numpy(random.random(options.batch_size) < settings.condition_dropout)
-        condition = conditions[picked].masked_fill(blank[:, None, None, None], 0)
-        batch = (latents[picked], prompts[caption], noise, times, condition)
-        return flow_matching_loss(modules["unet"], *(tensor[part].to(accelerator.device) for tensor in batch))
+        blank = random.random(options.batch_size) < settings.condition_dropout
+        condition = torch.from_numpy(np.where(blank[part, None, None, None], np.float32(0), conditions[picked[part]]))
+        return torch.from_numpy(latents[picked[part]]), prompts[caption[part]], noise[part], times[part], condition
+
+    def loss(modules: Modules, batch: Batch) -> torch.Tensor:
+        *rest, condition = batch
+        return diffusion_loss(modules["unet"], objective, *rest, condition=condition)
 
     best = train_loop(
-        accelerator, {"unet": unet}, loss, options, directory, label=f"{task.name} {name}", log=tracker.log
+        accelerator, {"unet": unet}, draw, loss, options, directory, label=f"{task.name} {name}", log=tracker.log
     )
     if not accelerator.is_main_process:
         return
     history = read_json(directory / "checkpoints" / f"{options.steps:08d}" / "state.json")
     pipeline = conditional_pipeline(
-        parts, accelerator.unwrap_model(best["unet"], keep_fp32_wrapper=False), cfg.train.flow_shift
+        parts,
+        accelerator.unwrap_model(best["unet"], keep_fp32_wrapper=False),
+        objective.scheduler(cfg.train.flow_shift),
     )
     pipeline.save_pretrained(directory / "pipeline")
     outputs = draw(cfg, task, pipeline, held, captioned)

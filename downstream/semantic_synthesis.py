@@ -21,9 +21,8 @@ from downstream.conditional import Task, fine_tune, print_result, resolve_founda
 from eval.heldout import HeldOut
 from eval.metrics import compare_features
 from train.components import load_encoder, make_accelerator
-from train.diffusion import symmetric
-from train.latents import to_tensor
-from train.loop import LoopOptions, Modules, train_loop
+from train.latents import symmetric, to_tensor
+from train.loop import Batch, LoopOptions, Modules, train_loop
 
 #: Training tiles whose pixels make the palette.
 PALETTE_IMAGES = 2000
@@ -138,15 +137,17 @@ def trained_segmenter(cfg: DictConfig, corpus: Corpus) -> Segmenter:
         accelerator = make_accelerator(cfg)
         images, masks = corpus.images[rows], corpus.masks[rows]
 
-        def loss(modules: Modules, random: np.random.Generator, part: slice) -> torch.Tensor:
+        def draw(random: np.random.Generator, part: slice) -> Batch:
             picked = random.integers(len(rows), size=options.batch_size)[part]
             symmetry = int(random.integers(8))
             tiles = symmetric(to_tensor(images[picked]), symmetry)
-            target = symmetric(torch.from_numpy(masks[picked])[:, None].long(), symmetry)[:, 0]
-            scores = modules["segmenter"](tiles.to(accelerator.device))
-            return nn.functional.cross_entropy(scores.float(), target.to(accelerator.device))
+            return tiles, symmetric(torch.from_numpy(masks[picked])[:, None].long(), symmetry)[:, 0]
 
-        best = train_loop(accelerator, {"segmenter": segmenter}, loss, options, directory, label="segmenter")
+        def loss(modules: Modules, batch: Batch) -> torch.Tensor:
+            tiles, target = batch
+            return nn.functional.cross_entropy(modules["segmenter"](tiles).float(), target)
+
+        best = train_loop(accelerator, {"segmenter": segmenter}, draw, loss, options, directory, label="segmenter")
         if accelerator.is_main_process:
             state = accelerator.unwrap_model(best["segmenter"]).state_dict()
             state = {key: value.cpu().contiguous() for key, value in state.items()}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 
 from corpus.progress import progress
 
@@ -26,19 +27,26 @@ def generate(
     seed: int,
     batch_size: int = 100,
     label: str = "generate",
+    noise_of: Sequence[int] | None = None,
     **conditions: Sequence,
 ) -> np.ndarray:
     """One image per prompt, uint8 [N, H, W, 3].
 
+    Of a StableDiffusionPipeline and its kin, or a PixArtAlphaPipeline.
+
     Args:
         guidance_scale: classifier-free guidance; 1 switches it off.
         seed: of the starting noise: the same for every method that is compared.
-        conditions: further per-image arguments of the pipeline, cut into the same batches (for example `image`).
+        noise_of: for each image the number whose noise it starts from; None: its own.
+        conditions: further per-image arguments of the pipeline, cut into the same batches (for example `image`);
+            `prompt_embeds` stand in for the prompts.
     """
-    unet = pipeline.unet
-    channels = pipeline.vae.config.latent_channels
-    noise = starting_noise(len(prompts), (channels, unet.config.sample_size, unet.config.sample_size), seed)
-    size = unet.config.sample_size * pipeline.vae_scale_factor
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    side = network.config.sample_size
+    noise = starting_noise(len(prompts), (pipeline.vae.config.latent_channels, side, side), seed)
+    if noise_of is not None:
+        noise = noise[list(noise_of)]
+    size = side * pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in progress(range(0, len(prompts), batch_size), label, unit="batch"):
@@ -46,14 +54,27 @@ def generate(
         extra = {key: value[part] for key, value in conditions.items()}
         if "image" not in extra:
             extra |= {"height": size, "width": size}
+        if "prompt_embeds" not in extra:
+            extra["prompt"] = list(prompts[part])
         with torch.inference_mode():
             output = pipeline(
-                prompt=list(prompts[part]),
-                latents=noise[part].to(unet.device),
+                latents=noise[part].to(network.device),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 output_type="np",
                 **extra,
+                **of_its_kind(pipeline),
             ).images
         images.append((np.asarray(output) * 255).round().astype(np.uint8))
     return np.concatenate(images)
+
+
+def of_its_kind(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What a PixArtAlphaPipeline must be called with beside what all are: its defaults are those of T5 and 1024 px."""
+    if not isinstance(pipeline, PixArtAlphaPipeline):
+        return {}
+    return {
+        "max_sequence_length": pipeline.tokenizer.model_max_length,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    }

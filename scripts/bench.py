@@ -32,8 +32,9 @@ from corpus.parallel import in_processes
 from prune.entropy import LocalEntropy, luma
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from train.components import load_autoencoder
-from train.diffusion import flow_matching_loss, new_unet
+from train.diffusion import diffusion_loss, new_unet
 from train.latents import decode, encode, to_tensor
+from train.objective import Objective
 
 SIDE = 400  # px of the JPEGs that are made where no folder is given
 ROUNDS = 5
@@ -197,7 +198,7 @@ def network_figures(cfg: DictConfig) -> dict[str, float]:
     batch, text = latents[:size].clone(), torch.randn(size, cfg.text_encoder.get("max_length", 77), width)
 
     def step() -> None:
-        loss = flow_matching_loss(unet, batch, text, torch.randn_like(batch), torch.rand(size))
+        loss = diffusion_loss(unet, Objective(), batch, text, torch.randn_like(batch), torch.rand(size))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -207,7 +208,11 @@ def network_figures(cfg: DictConfig) -> dict[str, float]:
 
 def main(cfg: DictConfig) -> None:
     files = jpegs(cfg, cfg.bench.files)
-    figures = {**entropy_figures(files, cfg.corpus.train.resolution), **feature_figures(cfg, files), **network_figures(cfg)}
+    figures = {
+        **entropy_figures(files, cfg.corpus.train.resolution),
+        **feature_figures(cfg, files),
+        **network_figures(cfg),
+    }
     shares = {name: figures.pop(name) for name in list(figures) if ", of " in name}
     for name, value in figures.items():
         print(f"{name:60s} {value:10.1f} images/s")

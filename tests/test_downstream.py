@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import (
-    AutoencoderTiny,
     DiffusionPipeline,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
@@ -21,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from transformers import CLIPTextConfig, CLIPTextModel
+from tiny_networks import CHANNELS, SIZE, pictures, tiny_autoencoder, tiny_text_encoder, tiny_unet
 
 from corpus.artefacts import plain, read_json, write_json
 from corpus.errors import UserError
@@ -40,62 +39,14 @@ from downstream.image_metrics import LARGEST_PSNR, psnr_ssim
 from downstream.semantic_synthesis import Segmenter, natural_palette, segment, semantic_synthesis, spread_colours
 from downstream.super_resolution import bicubic, bicubic_baseline, low_resolution, super_resolution
 from eval.generate import generate, starting_noise
-from train.diffusion import flow_scheduler, new_unet, text_to_image_pipeline
-from train.latents import to_tensor
-from train.text_encoder import clip_tokenizer, encode_prompts
-
-SIZE = 16  # px of the tiny networks' images
-CHANNELS = 4
-UNET = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
-
-
-def tiny_autoencoder(scaling_factor: float = 8.0) -> AutoencoderTiny:
-    """A random autoencoder, f8, whose latents vary about as much as a trained one's: 1 / scaling_factor."""
-    torch.manual_seed(1)
-    autoencoder = AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 4,
-        decoder_block_out_channels=(8,) * 4,
-        num_encoder_blocks=(0, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 1),
-        latent_channels=CHANNELS,
-        scaling_factor=scaling_factor,
-    ).eval()
-    last = autoencoder.encoder.layers[-1]
-    with torch.no_grad():
-        spread = autoencoder.encode(to_tensor(pictures(32))).latents.std((0, 2, 3))
-        last.weight.div_(spread[:, None, None, None] * scaling_factor)
-        last.bias.zero_()
-    return autoencoder
-
-
-def tiny_unet(latent_size: int = SIZE // 8, condition_channels: int = 0) -> UNet2DConditionModel:
-    return new_unet(UNET, CHANNELS, latent_size, 8, seed=2, condition_channels=condition_channels).eval()
+from train.diffusion import new_unet, text_to_image_pipeline
+from train.objective import Objective
+from train.text_encoder import encode_prompts
 
 
 @pytest.fixture(scope="module")
 def parts() -> Parts:
-    tokenizer = clip_tokenizer(8)
-    torch.manual_seed(3)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
-    )  # fmt: skip
-    return Parts(tiny_unet(), tiny_autoencoder(), CLIPTextModel(text).eval(), tokenizer)
-
-
-def pictures(count: int, seed: int = 0, size: int = SIZE) -> np.ndarray:
-    """Smooth coloured noise, uint8 [N, size, size, 3]."""
-    noise = np.random.default_rng(seed).standard_normal((count, size, size, 3))
-    smooth = gaussian_filter(noise, (0, 2, 2, 0))
-    return (128 + 60 * smooth / smooth.std()).clip(0, 255).astype(np.uint8)
+    return Parts(tiny_unet(), tiny_autoencoder(), *tiny_text_encoder())
 
 
 # ---------------------------------------------------------------- the network
@@ -153,7 +104,7 @@ def conditioned() -> UNet2DConditionModel:
 @pytest.fixture(scope="module")
 def loaded(parts: Parts, conditioned: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("pipeline")
-    conditional_pipeline(parts, conditioned, shift=1.0).save_pretrained(folder)
+    conditional_pipeline(parts, conditioned, Objective().scheduler()).save_pretrained(folder)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -179,7 +130,7 @@ def test_saved_pipeline_feeds_what_was_trained(loaded, parts: Parts, conditioned
 
     # the same by hand, with the network as trained: unit-scale conditions, times as training gives them
     prompts = encode_prompts(parts.text_encoder, parts.tokenizer, ["desert", "", "ocean"])
-    scheduler = flow_scheduler()
+    scheduler = Objective().scheduler()
     scheduler.set_timesteps(5)
     latents = noise
     with torch.no_grad():
@@ -191,7 +142,7 @@ def test_saved_pipeline_feeds_what_was_trained(loaded, parts: Parts, conditioned
 
 
 def test_times_of_the_sampler_are_noise_shares() -> None:
-    scheduler = flow_scheduler()
+    scheduler = Objective().scheduler()
     scheduler.set_timesteps(8)
     torch.testing.assert_close(scheduler.timesteps / 1000, scheduler.sigmas[:-1], rtol=0, atol=2e-3)
     assert scheduler.init_noise_sigma == 1
@@ -378,9 +329,9 @@ def test_both_tasks_from_a_foundation_and_from_scratch(tmp_path: Path, repositor
     text = load_text_parts(cfg, corpus)
     unet = new_unet(plain(cfg.model.unet), CHANNELS, 8, 32, seed=7)
     foundation = tmp_path / "foundation"
-    text_to_image_pipeline(tiny_autoencoder(), text.text_encoder, text.tokenizer, unet, 1.0).save_pretrained(
-        foundation / "pipeline"
-    )
+    text_to_image_pipeline(
+        tiny_autoencoder(), text.text_encoder, text.tokenizer, unet, Objective().scheduler()
+    ).save_pretrained(foundation / "pipeline")
     write_json(foundation / "summary.json", {"method": "rsprune"})
     cfg.foundation = str(foundation)
     assert resolve_foundation(cfg) == (foundation, "rsprune")
@@ -440,8 +391,8 @@ def test_killed_run_goes_on_to_the_same_network(tmp_path: Path, repository: Path
         return loss(*args, **kwargs)
 
     kill_at_third.steps = 0
-    loss = conditional.flow_matching_loss
-    monkeypatch.setattr(conditional, "flow_matching_loss", kill_at_third)
+    loss = conditional.diffusion_loss
+    monkeypatch.setattr(conditional, "diffusion_loss", kill_at_third)
     with pytest.raises(Killed):
         super_resolution(cfg, None, "scratch")
     resumed = super_resolution(cfg, None, "scratch")

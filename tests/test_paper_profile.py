@@ -37,9 +37,10 @@ from eval.generate import generate
 from eval.metrics import compare_features
 from prune.selection import select
 from train.components import load_autoencoder, load_encoder, load_text_parts
-from train.diffusion import FlowOptions, draw_noise, flow_matching_loss, new_unet, text_to_image_pipeline
+from train.diffusion import diffusion_loss, new_unet, text_to_image_pipeline
 from train.foundation import CONVERGENCE, held_out, pretrain
 from train.latents import encode, to_tensor
+from train.objective import Objective
 from train.text_encoder import clip_score, clip_tokenizer, encode_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,13 +156,16 @@ def test_all_parts_train_and_draw(networks: Path, tmp_path: Path) -> None:
     assert prompts.shape == (2, 16, 32)
 
     unet = new_unet(plain(cfg.model.unet), 4, 8, prompts.shape[-1], cfg.seed)
-    noise, times, _ = draw_noise(np.random.default_rng(0), latents.shape, FlowOptions(**cfg.train.objective))
-    loss = flow_matching_loss(unet, latents, prompts, noise, times)
+    objective = Objective(**cfg.train.objective)
+    noise, times, _ = objective.draw(np.random.default_rng(0), latents.shape)
+    loss = diffusion_loss(unet, objective, latents, prompts, noise, times)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(parameter.grad).all() for parameter in unet.parameters())
 
-    pipeline = text_to_image_pipeline(autoencoder, text.text_encoder, text.tokenizer, unet, cfg.train.flow_shift)
+    pipeline = text_to_image_pipeline(
+        autoencoder, text.text_encoder, text.tokenizer, unet, objective.scheduler(cfg.train.flow_shift)
+    )
     pipeline.save_pretrained(tmp_path / "pipeline")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     drawn = [generate(one, ["a harbour", "a river"], steps=2, guidance_scale=2.0, seed=0) for one in (pipeline, loaded)]

@@ -14,9 +14,10 @@ from torch import nn
 
 from corpus.errors import UserError
 from train.autoencoder import start_from_pca
-from train.diffusion import FlowOptions, draw_noise, flow_matching_loss, flow_scheduler, symmetric
-from train.latents import PatchPCA, encode, peak_signal_noise_ratio, to_tensor, to_uint8
+from train.diffusion import diffusion_loss
+from train.latents import PatchPCA, encode, peak_signal_noise_ratio, symmetric, to_tensor, to_uint8
 from train.loop import LoopOptions, train_loop
+from train.objective import Objective
 from train.text_encoder import clip_tokenizer, contrastive_loss
 
 
@@ -98,9 +99,10 @@ def test_flow_loss_is_zero_for_the_true_velocity_and_the_sampler_follows_it():
     latents, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     network = Constant(noise - latents)
     text = torch.zeros(2, 1, 8)
-    assert float(flow_matching_loss(network, latents, text, noise, torch.rand(2))) == 0
-    assert float(flow_matching_loss(network, latents + 1, text, noise, torch.rand(2))) == pytest.approx(1, rel=1e-4)
-    scheduler = flow_scheduler()
+    flow = Objective()
+    assert float(diffusion_loss(network, flow, latents, text, noise, torch.rand(2))) == 0
+    assert float(diffusion_loss(network, flow, latents + 1, text, noise, torch.rand(2))) == pytest.approx(1, rel=1e-4)
+    scheduler = flow.scheduler()
     scheduler.set_timesteps(8)
     sample = noise.clone()
     for step in scheduler.timesteps:
@@ -109,8 +111,8 @@ def test_flow_loss_is_zero_for_the_true_velocity_and_the_sampler_follows_it():
 
 
 def test_noise_of_a_step():
-    options = FlowOptions(time_mean=0.3, time_std=0.8, caption_dropout=0.25)
-    noise, time, dropped = draw_noise(np.random.default_rng(0), (4096, 2, 2, 2), options)
+    objective = Objective(time_mean=0.3, time_std=0.8, caption_dropout=0.25)
+    noise, time, dropped = objective.draw(np.random.default_rng(0), (4096, 2, 2, 2))
     assert float(noise.mean()) == pytest.approx(0, abs=0.03) and float(noise.std()) == pytest.approx(1, abs=0.02)
     logit = torch.logit(time.double())
     assert float(logit.mean()) == pytest.approx(0.3, abs=0.01) and float(logit.std()) == pytest.approx(0.8, abs=0.01)
@@ -126,19 +128,29 @@ def fit(directory, stop_at: int | None = None, options: LoopOptions = OPTIONS) -
     module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
     calls, seen = [0], []
 
-    def loss(modules, random, rows):
+    def draw(random, rows):
+        return (torch.from_numpy(random.standard_normal((4, 6), dtype=np.float32))[rows],)
+
+    def loss(modules, batch):
         calls[0] += 1
         if calls[0] == stop_at:
             raise KeyboardInterrupt
-        batch = torch.from_numpy(random.standard_normal((4, 6), dtype=np.float32))[rows]
-        return (modules["net"](batch) - batch.sum(1, keepdim=True)).square().mean()
+        return (modules["net"](batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
 
     def on_milestone(step, mean_loss, seconds, modules):
         seen.append((step, mean_loss))
 
     accelerator = Accelerator(cpu=True)
     best = train_loop(
-        accelerator, {"net": module}, loss, options, directory, label="t", milestones=[6, 12], on_milestone=on_milestone
+        accelerator,
+        {"net": module},
+        draw,
+        loss,
+        options,
+        directory,
+        label="t",
+        milestones=[6, 12],
+        on_milestone=on_milestone,
     )
     return {key: value.clone() for key, value in best["net"].state_dict().items()}, seen
 
@@ -185,11 +197,14 @@ def test_the_average_differs_from_the_weights_and_can_be_off(tmp_path):
 def test_divergence_stops_with_the_step(tmp_path):
     module = nn.Linear(1, 1)
 
-    def loss(modules, random, rows):
-        return modules["net"](torch.ones(1, 1)).sum() * float("nan")
+    def draw(random, rows):
+        return (torch.ones(4, 1)[rows],)
+
+    def loss(modules, batch):
+        return modules["net"](batch[0]).sum() * float("nan")
 
     with pytest.raises(UserError, match="at step 1"):
-        train_loop(Accelerator(cpu=True), {"net": module}, loss, OPTIONS, tmp_path, label="t")
+        train_loop(Accelerator(cpu=True), {"net": module}, draw, loss, OPTIONS, tmp_path, label="t")
 
 
 def test_learning_rate_rises_and_falls():

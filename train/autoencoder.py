@@ -36,7 +36,7 @@ from train.latents import (
     to_tensor,
     to_uint8,
 )
-from train.loop import LoopOptions, Modules, train_loop
+from train.loop import Batch, LoopOptions, Modules, train_loop
 
 
 @torch.no_grad()
@@ -126,10 +126,12 @@ def train_autoencoder(
         if phase.trains == "both":
             modules = {"encoder": autoencoder.encoder, **modules}
 
-        def loss(modules: Modules, random: np.random.Generator, rows: slice, phase: Phase = phase) -> torch.Tensor:
+        def draw(random: np.random.Generator, rows: slice, phase: Phase = phase) -> Batch:
             picked = random.choice(len(corpus), phase.loop.batch_size, p=weights)[rows]
-            images = flip(to_tensor(corpus.images[picked]), random).to(accelerator.device)
-            images = images.contiguous(memory_format=torch.channels_last)
+            return (flip(to_tensor(corpus.images[picked]), random),)
+
+        def loss(modules: Modules, batch: Batch, phase: Phase = phase) -> torch.Tensor:
+            images = batch[0].contiguous(memory_format=torch.channels_last)
             with accelerator.autocast(), torch.set_grad_enabled("encoder" in modules):
                 latents = modules.get("encoder", autoencoder.encoder)(images)
             with accelerator.autocast():
@@ -150,7 +152,8 @@ def train_autoencoder(
             return total
 
         label = f"autoencoder, phase {index + 1} of {len(phases)}"
-        best = train_loop(accelerator, modules, loss, phase.loop, directory / f"phase_{index}", label=label, log=log)
+        folder = directory / f"phase_{index}"
+        best = train_loop(accelerator, modules, draw, loss, phase.loop, folder, label=label, log=log)
         for name, module in modules.items():
             module.load_state_dict(best[name].state_dict())
     return autoencoder.eval()

@@ -12,18 +12,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from corpus.artefacts import file_digest, stage
+from corpus.artefacts import file_digest, fingerprint, stage
 from corpus.errors import UserError
 from corpus.index import Corpus
 from corpus.pretrained import LOAD_ERRORS, PixelRecipe
 from corpus.tracking import track
 from train.latents import to_tensor
 from train.loop import LoopOptions
+from train.objective import prediction_of
 from train.text_encoder import clip_tokenizer, small_clip, train_clip
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -140,6 +142,50 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
 
     inputs = {"corpus": corpus.fingerprint, "options": options, "seed": cfg.seed}
     return stage(cfg.runs, "text_encoder", inputs, build, resumable=True, together=True)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pipeline to go on from, taken apart."""
+
+    network: UNet2DConditionModel
+    autoencoder: nn.Module
+    text: TextParts
+    fingerprint: str
+
+
+def load_pretrained(cfg: DictConfig) -> Pretrained:
+    """The StableDiffusionPipeline of `model.pretrained`, a folder, a run of this repository or a hub name.
+
+    Raises:
+        UserError: it is not there, is another kind of pipeline, or predicts something else than the objective.
+    """
+    name = str(cfg.model.pretrained)
+    path = _resolve(name)
+    if (Path(path) / "pipeline" / "model_index.json").is_file():
+        path = str(Path(path) / "pipeline")
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            path, safety_checker=None, feature_extractor=None, requires_safety_checker=False, use_safetensors=True
+        )
+    except (*LOAD_ERRORS, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"no StableDiffusionPipeline at model.pretrained={name} ({reason}): give a run of this repository, a "
+            "pipeline's folder or a hub name that can be reached, or start from nothing with model=ldm_tiny"
+        ) from error
+    learned, wanted = prediction_of(pipeline.scheduler), cfg.train.objective.prediction
+    if learned != wanted:
+        raise UserError(
+            f"model.pretrained={name} predicts {learned}, train.objective.prediction={wanted} asks for another: "
+            f"give train.objective.prediction={learned}"
+        )
+    files = sorted(Path(path).rglob("*.safetensors")) if Path(path).is_dir() else []
+    key = fingerprint(files=[file_digest(file) for file in files]) if files else path
+    for part in (pipeline.vae, pipeline.text_encoder):
+        part.eval().requires_grad_(False)
+    text = TextParts(pipeline.text_encoder, pipeline.tokenizer, None, f"{key}/text")
+    return Pretrained(pipeline.unet, pipeline.vae, text, key)
 
 
 def load_encoder(cfg: DictConfig):

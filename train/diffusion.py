@@ -1,31 +1,38 @@
-"""Latent diffusion: rectified flow on cached latents, saved as a plain StableDiffusionPipeline."""
+"""The denoising network, by config or from a pipeline, its loss, and the plain diffusers pipeline it is saved as."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from omegaconf import DictConfig
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from corpus.index import Corpus
-from corpus.progress import progress
-from train.latents import encode, to_tensor
+from corpus.artefacts import plain
+from corpus.errors import UserError
+from train.objective import Objective, denoising_loss
 
-
-def flow_scheduler(shift: float = 1.0) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ (2M) for a model that predicts noise - data, with time as the noise share (rectified flow)."""
-    return DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, timestep_spacing="linspace"
-    )
+LORA = "lora"
 
 
 def new_unet(
-    config: dict, latent_channels: int, latent_size: int, text_width: int, seed: int, condition_channels: int = 0
-):
+    config: Mapping[str, Any],
+    latent_channels: int,
+    latent_size: int,
+    text_width: int,
+    seed: int,
+    condition_channels: int = 0,
+) -> UNet2DConditionModel:
     """A randomly initialised UNet2DConditionModel; `condition_channels` more input channels for an image condition."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -38,97 +45,130 @@ def new_unet(
         )
 
 
-@dataclass(frozen=True)
-class FlowOptions:
-    """The objective: rectified flow (Liu et al. 2022) with logit-normal times (Esser et al. 2024, section 3.1).
+def new_transformer(
+    config: Mapping[str, Any], latent_channels: int, latent_size: int, text_width: int, seed: int
+) -> PixArtTransformer2DModel:
+    """A randomly initialised text-conditioned DiT (Peebles and Xie 2023, with PixArt-α's cross-attention).
+
+    Its last layer starts at zero, as DiT's does (section 3.2), so that training starts from predicting nothing.
+    """
+    if latent_size % config["patch_size"]:
+        raise UserError(
+            f"model.transformer.patch_size={config['patch_size']} does not divide latents of side {latent_size}: "
+            "choose a patch_size that does, or another corpus.train.resolution"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = PixArtTransformer2DModel(
+            sample_size=latent_size,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            cross_attention_dim=config["num_attention_heads"] * config["attention_head_dim"],
+            caption_channels=text_width,
+            use_additional_conditions=False,
+            **config,
+        )
+    nn.init.zeros_(network.proj_out.weight)
+    nn.init.zeros_(network.proj_out.bias)
+    return network
+
+
+def new_network(
+    model: DictConfig, latent_channels: int, latent_size: int, text_width: int, seed: int
+) -> UNet2DConditionModel | PixArtTransformer2DModel:
+    """The untrained network of a config: `model.unet` or `model.transformer`."""
+    sizes = (latent_channels, latent_size, text_width, seed)
+    if model.get("transformer"):
+        return new_transformer(plain(model.transformer), *sizes)
+    return new_unet(plain(model.unet), *sizes)
+
+
+def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], seed: int) -> None:
+    """Freeze a network and give its attention low-rank updates (Hu et al. 2022), the only weights that then train."""
+    from peft import LoraConfig
+
+    network.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), adapter_name=LORA)
+
+
+def lora_weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The low-rank updates alone, as `pipeline.load_lora_weights` reads them; empty without LoRA."""
+    if not getattr(network, "peft_config", None):
+        return {}
+    from peft.utils import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(network, adapter_name=LORA)
+
+
+def merge_lora(network: nn.Module) -> nn.Module:
+    """Add low-rank updates to the weights they belong to, in place, so that the network is a plain one again."""
+    if getattr(network, "peft_config", None):
+        network.fuse_lora(adapter_names=[LORA])
+        network.unload_lora()
+    return network
+
+
+def predict(
+    network: nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the network says of noisy latents [B, C, h, w] at times [B] in 0..1000.
 
     Args:
-        time_mean, time_std: of the normal whose logistic is the time; larger means train noisier.
-        caption_dropout: share of the captions replaced by the empty one, for classifier-free guidance.
+        text: float [B, L, D]; mask: bool [B, L], the tokens that count; None: all.
     """
-
-    time_mean: float = 0.0
-    time_std: float = 1.0
-    caption_dropout: float = 0.1
+    known = {} if mask is None else {"encoder_attention_mask": mask}
+    return network(noisy, timestep=timesteps, encoder_hidden_states=text, **known).sample
 
 
-def flow_matching_loss(
-    unet: nn.Module,
+def diffusion_loss(
+    network: nn.Module,
+    objective: Objective,
     latents: torch.Tensor,
     text: torch.Tensor,
     noise: torch.Tensor,
     time: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
     condition: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the predicted velocity noise - latents at x_t = (1 - t) latents + t noise.
+    """Mean loss of a batch.
 
     Args:
-        latents, noise: float [B, C, h, w]; time: float [B] in (0, 1); text: float [B, L, D].
+        latents, noise: float [B, C, h, w]; time: float [B] as `Objective.draw` gives it; text: float [B, L, D];
+            mask: bool [B, L] or None.
         condition: float [B, C', h, w], concatenated to the input, or None.
     """
-    share = time[:, None, None, None]
-    noisy = (1 - share) * latents + share * noise
+    noisy, timesteps, target, weights = objective.noisy(latents, noise, time)
     if condition is not None:
         noisy = torch.cat([noisy, condition], dim=1)
-    prediction = unet(noisy, 1000 * time, encoder_hidden_states=text).sample
-    return (prediction.float() - (noise - latents)).square().mean()
+    return denoising_loss(predict(network, noisy, timesteps, text, mask), target, weights)
 
 
-def draw_noise(
-    random: np.random.Generator, shape: Sequence[int], options: FlowOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise float32 `shape`, times float32 [B] and caption-dropped bool [B] of one step, for the whole global batch.
-
-    Times are stratified over the batch (one in each of B equal parts of the distribution), which lowers the variance.
-    """
-    from scipy.special import expit, ndtri
-
-    size = shape[0]
-    noise = random.standard_normal(shape, dtype=np.float32)
-    uniform = (random.permutation(size) + random.random(size)) / size
-    time = expit(options.time_mean + options.time_std * ndtri(uniform.clip(1e-6, 1 - 1e-6)))
-    dropped = random.random(size) < options.caption_dropout
-    return torch.from_numpy(noise), torch.from_numpy(time.astype(np.float32)), torch.from_numpy(dropped)
-
-
-@torch.no_grad()
-def encode_latents(autoencoder: nn.Module, corpus: Corpus, rows: np.ndarray, *, symmetries: int = 1) -> torch.Tensor:
-    """Latents float32 [S, K, C, h, w] of rows of a corpus, once for each of the first S symmetries of the square."""
-    device = next(autoencoder.parameters()).device
-    batches = range(0, len(rows), 128)
-    turned = []
-    for symmetry in range(symmetries):
-        parts = []
-        for start in progress(batches, "encode latents", unit="batch"):
-            images = symmetric(to_tensor(corpus.images[rows[start : start + 128]]), symmetry)
-            parts.append(encode(autoencoder, images.to(device)).float().cpu())
-        turned.append(torch.cat(parts))
-    return torch.stack(turned)
-
-
-def symmetric(images: torch.Tensor, symmetry: int) -> torch.Tensor:
-    """One of the eight symmetries of the square: 0 none, 1 mirrored, 2-3 turned by 180 degrees, 4-7 by 90."""
-    images = images.flip(3) if symmetry % 2 else images
-    return torch.rot90(images, (0, 2, 1, 3)[symmetry // 2], (2, 3))
+def masks_padding(network: nn.Module) -> bool:
+    """Whether the network's pipeline hides a caption's padding from it: PixArt's does, Stable Diffusion's does not."""
+    return isinstance(network, PixArtTransformer2DModel)
 
 
 def text_to_image_pipeline(
     autoencoder: nn.Module,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel,
-    shift: float,
-) -> StableDiffusionPipeline:
-    """The parts as a StableDiffusionPipeline that loads without any code of ours."""
-    pipeline = StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=flow_scheduler(shift),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    network: UNet2DConditionModel | PixArtTransformer2DModel,
+    scheduler: SchedulerMixin,
+) -> DiffusionPipeline:
+    """The parts as a StableDiffusionPipeline or a PixArtAlphaPipeline that loads without any code of ours."""
+    parts = {"vae": autoencoder, "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
+    if isinstance(network, PixArtTransformer2DModel):
+        pipeline = PixArtAlphaPipeline(transformer=network, **parts)
+    else:
+        pipeline = StableDiffusionPipeline(
+            unet=network, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

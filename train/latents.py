@@ -1,16 +1,21 @@
-"""Images and latents: array conversions, autoencoder calls, and PCA of patches as their yardstick."""
+"""Images and latents: array conversions, autoencoder calls, the cache of latents, and PCA of patches as yardstick."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from corpus.artefacts import read_json, stage, write_json
+from corpus.errors import UserError
 from corpus.index import Corpus
+from corpus.progress import progress
 
 PATCH = 8
+ENCODE_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,15 @@ def encode(autoencoder: nn.Module, images: torch.Tensor, generator: torch.Genera
     return raw * autoencoder.config.scaling_factor
 
 
+def encode_moments(autoencoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Latents of unit scale [N, C, h, w]; of a variational autoencoder mean and standard deviation, [N, 2 C, h, w]."""
+    output = autoencoder.encode(images)
+    if hasattr(output, "latents"):
+        return output.latents * autoencoder.config.scaling_factor
+    distribution = output.latent_dist
+    return torch.cat([distribution.mean, distribution.std], dim=1) * autoencoder.config.scaling_factor
+
+
 def decode(autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] from latents of unit scale."""
     return autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
@@ -101,3 +115,108 @@ def fit_pca(corpus: Corpus, components: int, seed: int, images: int = 4000) -> P
     generator = np.random.default_rng([seed, len(corpus)])
     sample = generator.choice(len(corpus), images, p=scene_balanced_weights(corpus))
     return PatchPCA.fit(to_tensor(corpus.images[np.sort(sample)]), components)
+
+
+def symmetric(images: torch.Tensor, symmetry: int) -> torch.Tensor:
+    """One of the eight symmetries of the square: 0 none, 1 mirrored, 2-3 turned by 180 degrees, 4-7 by 90."""
+    images = images.flip(3) if symmetry % 2 else images
+    return torch.rot90(images, (0, 2, 1, 3)[symmetry // 2], (2, 3))
+
+
+@dataclass(frozen=True)
+class Views:
+    """What of each image is encoded.
+
+    Args:
+        symmetries: the first so many of the eight symmetries of the square.
+        crops: random squares per image and symmetry, where `crop` is given.
+        crop: side in pixels of these squares; None: the whole image.
+    """
+
+    symmetries: int = 1
+    crops: int = 1
+    crop: int | None = None
+
+    def __len__(self) -> int:
+        return self.symmetries * (self.crops if self.crop else 1)
+
+    def side(self, resolution: int) -> int:
+        """Side in pixels of what is encoded.
+
+        Raises:
+            UserError: the crop is larger than the images.
+        """
+        if self.crop and self.crop > resolution:
+            raise UserError(
+                f"train.views.crop={self.crop} is larger than the corpus' images of {resolution} px: "
+                "lower it or raise corpus.train.resolution"
+            )
+        return self.crop or resolution
+
+    def take(self, images: torch.Tensor, rows: np.ndarray, view: int, seed: int) -> torch.Tensor:
+        """One view of images [B, 3, R, R]; the crop of an image depends on its row and the view alone."""
+        if self.crop:
+            room = images.shape[-1] - self.crop + 1
+            corners = [np.random.default_rng([seed, 20, int(row), view]).integers(room, size=2) for row in rows]
+            squares = [
+                image[:, y : y + self.crop, x : x + self.crop] for image, (y, x) in zip(images, corners, strict=True)
+            ]
+            images = torch.stack(squares)
+        return symmetric(images, view % self.symmetries)
+
+
+def cached_latents(
+    autoencoder: nn.Module,
+    key: str,
+    corpus: Corpus,
+    rows: np.ndarray,
+    runs: Path | str,
+    *,
+    views: Views | None = None,
+    seed: int = 0,
+    half: bool = False,
+) -> np.ndarray:
+    """Latents of rows of a corpus, encoded once, [V, K, C or 2 C, h, w], memory-mapped (see `encode_moments`).
+
+    Args:
+        key: fingerprint of the autoencoder.
+        views: what of each image is encoded; None: each as it is.
+        half: store float16 in place of float32.
+    """
+    views = views or Views()
+    device = next(autoencoder.parameters()).device
+    dtype = np.float16 if half else np.float32
+    views.side(corpus.resolution)
+
+    @torch.no_grad()
+    def encoded(start: int, view: int) -> np.ndarray:
+        part = rows[start : start + ENCODE_BATCH]
+        images = views.take(to_tensor(corpus.images[part]), part, view, seed)
+        return encode_moments(autoencoder, images.to(device)).float().cpu().numpy().astype(dtype)
+
+    def build(directory: Path) -> None:
+        path, state = directory / "latents.npy", directory / "progress.json"
+        jobs = [(view, start) for view in range(len(views)) for start in range(0, len(rows), ENCODE_BATCH)]
+        done = read_json(state)["done"] if state.exists() else 0
+        array = np.lib.format.open_memmap(path, mode="r+") if done else None
+        bar = progress(jobs[done:], "encode latents", total=len(jobs), initial=done, unit="batch")
+        for count, (view, start) in enumerate(bar, start=done + 1):
+            latents = encoded(start, view)
+            if array is None:
+                shape = (len(views), len(rows), *latents.shape[1:])
+                array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            array[view, start : start + len(latents)] = latents
+            if count % 20 == 0 or count == len(jobs):
+                array.flush()
+                write_json(state, {"done": count})
+
+    inputs = {
+        "corpus": corpus.fingerprint,
+        "rows": np.asarray(rows).tolist(),
+        "autoencoder": key,
+        "views": views,
+        "half": half,
+        **({"seed": seed} if views.crop else {}),
+    }
+    directory = stage(runs, "latents", inputs, build, resumable=True)
+    return np.load(directory / "latents.npy", mmap_mode="r")

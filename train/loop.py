@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +24,15 @@ from corpus.errors import UserError
 from corpus.progress import progress
 
 Modules = Mapping[str, nn.Module]
-#: (modules, randomness of this step, rows of the global batch that this process computes) -> mean loss
-ComputeLoss = Callable[[Modules, np.random.Generator, slice], torch.Tensor]
+#: Tensors with the images of a (part of a) batch along their first dimension.
+Batch = tuple[torch.Tensor, ...]
+#: (randomness of this step, rows of the global batch that this process computes) -> those rows, on the CPU.
+DrawBatch = Callable[[np.random.Generator, slice], Batch]
+#: (modules, batch on the device) -> mean loss over the batch
+ComputeLoss = Callable[[Modules, Batch], torch.Tensor]
+
+#: Steps between two looks at the loss, which make a GPU's queue run dry.
+REPORT_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,10 @@ class LoopOptions:
         gradient_clip: largest gradient norm.
         weight_decay: AdamW weight decay.
         checkpoint_every: steps between checkpoints.
+        keep_checkpoints: newest ones that stay.
+        micro_batch: images a forward pass of one process, gradients summed up to the batch; None: its whole share.
+        divergence: stop when the loss, averaged over `REPORT_EVERY` steps, exceeds its lowest by this factor; 0: never.
+        compile: compile the networks (torch.compile).
         seed: of the batches and the noise.
     """
 
@@ -51,6 +65,10 @@ class LoopOptions:
     gradient_clip: float = 1.0
     weight_decay: float = 0.0
     checkpoint_every: int = 200
+    keep_checkpoints: int = 1
+    micro_batch: int | None = None
+    divergence: float = 0.0
+    compile: bool = False
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -63,6 +81,7 @@ class LoopOptions:
 def train_loop(
     accelerator: Accelerator,
     modules: Modules,
+    draw: DrawBatch,
     compute_loss: ComputeLoss,
     options: LoopOptions,
     directory: Path,
@@ -74,72 +93,162 @@ def train_loop(
 ) -> Modules:
     """Train `modules` and return the weights to use: their average where `ema_halflife` is set.
 
-    Every random number of a step comes from a generator seeded by (seed, step), and every process draws the whole
-    batch and computes its rows: a resumed run repeats the undisturbed one, and the world size does not change the data.
+    Every random number of a step comes from generators seeded by (seed, step), and every process draws the whole batch
+    and computes its rows: there is no state of a generator or of a sampler to keep, a resumed run repeats the
+    undisturbed one, and the world size does not change the data. The next batch is drawn while this one is computed.
 
     Args:
-        compute_loss: mean loss of this process's rows of the global batch.
+        draw: the rows of one step's global batch.
+        compute_loss: its mean loss.
         directory: takes `checkpoints/`; a checkpoint found there is resumed.
-        milestones: one-based steps after which `on_milestone(step, mean_loss, seconds, averaged_modules)` is called.
+        milestones: one-based steps after which `on_milestone(step, mean_loss, seconds, averaged_modules)` is called;
+            the seconds are of training, without these calls.
+        log: takes loss, learning rate and images a second every `REPORT_EVERY` steps.
     Raises:
-        UserError: the batch does not divide over the processes, or the loss is no longer finite.
+        UserError: the batch does not divide over the processes, or the loss is no longer finite or has run away.
     """
     if options.batch_size % accelerator.num_processes:
         raise UserError(
             f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
             "choose a multiple of the process count"
         )
-    local = options.batch_size // accelerator.num_processes
-    rows = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-
-    average = {name: _copy(module).to(accelerator.device) for name, module in modules.items()}
+    average = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()}
+    average = {name: module.to(accelerator.device) for name, module in average.items()}
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
     )
     checkpoints = directory / "checkpoints"
-    start, seconds, losses = _load_checkpoint(checkpoints, modules, average, optimiser)
+    state = _load_checkpoint(checkpoints, modules, average, optimiser, accelerator.scaler)
+    for module in modules.values():
+        if options.compile:
+            module.compile()
     names = list(modules)
     *prepared, optimiser = accelerator.prepare(*modules.values(), optimiser)
     live = dict(zip(names, prepared, strict=True))
-    clock = time.perf_counter() - seconds
-    bar = progress(range(start, options.steps), label, initial=start, total=options.steps, unit="step")
-    for step in bar:
+
+    pending: list[torch.Tensor] = []
+
+    def settle(done: int) -> None:
+        """Fetch the losses since the last time from the device, the mean over all processes, and judge them."""
+        if pending:
+            fetched = accelerator.reduce(torch.stack(pending), "mean").tolist()
+            pending.clear()
+            state.losses = (state.losses + fetched)[-100:]
+            _judge(state, fetched, done, options, label, checkpoints)
+
+    steps = range(state.step, options.steps)
+    bar = progress(steps, label, initial=state.step, total=options.steps, unit="step")
+    clock, reported = time.perf_counter() - state.seconds, (state.step, state.seconds)
+    for step, batch in zip(bar, _batches(draw, options, steps, accelerator), strict=True):
         for group in optimiser.param_groups:
             group["lr"] = options.rate(step)
-        loss = compute_loss(live, np.random.default_rng([options.seed, step]), rows)
+        torch.manual_seed(np.random.SeedSequence([options.seed, step, accelerator.process_index]).generate_state(1)[0])
         optimiser.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
+        pending.append(_backward(accelerator, live, compute_loss, batch, options.micro_batch))
         accelerator.clip_grad_norm_(parameters, options.gradient_clip)
         optimiser.step()
-        _update_average(average, modules, step + 1, options)
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            raise UserError(
-                f"{label}: the loss is {losses[-1]} at step {step + 1}; the last good checkpoint is in {checkpoints}: "
-                "lower learning_rate or gradient_clip and run again"
-            )
         done = step + 1
-        losses = losses[-100:]
-        if done % 20 == 0:
-            recent = float(np.mean(losses))
+        _update_average(average, modules, done, options)
+        at_milestone = done in milestones and on_milestone is not None
+        at_checkpoint = done % options.checkpoint_every == 0 or done == options.steps
+        if not (done % REPORT_EVERY == 0 or at_milestone or at_checkpoint):
+            continue
+        settle(done)
+        spent = time.perf_counter() - clock
+        if done % REPORT_EVERY == 0 and accelerator.is_main_process:
             if hasattr(bar, "set_postfix"):
-                bar.set_postfix(loss=f"{recent:.4f}", refresh=False)
-            if log is not None and accelerator.is_main_process:
-                log({"loss": recent, "learning_rate": options.rate(step)}, done)
-        if done in milestones and on_milestone is not None and accelerator.is_main_process:
-            on_milestone(done, float(np.mean(losses)), time.perf_counter() - clock, average)
-        if (done % options.checkpoint_every == 0 or done == options.steps) and accelerator.is_main_process:
-            spent = time.perf_counter() - clock
-            _save_checkpoint(checkpoints, done, spent, losses, modules, average, optimiser)
-        accelerator.wait_for_everyone()
+                bar.set_postfix(loss=f"{state.loss:.4f}", refresh=False)
+            if log is not None:
+                rate = (done - reported[0]) * options.batch_size / (spent - reported[1])
+                log({"loss": state.loss, "learning_rate": options.rate(step), "images_per_second": rate}, done)
+            reported = (done, spent)
+        if accelerator.is_main_process:
+            if at_milestone:
+                on_milestone(done, state.loss, spent, average)
+            if at_checkpoint:
+                state.step, state.seconds = done, spent
+                _save_checkpoint(checkpoints, state, options, modules, average, optimiser, accelerator.scaler)
+        if at_milestone or at_checkpoint:
+            accelerator.wait_for_everyone()
+            clock = time.perf_counter() - spent  # neither evaluation nor writing is training
     return average if options.ema_halflife else modules
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    import copy
+@dataclass
+class _State:
+    """How far the training is: beside the weights, all that a checkpoint needs."""
 
-    return copy.deepcopy(module).requires_grad_(False).eval()
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    lowest: float = math.inf
+
+    @property
+    def loss(self) -> float:
+        """Mean of the last (at most 100) steps."""
+        return float(np.mean(self.losses))
+
+
+def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: Accelerator) -> Iterator[Batch]:
+    """This process's rows of every step's batch, on the device; the next are drawn meanwhile."""
+    local = options.batch_size // accelerator.num_processes
+    rows = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
+    on_gpu = accelerator.device.type == "cuda"
+
+    def drawn(step: int) -> Batch:
+        batch = draw(np.random.default_rng([options.seed, step]), rows)
+        return tuple(tensor.pin_memory() for tensor in batch) if on_gpu else batch
+
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(drawn, steps[0]) if steps else None
+        for step in steps:
+            batch = following.result()
+            if step + 1 < steps.stop:
+                following = thread.submit(drawn, step + 1)
+            yield tuple(tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
+
+
+def _backward(
+    accelerator: Accelerator, live: Modules, compute_loss: ComputeLoss, batch: Batch, micro_batch: int | None
+) -> torch.Tensor:
+    """Gradients of the batch's mean loss, over parts of it if asked for; returns the loss, detached."""
+    local = len(batch[0])
+    size = micro_batch or local
+    total = torch.zeros((), device=accelerator.device)
+    for start in range(0, local, size):
+        part = batch if size >= local else tuple(tensor[start : start + size] for tensor in batch)
+        with contextlib.ExitStack() as stack:
+            if start + size < local:  # the processes exchange gradients after the last part
+                for module in live.values():
+                    stack.enter_context(accelerator.no_sync(module))
+            loss = compute_loss(live, part)
+            if size < local:
+                loss = loss * (len(part[0]) / local)
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def _judge(
+    state: _State, fetched: Sequence[float], done: int, options: LoopOptions, label: str, checkpoints: Path
+) -> None:
+    """Stop a training whose loss is not finite or has run away."""
+    advice = (
+        f"the last good checkpoint is in {checkpoints}: lower learning_rate or gradient_clip, raise warmup, "
+        "or use mixed_precision=no, and run again"
+    )
+    bad = next((index for index, loss in enumerate(fetched) if not math.isfinite(loss)), None)
+    if bad is not None:
+        raise UserError(f"{label}: the loss is {fetched[bad]} at step {done - len(fetched) + bad + 1}; {advice}")
+    if options.divergence and len(state.losses) >= REPORT_EVERY:
+        recent = float(np.mean(state.losses[-REPORT_EVERY:]))
+        if recent > options.divergence * state.lowest:
+            raise UserError(
+                f"{label}: the loss has run away to {recent:.3g} at step {done}, {recent / state.lowest:.0f} times its "
+                f"lowest ({state.lowest:.3g}); {advice}"
+            )
+        state.lowest = min(state.lowest, recent)
 
 
 @torch.no_grad()
@@ -155,37 +264,44 @@ def _update_average(average: Modules, modules: Modules, step: int, options: Loop
 
 def _save_checkpoint(
     folder: Path,
-    step: int,
-    seconds: float,
-    losses: list[float],
+    state: _State,
+    options: LoopOptions,
     modules: Modules,
     average: Modules,
     optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
 ) -> None:
-    """Write `checkpoints/<step>/` beside and rename it into place; older ones go."""
-    partial, final = folder / f"{step:08d}.partial", folder / f"{step:08d}"
+    """Write `checkpoints/<step>/` beside and rename it into place; all but the newest go."""
+    partial, final = folder / f"{state.step:08d}.partial", folder / f"{state.step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, module in modules.items():
         save_file(_tensors(module.state_dict()), partial / f"{name}.safetensors")
         save_file(_tensors(average[name].state_dict()), partial / f"{name}_average.safetensors")
-    state = optimiser.state_dict()["state"]
-    flat = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+    moments = optimiser.state_dict()["state"]
+    flat = {f"{index}.{key}": value for index, entry in moments.items() for key, value in entry.items()}
     save_file(_tensors(flat), partial / "optimiser.safetensors")
-    write_json(partial / "state.json", {"step": step, "seconds": seconds, "losses": losses})
+    facts = asdict(state)
+    if math.isinf(state.lowest):
+        facts["lowest"] = None  # JSON knows no infinity
+    write_json(partial / "state.json", {**facts, "scaler": scaler.state_dict() if scaler is not None else None})
     shutil.rmtree(final, ignore_errors=True)
     os.rename(partial, final)
-    for old in folder.iterdir():
-        if old != final:
-            shutil.rmtree(old, ignore_errors=True)
+    whole = sorted(path for path in folder.iterdir() if path.suffix != ".partial")
+    for old in set(folder.iterdir()) - set(whole[-options.keep_checkpoints :]):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _load_checkpoint(
-    folder: Path, modules: Modules, average: Modules, optimiser: torch.optim.Optimizer
-) -> tuple[int, float, list[float]]:
+    folder: Path,
+    modules: Modules,
+    average: Modules,
+    optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> _State:
     found = sorted(path for path in folder.glob("*[0-9]") if (path / "state.json").is_file())
     if not found:
-        return 0, 0.0, []
+        return _State()
     newest = found[-1]
     for name, module in modules.items():
         module.load_state_dict(load_file(newest / f"{name}.safetensors"))
@@ -193,11 +309,14 @@ def _load_checkpoint(
     whole = optimiser.state_dict()
     whole["state"] = {}
     for key, value in load_file(newest / "optimiser.safetensors").items():
-        index, field = key.split(".", 1)
-        whole["state"].setdefault(int(index), {})[field] = value
+        index, entry = key.split(".", 1)
+        whole["state"].setdefault(int(index), {})[entry] = value
     optimiser.load_state_dict(whole)
-    state = read_json(newest / "state.json")
-    return state["step"], state["seconds"], state["losses"]
+    facts = read_json(newest / "state.json")
+    if scaler is not None and facts["scaler"]:
+        scaler.load_state_dict(facts["scaler"])
+    lowest = math.inf if facts["lowest"] is None else facts["lowest"]
+    return _State(facts["step"], facts["seconds"], facts["losses"], lowest)
 
 
 def _tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from corpus.index import Corpus
 from train.latents import flip, scene_balanced_weights, to_tensor
-from train.loop import LoopOptions, train_loop
+from train.loop import Batch, LoopOptions, Modules, train_loop
 
 
 def clip_tokenizer(max_length: int) -> CLIPTokenizer:
@@ -117,10 +117,12 @@ def train_clip(
     tokens = tokenize(tokenizer, captions)
     weights = scene_balanced_weights(corpus)
 
-    def loss(modules: dict[str, nn.Module], random: np.random.Generator, rows: slice) -> torch.Tensor:
+    def draw(random: np.random.Generator, rows: slice) -> Batch:
         picked = random.choice(len(corpus), options.batch_size, p=weights)[rows]
-        pixels = flip(to_tensor(corpus.images[picked]), random).to(accelerator.device)
-        code = torch.from_numpy(codes[picked]).to(accelerator.device)
+        return flip(to_tensor(corpus.images[picked]), random), torch.from_numpy(codes[picked])
+
+    def loss(modules: Modules, batch: Batch) -> torch.Tensor:
+        pixels, code = batch
         # one text forward a distinct caption: a batch holds few of them
         distinct, position = torch.unique(code, return_inverse=True)
         output = modules["clip"](input_ids=tokens[distinct.cpu()].to(accelerator.device), pixel_values=pixels)
@@ -129,7 +131,7 @@ def train_clip(
         scale = accelerator.unwrap_model(modules["clip"]).logit_scale.exp().clamp(max=100)
         return contrastive_loss(output.image_embeds, texts, same, scale)
 
-    best = train_loop(accelerator, {"clip": model}, loss, options, directory, label="text encoder", log=log)
+    best = train_loop(accelerator, {"clip": model}, draw, loss, options, directory, label="text encoder", log=log)
     model.load_state_dict(best["clip"].state_dict())
     return model.eval()
 
@@ -153,3 +155,32 @@ def clip_score(
     pictures = torch.cat([model.get_image_features(pixel_values=batch).pooler_output.float() for batch in batches])
     texts = model.get_text_features(input_ids=tokenize(tokenizer, distinct).to(device)).pooler_output[position]
     return 100 * nn.functional.cosine_similarity(pictures, texts).cpu().numpy()
+
+
+@torch.no_grad()
+def scene_accuracy(
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    images: np.ndarray,
+    scenes: np.ndarray,
+    described: Mapping[str, Sequence[str]],
+    pixels: Callable[[np.ndarray], torch.Tensor] = to_tensor,
+) -> float:
+    """Top-1 accuracy of CLIP's zero-shot classification (Radford et al. 2021, section 3.1.4).
+
+    A scene is the mean of the unit embeddings of the texts that describe it.
+
+    Args:
+        images: uint8 [N, H, W, 3]; scenes: str [N], their true ones; described: texts of every scene.
+    """
+    device = next(model.parameters()).device
+    names = sorted(described)
+    centres = []
+    for name in names:
+        tokens = tokenize(tokenizer, described[name]).to(device)
+        texts = nn.functional.normalize(model.get_text_features(input_ids=tokens).pooler_output, dim=1)
+        centres.append(nn.functional.normalize(texts.mean(0), dim=0))
+    batches = (pixels(images[start : start + 256]).to(device) for start in range(0, len(images), 256))
+    pictures = torch.cat([model.get_image_features(pixel_values=batch).pooler_output for batch in batches])
+    found = (pictures @ torch.stack(centres).T).argmax(1).cpu().numpy()
+    return float((np.array(names)[found] == np.asarray(scenes)).mean())

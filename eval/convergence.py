@@ -1,0 +1,67 @@
+"""What a convergence curve says in numbers: the area under it, and when it reached a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+AXES = ("step", "images_seen", "seconds")
+
+
+def area_under_curve(x: Sequence[float], y: Sequence[float]) -> float:
+    """Mean height of a curve over its span, by trapezoids; of one point its height."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    return float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 and x[-1] > x[0] else float(y[-1])
+
+
+def first_reached(
+    x: Sequence[float], y: Sequence[float], target: float, *, lower_is_better: bool = True
+) -> float | None:
+    """Where a curve first reaches a target, linearly between its points; None if it never does."""
+    gain = np.asarray(y, dtype=np.float64) - target
+    gain = -gain if lower_is_better else gain
+    reached = np.flatnonzero(gain >= 0)
+    if len(reached) == 0:
+        return None
+    index = int(reached[0])
+    if index == 0:
+        return float(x[0])
+    share = -gain[index - 1] / (gain[index] - gain[index - 1])
+    return float(x[index - 1] + share * (x[index] - x[index - 1]))
+
+
+def summarise(lines: Sequence[Mapping[str, float]], targets: Mapping[str, float]) -> dict[str, dict]:
+    """Areas under the curves of a run's metrics over images seen, and when each target was reached.
+
+    Args:
+        lines: of convergence.jsonl, in order.
+        targets: by metric as the lines name it. Distances count as reached below, all others above.
+    Returns:
+        area_under_curve: by metric; reached: by metric, of step, images_seen and seconds, null where never.
+    """
+    metrics = [key for key in lines[0] if key not in AXES]
+    images = [line["images_seen"] for line in lines]
+    areas = {key: area_under_curve(images, [line[key] for line in lines]) for key in metrics}
+    reached = {
+        key: {
+            "target": target,
+            **{
+                axis: first_reached(
+                    [line[axis] for line in lines],
+                    [line[key] for line in lines],
+                    target,
+                    lower_is_better=is_distance(key),
+                )
+                for axis in AXES
+            },
+        }
+        for key, target in targets.items()
+    }
+    return {"area_under_curve": areas, "reached": reached}
+
+
+def is_distance(metric: str) -> bool:
+    """Whether less of a metric is better: losses and distances between sets."""
+    name = metric.split("_", 1)[-1] if metric.startswith(("balanced_", "natural_")) else metric
+    return name.startswith(("fid", "fd_", "kid", "loss"))

@@ -1,0 +1,185 @@
+"""Images of a foundation model: `python scripts/sample.py foundation=DIR prompt="a satellite image of desert"`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from PIL import Image
+
+from corpus.application import run
+from corpus.artefacts import plain, stage, write_json
+from corpus.errors import UserError
+from eval.figures import contact_sheet
+from train.sampler import Sampler, check_prompt, check_settings, load_sampler, pipeline_fingerprint
+
+#: Images in a row of a sheet that has only one prompt and place, and the least width of one in screen pixels.
+COLUMNS, TILE = 8, 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row of images shares.
+
+    Attributes:
+        place: its name on the sheet; "" where there is no metadata.
+    """
+
+    prompt: str
+    place: str
+    metadata: Mapping[str, float]
+
+
+def prompts_of(value: Any) -> list[str]:
+    """The prompts of an option that holds one or a list.
+
+    Raises:
+        UserError: there is none, or one is empty.
+    """
+    value = plain(value)
+    prompts = [str(prompt) for prompt in (value if isinstance(value, list) else [value]) if prompt is not None]
+    for prompt in prompts or [""]:
+        check_prompt(prompt)
+    return prompts
+
+
+def rows_of(cfg: DictConfig, sampler: Sampler) -> list[Row]:
+    """A row for every prompt, or for every prompt at every place.
+
+    Raises:
+        UserError: the prompts, the metadata or the places are no such thing, or none of the model's.
+    """
+    shared, places = plain(cfg.sample.metadata) or {}, plain(cfg.sample.places)
+    if not isinstance(shared, Mapping):
+        raise UserError(f"sample.metadata={shared}: give a number to each field, e.g. sample.metadata.lon=-60")
+    if places is None:
+        places = [{}]
+    if not isinstance(places, list) or not places or not all(isinstance(place, Mapping) for place in places):
+        raise UserError(
+            f"sample.places={places}: give a list of places, e.g. 'sample.places=[{{name:Amazon,lon:-60,lat:-3}}]'"
+        )
+    found = []
+    for place in places:
+        facts = sampler.known({**shared, **{key: value for key, value in place.items() if key != "name"}})
+        described = ", ".join(f"{name} {number:g}" for name, number in facts.items())
+        found.append((str(place.get("name", described)), facts))
+    return [Row(prompt, name, facts) for prompt in prompts_of(cfg.prompt) for name, facts in found]
+
+
+def sheet_of(images: Sequence[np.ndarray], rows: Sequence[Row]) -> Image.Image:
+    """All images on a sheet, a row each, the prompt below and the place beside them.
+
+    Args:
+        images: uint8 [K, H, W, 3] for each of the rows.
+    """
+    columns = len(images[0]) if len(rows) > 1 else min(len(images[0]), COLUMNS)
+    places = [row.place for row in rows]
+    return contact_sheet(
+        np.concatenate(images),
+        columns,
+        [row.prompt for row in rows for _ in images[0]],
+        scale=max(1, TILE // images[0].shape[2]),
+        row_labels=places if any(places) else None,
+    )
+
+
+def write_samples(directory: Path, images: Sequence[np.ndarray], rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
+    """sheet.png, 0000.png and so on, row by row, and samples.json, which says what each of them is.
+
+    Args:
+        images: uint8 [K, H, W, 3] for each of the rows.
+        facts: of all images.
+    """
+    listed = []
+    for row, drawn in zip(rows, images, strict=True):
+        for number, image in enumerate(drawn):
+            name = f"{len(listed):04d}.png"
+            Image.fromarray(image).save(directory / name)
+            listed.append({"file": name, **asdict(row), "seed": facts["seed"], "number": number})
+    sheet_of(images, rows).save(directory / "sheet.png")
+    write_json(directory / "samples.json", {**facts, "images": listed})
+
+
+def main(cfg: DictConfig) -> None:
+    if cfg.foundation is None:
+        raise UserError("no model given: foundation=DIR, the directory that train/pretrain.py prints (run: DIR)")
+    options = cfg.sample
+    settings = {
+        "count": cfg.images,
+        "seed": cfg.seed,
+        "steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+    }
+    check_settings(**settings)
+    foundation = Path(str(cfg.foundation)).expanduser()
+    sampler = load_sampler(foundation, options.batch_size)
+    rows = rows_of(cfg, sampler)
+    drawn_with = {"model": pipeline_fingerprint(sampler.folder), "batch_size": sampler.batch_size, **settings}
+    facts = {"foundation": str(foundation), "pipeline": type(sampler.pipeline).__name__, **drawn_with}
+
+    def build(directory: Path) -> None:
+        images = [
+            sampler.draw(row.prompt, metadata=row.metadata, label=row.place or row.prompt[:40], **settings)
+            for row in rows
+        ]
+        write_samples(directory, images, rows, facts)
+
+    if options.out is None:
+        target = stage(cfg.results, "samples", {**drawn_with, "rows": [asdict(row) for row in rows]}, build)
+    else:
+        target = Path(str(options.out)).expanduser()
+        write_whole(target, build)
+    print(f"samples: {target}")
+
+
+def write_whole(target: Path, build: Callable[[Path], None]) -> None:
+    """Let `build` fill a directory beside the target, which then takes its place.
+
+    Raises:
+        UserError: the target is there and not empty.
+    """
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise UserError(f"sample.out={target} is not empty: name another, or remove it")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        build(partial)
+        if target.exists():
+            target.rmdir()
+        os.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def hydra_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line as Hydra's grammar wants it.
+
+    `prompt=TEXT` is quoted, since a comma would mean several runs: not what is a list, quoted already or null, nor of a
+    multirun. `sample.metadata.NAME=VALUE` gets the plus signs with which keys are added.
+    """
+    several = bool({"-m", "--multirun"} & set(arguments))
+    changed = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "prompt" and value and value[0] not in "['\"" and value != "null" and not several:
+            # a backslash stands for itself, but not before a quote
+            value = re.sub(r"(\\*)('|\Z)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
+            argument = f"prompt='{value}'"
+        elif key.startswith("sample.metadata."):
+            argument = f"++{argument}"
+        changed.append(argument)
+    return changed
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = hydra_arguments(sys.argv[1:])
+    run(main)

@@ -1,0 +1,93 @@
+"""The model card of a pretrained pipeline: what it was trained on, how, how well, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from train.metadata import FOLDER, MetadataField
+
+
+def model_card(
+    cfg: DictConfig,
+    summary: Mapping[str, Any],
+    selection: Mapping[str, Any],
+    pipeline: str,
+    fields: Mapping[str, MetadataField],
+) -> str:
+    """Markdown with the hub's header of facts.
+
+    Args:
+        summary: of the pretraining run; selection: of its prune; pipeline: its class; fields: its metadata.
+    """
+    licence = cfg.corpus.get("licence")
+    arguments = 'prompt="a satellite image of desert"'
+    if pipeline == "PixArtAlphaPipeline":
+        arguments += ", max_sequence_length=pipeline.tokenizer.model_max_length, use_resolution_binning=False"
+        arguments += ", clean_caption=False"
+    scenes = "\n".join(
+        f"| {name or '(none)'} | {count['before']:,} | {count['after']:,} |"
+        for name, count in selection["scenes"].items()
+    )
+    metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(summary["metrics"].items()))
+    place = ""
+    if fields:
+        place = (
+            f"\n## Metadata\n\nThe model also reads {', '.join(fields)}, encoded by `{FOLDER}/`; without them it is "
+            "drawn from by plain diffusers as above. With them:\n\n```\npython scripts/sample.py foundation=RUN "
+            'prompt="a satellite image of desert" …\n```\n'
+        )
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [remote-sensing, latent-diffusion, rs-prune]
+---
+
+# Latent diffusion on {cfg.corpus.name}, {summary["method"]} at {summary["ratio"]:g} removed
+
+Text-conditioned latent diffusion for remote-sensing images of {_side(cfg)} px, pretrained on a pruned corpus.
+
+## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER")
+image = pipeline({arguments},
+                 num_inference_steps={cfg.eval.steps}, guidance_scale={cfg.eval.guidance_scale}).images[0]
+```
+{place}
+## Data
+
+- corpus: {cfg.corpus.name}, {selection["images"]:,} images, of which {summary["images"]:,} were kept
+- selection: `prune={summary["method"]} ratio={summary["ratio"]:g}`, seed {summary["seed"]}, `{summary["selection"]}`
+- licence of the data: {licence or "not stated (corpus.licence)"}
+
+| scene | images | kept |
+| --- | --- | --- |
+{scenes}
+
+## Training
+
+- {summary["parameters"]:,} parameters, {summary["steps"]:,} steps of {cfg.train.loop.batch_size} images,
+  {summary["seconds"]:.0f} s, {summary["training_flops_per_image"] / 1e9:.3g} GFLOP an image
+- objective: {cfg.train.objective.prediction}; captions dropped: {cfg.train.objective.caption_dropout:.0%}; weights
+  averaged with a half-life of {cfg.train.loop.ema_halflife:,} images; precision: {cfg.train.mixed_precision}
+
+## Metrics
+
+On {cfg.eval.images} held-out images of each set, {cfg.eval.steps} steps, guidance {cfg.eval.guidance_scale}:
+`balanced_` draws every scene alike, `natural_` as the corpus is. `fd_NAME` is a Fréchet distance on that encoder's
+features; `fid` is on InceptionV3's alone.
+
+| metric | value |
+| --- | --- |
+{metrics}
+"""
+
+
+def _side(cfg: DictConfig) -> int:
+    return cfg.train.views.crop or cfg.corpus.train.resolution
