@@ -51,6 +51,7 @@ lint: $(READY)  ## ruff
 bench: $(READY)  ## speed of every stage on this machine
 	$(BIN)/python scripts/bench.py profile=$(PROFILE)
 	$(BIN)/python scripts/bench_selection.py profile=$(PROFILE)
+	$(BIN)/python scripts/bench_training.py profile=$(PROFILE)
 
 sweep: $(READY)  ## pretrain over methods and ratios
 	$(BIN)/python train/pretrain.py -m prune=full,random,rsprune ratio=0.5,0.85 profile=$(PROFILE)

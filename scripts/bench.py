@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import platform
 import shutil
 import tempfile
 import time
@@ -28,6 +26,7 @@ from corpus.encoder import EfficientNetLite0
 from corpus.errors import UserError
 from corpus.folder import SUFFIXES, ImageFolder
 from corpus.index import CHUNK, index_corpus
+from corpus.machine import machine
 from corpus.parallel import in_processes
 from prune.entropy import LocalEntropy, luma
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
@@ -230,14 +229,6 @@ def main(cfg: DictConfig) -> None:
     }
     write_json(path, facts)
     print(f"results: {path.parent}")
-
-
-def machine() -> str:
-    """Processor, cores and threads: what a figure depends on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {device}"
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def mask_tab(cfg: DictConfig, translator: Translator, palette: Mapping[str, Sequ
                 height=CANVAS + 110,
                 format="png",
             )
-            prompt = gr.Textbox(label="Prompt (optional)")
+            prompt = gr.Textbox(label="Prompt, as the image would be captioned; may be empty")
             seed, steps = seed_and_steps(cfg)
             button = gr.Button("Draw", variant="primary")
         with gr.Column(min_width=260):

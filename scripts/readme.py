@@ -87,6 +87,18 @@ def write_benchmarks(results: Path, target: Path) -> None:
             + ", ".join(f"{name} ~ N^{value:.2f}" for name, value in found["exponents"].items())
             + ".",
         ]
+    path = results / "bench_training.json"
+    if path.is_file():
+        found = read_json(path)
+        rows = [{"": name, "images/s": f"{value:,.1f}"} for name, value in found["images_per_second"].items()]
+        rows += [{"": name, "images/s": f"{value:.2f}"} for name, value in found["ratios"].items()]
+        parts += [
+            "## Training",
+            f"Machine: {found['machine']}. {found['network']}; {found['gflop_per_image']:.2f} GFLOP an image, of "
+            f"{found['peak_gflops']:,.0f} GFLOP/s that large matrix products reach here: "
+            f"{found['model_flops_utilisation']:.0%} model FLOPs utilisation.",
+            markdown(pd.DataFrame(rows)),
+        ]
     target.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

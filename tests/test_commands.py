@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,6 +142,77 @@ def test_a_killed_run_ends_with_the_tables_of_an_undisturbed_one(home, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for path in sorted((home / "results" / "smoke" / "tables").iterdir()):
         assert (tmp_path / "results" / "smoke" / "tables" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_two_processes_pretrain_as_one(home, tmp_path):
+    """`accelerate launch` with two CPU processes (gloo): the same global batch, so the same curve."""
+    arguments = ["profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none"]
+    alone = ran("train/pretrain.py", *arguments, cwd=home)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(ROOT / "configs" / "accelerate" / "multi_cpu.yaml")]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train/pretrain.py"), *arguments], cwd=tmp_path, capture_output=True, text=True,
+        env={**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [line for line in done.stdout.splitlines() if line.startswith("run: ")]
+    assert len(results) == 1  # the first process alone prints
+    curves = [
+        pd.read_json(path / "convergence.jsonl", lines=True)
+        for path in (alone, tmp_path / results[0].removeprefix("run: "))
+    ]
+    np.testing.assert_allclose(curves[1]["loss"], curves[0]["loss"], rtol=1e-3)
+    np.testing.assert_allclose(curves[1]["balanced_kid_x1000"], curves[0]["balanced_kid_x1000"], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.objective.prediction=v_prediction", "train.objective.zero_terminal_snr=true", "metadata=place"),
+        ("model=dit_s", "model.transformer.num_layers=2", "model.transformer.num_attention_heads=2",
+         "model.transformer.attention_head_dim=16", "train.loop.micro_batch=8", "tracker=tensorboard"),
+    ],
+    ids=["v_prediction_and_places", "transformer_and_tensorboard"],
+)  # fmt: skip
+def test_choices_of_pretraining(home, overrides, forked):
+    """Another objective, another network, facts beside the caption: the run is whole and its pipeline loads."""
+    directory = ran(
+        "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none", "train.loop.steps=4",
+        "eval.convergence_points=1", "eval.targets={loss: 0.001}", *overrides, cwd=home, by=forked,
+    )  # fmt: skip
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["convergence"]["reached"]["loss"]["step"] is None
+    assert 0 <= summary["metrics"]["balanced_scene_accuracy_local"] <= 1 and summary["scene_accuracy_real"] > 0.2
+    card = (directory / "pipeline" / "README.md").read_text()
+    assert "72 were kept" in card and "public domain" in card
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(directory / "pipeline")
+    if "metadata=place" in overrides:
+        assert (directory / "samples" / "places_000004.png").is_file()
+        assert (directory / "pipeline" / "metadata_encoder" / "model.safetensors").is_file()
+        assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    else:
+        assert type(pipeline).__name__ == "PixArtAlphaPipeline" and "max_sequence_length" in card
+        assert list((home / "runs" / "tensorboard").glob("pretrain-rsprune-0.85-*/events*"))
+
+
+def test_going_on_from_a_pipeline_with_low_rank_updates(home, forked):
+    first = ran(
+        "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none", cwd=home, by=forked
+    )
+    directory = ran(
+        "train/pretrain.py", "profile=smoke", "prune=random", "ratio=0.85", "tracker=none", "train.loop.steps=4",
+        "eval.convergence_points=1", "model=lora", f"model.pretrained={first}", cwd=home, by=forked,
+    )  # fmt: skip
+    assert [path.name for path in (directory / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    old, new = (
+        load_file(path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors") for path in (first, directory)
+    )
+    changed = {key for key, value in new.items() if not value.equal(old[key])}
+    assert set(new) == set(old) and changed
+    assert all(".attn" in key and key.endswith("weight") for key in changed)
 
 
 def test_prune_leaves_the_contract_behind(home):

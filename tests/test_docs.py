@@ -9,23 +9,37 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from corpus.application import CONFIGS
+from train.diffusion import new_network
+from train.utilisation import training_flops
 
 
-@pytest.mark.slow
-def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
+def checkout(repository: Path, folder: Path) -> dict[str, str]:
+    """The repository's files in a folder, and an environment in which its commands run there."""
     listed = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("the repository is no git checkout: which files to copy is not known")
     for name in listed.stdout.splitlines():
         if (repository / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(repository / name, tmp_path / name)
-    environment = {
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / name, folder / name)
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
         **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled",
+        "PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "disabled",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
+    environment = checkout(repository, tmp_path)
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```", (repository / "docs" / "corpora.md").read_text(), re.M | re.S)
     examples = [(kind, text) for kind, text in blocks if not text.startswith("# corpus/")]
     assert len(examples) == 6
@@ -35,3 +49,43 @@ def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, text + done.stderr[-2000:]
     selections = list((tmp_path / "runs" / "selection").glob("*/selection.parquet"))
     assert len(selections) == 5 and all(pd.read_parquet(path)["kept"].any() for path in selections)
+
+
+@pytest.mark.slow
+def test_the_torchgeo_example_runs_as_written(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchgeo", reason="torchgeo is the extra `geo`, which is not installed")
+    environment = checkout(repository, tmp_path)
+    random, members = np.random.default_rng(0), {"train": [], "val": [], "test": []}
+    for scene in ("agricultural", "forest"):
+        folder = tmp_path / "ucmerced" / "UCMerced_LandUse" / "Images" / scene
+        folder.mkdir(parents=True)
+        for number, split in enumerate(("train", "train", "train", "train", "val", "test")):
+            name = f"{scene}{number:02d}.tif"
+            Image.fromarray(random.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(folder / name)
+            members[split].append(name)
+    for split, names in members.items():
+        (tmp_path / "ucmerced" / f"uc_merced-{split}.txt").write_text("\n".join(names) + "\n")
+    [example] = re.findall(r"^```torchgeo\n(.*?)^```", (tmp_path / "docs" / "corpora.md").read_text(), re.M | re.S)
+    shell = ["bash", "-euo", "pipefail", "-c", example]
+    done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    selection = pd.read_parquet(tmp_path / done.stdout.strip().splitlines()[-1].split(": ")[1] / "selection.parquet")
+    assert len(selection) == 8 and selection["kept"].sum() == 4
+
+
+def test_the_estimates_follow_from_the_networks(repository: Path) -> None:
+    """docs/training.md: parameters and arithmetic as counted, speeds as its own formula gives them."""
+    text = (repository / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\d+) x (\d+) x \d+ \| ([\d.]+) \| ([\d.,]+) \| ([\d,]+) \|$", text, re.M)
+    assert len(rows) == 5
+    for name, channels, side, millions, gigaflops, speed in rows:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            model = compose("config", [f"model={name}"]).model
+        with torch.device("meta"):
+            network = new_network(model, int(channels), int(side), 768, seed=0)
+            flops = training_flops(
+                network, torch.zeros(1, int(channels), int(side), int(side)), torch.zeros(1, 77, 768)
+            )
+        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(float(millions), abs=0.05)
+        assert flops / 1e9 == pytest.approx(float(gigaflops.replace(",", "")), abs=0.05)
+        assert 8 * 0.4 * 989e12 / flops == pytest.approx(float(speed.replace(",", "")), rel=0.01)

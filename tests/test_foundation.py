@@ -68,14 +68,14 @@ def parts() -> TextParts:
     ("name", "channels", "side", "width", "millions"),
     [
         ("ldm_tiny", 16, 8, 128, 2.9),
-        ("ldm_small", 4, 32, 768, 69),
+        ("ldm_small", 4, 32, 768, 68),
         ("ldm_base", 4, 32, 768, 860),
         ("dit_s", 4, 32, 768, 30),
         ("dit_b", 4, 32, 768, 119),
     ],
 )
 def test_networks_have_the_sizes_their_names_stand_for(name, channels, side, width, millions) -> None:
-    """A DiT of 12 blocks, width d: 16 d^2 each for two attentions and an MLP, and 6 d^2 for the times of all of them."""
+    """A DiT of 12 blocks, width d: 16 d^2 each for two attentions and an MLP, and 6 d^2 for the times of all."""
     with torch.device("meta"):
         network = new_network(config(f"model={name}").model, channels, side, width, seed=0)
     count = sum(parameter.numel() for parameter in network.parameters()) / 1e6

@@ -235,10 +235,11 @@ license: apache-2.0
 ---
 # {Path(cfg.autoencoder.path).name}
 
-The frozen autoencoder of the embedded corpus: `diffusers.AutoencoderTiny`, 64 px, 8-fold, {recipe.latent_channels}
-channels, `scaling_factor` {recipe.scaling_factor}.
+The frozen autoencoder of the corpus {cfg.corpus.name}: `diffusers.AutoencoderTiny`, {cfg.corpus.train.resolution} px,
+8-fold, {recipe.latent_channels} channels, `scaling_factor` {recipe.scaling_factor}.
 
-- **Data**: the training split of NASA's Blue Marble (public domain), scene-balanced tiles; no held-out pixel.
+- **Data**: the training split of {cfg.corpus.name}, scene-balanced; no held-out pixel. Its licence:
+  {cfg.corpus.licence or "not stated (corpus.licence)"}.
 - **Start**: PCA of 8 x 8 patches in the encoder. **Then**, with a perceptual loss on EfficientNet-Lite0 (ImageNet
   weights, Apache-2.0): {phases}.
 - **Regenerate**: `make autoencoder` (recipe in `configs/autoencoder/{Path(cfg.autoencoder.path).name}.yaml`).

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from corpus.artefacts import read_json, write_json
@@ -200,7 +201,8 @@ def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: A
         batch = draw(np.random.default_rng([options.seed, step]), rows)
         return tuple(tensor.pin_memory() for tensor in batch) if on_gpu else batch
 
-    with ThreadPoolExecutor(1) as thread:
+    # one thread alone: a second team of OpenMP's would spin on the cores that the network computes on
+    with ThreadPoolExecutor(1, initializer=lambda: threadpool_limits(1, user_api="openmp")) as thread:
         following = thread.submit(drawn, steps[0]) if steps else None
         for step in steps:
             batch = following.result()

@@ -130,7 +130,8 @@ def check_settings(*, count: Any, seed: Any, steps: Any, guidance_scale: Any) ->
     for name, value, least in (("images", count, 1), ("seed", seed, 0), ("steps", steps, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"{name}={value}: give a whole number of at least {least}")
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float) or not guidance_scale >= 0:
+    number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+    if not (number and 0 <= guidance_scale < math.inf):
         raise UserError(f"guidance_scale={guidance_scale}: give a number of at least 0; 1 switches guidance off")
 
 
