@@ -58,12 +58,13 @@ _CELL = ("corpus", "prune", "ratio", "seed", "step")
 _FIRST, _LAST = ("full", "random", "rsprune"), ("scratch",)
 _HELD_OUT = ("balanced", "natural")
 _METRICS = (
-    "fid", "fd_", "kid", "precision", "recall", "density", "coverage", "clip_", "psnr", "ssim", "mask_agreement",
-    "feature_distance", "vendi", "scene_entropy", "near_duplicates", "low_information",
+    "fid", "fd_", "kid", "precision", "recall", "density", "coverage", "clip_", "scene_accuracy", "psnr", "ssim",
+    "mask_agreement", "feature_distance", "vendi", "scene_entropy", "near_duplicates", "low_information",
 )  # fmt: skip
 _LOWER = ("fid", "fd_", "kid", "feature_distance", "lpips", "loss", "near_duplicates", "low_information")
 _HIGHER = (
-    "precision", "recall", "density", "coverage", "clip_", "psnr", "ssim", "mask_agreement", "vendi", "scene_entropy",
+    "precision", "recall", "density", "coverage", "clip_", "scene_accuracy", "psnr", "ssim", "mask_agreement", "vendi",
+    "scene_entropy",
 )  # fmt: skip
 _DISTANCES = ("fid", "fd_", "kid")
 _TIMING = re.compile(r"(^|_)(seconds?|minutes|hours|time|duration|eta|per_second)($|_)")

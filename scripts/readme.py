@@ -50,6 +50,15 @@ def write_results(results: Path, target: Path) -> None:
     for title, path in known.items():
         if path.is_file():
             parts.append(f"## {title}\n\n{path.read_text(encoding='utf-8').strip()}")
+    path = results.parent / "aid" / "local" / "tables" / "generation.md"
+    if path.is_file():
+        parts.append(
+            "## Aerial images: generation on AID\n\n`make reproduce` on a folder (docs/training.md has the command): AID's "
+            "photographs at 64 px with RSICD's captions, autoencoder and text encoder trained on them. A guess among the 30 "
+            "scenes would be right in 0.033 of all cases; the text encoder itself recognises the scene of "
+            f"{real_accuracy(path.parents[1]):.3f} of the held-out photographs.\n\n"
+            + path.read_text(encoding="utf-8").strip()
+        )
     path = results.parent / "long_tail" / "long_tail.json"
     if path.is_file():
         found = read_json(path)
@@ -60,6 +69,16 @@ def write_results(results: Path, target: Path) -> None:
             f"ratio={found['ratio']:g}. `scenes`: classes with at least one kept tile.\n\n" + markdown(table)
         )
     target.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def real_accuracy(results: Path) -> float:
+    """How often the CLIP model of a chain's runs recognises the scene of a held-out image."""
+    run_of = read_json(results / "runs.json")
+    return next(
+        read_json(Path(place) / "summary.json")["scene_accuracy_real"]
+        for name, place in run_of.items()
+        if name.startswith("generation/")
+    )
 
 
 def write_benchmarks(results: Path, target: Path) -> None:

@@ -16,11 +16,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, StableDiffusionPipeline
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 from tiny_networks import CHANNELS, SIZE, pictures, tiny_autoencoder, tiny_text_encoder, tiny_unet
 from torch import nn
 
+from corpus import tracking
 from corpus.application import CONFIGS
 from corpus.errors import UserError
 from corpus.index import Corpus
@@ -39,6 +41,7 @@ from train.diffusion import (
     predict,
     text_to_image_pipeline,
 )
+from train.foundation import milestones
 from train.latents import Views, cached_latents, encode_moments, symmetric, to_tensor
 from train.loop import LoopOptions, train_loop
 from train.metadata import MetadataEncoder, MetadataField, drop, metadata_values, new_encoder, prompt_embeddings
@@ -470,6 +473,31 @@ def interrupted(directory: Path, step: int) -> None:
         nn.Tanh.forward = forward
 
 
+# ---------------------------------------------------------------- the hub
+
+
+def test_a_finished_pipeline_goes_to_the_hub_or_says_why_not(tmp_path, monkeypatch) -> None:
+    from train import pretrain as command
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            calls.append(("create", name, exist_ok))
+
+        def upload_folder(self, folder_path, repo_id):
+            calls.append(("upload", folder_path, repo_id))
+            if repo_id == "owner/closed":
+                raise OSError("403 Forbidden\nfor this token")
+
+    monkeypatch.setattr(command, "HfApi", Hub)
+    command.push(tmp_path, "owner/name")
+    assert calls == [("create", "owner/name", True), ("upload", tmp_path, "owner/name")]
+    with pytest.raises(UserError, match=r"owner/closed.*403") as error:
+        command.push(tmp_path, "owner/closed")
+    assert "\n" not in str(error.value)
+
+
 # ---------------------------------------------------------------- measures of a training
 
 
@@ -481,6 +509,24 @@ def test_training_flops_are_three_forward_passes() -> None:
     block = 2 * tokens * width * width * (4 + 2 + 8)
     assert 3 * 2 * block < counted < 3 * 2 * 3 * block
     assert peak_flops(torch.device("cpu"), torch.float32, 256, 0.05) > 1e8
+
+
+def test_evaluation_comes_evenly_or_every_so_many_images() -> None:
+    options = LoopOptions(steps=100, batch_size=32, learning_rate=1e-3)
+    assert milestones(config("eval.convergence_points=4"), options) == [25, 50, 75, 100]
+    assert milestones(config("eval.every_images=960"), options) == [30, 60, 90, 100]
+    assert milestones(config("eval.every_images=1"), options) == list(range(1, 101))
+
+
+def test_the_runs_of_a_sweep_share_a_group(monkeypatch) -> None:
+    monkeypatch.setattr(tracking.HydraConfig, "initialized", lambda: True)
+    for mode, expected in ((RunMode.RUN, False), (RunMode.MULTIRUN, True)):
+        monkeypatch.setattr(tracking.HydraConfig, "get", lambda mode=mode: DictConfig({"mode": mode}))
+        monkeypatch.setattr(sys, "argv", ["train/pretrain.py", "-m", "ratio=0.5,0.85"])
+        group = tracking._sweep()
+        assert (group is not None) == expected
+    monkeypatch.setattr(sys, "argv", ["train/pretrain.py", "-m", "ratio=0.5,0.9"])
+    assert tracking._sweep() != group and group.startswith("sweep-")
 
 
 def test_areas_and_targets() -> None:

@@ -185,7 +185,7 @@ def _train(run: _Run) -> None:
         options,
         run.directory,
         label=f"pretrain {run.name}",
-        milestones=_milestones(cfg, options),
+        milestones=milestones(cfg, options),
         on_milestone=partial(_milestone, run, options.batch_size),
         log=partial(_log, run, accelerator, flops),
     )
@@ -216,7 +216,7 @@ def _modules(run: _Run, subset: Subset) -> Modules:
     return {NETWORK: network, FOLDER: new_encoder(run.fields, width, seed)}
 
 
-def _milestones(cfg: DictConfig, options: LoopOptions) -> list[int]:
+def milestones(cfg: DictConfig, options: LoopOptions) -> list[int]:
     """Steps after which the model is measured, the last one among them."""
     if cfg.eval.every_images is None:
         points = cfg.eval.convergence_points

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from omegaconf import DictConfig
 
 from corpus.application import run
-from corpus.artefacts import read_json
+from corpus.artefacts import is_main_process, read_json
+from corpus.errors import UserError
 from prune.selection import method_name
 from train.foundation import pretrain
+
+
+def push(pipeline: Path, repository: str) -> None:
+    """Upload a pipeline with its model card to a repository of the hub, which is made if it is not there.
+
+    Raises:
+        UserError: the hub cannot be reached, or does not accept it.
+    """
+    try:
+        hub = HfApi()
+        hub.create_repo(repository, exist_ok=True)
+        hub.upload_folder(folder_path=pipeline, repo_id=repository)
+    except (OSError, ValueError, HfHubHTTPError, LocalTokenNotFoundError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"push_to_hub={repository}: the hub did not take {pipeline} ({reason}): log in with `hf auth login` and "
+            "run the same command again, the run itself is finished"
+        ) from error
 
 
 def main(cfg: DictConfig) -> None:
@@ -18,6 +40,8 @@ def main(cfg: DictConfig) -> None:
     metrics = read_json(directory / "summary.json")["metrics"]
     for key in sorted(metrics):
         print(f"{key}: {metrics[key]:.4g}")
+    if cfg.push_to_hub is not None and is_main_process():
+        push(directory / "pipeline", str(cfg.push_to_hub))
     print(f"seconds: {time.perf_counter() - start:.0f}")
     print(f"run: {directory}")
 
