@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest.mock import Mock
 
+import gradio_client
 import numpy as np
 import pytest
 import torch
@@ -421,9 +422,8 @@ def demo(placed_run: Path, translation_run: Path, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="module")
 def client(demo: str, tmp_path_factory: pytest.TempPathFactory):
     """A program that talks to the page."""
-    library = pytest.importorskip("gradio_client", reason="gradio brings it along")
     folder = str(tmp_path_factory.mktemp("downloads"))
-    return library.Client(demo, verbose=False, download_files=folder, analytics_enabled=False)
+    return gradio_client.Client(demo, verbose=False, download_files=folder, analytics_enabled=False)
 
 
 @pytest.mark.slow
@@ -454,10 +454,9 @@ def test_the_page_shows_user_errors_in_one_line(client) -> None:
 
 @pytest.mark.slow
 def test_the_page_translates_pictures(client, translation_run: Path, tmp_path: Path) -> None:
-    handle_file = pytest.importorskip("gradio_client").handle_file
     picture = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
-    file = handle_file(str(tmp_path / "picture.png"))
+    file = gradio_client.handle_file(str(tmp_path / "picture.png"))
     pipeline, _ = load_pipeline(translation_run, "run", ("StableDiffusionInstructPix2PixPipeline",))
     bicubic, output = client.predict(file, 3, 2, api_name="/enlarge")
     condition = Image.open(bicubic).convert("RGB")

@@ -34,10 +34,11 @@ def model_card(
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(summary["metrics"].items()))
     place = ""
     if fields:
+        given = " ".join(f"sample.metadata.{name}=NUMBER" for name in fields)
         place = (
             f"\n## Metadata\n\nThe model also reads {', '.join(fields)}, encoded by `{FOLDER}/`; without them it is "
             "drawn from by plain diffusers as above. With them:\n\n```\npython scripts/sample.py foundation=RUN "
-            'prompt="a satellite image of desert" …\n```\n'
+            f'prompt="a satellite image of desert" {given}\n```\n'
         )
     return f"""---
 library_name: diffusers
