@@ -53,10 +53,10 @@ def write_results(results: Path, target: Path) -> None:
     path = results.parent / "aid" / "local" / "tables" / "generation.md"
     if path.is_file():
         parts.append(
-            "## Aerial images: generation on AID\n\n`scripts/reproduce.py` on a folder (docs/training.md has the command): "
-            "AID's photographs at 64 px with RSICD's captions, autoencoder and text encoder trained on them. A guess among "
-            "the 30 scenes would be right in 0.033 of all cases; the text encoder itself recognises the scene of "
-            f"{real_accuracy(path.parents[1]):.3f} of the held-out photographs.\n\n"
+            "## Aerial images: generation on AID\n\n`scripts/reproduce.py` on a folder (docs/training.md has the "
+            "command): AID's photographs at 64 px with RSICD's captions, autoencoder and text encoder trained on them. "
+            "A guess among the 30 scenes would be right in 0.033 of all cases; the text encoder itself recognises "
+            f"the scene of {real_accuracy(path.parents[1]):.3f} of the held-out photographs.\n\n"
             + path.read_text(encoding="utf-8").strip()
         )
     path = results.parent / "long_tail" / "long_tail.json"
