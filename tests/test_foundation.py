@@ -415,8 +415,8 @@ SEVERAL = """
 import json, sys
 from pathlib import Path
 import test_foundation as ours
-directory, steps = Path(sys.argv[1]), int(sys.argv[2])
-state = ours.fit(directory, ours.replace(ours.OPTIONS, steps=12, checkpoint_every=6 if steps == 12 else steps))
+directory = Path(sys.argv[1])
+state = ours.fit(directory, ours.replace(ours.OPTIONS, shard=sys.argv[2] == "shard", micro_batch=int(sys.argv[3])))
 from accelerate import PartialState
 if PartialState().is_main_process:
     print(json.dumps([PartialState().num_processes, json.loads(
@@ -424,13 +424,15 @@ if PartialState().is_main_process:
 """
 
 
-def launched(processes: int, directory: Path, steps: int = 12) -> tuple[list[float], np.ndarray]:
+def launched(
+    processes: int, directory: Path, how: str = "copy", micro_batch: int = 8
+) -> tuple[list[float], np.ndarray]:
     """Losses and weights of a training over several processes of `accelerate launch`."""
     script = directory.parent / "several.py"
     script.write_text(SEVERAL)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "configs/accelerate/multi_cpu.yaml"), "--num_processes", str(processes)]
-    command += ["--main_process_port", "0", str(script), str(directory), str(steps)]
+    command += ["--main_process_port", "0", str(script), str(directory), how, str(micro_batch)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -451,6 +453,26 @@ def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None
     with pytest.raises(KeyboardInterrupt):  # one process begins ...
         interrupted(tmp_path / "changed", 8)
     later, weights = launched(2, tmp_path / "changed")  # ... and two go on
+    np.testing.assert_allclose(later, losses, rtol=1e-4)
+    np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
+
+
+def test_sharded_weights_train_as_copied_ones_do_and_resume_each_other(tmp_path) -> None:
+    """FSDP2 over gloo: a checkpoint is whole, so that one process can go on with it, and the other way round."""
+    one = fit(tmp_path / "one")
+    losses = json.loads((tmp_path / "one" / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
+    for micro_batch in (8, 3):
+        pair, weights = launched(2, tmp_path / f"two_{micro_batch}", "shard", micro_batch)
+        np.testing.assert_allclose(pair, losses, rtol=1e-4)
+        np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
+    expected, found = (
+        load_file(tmp_path / name / "checkpoints" / "00000012" / "optimiser.safetensors") for name in ("one", "two_8")
+    )
+    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "changed", 8)
+    later, weights = launched(2, tmp_path / "changed", "shard")
     np.testing.assert_allclose(later, losses, rtol=1e-4)
     np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from corpus.artefacts import read_json, write_json
 from corpus.errors import UserError
@@ -54,6 +58,7 @@ class LoopOptions:
         micro_batch: images a forward pass of one process, gradients summed up to the batch; None: its whole share.
         divergence: stop when the loss, averaged over `REPORT_EVERY` steps, exceeds its lowest by this factor; 0: never.
         compile: compile the networks (torch.compile).
+        shard: spread weights, average, gradients and moments over the processes (FSDP2) instead of copying them.
         seed: of the batches and the noise.
     """
 
@@ -70,6 +75,7 @@ class LoopOptions:
     micro_batch: int | None = None
     divergence: float = 0.0
     compile: bool = False
+    shard: bool = False
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -106,27 +112,39 @@ def train_loop(
             the seconds are of training, without these calls.
         log: takes loss, learning rate and images a second every `REPORT_EVERY` steps.
     Raises:
-        UserError: the batch does not divide over the processes, or the loss is no longer finite or has run away.
+        UserError: the batch does not divide over the processes, half precision meets sharding, or the loss is no longer
+            finite or has run away.
     """
+    if options.shard and accelerator.scaler is not None:
+        raise UserError("train.loop.shard=true does not go with mixed_precision=fp16: give bf16 or no")
     if options.batch_size % accelerator.num_processes:
         raise UserError(
             f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
             "choose a multiple of the process count"
         )
+    checkpoints = directory / "checkpoints"
     average = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()}
-    average = {name: module.to(accelerator.device) for name, module in average.items()}
+    state = _load_weights(checkpoints, modules, average)
+    for module in modules.values():
+        module.to(accelerator.device)
+        if options.compile:
+            module.compile()
+    if options.shard:
+        _shard(accelerator, modules)
+        running = _sharded_like(average, modules)  # the copies themselves stay in the main memory
+    else:
+        average = {name: module.to(accelerator.device) for name, module in average.items()}
+        running = {name: list(module.parameters()) for name, module in average.items()}
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
     )
-    checkpoints = directory / "checkpoints"
-    state = _load_checkpoint(checkpoints, modules, average, optimiser, accelerator.scaler)
-    for module in modules.values():
-        if options.compile:
-            module.compile()
-    names = list(modules)
-    *prepared, optimiser = accelerator.prepare(*modules.values(), optimiser)
-    live = dict(zip(names, prepared, strict=True))
+    if state.step:
+        _load_optimiser(checkpoints / f"{state.step:08d}", parameters, optimiser, accelerator.scaler)
+    live = modules
+    if not options.shard:
+        *prepared, optimiser = accelerator.prepare(*modules.values(), optimiser)
+        live = dict(zip(modules, prepared, strict=True))
 
     pending: list[torch.Tensor] = []
 
@@ -146,11 +164,14 @@ def train_loop(
             group["lr"] = options.rate(step)
         torch.manual_seed(np.random.SeedSequence([options.seed, step, accelerator.process_index]).generate_state(1)[0])
         optimiser.zero_grad(set_to_none=True)
-        pending.append(_backward(accelerator, live, compute_loss, batch, options.micro_batch))
-        accelerator.clip_grad_norm_(parameters, options.gradient_clip)
+        pending.append(_backward(accelerator, live, compute_loss, batch, options))
+        if options.shard:
+            nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
+        else:
+            accelerator.clip_grad_norm_(parameters, options.gradient_clip)
         optimiser.step()
         done = step + 1
-        _update_average(average, modules, done, options)
+        _update_average(running, average, modules, done, options)
         at_milestone = done in milestones and on_milestone is not None
         at_checkpoint = done % options.checkpoint_every == 0 or done == options.steps
         if not (done % REPORT_EVERY == 0 or at_milestone or at_checkpoint):
@@ -164,16 +185,25 @@ def train_loop(
                 rate = (done - reported[0]) * options.batch_size / (spent - reported[1])
                 log({"loss": state.loss, "learning_rate": options.rate(step), "images_per_second": rate}, done)
             reported = (done, spent)
-        if accelerator.is_main_process:
-            if at_milestone:
-                on_milestone(done, state.loss, spent, average)
+        if at_milestone or at_checkpoint:
+            if options.shard:  # all processes hand in what they hold
+                _gather(average, running)
+            if at_milestone and accelerator.is_main_process:
+                _measure_on(accelerator.device, average, partial(on_milestone, done, state.loss, spent), options)
             if at_checkpoint:
                 state.step, state.seconds = done, spent
-                _save_checkpoint(checkpoints, state, options, modules, average, optimiser, accelerator.scaler)
-        if at_milestone or at_checkpoint:
+                tensors = _checkpoint_tensors(modules, average, parameters, optimiser)
+                if accelerator.is_main_process:
+                    _save_checkpoint(checkpoints, state, options, tensors, accelerator.scaler)
+                del tensors
             accelerator.wait_for_everyone()
             clock = time.perf_counter() - spent  # neither evaluation nor writing is training
-    return average if options.ema_halflife else modules
+    if options.ema_halflife:
+        return average
+    if options.shard:
+        _gather(average, {name: list(module.parameters()) for name, module in modules.items()})
+        return average
+    return modules
 
 
 @dataclass
@@ -212,19 +242,23 @@ def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: A
 
 
 def _backward(
-    accelerator: Accelerator, live: Modules, compute_loss: ComputeLoss, batch: Batch, micro_batch: int | None
+    accelerator: Accelerator, live: Modules, compute_loss: ComputeLoss, batch: Batch, options: LoopOptions
 ) -> torch.Tensor:
     """Gradients of the batch's mean loss, over parts of it if asked for; returns the loss, detached."""
     local = len(batch[0])
-    size = micro_batch or local
+    size = options.micro_batch or local
     total = torch.zeros((), device=accelerator.device)
     for start in range(0, local, size):
         part = batch if size >= local else tuple(tensor[start : start + size] for tensor in batch)
+        last = start + size >= local  # after which the processes exchange gradients
         with contextlib.ExitStack() as stack:
-            if start + size < local:  # the processes exchange gradients after the last part
-                for module in live.values():
+            for module in live.values():
+                if options.shard:
+                    module.set_requires_gradient_sync(last)
+                elif not last:
                     stack.enter_context(accelerator.no_sync(module))
-            loss = compute_loss(live, part)
+            with accelerator.autocast() if options.shard else contextlib.nullcontext():
+                loss = compute_loss(live, part)
             if size < local:
                 loss = loss * (len(part[0]) / local)
             accelerator.backward(loss)
@@ -253,54 +287,120 @@ def _judge(
         state.lowest = min(state.lowest, recent)
 
 
+def _shard(accelerator: Accelerator, modules: Modules) -> None:
+    """Spread each module's weights over the processes in place, block by block, so that one block is whole at a time.
+
+    PyTorch's own FSDP2, not Accelerate's: it also runs over gloo on the CPU, where a test compares it.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for module in modules.values():
+        blocks = [
+            block
+            for child in module.children()
+            for block in (child if isinstance(child, nn.ModuleList) else [child])
+            if any(True for _ in block.parameters())
+        ]
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+
+
+def _sharded_like(copies: Modules, modules: Modules) -> dict[str, list[torch.Tensor]]:
+    """The copies' parameters, spread over the processes as those of the modules are."""
+    return {
+        name: [
+            distribute_tensor(value.detach().to(like.device), like.device_mesh, like.placements).clone()
+            for value, like in zip(copies[name].parameters(), module.parameters(), strict=True)
+        ]
+        for name, module in modules.items()
+    }
+
+
 @torch.no_grad()
-def _update_average(average: Modules, modules: Modules, step: int, options: LoopOptions) -> None:
+def _gather(copies: Modules, sharded: Mapping[str, list[torch.Tensor]]) -> None:
+    """Put the whole of what is spread over the processes into the copies; all processes must call it."""
+    for name, values in sharded.items():
+        for target, value in zip(copies[name].parameters(), values, strict=True):
+            target.copy_(value.full_tensor())
+
+
+def _measure_on(
+    device: torch.device, average: Modules, measure: Callable[[Modules], None], options: LoopOptions
+) -> None:
+    """Call `measure` with the averaged modules on the device, where sharding keeps them off it otherwise."""
+    for module in average.values() if options.shard else ():
+        module.to(device)
+    measure(average)
+    for module in average.values() if options.shard else ():
+        module.cpu()
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def _update_average(
+    running: Mapping[str, list[torch.Tensor]], average: Modules, modules: Modules, step: int, options: LoopOptions
+) -> None:
     """Exponential moving average with a half-life that ramps with training (EDM2, Karras et al. 2024, section 3)."""
     halflife = min(options.ema_halflife, 0.1 * step * options.batch_size)
     decay = 0.5 ** (options.batch_size / max(halflife, 1e-8)) if options.ema_halflife else 0.0
     for name, module in modules.items():
-        torch._foreach_lerp_(list(average[name].parameters()), list(module.parameters()), 1 - decay)
+        torch._foreach_lerp_(
+            [_local(value) for value in running[name]], [_local(value) for value in module.parameters()], 1 - decay
+        )
         for target, source in zip(average[name].buffers(), module.buffers(), strict=True):
             target.copy_(source)
+
+
+def _checkpoint_tensors(
+    modules: Modules, average: Modules, parameters: Sequence[torch.Tensor], optimiser: torch.optim.Optimizer
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each file of a checkpoint, whole; all processes must call it."""
+    files = {
+        name: {key: _whole(value) for key, value in module.state_dict().items()} for name, module in modules.items()
+    }
+    files |= {f"{name}_average": dict(module.state_dict()) for name, module in average.items()}
+    moments = getattr(optimiser, "optimizer", optimiser).state
+    files["optimiser"] = {
+        f"{index}.{key}": _whole(value)
+        for index, parameter in enumerate(parameters)
+        for key, value in moments.get(parameter, {}).items()
+    }
+    return files
 
 
 def _save_checkpoint(
     folder: Path,
     state: _State,
     options: LoopOptions,
-    modules: Modules,
-    average: Modules,
-    optimiser: torch.optim.Optimizer,
+    files: Mapping[str, Mapping[str, torch.Tensor]],
     scaler: torch.amp.GradScaler | None,
 ) -> None:
     """Write `checkpoints/<step>/` beside and rename it into place; all but the newest go."""
-    partial, final = folder / f"{state.step:08d}.partial", folder / f"{state.step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, module in modules.items():
-        save_file(_tensors(module.state_dict()), partial / f"{name}.safetensors")
-        save_file(_tensors(average[name].state_dict()), partial / f"{name}_average.safetensors")
-    moments = optimiser.state_dict()["state"]
-    flat = {f"{index}.{key}": value for index, entry in moments.items() for key, value in entry.items()}
-    save_file(_tensors(flat), partial / "optimiser.safetensors")
+    beside, final = folder / f"{state.step:08d}.partial", folder / f"{state.step:08d}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for name, tensors in files.items():
+        save_file(_tensors(tensors), beside / f"{name}.safetensors")
     facts = asdict(state)
     if math.isinf(state.lowest):
         facts["lowest"] = None  # JSON knows no infinity
-    write_json(partial / "state.json", {**facts, "scaler": scaler.state_dict() if scaler is not None else None})
+    write_json(beside / "state.json", {**facts, "scaler": scaler.state_dict() if scaler is not None else None})
     shutil.rmtree(final, ignore_errors=True)
-    os.rename(partial, final)
+    os.rename(beside, final)
     whole = sorted(path for path in folder.iterdir() if path.suffix != ".partial")
     for old in set(folder.iterdir()) - set(whole[-options.keep_checkpoints :]):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _load_checkpoint(
-    folder: Path,
-    modules: Modules,
-    average: Modules,
-    optimiser: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-) -> _State:
+def _load_weights(folder: Path, modules: Modules, average: Modules) -> _State:
+    """Weights and averages of the newest checkpoint, if there is one, and how far it had come."""
     found = sorted(path for path in folder.glob("*[0-9]") if (path / "state.json").is_file())
     if not found:
         return _State()
@@ -308,17 +408,27 @@ def _load_checkpoint(
     for name, module in modules.items():
         module.load_state_dict(load_file(newest / f"{name}.safetensors"))
         average[name].load_state_dict(load_file(newest / f"{name}_average.safetensors"))
-    whole = optimiser.state_dict()
-    whole["state"] = {}
-    for key, value in load_file(newest / "optimiser.safetensors").items():
-        index, entry = key.split(".", 1)
-        whole["state"].setdefault(int(index), {})[entry] = value
-    optimiser.load_state_dict(whole)
     facts = read_json(newest / "state.json")
-    if scaler is not None and facts["scaler"]:
-        scaler.load_state_dict(facts["scaler"])
     lowest = math.inf if facts["lowest"] is None else facts["lowest"]
     return _State(facts["step"], facts["seconds"], facts["losses"], lowest)
+
+
+def _load_optimiser(
+    checkpoint: Path,
+    parameters: Sequence[torch.Tensor],
+    optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    for key, value in load_file(checkpoint / "optimiser.safetensors").items():
+        index, entry = key.split(".", 1)
+        parameter = parameters[int(index)]
+        value = value.to(parameter.device)
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        optimiser.state[parameter][entry] = value
+    facts = read_json(checkpoint / "state.json")
+    if scaler is not None and facts["scaler"]:
+        scaler.load_state_dict(facts["scaler"])
 
 
 def _tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
