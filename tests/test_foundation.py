@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, StableDiffusionPipeline
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from tiny_loop import OPTIONS, fit
 from tiny_networks import CHANNELS, SIZE, pictures, tiny_autoencoder, tiny_text_encoder, tiny_unet
 from torch import nn
 
@@ -28,7 +28,7 @@ from corpus.errors import UserError
 from corpus.index import Corpus
 from eval.convergence import area_under_curve, first_reached, summarise
 from eval.generate import generate
-from train.captions import Captions, cached_prompts, caption_lengths
+from train.captions import Captions
 from train.components import TextParts, load_pretrained
 from train.diffusion import (
     add_lora,
@@ -43,10 +43,10 @@ from train.diffusion import (
 )
 from train.foundation import milestones
 from train.latents import Views, cached_latents, encode_moments, symmetric, to_tensor
-from train.loop import LoopOptions, train_loop
+from train.loop import LoopOptions
 from train.metadata import MetadataEncoder, MetadataField, drop, metadata_values, new_encoder, prompt_embeddings
 from train.objective import Objective
-from train.text_encoder import encode_prompts
+from train.text_encoder import cached_prompts, caption_lengths, encode_prompts
 from train.utilisation import peak_flops, training_flops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,23 +355,6 @@ def test_a_variational_autoencoder_leaves_mean_and_deviation(tmp_path) -> None:
 
 # ---------------------------------------------------------------- the loop
 
-OPTIONS = LoopOptions(steps=12, batch_size=8, learning_rate=1e-2, warmup=2, ema_halflife=8, checkpoint_every=3, seed=5)
-
-
-def fit(directory: Path, options: LoopOptions = OPTIONS, dropout: float = 0.0, scale: float = 1.0) -> dict:
-    """Train a small network; its logged losses and weights."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 1))
-
-    def draw(random, rows):
-        return (torch.from_numpy(random.standard_normal((options.batch_size, 6), dtype=np.float32))[rows],)
-
-    def loss(modules, batch):
-        return scale * (modules["net"](batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
-
-    best = train_loop(Accelerator(cpu=True), {"net": module}, draw, loss, options, directory, label="t")
-    return best["net"].state_dict()
-
 
 def test_parts_of_a_batch_sum_up_to_it(tmp_path) -> None:
     whole = fit(tmp_path / "whole")
@@ -411,30 +394,14 @@ def test_compiled_networks_keep_their_weights_names(tmp_path, monkeypatch) -> No
     assert set(state) == {"0.weight", "0.bias", "3.weight", "3.bias"}
 
 
-SEVERAL = """
-import json, sys
-from pathlib import Path
-import test_foundation as ours
-directory = Path(sys.argv[1])
-state = ours.fit(directory, ours.replace(ours.OPTIONS, shard=sys.argv[2] == "shard", micro_batch=int(sys.argv[3])))
-from accelerate import PartialState
-if PartialState().is_main_process:
-    print(json.dumps([PartialState().num_processes, json.loads(
-        (directory / "checkpoints" / "00000012" / "state.json").read_text())["losses"], state["0.weight"].tolist()]))
-"""
-
-
 def launched(
     processes: int, directory: Path, how: str = "copy", micro_batch: int = 8
 ) -> tuple[list[float], np.ndarray]:
     """Losses and weights of a training over several processes of `accelerate launch`."""
-    script = directory.parent / "several.py"
-    script.write_text(SEVERAL)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "configs/accelerate/multi_cpu.yaml"), "--num_processes", str(processes)]
-    command += ["--main_process_port", "0", str(script), str(directory), how, str(micro_batch)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command += ["--main_process_port", "0", str(ROOT / "tests" / "tiny_loop.py"), str(directory), how, str(micro_batch)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found, losses, weights = json.loads(done.stdout.strip().splitlines()[-1])
@@ -457,6 +424,7 @@ def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None
     np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded_weights_train_as_copied_ones_do_and_resume_each_other(tmp_path) -> None:
     """FSDP2 over gloo: a checkpoint is whole, so that one process can go on with it, and the other way round."""
     one = fit(tmp_path / "one")

@@ -1,21 +1,12 @@
-"""Which caption an image is trained with, and the text encoder's hidden states of all of them, computed once."""
+"""Which caption an image is trained with."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
-
-from corpus.artefacts import stage
-from corpus.progress import progress
-from train.text_encoder import encode_prompts
-
-PROMPT_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -56,46 +47,6 @@ class Captions:
         if counts.max(initial=1) == 1:
             return self.codes[self.starts[images]]
         return self.codes[self.starts[images] + random.integers(counts[images])]
-
-
-def cached_prompts(
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    key: str,
-    texts: list[str],
-    runs: Path | str,
-    *,
-    half: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states of texts, encoded once, memory-mapped.
-
-    Args:
-        key: fingerprint of the text encoder; half: store float16 in place of float32.
-    Returns:
-        [T, L, D], and the number of tokens before the padding, int64 [T].
-    """
-
-    def build(directory: Path) -> None:
-        array = None
-        for start in progress(range(0, len(texts), PROMPT_BATCH), "encode captions", unit="batch"):
-            states = encode_prompts(text_encoder, tokenizer, texts[start : start + PROMPT_BATCH]).numpy()
-            if array is None:
-                dtype = np.float16 if half else np.float32
-                shape = (len(texts), *states.shape[1:])
-                array = np.lib.format.open_memmap(directory / "prompts.npy", mode="w+", dtype=dtype, shape=shape)
-            array[start : start + len(states)] = states
-        array.flush()
-        np.save(directory / "lengths.npy", caption_lengths(tokenizer, texts))
-
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-    directory = stage(runs, "prompts", {"text_encoder": key, "texts": digest, "half": half}, build)
-    return np.load(directory / "prompts.npy", mmap_mode="r"), np.load(directory / "lengths.npy")
-
-
-def caption_lengths(tokenizer: CLIPTokenizer, texts: list[str]) -> np.ndarray:
-    """Tokens of each text with its start and end marks, int64 [T]: all that is no padding."""
-    encoded = tokenizer(texts, max_length=tokenizer.model_max_length, truncation=True).input_ids
-    return np.array([len(ids) for ids in encoded], dtype=np.int64)
 
 
 def caption_mask(lengths: np.ndarray, width: int) -> torch.Tensor:

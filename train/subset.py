@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from corpus.index import Corpus
-from train.captions import Captions, cached_prompts, caption_mask
+from train.captions import Captions, caption_mask
 from train.components import TextParts
 from train.diffusion import diffusion_loss
 from train.latents import Views, cached_latents
 from train.loop import Batch, ComputeLoss, DrawBatch, Modules
 from train.metadata import FOLDER, MetadataField, drop, metadata_values
 from train.objective import Objective
+from train.text_encoder import cached_prompts
 
 NETWORK = "network"
 

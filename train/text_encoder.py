@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,9 +14,14 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from corpus.artefacts import stage
 from corpus.index import Corpus
+from corpus.progress import progress
+from train.captions import Captions
 from train.latents import flip, scene_balanced_weights, to_tensor
 from train.loop import Batch, LoopOptions, Modules, train_loop
+
+PROMPT_BATCH = 256
 
 
 def clip_tokenizer(max_length: int) -> CLIPTokenizer:
@@ -86,6 +92,46 @@ def encode_prompts(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captio
     return torch.cat([text_encoder(batch.to(device))[0].float().cpu() for batch in batches])
 
 
+def cached_prompts(
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    key: str,
+    texts: list[str],
+    runs: Path | str,
+    *,
+    half: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states of texts, encoded once, memory-mapped.
+
+    Args:
+        key: fingerprint of the text encoder; half: store float16 in place of float32.
+    Returns:
+        [T, L, D], and the number of tokens before the padding, int64 [T].
+    """
+
+    def build(directory: Path) -> None:
+        array = None
+        for start in progress(range(0, len(texts), PROMPT_BATCH), "encode captions", unit="batch"):
+            states = encode_prompts(text_encoder, tokenizer, texts[start : start + PROMPT_BATCH]).numpy()
+            if array is None:
+                dtype = np.float16 if half else np.float32
+                shape = (len(texts), *states.shape[1:])
+                array = np.lib.format.open_memmap(directory / "prompts.npy", mode="w+", dtype=dtype, shape=shape)
+            array[start : start + len(states)] = states
+        array.flush()
+        np.save(directory / "lengths.npy", caption_lengths(tokenizer, texts))
+
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    directory = stage(runs, "prompts", {"text_encoder": key, "texts": digest, "half": half}, build)
+    return np.load(directory / "prompts.npy", mmap_mode="r"), np.load(directory / "lengths.npy")
+
+
+def caption_lengths(tokenizer: CLIPTokenizer, texts: list[str]) -> np.ndarray:
+    """Tokens of each text with its start and end marks, int64 [T]: all that is no padding."""
+    encoded = tokenizer(texts, max_length=tokenizer.model_max_length, truncation=True).input_ids
+    return np.array([len(ids) for ids in encoded], dtype=np.int64)
+
+
 def contrastive_loss(
     images: torch.Tensor, texts: torch.Tensor, same: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
@@ -112,14 +158,15 @@ def train_clip(
     directory: Path,
     log: Callable[[dict[str, float], int], None] | None = None,
 ) -> CLIPModel:
-    """Train on scene-balanced tiles of the training split and their captions; returns the averaged weights."""
-    captions, codes = np.unique(corpus.manifest["caption"].to_numpy(dtype=str), return_inverse=True)
-    tokens = tokenize(tokenizer, captions)
+    """Train on scene-balanced tiles of the training split and all their captions; returns the averaged weights."""
+    captions = Captions.of(corpus.manifest)
+    tokens = tokenize(tokenizer, captions.texts)
     weights = scene_balanced_weights(corpus)
 
     def draw(random: np.random.Generator, rows: slice) -> Batch:
-        picked = random.choice(len(corpus), options.batch_size, p=weights)[rows]
-        return flip(to_tensor(corpus.images[picked]), random), torch.from_numpy(codes[picked])
+        picked = random.choice(len(corpus), options.batch_size, p=weights)
+        codes = captions.pick(picked, random)
+        return flip(to_tensor(corpus.images[picked[rows]]), random), torch.from_numpy(codes[rows])
 
     def loss(modules: Modules, batch: Batch) -> torch.Tensor:
         pixels, code = batch
