@@ -322,7 +322,7 @@ def _train(
     options = LoopOptions(**settings.loop, seed=cfg.seed)
     objective = Objective(**cfg.train.objective)
 
-    def draw(random: np.random.Generator, part: slice) -> Batch:
+    def draw_batch(random: np.random.Generator, part: slice) -> Batch:
         picked = random.integers(len(rows), size=options.batch_size)
         noise, times, dropped = objective.draw(random, (options.batch_size, *latents.shape[1:]))
         caption = torch.from_numpy(caption_of[picked])
@@ -336,7 +336,7 @@ def _train(
         return diffusion_loss(modules["unet"], objective, *rest, condition=condition)
 
     best = train_loop(
-        accelerator, {"unet": unet}, draw, loss, options, directory, label=f"{task.name} {name}", log=tracker.log
+        accelerator, {"unet": unet}, draw_batch, loss, options, directory, label=f"{task.name} {name}", log=tracker.log
     )
     if not accelerator.is_main_process:
         return
