@@ -62,6 +62,8 @@ class MetadataEncoder(nn.Module):
         self.fields = dict(fields)
         self.width = width
         self.embedders = nn.ModuleDict({name: TimestepEmbedding(FEATURES, width) for name in fields})
+        # a text encoder's hidden states come out of one too: attention would hardly see tokens of a tenth of their size
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of numbers.
@@ -78,7 +80,7 @@ class MetadataEncoder(nn.Module):
             scaled = field.scaled(values[:, index]).nan_to_num(0.0)
             features = get_timestep_embedding(scaled, FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0)
             tokens.append(self.embedders[name](features.to(dtype)))
-        return torch.stack(tokens, dim=1), known
+        return self.norm(torch.stack(tokens, dim=1)), known
 
     def save(self, directory: Path) -> None:
         """Write config.json and the weights into a folder, which plain diffusers leaves alone."""
