@@ -39,10 +39,10 @@ from eval.heldout import HeldOut
 from prune.selection import method_name
 from train.components import load_autoencoder, load_text_parts, make_accelerator
 from train.diffusion import diffusion_loss, new_unet
-from train.foundation import held_out, pretrain
+from train.foundation import held_out, objective_of, pretrain
 from train.latents import cached_latents, scene_balanced_weights, to_tensor
 from train.loop import Batch, LoopOptions, Modules, train_loop
-from train.objective import Objective, prediction_of
+from train.objective import prediction_of
 from train.text_encoder import encode_prompts
 
 #: Columns of a sample sheet, and images kept for the report.
@@ -235,6 +235,7 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
     Raises:
         UserError: the foundation is none, or does not fit the corpus.
     """
+    objective_of(cfg)  # what does not go together is said before anything is computed
     corpus = training_corpus(cfg)
     parts = load_parts(cfg, foundation, corpus)
     held = held_out_part(cfg)
@@ -320,7 +321,7 @@ def _train(
         unet = widen(parts.unet, channels)
 
     options = LoopOptions(**settings.loop, seed=cfg.seed)
-    objective = Objective(**cfg.train.objective)
+    objective = objective_of(cfg)
 
     def draw_batch(random: np.random.Generator, part: slice) -> Batch:
         picked = random.integers(len(rows), size=options.batch_size)

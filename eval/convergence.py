@@ -36,7 +36,8 @@ def summarise(lines: Sequence[Mapping[str, float]], targets: Mapping[str, float]
 
     Args:
         lines: of convergence.jsonl, in order.
-        targets: by metric as the lines name it. Distances count as reached below, all others above.
+        targets: by metric as the lines name it. Distances count as reached below, all others above; one that was not
+            measured is never reached.
     Returns:
         area_under_curve: by metric; reached: by metric, of step, images_seen and seconds, null where never.
     """
@@ -53,6 +54,8 @@ def summarise(lines: Sequence[Mapping[str, float]], targets: Mapping[str, float]
                     target,
                     lower_is_better=is_distance(key),
                 )
+                if key in metrics
+                else None
                 for axis in AXES
             },
         }

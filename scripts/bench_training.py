@@ -75,7 +75,7 @@ def usual_way(
     average = EMAModel(network.parameters())
     network, optimiser, loader = accelerator.prepare(network, optimiser, loader)
     objective = Objective(**cfg.train.objective)
-    batches = iter(loader)
+    batches, random = iter(loader), np.random.default_rng(cfg.seed)
 
     def steps(count: int) -> None:
         nonlocal batches
@@ -95,8 +95,9 @@ def usual_way(
                     return_tensors="pt",
                 ).input_ids
                 states = text.text_encoder(tokens.to(accelerator.device))[0]
-            noise = torch.randn_like(latents)
-            loss = diffusion_loss(network, objective, latents, states, noise, torch.rand(len(latents)))
+            noise, time, _ = objective.draw(random, latents.shape)
+            noise, time = noise.to(accelerator.device), time.to(accelerator.device)
+            loss = diffusion_loss(network, objective, latents, states, noise, time)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
@@ -106,18 +107,21 @@ def usual_way(
     return steps
 
 
-def bare(cfg: DictConfig, subset: Subset, network: torch.nn.Module) -> Callable[[int], None]:
+def bare(cfg: DictConfig, subset: Subset, network: torch.nn.Module, accelerator: Accelerator) -> Callable[[int], None]:
     """So many forward and backward passes and optimiser steps on one batch that lies ready: the limit."""
     network = copy.deepcopy(network)
     objective = Objective(**cfg.train.objective)
     batch = subset_batches(subset, objective, cfg.train.loop.batch_size)(np.random.default_rng(0), slice(None))
+    batch = tuple(tensor.to(accelerator.device) for tensor in batch)
     loss = subset_loss(objective, hide_padding=masks_padding(network))
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
 
     def steps(count: int) -> None:
         for _ in range(count):
             optimiser.zero_grad(set_to_none=True)
-            loss({NETWORK: network}, batch).backward()
+            with accelerator.autocast():
+                value = loss({NETWORK: network}, batch)
+            value.backward()
             optimiser.step()
 
     return steps
@@ -194,7 +198,7 @@ def main(cfg: DictConfig) -> None:
         captions = corpus.manifest["caption"].to_numpy(dtype=str)[rows].tolist()
         figures = measured(
             usual_way(cfg, files, captions, network, autoencoder, text),
-            bare(cfg, subset, network),
+            bare(cfg, subset, network, accelerator),
             ours(cfg, subset, network, accelerator),
             size,
         )

@@ -33,6 +33,7 @@ from train.components import TextParts, load_pretrained
 from train.diffusion import (
     add_lora,
     diffusion_loss,
+    lora_facts,
     lora_weights,
     masks_padding,
     merge_lora,
@@ -162,11 +163,11 @@ def test_what_cannot_be_gone_on_from_is_refused(saved: Path, path: str, named: s
     assert "\n" not in str(error.value)
 
 
-def test_low_rank_updates_train_alone_and_merge(tmp_path) -> None:
+def test_low_rank_updates_train_alone_load_and_merge(parts, tmp_path) -> None:
     network = tiny_unet()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     targets = list(config("model=lora", "model.pretrained=x").model.lora.targets)
-    add_lora(network, 4, 4.0, targets, seed=0)
+    add_lora(network, 4, 8.0, targets, seed=0)
     trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     with torch.no_grad():
@@ -177,7 +178,15 @@ def test_low_rank_updates_train_alone_and_merge(tmp_path) -> None:
     with torch.no_grad():
         adapted = predict(network, latents, time, text)
     assert set(lora_weights(network)) and not lora_weights(tiny_unet())
-    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=lora_weights(network))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "lora", unet_lora_layers=lora_weights(network), unet_lora_adapter_metadata=lora_facts(network)
+    )
+    pipeline = text_to_image_pipeline(
+        tiny_autoencoder(), parts.text_encoder, parts.tokenizer, tiny_unet(), Objective().scheduler()
+    )
+    pipeline.load_lora_weights(tmp_path / "lora")
+    with torch.no_grad():
+        torch.testing.assert_close(predict(pipeline.unet, latents, time, text), adapted, rtol=1e-4, atol=1e-4)
     merged = merge_lora(network)
     assert set(merged.state_dict()) == set(before)
     with torch.no_grad():
@@ -385,6 +394,11 @@ def test_a_loss_that_runs_away_stops_the_training(tmp_path) -> None:
     assert "learning_rate" in str(error.value) and "checkpoint" in str(error.value)
 
 
+def test_shards_need_processes(tmp_path) -> None:
+    with pytest.raises(UserError, match="accelerate launch"):
+        fit(tmp_path, replace(OPTIONS, shard=True))
+
+
 def test_compiled_networks_keep_their_weights_names(tmp_path, monkeypatch) -> None:
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
@@ -506,6 +520,7 @@ def test_evaluation_comes_evenly_or_every_so_many_images() -> None:
     assert milestones(config("eval.convergence_points=4"), options) == [25, 50, 75, 100]
     assert milestones(config("eval.every_images=960"), options) == [30, 60, 90, 100]
     assert milestones(config("eval.every_images=1"), options) == list(range(1, 101))
+    assert milestones(config("eval.convergence_points=0"), options) == [100]
 
 
 def test_the_runs_of_a_sweep_share_a_group(monkeypatch) -> None:
@@ -548,3 +563,19 @@ def test_areas_and_targets() -> None:
     assert found["area_under_curve"]["balanced_kid_x1000"] == 200
     assert found["reached"]["balanced_kid_x1000"] == {"target": 200, "step": 15, "images_seen": 480, "seconds": 7}
     assert found["reached"]["balanced_recall"]["step"] is None
+    assert summarise(lines, {"balanced_fid": 5})["reached"]["balanced_fid"]["images_seen"] is None
+
+
+@pytest.mark.parametrize(
+    ("part", "options"),
+    [
+        (Views, {"symmetries": 9}),
+        (Views, {"symmetries": 0}),
+        (Views, {"crop": 16, "crops": 0}),
+        (MetadataField, {"low": 1, "high": 1}),
+        (MetadataField, {"low": 0, "high": 10, "log": True}),
+    ],
+)
+def test_views_and_fields_that_cannot_be_are_refused(part, options) -> None:
+    with pytest.raises(UserError):
+        part(**options)

@@ -120,7 +120,8 @@ def train_autoencoder(
     """
     weights = scene_balanced_weights(corpus)
     start_from_pca(autoencoder, fit_pca(corpus, autoencoder.config.latent_channels, phases[0].loop.seed))
-    autoencoder = autoencoder.to(memory_format=torch.channels_last)
+    autoencoder = autoencoder.to(accelerator.device, memory_format=torch.channels_last)
+    perceptual.network().to(accelerator.device)
     for index, phase in enumerate(phases):
         modules = {"decoder": autoencoder.decoder}
         if phase.trains == "both":
@@ -156,7 +157,8 @@ def train_autoencoder(
         best = train_loop(accelerator, modules, draw, loss, phase.loop, folder, label=label, log=log)
         for name, module in modules.items():
             module.load_state_dict(best[name].state_dict())
-    return autoencoder.eval()
+    perceptual.network().cpu()
+    return autoencoder.cpu().eval()
 
 
 def main(cfg: DictConfig) -> None:

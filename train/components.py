@@ -50,7 +50,19 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
     set_seed(int(cfg.seed))
     # the others wait at a barrier while the first process evaluates: longer than the usual ten minutes
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(mixed_precision=str(cfg.train.mixed_precision), kwargs_handlers=[patience])
+    try:
+        return Accelerator(mixed_precision=str(cfg.train.mixed_precision), kwargs_handlers=[patience])
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"train.mixed_precision={cfg.train.mixed_precision} does not work here ({reason}): give no or bf16"
+        ) from error
+
+
+def precision(cfg: DictConfig) -> dict[str, str]:
+    """The precision as an input of a stage that trains, where it is not the full one."""
+    chosen = str(cfg.train.mixed_precision)
+    return {} if chosen == "no" else {"mixed_precision": chosen}
 
 
 def _resolve(path: str) -> str:
@@ -76,8 +88,10 @@ def load_autoencoder(cfg: DictConfig) -> tuple[nn.Module, str]:
             f"no {cfg.autoencoder.class_name} at autoencoder.path={cfg.autoencoder.path}: run `make autoencoder`, "
             "give a folder or a hub name that can be reached, or choose autoencoder=bluemarble_f8c16"
         ) from error
-    weights = Path(path) / "diffusion_pytorch_model.safetensors"
-    return autoencoder.eval().requires_grad_(False), file_digest(weights) if weights.is_file() else path
+    folder = Path(path) / (cfg.autoencoder.get("subfolder") or "")
+    weights = [file_digest(file) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [str(folder)]
+    config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
+    return autoencoder.eval().requires_grad_(False), fingerprint(weights=weights, config=config)
 
 
 def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
@@ -94,7 +108,8 @@ def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
     else:
         path = _resolve(cfg.text_encoder.path)
         folders = {"clip": path, "text_encoder": path, "tokenizer": path}
-        key = path
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else []
+        key = fingerprint(files=[file_digest(file) for file in files]) if files else path
     try:
         clip = CLIPModel.from_pretrained(folders["clip"], use_safetensors=True).eval().requires_grad_(False)
         text_encoder = CLIPTextModel.from_pretrained(folders["text_encoder"], use_safetensors=True)
@@ -140,7 +155,7 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
         text_encoder.save_pretrained(directory / "text_encoder")
         tokenizer.save_pretrained(directory / "tokenizer")
 
-    inputs = {"corpus": corpus.fingerprint, "options": options, "seed": cfg.seed}
+    inputs = {"corpus": corpus.fingerprint, "options": options, "seed": cfg.seed, **precision(cfg)}
     return stage(cfg.runs, "text_encoder", inputs, build, resumable=True, together=True)
 
 

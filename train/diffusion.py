@@ -102,6 +102,12 @@ def lora_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(network, adapter_name=LORA)
 
 
+def lora_facts(network: nn.Module) -> dict[str, Any]:
+    """Rank, alpha and targets of the low-rank updates, JSON-ready: without them a reader takes alpha for the rank."""
+    facts = network.peft_config[LORA].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in facts.items()}
+
+
 def merge_lora(network: nn.Module) -> nn.Module:
     """Add low-rank updates to the weights they belong to, in place, so that the network is a plain one again."""
     if getattr(network, "peft_config", None):

@@ -37,6 +37,7 @@ from train.components import (
 from train.diffusion import (
     LORA,
     add_lora,
+    lora_facts,
     lora_weights,
     masks_padding,
     merge_lora,
@@ -66,12 +67,13 @@ def held_out(cfg: DictConfig) -> dict[str, HeldOut]:
 def pretrain(cfg: DictConfig, name: str) -> Path:
     """Prune with method `name` if not cached, then train the latent diffusion model on what is kept."""
     frozen = _load_frozen(cfg)  # first: what is missing is said before anything is computed
-    _objective(cfg)
+    objective_of(cfg)
     selection, corpus = select(cfg, name)
     scorer = load_text_parts(cfg, corpus)
     fields = {key: MetadataField(**plain(field)) for key, field in cfg.metadata.fields.items()}
     metadata_values(corpus.manifest, fields)
     sets = held_out(cfg)
+    _check_sides(cfg, frozen.autoencoder, corpus, sets["balanced"].corpus)
     inputs = {
         "selection": selection.name,
         "text_encoder": scorer.fingerprint,
@@ -88,14 +90,33 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
         with track(cfg, "pretrain", f"{name}-{cfg.ratio}") as tracker:
             text = frozen.text or scorer
             run = _Run(
-                cfg, name, selection, corpus, text, scorer, frozen, _objective(cfg), fields, sets, directory, tracker
+                cfg, name, selection, corpus, text, scorer, frozen, objective_of(cfg), fields, sets, directory, tracker
             )
             _train(run)
 
     return stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=True)
 
 
-def _objective(cfg: DictConfig) -> Objective:
+def _check_sides(cfg: DictConfig, autoencoder: nn.Module, corpus: Corpus, test: Corpus) -> None:
+    """Refuse views that the autoencoder cannot encode, or that are of another size than what they are compared with.
+
+    Raises:
+        UserError: as said.
+    """
+    side = Views(**cfg.train.views).side(corpus.resolution)
+    factor = 2 ** (len(getattr(autoencoder.config, "block_out_channels", [0] * 4)) - 1)
+    if side % factor:
+        raise UserError(
+            f"images of {side} px do not divide by the autoencoder's {factor}: change corpus.train.resolution"
+        )
+    if test.resolution != side:
+        raise UserError(
+            f"train.views.crop={side}, but the held-out images have {test.resolution} px: "
+            f"give corpus.test.resolution={side}"
+        )
+
+
+def objective_of(cfg: DictConfig) -> Objective:
     """The objective of a config.
 
     Raises:
@@ -220,7 +241,7 @@ def milestones(cfg: DictConfig, options: LoopOptions) -> list[int]:
     """Steps after which the model is measured, the last one among them."""
     if cfg.eval.every_images is None:
         points = cfg.eval.convergence_points
-        return sorted({round(options.steps * (index + 1) / points) for index in range(points)} - {0})
+        return sorted({*(round(options.steps * (index + 1) / points) for index in range(points)), options.steps} - {0})
     every = max(1, round(cfg.eval.every_images / options.batch_size))
     return sorted({*range(every, options.steps, every), options.steps})
 
@@ -258,7 +279,9 @@ def _finish(run: _Run, modules: Modules, options: LoopOptions, images: int, flop
     network = modules[NETWORK]
     parameters = sum(parameter.numel() for parameter in network.parameters())
     if updates := lora_weights(network):
-        StableDiffusionPipeline.save_lora_weights(run.directory / LORA, unet_lora_layers=updates)
+        StableDiffusionPipeline.save_lora_weights(
+            run.directory / LORA, unet_lora_layers=updates, unet_lora_adapter_metadata=lora_facts(network)
+        )
     pipeline = run.pipeline(merge_lora(network))
     pipeline.save_pretrained(run.directory / "pipeline")
     if FOLDER in modules:

@@ -137,6 +137,13 @@ class Views:
     crops: int = 1
     crop: int | None = None
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.symmetries <= 8 or self.crops < 1 or (self.crop is not None and self.crop < 1):
+            raise UserError(
+                f"train.views: symmetries={self.symmetries}, crops={self.crops}, crop={self.crop}: give 1 to 8 "
+                "symmetries, at least one crop, and a crop of at least 1 px or null"
+            )
+
     def __len__(self) -> int:
         return self.symmetries * (self.crops if self.crop else 1)
 

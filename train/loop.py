@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from corpus.artefacts import read_json, write_json
+from corpus.artefacts import is_main_process, read_json, write_json
 from corpus.errors import UserError
 from corpus.progress import progress
 
@@ -117,6 +117,10 @@ def train_loop(
     """
     if options.shard and accelerator.scaler is not None:
         raise UserError("train.loop.shard=true does not go with mixed_precision=fp16: give bf16 or no")
+    if options.shard and not torch.distributed.is_initialized():
+        raise UserError(
+            "train.loop.shard=true needs several processes: start the command by `accelerate launch` (docs/training.md)"
+        )
     if options.batch_size % accelerator.num_processes:
         raise UserError(
             f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
@@ -165,10 +169,11 @@ def train_loop(
         torch.manual_seed(np.random.SeedSequence([options.seed, step, accelerator.process_index]).generate_state(1)[0])
         optimiser.zero_grad(set_to_none=True)
         pending.append(_backward(accelerator, live, compute_loss, batch, options))
-        if options.shard:
-            nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
-        else:
-            accelerator.clip_grad_norm_(parameters, options.gradient_clip)
+        if (
+            accelerator.scaler is not None
+        ):  # of this optimiser alone: Accelerate would unscale those of earlier loops too
+            accelerator.unscale_gradients(optimiser)
+        nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
         optimiser.step()
         done = step + 1
         _update_average(running, average, modules, done, options)
@@ -198,12 +203,13 @@ def train_loop(
                 del tensors
             accelerator.wait_for_everyone()
             clock = time.perf_counter() - spent  # neither evaluation nor writing is training
-    if options.ema_halflife:
-        return average
+    if options.shard and not options.ema_halflife:
+        running = {name: list(module.parameters()) for name, module in modules.items()}
     if options.shard:
-        _gather(average, {name: list(module.parameters()) for name, module in modules.items()})
-        return average
-    return modules
+        _gather(average, running)
+        if accelerator.is_main_process:  # which alone goes on with it
+            average = {name: module.to(accelerator.device) for name, module in average.items()}
+    return average if options.shard or options.ema_halflife else modules
 
 
 @dataclass
@@ -297,7 +303,7 @@ def _shard(accelerator: Accelerator, modules: Modules) -> None:
         blocks = [
             block
             for child in module.children()
-            for block in (child if isinstance(child, nn.ModuleList) else [child])
+            for block in (child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child])
             if any(True for _ in block.parameters())
         ]
         for block in blocks:
@@ -361,17 +367,28 @@ def _update_average(
 def _checkpoint_tensors(
     modules: Modules, average: Modules, parameters: Sequence[torch.Tensor], optimiser: torch.optim.Optimizer
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of each file of a checkpoint, whole; all processes must call it."""
-    files = {
-        name: {key: _whole(value) for key, value in module.state_dict().items()} for name, module in modules.items()
-    }
+    """The tensors of each file of a checkpoint, whole, in the main memory; all processes must call it.
+
+    One is whole on the devices at a time, and the first process alone, which writes, keeps them.
+    """
+    keep = is_main_process()
+
+    def kept(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        found = {}
+        for key, value in tensors:
+            whole = _whole(value)
+            if keep:
+                found[key] = whole.detach().cpu()
+        return found
+
+    files = {name: kept(module.state_dict().items()) for name, module in modules.items()}
     files |= {f"{name}_average": dict(module.state_dict()) for name, module in average.items()}
     moments = getattr(optimiser, "optimizer", optimiser).state
-    files["optimiser"] = {
-        f"{index}.{key}": _whole(value)
+    files["optimiser"] = kept(
+        (f"{index}.{key}", value)
         for index, parameter in enumerate(parameters)
         for key, value in moments.get(parameter, {}).items()
-    }
+    )
     return files
 
 

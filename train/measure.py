@@ -82,7 +82,7 @@ def sample_sheet(cfg: DictConfig, pipeline: DiffusionPipeline, corpus: Corpus, p
     """
     manifest = corpus.manifest[corpus.manifest["caption"] != ""]
     prompts = manifest.groupby("scene")["caption"].agg(lambda column: column.value_counts().index[0])
-    rows = list(prompts.iloc[:10])
+    rows = list(prompts.iloc[:10]) or [""]
     prompts = [prompt for prompt in rows for _ in range(8)]
     images = generate(
         pipeline,

@@ -42,6 +42,12 @@ class MetadataField:
     log: bool = False
     column: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise UserError(
+                f"a metadata field from low={self.low} to high={self.high}: give low < high, and with log a low above 0"
+            )
+
     def scaled(self, values: torch.Tensor) -> torch.Tensor:
         """Values of any shape to 0..1000; NaN stays."""
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
