@@ -169,7 +169,8 @@ def test_two_processes_pretrain_as_one(home, tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("train.objective.prediction=v_prediction", "train.objective.zero_terminal_snr=true", "metadata=place"),
+        ("train.objective.prediction=v_prediction", "train.objective.zero_terminal_snr=true", "metadata=place",
+         "tracker=none"),
         ("model=dit_s", "model.transformer.num_layers=2", "model.transformer.num_attention_heads=2",
          "model.transformer.attention_head_dim=16", "train.loop.micro_batch=8", "tracker=tensorboard"),
     ],
@@ -178,8 +179,8 @@ def test_two_processes_pretrain_as_one(home, tmp_path):
 def test_choices_of_pretraining(home, overrides, forked):
     """Another objective, another network, facts beside the caption: the run is whole and its pipeline loads."""
     directory = ran(
-        "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none", "train.loop.steps=4",
-        "eval.convergence_points=1", "eval.targets={loss: 0.001}", *overrides, cwd=home, by=forked,
+        "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "train.loop.steps=4",
+        "eval.convergence_points=1", "+eval.targets.loss=0.001", *overrides, cwd=home, by=forked,
     )  # fmt: skip
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["convergence"]["reached"]["loss"]["step"] is None
