@@ -108,7 +108,7 @@ def _pipeline_folder(directory: Path) -> Path:
             return folder
         if kind is not None:
             raise UserError(
-                f"foundation={directory} is a {kind}: the downstream tasks start from a StableDiffusionPipeline; "
+                f"foundation={directory} is no pretraining run of a U-Net, but a {kind}: "
                 "give a run of model=ldm_tiny, ldm_small or ldm_base"
             )
     raise UserError(
