@@ -241,7 +241,7 @@ The frozen autoencoder of the corpus {cfg.corpus.name}: `diffusers.AutoencoderTi
 8-fold, {recipe.latent_channels} channels, `scaling_factor` {recipe.scaling_factor}.
 
 - **Data**: the training split of {cfg.corpus.name}, scene-balanced; no held-out pixel. Its licence:
-  {cfg.corpus.licence or "not stated (corpus.licence)"}.
+  {cfg.corpus.get("licence") or "not stated (corpus.licence)"}.
 - **Start**: PCA of 8 x 8 patches in the encoder. **Then**, with a perceptual loss on EfficientNet-Lite0 (ImageNet
   weights, Apache-2.0): {phases}.
 - **Regenerate**: `make autoencoder` (recipe in `configs/autoencoder/{Path(cfg.autoencoder.path).name}.yaml`).

@@ -19,7 +19,7 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class Objective:
-    """The training objective (docs/method.md, section 6).
+    """The training objective (docs/method.md, section 4).
 
     `flow` is rectified flow (Liu et al. 2022) with logit-normal times (Esser et al. 2024, section 3.1): the velocity
     noise - latents at x_t = (1 - t) latents + t noise. `epsilon` (Ho et al. 2020) and `v_prediction` (Salimans and Ho
