@@ -115,41 +115,11 @@ def train_loop(
         UserError: the batch does not divide over the processes, half precision meets sharding, or the loss is no longer
             finite or has run away.
     """
-    if options.shard and accelerator.scaler is not None:
-        raise UserError("train.loop.shard=true does not go with mixed_precision=fp16: give bf16 or no")
-    if options.shard and not torch.distributed.is_initialized():
-        raise UserError(
-            "train.loop.shard=true needs several processes: start the command by `accelerate launch` (docs/training.md)"
-        )
-    if options.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
-            "choose a multiple of the process count"
-        )
+    _check(accelerator, options)
     checkpoints = directory / "checkpoints"
-    average = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()}
-    state = _load_weights(checkpoints, modules, average)
-    for module in modules.values():
-        module.to(accelerator.device)
-        if options.compile:
-            module.compile()
-    if options.shard:
-        _shard(accelerator, modules)
-        running = _sharded_like(average, modules)  # the copies themselves stay in the main memory
-    else:
-        average = {name: module.to(accelerator.device) for name, module in average.items()}
-        running = {name: list(module.parameters()) for name, module in average.items()}
-    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
-    )
-    if state.step:
-        _load_optimiser(checkpoints / f"{state.step:08d}", parameters, optimiser, accelerator.scaler)
-    live = modules
-    if not options.shard:
-        *prepared, optimiser = accelerator.prepare(*modules.values(), optimiser)
-        live = dict(zip(modules, prepared, strict=True))
-
+    training = _set_up(accelerator, modules, options, checkpoints)
+    live, average, running = training.live, training.average, training.running
+    parameters, optimiser, state = training.parameters, training.optimiser, training.state
     pending: list[torch.Tensor] = []
 
     def settle(done: int) -> None:
@@ -225,6 +195,65 @@ class _State:
     def loss(self) -> float:
         """Mean of the last (at most 100) steps."""
         return float(np.mean(self.losses))
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Networks as they are trained, their average, and what updates them.
+
+    Attributes:
+        live: prepared for several processes; average: plain modules that hold the averaged weights, with sharding only
+            after `_gather`; running: the averaged weights themselves, in the order of the modules' parameters.
+    """
+
+    live: Modules
+    average: Modules
+    running: dict[str, list[torch.Tensor]]
+    parameters: list[nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    state: _State
+
+
+def _check(accelerator: Accelerator, options: LoopOptions) -> None:
+    """Refuse options that do not go with each other or with the processes there are (UserError)."""
+    if options.shard and accelerator.scaler is not None:
+        raise UserError("train.loop.shard=true does not go with mixed_precision=fp16: give bf16 or no")
+    if options.shard and not torch.distributed.is_initialized():
+        raise UserError(
+            "train.loop.shard=true needs several processes: start the command by `accelerate launch` (docs/training.md)"
+        )
+    if options.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
+            "choose a multiple of the process count"
+        )
+
+
+def _set_up(accelerator: Accelerator, modules: Modules, options: LoopOptions, checkpoints: Path) -> _Training:
+    """Load the newest checkpoint, spread or copy the networks over the processes, make the optimiser."""
+    average = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()}
+    state = _load_weights(checkpoints, modules, average)
+    for module in modules.values():
+        module.to(accelerator.device)
+        if options.compile:
+            module.compile()
+    if options.shard:
+        _shard(accelerator, modules)
+        running = _sharded_like(average, modules)  # the copies themselves stay in the main memory
+    else:
+        average = {name: module.to(accelerator.device) for name, module in average.items()}
+        running = {name: list(module.parameters()) for name, module in average.items()}
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
+    )
+    if state.step:
+        _load_optimiser(checkpoints / f"{state.step:08d}", parameters, optimiser, accelerator.scaler)
+    live = modules
+    if not options.shard:
+        *prepared, optimiser = accelerator.prepare(*modules.values(), optimiser)
+        live = dict(zip(modules, prepared, strict=True))
+    return _Training(live, average, running, parameters, optimiser, state)
 
 
 def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: Accelerator) -> Iterator[Batch]:
