@@ -139,10 +139,8 @@ def train_loop(
         torch.manual_seed(np.random.SeedSequence([options.seed, step, accelerator.process_index]).generate_state(1)[0])
         optimiser.zero_grad(set_to_none=True)
         pending.append(_backward(accelerator, live, compute_loss, batch, options))
-        if (
-            accelerator.scaler is not None
-        ):  # of this optimiser alone: Accelerate would unscale those of earlier loops too
-            accelerator.unscale_gradients(optimiser)
+        if accelerator.scaler is not None:
+            accelerator.unscale_gradients(optimiser)  # clipping by Accelerate would do so for earlier loops' ones too
         nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
         optimiser.step()
         done = step + 1
