@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,16 @@ def file_digest(path: Path) -> str:
 
 def is_main_process() -> bool:
     """Whether this is the only or the first process of a launch (`accelerate launch`, torchrun, MPI)."""
-    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-    return next((int(os.environ[name]) for name in ranks if name in os.environ), 0) == 0
+    return _of_launch(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0) == 0
+
+
+def process_count() -> int:
+    """Processes of this launch."""
+    return _of_launch(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1)
+
+
+def _of_launch(names: Sequence[str], alone: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), alone)
 
 
 def stage(
@@ -78,7 +86,7 @@ def stage(
     build: Callable[[Path], None],
     *,
     resumable: bool = False,
-    together: bool = False,
+    together: Callable[[bool], bool] | None = None,
 ) -> Path:
     """Run `build` once for these inputs and return `runs/<name>/<fingerprint>/`.
 
@@ -87,26 +95,31 @@ def stage(
     next try unless `resumable`, in which case `build` finds what it left there. Of two runs that want the same stage
     the second waits for the first, and says so.
 
-    In a launch of several processes the first one builds and the others wait for the finished directory; where a build
-    trains over all of them (`together`), all call `build`, and what was there stays, as in a resumable one: the first
-    process may not be the first to arrive. They watch the file system instead of meeting at a barrier: that needs no
-    process group yet, runs into no time limit, and the launcher ends them if the first one fails.
+    In a launch of several processes the first one builds and the others watch for the finished directory: that needs
+    no process group, runs into no time limit, and the launcher ends them if the first one fails.
+
+    Args:
+        together: of a build that trains over all processes of a launch, which then all call it: gives every process
+            what the first one says. Else a process that comes late could take for finished, by another launch, what
+            the first one still waits for.
     """
     key = fingerprint(**inputs)
     final = Path(runs) / name / key
-    if (final / COMPLETE).is_file():
-        return final
     partial = final.with_name(key + ".partial")
-    main = is_main_process()
+    main, joint = is_main_process(), together is not None and process_count() > 1
+    if not joint and (final / COMPLETE).is_file():
+        return final
     with _alone(Path(runs) / ".locks" / f"{name}-{key}.lock", final) if main else contextlib.nullcontext():
-        if main and (final / COMPLETE).is_file():  # another run finished it meanwhile
-            return final
-        if main and partial.exists() and not (resumable or together):
-            shutil.rmtree(partial)
-        if main or together:
+        needed = main and not (final / COMPLETE).is_file()  # another run may have finished it meanwhile
+        if needed:
+            if partial.exists() and not resumable:
+                shutil.rmtree(partial)
             partial.mkdir(parents=True, exist_ok=True)
+        if joint:
+            needed = together(needed)
+        if needed:
             build(partial)
-        if main:
+        if needed and main:
             write_json(partial / COMPLETE, {"stage": name, "fingerprint": key, "inputs": plain(inputs)})
             os.rename(partial, final)
     while not (final / COMPLETE).is_file():

@@ -37,7 +37,7 @@ from eval.figures import comparison_sheet
 from eval.generate import generate
 from eval.heldout import HeldOut
 from prune.selection import method_name
-from train.components import load_autoencoder, load_text_parts, make_accelerator
+from train.components import first_process_says, load_autoencoder, load_text_parts, make_accelerator
 from train.diffusion import diffusion_loss, new_unet
 from train.foundation import held_out, objective_of, pretrain
 from train.latents import cached_latents, scene_balanced_weights, to_tensor
@@ -266,7 +266,7 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
         with track(cfg, task.name, name) as tracker:
             _train(cfg, task, name, foundation, corpus, parts, held, directory, tracker)
 
-    return stage(cfg.runs, task.name, inputs, build, resumable=True, together=True)
+    return stage(cfg.runs, task.name, inputs, build, resumable=True, together=first_process_says(cfg))
 
 
 def _cached_latents(

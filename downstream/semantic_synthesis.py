@@ -20,7 +20,7 @@ from corpus.index import Corpus, index_corpus
 from downstream.conditional import Task, fine_tune, print_result, resolve_foundation, training_corpus, training_rows
 from eval.heldout import HeldOut
 from eval.metrics import compare_features
-from train.components import load_encoder, make_accelerator, precision
+from train.components import first_process_says, load_encoder, make_accelerator, precision
 from train.latents import symmetric, to_tensor
 from train.loop import Batch, LoopOptions, Modules, train_loop
 
@@ -160,7 +160,7 @@ def trained_segmenter(cfg: DictConfig, corpus: Corpus) -> Segmenter:
         "seed": cfg.seed,
         **precision(cfg),
     }
-    directory = stage(cfg.runs, "segmenter", inputs, build, resumable=True, together=True)
+    directory = stage(cfg.runs, "segmenter", inputs, build, resumable=True, together=first_process_says(cfg))
     trained = Segmenter(classes)  # not the one that Accelerate has made compute in another precision
     trained.load_state_dict(load_file(directory / "segmenter.safetensors"))
     return trained.eval()

@@ -47,6 +47,7 @@ from train.latents import Views, cached_latents, encode_moments, symmetric, to_t
 from train.loop import LoopOptions
 from train.metadata import MetadataEncoder, MetadataField, drop, metadata_values, new_encoder, prompt_embeddings
 from train.objective import Objective
+from train.sharding import COPIES, Sharding, hidden, requested
 from train.text_encoder import cached_prompts, caption_lengths, encode_prompts
 from train.utilisation import peak_flops, training_flops
 
@@ -394,9 +395,38 @@ def test_a_loss_that_runs_away_stops_the_training(tmp_path) -> None:
     assert "learning_rate" in str(error.value) and "checkpoint" in str(error.value)
 
 
-def test_shards_need_processes(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_shards_need_processes(tmp_path, kind) -> None:
     with pytest.raises(UserError, match="accelerate launch"):
-        fit(tmp_path, replace(OPTIONS, shard=True))
+        fit(tmp_path, replace(OPTIONS, sharding=Sharding(kind)))
+
+
+def test_the_launch_says_how_to_shard(tmp_path, monkeypatch) -> None:
+    """As Accelerate's launcher hands the configs on, and hidden from its plugins."""
+    assert requested() == COPIES
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    assert requested() == Sharding("fsdp", reshard=False)
+    with hidden():
+        assert requested() == COPIES
+    assert requested().kind == "fsdp"
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(UserError, match="fsdp_offload_params"):
+        requested()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
+    assert requested().config == {"zero_optimization": {"stage": 1}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": "auto", "reduce_bucket_size": 1000}}))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    assert requested().config == {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(UserError, match=r"fsdp\.yaml"):
+        requested()
+    file.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        requested()
 
 
 def test_compiled_networks_keep_their_weights_names(tmp_path, monkeypatch) -> None:
@@ -409,17 +439,18 @@ def test_compiled_networks_keep_their_weights_names(tmp_path, monkeypatch) -> No
 
 
 def launched(
-    processes: int, directory: Path, how: str = "copy", micro_batch: int = 8
+    processes: int, directory: Path, config: str = "multi_cpu", micro_batch: int = 8
 ) -> tuple[list[float], np.ndarray]:
     """Losses and weights of a training over several processes of `accelerate launch`."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "configs/accelerate/multi_cpu.yaml"), "--num_processes", str(processes)]
-    command += ["--main_process_port", "0", str(ROOT / "tests" / "tiny_loop.py"), str(directory), how, str(micro_batch)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command += ["--config_file", str(ROOT / f"configs/accelerate/{config}.yaml"), "--num_processes", str(processes)]
+    command += ["--main_process_port", "0", str(ROOT / "tests" / "tiny_loop.py"), str(directory), str(micro_batch)]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    found, losses, weights = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found == processes
+    found, sharding, losses, weights = json.loads(done.stdout.strip().splitlines()[-1])
+    assert (found, sharding) == (processes, "copies" if config == "multi_cpu" else config)
     return losses, np.array(weights)
 
 
@@ -439,22 +470,28 @@ def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None
 
 
 @pytest.mark.slow
-def test_sharded_weights_train_as_copied_ones_do_and_resume_each_other(tmp_path) -> None:
-    """FSDP2 over gloo: a checkpoint is whole, so that one process can go on with it, and the other way round."""
+@pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
+def test_sharded_weights_train_as_copied_ones_do_and_resume_each_other(tmp_path, config) -> None:
+    """Over gloo: a checkpoint is whole, so that one process can go on with it, and the other way round."""
+    if config == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install 'rs-prune[deepspeed]')")
     one = fit(tmp_path / "one")
     losses = json.loads((tmp_path / "one" / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
     for micro_batch in (8, 3):
-        pair, weights = launched(2, tmp_path / f"two_{micro_batch}", "shard", micro_batch)
+        pair, weights = launched(2, tmp_path / f"two_{micro_batch}", config, micro_batch)
         np.testing.assert_allclose(pair, losses, rtol=1e-4)
         np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
-    expected, found = (
-        load_file(tmp_path / name / "checkpoints" / "00000012" / "optimiser.safetensors") for name in ("one", "two_8")
-    )
-    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
+    for name in ("net", "net_average", "optimiser"):
+        expected, found = (
+            load_file(tmp_path / run / "checkpoints" / "00000012" / f"{name}.safetensors") for run in ("one", "two_8")
+        )
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
 
     with pytest.raises(KeyboardInterrupt):
         interrupted(tmp_path / "changed", 8)
-    later, weights = launched(2, tmp_path / "changed", "shard")
+    later, weights = launched(2, tmp_path / "changed", config)
     np.testing.assert_allclose(later, losses, rtol=1e-4)
     np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from urllib.error import URLError
 
@@ -30,7 +30,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from corpus.artefacts import COMPLETE, plain, read_json
+from corpus.artefacts import plain, read_json
 from corpus.errors import UserError
 from corpus.pretrained import INCEPTION_FILE, InceptionV3, TransformersEncoder
 from eval.generate import generate
@@ -134,7 +134,9 @@ def test_unet_has_the_size_of_stable_diffusion() -> None:
     assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
 
 
-@pytest.mark.parametrize(("name", "kind"), [("cpu", "NO"), ("multi_gpu", "MULTI_GPU")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("cpu", "NO"), ("multi_gpu", "MULTI_GPU"), ("fsdp", "FSDP"), ("deepspeed", "DEEPSPEED")]
+)
 def test_launch_configurations_load(name: str, kind: str) -> None:
     launch = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
     assert launch.distributed_type == kind
@@ -335,35 +337,73 @@ def test_command_without_the_hub_ends_in_one_line(tiny_folder: Path, tmp_path: P
 # ---------------------------------------------------------------- several processes
 
 LAUNCHED = """
-import os, sys, time
+import os, sys
 from pathlib import Path
-from corpus.artefacts import stage
+from corpus.artefacts import COMPLETE, stage
+
+together = None
+if "together" in sys.argv:
+    from omegaconf import OmegaConf
+    from train.components import first_process_says
+    together = first_process_says(OmegaConf.create({"seed": 0, "train": {"mixed_precision": "no"}}))
 
 def build(directory):
     (directory / f"built_by_{os.environ['RANK']}").touch()
-    if "together" in sys.argv and os.environ["RANK"] == "0":  # as in training, the first ends last
-        while len(list(directory.iterdir())) < 2:
-            time.sleep(0.01)
+    with open(Path(sys.argv[1]) / "builders", "a") as file:
+        file.write(os.environ["RANK"])
+    if together:  # as in training: none goes on before all are there
+        together(True)
 
-final = stage(sys.argv[1], "work", {"seed": 1}, build, together="together" in sys.argv)
-print(sorted(file.name for file in final.iterdir()))
+final = stage(sys.argv[1], "work", {"seed": 1}, build, together=together)
+print(sorted(file.name for file in final.iterdir() if file.name != COMPLETE))
 """
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_one_process_of_a_launch_builds_and_all_find_it(together: bool, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LAUNCHED, str(tmp_path), *(["together"] if together else [])]
-    processes = []
-    for rank in ("1", "0"):  # the first process arrives last
-        environment = {**os.environ, "RANK": rank}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
-        while together and rank == "1" and not list(tmp_path.glob("work/*/built_by_1")):
-            time.sleep(0.05)
+def launched(folder: Path, ranks: tuple[str, ...], port: int, *words: str) -> list[subprocess.Popen]:
+    """The processes of a launch, in the order in which they are started."""
+    facts = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(ranks))}
+    command = [sys.executable, "-c", LAUNCHED, str(folder), *words]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **facts, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ranks
+    ]
+
+
+def printed(processes: list[subprocess.Popen]) -> list[str]:
     try:
-        outputs = [process.communicate(timeout=300)[0].strip() for process in processes]
+        return [process.communicate(timeout=300)[0].strip() for process in processes]
     finally:
         for process in processes:
             process.kill()
-    builders = ["built_by_0", "built_by_1"] if together else ["built_by_0"]
-    assert outputs == [str([*builders, COMPLETE])] * 2
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def test_one_process_of_a_launch_builds_and_all_find_it(tmp_path: Path) -> None:
+    outputs = printed(launched(tmp_path, ("1", "0"), 0))  # the first process arrives last
+    assert outputs == ["['built_by_0']"] * 2
     assert [path.name.endswith(".partial") for path in (tmp_path / "work").iterdir()] == [False]
+
+
+@pytest.mark.slow
+def test_two_launches_that_train_together_build_once(tmp_path: Path) -> None:
+    """Whichever process of the two launches comes first; the second launch finds what the first one built."""
+    first, second = free_ports(2)
+    processes = launched(tmp_path, ("1", "0"), first, "together") + launched(tmp_path, ("1", "0"), second, "together")
+    assert printed(processes) == ["['built_by_0', 'built_by_1']"] * 4
+    assert sorted((tmp_path / "builders").read_text()) == ["0", "1"]
+    again = launched(tmp_path, ("0", "1"), first, "together")
+    assert printed(again) == ["['built_by_0', 'built_by_1']"] * 2
+    assert sorted((tmp_path / "builders").read_text()) == ["0", "1"]

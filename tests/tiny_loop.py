@@ -1,4 +1,4 @@
-"""A training of a few weights, alone or as the script of a launch: `tiny_loop.py DIRECTORY copy|shard MICRO_BATCH`."""
+"""A training of a few weights, alone or as the script of a launch: `tiny_loop.py DIRECTORY MICRO_BATCH`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from train.loop import LoopOptions, train_loop
+from train.sharding import hidden, requested
 
 OPTIONS = LoopOptions(steps=12, batch_size=8, learning_rate=1e-2, warmup=2, ema_halflife=8, checkpoint_every=3, seed=5)
 
@@ -28,13 +29,15 @@ def fit(directory: Path, options: LoopOptions = OPTIONS, dropout: float = 0.0, s
     def loss(modules, batch):
         return scale * (modules["net"](batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
 
-    best = train_loop(Accelerator(cpu=True), {"net": module}, draw, loss, options, directory, label="t")
+    with hidden():
+        accelerator = Accelerator(cpu=True)
+    best = train_loop(accelerator, {"net": module}, draw, loss, options, directory, label="t")
     return best["net"].state_dict()
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    state = fit(folder, replace(OPTIONS, shard=sys.argv[2] == "shard", micro_batch=int(sys.argv[3])))
+    state = fit(folder, replace(OPTIONS, sharding=requested(), micro_batch=int(sys.argv[2])))
     if PartialState().is_main_process:
         losses = json.loads((folder / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
-        print(json.dumps([PartialState().num_processes, losses, state["0.weight"].tolist()]))
+        print(json.dumps([PartialState().num_processes, requested().kind, losses, state["0.weight"].tolist()]))

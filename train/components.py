@@ -26,6 +26,7 @@ from corpus.tracking import track
 from train.latents import to_tensor
 from train.loop import LoopOptions
 from train.objective import prediction_of
+from train.sharding import hidden
 from train.text_encoder import clip_tokenizer, small_clip, train_clip
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -51,12 +52,24 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
     # the others wait at a barrier while the first process evaluates: longer than the usual ten minutes
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     try:
-        return Accelerator(mixed_precision=str(cfg.train.mixed_precision), kwargs_handlers=[patience])
+        with hidden():
+            return Accelerator(mixed_precision=str(cfg.train.mixed_precision), kwargs_handlers=[patience])
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"train.mixed_precision={cfg.train.mixed_precision} does not work here ({reason}): give no or bf16"
         ) from error
+
+
+def first_process_says(cfg: DictConfig) -> Callable[[bool], bool]:
+    """What a stage that trains over all processes of a launch asks before it begins: the first one's answer."""
+
+    def answer(own: bool) -> bool:
+        accelerator = make_accelerator(cfg)
+        told = torch.tensor(int(own and accelerator.is_main_process), device=accelerator.device)
+        return bool(accelerator.reduce(told, "sum"))
+
+    return answer
 
 
 def precision(cfg: DictConfig) -> dict[str, str]:
@@ -156,7 +169,7 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
         tokenizer.save_pretrained(directory / "tokenizer")
 
     inputs = {"corpus": corpus.fingerprint, "options": options, "seed": cfg.seed, **precision(cfg)}
-    return stage(cfg.runs, "text_encoder", inputs, build, resumable=True, together=True)
+    return stage(cfg.runs, "text_encoder", inputs, build, resumable=True, together=first_process_says(cfg))
 
 
 @dataclass(frozen=True)

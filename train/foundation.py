@@ -28,6 +28,7 @@ from eval.heldout import HeldOut, held_out_sets
 from prune.selection import select
 from train.components import (
     TextParts,
+    first_process_says,
     load_autoencoder,
     load_encoder,
     load_pretrained,
@@ -50,6 +51,7 @@ from train.measure import measure, place_sheet, sample_sheet, save_picture, scen
 from train.metadata import FOLDER, MetadataField, metadata_values, new_encoder
 from train.model_card import model_card
 from train.objective import Objective
+from train.sharding import requested
 from train.subset import NETWORK, Subset, encode_subset, subset_batches, subset_loss
 from train.utilisation import compute_dtype, peak_flops, training_flops
 
@@ -94,7 +96,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
             )
             _train(run)
 
-    return stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=True)
+    return stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_says(cfg))
 
 
 def _check_sides(cfg: DictConfig, autoencoder: nn.Module, corpus: Corpus, test: Corpus) -> None:
@@ -175,7 +177,7 @@ def _train(run: _Run) -> None:
             part.to(accelerator.device)
     rows = np.flatnonzero(pd.read_parquet(run.selection / "selection.parquet")["kept"].to_numpy())
     run.tracker.artifact("selection", run.selection.name, run.selection / "selection.parquet")
-    options = LoopOptions(**cfg.train.loop, seed=cfg.seed)
+    options = LoopOptions(**cfg.train.loop, seed=cfg.seed, sharding=requested())
     subset = encode_subset(
         run.corpus,
         rows,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import os
@@ -11,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +18,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from corpus.artefacts import is_main_process, read_json, write_json
 from corpus.errors import UserError
 from corpus.progress import progress
+from train.sharding import COPIES, Layout, Modules, Sharding, lay_out, local, whole
 
-Modules = Mapping[str, nn.Module]
 #: Tensors with the images of a (part of a) batch along their first dimension.
 Batch = tuple[torch.Tensor, ...]
 #: (randomness of this step, rows of the global batch that this process computes) -> those rows, on the CPU.
@@ -58,7 +53,7 @@ class LoopOptions:
         micro_batch: images a forward pass of one process, gradients summed up to the batch; None: its whole share.
         divergence: stop when the loss, averaged over `REPORT_EVERY` steps, exceeds its lowest by this factor; 0: never.
         compile: compile the networks (torch.compile).
-        shard: spread weights, average, gradients and moments over the processes (FSDP2) instead of copying them.
+        sharding: how weights and updates lie over the processes.
         seed: of the batches and the noise.
     """
 
@@ -75,7 +70,7 @@ class LoopOptions:
     micro_batch: int | None = None
     divergence: float = 0.0
     compile: bool = False
-    shard: bool = False
+    sharding: Sharding = field(default=COPIES, metadata={"fingerprint": False})
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -117,9 +112,7 @@ def train_loop(
     """
     _check(accelerator, options)
     checkpoints = directory / "checkpoints"
-    training = _set_up(accelerator, modules, options, checkpoints)
-    live, average, running = training.live, training.average, training.running
-    parameters, optimiser, state = training.parameters, training.optimiser, training.state
+    layout, state = _set_up(accelerator, modules, options, checkpoints)
     pending: list[torch.Tensor] = []
 
     def settle(done: int) -> None:
@@ -134,17 +127,12 @@ def train_loop(
     bar = progress(steps, label, initial=state.step, total=options.steps, unit="step")
     clock, reported = time.perf_counter() - state.seconds, (state.step, state.seconds)
     for step, batch in zip(bar, _batches(draw, options, steps, accelerator), strict=True):
-        for group in optimiser.param_groups:
-            group["lr"] = options.rate(step)
+        layout.begin(options.rate(step))
         torch.manual_seed(np.random.SeedSequence([options.seed, step, accelerator.process_index]).generate_state(1)[0])
-        optimiser.zero_grad(set_to_none=True)
-        pending.append(_backward(accelerator, live, compute_loss, batch, options))
-        if accelerator.scaler is not None:
-            accelerator.unscale_gradients(optimiser)  # clipping by Accelerate would do so for earlier loops' ones too
-        nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
-        optimiser.step()
+        pending.append(_backward(layout, compute_loss, batch, options))
+        layout.step()
         done = step + 1
-        _update_average(running, average, modules, done, options)
+        _update_average(layout.averaged, modules, done, options)
         at_milestone = done in milestones and on_milestone is not None
         at_checkpoint = done % options.checkpoint_every == 0 or done == options.steps
         if not (done % REPORT_EVERY == 0 or at_milestone or at_checkpoint):
@@ -159,25 +147,23 @@ def train_loop(
                 log({"loss": state.loss, "learning_rate": options.rate(step), "images_per_second": rate}, done)
             reported = (done, spent)
         if at_milestone or at_checkpoint:
-            if options.shard:  # all processes hand in what they hold
-                _gather(average, running)
+            average = layout.average()
+            _copy_buffers(average, modules)
             if at_milestone and accelerator.is_main_process:
-                _measure_on(accelerator.device, average, partial(on_milestone, done, state.loss, spent), options)
+                with layout.measuring():
+                    on_milestone(done, state.loss, spent, average)
             if at_checkpoint:
                 state.step, state.seconds = done, spent
-                tensors = _checkpoint_tensors(modules, average, parameters, optimiser)
+                tensors = _checkpoint_tensors(modules, average, layout)
                 if accelerator.is_main_process:
                     _save_checkpoint(checkpoints, state, options, tensors, accelerator.scaler)
                 del tensors
             accelerator.wait_for_everyone()
             clock = time.perf_counter() - spent  # neither evaluation nor writing is training
-    if options.shard and not options.ema_halflife:
-        running = {name: list(module.parameters()) for name, module in modules.items()}
-    if options.shard:
-        _gather(average, running)
-        if accelerator.is_main_process:  # which alone goes on with it
-            average = {name: module.to(accelerator.device) for name, module in average.items()}
-    return average if options.shard or options.ema_halflife else modules
+    average = layout.average()
+    _copy_buffers(average, modules)
+    layout.finish()
+    return average if options.ema_halflife or options.sharding.kind == "fsdp" else modules
 
 
 @dataclass
@@ -195,31 +181,8 @@ class _State:
         return float(np.mean(self.losses))
 
 
-@dataclass(frozen=True)
-class _Training:
-    """Networks as they are trained, their average, and what updates them.
-
-    Attributes:
-        live: prepared for several processes; average: plain modules that hold the averaged weights, with sharding only
-            after `_gather`; running: the averaged weights themselves, in the order of the modules' parameters.
-    """
-
-    live: Modules
-    average: Modules
-    running: dict[str, list[torch.Tensor]]
-    parameters: list[nn.Parameter]
-    optimiser: torch.optim.Optimizer
-    state: _State
-
-
 def _check(accelerator: Accelerator, options: LoopOptions) -> None:
-    """Refuse options that do not go with each other or with the processes there are (UserError)."""
-    if options.shard and accelerator.scaler is not None:
-        raise UserError("train.loop.shard=true does not go with mixed_precision=fp16: give bf16 or no")
-    if options.shard and not torch.distributed.is_initialized():
-        raise UserError(
-            "train.loop.shard=true needs several processes: start the command by `accelerate launch` (docs/training.md)"
-        )
+    """Refuse options that do not go with the processes there are (UserError)."""
     if options.batch_size % accelerator.num_processes:
         raise UserError(
             f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
@@ -227,31 +190,27 @@ def _check(accelerator: Accelerator, options: LoopOptions) -> None:
         )
 
 
-def _set_up(accelerator: Accelerator, modules: Modules, options: LoopOptions, checkpoints: Path) -> _Training:
+def _set_up(
+    accelerator: Accelerator, modules: Modules, options: LoopOptions, checkpoints: Path
+) -> tuple[Layout, _State]:
     """Load the newest checkpoint, spread or copy the networks over the processes, make the optimiser."""
     average = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()}
     state = _load_weights(checkpoints, modules, average)
-    for module in modules.values():
-        module.to(accelerator.device)
-        if options.compile:
-            module.compile()
-    if options.shard:
-        _shard(accelerator, modules)
-        running = _sharded_like(average, modules)  # the copies themselves stay in the main memory
-    else:
-        average = {name: module.to(accelerator.device) for name, module in average.items()}
-        running = {name: list(module.parameters()) for name, module in average.items()}
-    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
-    )
+    for module in modules.values() if options.compile else ():
+        module.compile()
+
+    def new_optimiser(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
+        )
+
+    layout = lay_out(options.sharding, accelerator, modules, average, new_optimiser, options.gradient_clip)
     if state.step:
-        _load_optimiser(checkpoints / f"{state.step:08d}", parameters, optimiser, accelerator.scaler)
-    live = modules
-    if not options.shard:
-        *prepared, optimiser = accelerator.prepare(*modules.values(), optimiser)
-        live = dict(zip(modules, prepared, strict=True))
-    return _Training(live, average, running, parameters, optimiser, state)
+        newest = checkpoints / f"{state.step:08d}"
+        layout.load_moments(load_file(newest / "optimiser.safetensors"))
+        if accelerator.scaler is not None and (scaler := read_json(newest / "state.json")["scaler"]):
+            accelerator.scaler.load_state_dict(scaler)
+    return layout, state
 
 
 def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: Accelerator) -> Iterator[Batch]:
@@ -274,27 +233,18 @@ def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: A
             yield tuple(tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
 
 
-def _backward(
-    accelerator: Accelerator, live: Modules, compute_loss: ComputeLoss, batch: Batch, options: LoopOptions
-) -> torch.Tensor:
+def _backward(layout: Layout, compute_loss: ComputeLoss, batch: Batch, options: LoopOptions) -> torch.Tensor:
     """Gradients of the batch's mean loss, over parts of it if asked for; returns the loss, detached."""
-    local = len(batch[0])
-    size = options.micro_batch or local
-    total = torch.zeros((), device=accelerator.device)
-    for start in range(0, local, size):
-        part = batch if size >= local else tuple(tensor[start : start + size] for tensor in batch)
-        last = start + size >= local  # after which the processes exchange gradients
-        with contextlib.ExitStack() as stack:
-            for module in live.values():
-                if options.shard:
-                    module.set_requires_gradient_sync(last)
-                elif not last:
-                    stack.enter_context(accelerator.no_sync(module))
-            with accelerator.autocast() if options.shard else contextlib.nullcontext():
-                loss = compute_loss(live, part)
-            if size < local:
-                loss = loss * (len(part[0]) / local)
-            accelerator.backward(loss)
+    images = len(batch[0])
+    size = options.micro_batch or images
+    total = torch.zeros((), device=batch[0].device)
+    for start in range(0, images, size):
+        part = batch if size >= images else tuple(tensor[start : start + size] for tensor in batch)
+        with layout.part(last=start + size >= images):
+            loss = compute_loss(layout.live, part)
+            if size < images:
+                loss = loss * (len(part[0]) / images)
+            layout.backward(loss)
         total += loss.detach()
     return total
 
@@ -320,80 +270,25 @@ def _judge(
         state.lowest = min(state.lowest, recent)
 
 
-def _shard(accelerator: Accelerator, modules: Modules) -> None:
-    """Spread each module's weights over the processes in place, block by block, so that one block is whole at a time.
-
-    PyTorch's own FSDP2, not Accelerate's: it also runs over gloo on the CPU, where a test compares it.
-    """
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in modules.values():
-        blocks = [
-            block
-            for child in module.children()
-            for block in (child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child])
-            if any(True for _ in block.parameters())
-        ]
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(module, mesh=mesh)
-
-
-def _sharded_like(copies: Modules, modules: Modules) -> dict[str, list[torch.Tensor]]:
-    """The copies' parameters, spread over the processes as those of the modules are."""
-    return {
-        name: [
-            distribute_tensor(value.detach().to(like.device), like.device_mesh, like.placements).clone()
-            for value, like in zip(copies[name].parameters(), module.parameters(), strict=True)
-        ]
-        for name, module in modules.items()
-    }
-
-
-@torch.no_grad()
-def _gather(copies: Modules, sharded: Mapping[str, list[torch.Tensor]]) -> None:
-    """Put the whole of what is spread over the processes into the copies; all processes must call it."""
-    for name, values in sharded.items():
-        for target, value in zip(copies[name].parameters(), values, strict=True):
-            target.copy_(value.full_tensor())
-
-
-def _measure_on(
-    device: torch.device, average: Modules, measure: Callable[[Modules], None], options: LoopOptions
-) -> None:
-    """Call `measure` with the averaged modules on the device, where sharding keeps them off it otherwise."""
-    for module in average.values() if options.shard else ():
-        module.to(device)
-    measure(average)
-    for module in average.values() if options.shard else ():
-        module.cpu()
-
-
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _local(value: torch.Tensor) -> torch.Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 @torch.no_grad()
 def _update_average(
-    running: Mapping[str, list[torch.Tensor]], average: Modules, modules: Modules, step: int, options: LoopOptions
+    averaged: Mapping[str, list[torch.Tensor]], modules: Modules, step: int, options: LoopOptions
 ) -> None:
     """Exponential moving average with a half-life that ramps with training (EDM2, Karras et al. 2024, section 3)."""
     halflife = min(options.ema_halflife, 0.1 * step * options.batch_size)
     decay = 0.5 ** (options.batch_size / max(halflife, 1e-8)) if options.ema_halflife else 0.0
     for name, module in modules.items():
-        torch._foreach_lerp_(
-            [_local(value) for value in running[name]], [_local(value) for value in module.parameters()], 1 - decay
-        )
+        weights = [local(value) for value in module.parameters()]
+        torch._foreach_lerp_([local(value) for value in averaged[name]], weights, 1 - decay)
+
+
+def _copy_buffers(average: Modules, modules: Modules) -> None:
+    for name, module in modules.items():
         for target, source in zip(average[name].buffers(), module.buffers(), strict=True):
             target.copy_(source)
 
 
-def _checkpoint_tensors(
-    modules: Modules, average: Modules, parameters: Sequence[torch.Tensor], optimiser: torch.optim.Optimizer
-) -> dict[str, dict[str, torch.Tensor]]:
+def _checkpoint_tensors(modules: Modules, average: Modules, layout: Layout) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of each file of a checkpoint, whole, in the main memory; all processes must call it.
 
     One is whole on the devices at a time, and the first process alone, which writes, keeps them.
@@ -403,19 +298,14 @@ def _checkpoint_tensors(
     def kept(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         found = {}
         for key, value in tensors:
-            whole = _whole(value)
+            value = whole(value)
             if keep:
-                found[key] = whole.detach().cpu()
+                found[key] = value.detach().cpu()
         return found
 
     files = {name: kept(module.state_dict().items()) for name, module in modules.items()}
     files |= {f"{name}_average": dict(module.state_dict()) for name, module in average.items()}
-    moments = getattr(optimiser, "optimizer", optimiser).state
-    files["optimiser"] = kept(
-        (f"{index}.{key}", value)
-        for index, parameter in enumerate(parameters)
-        for key, value in moments.get(parameter, {}).items()
-    )
+    files["optimiser"] = kept(layout.moments())
     return files
 
 
@@ -455,24 +345,6 @@ def _load_weights(folder: Path, modules: Modules, average: Modules) -> _State:
     facts = read_json(newest / "state.json")
     lowest = math.inf if facts["lowest"] is None else facts["lowest"]
     return _State(facts["step"], facts["seconds"], facts["losses"], lowest)
-
-
-def _load_optimiser(
-    checkpoint: Path,
-    parameters: Sequence[torch.Tensor],
-    optimiser: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-) -> None:
-    for key, value in load_file(checkpoint / "optimiser.safetensors").items():
-        index, entry = key.split(".", 1)
-        parameter = parameters[int(index)]
-        value = value.to(parameter.device)
-        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        optimiser.state[parameter][entry] = value
-    facts = read_json(checkpoint / "state.json")
-    if scaler is not None and facts["scaler"]:
-        scaler.load_state_dict(facts["scaler"])
 
 
 def _tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
