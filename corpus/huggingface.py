@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -207,6 +208,7 @@ class HuggingFace:
             state = self.__dict__.setdefault("_position", {})
             if state.get("part") != number or state["row"] > row:
                 state.update(part=number, row=0, rows=iter(parts[number]))
+                weakref.finalize(self, state["rows"].close)  # at exit it would outlive what it closes
             while state["row"] <= row:
                 record = next(state["rows"])
                 state["row"] += 1

@@ -25,6 +25,8 @@ from corpus.splits import check, hashed_split, thinned
 IMAGES = ("jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "gif")
 MASKS = tuple(f"{name}.{suffix}" for name in ("mask", "seg") for suffix in ("png", "tif", "tiff", "bmp"))
 TEXTS = ("txt", "caption", "text")
+FACTS = ("json", "cls")
+KNOWN = {*IMAGES, *MASKS, *TEXTS, *FACTS}
 CUT = "shard cut in the middle"
 BROKEN = "not a tar shard"
 DUPLICATE = "duplicate key"
@@ -38,12 +40,12 @@ LONGEST_END = 2**22
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the bytes of a member lie in its shard."""
+    """Where the bytes of a member lie in its shard; `text` has those of a short one that is no picture."""
 
     shard: str
     offset: int
     size: int
-    suffix: str
+    text: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,9 @@ class _Item:
     id: str
     stamp: str = ""
     image: _Place | None = None
+    image_suffix: str = ""
     mask: _Place | None = None
+    mask_suffix: str = ""
     problem: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -118,11 +122,11 @@ class WebDataset:
         for row in rows:
             item = self._chosen[row]
             parts = []
-            for place in (item.image, item.mask):
+            for place, suffix in ((item.image, item.image_suffix), (item.mask, item.mask_suffix)):
                 if place is not None:
                     with fsspec.open(place.shard, "rb") as file:
                         file.seek(place.offset)
-                        parts.append((file.read(place.size), f".{place.suffix.rsplit('.')[-1]}"))
+                        parts.append((file.read(place.size), suffix))
             yield *parts[0], parts[1] if item.mask is not None else None
 
     @cached_property
@@ -177,48 +181,52 @@ class WebDataset:
 
 
 def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
-    """The samples of one shard, in its order, and what is wrong with it."""
-    from webdataset.tariterators import base_plus_ext
+    """The samples of one shard as `webdataset` puts them together, in its order, and what is wrong with it."""
+    from webdataset.tariterators import group_by_keys
 
-    key: str | None = None
-    members: dict[str, _Place] = {}
-    texts: dict[str, bytes] = {}
-    doubled = False
+    problems: list[_Item] = []
+    doubled: list[Exception] = []
 
-    def sample() -> Iterator[_Item]:
-        if key is not None:
-            yield _item(key, stamp, members, texts, masks, doubled)
+    def note(error: Exception) -> bool:
+        doubled.append(error)
+        return True
 
+    # places instead of bytes: the library only streams, and images are to be read by many processes, again and again
+    for sample in group_by_keys(_members(shard, problems), suffixes=KNOWN, handler=note):
+        yield from problems
+        problems.clear()
+        yield _item(sample, stamp, masks, bool(doubled))
+        doubled.clear()
+    yield from problems
+
+
+def _members(shard: str, problems: list[_Item]) -> Iterator[dict[str, Any]]:
+    """The files of one shard by its headers, as `webdataset` hands them on but with their places for data.
+
+    A shard that is cut may lack members of its last sample; the image, if it has all its bytes, is read all the same.
+    """
+    found = False
     with fsspec.open(shard, "rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    base, suffix = base_plus_ext(member.name)
-                    if not member.isfile() or base is None or PurePosixPath(member.name).name.startswith("."):
+                    name = PurePosixPath(member.name)
+                    if not member.isfile() or name.name.startswith("."):
                         continue
-                    if PurePosixPath(member.name).is_absolute() or ".." in PurePosixPath(member.name).parts:
-                        yield _Item(id=f"{shard}:{member.name}", problem=UNSAFE)
+                    if name.is_absolute() or ".." in name.parts:
+                        problems.append(_Item(id=f"{shard}:{member.name}", problem=UNSAFE))
                         continue
-                    if base != key:
-                        yield from sample()
-                        key, members, texts, doubled = base, {}, {}, False
-                    suffix = suffix.lower()
-                    doubled |= suffix in members
-                    members[suffix] = _Place(shard, member.offset_data, member.size, suffix)
-                    if suffix in (*TEXTS, "json", "cls") and member.size <= LARGEST_TEXT:
-                        texts[suffix] = tar.extractfile(member).read()
+                    found = True
+                    suffix = name.name.partition(".")[2].lower()
+                    short = suffix in (*TEXTS, *FACTS) and member.size <= LARGEST_TEXT
+                    text = tar.extractfile(member).read() if short else b""
+                    place = _Place(shard, member.offset_data, member.size, text)
+                    yield {"fname": member.name, "data": place, "__url__": shard}
                 whole = _ends_whole(file, tar)
         except (tarfile.TarError, EOFError, OSError):
             whole = False
-            if key is None:
-                yield _Item(id=shard, problem=BROKEN)
-                return
-    if whole:
-        yield from sample()
-        return
-    # the last sample may lack members that were cut off; its image, if it has all its bytes, is read all the same
-    yield from sample()
-    yield _Item(id=f"{shard}:end", problem=CUT)
+    if not whole:
+        problems.append(_Item(id=f"{shard}:end", problem=CUT) if found else _Item(id=shard, problem=BROKEN))
 
 
 def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
@@ -238,11 +246,11 @@ def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
     )
 
 
-def _item(
-    key: str, stamp: str, members: dict[str, _Place], texts: dict[str, bytes], masks: bool, doubled: bool
-) -> _Item:
-    image = next((members[suffix] for suffix in members if suffix in IMAGES), None)
-    mask = next((members[suffix] for suffix in MASKS if suffix in members), None) if masks else None
+def _item(sample: dict[str, Any], stamp: str, masks: bool, doubled: bool) -> _Item:
+    key = sample["__key__"]
+    image = next((suffix for suffix in sample if suffix in IMAGES), None)
+    mask = next((suffix for suffix in MASKS if suffix in sample), None) if masks else None
+    texts = {suffix: place.text for suffix, place in sample.items() if isinstance(place, _Place)}
     facts = _json(texts.get("json", b""))
     captions = next((texts[suffix].decode("utf-8", "replace") for suffix in TEXTS if suffix in texts), None)
     folders = PurePosixPath(key).parts[:-1]
@@ -254,9 +262,11 @@ def _item(
         known["split"] = "train" if str(facts["split"]).lower() == "train" else "test"
     return _Item(
         id=str(facts.get("id") or key),
-        stamp=f"{stamp}-{image.offset}" if image else stamp,
-        image=image,
-        mask=mask,
+        stamp=f"{stamp}-{sample[image].offset}" if image else stamp,
+        image=sample[image] if image else None,
+        image_suffix=f".{image}" if image else "",
+        mask=sample[mask] if mask else None,
+        mask_suffix=f".{mask.rsplit('.')[-1]}" if mask else "",
         problem=DUPLICATE if doubled else "" if image else NO_IMAGE,
         facts={**known, "scene": scene, **caption_facts(row, scene)},
     )

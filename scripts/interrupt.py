@@ -1,12 +1,15 @@
-"""Kill a prune at random moments, let it go on, and compare what it leaves with an undisturbed run, byte for byte.
+"""Kill runs at random moments, let them go on, and compare what they leave with an undisturbed run, byte for byte.
 
-`python scripts/interrupt.py` kills twenty times, at any moment of indexing, scoring, embedding and selecting; now the
-process alone, so that its workers are orphans, now its whole group.
+`python scripts/interrupt.py` kills prunes twenty times, at any moment of indexing, scoring, embedding and selecting;
+with `interrupt.what=pretrain` pretrainings, at any moment of training, evaluating and saving. Now the process alone, so
+that its workers are orphans, now its whole group.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,18 +17,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
 
 from corpus.application import run
-from corpus.artefacts import file_digest
+from corpus.artefacts import file_digest, fingerprint
 from corpus.errors import UserError
 from corpus.progress import progress
 
-#: Files that tell how long something took, or when: they may differ.
-TIMED = ("summary.json", "report.html")
+#: Files that tell how long something took, or when, among other things.
+TIMED = ("report.html", "README.md")
 
 
 def make_corpus(folder: Path, images: int, generator: np.random.Generator) -> None:
@@ -40,10 +44,17 @@ def make_corpus(folder: Path, images: int, generator: np.random.Generator) -> No
             path.write_bytes(path.read_bytes()[:300])
 
 
-def command(folder: Path, runs: Path) -> list[str]:
-    script = Path(__file__).resolve().parent.parent / "prune" / "run.py"
-    options = ("corpus=folder", f"corpus.root={folder}", "corpus.train.split=all", "encoder.input_size=64")
-    return [sys.executable, str(script), *options, f"runs={runs}", f"results={runs}", "tracker=none"]
+def command(what: str, images: Path, runs: Path) -> list[str]:
+    """Of a prune of a folder, or of a small pretraining on Blue Marble."""
+    options = {
+        "prune": ("prune/run.py", "corpus=folder", f"corpus.root={images}", "corpus.train.split=all",
+                  "encoder.input_size=64"),
+        "pretrain": ("train/pretrain.py", "profile=smoke", "prune=rsprune", "train.loop.checkpoint_every=7",
+                     "train.loop.steps=60", "eval.convergence_points=6"),
+    }  # fmt: skip
+    script, *rest = options[what]
+    root = Path(__file__).resolve().parent.parent
+    return [sys.executable, str(root / script), *rest, f"runs={runs}", f"results={runs}", "tracker=none"]
 
 
 def killed_at_random(arguments: list[str], runs: Path, longest: float, generator: np.random.Generator) -> bool:
@@ -64,12 +75,35 @@ def killed_at_random(arguments: list[str], runs: Path, longest: float, generator
 
 
 def digests(runs: Path) -> dict[str, str]:
-    """Of every file that a finished run leaves, but for those that tell the time."""
+    """Of every file that a finished run leaves, without what tells the time."""
     files = (path for path in runs.rglob("*") if path.is_file() and ".locks" not in path.parts)
-    return {str(path.relative_to(runs)): file_digest(path) for path in files if path.name not in TIMED}
+    return {str(path.relative_to(runs)): _digest(path) for path in files if path.name not in TIMED}
 
 
-def resumptions(folder: Path, kills: int, expected: dict[str, str], longest: float, seed: int) -> Iterator[int]:
+def _digest(path: Path) -> str:
+    if path.suffix not in (".json", ".jsonl"):
+        return file_digest(path)
+    texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    return fingerprint(facts=[_timeless(json.loads(text)) for text in texts])
+
+
+def _timeless(value: Any) -> Any:
+    """JSON without entries such as seconds and images_per_second."""
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if "second" not in key}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def fresh_runs(what: str, whole: Path, runs: Path) -> Path:
+    """An empty folder; for a pretraining one with all stages before it."""
+    if what == "pretrain":
+        shutil.copytree(whole, runs, ignore=shutil.ignore_patterns("pretrain", ".locks"))
+    return runs
+
+
+def resumptions(
+    what: str, folder: Path, kills: int, expected: dict[str, str], longest: float, seed: int
+) -> Iterator[int]:
     """Kill until `kills` is reached, starting anew whenever a run got to its end; yields the kills so far.
 
     Raises:
@@ -77,28 +111,35 @@ def resumptions(folder: Path, kills: int, expected: dict[str, str], longest: flo
     """
     generator, done, round_number = np.random.default_rng(seed), 0, 0
     while done < kills:
-        runs = folder / f"killed{round_number}"
+        runs = fresh_runs(what, folder / "whole", folder / f"killed{round_number}")
+        arguments = command(what, folder / "images", runs)
         round_number += 1
-        while done < kills and killed_at_random(command(folder / "images", runs), runs, longest, generator):
+        while done < kills and killed_at_random(arguments, runs, longest, generator):
             done += 1
             yield done
-        subprocess.run(command(folder / "images", runs), check=True, capture_output=True)
+        subprocess.run(arguments, check=True, capture_output=True)
         found = digests(runs)
         if found != expected:
             names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise UserError(f"after kills these differ from an undisturbed run: {', '.join(names[:5])}")
+        shutil.rmtree(runs)
 
 
 def main(cfg: DictConfig) -> None:
     options = cfg.interrupt
+    what = str(options.what)
+    if what not in ("prune", "pretrain"):
+        raise UserError(f"interrupt.what={what} is unknown: give prune or pretrain")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_corpus(folder / "images", int(options.images), np.random.default_rng(cfg.seed))
+        arguments = command(what, folder / "images", folder / "whole")
         start = time.perf_counter()
-        subprocess.run(command(folder / "images", folder / "whole"), check=True, capture_output=True)
+        subprocess.run(arguments, check=True, capture_output=True)
         seconds = time.perf_counter() - start
         expected = digests(folder / "whole")
-        kills = resumptions(folder, int(options.kills), expected, seconds / 2, int(cfg.seed))
+        longest = seconds / 2 if what == "prune" else seconds / 4
+        kills = resumptions(what, folder, int(options.kills), expected, longest, int(cfg.seed))
         for done in progress(kills, "kill", total=int(options.kills)):
             print(f"killed {done} times", flush=True)
     print(f"killed {options.kills} times; every resumed run left the same {len(expected)} files as an undisturbed one")
