@@ -165,8 +165,8 @@ def test_the_paper_profile_trains_with_networks_by_hub_name(hub: Hub, tmp_path: 
 def test_a_pipeline_to_go_on_from_by_hub_name(hub: Hub, tmp_path: Path) -> None:
     done = hub.run(
         "train/pretrain.py", "profile=smoke", "model=lora", "model.pretrained=owner/diffusion", "prune=random",
-        "train.objective.prediction=epsilon", "train.loop.steps=2", "text_encoder.train.steps=2", "eval.convergence_points=1",
-        f"runs={tmp_path / 'runs'}", f"results={tmp_path}", "tracker=none",
+        "train.objective.prediction=epsilon", "train.loop.steps=2", "text_encoder.train.steps=2",
+        "eval.convergence_points=1", f"runs={tmp_path / 'runs'}", f"results={tmp_path}", "tracker=none",
     )  # fmt: skip
     assert any("GET /owner/diffusion/resolve/" in line and "unet" in line for line in hub.asked)
     assert (result(done) / "lora" / "pytorch_lora_weights.safetensors").is_file()
