@@ -65,6 +65,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
+def file_stamp(path: Path, content_hash: bool = False) -> str:
+    """What changes with a file: its size and time of change, or its bytes; empty if it cannot be looked at."""
+    try:
+        if content_hash:
+            return file_digest(path)
+        facts = path.stat()
+        return f"{facts.st_size}-{facts.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else "-shut")
+    except OSError:  # a dangling link, say: reading it gives the reason
+        return ""
+
+
 def is_main_process() -> bool:
     """Whether this is the only or the first process of a launch (`accelerate launch`, torchrun, MPI)."""
     return _of_launch(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0) == 0

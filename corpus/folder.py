@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from corpus.artefacts import file_digest
+from corpus.artefacts import file_stamp
 from corpus.captions import caption_facts, scalars
 from corpus.decoding import decode_mask, read_bytes, read_image
 from corpus.errors import UserError
@@ -151,10 +151,10 @@ class ImageFolder:
         """What changes with a file's bytes: a digest of them, or its size and time of change; a mask's with it."""
         stamps = {}
         for file in (*self._files, *self._caption_files):
-            stamps[file] = _stamp(self._root / file, self.content_hash)
+            stamps[file] = file_stamp(self._root / file, self.content_hash)
             mask = None if self.masks is None or file in self._caption_files else self._mask_of(file)
             if mask is not None:
-                stamps[file] += "+" + _stamp(mask, self.content_hash)
+                stamps[file] += "+" + file_stamp(mask, self.content_hash)
         return stamps
 
     @property
@@ -251,16 +251,6 @@ def _read_files(
         data = NO_MASK if masks[position] is None else read_bytes(masks[position])
         mask = data if isinstance(data, str) else decode_mask(data, resolution)
         yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
-
-
-def _stamp(path: Path, content_hash: bool) -> str:
-    try:
-        if content_hash:
-            return file_digest(path)
-        facts = path.stat()
-        return f"{facts.st_size}-{facts.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else "-shut")
-    except OSError:  # a dangling link, say: reading it gives the reason
-        return ""
 
 
 def _read_rows(path: Path) -> Iterator[dict]:

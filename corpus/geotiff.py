@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from corpus.artefacts import file_stamp
 from corpus.decoding import DAMAGED, STRETCH, square
 from corpus.errors import UserError
 from corpus.progress import progress
@@ -114,7 +115,7 @@ class GeoTiff:
     @property
     def version(self) -> dict[str, str]:
         """A digest of every scene's path, size and time of change."""
-        text = "\n".join(f"{file}\0{_stamp(self._folder / file)}" for file in self._files)
+        text = "\n".join(f"{file}\0{file_stamp(self._folder / file)}" for file in self._files)
         return {"scenes": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]}
 
     def manifest(self) -> pd.DataFrame:
@@ -195,15 +196,15 @@ class GeoTiff:
             with _quiet(), rasterio.open(path) as raster:
                 bands = tuple(self.bands or ((1, 2, 3) if raster.count >= 3 else (1,)))
                 if min(raster.height, raster.width) < self._side:
-                    return _Scene(file, _stamp(path), problem=SMALLER)
+                    return _Scene(file, file_stamp(path), problem=SMALLER)
                 if max(bands) > raster.count:
-                    return _Scene(file, _stamp(path), problem=f"has {raster.count} bands, not {max(bands)}")
+                    return _Scene(file, file_stamp(path), problem=f"has {raster.count} bands, not {max(bands)}")
                 low, high = (self.low,) * len(bands), (self.high,) * len(bands)
                 if self.stretch == "percentile":
                     low, high = _percentiles(raster, bands)
                 return _Scene(
                     file=file,
-                    stamp=_stamp(path),
+                    stamp=file_stamp(path),
                     height=raster.height,
                     width=raster.width,
                     crs=raster.crs.to_string() if raster.crs else "",
@@ -213,21 +214,13 @@ class GeoTiff:
                     high=high,
                 )
         except (RasterioError, OSError, ValueError):
-            return _Scene(file, _stamp(path), problem=NOT_A_SCENE)
+            return _Scene(file, file_stamp(path), problem=NOT_A_SCENE)
 
 
 def _quiet() -> Any:
     import rasterio
 
     return rasterio.Env(CPL_LOG_ERRORS="OFF", GDAL_PAM_ENABLED="NO")
-
-
-def _stamp(path: Path) -> str:
-    try:
-        facts = path.stat()
-        return f"{facts.st_size}-{facts.st_mtime_ns}"
-    except OSError:
-        return ""
 
 
 def _percentiles(raster: Any, bands: Sequence[int]) -> tuple[tuple[float, ...], tuple[float, ...]]:

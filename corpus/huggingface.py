@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import io
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,7 @@ class HuggingFace:
             ) from None
 
     def manifest(self) -> pd.DataFrame:
-        """One row an image: id, scene, caption, and every column of numbers or texts."""
+        """One row an image: id, scene, caption, every column of numbers or texts; a stamp unless it is streamed."""
         return self._chosen[1]
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
@@ -170,7 +172,8 @@ class HuggingFace:
         for number, (name, part) in enumerate(self._parts.items()):
             texts = part.select_columns([column for column in part.column_names if column != self._columns["image"]])
             facts = texts if texts.column_names else ({} for _ in part)
-            for row, record in enumerate(progress(facts, f"read rows of {name}")):
+            stamps = repeat({}) if self.streaming else _stamps(part, self._columns["image"])
+            for row, (record, stamp) in enumerate(zip(progress(facts, f"read rows of {name}"), stamps, strict=False)):
                 identifier = f"{name}/{row:08d}"
                 if isinstance(record.get("id"), str) and record["id"] not in taken:
                     identifier = record["id"]
@@ -180,7 +183,7 @@ class HuggingFace:
                 inside = NAMES.get(name) if named >= {"train", "test"} else None
                 if self.split in ("all", inside or hashed_split(identifier, self.test_share)):
                     places.append((number, row))
-                    rows.append({"id": identifier, **self._facts(record, part.features)})
+                    rows.append({"id": identifier, **self._facts(record, part.features), **stamp})
         kept = thinned(len(rows), self.limit)
         table = pd.DataFrame([rows[row] for row in kept], columns=None if len(kept) else ["id", "scene", "caption"])
         return np.array(places, dtype=np.int64).reshape(-1, 2)[kept], table
@@ -240,6 +243,13 @@ def _files(folder: Path) -> list[str]:
     else:
         found = sorted(glob.glob(str(folder)))
     return [path for path in found if path.endswith((".parquet", ".arrow"))]
+
+
+def _stamps(part: Any, column: str) -> Iterator[dict[str, str]]:
+    """A digest of every image's bytes; empty where there are none."""
+    for record in part.select_columns([column]):
+        data = _bytes(record[column])
+        yield {"stamp": "" if isinstance(data, str) else hashlib.blake2b(data, digest_size=8).hexdigest()}
 
 
 def _undecoded(part: Any) -> Any:

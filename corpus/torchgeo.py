@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from corpus.artefacts import file_stamp
 from corpus.captions import words
 from corpus.decoding import DAMAGED, square, stretch
 from corpus.errors import UserError
@@ -22,7 +24,8 @@ from corpus.splits import check, hashed_split, thinned
 class TorchGeo:
     """Images of `torchgeo.datasets.<dataset>`, which has them below `root` already; nothing is downloaded.
 
-    Ids are `<split>/<row>`. Images whose values are not 0..255 are stretched between percentiles of their own.
+    Ids are the files' paths below `root` where the class lists its files, as most do, else `<split>/<row>`, of which no
+    change is noticed but in their number. Values that are not 0..255 are stretched between percentiles of the image.
 
     Args:
         dataset: the class, such as EuroSAT, RESISC45 or UCMerced.
@@ -56,19 +59,27 @@ class TorchGeo:
 
     @property
     def version(self) -> dict[str, Any]:
-        """torchgeo's version and the number of images in each split."""
-        return {"torchgeo": metadata.version("torchgeo"), **{name: len(part) for name, part in self._parts.items()}}
+        """torchgeo's version, the number of images in each split, and a digest of the files and their stamps."""
+        digest = hashlib.sha256()
+        for name, part in self._parts.items():
+            for row in range(len(part)):
+                file = self._file(name, row)
+                digest.update(f"{file}\0{file_stamp(file) if file else ''}\0".encode("utf-8", "surrogateescape"))
+        counts = {name: len(part) for name, part in self._parts.items()}
+        return {"torchgeo": metadata.version("torchgeo"), "files": digest.hexdigest()[:16], **counts}
 
     def manifest(self) -> pd.DataFrame:
-        """One row an image: id, scene (the class's name), caption (of the scene)."""
+        """One row an image: id, scene (the class's name), caption (of the scene), stamp of its file."""
         rows = []
         for name, row in self._chosen:
             part = self._parts[name]
             targets = getattr(part, "targets", None)
             label = targets[row] if targets is not None else int(part[row]["label"])
             scene = str(part.classes[int(label)])
-            rows.append((f"{name}/{row:08d}", scene, f"a satellite image of {words(scene)}"))
-        return pd.DataFrame(rows, columns=["id", "scene", "caption"])
+            file = self._file(name, row)
+            stamp = file_stamp(file) if file else ""
+            rows.append((self._id(name, row), scene, f"a satellite image of {words(scene)}", stamp))
+        return pd.DataFrame(rows, columns=["id", "scene", "caption", "stamp"])
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
         def read() -> Iterator[np.ndarray | str]:
@@ -81,6 +92,15 @@ class TorchGeo:
                 yield square(_colours(image[list(self.bands)]), self.resolution)
 
         return read
+
+    def _file(self, name: str, row: int) -> Path | None:
+        """Of an image, where its class is a folder of images that lists them."""
+        listed = getattr(self._parts[name], "samples", None)
+        return Path(listed[row][0]) if listed else None
+
+    def _id(self, name: str, row: int) -> str:
+        file, root = self._file(name, row), Path(str(self.root)).expanduser()
+        return file.relative_to(root).as_posix() if file and file.is_relative_to(root) else f"{name}/{row:08d}"
 
     @cached_property
     def _parts(self) -> dict[str, Any]:
@@ -121,7 +141,7 @@ class TorchGeo:
             (name, row)
             for name, part in self._parts.items()
             for row in range(len(part))
-            if self.split in ("all", names.get(name) or hashed_split(f"{name}/{row:08d}", self.test_share))
+            if self.split in ("all", names.get(name) or hashed_split(self._id(name, row), self.test_share))
         ]
         return [found[row] for row in thinned(len(found), self.limit)]
 

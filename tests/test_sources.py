@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from corpus.errors import UserError
 from corpus.folder import ImageFolder
 from corpus.geotiff import GeoTiff
 from corpus.huggingface import HuggingFace
-from corpus.index import Corpus, index_corpus
+from corpus.index import Corpus, Source, index_corpus
 from corpus.reference import reference_set
 from corpus.webdataset import CUT, DUPLICATE, NO_IMAGE, UNSAFE, WebDataset
 from prune.entropy import LocalEntropy
@@ -570,10 +571,10 @@ def test_geotiff_errors_are_one_line(scenes: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- torchgeo
 
 
-def test_torchgeo_sets_are_read(tmp_path: Path) -> None:
+@pytest.fixture
+def made_ucmerced(tmp_path: Path) -> Path:
+    """Four images of two scenes in UC Merced's layout."""
     pytest.importorskip("torchgeo", reason="torchgeo is the extra `geo`, which is not installed")
-    from corpus.torchgeo import TorchGeo
-
     members: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for scene in ("agricultural", "forest"):
         (tmp_path / "UCMerced_LandUse" / "Images" / scene).mkdir(parents=True)
@@ -583,6 +584,12 @@ def test_torchgeo_sets_are_read(tmp_path: Path) -> None:
             members[split].append(name)
     for split, names in members.items():
         (tmp_path / f"uc_merced-{split}.txt").write_text("\n".join(names) + "\n")
+    return tmp_path
+
+
+def test_torchgeo_sets_are_read(made_ucmerced: Path, tmp_path: Path) -> None:
+    from corpus.torchgeo import TorchGeo
+
     corpus = index_corpus(TorchGeo("UCMerced", str(tmp_path), resolution=256), tmp_path / "runs")
     assert sorted(corpus.manifest["scene"]) == ["agricultural"] * 4 + ["forest"] * 4
     assert (corpus.images[0] == np.asarray(texture(0, side=256))).all()
@@ -664,6 +671,50 @@ def test_only_what_is_new_or_changed_is_read_again(
     np.testing.assert_array_equal(found[0], whole[0])
     np.testing.assert_array_equal(found[1], whole[1])
     np.testing.assert_allclose(found[2].astype(float), whole[2].astype(float), rtol=2e-3, atol=2e-3)
+
+
+def read_again(monkeypatch: pytest.MonkeyPatch, source: Callable[[], Source], runs: Path) -> list[str]:
+    """Index a corpus and return the ids that were read for it."""
+    seen, kind = [], type(source())
+    with monkeypatch.context() as patch:
+        real = kind.reader
+        patch.setattr(kind, "reader", lambda self, rows: seen.extend(rows) or real(self, rows))
+        corpus = index_corpus(source(), runs)
+    return [corpus.manifest["id"][row] for row in seen]
+
+
+def test_only_new_or_changed_rows_of_a_hub_set_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def save(seeds: list[int]) -> None:
+        rows = {"image": [{"bytes": encoded(texture(seed)), "path": None} for seed in seeds], "n": seeds}
+        features = datasets.Features({"image": datasets.Image(), "n": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "train.parquet"))
+
+    def source() -> HuggingFace:
+        return HuggingFace(str(tmp_path / "train.parquet"), resolution=32)
+
+    save([0, 1, 2, 3])
+    assert len(read_again(monkeypatch, source, tmp_path / "runs")) == 4
+    save([0, 1, 7, 3, 4])
+    assert read_again(monkeypatch, source, tmp_path / "runs") == ["train/00000002", "train/00000004"]
+    images = index_corpus(source(), tmp_path / "runs").images
+    for row, seed in enumerate([0, 1, 7, 3, 4]):
+        assert (images[row] == np.asarray(texture(seed))).all()
+
+
+def test_only_new_or_changed_files_of_torchgeo_are_read_again(
+    made_ucmerced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from corpus.torchgeo import TorchGeo
+
+    def source() -> TorchGeo:
+        return TorchGeo("UCMerced", str(made_ucmerced), resolution=256)
+
+    assert len(read_again(monkeypatch, source, tmp_path / "runs")) == 8
+    changed = made_ucmerced / "UCMerced_LandUse" / "Images" / "forest" / "forest01.tif"
+    texture(77, side=256).save(changed)
+    assert read_again(monkeypatch, source, tmp_path / "runs") == ["UCMerced_LandUse/Images/forest/forest01.tif"]
 
 
 def test_what_could_not_be_read_is_tried_again(growing: Path, tmp_path: Path) -> None:
