@@ -337,26 +337,28 @@ def _storable(manifest: pd.DataFrame) -> pd.DataFrame:
     return manifest
 
 
-def _earlier(source: Source, runs: Path, manifest: pd.DataFrame) -> tuple[Corpus | None, np.ndarray]:
-    """The corpus of the same source from before files came, went or changed, and each image's row there or -1.
+def indexes_of(source: Any, runs: Path | str) -> Iterator[Corpus]:
+    """What is indexed of a source (as JSON) from before files came, went or changed, the newest first."""
+    stages = sorted((Path(runs) / "corpus").glob(f"*/{COMPLETE}"), key=lambda path: -path.stat().st_mtime_ns)
+    for path in stages:
+        if read_json(path)["inputs"]["source"] == source:
+            corpus = open_corpus(path.parent)
+            if "stamp" in corpus.manifest:
+                yield corpus
 
-    An image is the same if its id and its `stamp` are.
-    """
-    nothing = None, np.full(len(manifest), -1)
-    if "stamp" not in manifest:
-        return nothing
-    stages = [path for path in (runs / "corpus").glob(f"*/{COMPLETE}")]
-    for path in sorted(stages, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        if read_json(path)["inputs"]["source"] != plain(source):
-            continue
-        previous = open_corpus(path.parent)
-        if "stamp" not in previous.manifest:
-            continue
-        before = pd.MultiIndex.from_frame(previous.manifest[["id", "stamp"]])
-        origin = before.get_indexer(pd.MultiIndex.from_frame(manifest[["id", "stamp"]]))
-        again = previous.manifest["reason"].isin(PASSING).to_numpy()[origin]
-        return previous, np.where(again | (manifest["stamp"] == "").to_numpy(), -1, origin)
-    return nothing
+
+def rows_in(previous: Corpus, manifest: pd.DataFrame) -> np.ndarray:
+    """Each image's row in an earlier index, int64, or -1: an image is the same if its id and its `stamp` are."""
+    before = pd.MultiIndex.from_frame(previous.manifest[["id", "stamp"]])
+    origin = before.get_indexer(pd.MultiIndex.from_frame(manifest[["id", "stamp"]]))
+    again = previous.manifest["reason"].isin(PASSING).to_numpy()[origin]
+    return np.where(again | (manifest["stamp"] == "").to_numpy(), -1, origin)
+
+
+def _earlier(source: Source, runs: Path, manifest: pd.DataFrame) -> tuple[Corpus | None, np.ndarray]:
+    """The newest index of the same source, and each image's row there or -1."""
+    previous = next(indexes_of(plain(source), runs), None) if "stamp" in manifest else None
+    return previous, np.full(len(manifest), -1) if previous is None else rows_in(previous, manifest)
 
 
 def _copy(previous: Corpus, files: _Files, rows: np.ndarray, origin: np.ndarray) -> None:

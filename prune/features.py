@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from corpus.artefacts import fingerprint, read_json, stage, write_json
+from corpus.artefacts import COMPLETE, fingerprint, read_json, stage, write_json
 from corpus.encoder import EfficientNetLite0
-from corpus.index import CHUNK, Corpus, Scan, Source, index_corpus, scanned
+from corpus.index import CHUNK, Corpus, Scan, Source, index_corpus, indexes_of, rows_in, scanned
 from corpus.progress import progress
 from prune.entropy import LocalEntropy, entropies
 
@@ -36,7 +38,10 @@ def corpus_entropy(corpus: Corpus, measure: LocalEntropy, runs: Path | str) -> n
     def build(directory: Path) -> None:
         if _take(corpus, fingerprint(measure=measure), directory / "entropy.npy"):
             return
-        values = np.array([measure(image) for image in progress(corpus.images, "entropy", total=len(corpus))])
+        values = np.zeros(len(corpus), np.float32)
+        known = _take_over(corpus, runs, "entropy", {"measure": measure}, "entropy.npy", values)
+        for row in progress(np.flatnonzero(~known), "entropy"):
+            values[row] = measure(corpus.images[row])
         np.save(directory / "entropy.npy", np.where(corpus.readable, values, 0).astype(np.float32))
 
     directory = stage(runs, "entropy", {"corpus": corpus.fingerprint, "measure": measure}, build)
@@ -47,29 +52,55 @@ def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | s
     """Embeddings float16 [N, D], memory-mapped, zeros where unreadable; cached, resumed batch by batch."""
 
     def build(directory: Path) -> None:
-        path, state = directory / "embeddings.npy", directory / "progress.json"
+        path, state, rest = directory / "embeddings.npy", directory / "progress.json", directory / "todo.npy"
         if _take(corpus, fingerprint(encoder=encoder), path):
             return
         batch = encoder.batch_size
-        done = read_json(state)["done"] if state.exists() else 0
-        shape = (len(corpus), encoder.dimensions)
+        done = read_json(state)["done"] if state.exists() and rest.exists() else 0
         if done:
             array = np.lib.format.open_memmap(path, mode="r+")
         else:
+            shape = (len(corpus), encoder.dimensions)
             array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        starts = range(done, len(corpus), batch)
-        total = -(-len(corpus) // batch)
+            known = _take_over(corpus, runs, "embedding", {"encoder": encoder}, path.name, array)
+            np.save(rest, np.flatnonzero(~known))
+        todo = np.load(rest)
+        starts = range(done, len(todo), batch)
+        total = -(-len(todo) // batch)
         for start in progress(starts, "embed", total=total, initial=done // batch, unit="batch"):
-            array[start : start + batch] = encoder(corpus.images[start : start + batch])
+            rows = todo[start : start + batch]
+            array[rows] = encoder(corpus.images[rows])
             if start // batch % 20 == 19:
                 array.flush()
                 write_json(state, {"done": start + batch})
         array[~corpus.readable] = 0
         array.flush()
+        state.unlink(missing_ok=True)
+        rest.unlink()
 
     inputs = {"corpus": corpus.fingerprint, "encoder": encoder}
     directory = stage(runs, "embedding", inputs, build, resumable=True)
     return np.load(directory / "embeddings.npy", mmap_mode="r")
+
+
+def _take_over(
+    corpus: Corpus, runs: Path | str, name: str, options: Mapping[str, Any], file: str, values: np.ndarray
+) -> np.ndarray:
+    """Fill in what earlier indexes of the same source have of the same images; returns which rows, bool [N]."""
+    known = np.zeros(len(corpus), bool)
+    if "stamp" not in corpus.manifest:
+        return known
+    source = read_json(corpus.directory / COMPLETE)["inputs"]["source"]
+    for previous in indexes_of(source, runs):
+        stages = Path(runs) / name / fingerprint(corpus=previous.fingerprint, **options)
+        found = scanned(previous, fingerprint(**options)) or stages / file
+        if not found.is_file():
+            continue
+        origin = rows_in(previous, corpus.manifest)
+        rows = np.flatnonzero((origin >= 0) & ~known)
+        values[rows] = np.load(found, mmap_mode="r")[origin[rows]]
+        known[rows] = True
+    return known
 
 
 def _take(corpus: Corpus, key: str, path: Path) -> bool:

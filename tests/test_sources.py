@@ -673,6 +673,27 @@ def test_only_what_is_new_or_changed_is_read_again(
     np.testing.assert_allclose(found[2].astype(float), whole[2].astype(float), rtol=2e-3, atol=2e-3)
 
 
+def test_a_scan_that_is_new_finds_what_earlier_indexes_have(
+    growing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two encoders by turns on a growing folder: each embeds an image once, whichever of them indexed it."""
+    embedded: list[int] = []
+    real = EfficientNetLite0.__call__
+    monkeypatch.setattr(EfficientNetLite0, "__call__", lambda self, x: embedded.append(len(x)) or real(self, x))
+    first, second = (EfficientNetLite0(input_size=side, batch_size=4) for side in (32, 64))
+    runs, found = tmp_path / "runs", []
+    for number, encoder in enumerate((first, second, second, second, first, second)):
+        if number >= 2:
+            texture(50 + number).save(growing / f"more{number}.png")
+        embedded.clear()
+        corpus = scan_corpus(ImageFolder(str(growing), resolution=32), runs, LocalEntropy(), encoder)
+        entropy, embeddings = corpus_entropy(corpus, LocalEntropy(), runs), corpus_embeddings(corpus, encoder, runs)
+        found.append(sum(embedded))
+    assert found == [9, 9, 1, 1, 3, 2]
+    np.testing.assert_allclose(entropy, [LocalEntropy()(image) for image in corpus.images], rtol=1e-6)
+    np.testing.assert_allclose(embeddings, second(np.asarray(corpus.images)), atol=2e-3)
+
+
 def read_again(monkeypatch: pytest.MonkeyPatch, source: Callable[[], Source], runs: Path) -> list[str]:
     """Index a corpus and return the ids that were read for it."""
     seen, kind = [], type(source())
