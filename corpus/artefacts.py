@@ -111,8 +111,8 @@ def stage(
 
     Args:
         together: of a build that trains over all processes of a launch, which then all call it: gives every process
-            what the first one says. Else a process that comes late could take for finished, by another launch, what
-            the first one still waits for.
+            what the first one says. Without it a late process would see the directory that another launch has just
+            finished and return, while the first process waits for it in the build.
     """
     key = fingerprint(**inputs)
     final = Path(runs) / name / key

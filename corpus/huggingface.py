@@ -207,11 +207,14 @@ class HuggingFace:
     def _stream_records(self, places: np.ndarray) -> Iterator[dict]:
         """Rows of a stream in ascending order; a chunk that follows the last one reads on where that ended."""
         parts = list(self._parts.values())
+        state = self.__dict__.get("_position")
+        if state is None:
+            state = self.__dict__["_position"] = {}
+            weakref.finalize(self, _close, state)  # at exit it would outlive what it needs to close
         for number, row in places.tolist():
-            state = self.__dict__.setdefault("_position", {})
             if state.get("part") != number or state["row"] > row:
+                _close(state)
                 state.update(part=number, row=0, rows=iter(parts[number]))
-                weakref.finalize(self, state["rows"].close)  # at exit it would outlive what it closes
             while state["row"] <= row:
                 record = next(state["rows"])
                 state["row"] += 1
@@ -243,6 +246,11 @@ def _files(folder: Path) -> list[str]:
     else:
         found = sorted(glob.glob(str(folder)))
     return [path for path in found if path.endswith((".parquet", ".arrow"))]
+
+
+def _close(state: dict[str, Any]) -> None:
+    if "rows" in state:
+        state.pop("rows").close()
 
 
 def _stamps(part: Any, column: str) -> Iterator[dict[str, str]]:

@@ -129,7 +129,7 @@ def load_parts(cfg: DictConfig, foundation: Path | None, corpus: Corpus) -> Part
         return Parts(None, autoencoder, text.text_encoder, text.tokenizer)
     folder = _pipeline_folder(foundation)
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"foundation={foundation} does not load: {reason}") from error

@@ -65,7 +65,7 @@ def evaluate(cfg: DictConfig) -> Path:
 
 def _draw(cfg: DictConfig, source: Path, held: HeldOut) -> np.ndarray:
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source)
+        pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise UserError(f"pipeline={source} does not load as a diffusers pipeline: {reason}") from error

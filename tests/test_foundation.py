@@ -410,22 +410,41 @@ def test_the_launch_says_how_to_shard(tmp_path, monkeypatch) -> None:
     with hidden():
         assert requested() == COPIES
     assert requested().kind == "fsdp"
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    with pytest.raises(UserError, match="fsdp_offload_params"):
-        requested()
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    for name, value, said in (
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
+        ("FSDP_VERSION", "1", "fsdp_version"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "micro_batch"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+            patch.setenv(name, value)
+            requested()
+
+
+def test_the_launch_says_how_deepspeed_shares(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed"):
+        requested()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
-    assert requested().config == {"zero_optimization": {"stage": 1}}
+    assert requested().config["zero_optimization"]["stage"] == 1
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": "auto", "reduce_bucket_size": 1000}}))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    assert requested().config == {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    with pytest.raises(UserError, match=r"fsdp\.yaml"):
-        requested()
-    file.write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    zero = requested().config["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"], zero["overlap_comm"]) == (2, 1000, False)
+    for given, said in (
+        ({"zero_optimization": {"stage": 3}}, r"fsdp\.yaml"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
+        ({"zero_optimization": True}, "cannot be read"),
+        ([], "cannot be read"),
+    ):
+        file.write_text(json.dumps(given))
+        with pytest.raises(UserError, match=said):
+            requested()
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    with pytest.raises(UserError, match="offloading"):
         requested()
 
 
@@ -433,18 +452,19 @@ def test_compiled_networks_keep_their_weights_names(tmp_path, monkeypatch) -> No
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     fit(tmp_path, replace(OPTIONS, compile=True))
-    assert len(compiled) == 1
+    assert len(compiled) == 2
     state = load_file(next(tmp_path.rglob("net.safetensors")))
     assert set(state) == {"0.weight", "0.bias", "3.weight", "3.bias"}
 
 
 def launched(
-    processes: int, directory: Path, config: str = "multi_cpu", micro_batch: int = 8
+    processes: int, directory: Path, config: str = "multi_cpu", micro_batch: int = 8, *options: str
 ) -> tuple[list[float], np.ndarray]:
     """Losses and weights of a training over several processes of `accelerate launch`."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / f"configs/accelerate/{config}.yaml"), "--num_processes", str(processes)]
-    command += ["--main_process_port", "0", str(ROOT / "tests" / "tiny_loop.py"), str(directory), str(micro_batch)]
+    command += [*options, "--main_process_port", "0"]
+    command += [str(ROOT / "tests" / "tiny_loop.py"), str(directory), str(micro_batch)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -478,10 +498,11 @@ def test_sharded_weights_train_as_copied_ones_do_and_resume_each_other(tmp_path,
     one = fit(tmp_path / "one")
     losses = json.loads((tmp_path / "one" / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
     for micro_batch in (8, 3):
-        pair, weights = launched(2, tmp_path / f"two_{micro_batch}", config, micro_batch)
+        options = ["--zero_stage", "1"] if (config, micro_batch) == ("deepspeed", 3) else []
+        pair, weights = launched(2, tmp_path / f"two_{micro_batch}", config, micro_batch, *options)
         np.testing.assert_allclose(pair, losses, rtol=1e-4)
         np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
-    for name in ("net", "net_average", "optimiser"):
+    for name in ("net", "shift", "net_average", "shift_average", "optimiser"):
         expected, found = (
             load_file(tmp_path / run / "checkpoints" / "00000012" / f"{name}.safetensors") for run in ("one", "two_8")
         )
@@ -494,6 +515,11 @@ def test_sharded_weights_train_as_copied_ones_do_and_resume_each_other(tmp_path,
     later, weights = launched(2, tmp_path / "changed", config)
     np.testing.assert_allclose(later, losses, rtol=1e-4)
     np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
+
+    longer = replace(OPTIONS, steps=15)
+    expected, found = (fit(tmp_path / name, longer) for name in ("one", "two_8"))  # one process goes on with two's
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
 
 
 def interrupted(directory: Path, step: int) -> None:

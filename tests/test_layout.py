@@ -131,6 +131,9 @@ def test_no_pickle(path: Path) -> None:
         assert called not in ("torch.save", "pd.read_pickle") and not called.endswith(".to_pickle"), where
         if called == "torch.load":
             assert "weights_only" in flags, f"{where}: say weights_only=True"
+        weightless = ("AutoImageProcessor", "AutoConfig", "CLIPTokenizer")
+        if called.endswith(".from_pretrained") and called.split(".")[0] not in weightless:
+            assert "use_safetensors" in flags, f"{where}: say use_safetensors=True"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)

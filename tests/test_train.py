@@ -203,8 +203,23 @@ def test_divergence_stops_with_the_step(tmp_path):
     def loss(modules, batch):
         return modules["net"](batch[0]).sum() * float("nan")
 
-    with pytest.raises(UserError, match="at step 1"):
+    with pytest.raises(UserError, match="at step 1; there is no checkpoint yet"):
         train_loop(Accelerator(cpu=True), {"net": module}, draw, loss, OPTIONS, tmp_path, label="t")
+
+
+def test_divergence_names_the_last_good_checkpoint(tmp_path):
+    calls = []
+
+    def draw(random, rows):
+        return (torch.ones(4, 1)[rows],)
+
+    def loss(modules, batch):
+        calls.append(1)
+        return modules["net"](batch[0]).sum() * (float("nan") if len(calls) == 8 else 1.0)
+
+    options = replace(OPTIONS, checkpoint_every=3, keep_checkpoints=2)
+    with pytest.raises(UserError, match=r"at step 8; the last good checkpoint is .*/00000006: lower"):
+        train_loop(Accelerator(cpu=True), {"net": nn.Linear(1, 1)}, draw, loss, options, tmp_path, label="t")
 
 
 def test_learning_rate_rises_and_falls():

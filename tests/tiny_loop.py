@@ -19,19 +19,22 @@ OPTIONS = LoopOptions(steps=12, batch_size=8, learning_rate=1e-2, warmup=2, ema_
 
 
 def fit(directory: Path, options: LoopOptions = OPTIONS, dropout: float = 0.0, scale: float = 1.0) -> dict:
-    """Train a small network; its logged losses and weights."""
+    """Train two small networks, one with a frozen layer; the first one's weights."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 1))
+    shift = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 1))
+    shift[0].requires_grad_(False)
 
     def draw(random, rows):
         return (torch.from_numpy(random.standard_normal((options.batch_size, 6), dtype=np.float32))[rows],)
 
     def loss(modules, batch):
-        return scale * (modules["net"](batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
+        drawn = modules["net"](batch[0]) + modules["shift"](batch[0])
+        return scale * (drawn - batch[0].sum(1, keepdim=True)).square().mean()
 
     with hidden():
         accelerator = Accelerator(cpu=True)
-    best = train_loop(accelerator, {"net": module}, draw, loss, options, directory, label="t")
+    best = train_loop(accelerator, {"net": module, "shift": shift}, draw, loss, options, directory, label="t")
     return best["net"].state_dict()
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from corpus.application import run
-from corpus.artefacts import stage
+from corpus.artefacts import process_count, stage
 from corpus.encoder import EfficientNetLite0, embed
 from corpus.errors import UserError
 from corpus.index import Corpus, index_corpus
@@ -163,6 +163,8 @@ def train_autoencoder(
 
 def main(cfg: DictConfig) -> None:
     """`make autoencoder`: train by the recipe, check against PCA on the training split, write weights and card."""
+    if process_count() > 1:
+        raise UserError("train/autoencoder.py is one process: start it without `accelerate launch`")
     recipe = cfg.autoencoder.recipe
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
     set_seed(int(cfg.seed))
@@ -187,7 +189,8 @@ def main(cfg: DictConfig) -> None:
 
     inputs = {"corpus": corpus.fingerprint, "recipe": recipe, "encoder": cfg.encoder, "seed": cfg.seed}
     directory = stage(cfg.runs, "autoencoder", inputs, build, resumable=True)
-    trained = AutoencoderTiny.from_pretrained(directory / "autoencoder").eval().requires_grad_(False)
+    trained = AutoencoderTiny.from_pretrained(directory / "autoencoder", use_safetensors=True)
+    trained.eval().requires_grad_(False)
     figures = measure(cfg, trained, corpus)
     for name, values in figures.items():
         print(name, {key: round(value, 3) for key, value in values.items()})

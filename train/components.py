@@ -66,7 +66,7 @@ def first_process_says(cfg: DictConfig) -> Callable[[bool], bool]:
 
     def answer(own: bool) -> bool:
         accelerator = make_accelerator(cfg)
-        told = torch.tensor(int(own and accelerator.is_main_process), device=accelerator.device)
+        told = torch.tensor(int(own), device=accelerator.device)
         return bool(accelerator.reduce(told, "sum"))
 
     return answer

@@ -51,7 +51,7 @@ from train.measure import measure, place_sheet, sample_sheet, save_picture, scen
 from train.metadata import FOLDER, MetadataField, metadata_values, new_encoder
 from train.model_card import model_card
 from train.objective import Objective
-from train.sharding import requested
+from train.sharding import Sharding, requested
 from train.subset import NETWORK, Subset, encode_subset, subset_batches, subset_loss
 from train.utilisation import compute_dtype, peak_flops, training_flops
 
@@ -68,7 +68,8 @@ def held_out(cfg: DictConfig) -> dict[str, HeldOut]:
 
 def pretrain(cfg: DictConfig, name: str) -> Path:
     """Prune with method `name` if not cached, then train the latent diffusion model on what is kept."""
-    frozen = _load_frozen(cfg)  # first: what is missing is said before anything is computed
+    sharding = requested()  # first: what is missing is said before anything is computed
+    frozen = _load_frozen(cfg)
     objective_of(cfg)
     selection, corpus = select(cfg, name)
     scorer = load_text_parts(cfg, corpus)
@@ -92,7 +93,19 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
         with track(cfg, "pretrain", f"{name}-{cfg.ratio}") as tracker:
             text = frozen.text or scorer
             run = _Run(
-                cfg, name, selection, corpus, text, scorer, frozen, objective_of(cfg), fields, sets, directory, tracker
+                cfg,
+                name,
+                selection,
+                corpus,
+                text,
+                scorer,
+                frozen,
+                objective_of(cfg),
+                fields,
+                sets,
+                sharding,
+                directory,
+                tracker,
             )
             _train(run)
 
@@ -161,6 +174,7 @@ class _Run:
     objective: Objective
     fields: Mapping[str, MetadataField]
     sets: dict[str, HeldOut]
+    sharding: Sharding
     directory: Path
     tracker: Tracker
 
@@ -177,7 +191,7 @@ def _train(run: _Run) -> None:
             part.to(accelerator.device)
     rows = np.flatnonzero(pd.read_parquet(run.selection / "selection.parquet")["kept"].to_numpy())
     run.tracker.artifact("selection", run.selection.name, run.selection / "selection.parquet")
-    options = LoopOptions(**cfg.train.loop, seed=cfg.seed, sharding=requested())
+    options = LoopOptions(**cfg.train.loop, seed=cfg.seed, sharding=run.sharding)
     subset = encode_subset(
         run.corpus,
         rows,

@@ -70,7 +70,7 @@ class LoopOptions:
     micro_batch: int | None = None
     divergence: float = 0.0
     compile: bool = False
-    sharding: Sharding = field(default=COPIES, metadata={"fingerprint": False})
+    sharding: Sharding = COPIES
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -149,9 +149,11 @@ def train_loop(
         if at_milestone or at_checkpoint:
             average = layout.average()
             _copy_buffers(average, modules)
-            if at_milestone and accelerator.is_main_process:
-                with layout.measuring():
-                    on_milestone(done, state.loss, spent, average)
+            if at_milestone:
+                if accelerator.is_main_process:
+                    with layout.measuring():
+                        on_milestone(done, state.loss, spent, average)
+                accelerator.wait_for_everyone()  # here and not in a group of a library's, which has less patience
             if at_checkpoint:
                 state.step, state.seconds = done, spent
                 tensors = _checkpoint_tensors(modules, average, layout)
@@ -162,8 +164,8 @@ def train_loop(
             clock = time.perf_counter() - spent  # neither evaluation nor writing is training
     average = layout.average()
     _copy_buffers(average, modules)
-    layout.finish()
-    return average if options.ema_halflife or options.sharding.kind == "fsdp" else modules
+    trained = layout.finish(modules)
+    return average if options.ema_halflife else trained
 
 
 @dataclass
@@ -241,7 +243,8 @@ def _backward(layout: Layout, compute_loss: ComputeLoss, batch: Batch, options: 
     for start in range(0, images, size):
         part = batch if size >= images else tuple(tensor[start : start + size] for tensor in batch)
         with layout.part(last=start + size >= images):
-            loss = compute_loss(layout.live, part)
+            with layout.precision():
+                loss = compute_loss(layout.live, part)
             if size < images:
                 loss = loss * (len(part[0]) / images)
             layout.backward(loss)
@@ -253,10 +256,9 @@ def _judge(
     state: _State, fetched: Sequence[float], done: int, options: LoopOptions, label: str, checkpoints: Path
 ) -> None:
     """Stop a training whose loss is not finite or has run away."""
-    advice = (
-        f"the last good checkpoint is in {checkpoints}: lower learning_rate or gradient_clip, raise warmup, "
-        "or use mixed_precision=no, and run again"
-    )
+    whole = _checkpoints(checkpoints)
+    kept = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+    advice = f"{kept}: lower learning_rate or gradient_clip, raise warmup, or use mixed_precision=no, and run again"
     bad = next((index for index, loss in enumerate(fetched) if not math.isfinite(loss)), None)
     if bad is not None:
         raise UserError(f"{label}: the loss is {fetched[bad]} at step {done - len(fetched) + bad + 1}; {advice}")
@@ -333,9 +335,14 @@ def _save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whole ones, the newest last."""
+    return sorted(path for path in folder.glob("*[0-9]") if (path / "state.json").is_file())
+
+
 def _load_weights(folder: Path, modules: Modules, average: Modules) -> _State:
     """Weights and averages of the newest checkpoint, if there is one, and how far it had come."""
-    found = sorted(path for path in folder.glob("*[0-9]") if (path / "state.json").is_file())
+    found = _checkpoints(folder)
     if not found:
         return _State()
     newest = found[-1]
