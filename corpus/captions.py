@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 
@@ -27,7 +28,8 @@ def words(name: str) -> str:
 def scalars(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """The numbers and texts of a row that the manifest has no word for: place, resolution, date, whatever else."""
     own = ("id", "scene", "label", "caption", "captions", "text", "stamp", "readable", "reason", "file_name", "split")
-    known = {str(key): value for key, value in row.items() if isinstance(value, (str, int, float, bool))}
+    dated = {key: value.isoformat() if isinstance(value, date) else value for key, value in row.items()}
+    known = {str(key): value for key, value in dated.items() if isinstance(value, (str, int, float, bool))}
     return {key: _storable(value) for key, value in known.items() if key not in own}
 
 

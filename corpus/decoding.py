@@ -14,6 +14,7 @@ import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EMPTY = "empty file"
+NO_MASK = "missing"
 VANISHED = "vanished"
 NO_PERMISSION = "no permission to read"
 NOT_A_FILE = "not a file"

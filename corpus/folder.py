@@ -17,13 +17,12 @@ import pandas as pd
 
 from corpus.artefacts import file_stamp
 from corpus.captions import caption_facts, scalars
-from corpus.decoding import decode_mask, read_bytes, read_image
+from corpus.decoding import NO_MASK, decode_mask, read_bytes, read_image
 from corpus.errors import UserError
 from corpus.index import Sample
 from corpus.splits import NAMES, check, hashed_split, thinned
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
-NO_MASK = "missing"
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 
 
@@ -173,8 +172,13 @@ class ImageFolder:
                 raise UserError(f"{self._root} cannot be listed ({error.strerror}): make it readable") from None
             images.append(Path(error.filename).relative_to(self._root).as_posix())  # a row whose reason says so
 
-        for folder, folders, files in os.walk(self._root, onerror=closed):
-            folders[:] = [name for name in folders if not (name.startswith(".") or Path(folder) / name == masks)]
+        followed = _Links(self._root)
+        for folder, folders, files in os.walk(self._root, onerror=closed, followlinks=True):
+            folders[:] = [
+                name
+                for name in folders
+                if not (name.startswith(".") or Path(folder) / name == masks) and followed(Path(folder) / name)
+            ]
             if Path(folder) == self._root and inside.is_dir():
                 folders[:] = ["images"]
                 files = [name for name in files if name in CAPTION_FILES]
@@ -251,6 +255,21 @@ def _read_files(
         data = NO_MASK if masks[position] is None else read_bytes(masks[position])
         mask = data if isinstance(data, str) else decode_mask(data, resolution)
         yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
+
+
+class _Links:
+    """Which folders below a root to go into: a link to one inside is met there anyway, one outside is followed once."""
+
+    def __init__(self, root: Path) -> None:
+        self._inside, self._seen = os.path.realpath(root), set()
+
+    def __call__(self, folder: Path) -> bool:
+        if not folder.is_symlink():
+            return True
+        target = os.path.realpath(folder)
+        known = target in self._seen or os.path.commonpath([target, self._inside]) in (target, self._inside)
+        self._seen.add(target)
+        return not known
 
 
 def _read_rows(path: Path) -> Iterator[dict]:

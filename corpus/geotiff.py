@@ -69,6 +69,7 @@ class GeoTiff:
         resolution: side of the images handed on, in pixels.
         test_share: share of the blocks that the hash holds out.
         limit: keep at most so many tiles, evenly spread (None: all).
+        content_hash: a scene has changed if its bytes have, all of which are read for it, not its size or time.
         workers: reading processes (None: one a core); the result does not depend on it.
     Raises:
         UserError: no root, no scenes, or options that contradict each other.
@@ -87,6 +88,7 @@ class GeoTiff:
     resolution: int = 64
     test_share: float = 0.1
     limit: int | None = None
+    content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "geotiff"
     mask_classes = ()
@@ -115,7 +117,7 @@ class GeoTiff:
     @property
     def version(self) -> dict[str, str]:
         """A digest of every scene's path, size and time of change."""
-        text = "\n".join(f"{file}\0{file_stamp(self._folder / file)}" for file in self._files)
+        text = "\n".join(f"{file}\0{file_stamp(self._folder / file, self.content_hash)}" for file in self._files)
         return {"scenes": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]}
 
     def manifest(self) -> pd.DataFrame:
@@ -192,19 +194,20 @@ class GeoTiff:
         from rasterio.errors import RasterioError
 
         path = self._folder / file
+        stamp = file_stamp(path, self.content_hash)
         try:
             with _quiet(), rasterio.open(path) as raster:
                 bands = tuple(self.bands or ((1, 2, 3) if raster.count >= 3 else (1,)))
                 if min(raster.height, raster.width) < self._side:
-                    return _Scene(file, file_stamp(path), problem=SMALLER)
+                    return _Scene(file, stamp, problem=SMALLER)
                 if max(bands) > raster.count:
-                    return _Scene(file, file_stamp(path), problem=f"has {raster.count} bands, not {max(bands)}")
+                    return _Scene(file, stamp, problem=f"has {raster.count} bands, not {max(bands)}")
                 low, high = (self.low,) * len(bands), (self.high,) * len(bands)
                 if self.stretch == "percentile":
                     low, high = _percentiles(raster, bands)
                 return _Scene(
                     file=file,
-                    stamp=file_stamp(path),
+                    stamp=stamp,
                     height=raster.height,
                     width=raster.width,
                     crs=raster.crs.to_string() if raster.crs else "",
@@ -214,7 +217,7 @@ class GeoTiff:
                     high=high,
                 )
         except (RasterioError, OSError, ValueError):
-            return _Scene(file, file_stamp(path), problem=NOT_A_SCENE)
+            return _Scene(file, stamp, problem=NOT_A_SCENE)
 
 
 def _quiet() -> Any:

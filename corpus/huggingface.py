@@ -18,13 +18,15 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from corpus.captions import caption_facts, encodable, scalars
-from corpus.decoding import EMPTY, decode_image, read_bytes
+from corpus.decoding import EMPTY, NO_MASK, decode_image, decode_mask, read_bytes
 from corpus.errors import UserError
+from corpus.index import Sample
 from corpus.progress import progress
 from corpus.splits import NAMES, check, hashed_split, thinned
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
 SCENE_COLUMNS = ("scene", "label", "labels", "class", "category")
+MASK_COLUMNS = ("mask", "seg", "annotation", "segmentation")
 CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "sentence", "description")
 
 
@@ -41,7 +43,8 @@ class HuggingFace:
         split: "all", "train" or "test": where the data set has splits of these names (or validation), they; else a
             hash of the id.
         streaming: read a hub data set row by row instead of downloading it whole; by one process, in two passes.
-        image_column, scene_column, caption_column: None: the first that is called what it usually is.
+        image_column, scene_column, caption_column, mask_column: None: the first that is called what it usually is.
+        classes: names of the mask values; empty: masks are left alone.
         resolution: side of the images handed on, in pixels.
         test_share: share of the images that the hash holds out.
         limit: keep at most so many images, evenly spread (None: all).
@@ -57,12 +60,13 @@ class HuggingFace:
     image_column: str | None = None
     scene_column: str | None = None
     caption_column: str | None = None
+    mask_column: str | None = None
+    classes: tuple[str, ...] = ()
     resolution: int = 64
     test_share: float = 0.1
     limit: int | None = None
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "huggingface"
-    mask_classes = ()
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -93,22 +97,26 @@ class HuggingFace:
                 f"the hub does not say which version {self.path} has ({type(error).__name__}): try again"
             ) from None
 
+    @property
+    def mask_classes(self) -> tuple[str, ...]:
+        return tuple(self.classes)
+
     def manifest(self) -> pd.DataFrame:
         """One row an image: id, scene, caption, every column of numbers or texts; a stamp unless it is streamed."""
         return self._chosen[1]
 
-    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
+    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
         places = self._chosen[0][rows]
         if self.streaming:
             return partial(self._stream, places)
         names = list(self._parts)
         parts = {names[number]: self._parts[names[number]] for number in sorted(set(places[:, 0].tolist()))}
         chosen = [(names[number], int(row)) for number, row in places]
-        return partial(_read_rows, parts, chosen, self._columns["image"], self.resolution)
+        return partial(_read_rows, parts, chosen, self._pair, self.resolution)
 
-    def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, None]]:
-        """The bytes of every image and their suffix."""
-        parts, column = list(self._parts.values()), self._columns["image"]
+    def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
+        """The bytes and suffix of every image, and those of its mask or None."""
+        parts, (column, mask_column) = list(self._parts.values()), self._pair
         records = (
             self._stream_records(self._chosen[0][rows])
             if self.streaming
@@ -120,7 +128,8 @@ class HuggingFace:
                 raise UserError(
                     f"an image of {self.path} cannot be read any more ({data}): prune again, or put it back"
                 )
-            yield data, _suffix(data), None
+            mask = _bytes(record[mask_column]) if mask_column else EMPTY
+            yield data, _suffix(data), None if isinstance(mask, str) else (mask, _suffix(mask))
 
     @cached_property
     def _parts(self) -> dict[str, Any]:
@@ -152,9 +161,12 @@ class HuggingFace:
 
         import datasets
 
-        images = tuple(name for name, feature in features.items() if isinstance(feature, datasets.Image))
+        masks = [self.mask_column] if self.mask_column else MASK_COLUMNS
+        pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        images = [name for name in pictures if name not in masks]
         columns = {
             "image": named(self.image_column, (*images, *IMAGE_COLUMNS), "image"),
+            "mask": named(self.mask_column, MASK_COLUMNS, "mask"),
             "scene": named(self.scene_column, SCENE_COLUMNS, "scene"),
         }
         named(self.caption_column, (), "caption")
@@ -162,7 +174,14 @@ class HuggingFace:
             raise UserError(
                 f"{self.path} has no column of images: name it with corpus.image_column ({', '.join(names)})"
             )
+        if self.classes and columns["mask"] is None:
+            raise UserError(f"{self.path} has no column of masks: name it with corpus.mask_column ({', '.join(names)})")
         return columns
+
+    @property
+    def _pair(self) -> tuple[str, str | None]:
+        """The columns of the image and, where masks are read, of its mask."""
+        return self._columns["image"], self._columns["mask"] if self.classes else None
 
     @cached_property
     def _chosen(self) -> tuple[np.ndarray, pd.DataFrame]:
@@ -170,9 +189,10 @@ class HuggingFace:
         rows, places, taken = [], [], set()
         named = {NAMES[name] for name in self._parts if name in NAMES}
         for number, (name, part) in enumerate(self._parts.items()):
-            texts = part.select_columns([column for column in part.column_names if column != self._columns["image"]])
+            pictures = (self._columns["image"], self._columns["mask"])
+            texts = part.select_columns([column for column in part.column_names if column not in pictures])
             facts = texts if texts.column_names else ({} for _ in part)
-            stamps = repeat({}) if self.streaming else _stamps(part, self._columns["image"])
+            stamps = repeat({}) if self.streaming else _stamps(part, self._pair)
             for row, (record, stamp) in enumerate(zip(progress(facts, f"read rows of {name}"), stamps, strict=False)):
                 identifier = f"{name}/{row:08d}"
                 if isinstance(record.get("id"), str) and record["id"] not in taken:
@@ -200,9 +220,9 @@ class HuggingFace:
         known = {key: value for key, value in scalars(record).items() if key not in own}
         return {**known, "scene": scene, **caption_facts(row, scene)}
 
-    def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | str]:
+    def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | Sample | str]:
         for record in self._stream_records(places):
-            yield _decode(record[self._columns["image"]], self.resolution)
+            yield _decode(record, self._pair, self.resolution)
 
     def _stream_records(self, places: np.ndarray) -> Iterator[dict]:
         """Rows of a stream in ascending order; a chunk that follows the last one reads on where that ended."""
@@ -253,11 +273,15 @@ def _close(state: dict[str, Any]) -> None:
         state.pop("rows").close()
 
 
-def _stamps(part: Any, column: str) -> Iterator[dict[str, str]]:
-    """A digest of every image's bytes; empty where there are none."""
-    for record in part.select_columns([column]):
-        data = _bytes(record[column])
-        yield {"stamp": "" if isinstance(data, str) else hashlib.blake2b(data, digest_size=8).hexdigest()}
+def _stamps(part: Any, columns: tuple[str, str | None]) -> Iterator[dict[str, str]]:
+    """A digest of every image's bytes, and its mask's; empty where there are none."""
+    image, mask = columns
+    for record in part.select_columns([name for name in columns if name]):
+        data = _bytes(record[image])
+        digest = hashlib.blake2b(b"" if isinstance(data, str) else data, digest_size=8)
+        if mask and not isinstance(more := _bytes(record[mask]), str):
+            digest.update(more)
+        yield {"stamp": "" if isinstance(data, str) else digest.hexdigest()}
 
 
 def _undecoded(part: Any) -> Any:
@@ -270,15 +294,20 @@ def _undecoded(part: Any) -> Any:
 
 
 def _read_rows(
-    parts: dict[str, Any], places: list[tuple[str, int]], column: str, resolution: int
-) -> Iterator[np.ndarray | str]:
+    parts: dict[str, Any], places: list[tuple[str, int]], columns: tuple[str, str | None], resolution: int
+) -> Iterator[np.ndarray | Sample | str]:
     for name, row in places:
-        yield _decode(parts[name][row][column], resolution)
+        yield _decode(parts[name][row], columns, resolution)
 
 
-def _decode(value: Any, resolution: int) -> np.ndarray | str:
-    data = _bytes(value)
-    return data if isinstance(data, str) else decode_image(data, resolution)
+def _decode(record: dict, columns: tuple[str, str | None], resolution: int) -> np.ndarray | Sample | str:
+    data = _bytes(record[columns[0]])
+    image = data if isinstance(data, str) else decode_image(data, resolution)
+    if columns[1] is None or isinstance(image, str):
+        return image
+    data = _bytes(record[columns[1]])
+    mask = NO_MASK if isinstance(data, str) else decode_mask(data, resolution)
+    return f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
 
 
 def _bytes(value: Any) -> bytes | str:

@@ -96,7 +96,7 @@ def _wandb_run(cfg: DictConfig, stage: str, name: str, directory: Path) -> Any:
 
     logged_in = bool(os.environ.get("WANDB_API_KEY")) or _has_netrc_key()
     directory.mkdir(parents=True, exist_ok=True)
-    return wandb.init(
+    run = wandb.init(
         project=cfg.tracker.project,
         name=f"{stage}-{name}",
         group=cfg.tracker.group or _sweep() or cfg.profile.name,
@@ -106,6 +106,9 @@ def _wandb_run(cfg: DictConfig, stage: str, name: str, directory: Path) -> Any:
         config=plain(cfg),
         settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
     )
+    for metric in ("balanced_*", "natural_*"):  # curves of runs with other batches meet on this axis
+        run.define_metric(metric, step_metric="images_seen")
+    return run
 
 
 def _sweep() -> str | None:

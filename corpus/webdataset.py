@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from corpus.captions import caption_facts, encodable, scalars
-from corpus.decoding import UNREADABLE_FILE, VANISHED, decode_image, decode_mask
+from corpus.decoding import NO_MASK, UNREADABLE_FILE, VANISHED, decode_image, decode_mask
 from corpus.errors import UserError
 from corpus.index import Sample
 from corpus.progress import progress
@@ -31,6 +31,8 @@ CUT = "shard cut in the middle"
 BROKEN = "not a tar shard"
 DUPLICATE = "duplicate key"
 UNSAFE = "unsafe member name"
+LINK = "a link, not followed"
+COMPRESSED = "compressed shard"
 NO_IMAGE = "no image in the sample"
 #: Larger ones are no captions.
 LARGEST_TEXT = 2**20
@@ -40,12 +42,16 @@ LONGEST_END = 2**22
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the bytes of a member lie in its shard; `text` has those of a short one that is no picture."""
+    """Where the bytes of a member lie in its shard; `text` has those of a short one that is no picture.
+
+    `digest` is of the bytes, where they are asked for.
+    """
 
     shard: str
     offset: int
     size: int
     text: bytes = field(default=b"", repr=False)
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,7 @@ class WebDataset:
         test_share: share of the images that the hash holds out.
         limit: keep at most so many samples, evenly spread (None: all).
         classes: names of the mask values; empty: masks are left alone.
+        content_hash: an image has changed if its bytes have, all of which are read for it, not if its shard has.
         workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
         UserError: no shards given, or one cannot be found.
@@ -89,6 +96,7 @@ class WebDataset:
     test_share: float = 0.1
     limit: int | None = None
     classes: tuple[str, ...] = ()
+    content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "webdataset"
 
@@ -165,7 +173,7 @@ class WebDataset:
         """Samples of the split, thinned to the limit."""
         items, seen = [], {}
         for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
-            for item in _items(shard, self._shard_stamp(shard), bool(self.classes)):
+            for item in _items(shard, "" if self.content_hash else self._shard_stamp(shard), bool(self.classes)):
                 identifier = item.id.encode("utf-8", "backslashreplace").decode()
                 number = seen[identifier] = seen.get(identifier, 0) + 1
                 if number > 1:  # ids are unique, so that none vanishes
@@ -181,7 +189,10 @@ class WebDataset:
 
 
 def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
-    """The samples of one shard as `webdataset` puts them together, in its order, and what is wrong with it."""
+    """The samples of one shard as `webdataset` puts them together, in its order, and what is wrong with it.
+
+    `stamp` is the shard's; empty: images are stamped with a digest of their bytes.
+    """
     from webdataset.tariterators import group_by_keys
 
     problems: list[_Item] = []
@@ -192,7 +203,7 @@ def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
         return True
 
     # places instead of bytes: the library only streams, and images are to be read by many processes, again and again
-    for sample in group_by_keys(_members(shard, problems), suffixes=KNOWN, handler=note):
+    for sample in group_by_keys(_members(shard, problems, digests=not stamp), suffixes=KNOWN, handler=note):
         yield from problems
         problems.clear()
         yield _item(sample, stamp, masks, bool(doubled))
@@ -200,7 +211,7 @@ def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
     yield from problems
 
 
-def _members(shard: str, problems: list[_Item]) -> Iterator[dict[str, Any]]:
+def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[dict[str, Any]]:
     """The files of one shard by its headers, as `webdataset` hands them on but with their places for data.
 
     A shard that is cut may lack members of its last sample; the image, if it has all its bytes, is read all the same.
@@ -211,22 +222,34 @@ def _members(shard: str, problems: list[_Item]) -> Iterator[dict[str, Any]]:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     name = PurePosixPath(member.name)
+                    suffix = name.name.partition(".")[2].lower()
+                    if (member.islnk() or member.issym()) and suffix in IMAGES:
+                        problems.append(_Item(id=f"{shard}:{member.name}", problem=LINK))
                     if not member.isfile() or name.name.startswith("."):
                         continue
                     if name.is_absolute() or ".." in name.parts:
                         problems.append(_Item(id=f"{shard}:{member.name}", problem=UNSAFE))
                         continue
                     found = True
-                    suffix = name.name.partition(".")[2].lower()
                     short = suffix in (*TEXTS, *FACTS) and member.size <= LARGEST_TEXT
-                    text = tar.extractfile(member).read() if short else b""
-                    place = _Place(shard, member.offset_data, member.size, text)
+                    hashed = digests and suffix in KNOWN
+                    data = tar.extractfile(member).read() if short or hashed else b""
+                    digest = hashlib.blake2b(data, digest_size=8).hexdigest() if hashed else ""
+                    place = _Place(shard, member.offset_data, member.size, data if short else b"", digest)
                     yield {"fname": member.name, "data": place, "__url__": shard}
                 whole = _ends_whole(file, tar)
         except (tarfile.TarError, EOFError, OSError):
             whole = False
-    if not whole:
-        problems.append(_Item(id=f"{shard}:end", problem=CUT) if found else _Item(id=shard, problem=BROKEN))
+    if not whole and not found:
+        problems.append(_Item(id=shard, problem=COMPRESSED if _compressed(shard) else BROKEN))
+    elif not whole:
+        problems.append(_Item(id=f"{shard}:end", problem=CUT))
+
+
+def _compressed(shard: str) -> bool:
+    """Whether it begins as gzip, bzip2, xz or zstd files do."""
+    with fsspec.open(shard, "rb") as file:
+        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
 
 
 def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
@@ -262,7 +285,7 @@ def _item(sample: dict[str, Any], stamp: str, masks: bool, doubled: bool) -> _It
         known["split"] = "train" if str(facts["split"]).lower() == "train" else "test"
     return _Item(
         id=str(facts.get("id") or key),
-        stamp=f"{stamp}-{sample[image].offset}" if image else stamp,
+        stamp=_stamp(stamp, *(sample[suffix] for suffix in (image, mask) if suffix)),
         image=sample[image] if image else None,
         image_suffix=f".{image}" if image else "",
         mask=sample[mask] if mask else None,
@@ -270,6 +293,10 @@ def _item(sample: dict[str, Any], stamp: str, masks: bool, doubled: bool) -> _It
         problem=DUPLICATE if doubled else "" if image else NO_IMAGE,
         facts={**known, "scene": scene, **caption_facts(row, scene)},
     )
+
+
+def _stamp(shard: str, *places: _Place) -> str:
+    return f"{shard}-{places[0].offset}" if shard and places else shard + "+".join(place.digest for place in places)
 
 
 def _json(data: bytes) -> dict:
@@ -312,7 +339,7 @@ def _read_places(
             if not masks or isinstance(image, str):
                 yield image
                 continue
-            mask = decode_mask(mask_data, resolution) if mask_place is not None else "missing"
+            mask = decode_mask(mask_data, resolution) if mask_place is not None else NO_MASK
             yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
     finally:
         if file is not None:

@@ -68,7 +68,7 @@ def convergence_figure(
     convergence: Mapping[str, pd.DataFrame],
     metric: str,
     *,
-    x: str = "step",
+    x: Sequence[str] = ("step",),
     floors: Mapping[str, float] | None = None,
 ) -> Figure:
     """A metric during training, a curve a method, its 95 % interval shaded where `<metric>_low/_high` exist.
@@ -76,7 +76,7 @@ def convergence_figure(
     Args:
         convergence: per method the rows of its convergence.jsonl.
         metric: column to draw; methods without it are left out.
-        x: column of the horizontal axis, e.g. step, images_seen or seconds.
+        x: columns of the horizontal axis, a panel each: step, images_seen, seconds.
         floors: horizontal lines: what no method can beat.
     Raises:
         ValueError: no method has the metric.
@@ -84,8 +84,16 @@ def convergence_figure(
     found = {name: frame for name, frame in convergence.items() if metric in frame.columns and len(frame)}
     if not found:
         raise ValueError(f"no method has the metric {metric!r}")
-    figure = _figure(6.4, 4.4)
-    axes = figure.add_subplot()
+    figure = _figure(6.4 * len(x), 4.4)
+    panels = figure.subplots(1, len(x), sharey=True, squeeze=False)[0]
+    for number, (axes, along) in enumerate(zip(panels, x, strict=True)):
+        _convergence_panel(axes, found, metric, along, floors or {}, titled=number == 0)
+    return figure
+
+
+def _convergence_panel(
+    axes: Axes, found: Mapping[str, pd.DataFrame], metric: str, x: str, floors: Mapping[str, float], *, titled: bool
+) -> None:
     others = iter(_OTHERS * len(found))
     values: list[float] = []
     for index, name in enumerate(sorted(found, key=method_order)):
@@ -101,7 +109,6 @@ def convergence_figure(
             low, high = frame[f"{metric}_low"].astype(float), frame[f"{metric}_high"].astype(float)
             axes.fill_between(frame[x], low, high, color=colour, alpha=0.18, linewidth=0)
             values += [value for value in (*low, *high) if math.isfinite(value)]
-    floors = floors or {}
     for name, value in floors.items():
         axes.axhline(value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
@@ -111,15 +118,15 @@ def convergence_figure(
     values += list(floors.values())
     better = {-1: "lower is better", 1: "higher is better", 0: ""}[direction(metric)]
     title = metric.replace("_x1000", "×10³").replace("kid", "KID").replace("_", " ", 1)
-    _dress(axes, f"{title}{', ' + better if better else ''}", x.replace("_", " "), "")
+    _dress(axes, f"{title}{', ' + better if better else ''}" if titled else "", x.replace("_", " "), "")
     axes.xaxis.set_major_formatter(FuncFormatter(_counts))
     if values and min(values) > 0 and max(values) / min(values) > 4:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(_counts))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend(frameon=False, fontsize=12, labelcolor=INK, loc="best")
-    return figure
+    if titled:
+        axes.legend(frameon=False, fontsize=12, labelcolor=INK, loc="best")
 
 
 def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.ndarray) -> Figure:

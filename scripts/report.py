@@ -10,6 +10,7 @@ import pandas as pd
 from corpus.artefacts import read_json
 from corpus.errors import UserError
 from corpus.index import Corpus, open_corpus
+from eval.convergence import AXES
 from eval.figures import comparison_sheet, convergence_figure, entropy_histogram, scene_bars
 from eval.report import Gallery, figure_bytes, write_report
 from eval.tables import build_tables, read_results, write_tables
@@ -73,8 +74,8 @@ def _figures(places: dict[str, Path], directory: Path) -> list[tuple[str, str, b
             if "kid" in metric
             else None
         )
-        caption = "Distance to the scene-balanced held-out set during training; lower is better."
-        add(name, title, caption, convergence_figure(curves, metric, floors=floors))
+        caption = "Distance to the scene-balanced held-out set by steps, images seen and seconds of training."
+        add(name, title, caption, convergence_figure(curves, metric, x=AXES, floors=floors))
     for method, path in _of(places, "selection").items():
         if method == "full":
             continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,6 +112,12 @@ def test_a_corpus_and_a_reference_by_hub_name(hub: Hub, tmp_path: Path) -> None:
         kept[streaming] = table["id"][table["kept"]].tolist()
         assert set(table["scene"]) <= {*SCENES, "open"}
     assert kept[False] == kept[True]
+
+
+def test_the_example_of_the_docs_runs_as_written(hub: Hub, tmp_path: Path) -> None:
+    [example] = re.findall(r"^```hub\npython (.*?)^```", (ROOT / "docs" / "corpora.md").read_text(), re.M | re.S)
+    done = hub.run(*shlex.split(example), f"runs={tmp_path}", f"results={tmp_path}", "tracker=none")
+    assert pd.read_parquet(result(done) / "selection.parquet")["kept"].sum() == 15
 
 
 def test_every_named_reference_comes_from_the_hub(hub: Hub) -> None:

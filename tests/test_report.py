@@ -111,6 +111,9 @@ def test_convergence_figure_draws_every_method_with_its_numbers_and_interval():
     assert len(axes.collections) == 2
     assert axes.get_yscale() == "log"
     assert {3.0} == {line.get_ydata()[0] for line in axes.lines if line.get_label()[0] == "_"}
+    panels = convergence_figure({"rsprune": frame.assign(seconds=[7.0, 3.0])}, "kid", x=("step", "seconds")).axes
+    assert [panel.get_xlabel() for panel in panels] == ["step", "seconds"]
+    assert panels[1].lines[0].get_xydata().tolist() == [[3, 100], [7, 10]]
     with pytest.raises(ValueError, match="nothing"):
         convergence_figure({"rsprune": frame}, "nothing")
 

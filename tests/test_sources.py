@@ -10,7 +10,9 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +32,7 @@ from corpus.geotiff import GeoTiff
 from corpus.huggingface import HuggingFace
 from corpus.index import Corpus, Source, index_corpus
 from corpus.reference import reference_set
-from corpus.webdataset import CUT, DUPLICATE, NO_IMAGE, UNSAFE, WebDataset
+from corpus.webdataset import COMPRESSED, CUT, DUPLICATE, LINK, NO_IMAGE, UNSAFE, WebDataset
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 
@@ -234,6 +236,18 @@ def test_none_of_a_messy_folder_vanishes(messy: Path, tmp_path: Path) -> None:
     assert (corpus.images[~corpus.readable] == 0).all()
 
 
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    (outside / "deep").mkdir(parents=True)
+    (root / "own").mkdir(parents=True)
+    texture(0).save(root / "own" / "a.png")
+    texture(1).save(outside / "deep" / "b.jfif", format="JPEG")
+    for link, target in (("linked", outside), ("again", root / "own"), ("up", tmp_path), ("self", root)):
+        (root / link).symlink_to(target, target_is_directory=True)
+    (outside / "deep" / "back").symlink_to(outside, target_is_directory=True)
+    assert ImageFolder(str(root)).manifest()["id"].tolist() == ["linked/deep/b.jfif", "own/a.png"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads what nobody may")
 def test_what_may_not_be_read_is_quarantined(tmp_path: Path) -> None:
     for name in ("open", "shut"):
@@ -360,6 +374,21 @@ def test_what_is_wrong_with_shards_has_a_reason(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "up.jpg").exists()
 
 
+def test_links_and_compression_of_shards_have_a_reason(tmp_path: Path) -> None:
+    """GNU tar writes a file that it meets twice as a hard link."""
+    (tmp_path / "a.jpg").write_bytes(encoded(texture(), "JPEG"))
+    os.link(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    (tmp_path / "c.jpg").symlink_to("a.jpg")
+    for name, mode in (("plain.tar", "w"), ("small.tar.gz", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as tar:
+            for file in ("a.jpg", "b.jpg", "c.jpg"):
+                tar.add(tmp_path / file, file)
+    urls = f"{tmp_path}/plain.tar::{tmp_path}/small.tar.gz"
+    corpus = index_corpus(WebDataset(urls, resolution=SIDE), tmp_path / "runs")
+    reasons = {Path(name).name: reason for name, reason in corpus.manifest[["id", "reason"]].to_numpy()}
+    assert reasons == {"a": "", "plain.tar:b.jpg": LINK, "plain.tar:c.jpg": LINK, "small.tar.gz": COMPRESSED}
+
+
 def test_a_shard_that_breaks_off_anywhere_says_so(tmp_path: Path) -> None:
     good = encoded(texture(), "JPEG")
     shard(tmp_path / "a.tar", [(f"g{number}.jpg", good) for number in range(6)])
@@ -463,6 +492,36 @@ def test_huggingface_sets_are_read(saved: Path, tmp_path: Path, place: str, stre
         for split in ("train", "test")
     ]
     assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 7
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_masks_and_dates_of_a_hub_set(tmp_path: Path, streaming: bool) -> None:
+    """Also where the mask is the first column of pictures."""
+    import datasets
+
+    masks = np.random.default_rng(0).integers(0, 3, (4, 32, 32), dtype=np.uint8)
+    rows = {
+        "mask": [{"bytes": encoded(Image.fromarray(mask)), "path": None} for mask in masks[:3]] + [None],
+        "picture": [{"bytes": encoded(texture(row)), "path": None} for row in range(4)],
+        "date": [datetime(2024, 5, day + 1) for day in range(4)],
+    }
+    kinds = {"mask": datasets.Image(), "picture": datasets.Image(), "date": datasets.Value("timestamp[s]")}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    table.to_parquet(str(tmp_path / "train.parquet"))
+
+    def source(**options: Any) -> HuggingFace:
+        return HuggingFace(str(tmp_path / "train.parquet"), resolution=32, streaming=streaming, **options)
+
+    corpus = index_corpus(source(classes=("water", "land", "ice")), tmp_path / "runs")
+    assert corpus.manifest["date"].tolist() == [f"2024-05-0{day + 1}T00:00:00" for day in range(4)]
+    assert corpus.manifest["reason"].tolist() == ["", "", "", "mask: missing"]
+    for row in range(3):
+        assert (corpus.images[row] == np.asarray(texture(row))).all() and (corpus.masks[row] == masks[row]).all()
+    [(data, suffix, mask)] = source(classes=("water", "land", "ice")).originals(np.array([1]))
+    assert (data, suffix, mask) == (rows["picture"][1]["bytes"], ".png", (rows["mask"][1]["bytes"], ".png"))
+    assert index_corpus(source(), tmp_path / "runs").masks is None
+    with pytest.raises(UserError, match=r"no column of masks|is not in"):
+        source(classes=("water",), mask_column="nothing").manifest()
 
 
 def test_huggingface_errors_are_one_line(saved: Path) -> None:
@@ -613,14 +672,22 @@ def test_torchgeo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # -------------------------------------------------------------------------------------------------------- reference
 
 
-def test_a_missing_reference_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_reference_says_how_to_get_it(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("corpus.huggingface._load", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
-    with pytest.raises(UserError, match=r"reference\.root=DIR") as caught:
-        reference_set("aid", "blanchon/AID", 32)
-    assert "blanchon/AID" in str(caught.value) and "\n" not in str(caught.value)
-    (tmp_path / "Beach").mkdir()
-    texture().save(tmp_path / "Beach" / "a.png")
-    assert reference_set("aid", "blanchon/AID", 32, root=str(tmp_path)).manifest()["scene"].tolist() == ["Beach"]
+    for config, command in (
+        (None, "`hf download blanchon/AID --repo-type dataset --local-dir DIR`"),
+        ("RSSCN7", "--include 'RSSCN7/*'"),
+    ):
+        with pytest.raises(UserError, match=r"reference\.root=DIR") as caught:
+            reference_set("aid", "blanchon/AID", 32, config=config)
+        assert command in str(caught.value) and "(offline)" in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.undo()
+    (tmp_path / "classes" / "Beach").mkdir(parents=True)
+    texture().save(tmp_path / "classes" / "Beach" / "a.png")
+    as_folders = reference_set("aid", "blanchon/AID", 32, root=str(tmp_path / "classes"))
+    assert as_folders.manifest()["scene"].tolist() == ["Beach"]
+    as_downloaded = reference_set("aid", "blanchon/AID", 32, root=str(saved / "parquet"))
+    assert set(as_downloaded.manifest()["scene"]) == {"Beach", "DenseForest"}
 
 
 # ------------------------------------------------------------------------------------------- what changes, what stops
@@ -722,6 +789,42 @@ def test_only_new_or_changed_rows_of_a_hub_set_are_read_again(tmp_path: Path, mo
     images = index_corpus(source(), tmp_path / "runs").images
     for row, seed in enumerate([0, 1, 7, 3, 4]):
         assert (images[row] == np.asarray(texture(seed))).all()
+
+
+@pytest.mark.parametrize("content_hash", [False, True])
+def test_only_new_or_changed_shards_are_read_again(
+    content_hash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the shard, or by each image's bytes wherever they lie."""
+
+    def write(name: str, seeds: list[int]) -> None:
+        shard(tmp_path / name, [(f"{seed:02d}.png", encoded(texture(seed % 50))) for seed in seeds])
+
+    def source() -> WebDataset:
+        return WebDataset(f"{tmp_path}/a.tar::{tmp_path}/b.tar", content_hash=content_hash, resolution=32, workers=1)
+
+    write("a.tar", [0, 1])
+    write("b.tar", [2, 3])
+    assert len(read_again(monkeypatch, source, tmp_path / "runs")) == 4
+    write("b.tar", [3, 2, 4])
+    expected = ["04"] if content_hash else ["03", "02", "04"]
+    assert read_again(monkeypatch, source, tmp_path / "runs") == expected
+    os.utime(tmp_path / "a.tar", ns=(1, 1))
+    assert read_again(monkeypatch, source, tmp_path / "runs") == ([] if content_hash else ["00", "01"])
+
+
+@pytest.mark.parametrize("content_hash", [False, True])
+def test_only_new_or_changed_scenes_are_read_again(
+    content_hash: bool, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def source() -> GeoTiff:
+        return GeoTiff(str(scenes), content_hash=content_hash, tile=32, resolution=32, workers=1)
+
+    read_again(monkeypatch, source, tmp_path / "runs")
+    assert read_again(monkeypatch, source, tmp_path / "runs") == []
+    os.utime(scenes / "alps" / "a.tif", ns=(1, 1))
+    again = read_again(monkeypatch, source, tmp_path / "runs")
+    assert (again == []) == content_hash and all("alps/a.tif" in identifier for identifier in again)
 
 
 def test_only_new_or_changed_files_of_torchgeo_are_read_again(
