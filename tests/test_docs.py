@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from corpus.application import CONFIGS
-from train.diffusion import new_network
+from train.diffusion import new_network, predict
 from train.utilisation import training_flops
 
 
@@ -76,9 +76,11 @@ def test_the_torchgeo_example_runs_as_written(repository: Path, tmp_path: Path) 
 def test_the_estimates_follow_from_the_networks(repository: Path) -> None:
     """docs/training.md: parameters and arithmetic as counted, speeds as its own formula gives them."""
     text = (repository / "docs" / "training.md").read_text()
-    rows = re.findall(r"^\| (\w+) \| (\d+) x (\d+) x \d+ \| ([\d.]+) \| ([\d.,]+) \| ([\d,]+) \|$", text, re.M)
+    rows = re.findall(
+        r"^\| (\w+) \| (\d+) x (\d+) x \d+ \| ([\d.]+) \| ([\d.,]+) \| ([\d,]+) \| ([\d.]+) \|$", text, re.M
+    )
     assert len(rows) == 5
-    for name, channels, side, millions, gigaflops, speed in rows:
+    for name, channels, side, millions, gigaflops, speed, megabytes in rows:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             model = compose("config", [f"model={name}"]).model
         with torch.device("meta"):
@@ -89,3 +91,33 @@ def test_the_estimates_follow_from_the_networks(repository: Path) -> None:
         assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(float(millions), abs=0.05)
         assert flops / 1e9 == pytest.approx(float(gigaflops.replace(",", "")), abs=0.05)
         assert 8 * 0.4 * 989e12 / flops == pytest.approx(float(speed.replace(",", "")), rel=0.01)
+        assert kept_for_backward(network, int(channels), int(side)) / 1e6 == pytest.approx(float(megabytes), rel=0.02)
+    whole, parameters, activations = 17.2 + 1.7, float(rows[-1][3]), float(rows[-1][6])
+    assert 20 * parameters / 1e3 == pytest.approx(17.2, abs=0.05) and 2 * parameters / 1e3 == pytest.approx(
+        1.7, abs=0.05
+    )
+    assert "17.2 + 1.7 + 32 x 0.94 = 49 GB" in text and whole + 32 * activations / 1e3 == pytest.approx(49, abs=0.5)
+    assert "79 GB" in text and whole + 2 * 32 * activations / 1e3 == pytest.approx(79, abs=0.5)
+
+
+def kept_for_backward(network: torch.nn.Module, channels: int, side: int) -> float:
+    """Bytes an image of what autograd keeps beside weights, in bfloat16 with flash attention; nothing is computed."""
+    network.train().to(torch.bfloat16)
+    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False)[0]
+
+    images = 2
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
+        latents = torch.zeros(images, channels, side, side, dtype=torch.bfloat16)
+        times, text = torch.zeros(images), torch.zeros(images, 77, 768, dtype=torch.bfloat16)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            predict(network, latents, times, text).square().mean()
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights) / images
