@@ -30,6 +30,7 @@ STRETCH = (2.0, 98.0)
 
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _GDAL_NO_DATA = 42113
+_BITS = 258
 
 
 def read_bytes(path: Path | str) -> bytes | str:
@@ -65,7 +66,10 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray | str:
     if pixels is not None:
         return square(pixels, resolution)
 
-    def read(image: Image.Image) -> np.ndarray:
+    def read(image: Image.Image) -> np.ndarray | str:
+        depth = data[24] if image.format == "PNG" else max(getattr(image, "tag_v2", {}).get(_BITS, (8,)))
+        if image.mode in ("RGB", "RGBA") and depth > 8:
+            return NOT_AN_IMAGE  # Pillow would cut the lower byte off
         image.draft("RGB", (resolution, resolution))
         ImageOps.exif_transpose(image, in_place=True)
         return square(_rgb(image), resolution)
@@ -112,15 +116,21 @@ def _with_pillow(data: bytes, read: Callable[[Image.Image], np.ndarray]) -> np.n
 
 
 def _deep(data: bytes, resolution: int) -> np.ndarray | str:
-    """TIFFs of several bands deeper than 8 bits, which Pillow does not know: the first three, or the first."""
+    """TIFFs and PNGs of several bands deeper than 8 bits, which Pillow does not know: the first three, or the first."""
+    if data.startswith(b"\x89PNG") and data[24:25] == b"\x10":
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if values is None or values.dtype != np.uint16 or values.ndim != 3:
+            return DAMAGED
+        planes = [stretch(values[..., band], np.ones(values.shape[:2], bool)) for band in (2, 1, 0)]
+        return square(np.stack(planes, -1), resolution)
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return NOT_AN_IMAGE
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page, series = file.pages[0], file.series[0]
+            page = file.pages[0]
             if page.imagewidth * page.imagelength * page.samplesperpixel > MAX_PIXELS:
                 return TOO_MANY_PIXELS
-            values, axes = series.asarray(), series.axes
+            values, axes = page.asarray(), page.axes
             bands = next((axes.index(name) for name in "SCQI" if name in axes), None)
             if values.ndim == 3 and bands is not None:
                 values = np.moveaxis(values, bands, -1)
@@ -129,7 +139,9 @@ def _deep(data: bytes, resolution: int) -> np.ndarray | str:
                 values = values[..., None]
             if values.ndim != 3:
                 return DAMAGED
-            planes = [stretch(values[..., band], np.isfinite(values[..., band])) for band in range(values.shape[-1])]
+            tag = page.tags.get(_GDAL_NO_DATA)
+            valid = _valid(values, tag and tag.value)
+            planes = [stretch(values[..., band], valid[..., band]) for band in range(values.shape[-1])]
             return square(
                 np.ascontiguousarray(np.broadcast_to(np.stack(planes, -1), (*values.shape[:2], 3))), resolution
             )
@@ -182,15 +194,19 @@ def stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return np.where(valid, np.clip(scaled.round(), 0, 255), 0).astype(np.uint8)
 
 
+def _valid(values: np.ndarray, no_data: object) -> np.ndarray:
+    """Where values are numbers and not what GDAL's tag names, bool."""
+    valid = np.isfinite(values)
+    with contextlib.suppress(ValueError):  # GDAL allows words there
+        valid &= values != float(str("nan" if no_data is None else no_data).strip("\0 "))
+    return valid
+
+
 def _rgb(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3] of an opened image."""
     if image.mode in _DEEP_MODES:
         values = np.asarray(image)
-        valid = np.isfinite(values)
-        no_data = getattr(image, "tag_v2", {}).get(_GDAL_NO_DATA)
-        with contextlib.suppress(ValueError):  # GDAL allows words there
-            valid &= values != float(str("nan" if no_data is None else no_data).strip("\0 "))
-        grey = stretch(values, valid)
+        grey = stretch(values, _valid(values, getattr(image, "tag_v2", {}).get(_GDAL_NO_DATA)))
         return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:
         coloured = image.convert("RGBA")

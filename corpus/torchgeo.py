@@ -74,11 +74,14 @@ class TorchGeo:
         for name, row in self._chosen:
             part = self._parts[name]
             targets = getattr(part, "targets", None)
-            label = targets[row] if targets is not None else int(part[row]["label"])
-            scene = str(part.classes[int(label)])
+            try:
+                label = targets[row] if targets is not None else part[row]["label"]
+                scene = str(part.classes[int(label)])
+            except Exception:  # a row that cannot be read: the reader will say so
+                scene = ""
             file = self._file(name, row)
             stamp = file_stamp(file) if file else ""
-            rows.append((self._id(name, row), scene, f"a satellite image of {words(scene)}", stamp))
+            rows.append((self._id(name, row), scene, f"a satellite image of {words(scene)}" if scene else "", stamp))
         return pd.DataFrame(rows, columns=["id", "scene", "caption", "stamp"])
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:

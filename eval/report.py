@@ -128,9 +128,10 @@ def _floors(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
     return {name: text for name, text in FLOOR_NOTES.items() if name in names}
 
 
-def _picture(title: str, caption: str, png: bytes | Path) -> dict[str, str]:
+def _picture(title: str, caption: str, png: bytes | Path) -> dict[str, Any]:
     data = png if isinstance(png, bytes) else Path(png).read_bytes()
-    return {"title": title, "caption": caption, "source": _inline(data, "png")}
+    width, height = Image.open(io.BytesIO(data)).size
+    return {"title": title, "caption": caption, "source": _inline(data, "png"), "wide": width > 2.5 * height}
 
 
 def _group(gallery: Gallery) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from corpus.application import CONFIGS
+from corpus.artefacts import read_json
 from train.diffusion import new_network, predict
 from train.utilisation import training_flops
 
@@ -42,13 +43,22 @@ def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
     environment = checkout(repository, tmp_path)
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```", (repository / "docs" / "corpora.md").read_text(), re.M | re.S)
     examples = [(kind, text) for kind, text in blocks if not text.startswith("# corpus/")]
-    assert len(examples) == 6
+    assert len(examples) == 7
     for kind, text in examples:
         shell = ["bash", "-euo", "pipefail", "-c", text] if kind == "sh" else [sys.executable, "-c", text]
         done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, text + done.stderr[-2000:]
     selections = list((tmp_path / "runs" / "selection").glob("*/selection.parquet"))
-    assert len(selections) == 5 and all(pd.read_parquet(path)["kept"].any() for path in selections)
+    assert len(selections) == 6 and all(pd.read_parquet(path)["kept"].any() for path in selections)
+    for path in selections:
+        corpus = tmp_path / "runs" / "corpus" / read_json(path.with_name("stage.json"))["inputs"]["corpus"]
+        if (
+            read_json(corpus / "corpus.json")["name"] == "geotiff"
+        ):  # its tiles know their place, and the report shows it
+            assert "images lie" in path.with_name("report.html").read_text()
+            break
+    else:
+        pytest.fail("no example prunes a scene")
 
 
 @pytest.mark.slow

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import rasterio
+from omegaconf import OmegaConf
 from PIL import Image
+from test_sources import encoded, shard, texture
 
 from corpus.artefacts import stage
 from corpus.bluemarble import BlueMarble
+from corpus.errors import UserError
 from corpus.folder import ImageFolder
+from corpus.geotiff import GeoTiff
 from corpus.huggingface import HuggingFace
 from corpus.index import Source, index_corpus
 from corpus.webdataset import WebDataset
-from scripts.export import FORMS, open_subset, safe_names
+from scripts.export import FORMS, main, open_subset, safe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = [0, 2, 3, 7, 8]
@@ -108,6 +116,166 @@ def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> Non
     assert [line.replace("\\n", "\n") for line in lines] == table["id"].tolist()
     rows = [json.loads(line) for line in (tmp_path / "list" / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["caption"] for row in rows] == table["caption"].tolist()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A source of ten images; the bytes and suffixes they came in (None: a source that keeps no files), and masks'."""
+
+    source: Source
+    files: list[tuple[bytes, str]] | None
+    masks: list[bytes] | None = None
+
+
+#: Each in another format, so that bytes that were encoded anew would show.
+FILES = [
+    (encoded(texture(row, side=20 + row), kind, **options), suffix)
+    for row, (kind, suffix, options) in enumerate(
+        [
+            ("JPEG", ".jpg", {"quality": 90}), ("PNG", ".png", {}), ("WEBP", ".webp", {"quality": 80}),
+            ("TIFF", ".tif", {"compression": "tiff_lzw"}), ("GIF", ".gif", {}),
+        ]
+        * 2
+    )
+]  # fmt: skip
+SCENES = ("Beach", "DenseForest")
+
+
+def case_of(kind: str, folder: Path) -> Case:
+    """Ten images as shards with masks, as a Parquet file (read whole, or as a stream), or as a scene's tiles."""
+    folder.mkdir()
+    if kind == "webdataset":
+        masks, members = [], []
+        for row, (data, suffix) in enumerate(FILES):
+            facts = {"scene": SCENES[row % 2], "lon": row * 1.5, "captions": [f"number {row}", f"the {row}th"]}
+            masks.append(encoded(Image.fromarray(np.full((16, 16), row % 2, np.uint8)), compress_level=row))
+            key = f"{'ab'[row % 2]}/s{row:03d}"
+            members += [
+                (key + suffix, data), (f"{key}.json", json.dumps(facts).encode()), (f"{key}.mask.png", masks[-1]),
+            ]  # fmt: skip
+        shard(folder / "0.tar", members[:12])
+        shard(folder / "1.tar", members[12:])
+        return Case(WebDataset(str(folder / "{0..1}.tar"), classes=("a", "b"), resolution=16), FILES, masks)
+    if kind == "geotiff":
+        values = np.random.default_rng(0).integers(1, 256, (3, 32, 80), dtype=np.uint8)
+        with rasterio.open(
+            folder / "a.tif", "w", driver="GTiff", count=3, height=32, width=80, dtype="uint8",
+            crs="EPSG:32632", transform=rasterio.transform.from_origin(500_000, 5_300_000, 10, 10),
+        ) as raster:  # fmt: skip
+            raster.write(values)
+        return Case(GeoTiff(str(folder), resolution=16, stretch="none"), None)
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=list(SCENES)),
+            "caption": datasets.Value("string"),
+            "lon": datasets.Value("float64"),
+        }
+    )
+    rows = {
+        "image": [{"bytes": data, "path": None} for data, _ in FILES],
+        "label": [row % 2 for row in range(10)],
+        "caption": [f"number {row}" for row in range(10)],
+        "lon": [row * 1.5 for row in range(10)],
+    }
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "rows.parquet"))
+    return Case(HuggingFace(str(folder / "rows.parquet"), streaming=kind == "stream", resolution=16), FILES)
+
+
+def read_folder(out: Path) -> tuple[list[dict[str, Any]], list[tuple[bytes, str]], list[bytes]]:
+    """Rows, images and masks that an export to a folder left, in its own order."""
+    rows = [json.loads(line) for line in (out / "images" / "metadata.jsonl").read_text("utf-8").splitlines()]
+    paths = [out / "images" / row["file_name"] for row in rows]
+    masks = [out / "masks" / Path(row["file_name"]).with_suffix(".png") for row in rows]
+    files = {path for path in (out / "images").rglob("*") if path.is_file()}
+    assert files == {*paths, out / "images" / "metadata.jsonl"}, "nothing lies beside"
+    return rows, [(path.read_bytes(), path.suffix) for path in paths], [m.read_bytes() for m in masks if m.exists()]
+
+
+def read_shards(out: Path) -> tuple[list[dict[str, Any]], list[tuple[bytes, str]], list[bytes]]:
+    samples: dict[str, dict[str, bytes]] = {}
+    for path in sorted(out.iterdir()):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                name, _, suffix = member.name.partition(".")
+                samples.setdefault(name, {})[f".{suffix}"] = tar.extractfile(member).read()
+    rows = [json.loads(sample.pop(".json")) for sample in samples.values()]
+    masks = [sample.pop(".mask.png") for sample in samples.values() if ".mask.png" in sample]
+    return rows, [(data, suffix) for sample in samples.values() for suffix, data in sample.items()], masks
+
+
+def read_saved(out: Path) -> tuple[list[dict[str, Any]], list[tuple[bytes, str]], list[bytes]]:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(out))
+    for name in {"image", "mask"} & set(loaded.column_names):
+        loaded = loaded.cast_column(name, datasets.Image(decode=False))
+    rows = list(loaded)
+    images = [row.pop("image") for row in rows]
+    masks = [row.pop("mask") for row in rows if "mask" in row]
+    return rows, [(image["bytes"], Path(image["path"]).suffix) for image in images], [mask["bytes"] for mask in masks]
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "huggingface", "stream", "geotiff"])
+def test_every_form_holds_what_a_source_gave(kind: str, tmp_path: Path) -> None:
+    """The bytes that came in, or the pixels where a source keeps no files, with their scenes, captions and places."""
+    case = case_of(kind, tmp_path / "source")
+    selection = select(case.source, tmp_path / "runs")
+    corpus = open_subset(selection).corpus
+    assert len(corpus) == 10 and corpus.readable.all()
+    kept = corpus.manifest.iloc[KEPT]
+    expected = kept.drop(columns=["readable", "reason", "stamp"], errors="ignore")
+
+    def go(form: str) -> Path:
+        out = tmp_path / form
+        export_options = {"out": str(out), "shard_size": 2}
+        main(OmegaConf.create({"selection": str(selection), "to": form, "export": export_options}))
+        return out
+
+    for form, read in (("folder", read_folder), ("webdataset", read_shards), ("huggingface", read_saved)):
+        rows, images, masks = read(go(form))
+        for column in expected:
+            found = [row[column] for row in rows]
+            assert found == [list(v) if isinstance(v, np.ndarray) else v for v in expected[column]], (form, column)
+        if case.files is None:
+            assert {suffix for _, suffix in images} == {".png"}
+            decoded = [np.asarray(Image.open(io.BytesIO(data))) for data, _ in images]
+            assert (np.stack(decoded) == corpus.images[KEPT]).all(), form
+        else:
+            assert images == [case.files[row] for row in KEPT], form
+        assert masks == ([case.masks[row] for row in KEPT] if case.masks else []), form
+    lines = (go("list") / "kept.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == kept["id"].tolist()
+    with pytest.raises(UserError, match="corpus=folder"):
+        go("symlinks")
+    assert not (tmp_path / "symlinks").exists()
+
+    if kind == "geotiff":  # the facts above are the manifest's own, so here they are the scene's
+        assert kept["id"].tolist() == [f"a.tif/{16 * (row // 5):06d}_{16 * (row % 5):06d}" for row in KEPT]
+        assert set(kept["crs"]) == {"EPSG:32632"} and kept["lat"].notna().all()
+    else:
+        assert kept["scene"].tolist() == [SCENES[row % 2] for row in KEPT]
+        assert kept["caption"].tolist() == [f"number {row}" for row in KEPT]
+        assert kept["lon"].tolist() == [row * 1.5 for row in KEPT]
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "huggingface", "stream", "geotiff"])
+def test_what_changed_since_it_was_pruned_is_refused_whatever_the_source(kind: str, tmp_path: Path) -> None:
+    case = case_of(kind, tmp_path / "source")
+    selection = select(case.source, tmp_path / "runs")
+    file = sorted((tmp_path / "source").iterdir())[0]
+    if file.suffix == ".parquet":
+        pd.read_parquet(file).iloc[::-1].to_parquet(file)
+    else:
+        file.write_bytes(file.read_bytes() + bytes(10_240))  # what fills a shard up
+    if kind == "geotiff":  # its images are the corpus's own, which have not changed
+        assert open_subset(selection).source is None
+        return
+    with pytest.raises(UserError, match="changed since they were pruned") as caught:
+        open_subset(selection)
+    assert "\n" not in str(caught.value)
 
 
 def test_shards_are_deterministic_and_of_equal_size(folder: ImageFolder, tmp_path: Path) -> None:

@@ -1,0 +1,279 @@
+"""`corpus=torchgeo` without torchgeo: data sets of its kinds stand in for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_sources import texture
+
+import corpus.torchgeo
+from corpus.artefacts import file_stamp
+from corpus.decoding import DAMAGED
+from corpus.errors import UserError
+from corpus.index import index_corpus
+from corpus.torchgeo import TorchGeo
+
+SIDE = 16
+SCENES = ("BeachSand", "Forest")
+
+
+class DatasetNotFoundError(FileNotFoundError):
+    """What torchgeo raises where the files are not there."""
+
+
+class NonGeoDataset:
+    """Six random images of two classes in turn, a seed of their own for each split: integers as float32 [3, H, W]."""
+
+    classes = SCENES
+    first = 0
+
+    def __init__(self, root: str) -> None:
+        assert isinstance(root, str)
+        if not any(Path(root).iterdir()):
+            raise DatasetNotFoundError(root)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        image = torch.from_numpy(pixels(self.first + row).transpose(2, 0, 1).copy()).float()
+        return {"image": image, "label": torch.tensor(row % 2)}
+
+
+class Splits(NonGeoDataset):
+    """Three splits, as EuroSAT has them; others are refused by an assertion, as torchgeo does."""
+
+    splits = ("train", "val", "test")
+
+    def __init__(self, root: str, split: str = "train") -> None:
+        assert split in self.splits
+        super().__init__(root)
+        self.first = {"train": 100, "val": 200, "test": 300}[split]
+
+
+class TwoSplits(Splits):
+    """No list of its splits, and no validation."""
+
+    splits = None  # type: ignore[assignment]
+
+    def __init__(self, root: str, split: str = "train") -> None:
+        assert split in ("train", "test")
+        NonGeoDataset.__init__(self, root)
+        self.first = {"train": 100, "test": 300}[split]
+
+
+class NoSplits(NonGeoDataset):
+    """One set, whose constructor knows no `split`."""
+
+
+class Files(NonGeoDataset):
+    """A folder of images that lists its files and labels, as torchvision's ImageFolder does."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.samples = [(str(path), "ab".index(path.name[0])) for path in sorted(Path(root).glob("*/*.png"))]
+        self.targets = [label for _, label in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        file, label = self.samples[row]
+        return {"image": np.asarray(Image.open(file), np.float32).transpose(2, 0, 1), "label": label}
+
+
+class Bands(NonGeoDataset):
+    """Thirteen bands of reflectances, NaN in a corner of them all; a row that cannot be read, and labels beside."""
+
+    targets = (0, 1, 0, 1, 0, 1)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        if row == 4:
+            raise RuntimeError("truncated")
+        return {"image": torch.from_numpy(reflectances(row)), "label": torch.tensor(row % 2)}
+
+
+class BareBands(Bands):
+    """Its labels come with the images alone, as from one HDF5 file."""
+
+    targets = None  # type: ignore[assignment]
+
+
+class RasterDataset:
+    """A geo data set, which has places and no rows."""
+
+
+def pixels(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def reflectances(seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).uniform(0, 0.4, (13, SIDE, SIDE)).astype(np.float32)
+    values[:, :3, :3] = np.nan
+    return values
+
+
+@pytest.fixture(autouse=True)
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module `torchgeo`, version 9.9."""
+    package, datasets = ModuleType("torchgeo"), ModuleType("torchgeo.datasets")
+    for kind in (
+        DatasetNotFoundError,
+        NonGeoDataset,
+        Splits,
+        TwoSplits,
+        NoSplits,
+        Files,
+        Bands,
+        BareBands,
+        RasterDataset,
+    ):
+        setattr(datasets, kind.__name__, kind)
+    package.datasets = datasets
+    monkeypatch.setitem(sys.modules, "torchgeo", package)
+    monkeypatch.setitem(sys.modules, "torchgeo.datasets", datasets)
+    version = {"torchgeo": "9.9"}.__getitem__
+    monkeypatch.setattr(corpus.torchgeo, "metadata", SimpleNamespace(version=version))
+    yield
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder in which a data set finds its files."""
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(pixels(number)).save(tmp_path / "root" / "a" / f"a{number}.png")
+    (tmp_path / "root" / "b").mkdir()
+    Image.fromarray(pixels(3)).save(tmp_path / "root" / "b" / "b3.png")
+    return tmp_path / "root"
+
+
+def source(dataset: str, root: Path, **options: Any) -> TorchGeo:
+    return TorchGeo(dataset, str(root), resolution=SIDE, **options)
+
+
+def test_the_splits_of_a_class_are_the_corpus_s(root: Path, tmp_path: Path) -> None:
+    found = {split: index_corpus(source("Splits", root, split=split), tmp_path / "runs") for split in ("train", "test")}
+    seeds = {"train": range(100, 106), "test": [*range(200, 206), *range(300, 306)]}
+    for split, indexed in found.items():
+        assert (indexed.images == np.stack([pixels(seed) for seed in seeds[split]])).all()
+        assert indexed.manifest["scene"].tolist() == [SCENES[row % 2] for row in range(len(indexed))]
+        assert set(indexed.manifest["caption"]) == {"a satellite image of beach sand", "a satellite image of forest"}
+    held_out = [f"{name}/{row:08d}" for name in ("val", "test") for row in range(6)]
+    assert found["test"].manifest["id"].tolist() == held_out
+    assert len(source("Splits", root).manifest()) == 18
+    assert source("Splits", root).version == {
+        **source("Splits", root).version, "torchgeo": "9.9", "train": 6, "val": 6, "test": 6,
+    }  # fmt: skip
+
+
+def test_a_split_that_the_class_has_not_is_left_out(root: Path) -> None:
+    ids = source("TwoSplits", root).manifest()["id"].str.split("/").str[0]
+    assert ids.tolist() == ["train"] * 6 + ["test"] * 6
+    assert source("TwoSplits", root, split="test").manifest()["id"].str.startswith("test/").all()
+
+
+def test_a_class_without_splits_is_split_by_a_hash(root: Path) -> None:
+    ids = source("NoSplits", root).manifest()["id"].tolist()
+    assert ids == [f"all/{row:08d}" for row in range(6)]
+    parts = [source("NoSplits", root, split=split, test_share=0.5).manifest()["id"] for split in ("train", "test")]
+    assert sorted([*parts[0], *parts[1]]) == ids and 0 < len(parts[0]) < 6
+    assert len(source("NoSplits", root, split="test", test_share=0).manifest()) == 0
+
+
+def test_a_limit_thins_evenly(root: Path) -> None:
+    thin = source("Splits", root, limit=6)
+    assert thin.manifest()["id"].str.split("/").str[0].value_counts().to_dict() == {"train": 2, "val": 2, "test": 2}
+    rows = np.array([0, 5])
+    images = list(thin.reader(rows)())
+    for image, (name, row) in zip(images, thin.manifest()["id"].iloc[rows].str.split("/"), strict=True):
+        assert (image == pixels({"train": 100, "val": 200, "test": 300}[name] + int(row))).all()
+
+
+def test_files_give_ids_scenes_and_stamps(root: Path, tmp_path: Path) -> None:
+    """Ids are paths below the root, scenes come from the labels, and a changed file changes the version."""
+    indexed = index_corpus(source("Files", root), tmp_path / "runs")
+    table = indexed.manifest
+    assert table["id"].tolist() == ["a/a0.png", "a/a1.png", "a/a2.png", "b/b3.png"]
+    assert table["scene"].tolist() == ["BeachSand"] * 3 + ["Forest"]
+    assert table["stamp"].tolist() == [file_stamp(root / name) for name in table["id"]]
+    assert (indexed.images == np.stack([pixels(seed) for seed in range(4)])).all()
+    before = source("Files", root).version
+    assert source("Files", root).version == before
+    Image.fromarray(pixels(50)).save(root / "a" / "a1.png")
+    os.utime(root / "a" / "a1.png", ns=(1, 1))
+    assert source("Files", root).version != before
+    changed = index_corpus(source("Files", root), tmp_path / "runs")
+    assert (changed.images[1] == pixels(50)).all() and (changed.images[3] == pixels(3)).all()
+
+
+def test_a_file_that_is_damaged_is_quarantined(root: Path, tmp_path: Path) -> None:
+    (root / "a" / "a2.png").write_bytes((root / "a" / "a2.png").read_bytes()[:200])
+    (root / "b" / "b3.png").write_bytes(b"")
+    indexed = index_corpus(source("Files", root), tmp_path / "runs")
+    assert indexed.manifest["reason"].tolist() == ["", "", DAMAGED, DAMAGED]
+
+
+def test_deep_bands_are_chosen_and_stretched(root: Path, tmp_path: Path) -> None:
+    indexed = index_corpus(source("Bands", root, bands=(3, 2, 1)), tmp_path / "runs")
+    assert indexed.manifest["reason"].tolist() == ["", "", "", "", DAMAGED, ""]
+    for row in (0, 5):
+        values = reflectances(row)[[3, 2, 1]]
+        low, high = (np.nanpercentile(values, part, axis=(1, 2), keepdims=True) for part in (2, 98))
+        expected = np.clip((values - low) / (high - low) * 255, 0, 255)
+        expected[:, :3, :3] = 0
+        assert np.abs(indexed.images[row] - expected.transpose(1, 2, 0)).max() <= 0.51
+
+
+def test_a_row_that_gives_no_label_stops_nothing(root: Path, tmp_path: Path) -> None:
+    indexed = index_corpus(source("BareBands", root), tmp_path / "runs")
+    assert indexed.manifest["reason"].tolist() == ["", "", "", "", DAMAGED, ""]
+    assert indexed.manifest["scene"].tolist() == ["BeachSand", "Forest", "BeachSand", "Forest", "", "Forest"]
+
+
+def test_images_are_squared_and_made_smaller(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = np.asarray(texture(0, side=40))[:32]
+    image = torch.from_numpy(wide.transpose(2, 0, 1).copy()).float()
+    monkeypatch.setattr(NoSplits, "__getitem__", lambda self, row: {"image": image, "label": 0}, raising=False)
+    found = next(iter(source("NoSplits", root).reader(np.array([0]))()))
+    assert np.abs(found - wide[:, 4:36].reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))).max() <= 0.51
+
+
+@pytest.mark.parametrize("name", ["Nothing", "RasterDataset", "DatasetNotFoundError", "__name__"])
+def test_a_class_that_is_no_non_geo_set_is_one_line(root: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"corpus\.dataset={name} is no non-geo data set of torchgeo") as caught:
+        source(name, root).manifest()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Splits", "TwoSplits", "NoSplits"])
+def test_files_that_are_not_there_are_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=f"torchgeo's {name} does not find its files in .*empty") as caught:
+        source(name, tmp_path / "empty").manifest()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": None}, "needs a class and its folder"),
+        ({"root": None}, "needs a class and its folder"),
+        ({"root": "nowhere"}, "corpus.root=nowhere is no folder"),
+        ({"split": "val"}, "split='val' is unknown"),
+        ({"limit": 0}, "limit"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(root: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        TorchGeo(**{"dataset": "Splits", "root": str(root), **options})
+    assert "\n" not in str(caught.value)
