@@ -53,7 +53,10 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     try:
         with hidden():
-            return Accelerator(mixed_precision=str(cfg.train.mixed_precision), kwargs_handlers=[patience])
+            accelerator = Accelerator(mixed_precision=str(cfg.train.mixed_precision), kwargs_handlers=[patience])
+        if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:  # it would train in full precision
+            raise ValueError("no gradient scaler on this device")
+        return accelerator
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(

@@ -1,0 +1,135 @@
+"""`make autoencoder` as a real command, and the average of the weights that every training keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from hydra import compose, initialize_config_dir
+from tiny_networks import SIZE
+from tiny_run import write_images
+from torch import nn
+
+from corpus.application import CONFIGS
+from corpus.errors import UserError
+from train import autoencoder as command
+from train.loop import LoopOptions, _update_average
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---------------------------------------------------------------- the command
+
+
+def phase(trains: str, steps: int, perceptual: float = 0.0) -> str:
+    loop = f"{{steps:{steps},batch_size:8,learning_rate:3.0e-3,warmup:1,ema_halflife:80}}"
+    return f"{{trains:{trains},perceptual_weight:{perceptual},perceptual_share:0.5,loop:{loop}}}"
+
+
+def overrides(folder: Path, *phases: str) -> list[str]:
+    """A small recipe on the images in `folder`, whose weights go to `folder/weights`."""
+    recipe = {
+        "width": 48, "latent_channels": 4, "encoder_blocks": "[0,1,1,1]", "decoder_blocks": "[1,1,1,1]",
+        "phases": f"[{','.join(phases)}]",
+    }  # fmt: skip
+    return [
+        "autoencoder=corpus_f8c16", f"autoencoder.path={folder}/weights",
+        *(f"autoencoder.recipe.{key}={value}" for key, value in recipe.items()), "corpus=folder", "corpus.name=tiles",
+        f"corpus.root={folder}/images", f"corpus.train.resolution={SIZE}", "corpus.workers=0", "corpus.licence=CC0",
+        "encoder.input_size=32", "eval.images=16", f"runs={folder}/runs", f"results={folder}", "tracker=none",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_autoencoder_that_does_not_beat_pca_replaces_nothing(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    weights = tmp_path / "weights" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"the weights there were")
+    words = [sys.executable, "train/autoencoder.py"]
+    words += overrides(tmp_path, phase("decoder", 2), phase("both", 2, perceptual=0.1))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "does not beat PCA" in error and f"{tmp_path}/weights stays as it was" in error
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["autoencoder", "pca"]  # no run is named
+    assert weights.read_bytes() == b"the weights there were" and list(weights.parent.iterdir()) == [weights]
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images; what is trained on it is cached in it."""
+    folder = tmp_path_factory.mktemp("tiles")
+    write_images(folder / "images")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("psnr", "distance", "better"), [(31.0, 90.0, True), (31.0, 101.0, False), (29.0, 90.0, False)]
+)
+def test_an_autoencoder_is_kept_if_it_beats_pca_in_both_measures(
+    tiles: Path, monkeypatch: pytest.MonkeyPatch, psnr: float, distance: float, better: bool
+) -> None:
+    """Trained for a step a phase; what is measured of it is made up."""
+    pca = {"psnr": 30.0, "fd_efficientnet_lite0": 101.0, "kid_x1000": 35.0}
+    ours = {"psnr": psnr, "fd_efficientnet_lite0": distance, "kid_x1000": 12.0}
+    monkeypatch.setattr(command, "measure", lambda *_: {"autoencoder": ours, "pca": pca})
+    weights = tiles / "weights"
+    shutil.rmtree(weights, ignore_errors=True)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        recipe = overrides(tiles, phase("decoder", 1), phase("both", 1))
+        cfg = compose("config", [*recipe, "autoencoder.recipe.mixed_precision='no'"])  # as other tests' Accelerator
+    with contextlib.nullcontext() if better else pytest.raises(UserError, match="does not beat PCA"):
+        command.main(cfg)
+    assert weights.exists() == better
+    if not better:
+        return
+    (run,) = (tiles / "runs" / "autoencoder").glob("*[0-9a-f]")
+    kept, trained = (AutoencoderTiny.from_pretrained(folder) for folder in (weights, run / "autoencoder"))
+    assert kept.config.latent_channels == 4
+    assert all(value.equal(trained.state_dict()[key]) for key, value in kept.state_dict().items())
+    card = (weights / "README.md").read_text()
+    assert "training split of tiles" in card and "CC0" in card and "1 steps of decoder, 1 steps of both" in card
+    assert "| autoencoder | 31.00 | 90.00 | 12.00 |" in card and "| pca | 30.00 | 101.00 | 35.00 |" in card
+
+
+# ---------------------------------------------------------------- the average of the weights
+
+
+def test_the_average_forgets_half_in_its_half_life() -> None:
+    """By hand: of what was there `0.5 ** (batch / halflife)` stays each step, so half of it after a half-life."""
+    options = LoopOptions(steps=1000, batch_size=4, learning_rate=1.0, ema_halflife=32)
+    module, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    for parameter in (*module.parameters(), *average.parameters()):
+        nn.init.zeros_(parameter)
+    nn.init.ones_(average.weight)
+    averaged = {"net": list(average.parameters())}
+    for step in range(500, 508):  # long after the ramp; eight steps of four images are a half-life
+        before = average.weight.detach().clone()
+        _update_average(averaged, {"net": module}, step, options)
+        torch.testing.assert_close(average.weight, before * 0.5 ** (4 / 32))
+    torch.testing.assert_close(average.weight, torch.full((2, 3), 0.5))
+    assert not average.bias.any()
+
+
+@pytest.mark.parametrize(("step", "halflife"), [(1, 0.4), (10, 4.0), (79, 31.6), (80, 32.0), (400, 32.0)])
+def test_the_half_life_rises_with_the_images_seen(step: int, halflife: float) -> None:
+    """A tenth of the images seen, `0.1 * step * batch`, as long as that is shorter than what is asked for."""
+    options = LoopOptions(steps=1000, batch_size=4, learning_rate=1.0, ema_halflife=32)
+    module, average = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, 3.0)
+    nn.init.constant_(average.weight, 1.0)
+    _update_average({"net": [average.weight]}, {"net": module}, step, options)
+    kept = 0.5 ** (4 / halflife)
+    assert average.weight.item() == pytest.approx(kept * 1.0 + (1 - kept) * 3.0, rel=1e-6)
+    _update_average({"net": [average.weight]}, {"net": module}, step, replace(options, ema_halflife=0))
+    assert average.weight.item() == 3.0  # no average: the weights themselves

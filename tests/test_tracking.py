@@ -1,0 +1,219 @@
+"""What a pretraining tells its trackers: W&B, which a recorder stands in for, and TensorBoard's event files."""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import STEPS, tiny_config
+
+from corpus.application import CONFIGS
+from corpus.artefacts import read_json
+from corpus.tracking import track
+from train.foundation import CONVERGENCE, pretrain
+
+SPEED = {"loss", "learning_rate", "images_per_second", "model_flops_utilisation"}
+
+
+class Run:
+    """A run that keeps what it is told."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options, self.logged, self.artifacts = options, [], []
+        self.summary, self.axes, self.finished = {}, {}, False
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self.logged.append((values, step))
+
+    def log_artifact(self, artifact: Any) -> None:
+        self.artifacts.append(artifact)
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+    def finish(self) -> None:
+        self.finished = True
+
+    def values(self, name: str) -> dict[int | None, Any]:
+        """What was logged under a name, by step."""
+        return {step: values[name] for values, step in self.logged if name in values}
+
+
+class Artifact:
+    def __init__(self, name: str, type: str) -> None:
+        self.name, self.type, self.files = name, type, {}
+
+    def add_file(self, path: str) -> None:
+        self.files[Path(path).name] = Path(path).read_bytes()
+
+
+def recorder(runs: list[Run]) -> ModuleType:
+    """A module `wandb` that keeps its runs in a list and sends nothing anywhere."""
+    wandb = ModuleType("wandb")
+
+    def init(**options: Any) -> Run:
+        runs.append(Run(options))
+        return runs[-1]
+
+    wandb.init, wandb.Artifact, wandb.Settings = init, Artifact, SimpleNamespace
+    wandb.Image = lambda path, caption: SimpleNamespace(pixels=pixels(Path(path)), caption=caption)
+    wandb.Table = lambda dataframe: dataframe
+    return wandb
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    found: list[Run] = []
+    monkeypatch.setitem(sys.modules, "wandb", recorder(found))
+    return found
+
+
+def pixels(path: Path | io.BytesIO) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def read(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+def config(folder: Path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", [f"runs={folder}/runs", *overrides])
+
+
+# ---------------------------------------------------------------- one tracker
+
+
+def test_files_pictures_and_numbers_reach_wandb(runs: list[Run], tmp_path: Path) -> None:
+    (tmp_path / "selection.parquet").write_bytes(b"rows")
+    Image.fromarray(np.full((4, 6, 3), 77, np.uint8)).save(tmp_path / "sheet.png")
+    cfg = config(tmp_path, "tracker=wandb", "tracker.mode=offline", "tracker.group=mine", "tracker.project=mine_too")
+    with track(cfg, "pretrain", "random-0.85") as tracker:
+        tracker.artifact("selection", "0123", tmp_path / "selection.parquet")
+        tracker.image("samples", tmp_path / "sheet.png", 7, caption="a desert | an ocean")
+        tracker.log({"loss": 0.5, "model_flops_utilisation": 0.25}, 8)
+        tracker.summary({"kid": np.float32(1.5)})
+        (run,) = runs
+        assert not run.finished
+    assert run.finished and run.summary == {"kid": 1.5}
+    expected = {"name": "pretrain-random-0.85", "job_type": "pretrain", "mode": "offline"}
+    expected |= {"group": "mine", "project": "mine_too", "dir": f"{tmp_path}/runs"}
+    assert expected.items() <= run.options.items() and run.options["config"]["ratio"] == 0.85
+    (artifact,) = run.artifacts
+    assert (artifact.type, artifact.name) == ("selection", "selection-0123")
+    assert artifact.files == {"selection.parquet": b"rows"}
+    assert run.values("samples")[7].caption == "a desert | an ocean" and (run.values("samples")[7].pixels == 77).all()
+    assert run.logged[-1] == ({"loss": 0.5, "model_flops_utilisation": 0.25}, 8)
+
+
+def test_event_files_do_without_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
+    picture = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+    Image.fromarray(picture).save(tmp_path / "sheet.png")
+    with track(config(tmp_path, "tracker=tensorboard"), "pretrain", "random-0.85") as tracker:
+        tracker.artifact("selection", "0123", tmp_path / "sheet.png")
+        tracker.table("scenes", pd.DataFrame({"scene": ["ice"]}))
+        tracker.image("samples", tmp_path / "sheet.png", 7, caption="a desert")
+        tracker.log({"loss": 0.5, "model_flops_utilisation": 0.25}, 8)
+        tracker.log({"loss": 0.25}, 9)
+        tracker.summary({"kid": 1.0})
+    (folder,) = (tmp_path / "runs" / "tensorboard").glob("pretrain-random-0.85-*")
+    events = read(folder)
+    assert sorted(events.Tags()["scalars"]) == ["loss", "model_flops_utilisation"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(8, 0.5), (9, 0.25)]
+    (event,) = events.Images("samples")
+    assert event.step == 7
+    np.testing.assert_array_equal(pixels(io.BytesIO(event.encoded_image_string)), picture)
+
+
+@pytest.mark.parametrize("choice", ["none", "wandb"])
+def test_an_interrupted_stage_still_closes_its_run(runs: list[Run], tmp_path: Path, choice: str) -> None:
+    cfg = config(tmp_path, f"tracker={choice}")
+    with pytest.raises(KeyboardInterrupt), track(cfg, "pretrain", "name") as tracker:
+        tracker.log({"loss": 1.0}, 1)
+        raise KeyboardInterrupt
+    assert [run.finished for run in runs] == ([True] if choice == "wandb" else [])
+
+
+def test_only_the_first_process_of_a_launch_tracks(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path, "tracker=wandb", "tracker.tensorboard=true")
+    monkeypatch.setenv("RANK", "1")
+    with track(cfg, "pretrain", "name") as tracker:
+        tracker.log({"loss": 1.0}, 1)
+    assert not runs and not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------- a pretraining
+
+
+@dataclass(frozen=True)
+class Told:
+    """A finished pretraining, its cached stages, and what W&B and TensorBoard were told."""
+
+    directory: Path
+    runs: Path
+    wandb: list[Run]
+    events: EventAccumulator
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder, found = tmp_path_factory.mktemp("told"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", recorder(found))
+        directory = pretrain(tiny_config(folder, "tracker=wandb", "tracker.tensorboard=true"), "random")
+    (events,) = (folder / "runs" / "tensorboard").glob("pretrain-random-0.5-*")
+    return Told(directory, folder / "runs", found, read(events))
+
+
+@pytest.mark.slow
+def test_a_pretraining_tells_wandb_its_selection_samples_and_speed(told: Told) -> None:
+    prune, run = told.wandb
+    assert [one.options["job_type"] for one in told.wandb] == ["prune", "pretrain"] and run.finished
+    assert isinstance(prune.values("scenes")[None], pd.DataFrame)
+
+    summary = read_json(told.directory / "summary.json")
+    selection = told.runs / "selection" / summary["selection"]
+    (artifact,) = run.artifacts
+    assert (artifact.type, artifact.name) == ("selection", f"selection-{selection.name}")
+    assert artifact.files == {"selection.parquet": (selection / "selection.parquet").read_bytes()}
+
+    sheets = run.values("samples")
+    assert sorted(sheets) == [STEPS // 2, STEPS]
+    for step, sheet in sheets.items():
+        np.testing.assert_array_equal(sheet.pixels, pixels(told.directory / "samples" / f"step_{step:06d}.png"))
+        assert "beach" in sheet.caption and " | " in sheet.caption
+
+    (speed,) = (values for values, _ in run.logged if "images_per_second" in values)
+    assert set(speed) == SPEED and all(np.isfinite(value) for value in speed.values())
+    assert 0 < speed["model_flops_utilisation"] < 1 and list(run.values("learning_rate")) == [STEPS]
+    assert sorted(run.values("balanced_kid_x1000")) == [STEPS // 2, STEPS]
+    assert run.summary == summary["metrics"]
+
+
+@pytest.mark.slow
+def test_a_pretraining_leaves_event_files_with_the_same_tags(told: Told) -> None:
+    lines = pd.read_json(told.directory / CONVERGENCE, lines=True).set_index("step")
+    assert set(told.events.Tags()["scalars"]) == SPEED | set(lines.columns)
+    for name in told.events.Tags()["scalars"]:
+        found = [(event.step, pytest.approx(event.value, rel=1e-5)) for event in told.events.Scalars(name)]
+        assert [(step, values[name]) for values, step in told.wandb[1].logged if name in values] == found, name
+    assert told.events.Tags()["images"] == ["samples"]
+    assert [event.step for event in told.events.Images("samples")] == [STEPS // 2, STEPS]
+    for event in told.events.Images("samples"):
+        expected = pixels(told.directory / "samples" / f"step_{event.step:06d}.png")
+        np.testing.assert_array_equal(pixels(io.BytesIO(event.encoded_image_string)), expected)
