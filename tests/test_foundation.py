@@ -494,7 +494,7 @@ def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None
 def test_sharded_weights_train_as_copied_ones_do_and_resume_each_other(tmp_path, config) -> None:
     """Over gloo: a checkpoint is whole, so that one process can go on with it, and the other way round."""
     if config == "deepspeed":
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install 'rs-prune[deepspeed]')")
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install '.[deepspeed]')")
     one = fit(tmp_path / "one")
     losses = json.loads((tmp_path / "one" / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
     for micro_batch in (8, 3):

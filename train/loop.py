@@ -22,7 +22,7 @@ from torch import nn
 from corpus.artefacts import is_main_process, read_json, write_json
 from corpus.errors import UserError
 from corpus.progress import progress
-from train.sharding import COPIES, Layout, Modules, Sharding, lay_out, local, whole
+from train.sharding import COPIES, Layout, Modules, Sharding, layout_of, local, whole
 
 #: Tensors with the images of a (part of a) batch along their first dimension.
 Batch = tuple[torch.Tensor, ...]
@@ -206,7 +206,8 @@ def _set_up(
             parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
         )
 
-    layout = lay_out(options.sharding, accelerator, modules, average, new_optimiser, options.gradient_clip)
+    kind, clip = layout_of(options.sharding), options.gradient_clip
+    layout = kind(options.sharding, accelerator, modules, average, new_optimiser, clip)
     if state.step:
         newest = checkpoints / f"{state.step:08d}"
         layout.load_moments(load_file(newest / "optimiser.safetensors"))

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,26 +129,8 @@ def hidden() -> Iterator[None]:
         os.environ.update(found)
 
 
-def lay_out(
-    sharding: Sharding,
-    accelerator: Accelerator,
-    modules: Modules,
-    average: Modules,
-    new_optimiser: NewOptimiser,
-    gradient_clip: float,
-) -> Layout:
-    """Spread or copy `modules` over the processes, in place.
-
-    Args:
-        average: plain copies of the modules, which will hold the averaged weights.
-        new_optimiser: of a list of parameters.
-        gradient_clip: largest gradient norm.
-    Raises:
-        UserError: sharding without processes or with fp16.
-    """
-    check(sharding, accelerator)
-    kinds = {"copies": Copies, "fsdp": Shards, "deepspeed": SharedUpdates}
-    return kinds[sharding.kind](sharding, accelerator, modules, average, new_optimiser, gradient_clip)
+def layout_of(sharding: Sharding) -> type[Layout]:
+    return {"copies": Copies, "fsdp": Shards, "deepspeed": SharedUpdates}[sharding.kind]
 
 
 def check(sharding: Sharding, accelerator: Accelerator) -> None:
@@ -159,8 +142,16 @@ def check(sharding: Sharding, accelerator: Accelerator) -> None:
             raise UserError(f"{sharding.kind} needs several processes: `accelerate launch --num_processes 2` or more")
 
 
-class Layout:
+class Layout(ABC):
     """The networks as they are trained, their running average, and what updates them.
+
+    Args:
+        modules: spread or copied over the processes, in place.
+        average: plain copies of the modules, which will hold the averaged weights.
+        new_optimiser: of a list of parameters.
+        gradient_clip: largest gradient norm.
+    Raises:
+        UserError: sharding without processes or with fp16.
 
     Attributes:
         live: what to compute with.
@@ -179,6 +170,7 @@ class Layout:
         new_optimiser: NewOptimiser,
         gradient_clip: float,
     ) -> None:
+        check(sharding, accelerator)
         self.live = modules
         self._sharding, self._accelerator, self._average = sharding, accelerator, average
         self._gradient_clip = gradient_clip
@@ -195,6 +187,7 @@ class Layout:
 
     def _prepare(self) -> None:
         """What is to be done once there is an optimiser."""
+        self._prepared = self._optimiser
 
     def begin(self, learning_rate: float) -> None:
         """Set the rate and forget the last step's gradients."""
@@ -202,9 +195,9 @@ class Layout:
             group["lr"] = learning_rate
         self._optimiser.zero_grad(set_to_none=True)
 
+    @abstractmethod
     def part(self, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of a part of the batch; after the last the gradients are the whole batch's."""
-        raise NotImplementedError
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Around the forward pass."""
@@ -217,7 +210,7 @@ class Layout:
     def step(self) -> None:
         """Clip the gradients and update the weights."""
         nn.utils.clip_grad_norm_(self._parameters, self._gradient_clip)
-        self._optimiser.step()
+        self._prepared.step()
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The optimiser's state, "<parameter>.<key>" and tensor, one at a time; all processes must ask for it."""
@@ -272,8 +265,7 @@ class Copies(Layout):
         if self._accelerator.scaler is not None:
             # Accelerate's own clipping would unscale the gradients of earlier loops too
             self._accelerator.unscale_gradients(self._prepared)
-        nn.utils.clip_grad_norm_(self._parameters, self._gradient_clip)
-        self._prepared.step()
+        super().step()
 
 
 class Shards(Layout):
