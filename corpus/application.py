@@ -60,6 +60,7 @@ def run(main: Callable) -> None:
 
     from corpus.artefacts import is_main_process
     from corpus.errors import UserError
+    from corpus.launch import start_the_others
 
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
@@ -74,10 +75,13 @@ def run(main: Callable) -> None:
             _fail(f"no space left on the disk of {cfg.runs}: free some and run the same command again")
 
     try:
+        start_the_others()
         prepare_process()
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error))
+    except UserError as error:
+        _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again to go on")
 

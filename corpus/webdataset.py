@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -42,14 +43,14 @@ LONGEST_END = 2**22
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the bytes of a member lie in its shard; `text` has those of a short one that is no picture.
+    """Where a member lies in its shard, from its header to the next one's; `text` has a short one that is no picture.
 
     `digest` is of the bytes, where they are asked for.
     """
 
     shard: str
-    offset: int
-    size: int
+    start: int
+    end: int
     text: bytes = field(default=b"", repr=False)
     digest: str = ""
 
@@ -75,7 +76,7 @@ class WebDataset:
     An image (jpg, png, tif, …); if there are, a caption (`txt`), facts (`json`: id, caption or captions, scene,
     label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is the facts',
     else `cls`, else the first folder of the key. A first pass over the shards' headers finds every member's place;
-    images are then read from there by many processes. Nothing is unpacked to disk.
+    many processes then let the `webdataset` library read from there. Nothing is unpacked to disk.
 
     Args:
         urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::".
@@ -133,8 +134,7 @@ class WebDataset:
             for place, suffix in ((item.image, item.image_suffix), (item.mask, item.mask_suffix)):
                 if place is not None:
                     with fsspec.open(place.shard, "rb") as file:
-                        file.seek(place.offset)
-                        parts.append((file.read(place.size), suffix))
+                        parts.append((_read_member(file, place), suffix))
             yield *parts[0], parts[1] if item.mask is not None else None
 
     @cached_property
@@ -202,7 +202,7 @@ def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
         doubled.append(error)
         return True
 
-    # places instead of bytes: the library only streams, and images are to be read by many processes, again and again
+    # places instead of bytes: images are to be read later, by many processes and more than once
     for sample in group_by_keys(_members(shard, problems, digests=not stamp), suffixes=KNOWN, handler=note):
         yield from problems
         problems.clear()
@@ -235,7 +235,7 @@ def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[dict[
                     hashed = digests and suffix in KNOWN
                     data = tar.extractfile(member).read() if short or hashed else b""
                     digest = hashlib.blake2b(data, digest_size=8).hexdigest() if hashed else ""
-                    place = _Place(shard, member.offset_data, member.size, data if short else b"", digest)
+                    place = _Place(shard, member.offset, tar.offset, data if short else b"", digest)
                     yield {"fname": member.name, "data": place, "__url__": shard}
                 whole = _ends_whole(file, tar)
         except (tarfile.TarError, EOFError, OSError):
@@ -296,7 +296,7 @@ def _item(sample: dict[str, Any], stamp: str, masks: bool, doubled: bool) -> _It
 
 
 def _stamp(shard: str, *places: _Place) -> str:
-    return f"{shard}-{places[0].offset}" if shard and places else shard + "+".join(place.digest for place in places)
+    return f"{shard}-{places[0].start}" if shard and places else shard + "+".join(place.digest for place in places)
 
 
 def _json(data: bytes) -> dict:
@@ -305,6 +305,20 @@ def _json(data: bytes) -> dict:
     except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def _read_member(file: Any, place: _Place) -> bytes:
+    """The bytes of one member as the `webdataset` library streams them, from its own stretch of the shard.
+
+    Raises:
+        tarfile.ReadError: the shard ends before the member does, or is another one by now.
+    """
+    from webdataset.tariterators import tar_file_iterator
+
+    file.seek(place.start)
+    for member in tar_file_iterator(io.BytesIO(file.read(place.end - place.start)), skip_meta=None):
+        return member["data"]
+    raise tarfile.ReadError(f"no member at byte {place.start}")
 
 
 def _read_places(
@@ -323,14 +337,13 @@ def _read_places(
                         file.close()
                     opened, file = None, fsspec.open(image_place.shard, "rb").open()
                     opened = image_place.shard
-                file.seek(image_place.offset)
-                data = file.read(image_place.size)
-                mask_data = b""
-                if mask_place is not None:
-                    file.seek(mask_place.offset)
-                    mask_data = file.read(mask_place.size)
+                data = _read_member(file, image_place)
+                mask_data = _read_member(file, mask_place) if mask_place is not None else b""
             except FileNotFoundError:
                 yield VANISHED
+                continue
+            except tarfile.TarError:
+                yield CUT
                 continue
             except OSError:
                 yield UNREADABLE_FILE

@@ -145,15 +145,22 @@ def test_a_killed_run_ends_with_the_tables_of_an_undisturbed_one(home, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_pretrain_as_one(home, tmp_path):
+@pytest.mark.parametrize("launch", ["options", "config"])
+def test_two_processes_pretrain_as_one(home, tmp_path, launch):
     """`accelerate launch` with two CPU processes (gloo): the same global batch, so the same curve."""
     arguments = ["profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none"]
     alone = ran("train/pretrain.py", *arguments, cwd=home)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launcher += ["--config_file", str(ROOT / "configs" / "accelerate" / "multi_cpu.yaml")]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    variables = {**environment(), "OMP_NUM_THREADS": "1"}
+    if launch == "options":
+        launcher += ["--cpu", "--num_processes", "2"]
+    else:
+        config = ROOT / "configs" / "accelerate" / "multi_cpu.yaml"
+        launcher += ["--config_file", str(config), "--main_process_port", "0"]
+        variables["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(
         [*launcher, str(ROOT / "train/pretrain.py"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-        env={**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, timeout=900,
+        env=variables, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = [line for line in done.stdout.splitlines() if line.startswith("run: ")]
