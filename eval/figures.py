@@ -266,6 +266,34 @@ def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int
     return figure
 
 
+def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Figure:
+    """What is seen in images of each scene, as shares of its images: a panel a model or the photographs.
+
+    Args:
+        confusions: by panel, images by the scene that they are of and then by the one seen in them.
+    """
+    names = sorted(
+        {name for confusion in confusions.values() for scene, seen in confusion.items() for name in (scene, *seen)}
+    )
+    side = max(2.2, 0.19 * len(names))
+    figure = _figure(1.6 + side * len(confusions), 1.9 + side)
+    panels = figure.subplots(1, len(confusions), sharey=True, squeeze=False)[0]
+    for axes, (title, confusion) in zip(panels, confusions.items(), strict=True):
+        counts = np.array([[confusion.get(scene, {}).get(seen, 0) for seen in names] for scene in names], dtype=float)
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="equal")
+        _dress(axes, title, "scene that CLIP sees", "", grid="y")
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(names)), [name or "(none)" for name in names], rotation=90)
+        axes.set_yticks(range(len(names)), [name or "(none)" for name in names])
+        axes.tick_params(labelsize=9 if len(names) > 12 else 11)
+    panels[0].set_ylabel("scene asked for", fontsize=12, color=MUTED)
+    bar = figure.colorbar(drawn, ax=panels, shrink=0.7, format=PercentFormatter(1, decimals=0))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=10, colors=MUTED, length=0)
+    return figure
+
+
 def cluster_sizes(before: Sequence[int], after: Sequence[int]) -> Figure:
     """Sizes of all clusters before and after pruning, each sorted from large to small: flat is balanced.
 

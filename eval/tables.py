@@ -44,6 +44,8 @@ TABLE_NOTES = {
     "super_resolution": "Held-out images restored from a quarter of their side; scratch: same network, same steps.",
     "semantic_synthesis": "Images drawn from held-out masks; scratch: same network, same steps.",
     "ablation": "One choice changed at a time.",
+    "scenes": "Share of images in which CLIP sees the scene that they are of, among all scenes of the table: generated "
+    "from the scene-balanced held-out captions by each method's model, and the photographs with these captions.",
 }
 #: What each floor is; rows of stage "floor".
 FLOOR_NOTES = {
@@ -400,6 +402,27 @@ def note(name: str, table: pd.DataFrame) -> str:
             "Floors are what the yardstick gives where nothing was generated" + (f" ({named})." if named else ".")
         )
     return " ".join(part for part in parts if part)
+
+
+def scene_table(confusions: Mapping[str, Mapping[str, Mapping[str, int]]]) -> pd.DataFrame:
+    """How often each scene is recognised: a row a scene and one for all, a column a model or the photographs.
+
+    Args:
+        confusions: by column, images by the scene that they are of and then by the one seen in them.
+    """
+    first = next(iter(confusions.values()))
+    rows = []
+    for scene in [*sorted({scene for of_one in confusions.values() for scene in of_one}), None]:
+        row = {"scene": "all" if scene is None else scene or "(none)"}
+        for name, confusion in confusions.items():
+            chosen = confusion if scene is None else {scene: confusion.get(scene, {})}
+            images = sum(sum(seen.values()) for seen in chosen.values())
+            if confusion is first:
+                row["images"] = images
+            right = sum(seen.get(of, 0) for of, seen in chosen.items())
+            row[name] = round(right / images, 3) if images else None
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 # ---------------------------------------------------------------- DataFrames to files

@@ -59,6 +59,9 @@ def write_results(results: Path, target: Path) -> None:
             f"the scene of {real_accuracy(path.parents[1]):.3f} of the held-out photographs.\n\n"
             + path.read_text(encoding="utf-8").strip()
         )
+        scenes = path.with_name("scenes.md")
+        if scenes.is_file():
+            parts.append("### Scene by scene\n\n" + scenes.read_text(encoding="utf-8").strip())
     path = results.parent / "long_tail" / "long_tail.json"
     if path.is_file():
         found = read_json(path)

@@ -11,9 +11,9 @@ from corpus.artefacts import read_json
 from corpus.errors import UserError
 from corpus.index import Corpus, open_corpus
 from eval.convergence import AXES
-from eval.figures import comparison_sheet, convergence_figure, entropy_histogram, scene_bars
+from eval.figures import comparison_sheet, confusion_figure, convergence_figure, entropy_histogram, scene_bars
 from eval.report import Gallery, figure_bytes, write_report
-from eval.tables import build_tables, read_results, write_tables
+from eval.tables import build_tables, read_results, scene_table, write_tables
 from train.foundation import CONVERGENCE
 
 SHOWN = 16  # tiles of a gallery
@@ -29,6 +29,8 @@ def rebuild(results: Path) -> dict[str, pd.DataFrame]:
         raise UserError(f"no finished results in {results}: run `make reproduce PROFILE={results.name}` first")
     places = {key: Path(value) for key, value in read_json(results / "runs.json").items()}
     tables = build_tables(read_results(results / "results.jsonl"))
+    if confusions := _confusions(places):
+        tables["scenes"] = scene_table(confusions)
     write_tables(tables, results / "tables")
     figures = _figures(places, results / "figures")
     write_report(
@@ -47,6 +49,17 @@ def rebuild(results: Path) -> dict[str, pd.DataFrame]:
 
 def _of(places: dict[str, Path], kind: str) -> dict[str, Path]:
     return {key.split("/")[1]: path for key, path in places.items() if key.startswith(kind + "/")}
+
+
+def _confusions(places: dict[str, Path]) -> dict[str, dict[str, dict[str, int]]]:
+    """What CLIP sees in the held-out photographs and in each method's images; empty where there are no scenes."""
+    found = {}
+    for method, path in _of(places, "generation").items():
+        scenes = read_json(path / "summary.json").get("scenes") or {}
+        if scenes.get("generated"):
+            found |= {"photographs": scenes["real"]} if not found else {}
+            found[method] = scenes["generated"]
+    return found
 
 
 def _figures(places: dict[str, Path], directory: Path) -> list[tuple[str, str, bytes]]:
@@ -76,6 +89,9 @@ def _figures(places: dict[str, Path], directory: Path) -> list[tuple[str, str, b
         )
         caption = "Distance to the scene-balanced held-out set by steps, images seen and seconds of training."
         add(name, title, caption, convergence_figure(curves, metric, x=AXES, floors=floors))
+    if confusions := _confusions(places):
+        caption = "Held-out photographs, and images generated from their captions. A bright diagonal is good."
+        add("scenes_seen", "What CLIP sees in each scene", caption, confusion_figure(confusions))
     for method, path in _of(places, "selection").items():
         if method == "full":
             continue

@@ -17,6 +17,7 @@ from eval.figures import (
     PAPER,
     cluster_sizes,
     comparison_sheet,
+    confusion_figure,
     contact_sheet,
     convergence_figure,
     entropy_histogram,
@@ -24,7 +25,7 @@ from eval.figures import (
     world_figure,
 )
 from eval.report import Gallery, figure_bytes, png_bytes, write_report
-from eval.tables import build_tables
+from eval.tables import build_tables, scene_table, to_markdown
 from prune.layout import embedding_map
 from prune.report import write_prune_report
 
@@ -129,6 +130,32 @@ def test_histogram_and_bars_draw_the_counts():
     many = scene_bars({f"s{index}": index + 1 for index in range(100)}, {}, most=10).axes[0]
     assert sum(many.containers[0].datavalues) == 5050
     assert len(many.containers[0]) == 10
+
+
+CONFUSIONS = {
+    "photographs": {"airport": {"airport": 3, "beach": 1}, "beach": {"beach": 4}},
+    "rsprune": {"airport": {"beach": 1, "forest": 3}, "beach": {"beach": 2, "forest": 2}},
+}
+
+
+def test_scenes_are_counted_by_what_was_seen_in_them():
+    table = scene_table(CONFUSIONS)
+    assert table.to_dict("list") == {
+        "scene": ["airport", "beach", "all"], "images": [4, 4, 8], "photographs": [0.75, 1.0, 0.875],
+        "rsprune": [0.0, 0.5, 0.25],
+    }  # fmt: skip
+    assert "| all | 8 | 0.875 | 0.25 |" in to_markdown("scenes", table)
+    alone = scene_table({"full": {"": {"beach": 2}, "beach": {"beach": 1}}})
+    assert alone["scene"].tolist() == ["(none)", "beach", "all"] and alone["full"].tolist() == [0, 1, 0.333]
+
+
+def test_confusion_figure_draws_shares_of_each_scene():
+    panels = confusion_figure(CONFUSIONS).axes
+    names = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert names == ["airport", "beach", "forest"]  # forest was seen, though not asked for
+    assert [axes.get_title(loc="left") for axes in panels[:2]] == ["photographs", "rsprune"]
+    np.testing.assert_allclose(panels[0].images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
+    np.testing.assert_allclose(panels[1].images[0].get_array(), [[0, 0.25, 0.75], [0, 0.5, 0.5], [0, 0, 0]])
 
 
 def test_figures_leave_no_global_state_and_the_same_bytes():

@@ -47,7 +47,7 @@ from train.diffusion import (
 )
 from train.latents import Views
 from train.loop import LoopOptions, Modules, train_loop
-from train.measure import measure, place_sheet, sample_sheet, save_picture, scene_top1
+from train.measure import measure, place_sheet, sample_sheet, save_picture, scene_accuracy, scene_confusion
 from train.metadata import FOLDER, MetadataField, metadata_values, new_encoder
 from train.model_card import model_card
 from train.objective import Objective
@@ -303,14 +303,16 @@ def _finish(run: _Run, modules: Modules, options: LoopOptions, images: int, flop
     if FOLDER in modules:
         modules[FOLDER].save(run.directory / "pipeline" / FOLDER)
     (run.directory / GENERATED).mkdir(exist_ok=True)
-    metrics = {}
+    metrics, scenes = {}, {}
     for held in run.sets.values():
         measured = measure(cfg, pipeline, run.scorer, held, len(held.rows))
         metrics |= {f"{held.name}_{key}": value for key, value in measured.metrics.items()}
+        scenes[held.name] = measured.scenes
         np.save(run.directory / GENERATED / f"{held.name}.npy", measured.features)
         labels = [caption.removeprefix("a satellite image of ") for caption in held.captions[:64]]
         save_picture(contact_sheet(measured.images[:64], 8, labels), run.directory / "samples" / f"{held.name}.png")
     convergence = [json.loads(line) for line in (run.directory / CONVERGENCE).read_text().splitlines()]
+    real = scene_confusion(run.scorer, run.sets["balanced"], run.sets["balanced"].images)
     summary = {
         "method": run.name,
         "ratio": cfg.ratio,
@@ -323,7 +325,8 @@ def _finish(run: _Run, modules: Modules, options: LoopOptions, images: int, flop
         "loss": convergence[-1]["loss"],
         "metrics": metrics,
         "convergence": summarise(convergence, plain(cfg.eval.targets)),
-        "scene_accuracy_real": scene_top1(run.scorer, run.sets["balanced"], run.sets["balanced"].images),
+        "scenes": {"real": real, "generated": scenes["balanced"]},
+        "scene_accuracy_real": None if real is None else scene_accuracy(real),
         "selection": run.selection.name,
         "seed": cfg.seed,
     }

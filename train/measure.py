@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +20,27 @@ from eval.heldout import HeldOut
 from eval.metrics import compare_features
 from train.components import TextParts, load_encoder
 from train.metadata import MetadataEncoder, prompt_embeddings
-from train.text_encoder import clip_score, scene_accuracy
+from train.text_encoder import clip_score, recognise_scenes
 
 #: Captions of a scene whose mean embedding stands for it when images are classified.
 SCENE_CAPTIONS = 64
 
 
+#: Images by the scene that they are of, then by the one that CLIP sees in them.
+Confusion = dict[str, dict[str, int]]
+
+
 @dataclass(frozen=True)
 class Measured:
-    """Generated images uint8 [N, R, R, 3], their features float32 [N, D] and their distances to the held-out ones."""
+    """Generated images uint8 [N, R, R, 3], their features float32 [N, D] and their distances to the held-out ones.
+
+    `scenes` has what CLIP sees in the images of each scene; None where that cannot be told.
+    """
 
     images: np.ndarray
     features: np.ndarray
     metrics: dict[str, float]
+    scenes: Confusion | None
 
 
 def measure(cfg: DictConfig, pipeline: DiffusionPipeline, text: TextParts, held: HeldOut, count: int) -> Measured:
@@ -51,14 +60,20 @@ def measure(cfg: DictConfig, pipeline: DiffusionPipeline, text: TextParts, held:
     if text.clip is not None:
         score = clip_score(text.clip, text.tokenizer, images, prompts, text.clip_pixels)
         metrics[f"clip_{cfg.text_encoder.score_name}"] = float(score.mean())
-        accuracy = scene_top1(text, held, images)
-        if accuracy is not None:
-            metrics[f"scene_accuracy_{cfg.text_encoder.score_name}"] = accuracy
-    return Measured(images, features, metrics)
+    scenes = scene_confusion(text, held, images)
+    if scenes is not None:
+        metrics[f"scene_accuracy_{cfg.text_encoder.score_name}"] = scene_accuracy(scenes)
+    return Measured(images, features, metrics, scenes)
 
 
-def scene_top1(text: TextParts, held: HeldOut, images: np.ndarray) -> float | None:
-    """Share of images whose scene the CLIP model tells among those of the held-out set; None where there is but one."""
+def scene_accuracy(scenes: Confusion) -> float:
+    """Share of the images in which CLIP sees the scene that they are of."""
+    right = sum(seen.get(scene, 0) for scene, seen in scenes.items())
+    return right / sum(sum(seen.values()) for seen in scenes.values())
+
+
+def scene_confusion(text: TextParts, held: HeldOut, images: np.ndarray) -> Confusion | None:
+    """What CLIP sees in images of the held-out captions, among the scenes of the set; None where there is but one."""
     if text.clip is None:
         return None
     scenes = held.corpus.manifest["scene"].to_numpy(dtype=str)
@@ -70,9 +85,12 @@ def scene_top1(text: TextParts, held: HeldOut, images: np.ndarray) -> float | No
         name: sorted({f"a satellite image of {words(name)}", *captions[scenes == name][:SCENE_CAPTIONS]})
         for name in known
     }
-    return scene_accuracy(
-        text.clip, text.tokenizer, images, scenes[held.rows[: len(images)]], described, text.clip_pixels
-    )
+    seen = recognise_scenes(text.clip, text.tokenizer, images, described, text.clip_pixels)
+    counts = collections.Counter(zip(scenes[held.rows[: len(images)]].tolist(), seen.tolist(), strict=True))
+    confusion: Confusion = {}
+    for (scene, found), count in sorted(counts.items()):
+        confusion.setdefault(scene, {})[found] = count
+    return confusion
 
 
 def sample_sheet(cfg: DictConfig, pipeline: DiffusionPipeline, corpus: Corpus, path: Path) -> tuple[Path, list[str]]:
