@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import PurePosixPath
+from types import ModuleType
 from typing import Any
 
 import fsspec
@@ -139,10 +141,8 @@ class WebDataset:
 
     @cached_property
     def _shards(self) -> list[str]:
-        from webdataset.shardlists import expand_urls
-
         try:
-            shards = expand_urls(str(self.urls))
+            shards = _library().shardlists.expand_urls(str(self.urls))
         except Exception:
             raise UserError(
                 f"corpus.urls={self.urls} is no list of shards: close its braces, as in {{000..099}}"
@@ -188,13 +188,28 @@ class WebDataset:
         return [items[row] for row in thinned(len(items), self.limit)]
 
 
+@cache
+def _library() -> ModuleType:
+    """The `webdataset` library, with its own stand-ins for torch where no torch is loaded.
+
+    It wants torch for its loader alone, and every process that decodes would pay 3 s and 400 MB for it.
+    """
+    loaded = "torch" in sys.modules
+    if not loaded:
+        sys.modules["torch"] = None  # importing it fails for now
+    try:
+        import webdataset
+    finally:
+        if not loaded:
+            del sys.modules["torch"]
+    return webdataset
+
+
 def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
     """The samples of one shard as `webdataset` puts them together, in its order, and what is wrong with it.
 
     `stamp` is the shard's; empty: images are stamped with a digest of their bytes.
     """
-    from webdataset.tariterators import group_by_keys
-
     problems: list[_Item] = []
     doubled: list[Exception] = []
 
@@ -203,7 +218,8 @@ def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
         return True
 
     # places instead of bytes: images are to be read later, by many processes and more than once
-    for sample in group_by_keys(_members(shard, problems, digests=not stamp), suffixes=KNOWN, handler=note):
+    members = _members(shard, problems, digests=not stamp)
+    for sample in _library().tariterators.group_by_keys(members, suffixes=KNOWN, handler=note):
         yield from problems
         problems.clear()
         yield _item(sample, stamp, masks, bool(doubled))
@@ -313,10 +329,9 @@ def _read_member(file: Any, place: _Place) -> bytes:
     Raises:
         tarfile.ReadError: the shard ends before the member does, or is another one by now.
     """
-    from webdataset.tariterators import tar_file_iterator
-
     file.seek(place.start)
-    for member in tar_file_iterator(io.BytesIO(file.read(place.end - place.start)), skip_meta=None):
+    stretch = io.BytesIO(file.read(place.end - place.start))
+    for member in _library().tariterators.tar_file_iterator(stretch, skip_meta=None):
         return member["data"]
     raise tarfile.ReadError(f"no member at byte {place.start}")
 
