@@ -309,17 +309,7 @@ def _train(
     # the last row is the empty caption, for classifier-free guidance
     prompts = encode_prompts(parts.text_encoder, parts.tokenizer, [*captions, ""])
 
-    channels, size = conditions.shape[1], latents.shape[-1]
-    if parts.unet is None:
-        unet = new_unet(plain(cfg.model.unet), latents.shape[1], size, prompts.shape[-1], cfg.seed, channels)
-    else:
-        if parts.unet.config.sample_size != size:
-            raise UserError(
-                f"foundation={foundation} was trained on latents of side {parts.unet.config.sample_size}, this corpus' "
-                f"have {size}: give the foundation's corpus.train.resolution"
-            )
-        unet = widen(parts.unet, channels)
-
+    unet = _network(cfg, parts.unet, foundation, latents.shape[1:], prompts.shape[-1], conditions.shape[1])
     options = LoopOptions(**settings.loop, seed=cfg.seed)
     objective = objective_of(cfg)
 
@@ -339,35 +329,65 @@ def _train(
     best = train_loop(
         accelerator, {"unet": unet}, draw_batch, loss, options, directory, label=f"{task.name} {name}", log=tracker.log
     )
-    if not accelerator.is_main_process:
-        return
-    history = read_json(directory / "checkpoints" / f"{options.steps:08d}" / "state.json")
-    pipeline = conditional_pipeline(
-        parts,
-        accelerator.unwrap_model(best["unet"], keep_fp32_wrapper=False),
-        objective.scheduler(cfg.train.flow_shift),
-    )
-    pipeline.save_pretrained(directory / "pipeline")
-    outputs = draw(cfg, task, pipeline, held, captioned)
+    if accelerator.is_main_process:
+        trained = accelerator.unwrap_model(best["unet"], keep_fp32_wrapper=False)
+        pipeline = conditional_pipeline(parts, trained, objective.scheduler(cfg.train.flow_shift))
+        pipeline.save_pretrained(directory / "pipeline")
+        outputs = draw(cfg, task, pipeline, held, captioned)
+        facts = {
+            "method": name,
+            "foundation": None if foundation is None else str(foundation),
+            "steps": options.steps,
+            "training_images": len(rows),
+            "images_seen": options.steps * options.batch_size,
+            "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+            "seed": cfg.seed,
+        }
+        _finish(task, held, outputs, facts, directory, tracker)
+
+
+def _network(
+    cfg: DictConfig,
+    trained: UNet2DConditionModel | None,
+    foundation: Path | None,
+    latent_shape: tuple[int, int, int],
+    width: int,
+    condition_channels: int,
+) -> UNet2DConditionModel:
+    """The foundation's network, widened by the condition's channels, or a new one of that shape.
+
+    Raises:
+        UserError: the foundation's latents have another side than these.
+    """
+    channels, size, _ = latent_shape
+    if trained is None:
+        return new_unet(plain(cfg.model.unet), channels, size, width, cfg.seed, condition_channels)
+    if trained.config.sample_size != size:
+        raise UserError(
+            f"foundation={foundation} was trained on latents of side {trained.config.sample_size}, this corpus' "
+            f"have {size}: give the foundation's corpus.train.resolution"
+        )
+    return widen(trained, condition_channels)
+
+
+def _finish(
+    task: Task, held: HeldOut, outputs: np.ndarray, facts: dict[str, Any], directory: Path, tracker: Tracker
+) -> None:
+    """Measure the outputs, save samples and the task's files, write the summary and drop the checkpoints."""
+    history = read_json(directory / "checkpoints" / f"{facts['steps']:08d}" / "state.json")
     metrics = task.measure(outputs, held)
     shown = replace(held, rows=held.rows[:SHOWN], features=held.features[:SHOWN], captions=held.captions[:SHOWN])
     sheet = save_samples(directory / "samples", task.inputs(shown), outputs[:SHOWN], shown.images)
-    tracker.image("samples", sheet, options.steps)
+    tracker.image("samples", sheet, facts["steps"])
     for file, content in task.files.items():
         write_json(directory / file, content)
     summary = {
         "task": task.name,
-        "method": name,
-        "foundation": None if foundation is None else str(foundation),
+        **facts,
         "metrics": metrics,
-        "steps": options.steps,
         "images": len(held.rows),
-        "training_images": len(rows),
-        "images_seen": options.steps * options.batch_size,
-        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "seconds": round(history["seconds"], 2),
         "loss": float(np.mean(history["losses"])),
-        "seed": cfg.seed,
     }
     write_json(directory / "summary.json", summary)
     tracker.summary(metrics)

@@ -17,6 +17,11 @@ from corpus.artefacts import read_json
 from corpus.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Directories of results on AID's photographs, how they are called and what they were made with.
+AID = {
+    "aid_defaults": ("every default", "nothing changed but the corpus"),
+    "aid": ("its own autoencoder", "autoencoder and text encoder (1,000 steps) trained on them"),
+}
 TABLES = ("generation", "subset_quality", "super_resolution", "semantic_synthesis")
 
 
@@ -50,18 +55,18 @@ def write_results(results: Path, target: Path) -> None:
     for title, path in known.items():
         if path.is_file():
             parts.append(f"## {title}\n\n{path.read_text(encoding='utf-8').strip()}")
-    path = results.parent / "aid" / "local" / "tables" / "generation.md"
-    if path.is_file():
-        parts.append(
-            "## Aerial images: generation on AID\n\n`scripts/reproduce.py` on a folder (docs/training.md has the "
-            "command): AID's photographs at 64 px with RSICD's captions, autoencoder and text encoder trained on them. "
-            "A guess among the 30 scenes would be right in 0.033 of all cases; the text encoder itself recognises "
-            f"the scene of {real_accuracy(path.parents[1]):.3f} of the held-out photographs.\n\n"
-            + path.read_text(encoding="utf-8").strip()
-        )
-        scenes = path.with_name("scenes.md")
-        if scenes.is_file():
-            parts.append("### Scene by scene\n\n" + scenes.read_text(encoding="utf-8").strip())
+    for folder, how in AID.items():
+        tables = results.parent / folder / "local" / "tables"
+        if (tables / "scenes.md").is_file():
+            parts.append(
+                f"## Aerial images: AID, {how[0]}\n\n`scripts/reproduce.py` on a folder (docs/training.md has the "
+                f"command): AID's photographs at 64 px with RSICD's captions, {how[1]}. A guess among the 30 scenes "
+                "would be right in 0.033 of all cases; the text encoder itself recognises the scene of "
+                f"{real_accuracy(tables.parent):.3f} of the held-out photographs.\n\n"
+                + "\n\n".join(
+                    (tables / f"{name}.md").read_text(encoding="utf-8").strip() for name in ("generation", "scenes")
+                )
+            )
     path = results.parent / "long_tail" / "long_tail.json"
     if path.is_file():
         found = read_json(path)

@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 
 SIDE = 24
+NOBODY = 65534  # the user id that owns nothing
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -248,16 +251,37 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     assert ImageFolder(str(root)).manifest()["id"].tolist() == ["linked/deep/b.jfif", "own/a.png"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads what nobody may")
-def test_what_may_not_be_read_is_quarantined(tmp_path: Path) -> None:
-    for name in ("open", "shut"):
-        (tmp_path / "root" / name).mkdir(parents=True)
-        texture().save(tmp_path / "root" / name / "a.png")
-    texture().save(tmp_path / "root" / "b.png")
-    (tmp_path / "root" / "b.png").chmod(0)
-    (tmp_path / "root" / "shut").chmod(0)
-    corpus = index_corpus(ImageFolder(str(tmp_path / "root")), tmp_path / "runs")
-    (tmp_path / "root" / "shut").chmod(0o755)
+@contextmanager
+def nobody(home: Path) -> Iterator[None]:
+    """Root reads everything: be somebody else for a while, to whom `home` belongs."""
+    if os.geteuid():
+        yield
+        return
+    os.chown(home, NOBODY, NOBODY)
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def test_what_may_not_be_read_is_quarantined() -> None:
+    with tempfile.TemporaryDirectory() as home:  # pytest's own directories are closed to others
+        folder = Path(home)
+        (folder / "any").mkdir()
+        texture().save(folder / "any" / "a.png")
+        index_corpus(ImageFolder(str(folder / "any"), workers=1), folder / "warm")  # imports what it needs, as root
+        with nobody(folder):
+            for name in ("open", "shut"):
+                (folder / "root" / name).mkdir(parents=True)
+                texture().save(folder / "root" / name / "a.png")
+            texture().save(folder / "root" / "b.png")
+            (folder / "root" / "b.png").chmod(0)
+            (folder / "root" / "shut").chmod(0)
+            corpus = index_corpus(ImageFolder(str(folder / "root"), workers=1), folder / "runs")
+            (folder / "root" / "shut").chmod(0o755)
     assert corpus.manifest.set_index("id")["reason"].to_dict() == {
         "b.png": decoding.NO_PERMISSION, "open/a.png": "", "shut": decoding.NO_PERMISSION,
     }  # fmt: skip
