@@ -7,56 +7,61 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import PurePath
 
 from corpus.errors import UserError
 
-#: What PyTorch's and MPI's launchers give each of their processes.
-WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
-
-def started_alone(environment: Mapping[str, str]) -> bool:
-    """Whether Accelerate was asked for several processes on the CPU and started this one only.
-
-    It names a meeting point to one process of several, but no number of processes to one that is alone.
-    """
-    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return on_cpu and "MASTER_PORT" in environment and not any(name in environment for name in WORLD_SIZES)
-
-
-def option(command: Sequence[str], name: str) -> str | None:
-    """The value of `--name value` or `--name=value` on a command line, with hyphens or underscores."""
+def options_of(command: Sequence[str]) -> list[str] | None:
+    """What follows `accelerate launch` on a command line; None if it is another one."""
     for position, word in enumerate(command):
-        key, equals, value = word.partition("=")
-        if key.replace("-", "_") == f"__{name}":
-            return value if equals else next(iter(command[position + 1 :]), None)
+        name = PurePath(word).name
+        if name == "accelerate-launch" or word == "accelerate.commands.launch":
+            return list(command[position + 1 :])
+        if name == "accelerate" and command[position + 1 : position + 2] == ["launch"]:
+            return list(command[position + 2 :])
     return None
 
 
-def launcher_of(launch: Sequence[str], script: Sequence[str]) -> list[str]:
-    """The command that starts a script in as many processes as a command line of `accelerate launch` names.
+def launcher_of(options: Sequence[str]) -> list[str] | None:
+    """The command that starts the processes which these options of `accelerate launch` ask for and do not get.
+
+    None where they get them: on GPUs, through MPI, or because one is enough.
 
     Raises:
-        UserError: it names none, or several machines.
+        UserError: they ask for several machines.
     """
-    processes = option(launch, "num_processes") or ""
-    if not processes.isdecimal() or option(launch, "num_machines") not in (None, "1"):
+    if "--cpu" not in options:
+        return None
+    from accelerate.commands.launch import launch_command_parser
+
+    asked = launch_command_parser().parse_args(list(options))
+    if not asked.cpu or asked.mpirun_hostfile is not None or (asked.num_processes or 1) == 1:
+        return None
+    if (asked.num_machines or 1) > 1:
         raise UserError(
-            "accelerate launch --cpu started one process of several: on the CPU it starts more by MPI alone; give "
-            "--num_processes and one machine, or use configs/accelerate/multi_cpu.yaml with ACCELERATE_USE_CPU=true"
+            "accelerate launch --cpu joins several machines through MPI alone, and no --mpirun_hostfile is given: give "
+            "one, or use configs/accelerate/multi_cpu.yaml with ACCELERATE_USE_CPU=true in place of --cpu"
         )
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *script]
+    kind = ["--no-python"] if asked.no_python else ["-m"] if asked.module else []
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    return [*launcher, str(asked.num_processes), *kind, asked.training_script, *asked.training_script_args]
 
 
 def start_the_others() -> None:
     """Become the launcher of all processes that `accelerate launch --cpu` was asked for, if it started this one only.
 
     Raises:
-        UserError: how many they are cannot be told.
+        UserError: they are on several machines.
     """
-    if started_alone(os.environ):
-        import psutil
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
+        return
+    import psutil
 
-        launch = psutil.Process().parent()
-        command = launcher_of(launch.cmdline() if launch else [], sys.argv)
+    parent = psutil.Process().parent()
+    options = options_of(parent.cmdline()) if parent else None
+    command = launcher_of(options) if options else None
+    if command:
+        os.environ.pop("KMP_AFFINITY", None)  # Accelerate's, which would put all of them on the same cores
         os.execv(command[0], command)

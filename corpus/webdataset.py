@@ -8,6 +8,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import PurePosixPath
@@ -37,8 +38,11 @@ UNSAFE = "unsafe member name"
 LINK = "a link, not followed"
 COMPRESSED = "compressed shard"
 NO_IMAGE = "no image in the sample"
+TOO_LARGE = "member above 1 GiB"
 #: Larger ones are no captions.
 LARGEST_TEXT = 2**20
+#: A sparse one of a few bytes can claim any size.
+LARGEST_MEMBER = 2**30
 #: Zeros after the last member; writers fill up to their own block size.
 LONGEST_END = 2**22
 
@@ -51,6 +55,7 @@ class _Place:
     """
 
     shard: str
+    name: str
     start: int
     end: int
     text: bytes = field(default=b"", repr=False)
@@ -129,20 +134,28 @@ class WebDataset:
         return partial(_read_places, places, self.resolution, bool(self.classes))
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
-        """The bytes and suffix of every image member, and those of its mask or None."""
-        for row in rows:
-            item = self._chosen[row]
-            parts = []
-            for place, suffix in ((item.image, item.image_suffix), (item.mask, item.mask_suffix)):
-                if place is not None:
-                    with fsspec.open(place.shard, "rb") as file:
-                        parts.append((_read_member(file, place), suffix))
-            yield *parts[0], parts[1] if item.mask is not None else None
+        """The bytes and suffix of every image member, and those of its mask or None.
+
+        Raises:
+            UserError: a member is no longer there.
+        """
+        with closing(_Members()) as members:
+            for row in rows:
+                item = self._chosen[row]
+                places = ((item.image, item.image_suffix), (item.mask, item.mask_suffix))
+                try:
+                    parts = [(members.read(place), suffix) for place, suffix in places if place is not None]
+                except (OSError, tarfile.TarError):
+                    raise UserError(
+                        f"{item.id} cannot be read any more from {item.image.shard}: prune again, or put the shard back"
+                    ) from None
+                yield *parts[0], parts[1] if item.mask is not None else None
 
     @cached_property
     def _shards(self) -> list[str]:
+        library = _library()
         try:
-            shards = _library().shardlists.expand_urls(str(self.urls))
+            shards = library.shardlists.expand_urls(str(self.urls))
         except Exception:
             raise UserError(
                 f"corpus.urls={self.urls} is no list of shards: close its braces, as in {{000..099}}"
@@ -201,7 +214,8 @@ def _library() -> ModuleType:
         import webdataset
     finally:
         if not loaded:
-            del sys.modules["torch"]
+            for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "webdataset")]:
+                del sys.modules[name]  # whoever else imports them gets them whole
     return webdataset
 
 
@@ -246,12 +260,15 @@ def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[dict[
                     if name.is_absolute() or ".." in name.parts:
                         problems.append(_Item(id=f"{shard}:{member.name}", problem=UNSAFE))
                         continue
+                    if suffix in KNOWN and member.size > LARGEST_MEMBER:
+                        problems.append(_Item(id=f"{shard}:{member.name}", problem=TOO_LARGE))
+                        continue
                     found = True
                     short = suffix in (*TEXTS, *FACTS) and member.size <= LARGEST_TEXT
                     hashed = digests and suffix in KNOWN
                     data = tar.extractfile(member).read() if short or hashed else b""
                     digest = hashlib.blake2b(data, digest_size=8).hexdigest() if hashed else ""
-                    place = _Place(shard, member.offset, tar.offset, data if short else b"", digest)
+                    place = _Place(shard, member.name, member.offset, tar.offset, data if short else b"", digest)
                     yield {"fname": member.name, "data": place, "__url__": shard}
                 whole = _ends_whole(file, tar)
         except (tarfile.TarError, EOFError, OSError):
@@ -323,42 +340,54 @@ def _json(data: bytes) -> dict:
     return facts if isinstance(facts, dict) else {}
 
 
-def _read_member(file: Any, place: _Place) -> bytes:
-    """The bytes of one member as the `webdataset` library streams them, from its own stretch of the shard.
+class _Members:
+    """Reads members of shards, of which one is open at a time."""
 
-    Raises:
-        tarfile.ReadError: the shard ends before the member does, or is another one by now.
-    """
-    file.seek(place.start)
-    stretch = io.BytesIO(file.read(place.end - place.start))
-    for member in _library().tariterators.tar_file_iterator(stretch, skip_meta=None):
-        return member["data"]
-    raise tarfile.ReadError(f"no member at byte {place.start}")
+    def __init__(self) -> None:
+        self._shard, self._file = "", None
+
+    def read(self, place: _Place) -> bytes:
+        """The bytes of a member as the `webdataset` library streams them, from its own stretch of the shard.
+
+        Raises:
+            tarfile.ReadError: the shard ends before the member does, or is another one by now.
+        """
+        if self._shard != place.shard:
+            self.close()
+            self._file = fsspec.open(place.shard, "rb").open()
+            self._shard = place.shard
+        self._file.seek(place.start)
+        stretch = io.BytesIO(self._file.read(place.end - place.start))
+        for member in _library().tariterators.tar_file_iterator(stretch, skip_meta=None):
+            if member["fname"] == place.name:
+                return member["data"]
+        raise tarfile.ReadError(f"no member {place.name} at byte {place.start}")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._shard, self._file = "", None
 
 
 def _read_places(
     places: Sequence[tuple[_Place | None, _Place | None, str]], resolution: int, masks: bool
 ) -> Iterator[np.ndarray | Sample | str]:
-    """Images at places in shards, each shard opened once for as long as its turn lasts."""
-    opened, file = None, None
-    try:
+    """Images at places in shards."""
+    with closing(_Members()) as members:
         for image_place, mask_place, problem in places:
             if problem:
                 yield problem
                 continue
+            part = ""
             try:
-                if opened != image_place.shard:
-                    if file is not None:
-                        file.close()
-                    opened, file = None, fsspec.open(image_place.shard, "rb").open()
-                    opened = image_place.shard
-                data = _read_member(file, image_place)
-                mask_data = _read_member(file, mask_place) if mask_place is not None else b""
+                data = members.read(image_place)
+                part = "mask: "
+                mask_data = members.read(mask_place) if mask_place is not None else b""
             except FileNotFoundError:
                 yield VANISHED
                 continue
             except tarfile.TarError:
-                yield CUT
+                yield part + CUT
                 continue
             except OSError:
                 yield UNREADABLE_FILE
@@ -369,6 +398,3 @@ def _read_places(
                 continue
             mask = decode_mask(mask_data, resolution) if mask_place is not None else NO_MASK
             yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
-    finally:
-        if file is not None:
-            file.close()

@@ -266,26 +266,29 @@ def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int
     return figure
 
 
-def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Figure:
+def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]], *, most: int = 40) -> Figure:
     """What is seen in images of each scene, as shares of its images: a panel a model or the photographs.
 
     Args:
         confusions: by panel, images by the scene that they are of and then by the one seen in them.
+        most: scenes drawn; of more, those with the most images.
     """
-    names = sorted(
-        {name for confusion in confusions.values() for scene, seen in confusion.items() for name in (scene, *seen)}
-    )
+    names = {name for confusion in confusions.values() for scene, seen in confusion.items() for name in (scene, *seen)}
+    first = next(iter(confusions.values()))
+    images = {name: sum(first.get(name, {}).values()) for name in names}
+    names = sorted(sorted(names, key=lambda name: (-images[name], name))[:most])
     side = max(2.2, 0.19 * len(names))
     figure = _figure(1.6 + side * len(confusions), 1.9 + side)
     panels = figure.subplots(1, len(confusions), sharey=True, squeeze=False)[0]
     for axes, (title, confusion) in zip(panels, confusions.items(), strict=True):
-        counts = np.array([[confusion.get(scene, {}).get(seen, 0) for seen in names] for scene in names], dtype=float)
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="equal")
+        rows = [confusion.get(scene, {}) for scene in names]
+        counts = np.array([[row.get(seen, 0) for seen in names] for row in rows], dtype=float)
+        shares = counts / np.maximum([[sum(row.values())] for row in rows], 1)
+        drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="equal", interpolation="nearest")
         _dress(axes, title, "scene that CLIP sees", "", grid="y")
         axes.grid(visible=False)
-        axes.set_xticks(range(len(names)), [name or "(none)" for name in names], rotation=90)
-        axes.set_yticks(range(len(names)), [name or "(none)" for name in names])
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
         axes.tick_params(labelsize=9 if len(names) > 12 else 11)
     panels[0].set_ylabel("scene asked for", fontsize=12, color=MUTED)
     bar = figure.colorbar(drawn, ax=panels, shrink=0.7, format=PercentFormatter(1, decimals=0))

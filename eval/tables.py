@@ -413,7 +413,7 @@ def scene_table(confusions: Mapping[str, Mapping[str, Mapping[str, int]]]) -> pd
     first = next(iter(confusions.values()))
     rows = []
     for scene in [*sorted({scene for of_one in confusions.values() for scene in of_one}), None]:
-        row = {"scene": "all" if scene is None else scene or "(none)"}
+        row = {"scene": "all" if scene is None else scene}
         for name, confusion in confusions.items():
             chosen = confusion if scene is None else {scene: confusion.get(scene, {})}
             images = sum(sum(seen.values()) for seen in chosen.values())

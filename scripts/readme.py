@@ -57,15 +57,14 @@ def write_results(results: Path, target: Path) -> None:
             parts.append(f"## {title}\n\n{path.read_text(encoding='utf-8').strip()}")
     for folder, how in AID.items():
         tables = results.parent / folder / "local" / "tables"
-        if (tables / "scenes.md").is_file():
+        shown = [tables / f"{name}.md" for name in ("generation", "scenes")]
+        if shown[0].is_file():
             parts.append(
                 f"## Aerial images: AID, {how[0]}\n\n`scripts/reproduce.py` on a folder (docs/training.md has the "
                 f"command): AID's photographs at 64 px with RSICD's captions, {how[1]}. A guess among the 30 scenes "
                 "would be right in 0.033 of all cases; the text encoder itself recognises the scene of "
                 f"{real_accuracy(tables.parent):.3f} of the held-out photographs.\n\n"
-                + "\n\n".join(
-                    (tables / f"{name}.md").read_text(encoding="utf-8").strip() for name in ("generation", "scenes")
-                )
+                + "\n\n".join(path.read_text(encoding="utf-8").strip() for path in shown if path.is_file())
             )
     path = results.parent / "long_tail" / "long_tail.json"
     if path.is_file():

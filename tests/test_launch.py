@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from corpus.errors import UserError
-from corpus.launch import launcher_of, option, started_alone
+from corpus.launch import launcher_of, options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
@@ -46,7 +46,7 @@ def launched(*words: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def test_as_many_processes_as_asked_for(script, tmp_path):
-    """The command of the README and of Accelerate's own help, and gloo adds up over all of them."""
+    """The command of docs/training.md, and gloo adds up over all of them."""
     accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
     command = (accelerate, "launch") if accelerate else (sys.executable, "-m", "accelerate.commands.launch")
     done = launched(*command, "--cpu", "--num_processes", "2", str(script), "ratio=0.5", "tracker=none", cwd=tmp_path)
@@ -66,21 +66,41 @@ def test_several_machines_are_refused_in_one_line(script, tmp_path):
     assert done.stdout == ""
 
 
-def test_who_started_alone():
-    asked = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
-    assert started_alone(asked)
-    assert not started_alone({})  # no launcher
-    assert not started_alone({"ACCELERATE_USE_CPU": "True"})  # --num_processes 1
-    assert not started_alone({**asked, "ACCELERATE_USE_CPU": "False"})  # GPUs
-    for size in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        assert not started_alone({**asked, size: "2"})  # torchrun, Open MPI, Intel MPI
+def test_what_is_a_launch():
+    assert options_of(["/v/bin/python3", "/v/bin/accelerate", "launch", "--cpu", "a.py"]) == ["--cpu", "a.py"]
+    assert options_of(["/v/bin/python3", "/v/bin/accelerate-launch", "a.py"]) == ["a.py"]
+    assert options_of(["python", "-m", "accelerate.commands.launch", "a.py"]) == ["a.py"]
+    for other in ([], ["bash", "launch"], ["python", "-m", "torch.distributed.run", "a.py"], ["accelerate", "config"]):
+        assert options_of(other) is None
 
 
-def test_options_of_the_launch():
-    assert option(["accelerate", "launch", "--num_processes=3", "a.py"], "num_processes") == "3"
-    assert option(["accelerate", "launch", "--num-processes", "4", "a.py"], "num_processes") == "4"
-    assert option(["accelerate", "launch", "--num_processes"], "num_processes") is None
-    assert launcher_of(["--num_processes", "2"], ["a.py", "b=1"])[-3:] == ["2", "a.py", "b=1"]
-    for launch in ([], ["--num_processes", "two"], ["--num_processes", "2", "--num_machines", "2"]):
-        with pytest.raises(UserError, match=r"multi_cpu\.yaml"):
-            launcher_of(launch, ["a.py"])
+def test_what_the_launch_asks_for():
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    assert launcher_of(["--cpu", "--num_processes", "2", "a.py", "b=c d"]) == [*start, "2", "a.py", "b=c d"]
+    assert launcher_of(["--num-processes=3", "--cpu", "-m", "pkg.mod", "--cpu"]) == [
+        *start,
+        "3",
+        "-m",
+        "pkg.mod",
+        "--cpu",
+    ]
+    assert launcher_of(["--cpu", "--num_processes", "2", "--num_processes", "4", "a.py"])[5] == "4"
+    for got in (
+        ["--num_processes", "2", "a.py", "--cpu"],  # GPUs; the script's own option
+        ["--cpu", "a.py"],
+        ["--cpu", "--num_processes", "1", "a.py"],
+        ["--cpu", "--num_processes", "2", "--mpirun_hostfile", "hosts", "a.py"],
+    ):
+        assert launcher_of(got) is None
+    with pytest.raises(UserError, match=r"multi_cpu\.yaml"):
+        launcher_of(["--cpu", "--num_processes", "2", "--num_machines", "2", "a.py"])
+
+
+def test_without_a_launch_nothing_changes(script, tmp_path, monkeypatch):
+    """Variables that batch systems export are no launch."""
+    for name, value in {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "1234", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run(
+        [sys.executable, str(script), "ratio=0.5"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.splitlines() == ["processes 1 sum 1 device cpu ratio 0.5"], done.stderr[-3000:]

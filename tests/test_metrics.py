@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from cleanfid import fid
@@ -16,6 +19,7 @@ from eval.metrics import (
     kernel_distance_difference,
     precision_recall,
 )
+from train import measure
 
 
 def gaussians(count: int, dimensions: int = 12, shift: float = 0.7) -> tuple[np.ndarray, np.ndarray]:
@@ -115,3 +119,25 @@ def test_names_say_which_encoder():
 def test_noise_of_an_image_does_not_depend_on_the_others():
     torch.testing.assert_close(starting_noise(3, (4, 2, 2), 5), starting_noise(8, (4, 2, 2), 5)[:3], rtol=0, atol=0)
     assert not torch.equal(starting_noise(1, (4, 2, 2), 5), starting_noise(1, (4, 2, 2), 6))
+
+
+def test_what_is_seen_in_images_of_each_scene(monkeypatch):
+    """Images of no known scene have nothing to be compared with, and one scene alone cannot be mistaken."""
+    manifest = pd.DataFrame({"scene": ["sea", "", "ice", "ice", "sea"], "caption": ["a", "b", "c", "d", "e"]})
+    corpus = SimpleNamespace(manifest=manifest, readable=np.ones(5, dtype=bool))
+    held = SimpleNamespace(corpus=corpus, rows=np.array([4, 3, 1, 2]))
+    text = SimpleNamespace(clip=object(), tokenizer=None, clip_pixels=None)
+    asked = []
+
+    def recognise(clip, tokenizer, images, described, pixels):
+        asked.append((images.tolist(), {name: texts[-1] for name, texts in described.items()}))
+        return np.array(["ice", "ice", "sea"])[: len(images)]
+
+    monkeypatch.setattr(measure, "recognise_scenes", recognise)
+    found = measure.scene_confusion(text, held, np.arange(4))
+    assert asked == [([0, 1, 3], {"ice": "d", "sea": "e"})]
+    assert found == {"ice": {"ice": 1, "sea": 1}, "sea": {"ice": 1}}
+    assert measure.scene_accuracy(found) == pytest.approx(1 / 3)
+    corpus.manifest = manifest.assign(scene="sea")
+    assert measure.scene_confusion(text, held, np.arange(4)) is None
+    assert measure.scene_confusion(SimpleNamespace(clip=None), held, np.arange(4)) is None

@@ -145,8 +145,6 @@ def test_scenes_are_counted_by_what_was_seen_in_them():
         "rsprune": [0.0, 0.5, 0.25],
     }  # fmt: skip
     assert "| all | 8 | 0.875 | 0.25 |" in to_markdown("scenes", table)
-    alone = scene_table({"full": {"": {"beach": 2}, "beach": {"beach": 1}}})
-    assert alone["scene"].tolist() == ["(none)", "beach", "all"] and alone["full"].tolist() == [0, 1, 0.333]
 
 
 def test_confusion_figure_draws_shares_of_each_scene():
@@ -156,6 +154,9 @@ def test_confusion_figure_draws_shares_of_each_scene():
     assert [axes.get_title(loc="left") for axes in panels[:2]] == ["photographs", "rsprune"]
     np.testing.assert_allclose(panels[0].images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
     np.testing.assert_allclose(panels[1].images[0].get_array(), [[0, 0.25, 0.75], [0, 0.5, 0.5], [0, 0, 0]])
+    many = {"photographs": {f"s{number:03d}": {"s000": 1 + number} for number in range(300)}}
+    shares = confusion_figure(many, most=5).axes[0].images[0].get_array()
+    assert shares.shape == (5, 5) and not shares.any()  # the five largest, in which another one is seen
 
 
 def test_figures_leave_no_global_state_and_the_same_bytes():

@@ -73,7 +73,10 @@ def scene_accuracy(scenes: Confusion) -> float:
 
 
 def scene_confusion(text: TextParts, held: HeldOut, images: np.ndarray) -> Confusion | None:
-    """What CLIP sees in images of the held-out captions, among the scenes of the set; None where there is but one."""
+    """What CLIP sees in images of the held-out captions, among the scenes of the set; None where there is but one.
+
+    Images of no known scene are left out.
+    """
     if text.clip is None:
         return None
     scenes = held.corpus.manifest["scene"].to_numpy(dtype=str)
@@ -85,8 +88,11 @@ def scene_confusion(text: TextParts, held: HeldOut, images: np.ndarray) -> Confu
         name: sorted({f"a satellite image of {words(name)}", *captions[scenes == name][:SCENE_CAPTIONS]})
         for name in known
     }
-    seen = recognise_scenes(text.clip, text.tokenizer, images, described, text.clip_pixels)
-    counts = collections.Counter(zip(scenes[held.rows[: len(images)]].tolist(), seen.tolist(), strict=True))
+    asked = scenes[held.rows[: len(images)]]
+    if not (asked != "").any():
+        return None
+    seen = recognise_scenes(text.clip, text.tokenizer, images[asked != ""], described, text.clip_pixels)
+    counts = collections.Counter(zip(asked[asked != ""].tolist(), seen.tolist(), strict=True))
     confusion: Confusion = {}
     for (scene, found), count in sorted(counts.items()):
         confusion.setdefault(scene, {})[found] = count
