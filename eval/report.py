@@ -131,7 +131,7 @@ def _floors(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
 def _picture(title: str, caption: str, png: bytes | Path) -> dict[str, Any]:
     data = png if isinstance(png, bytes) else Path(png).read_bytes()
     width, height = Image.open(io.BytesIO(data)).size
-    return {"title": title, "caption": caption, "source": _inline(data, "png"), "wide": width > 2.5 * height}
+    return {"title": title, "caption": caption, "source": _inline(data, "png"), "wide": width > 2 * height}
 
 
 def _group(gallery: Gallery) -> dict[str, Any]:

@@ -343,6 +343,8 @@ def _number(name: str, value: float) -> str:
         return str(value)
     if name == "ratio":
         return f"{value:g}"
+    if name == "images_seen":  # a count, though a column with gaps holds floats
+        return f"{value:,.0f}"
     sign = "+" if _DIFFERENCE in name else ""
     return f"{value:{sign}.{_places(name, float(value))}f}"
 

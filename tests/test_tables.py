@@ -112,7 +112,7 @@ def test_tables_do_not_depend_on_the_order_of_rows_nor_on_timing():
 
 def test_convergence_marks_the_best_of_each_step_and_balanced_floors_only():
     rows = [
-        row("convergence", name, kid(value), step=step)
+        row("convergence", name, {**kid(value), "images_seen": 300 * step}, step=step)
         for name, step, value in [("rsprune", 50, 400), ("full", 50, 390), ("rsprune", 100, 200), ("full", 100, 290)]
     ]
     floor = row("floor", "real_train", kid(8.0, natural_kid_x1000=1.0), step=None)
@@ -123,6 +123,7 @@ def test_convergence_marks_the_best_of_each_step_and_balanced_floors_only():
     assert "natural_kid_x1000" not in table
     bold = [line for line in to_markdown("convergence", table).splitlines() if "**" in line]
     assert [re.search(r"\*\*(\d+)\*\*", line).group(1) for line in bold] == ["390", "200"]
+    assert ["15,000" in line for line in bold] == [True, False] and "| 30,000 |" in bold[1]
 
 
 def test_floors_join_only_tables_with_the_same_distance():
