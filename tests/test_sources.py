@@ -165,7 +165,7 @@ def test_jpegs_are_what_pillow_makes_of_them(resolution: int, monkeypatch: pytes
         assert np.array_equal(mine, pillow)
 
 
-def test_a_ycck_jpeg_shows_its_colours() -> None:
+def test_a_cmyk_jpeg_shows_its_colours() -> None:
     """Adobe's inverted four colours: white stays white and red red."""
     picture = Image.new("RGB", (32, 32), (250, 250, 250))
     picture.paste((220, 30, 30), (0, 0, 32, 16))
