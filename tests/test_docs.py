@@ -52,9 +52,7 @@ def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
     assert len(selections) == 6 and all(pd.read_parquet(path)["kept"].any() for path in selections)
     for path in selections:
         corpus = tmp_path / "runs" / "corpus" / read_json(path.with_name("stage.json"))["inputs"]["corpus"]
-        if (
-            read_json(corpus / "corpus.json")["name"] == "geotiff"
-        ):  # its tiles know their place, and the report shows it
+        if read_json(corpus / "corpus.json")["name"] == "geotiff":  # its tiles know their place
             assert "images lie" in path.with_name("report.html").read_text()
             break
     else:

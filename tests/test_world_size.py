@@ -65,7 +65,7 @@ def losses(directory: Path, step: int) -> list[float]:
 @pytest.mark.parametrize("config", ["multi_cpu", "fsdp", "deepspeed"])
 def test_one_process_goes_on_where_two_were_interrupted(tmp_path: Path, config: str) -> None:
     if config == "deepspeed":
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install 'rs-prune[deepspeed]')")
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install '.[deepspeed]')")
     whole = fit(tmp_path / "whole")
     expected = losses(tmp_path / "whole", OPTIONS.steps)
 

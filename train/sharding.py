@@ -130,6 +130,7 @@ def hidden() -> Iterator[None]:
 
 
 def layout_of(sharding: Sharding) -> type[Layout]:
+    """The class of layouts that a kind of sharding names."""
     return {"copies": Copies, "fsdp": Shards, "deepspeed": SharedUpdates}[sharding.kind]
 
 
