@@ -205,7 +205,7 @@ class WebDataset:
 def _library() -> ModuleType:
     """The `webdataset` library, with its own stand-ins for torch where no torch is loaded.
 
-    It wants torch for its loader alone, and every process that decodes would pay 3 s and 400 MB for it.
+    It wants torch for its loader alone, and every process that decodes would load it for nothing.
     """
     loaded = "torch" in sys.modules
     if not loaded:
