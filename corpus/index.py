@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pandas as pd
 
-from corpus.artefacts import COMPLETE, fingerprint, plain, read_json, stage, write_json
 from corpus.decoding import NO_PERMISSION, UNREADABLE_FILE, VANISHED
-from corpus.errors import UserError
-from corpus.parallel import cores, in_processes
-from corpus.progress import progress
+from runtime.artefacts import COMPLETE, fingerprint, plain, read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.parallel import cores, in_processes
+from runtime.progress import progress
 
 #: Folder of a corpus stage with the results of its scans.
 SCANNED = "scanned"
@@ -43,7 +43,7 @@ Reader = Callable[[], Iterable["np.ndarray | Sample | str"]]
 
 
 class Source(Protocol):
-    """What a corpus must offer; see `corpus.bluemarble` and `corpus.folder`.
+    """What a corpus must offer; see `corpus.sources.bluemarble` and `corpus.sources.folder`.
 
     Attributes:
         workers: processes that decode; None: one a core; 1: in this process, and a reader need not be picklable.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from corpus.errors import UserError
-from corpus.folder import ImageFolder
-from corpus.huggingface import HuggingFace
 from corpus.index import Source
+from corpus.sources.folder import ImageFolder
+from corpus.sources.huggingface import HuggingFace
+from runtime.errors import UserError
 
 
 def reference_set(name: str, hub: str, resolution: int, root: str | None = None, config: str | None = None) -> Source:

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from corpus.errors import UserError
+from runtime.errors import UserError
 
 SPLITS = ("all", "train", "test")
 #: What people call their splits; everything that is not trained on is held out.

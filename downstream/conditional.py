@@ -28,20 +28,20 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from corpus.artefacts import plain, read_json, stage, write_json
-from corpus.errors import UserError
 from corpus.index import Corpus, index_corpus
-from corpus.progress import progress
-from corpus.tracking import Tracker, track
-from eval.figures import comparison_sheet
 from eval.generate import generate
-from eval.heldout import HeldOut
+from eval.held_out import HeldOut
 from prune.selection import method_name
+from report.figures import comparison_sheet
+from runtime.artefacts import plain, read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.progress import progress
+from runtime.tracking import Tracker, track
 from train.components import first_process_says, load_autoencoder, load_text_parts, make_accelerator
-from train.diffusion import diffusion_loss, new_unet
 from train.foundation import held_out, objective_of, pretrain
 from train.latents import cached_latents, scene_balanced_weights, to_tensor
 from train.loop import Batch, LoopOptions, Modules, train_loop
+from train.networks import diffusion_loss, new_unet
 from train.objective import prediction_of
 from train.text_encoder import encode_prompts
 

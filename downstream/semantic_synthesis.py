@@ -12,14 +12,14 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from corpus.application import run
-from corpus.artefacts import stage
-from corpus.encoder import embed
-from corpus.errors import UserError
 from corpus.index import Corpus, index_corpus
 from downstream.conditional import Task, fine_tune, print_result, resolve_foundation, training_corpus, training_rows
-from eval.heldout import HeldOut
+from encoders.embedding import embed
+from eval.held_out import HeldOut
 from eval.metrics import compare_features
+from runtime.application import run
+from runtime.artefacts import stage
+from runtime.errors import UserError
 from train.components import first_process_says, load_encoder, make_accelerator, precision
 from train.latents import symmetric, to_tensor
 from train.loop import Batch, LoopOptions, Modules, train_loop

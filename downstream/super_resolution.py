@@ -9,15 +9,15 @@ import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
 
-from corpus.application import run
-from corpus.artefacts import read_json, stage, write_json
-from corpus.encoder import embed
-from corpus.errors import UserError
 from corpus.index import Corpus
 from downstream.conditional import Task, fine_tune, held_out_part, print_result, resolve_foundation
 from downstream.image_metrics import psnr_ssim
-from eval.heldout import HeldOut
+from encoders.embedding import embed
+from eval.held_out import HeldOut
 from eval.metrics import compare_features
+from runtime.application import run
+from runtime.artefacts import read_json, stage, write_json
+from runtime.errors import UserError
 from train.components import load_encoder
 
 

@@ -12,16 +12,16 @@ from diffusers import DiffusionPipeline
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from corpus.application import run
-from corpus.artefacts import file_digest, fingerprint, read_json, stage, write_json
-from corpus.encoder import embed
-from corpus.errors import UserError
-from corpus.folder import ImageFolder
 from corpus.index import index_corpus
-from corpus.tracking import track
+from corpus.sources.folder import ImageFolder
+from encoders.embedding import embed
 from eval.generate import generate
-from eval.heldout import HeldOut, held_out_sets
+from eval.held_out import HeldOut, held_out_sets
 from eval.metrics import compare_features
+from runtime.application import run
+from runtime.artefacts import file_digest, fingerprint, read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.tracking import track
 
 
 def evaluate(cfg: DictConfig) -> Path:

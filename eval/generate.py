@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 
-from corpus.progress import progress
+from runtime.progress import progress
 
 
 def starting_noise(count: int, shape: tuple[int, int, int], seed: int) -> torch.Tensor:

@@ -107,7 +107,7 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, neighbours: in
 def compare_features(features: np.ndarray, reference: np.ndarray, encoder: str) -> dict[str, float]:
     """All distances of two feature sets by their contract names, for example `fd_efficientnet_lite0`.
 
-    The Fréchet distance is `fid` on the encoder `inception` alone, whose name `corpus.pretrained.InceptionV3` keeps.
+    The Fréchet distance is `fid` on the encoder `inception` alone, whose name `encoders.inception.InceptionV3` keeps.
     """
     kid, low, high = kernel_distance(features, reference)
     precision, recall = precision_recall(features, reference)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import faiss
 import numpy as np
 
-from eval.heldout import HeldOut
+from eval.held_out import HeldOut
 from eval.metrics import compare_features
 
 #: Images of a subset on which the quadratic measures run.

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from corpus.artefacts import COMPLETE, fingerprint, read_json, stage, write_json
-from corpus.encoder import EfficientNetLite0
 from corpus.index import CHUNK, Corpus, Scan, Source, index_corpus, indexes_of, rows_in, scanned
-from corpus.progress import progress
+from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy, entropies
+from runtime.artefacts import COMPLETE, fingerprint, read_json, stage, write_json
+from runtime.progress import progress
 
 
 def scan_corpus(source: Source, runs: Path | str, measure: LocalEntropy, encoder: EfficientNetLite0) -> Corpus:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from corpus.errors import UserError
-from prune import rsprune
 from prune.clusters import CHUNK
+from prune.methods import rsprune
 from prune.pool import Method, Pool, Selection
+from runtime.errors import UserError
 
 NAMED = 5  # bad rows that an error names
 
@@ -23,7 +23,7 @@ class RSPrune:
     Args:
         ratio: share that is removed, in [0, 1): exactly N - round(ratio N) images are kept.
         seed: same seed, same selection bit for bit.
-        parameters: of `prune.rsprune.RSPrune`, for example `uniformity=0.5`.
+        parameters: of `prune.methods.rsprune.RSPrune`, for example `uniformity=0.5`.
     Raises:
         TypeError: there is no such parameter.
         UserError: the ratio is out of range.
@@ -71,7 +71,7 @@ def select_from_arrays(
     """Run any pruning method on arrays.
 
     Args:
-        method: for example `prune.semdedup.SemDeDup()`.
+        method: for example `prune.methods.semdedup.SemDeDup()`.
         embeddings: float [N, D], one row an image; a memory map is read in parts.
         ratio: share that is removed, in [0, 1).
         entropy: float [N] in bits (`prune.entropy.local_entropy`); None: no image is dropped for its entropy.

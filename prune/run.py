@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from corpus.application import run
 from prune.selection import method_name, select
+from runtime.application import run
 
 
 def main(cfg: DictConfig) -> None:

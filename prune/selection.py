@@ -12,14 +12,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from corpus.artefacts import COMPLETE, plain, stage, write_json
-from corpus.errors import UserError
 from corpus.index import QUARANTINE, Corpus, index_corpus, quarantined
-from corpus.tracking import track
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import budget_of, refuse_not_finite
 from prune.pool import Pool, Selection
-from prune.report import write_prune_report
+from report.prune_report import write_prune_report
+from runtime.artefacts import COMPLETE, plain, stage, write_json
+from runtime.errors import UserError
+from runtime.tracking import track
 
 
 def method_name() -> str:

@@ -19,20 +19,20 @@ from skimage.filters.rank import entropy as rank_entropy
 from skimage.measure import shannon_entropy
 from skimage.morphology import disk
 
-from corpus.application import run
-from corpus.artefacts import plain, stage, write_json
 from corpus.decoding import decode_jpeg, read_image
-from corpus.encoder import EfficientNetLite0
-from corpus.errors import UserError
-from corpus.folder import SUFFIXES, ImageFolder
 from corpus.index import CHUNK, index_corpus
-from corpus.machine import machine
-from corpus.parallel import in_processes
+from corpus.sources.folder import SUFFIXES, ImageFolder
+from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy, luma
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
+from runtime.application import run
+from runtime.artefacts import plain, stage, write_json
+from runtime.errors import UserError
+from runtime.machine import machine
+from runtime.parallel import in_processes
 from train.components import load_autoencoder
-from train.diffusion import diffusion_loss, new_unet
 from train.latents import decode, encode, to_tensor
+from train.networks import diffusion_loss, new_unet
 from train.objective import Objective
 
 SIDE = 400  # px of the JPEGs that are made where no folder is given

@@ -15,15 +15,15 @@ import pandas as pd
 from omegaconf import DictConfig
 from sklearn.cluster import MiniBatchKMeans
 
-from corpus.application import run
-from corpus.artefacts import stage, write_json
-from corpus.errors import UserError
-from corpus.progress import progress
 from eval.quality import scene_entropy
-from prune.hierarchical import HierarchicalKMeans
 from prune.library import select_from_arrays
-from prune.rsprune import RSPrune
-from prune.semdedup import SemDeDup
+from prune.methods.hierarchical import HierarchicalKMeans
+from prune.methods.rsprune import RSPrune
+from prune.methods.semdedup import SemDeDup
+from runtime.application import run
+from runtime.artefacts import stage, write_json
+from runtime.errors import UserError
+from runtime.progress import progress
 
 CHUNK = 50_000
 CLASSES = 30

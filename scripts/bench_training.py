@@ -18,18 +18,18 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from corpus.application import run
-from corpus.artefacts import write_json
-from corpus.errors import UserError
 from corpus.index import Corpus, index_corpus
-from corpus.machine import machine
-from corpus.progress import progress
+from runtime.application import run
+from runtime.artefacts import write_json
+from runtime.errors import UserError
+from runtime.machine import machine
+from runtime.progress import progress
 from train.components import TextParts, load_autoencoder, load_text_parts, make_accelerator
-from train.diffusion import diffusion_loss, masks_padding, new_network
+from train.data import NETWORK, Subset, encode_subset, subset_batches, subset_loss
 from train.latents import Views, encode
 from train.loop import LoopOptions, train_loop
+from train.networks import diffusion_loss, masks_padding, new_network
 from train.objective import Objective
-from train.subset import NETWORK, Subset, encode_subset, subset_batches, subset_loss
 from train.utilisation import compute_dtype, peak_flops, training_flops
 
 ROUNDS = 5

@@ -14,12 +14,12 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from corpus.artefacts import fingerprint, stage, write_json
 from eval.quality import subset_quality
-from eval.tables import build_tables, read_results, to_markdown, write_tables
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy
 from prune.selection import select
+from report.tables import build_tables, read_results, to_markdown, write_tables
+from runtime.artefacts import fingerprint, stage, write_json
 from train.components import load_encoder
 from train.foundation import held_out
 

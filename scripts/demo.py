@@ -16,10 +16,10 @@ from diffusers import DiffusionPipeline
 from omegaconf import DictConfig
 from PIL import Image, ImageOps
 
-from corpus.application import run
-from corpus.artefacts import COMPLETE, plain, read_json
-from corpus.errors import UserError
 from eval.generate import generate
+from runtime.application import run
+from runtime.artefacts import COMPLETE, plain, read_json
+from runtime.errors import UserError
 from train.sampler import Sampler, check_settings, load_pipeline, load_sampler
 
 CONDITIONAL = ("StableDiffusionInstructPix2PixPipeline",)

@@ -17,14 +17,14 @@ import pandas as pd
 from omegaconf import DictConfig
 from PIL import Image
 
-from corpus.application import run
-from corpus.artefacts import COMPLETE, plain, read_json
-from corpus.errors import UserError
-from corpus.folder import ImageFolder
-from corpus.huggingface import HuggingFace
 from corpus.index import Corpus, open_corpus, subset_fingerprint
-from corpus.progress import progress
-from corpus.webdataset import WebDataset
+from corpus.sources.folder import ImageFolder
+from corpus.sources.huggingface import HuggingFace
+from corpus.sources.webdataset import WebDataset
+from runtime.application import run
+from runtime.artefacts import COMPLETE, plain, read_json
+from runtime.errors import UserError
+from runtime.progress import progress
 
 FORMS = ("folder", "symlinks", "webdataset", "huggingface", "list")
 #: Sources that can hand on the bytes an image came in; of the others, the decoded image is exported.

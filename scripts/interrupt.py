@@ -23,10 +23,10 @@ import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
 
-from corpus.application import run
-from corpus.artefacts import file_digest, fingerprint
-from corpus.errors import UserError
-from corpus.progress import progress
+from runtime.application import run
+from runtime.artefacts import file_digest, fingerprint
+from runtime.errors import UserError
+from runtime.progress import progress
 
 #: Files that tell how long something took, or when, among other things.
 TIMED = ("report.html", "README.md")

@@ -16,14 +16,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
-from corpus.application import run
-from corpus.artefacts import stage, write_json
-from corpus.errors import UserError
-from corpus.folder import SUFFIXES, ImageFolder
-from corpus.progress import progress
+from corpus.sources.folder import SUFFIXES, ImageFolder
 from eval.quality import duplicate_rate, scene_entropy, unit
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import select_from_arrays
+from runtime.application import run
+from runtime.artefacts import stage, write_json
+from runtime.errors import UserError
+from runtime.progress import progress
 from scripts.cells import with_method
 
 NOISE = ("blank", "hazy", "no_data")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from corpus.application import run
-from corpus.artefacts import read_json
-from eval.tables import append_result
 from prune.selection import select
+from report.tables import append_result
+from runtime.application import run
+from runtime.artefacts import read_json
 from scripts.cells import publish, result_row, subset, with_method
 
 

@@ -12,9 +12,9 @@ import pandas as pd
 from omegaconf import DictConfig
 from PIL import Image
 
-from corpus.application import run
-from corpus.artefacts import read_json
-from corpus.errors import UserError
+from runtime.application import run
+from runtime.artefacts import read_json
+from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Directories of results on AID's photographs, how they are called and what they were made with.

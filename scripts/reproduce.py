@@ -15,20 +15,20 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from corpus.application import run
-from corpus.artefacts import is_main_process, read_json, stage, write_json
-from corpus.errors import UserError
-from corpus.tracking import track
 from downstream.conditional import held_out_part
 from downstream.semantic_synthesis import semantic_synthesis
 from downstream.super_resolution import bicubic_baseline, super_resolution
-from eval.floors import against_itself, halves, real_train
 from eval.metrics import kernel_distance_difference
-from eval.tables import append_result
+from eval.reference_rows import against_itself, halves, real_train
 from prune.features import corpus_embeddings, scan_corpus
 from prune.selection import select
+from report.results_report import rebuild
+from report.tables import append_result
+from runtime.application import run
+from runtime.artefacts import is_main_process, read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.tracking import track
 from scripts.cells import result_row, subset, with_method
-from scripts.report import rebuild
 from train.components import load_autoencoder, load_encoder
 from train.foundation import CONVERGENCE, GENERATED, held_out, pretrain
 from train.latents import decode, encode, fit_pca, to_tensor, to_uint8

@@ -15,10 +15,10 @@ import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
 
-from corpus.application import run
-from corpus.artefacts import plain, stage, write_json
-from corpus.errors import UserError
-from eval.figures import contact_sheet
+from report.figures import contact_sheet
+from runtime.application import run
+from runtime.artefacts import plain, stage, write_json
+from runtime.errors import UserError
 from train.sampler import Sampler, check_prompt, check_settings, load_sampler, pipeline_fingerprint
 
 #: Images in a row of a sheet that has only one prompt and place, and the least width of one in screen pixels.

@@ -9,13 +9,13 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from corpus.application import run
-from corpus.artefacts import write_json
-from eval.figures import ratio_curve
 from eval.quality import SAMPLE, knee, representation, unit
-from eval.report import figure_bytes
 from prune.features import corpus_embeddings
 from prune.selection import method_name, select
+from report.figures import ratio_curve
+from report.page import figure_bytes
+from runtime.application import run
+from runtime.artefacts import write_json
 from scripts.cells import with_method
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from corpus.application import run
-from scripts.report import rebuild
+from report.results_report import rebuild
+from runtime.application import run
 
 
 def main(cfg: DictConfig) -> None:

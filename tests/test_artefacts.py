@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from corpus.artefacts import COMPLETE, file_digest, fingerprint, read_json, stage, write_json
+from runtime.artefacts import COMPLETE, file_digest, fingerprint, read_json, stage, write_json
 
 KILLED_BUILD = """
 import os, signal, sys
-from corpus.artefacts import stage
+from runtime.artefacts import stage
 
 def build(directory):
     (directory / "first.txt").write_text("kept")

@@ -18,8 +18,8 @@ from tiny_networks import SIZE
 from tiny_run import write_images
 from torch import nn
 
-from corpus.application import CONFIGS
-from corpus.errors import UserError
+from runtime.application import CONFIGS
+from runtime.errors import UserError
 from train import autoencoder as command
 from train.loop import LoopOptions, _update_average
 

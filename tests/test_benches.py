@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_run import NETWORK, tiny_overrides
 
-from corpus.artefacts import read_json
+from runtime.artefacts import read_json
 
 pytestmark = pytest.mark.slow
 

@@ -16,15 +16,15 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from PIL import Image
 
-from corpus.bluemarble import SCENES, BlueMarble
 from corpus.decoding import DAMAGED, EMPTY, NOT_AN_IMAGE, VANISHED, read_image
-from corpus.encoder import EfficientNetLite0
-from corpus.errors import UserError
-from corpus.folder import ImageFolder
 from corpus.index import Sample, Source, index_corpus, open_corpus
-from corpus.parallel import WINDOW, in_processes, in_threads
+from corpus.sources.bluemarble import SCENES, BlueMarble
+from corpus.sources.folder import ImageFolder
+from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
+from runtime.errors import UserError
+from runtime.parallel import WINDOW, in_processes, in_threads
 
 HEIGHT, WIDTH = 2700, 5400  # px of bmng.jpg
 #: scene by the first letters of a Köppen-Geiger zone's name, written down apart from the code under test

@@ -16,9 +16,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from corpus.application import CONFIGS
-from corpus.artefacts import read_json
-from train.diffusion import new_network, predict
+from runtime.application import CONFIGS
+from runtime.artefacts import read_json
+from train.networks import new_network, predict
 from train.utilisation import training_flops
 
 

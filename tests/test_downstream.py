@@ -22,8 +22,6 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tiny_networks import CHANNELS, SIZE, pictures, tiny_autoencoder, tiny_text_encoder, tiny_unet
 
-from corpus.artefacts import plain, read_json, write_json
-from corpus.errors import UserError
 from corpus.index import Corpus
 from downstream.conditional import (
     Parts,
@@ -39,7 +37,9 @@ from downstream.image_metrics import LARGEST_PSNR, psnr_ssim
 from downstream.semantic_synthesis import Segmenter, natural_palette, segment, semantic_synthesis, spread_colours
 from downstream.super_resolution import bicubic, bicubic_baseline, low_resolution, super_resolution
 from eval.generate import generate, starting_noise
-from train.diffusion import new_unet, text_to_image_pipeline
+from runtime.artefacts import plain, read_json, write_json
+from runtime.errors import UserError
+from train.networks import new_unet, text_to_image_pipeline
 from train.objective import Objective
 from train.text_encoder import encode_prompts
 

@@ -20,14 +20,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_sources import encoded, shard, texture
 
-from corpus.artefacts import stage
-from corpus.bluemarble import BlueMarble
-from corpus.errors import UserError
-from corpus.folder import ImageFolder
-from corpus.geotiff import GeoTiff
-from corpus.huggingface import HuggingFace
 from corpus.index import Source, index_corpus
-from corpus.webdataset import WebDataset
+from corpus.sources.bluemarble import BlueMarble
+from corpus.sources.folder import ImageFolder
+from corpus.sources.geotiff import GeoTiff
+from corpus.sources.huggingface import HuggingFace
+from corpus.sources.webdataset import WebDataset
+from runtime.artefacts import stage
+from runtime.errors import UserError
 from scripts.export import FORMS, main, open_subset, safe_names
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,15 +22,19 @@ from tiny_loop import OPTIONS, fit
 from tiny_networks import CHANNELS, SIZE, pictures, tiny_autoencoder, tiny_text_encoder, tiny_unet
 from torch import nn
 
-from corpus import tracking
-from corpus.application import CONFIGS
-from corpus.errors import UserError
 from corpus.index import Corpus
 from eval.convergence import area_under_curve, first_reached, summarise
 from eval.generate import generate
+from runtime import tracking
+from runtime.application import CONFIGS
+from runtime.errors import UserError
 from train.captions import Captions
 from train.components import TextParts, load_pretrained
-from train.diffusion import (
+from train.foundation import milestones
+from train.latents import Views, cached_latents, encode_moments, symmetric, to_tensor
+from train.loop import LoopOptions
+from train.metadata import MetadataEncoder, MetadataField, drop, metadata_values, new_encoder, prompt_embeddings
+from train.networks import (
     add_lora,
     diffusion_loss,
     lora_facts,
@@ -42,10 +46,6 @@ from train.diffusion import (
     predict,
     text_to_image_pipeline,
 )
-from train.foundation import milestones
-from train.latents import Views, cached_latents, encode_moments, symmetric, to_tensor
-from train.loop import LoopOptions
-from train.metadata import MetadataEncoder, MetadataField, drop, metadata_values, new_encoder, prompt_embeddings
 from train.objective import Objective
 from train.sharding import COPIES, Sharding, hidden, requested
 from train.text_encoder import cached_prompts, caption_lengths, encode_prompts

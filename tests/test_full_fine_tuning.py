@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tiny_networks import SIZE, tiny_autoencoder, tiny_text_encoder, tiny_unet
 from tiny_run import tiny_overrides
 
-from corpus.application import CONFIGS
-from corpus.artefacts import read_json, write_json
+from runtime.application import CONFIGS
+from runtime.artefacts import read_json, write_json
 from train import pretrain as command
-from train.diffusion import text_to_image_pipeline
+from train.networks import text_to_image_pipeline
 from train.objective import Objective
 
 ROOT = Path(__file__).resolve().parent.parent

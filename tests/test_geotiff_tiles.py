@@ -12,9 +12,9 @@ import rasterio
 from rasterio.transform import from_origin
 from rasterio.warp import transform
 
-from corpus.errors import UserError
-from corpus.geotiff import NO_DATA, GeoTiff
 from corpus.index import Corpus, index_corpus
+from corpus.sources.geotiff import NO_DATA, GeoTiff
+from runtime.errors import UserError
 
 Write = Callable[..., Path]
 

@@ -23,8 +23,8 @@ from test_paper_profile import DINO_SIDE, SMALL_UNET, networks  # noqa: F401
 from test_sources import encoded, shard, texture
 from tiny_networks import tiny_autoencoder, tiny_text_encoder, tiny_unet
 
-from corpus.artefacts import read_json
-from train.diffusion import text_to_image_pipeline
+from runtime.artefacts import read_json
+from train.networks import text_to_image_pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +138,7 @@ def test_shards_over_http_are_those_on_the_disk(hub: Hub) -> None:
     code = """
 import os, sys
 import numpy as np
-from corpus.webdataset import WebDataset
+from corpus.sources.webdataset import WebDataset
 for place in (sys.argv[1], os.environ["HF_ENDPOINT"] + "/datasets/owner/shards/resolve/main"):
     source = WebDataset(place + "/part-{0..1}.tar", resolution=32, workers=1)
     images = list(source.reader(np.arange(8))())

@@ -10,10 +10,10 @@ import pytest
 from test_sources import BANDS, encoded, texture, tiff
 
 from corpus import decoding
-from corpus.artefacts import plain
-from corpus.errors import UserError
-from corpus.huggingface import HuggingFace
 from corpus.index import index_corpus
+from corpus.sources.huggingface import HuggingFace
+from runtime.artefacts import plain
+from runtime.errors import UserError
 
 SIDE = 32
 SCENES = ["Beach", "DenseForest", "River"]

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from corpus.errors import UserError
-from corpus.launch import launcher_of, options_of
+from runtime.errors import UserError
+from runtime.launch import launcher_of, options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {root!r})
-from corpus.application import run
+from runtime.application import run
 
 def main(cfg):
     from accelerate import Accelerator

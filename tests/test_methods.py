@@ -13,21 +13,21 @@ from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
 from prune import RSPrune, select_from_arrays
 from prune.clusters import Clustering, Points, corpus_clusters, members_of, normalise
-from prune.d2 import greedy
-from prune.density import nearest_feasible, outer_distance
-from prune.facility import FacilityLocation, lazy_greedy
-from prune.herding import herd
-from prune.hierarchical import sample_tree
-from prune.kcenter import KCenterGreedy
-from prune.moderate import ModerateCoreset
+from prune.methods.d2 import greedy
+from prune.methods.density import nearest_feasible, outer_distance
+from prune.methods.facility import FacilityLocation, lazy_greedy
+from prune.methods.herding import herd
+from prune.methods.hierarchical import sample_tree
+from prune.methods.kcenter import KCenterGreedy
+from prune.methods.moderate import ModerateCoreset
+from prune.methods.rsprune import RSPrune as RSPruneMethod
+from prune.methods.semdedup import SemDeDup, largest_cosine_before
+from prune.methods.ssp import SSPPrototypes
 from prune.neighbours import nearest_neighbours
 from prune.pool import Pool
-from prune.rsprune import RSPrune as RSPruneMethod
-from prune.semdedup import SemDeDup, largest_cosine_before
-from prune.ssp import SSPPrototypes
+from runtime.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "prune").glob("*.yaml"))

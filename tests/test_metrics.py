@@ -11,6 +11,7 @@ import torch
 from cleanfid import fid
 from torchmetrics.image.fid import _compute_fid
 
+from eval import generated as measure
 from eval.generate import starting_noise
 from eval.metrics import (
     compare_features,
@@ -19,7 +20,6 @@ from eval.metrics import (
     kernel_distance_difference,
     precision_recall,
 )
-from train import measure
 
 
 def gaussians(count: int, dimensions: int = 12, shift: float = 0.7) -> tuple[np.ndarray, np.ndarray]:

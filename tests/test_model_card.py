@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from tiny_networks import CHANNELS, SIZE, tiny_autoencoder, tiny_text_encoder, tiny_unet
 from torch import nn
 
-from corpus.application import CONFIGS
-from train.diffusion import new_transformer, text_to_image_pipeline
+from runtime.application import CONFIGS
 from train.metadata import MetadataField
 from train.model_card import model_card
+from train.networks import new_transformer, text_to_image_pipeline
 from train.objective import Objective
 
 SUMMARY = {

@@ -30,16 +30,17 @@ from transformers import (
     Dinov2Model,
 )
 
-from corpus.artefacts import plain, read_json
-from corpus.errors import UserError
-from corpus.pretrained import INCEPTION_FILE, InceptionV3, TransformersEncoder
+from encoders.hub import TransformersEncoder
+from encoders.inception import INCEPTION_FILE, InceptionV3
 from eval.generate import generate
 from eval.metrics import compare_features
 from prune.selection import select
+from runtime.artefacts import plain, read_json
+from runtime.errors import UserError
 from train.components import load_autoencoder, load_encoder, load_text_parts
-from train.diffusion import diffusion_loss, new_unet, text_to_image_pipeline
 from train.foundation import CONVERGENCE, held_out, pretrain
 from train.latents import encode, to_tensor
+from train.networks import diffusion_loss, new_unet, text_to_image_pipeline
 from train.objective import Objective
 from train.text_encoder import clip_score, clip_tokenizer, encode_prompts
 
@@ -115,8 +116,8 @@ def test_choices_of_the_profile() -> None:
     cfg = config("profile=paper", "corpus.root=DIR")
     assert cfg.profile.name == "paper"
     assert cfg.autoencoder.class_name == "AutoencoderKL" and cfg.text_encoder.kind == "pretrained"
-    assert cfg.encoder._target_ == "corpus.pretrained.TransformersEncoder"
-    assert cfg.eval.encoder._target_ == "corpus.pretrained.InceptionV3"
+    assert cfg.encoder._target_ == "encoders.hub.TransformersEncoder"
+    assert cfg.eval.encoder._target_ == "encoders.inception.InceptionV3"
     assert cfg.corpus.train.resolution == cfg.corpus.test.resolution == 256
     without = config("profile=paper", "encoder@yardstick=efficientnet_lite0")
     assert plain(without.eval.encoder) == plain(config().encoder)
@@ -289,7 +290,7 @@ def test_missing_inception_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(*_: object, **__: object) -> None:
         raise URLError("no route")
 
-    monkeypatch.setattr("corpus.pretrained.urlopen", refuse)
+    monkeypatch.setattr("encoders.inception.urlopen", refuse)
     for download in (False, True):
         with pytest.raises(UserError) as error:
             InceptionV3(folder=str(tmp_path), download=download)(pictures(1))
@@ -339,7 +340,7 @@ def test_command_without_the_hub_ends_in_one_line(tiny_folder: Path, tmp_path: P
 LAUNCHED = """
 import os, sys
 from pathlib import Path
-from corpus.artefacts import COMPLETE, stage
+from runtime.artefacts import COMPLETE, stage
 
 together = None
 if "together" in sys.argv:

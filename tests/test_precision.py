@@ -155,7 +155,7 @@ def test_half_precision_that_would_be_full_is_refused(repository: Path) -> None:
         pytest.skip("a GPU has half precision")
     code = """
 from omegaconf import OmegaConf
-from corpus.errors import UserError
+from runtime.errors import UserError
 from train.components import make_accelerator
 try:
     make_accelerator(OmegaConf.create({"seed": 0, "train": {"mixed_precision": "fp16"}}))

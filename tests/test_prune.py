@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.measure import shannon_entropy
 
-from corpus.errors import UserError
 from prune.allocation import allocate, proportional, water_fill
-from prune.baselines import Full, Random
 from prune.entropy import AGGREGATES, LocalEntropy, local_entropy, patch_entropies
+from prune.methods.baselines import Full, Random
+from prune.methods.rsprune import RSPrune, pick_in_cluster
 from prune.pool import Pool
-from prune.rsprune import RSPrune, pick_in_cluster
 from prune.scenes import assign_scenes, fit_prototypes
 from prune.selection import budget_of
+from runtime.errors import UserError
 
 
 def grey(levels: np.ndarray) -> np.ndarray:

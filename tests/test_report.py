@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from eval.figures import (
+from report.embedding_map import embedding_map
+from report.figures import (
     GAP,
     PAPER,
     cluster_sizes,
@@ -24,10 +25,9 @@ from eval.figures import (
     scene_bars,
     world_figure,
 )
-from eval.report import Gallery, figure_bytes, png_bytes, write_report
-from eval.tables import build_tables, scene_table, to_markdown
-from prune.layout import embedding_map
-from prune.report import write_prune_report
+from report.page import Gallery, figure_bytes, png_bytes, write_report
+from report.prune_report import write_prune_report
+from report.tables import build_tables, scene_table, to_markdown
 
 
 class Page(HTMLParser):

@@ -15,9 +15,9 @@ from test_commands import forked, ran  # noqa: F401
 from test_sources import encoded, texture
 
 from corpus import decoding
-from corpus.artefacts import COMPLETE, read_json
-from corpus.folder import ImageFolder
 from corpus.index import Corpus, index_corpus, open_corpus
+from corpus.sources.folder import ImageFolder
+from runtime.artefacts import COMPLETE, read_json
 
 SCENES = ("Beach", "DenseForest", "river")
 FAST = ("tracker=none", "runs=runs", "results=results", "encoder.input_size=32", "corpus.workers=1")

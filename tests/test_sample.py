@@ -32,10 +32,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from tiny_networks import CHANNELS, SIZE, tiny_autoencoder, tiny_text_encoder, tiny_unet
 
-from corpus.artefacts import read_json, write_json
-from corpus.errors import UserError
-from eval.figures import GAP
 from eval.generate import generate, starting_noise
+from report.figures import GAP
+from runtime.artefacts import read_json, write_json
+from runtime.errors import UserError
 from scripts.sample import hydra_arguments, main
 from train.metadata import FOLDER, MetadataField, new_encoder
 from train.sampler import load_pipeline, load_sampler

@@ -25,18 +25,18 @@ from PIL import Image
 from rasterio.transform import from_origin
 
 from corpus import decoding
-from corpus.artefacts import read_json, stage
 from corpus.decoding import decode_image, decode_mask
-from corpus.encoder import EfficientNetLite0
-from corpus.errors import UserError
-from corpus.folder import ImageFolder
-from corpus.geotiff import GeoTiff
-from corpus.huggingface import HuggingFace
 from corpus.index import Corpus, Source, index_corpus
 from corpus.reference import reference_set
-from corpus.webdataset import COMPRESSED, CUT, DUPLICATE, LINK, NO_IMAGE, TOO_LARGE, UNSAFE, WebDataset
+from corpus.sources.folder import ImageFolder
+from corpus.sources.geotiff import GeoTiff
+from corpus.sources.huggingface import HuggingFace
+from corpus.sources.webdataset import COMPRESSED, CUT, DUPLICATE, LINK, NO_IMAGE, TOO_LARGE, UNSAFE, WebDataset
+from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
+from runtime.artefacts import read_json, stage
+from runtime.errors import UserError
 
 SIDE = 24
 NOBODY = 65534  # the user id that owns nothing
@@ -706,7 +706,7 @@ def made_ucmerced(tmp_path: Path) -> Path:
 
 
 def test_torchgeo_sets_are_read(made_ucmerced: Path, tmp_path: Path) -> None:
-    from corpus.torchgeo import TorchGeo
+    from corpus.sources.torchgeo import TorchGeo
 
     corpus = index_corpus(TorchGeo("UCMerced", str(tmp_path), resolution=256), tmp_path / "runs")
     assert sorted(corpus.manifest["scene"]) == ["agricultural"] * 4 + ["forest"] * 4
@@ -721,7 +721,7 @@ def test_torchgeo_sets_are_read(made_ucmerced: Path, tmp_path: Path) -> None:
 
 
 def test_torchgeo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from corpus.torchgeo import TorchGeo
+    from corpus.sources.torchgeo import TorchGeo
 
     monkeypatch.setitem(sys.modules, "torchgeo", None)
     with pytest.raises(UserError, match=r"\.\[geo\]"):
@@ -732,7 +732,10 @@ def test_torchgeo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_missing_reference_says_how_to_get_it(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corpus.huggingface._load", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
+    def offline(*_: object) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("corpus.sources.huggingface._load", offline)
     for config, command in (
         (None, "`hf download blanchon/AID --repo-type dataset --local-dir DIR`"),
         ("RSSCN7", "--include 'RSSCN7/*'"),
@@ -889,7 +892,7 @@ def test_only_new_or_changed_scenes_are_read_again(
 def test_only_new_or_changed_files_of_torchgeo_are_read_again(
     made_ucmerced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from corpus.torchgeo import TorchGeo
+    from corpus.sources.torchgeo import TorchGeo
 
     def source() -> TorchGeo:
         return TorchGeo("UCMerced", str(made_ucmerced), resolution=256)
@@ -961,8 +964,8 @@ def dying(path, value):
     if count == {deaths}:
         os.kill(os.getpid(), 9)
 index.write_json = dying
-from corpus.folder import ImageFolder
-from corpus.encoder import EfficientNetLite0
+from corpus.sources.folder import ImageFolder
+from encoders.efficientnet import EfficientNetLite0
 from prune.features import scan_corpus
 from prune.entropy import LocalEntropy
 encoder = EfficientNetLite0(input_size=32, batch_size=2)
@@ -991,7 +994,7 @@ def test_a_killed_index_goes_on_from_its_last_chunk(growing: Path, tmp_path: Pat
 def test_the_second_of_two_runs_waits_and_says_so(tmp_path: Path, repository: Path) -> None:
     code = (
         f"import sys, time; sys.path.insert(0, {str(repository)!r})\n"
-        "from pathlib import Path\nfrom corpus.artefacts import stage\n"
+        "from pathlib import Path\nfrom runtime.artefacts import stage\n"
         "def build(directory):\n"
         f"    open({str(tmp_path / 'builds')!r}, 'a').write('built\\n'); time.sleep(1.5)\n"
         f"print(stage({str(tmp_path / 'runs')!r}, 'slow', {{'a': 1}}, build))\n"
@@ -1061,8 +1064,8 @@ def watch():
         time.sleep(0.2)
 
 threading.Thread(target=watch, daemon=True).start()
-from corpus.webdataset import WebDataset
-from corpus.encoder import EfficientNetLite0
+from corpus.sources.webdataset import WebDataset
+from encoders.efficientnet import EfficientNetLite0
 from prune.features import corpus_entropy, scan_corpus
 from prune.entropy import LocalEntropy
 source = WebDataset({urls!r}, resolution=16)

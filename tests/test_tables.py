@@ -9,8 +9,8 @@ import re
 
 import pytest
 
-from corpus.errors import UserError
-from eval.tables import append_result, build_tables, latex_escape, read_results, to_markdown, write_tables
+from report.tables import append_result, build_tables, latex_escape, read_results, to_markdown, write_tables
+from runtime.errors import UserError
 
 
 def row(stage: str, prune: str, metrics: dict, *, step: int | None = 100, seed: int = 0, **fields) -> dict:
@@ -182,7 +182,7 @@ def test_append_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("eval.tables.os.replace", no_space)
+    monkeypatch.setattr("report.tables.os.replace", no_space)
     with pytest.raises(OSError, match="no space"):
         append_result(path, row("generation", "random", kid(2.0)))
     assert path.read_bytes() == before

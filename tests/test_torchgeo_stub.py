@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from test_sources import texture
 
-import corpus.torchgeo
-from corpus.artefacts import file_stamp
+import corpus.sources.torchgeo
 from corpus.decoding import DAMAGED
-from corpus.errors import UserError
 from corpus.index import index_corpus
-from corpus.torchgeo import TorchGeo
+from corpus.sources.torchgeo import TorchGeo
+from runtime.artefacts import file_stamp
+from runtime.errors import UserError
 
 SIDE = 16
 SCENES = ("BeachSand", "Forest")
@@ -142,7 +142,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "torchgeo", package)
     monkeypatch.setitem(sys.modules, "torchgeo.datasets", datasets)
     version = {"torchgeo": "9.9"}.__getitem__
-    monkeypatch.setattr(corpus.torchgeo, "metadata", SimpleNamespace(version=version))
+    monkeypatch.setattr(corpus.sources.torchgeo, "metadata", SimpleNamespace(version=version))
     yield
 
 

@@ -18,9 +18,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import STEPS, tiny_config
 
-from corpus.application import CONFIGS
-from corpus.artefacts import read_json
-from corpus.tracking import track
+from runtime.application import CONFIGS
+from runtime.artefacts import read_json
+from runtime.tracking import track
 from train.foundation import CONVERGENCE, pretrain
 
 SPEED = {"loss", "learning_rate", "images_per_second", "model_flops_utilisation"}

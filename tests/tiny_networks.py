@@ -8,8 +8,8 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from scipy.ndimage import gaussian_filter
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from train.diffusion import new_unet
 from train.latents import to_tensor
+from train.networks import new_unet
 from train.text_encoder import clip_tokenizer
 
 SIZE = 16  # px of the tiny networks' images

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from tiny_networks import SIZE, UNET, pictures, tiny_autoencoder
 
-from corpus.application import CONFIGS
+from runtime.application import CONFIGS
 from train.text_encoder import clip_tokenizer, small_clip
 
 STEPS = 20  # the loop reports its speed every 20 steps

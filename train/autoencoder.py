@@ -15,14 +15,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from corpus.application import run
-from corpus.artefacts import process_count, stage
-from corpus.encoder import EfficientNetLite0, embed
-from corpus.errors import UserError
 from corpus.index import Corpus, index_corpus
-from corpus.tracking import track
-from eval.heldout import held_out_sets
+from encoders.efficientnet import EfficientNetLite0
+from encoders.embedding import embed
+from eval.held_out import held_out_sets
 from eval.metrics import compare_features
+from runtime.application import run
+from runtime.artefacts import process_count, stage
+from runtime.errors import UserError
+from runtime.tracking import track
 from train.components import REPOSITORY
 from train.latents import (
     PATCH,

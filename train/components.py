@@ -18,11 +18,11 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from corpus.artefacts import file_digest, fingerprint, stage
-from corpus.errors import UserError
 from corpus.index import Corpus
-from corpus.pretrained import LOAD_ERRORS, PixelRecipe
-from corpus.tracking import track
+from encoders.pixels import LOAD_ERRORS, PixelRecipe
+from runtime.artefacts import file_digest, fingerprint, stage
+from runtime.errors import UserError
+from runtime.tracking import track
 from train.latents import to_tensor
 from train.loop import LoopOptions
 from train.objective import prediction_of

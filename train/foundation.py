@@ -18,14 +18,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from corpus.artefacts import plain, read_json, stage, write_json
-from corpus.errors import UserError
 from corpus.index import Corpus, index_corpus
-from corpus.tracking import Tracker, track
 from eval.convergence import summarise
-from eval.figures import contact_sheet
-from eval.heldout import HeldOut, held_out_sets
+from eval.generated import measure, place_sheet, sample_sheet, save_picture, scene_accuracy, scene_confusion
+from eval.held_out import HeldOut, held_out_sets
 from prune.selection import select
+from report.figures import contact_sheet
+from runtime.artefacts import plain, read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.tracking import Tracker, track
 from train.components import (
     TextParts,
     first_process_says,
@@ -35,7 +36,12 @@ from train.components import (
     load_text_parts,
     make_accelerator,
 )
-from train.diffusion import (
+from train.data import NETWORK, Subset, encode_subset, subset_batches, subset_loss
+from train.latents import Views
+from train.loop import LoopOptions, Modules, train_loop
+from train.metadata import FOLDER, MetadataField, metadata_values, new_encoder
+from train.model_card import model_card
+from train.networks import (
     LORA,
     add_lora,
     lora_facts,
@@ -45,14 +51,8 @@ from train.diffusion import (
     new_network,
     text_to_image_pipeline,
 )
-from train.latents import Views
-from train.loop import LoopOptions, Modules, train_loop
-from train.measure import measure, place_sheet, sample_sheet, save_picture, scene_accuracy, scene_confusion
-from train.metadata import FOLDER, MetadataField, metadata_values, new_encoder
-from train.model_card import model_card
 from train.objective import Objective
 from train.sharding import Sharding, requested
-from train.subset import NETWORK, Subset, encode_subset, subset_batches, subset_loss
 from train.utilisation import compute_dtype, peak_flops, training_flops
 
 CONVERGENCE = "convergence.jsonl"

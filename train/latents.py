@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from corpus.artefacts import read_json, stage, write_json
-from corpus.errors import UserError
 from corpus.index import Corpus
-from corpus.progress import progress
+from runtime.artefacts import read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.progress import progress
 
 PATCH = 8
 ENCODE_BATCH = 128

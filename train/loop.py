@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from corpus.artefacts import is_main_process, read_json, write_json
-from corpus.errors import UserError
-from corpus.progress import progress
+from runtime.artefacts import is_main_process, read_json, write_json
+from runtime.errors import UserError
+from runtime.progress import progress
 from train.sharding import COPIES, Layout, Modules, Sharding, layout_of, local, whole
 
 #: Tensors with the images of a (part of a) batch along their first dimension.

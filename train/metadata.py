@@ -20,7 +20,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from corpus.errors import UserError
+from runtime.errors import UserError
 
 FOLDER = "metadata_encoder"
 FEATURES = 256

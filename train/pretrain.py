@@ -9,10 +9,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from omegaconf import DictConfig
 
-from corpus.application import run
-from corpus.artefacts import is_main_process, read_json
-from corpus.errors import UserError
 from prune.selection import method_name
+from runtime.application import run
+from runtime.artefacts import is_main_process, read_json
+from runtime.errors import UserError
 from train.foundation import pretrain
 
 

@@ -14,9 +14,9 @@ import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from safetensors import SafetensorError
 
-from corpus.artefacts import file_digest, fingerprint
-from corpus.errors import UserError
 from eval.generate import generate
+from runtime.artefacts import file_digest, fingerprint
+from runtime.errors import UserError
 from train.metadata import FOLDER, MetadataEncoder, MetadataField, prompt_embeddings
 
 TEXT_TO_IMAGE = ("StableDiffusionPipeline", "PixArtAlphaPipeline")

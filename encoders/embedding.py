@@ -1,0 +1,37 @@
+"""What an image encoder is, and embedding a set of images with one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from runtime.progress import progress
+
+
+class Encoder(Protocol):
+    """A frozen network: uint8 images [B, H, W, 3] to float32 features [B, D].
+
+    Attributes:
+        name: in metric names (`fd_<name>`).
+        batch_size: images a forward pass.
+        dimensions: D.
+    """
+
+    name: str
+    batch_size: int
+    dimensions: int
+
+    def __call__(self, images: np.ndarray) -> np.ndarray: ...
+
+
+def device() -> torch.device:
+    """The accelerator of this machine, or the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def embed(encoder: Encoder, images: np.ndarray, *, batch_size: int = 64, label: str = "embedding") -> np.ndarray:
+    """Embed images [N, H, W, 3] uint8 in batches. Returns float32 [N, D]."""
+    batches = range(0, len(images), batch_size)
+    return np.concatenate([encoder(images[start : start + batch_size]) for start in progress(batches, label)])

@@ -1,0 +1,49 @@
+"""Pixels as a network of the hub wants them, and what its loader may raise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoImageProcessor
+
+#: What `from_pretrained` raises for a network that is not there, cannot be reached or is broken.
+LOAD_ERRORS = (OSError, ValueError, HTTPError, SafetensorError)
+#: What a message about a missing encoder advises.
+AVOID = "choose encoder=efficientnet_lite0, which a package ships (in profile=paper also encoder@yardstick=…)"
+
+
+@dataclass(frozen=True)
+class PixelRecipe:
+    """The resizing and the colour normalisation that a network was trained with.
+
+    Args:
+        size: side in pixels of what the network sees; images are resized whole (antialiased bicubic), not cropped.
+        mean, std: of the channels in [0, 1].
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, path: str, size: int, revision: str | None = None) -> PixelRecipe:
+        """The recipe that lies beside a network of the hub (preprocessor_config.json)."""
+        processor = AutoImageProcessor.from_pretrained(path, revision=revision)
+        return cls(size, tuple(processor.image_mean), tuple(processor.image_std))
+
+    def __call__(self, images: np.ndarray) -> torch.Tensor:
+        """uint8 [N, H, W, 3] to float32 [N, 3, size, size]."""
+        return self.apply(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        """Float [N, 3, H, W] in [-1, 1] to [N, 3, size, size]; differentiable."""
+        size = (self.size, self.size)
+        if images.shape[-2:] != size:
+            images = nn.functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        mean, std = (images.new_tensor(value)[:, None, None] for value in (self.mean, self.std))
+        return ((images.clamp(-1, 1) + 1) / 2 - mean) / std

@@ -1,0 +1,1 @@
+"""Pruning methods: one file and one YAML each."""

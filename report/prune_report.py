@@ -1,0 +1,255 @@
+"""The page a curator reads after pruning: what was kept, what went, why, and how the balance changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from report.embedding_map import embedding_map
+from report.figures import cluster_sizes, entropy_histogram, map_figure, scene_bars, world_figure
+from report.page import LEADS, Gallery, figure_bytes, write_report
+
+#: Scenes with a gallery of their own, the largest first.
+MOST_SCENES = 40
+NO_SCENE = "no scene"
+#: Images on the map.
+MAPPED = 3000
+WORLD_MAPPED = 6000
+
+
+def write_prune_report(
+    path: Path | str,
+    selection: pd.DataFrame,
+    summary: Mapping[str, Any],
+    images: np.ndarray,
+    generator: np.random.Generator,
+    per_group: int = 24,
+    embeddings: np.ndarray | None = None,
+    places: pd.DataFrame | None = None,
+) -> None:
+    """Write the report of one pruning run; reads at most `2 * per_group` images of at most `MOST_SCENES` scenes.
+
+    Args:
+        selection: the rows of selection.parquet, in corpus order.
+        summary: the content of summary.json.
+        images: uint8 [N, R, R, 3], memory-mapped.
+        generator: draws the images shown.
+        per_group: images shown of the kept and of the dropped ones of a scene, and of those dropped for one reason.
+        embeddings: float [N, D], memory-mapped, for the map; None draws none.
+        places: N rows with lon and lat in degrees, NaN unknown, for the world map; None draws none.
+    """
+    galleries, left_out = _galleries(selection, images, generator, per_group)
+    reasons = _reason_galleries(selection, images, generator, per_group)
+    tables = {"scenes": _scenes(summary), "reasons": _reasons(selection), "seconds": _seconds(summary)}
+    if (selection["cluster"] >= 0).any():
+        tables["clusters"] = _clusters(selection)
+    write_report(
+        path,
+        title=f"{summary['method']}: {summary['kept']:,} of {summary['images']:,} images kept",
+        intro=f"{_share(1 - summary['kept'] / max(summary['images'], 1))} of the corpus was removed by the method "
+        f"{summary['method']}. This page shows what stayed, what went and why.",
+        facts=_facts(summary),
+        tables={name: table for name, table in tables.items() if len(table)},
+        figures=[
+            *_figures(selection, summary),
+            *_map(selection, embeddings, generator),
+            *_world(selection, places, generator),
+        ],
+        galleries={
+            title: groups
+            for title, groups in ((str(summary["method"]), galleries), ("dropped, by reason", reasons))
+            if groups
+        },
+        notes={
+            "tables": "Exact counts. The budget counts every image of the corpus, unreadable ones included.",
+            "figures": "Grey is the corpus before pruning, blue is what was kept.",
+            "scenes": "Images by scene before and after. A long tail that survives shows as a high kept share of the "
+            "small scenes.",
+            "reasons": "Why images were kept or dropped; each image has one reason.",
+            "seconds": "Time by stage; a stage whose result was cached takes next to none.",
+            "clusters": "Sizes of the clusters that images were drawn from. Balanced pruning brings the largest down "
+            "and leaves the smallest whole.",
+            "galleries": LEADS["galleries"] + (f" The {left_out:,} smallest scenes are not shown." if left_out else ""),
+        },
+    )
+
+
+def _galleries(
+    selection: pd.DataFrame, images: np.ndarray, generator: np.random.Generator, per_group: int
+) -> tuple[list[Gallery], int]:
+    """Galleries of the largest scenes, and how many scenes are left out. Unreadable images have no pixels to show."""
+    readable = (selection["reason"] != "unreadable").to_numpy()
+    kept = selection["kept"].to_numpy(dtype=bool)
+    scenes = selection["scene"].fillna("").astype(str).to_numpy(dtype=object)
+    codes, names = pd.factorize(scenes, sort=True)
+    counts = np.bincount(codes[readable], minlength=len(names))
+    order = [code for code in np.argsort(-counts, kind="stable") if counts[code]]
+    galleries = []
+    for code in order[:MOST_SCENES]:
+        inside = readable & (codes == code)
+        groups = [np.flatnonzero(inside & state) for state in (kept, ~kept)]
+        # sorted: one pass over the file
+        shown = [np.sort(generator.permutation(group)[:per_group]) for group in groups]
+        title = names[code] or ("all images" if len(order) == 1 else NO_SCENE)
+        galleries.append(Gallery(title, images[shown[0]], images[shown[1]], len(groups[0]), len(groups[1])))
+    return galleries, max(len(order) - MOST_SCENES, 0)
+
+
+def _reason_galleries(
+    selection: pd.DataFrame, images: np.ndarray, generator: np.random.Generator, per_group: int
+) -> list[Gallery]:
+    """What went for each reason; unreadable images have no pixels to show."""
+    reasons = selection["reason"].to_numpy(dtype=object)
+    nothing, galleries = images[:0], []
+    for reason in sorted(set(reasons) - {"kept", "unreadable"}):
+        rows = np.flatnonzero(reasons == reason)
+        shown = np.sort(generator.permutation(rows)[: 2 * per_group])
+        galleries.append(Gallery(reason, nothing, images[shown], 0, len(rows)))
+    return galleries
+
+
+def _map(
+    selection: pd.DataFrame, embeddings: np.ndarray | None, generator: np.random.Generator
+) -> list[tuple[str, str, bytes]]:
+    """The map of a sample in which kept images are half, if there are as many."""
+    if embeddings is None:
+        return []
+    kept = selection["kept"].to_numpy(dtype=bool)
+    readable = (selection["reason"] != "unreadable").to_numpy()
+    groups = [np.flatnonzero(readable & state) for state in (kept, ~kept)]
+    rows = np.sort(np.concatenate([generator.permutation(group)[: MAPPED // 2] for group in groups]))
+    if len(rows) < 3:
+        return []
+    scenes = selection["scene"].fillna("").to_numpy(dtype=str)[rows]
+    places = embedding_map(np.asarray(embeddings[rows], dtype=np.float32), scenes)
+    caption = (
+        f"{len(rows):,} sampled images in the plane of the embedding space that parts the scenes best. Blue should "
+        "reach wherever grey does, and evenly."
+    )
+    return [("Map", caption, figure_bytes(map_figure(places, scenes, kept[rows])))]
+
+
+def _world(
+    selection: pd.DataFrame, places: pd.DataFrame | None, generator: np.random.Generator
+) -> list[tuple[str, str, bytes]]:
+    """The world map of a sample, half of it kept if there are as many, of the images whose place is known."""
+    if places is None:
+        return []
+    places = places[["lon", "lat"]].apply(pd.to_numeric, errors="coerce")
+    known = np.isfinite(places.to_numpy(dtype=float)).all(axis=1)
+    kept = selection["kept"].to_numpy(dtype=bool)
+    groups = [np.flatnonzero(known & state) for state in (kept, ~kept)]
+    rows = np.sort(np.concatenate([generator.permutation(group)[: WORLD_MAPPED // 2] for group in groups]))
+    if len(rows) == 0:
+        return []
+    shown = places.iloc[rows]
+    figure = world_figure(shown["lon"].to_numpy(), shown["lat"].to_numpy(), kept[rows])
+    caption = f"Where {len(rows):,} images lie. What is kept should reach every region that has anything to show."
+    return [("World", caption, figure_bytes(figure))]
+
+
+def _figures(selection: pd.DataFrame, summary: Mapping[str, Any]) -> list[tuple[str, str, bytes]]:
+    figures = []
+    for key, title in (("scenes", "Scenes"), ("true_scenes", "Scenes by the corpus's own labels")):
+        scenes = summary.get(key) or {}
+        if len(scenes) < 2 or (key == "true_scenes" and scenes == summary.get("scenes")):
+            continue
+        before, after = ({name: counts[state] for name, counts in scenes.items()} for state in ("before", "after"))
+        caption = "Left: images on a log scale. Right: their share; after pruning, even bars mean a balanced subset."
+        figures.append((title, caption, figure_bytes(scene_bars(before, after))))
+    entropy = selection["entropy"].to_numpy(dtype=np.float32)
+    if np.isfinite(entropy).any():
+        threshold = summary.get("entropy_threshold")
+        caption = "Flat images (open water, cloud, no data) lie at the left, textured ones at the right." + (
+            " Images left of the line went first." if threshold is not None else ""
+        )
+        figure = entropy_histogram(entropy, threshold, selection["kept"].to_numpy(dtype=bool))
+        figures.append(("Entropy", caption, figure_bytes(figure)))
+    sizes = _cluster_counts(selection)
+    if len(sizes):
+        caption = "A steep grey slope means that a few kinds of image make up the corpus; blue should be flatter."
+        figure = cluster_sizes(sizes["before"].to_numpy(), sizes["after"].to_numpy())
+        figures.append(("Clusters", caption, figure_bytes(figure)))
+    return figures
+
+
+def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    threshold = summary.get("entropy_threshold")
+    facts = {
+        "method": str(summary["method"]),
+        "images": f"{summary['images']:,}",
+        "kept": f"{summary['kept']:,}",
+        "unreadable": f"{summary['unreadable']:,}",
+        **({"why": _why(summary["quarantined"])} if summary.get("quarantined") else {}),
+        "ratio removed": f"{summary['ratio']:g}",
+        "seed": str(summary["seed"]),
+    }
+    if threshold is not None:
+        facts["entropy threshold"] = f"{threshold:.2f} bits"
+    if summary.get("images_per_second"):
+        facts["images a second"] = f"{summary['images_per_second']:,.0f}"
+    return facts
+
+
+def _why(quarantined: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in quarantined.items())
+
+
+def _scenes(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """scene, before, after, kept share, share before, share after; largest first."""
+    scenes = sorted((summary.get("scenes") or {}).items(), key=lambda item: (-item[1]["before"], item[0]))
+    total = max(sum(counts["before"] for _, counts in scenes), 1)
+    kept = max(sum(counts["after"] for _, counts in scenes), 1)
+    return pd.DataFrame(
+        [
+            {
+                "scene": name or NO_SCENE,
+                "before": counts["before"],
+                "after": counts["after"],
+                "kept": _share(counts["after"] / max(counts["before"], 1)),
+                "share before": _share(counts["before"] / total),
+                "share after": _share(counts["after"] / kept),
+            }
+            for name, counts in scenes
+        ]
+    )
+
+
+def _reasons(selection: pd.DataFrame) -> pd.DataFrame:
+    counts = selection["reason"].value_counts()
+    return pd.DataFrame(
+        [
+            {"reason": name, "images": int(count), "share": _share(count / max(len(selection), 1))}
+            for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ]
+    )
+
+
+def _seconds(summary: Mapping[str, Any]) -> pd.DataFrame:
+    seconds = summary.get("seconds") or {}
+    rows = [{"stage": name, "seconds": f"{value:.1f}"} for name, value in seconds.items()]
+    return pd.DataFrame([*rows, {"stage": "total", "seconds": f"{sum(seconds.values()):.1f}"}] if rows else [])
+
+
+def _cluster_counts(selection: pd.DataFrame) -> pd.DataFrame:
+    """before, after by (scene, cluster): numbers may start anew in every scene."""
+    inside = selection[selection["cluster"] >= 0]
+    return inside.groupby(["scene", "cluster"])["kept"].agg(before="size", after="sum")
+
+
+def _clusters(selection: pd.DataFrame) -> pd.DataFrame:
+    sizes = _cluster_counts(selection)
+    points = {"largest": 1.0, "90 %": 0.9, "median": 0.5, "10 %": 0.1, "smallest": 0.0}
+    rows = [
+        {"cluster": name, **{state: round(float(sizes[state].quantile(point))) for state in ("before", "after")}}
+        for name, point in points.items()
+    ]
+    return pd.DataFrame([*rows, {"cluster": "clusters with images", **{s: int((sizes[s] > 0).sum()) for s in sizes}}])
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}" if 0 < value < 0.001 else f"{value:.1%}"

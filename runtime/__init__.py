@@ -1,0 +1,1 @@
+"""What every stage stands on: command line, cached stages, tracking, progress, workers, errors, launch."""

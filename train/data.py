@@ -1,0 +1,116 @@
+"""A subset as the training loop reads it: memory-mapped latents, hidden states and numbers; nothing to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from corpus.index import Corpus
+from train.captions import Captions, caption_mask
+from train.components import TextParts
+from train.latents import Views, cached_latents
+from train.loop import Batch, ComputeLoss, DrawBatch, Modules
+from train.metadata import FOLDER, MetadataField, drop, metadata_values
+from train.networks import diffusion_loss
+from train.objective import Objective
+from train.text_encoder import cached_prompts
+
+NETWORK = "network"
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Encoded images of a corpus.
+
+    Attributes:
+        latents: [V, K, C or 2 C, h, w]: every view of every image, of a variational autoencoder mean and deviation.
+        latent_shape: (C, h, w).
+        captions: of the K images.
+        prompts: [T, L, D] hidden states of the captions' texts.
+        lengths: int64 [T], tokens of the texts.
+        metadata: float32 [K, F], NaN where an image lacks a field.
+    """
+
+    latents: np.ndarray
+    latent_shape: tuple[int, int, int]
+    captions: Captions
+    prompts: np.ndarray
+    lengths: np.ndarray
+    metadata: np.ndarray
+
+
+def encode_subset(
+    corpus: Corpus,
+    rows: np.ndarray,
+    autoencoder: nn.Module,
+    autoencoder_key: str,
+    text: TextParts,
+    runs: Path | str,
+    *,
+    views: Views,
+    fields: Mapping[str, MetadataField],
+    seed: int,
+    half: bool,
+) -> Subset:
+    """Latents and captions of rows of a corpus, encoded once; `half` stores them as float16."""
+    latents = cached_latents(autoencoder, autoencoder_key, corpus, rows, runs, views=views, seed=seed, half=half)
+    kept = corpus.manifest.iloc[rows]
+    captions = Captions.of(kept)
+    prompts, lengths = cached_prompts(
+        text.text_encoder, text.tokenizer, text.fingerprint, captions.texts, runs, half=half
+    )
+    shape = (autoencoder.config.latent_channels, *latents.shape[3:])
+    return Subset(latents, shape, captions, prompts, lengths, metadata_values(kept, fields))
+
+
+def subset_batches(
+    subset: Subset, objective: Objective, size: int, *, hide_padding: bool = False, metadata_dropout: float = 0.0
+) -> DrawBatch:
+    """Batches of `size` images for `train_loop`: latents, hidden states, which of them count, metadata, noise, times.
+
+    Args:
+        hide_padding: of the captions, as PixArt's pipeline does.
+        metadata_dropout: chance of each number to be missing.
+    """
+    width = subset.prompts.shape[1]
+    varies = subset.latents.shape[2] > subset.latent_shape[0]
+
+    def draw(random: np.random.Generator, part: slice) -> Batch:
+        picked = random.integers(subset.latents.shape[1], size=size)
+        view = random.integers(len(subset.latents), size=size)
+        noise, times, dropped = objective.draw(random, (size, *subset.latent_shape))
+        caption = subset.captions.pick(picked, random)
+        caption[dropped.numpy()] = subset.captions.empty
+        latents = torch.from_numpy(subset.latents[view[part], picked[part]]).float()
+        if varies:  # drawn anew every time
+            mean, deviation = latents.chunk(2, dim=1)
+            eps = random.standard_normal((size, *subset.latent_shape), dtype=np.float32)
+            latents = mean + deviation * torch.from_numpy(eps[part])
+        metadata = subset.metadata[picked]
+        if metadata.shape[1]:
+            metadata = drop(metadata, random, metadata_dropout)
+        text = torch.from_numpy(subset.prompts[caption[part]]).float()
+        lengths = subset.lengths[caption[part]] if hide_padding else np.full(len(text), width)
+        mask = caption_mask(lengths, width)
+        return latents, text, mask, torch.from_numpy(metadata[part]), noise[part], times[part]
+
+    return draw
+
+
+def subset_loss(objective: Objective, *, hide_padding: bool = False) -> ComputeLoss:
+    """The loss of such a batch, of the module `network` and, if there is one, the encoder of metadata."""
+
+    def loss(modules: Modules, batch: Batch) -> torch.Tensor:
+        latents, text, mask, values, noise, time = batch
+        masked = hide_padding or FOLDER in modules
+        if FOLDER in modules:
+            tokens, known = modules[FOLDER](values)
+            text, mask = torch.cat([text, tokens.to(text.dtype)], dim=1), torch.cat([mask, known], dim=1)
+        return diffusion_loss(modules[NETWORK], objective, latents, text, noise, time, mask=mask if masked else None)
+
+    return loss
