@@ -39,7 +39,8 @@ from runtime.progress import progress
 from runtime.tracking import Tracker, track
 from train.components import first_process_says, load_autoencoder, load_text_parts, make_accelerator
 from train.foundation import held_out, objective_of, pretrain
-from train.latents import cached_latents, scene_balanced_weights, to_tensor
+from encoders.pixels import to_tensor
+from train.latents import cached_latents, scene_balanced_weights
 from train.loop import Batch, LoopOptions, Modules, train_loop
 from train.networks import diffusion_loss, new_unet
 from train.objective import prediction_of

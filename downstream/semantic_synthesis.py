@@ -21,7 +21,8 @@ from runtime.application import run
 from runtime.artefacts import stage
 from runtime.errors import UserError
 from train.components import first_process_says, load_encoder, make_accelerator, precision
-from train.latents import symmetric, to_tensor
+from encoders.pixels import to_tensor
+from train.latents import symmetric
 from train.loop import Batch, LoopOptions, Modules, train_loop
 
 #: Training tiles whose pixels make the palette.

@@ -31,7 +31,8 @@ from runtime.errors import UserError
 from runtime.machine import machine
 from runtime.parallel import in_processes
 from train.components import load_autoencoder
-from train.latents import decode, encode, to_tensor
+from encoders.pixels import to_tensor
+from train.latents import decode, encode
 from train.networks import diffusion_loss, new_unet
 from train.objective import Objective
 

@@ -31,7 +31,8 @@ from runtime.tracking import track
 from scripts.cells import result_row, subset, with_method
 from train.components import load_autoencoder, load_encoder
 from train.foundation import CONVERGENCE, GENERATED, held_out, pretrain
-from train.latents import decode, encode, fit_pca, to_tensor, to_uint8
+from encoders.pixels import to_tensor, to_uint8
+from train.latents import decode, encode, fit_pca
 
 #: What every other method is compared with, image by image.
 BASELINE = "random"

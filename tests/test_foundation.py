@@ -31,7 +31,8 @@ from runtime.errors import UserError
 from train.captions import Captions
 from train.components import TextParts, load_pretrained
 from train.foundation import milestones
-from train.latents import Views, cached_latents, encode_moments, symmetric, to_tensor
+from encoders.pixels import to_tensor
+from train.latents import Views, cached_latents, encode_moments, symmetric
 from train.loop import LoopOptions
 from train.metadata import MetadataEncoder, MetadataField, drop, metadata_values, new_encoder, prompt_embeddings
 from train.networks import (

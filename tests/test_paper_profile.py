@@ -39,7 +39,8 @@ from runtime.artefacts import plain, read_json
 from runtime.errors import UserError
 from train.components import load_autoencoder, load_encoder, load_text_parts
 from train.foundation import CONVERGENCE, held_out, pretrain
-from train.latents import encode, to_tensor
+from encoders.pixels import to_tensor
+from train.latents import encode
 from train.networks import diffusion_loss, new_unet, text_to_image_pipeline
 from train.objective import Objective
 from train.text_encoder import clip_score, clip_tokenizer, encode_prompts

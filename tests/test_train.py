@@ -14,7 +14,8 @@ from torch import nn
 
 from runtime.errors import UserError
 from train.autoencoder import start_from_pca
-from train.latents import PatchPCA, encode, peak_signal_noise_ratio, symmetric, to_tensor, to_uint8
+from encoders.pixels import to_tensor, to_uint8
+from train.latents import PatchPCA, encode, peak_signal_noise_ratio, symmetric
 from train.loop import LoopOptions, train_loop
 from train.networks import diffusion_loss
 from train.objective import Objective

@@ -18,6 +18,7 @@ from torch import nn
 from corpus.index import Corpus, index_corpus
 from encoders.efficientnet import EfficientNetLite0
 from encoders.embedding import embed
+from encoders.pixels import to_tensor, to_uint8
 from eval.held_out import held_out_sets
 from eval.metrics import compare_features
 from runtime.application import run
@@ -34,8 +35,6 @@ from train.latents import (
     flip,
     peak_signal_noise_ratio,
     scene_balanced_weights,
-    to_tensor,
-    to_uint8,
 )
 from train.loop import Batch, LoopOptions, Modules, train_loop
 
