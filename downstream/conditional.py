@@ -29,6 +29,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from corpus.index import Corpus, index_corpus
+from encoders.pixels import to_tensor
 from eval.generate import generate
 from eval.held_out import HeldOut
 from prune.selection import method_name
@@ -39,7 +40,6 @@ from runtime.progress import progress
 from runtime.tracking import Tracker, track
 from train.components import first_process_says, load_autoencoder, load_text_parts, make_accelerator
 from train.foundation import held_out, objective_of, pretrain
-from encoders.pixels import to_tensor
 from train.latents import cached_latents, scene_balanced_weights
 from train.loop import Batch, LoopOptions, Modules, train_loop
 from train.networks import diffusion_loss, new_unet

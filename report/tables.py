@@ -19,7 +19,7 @@ import pandas as pd
 
 from eval.metrics import METRICS, SETS, Quantity
 from eval.reference_rows import REFERENCE_ROWS
-from report.results import Row, write_text
+from report.results import Row, read_results, write_text
 
 #: Table name of each stage.
 TABLE_OF_STAGE = {
@@ -69,7 +69,7 @@ def method_order(name: str) -> tuple[int, str]:
 
 
 def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
-    """Tables by name (values of `TABLE_OF_STAGE`), full-precision numbers; a table without measured rows is left out.
+    """Tables by name (`TABLE_OF_STAGE`, other stages by their own), full-precision numbers; none without measured rows.
 
     Columns: kind ("measured" or "reference"), corpus, prune, ratio, step, seeds (how many), the fields that only
     ablation rows have, then the metrics. Rows of one cell that differ in the seed alone become one: means, and, of
@@ -78,7 +78,8 @@ def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
     """
     rows = list(rows)
     tables = {}
-    for stage, name in TABLE_OF_STAGE.items():
+    others = {row["stage"] for row in rows if not str(row["stage"]).startswith(REFERENCE)} - set(TABLE_OF_STAGE)
+    for stage, name in (TABLE_OF_STAGE | {stage: stage for stage in sorted(others)}).items():
         measured = [_record(row, "measured", extras=stage == "ablation") for row in rows if row["stage"] == stage]
         if measured:
             references = [_record(row, REFERENCE, extras=False) for row in rows if row["stage"] == REFERENCE]
@@ -442,3 +443,11 @@ def write_tables(tables: Mapping[str, pd.DataFrame], directory: Path | str) -> l
             paths.append(directory / f"{name}{suffix}")
             write_text(paths[-1], text)
     return paths
+
+
+def publish(results: Path, name: str) -> None:
+    """Write the tables of `results/results.jsonl`, print the one of this name, and say where they are."""
+    tables = build_tables(read_results(results / "results.jsonl"))
+    write_tables(tables, results)
+    print(to_markdown(name, tables[name]))
+    print(f"results: {results}")

@@ -1,4 +1,4 @@
-"""RS-Prune with one choice changed at a time, judged without training: `make ablation`."""
+"""RS-Prune with one choice changed at a time, judged without training on the validation split: `make ablation`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from report.tables import append_result
-from runtime.application import run
+from prune.measured_subset import measured_subset
+from report.results import append_result, result_row
+from report.tables import publish
+from runtime.application import changed_config, run
 from runtime.artefacts import read_json
-from scripts.cells import publish, result_row, subset, with_method
 
 METHOD = "rsprune"
 DEFAULT = "none (default)"
@@ -17,12 +18,15 @@ DEFAULT = "none (default)"
 
 def main(cfg: DictConfig) -> None:
     results = Path(cfg.results) / cfg.profile.name / "ablation"
-    for change in [None, *cfg.ablation.changes]:
-        directory = subset(with_method(METHOD, overrides=[] if change is None else [change]), METHOD)
-        metrics = read_json(directory / "metrics.json")
-        row = result_row(cfg, "ablation", METHOD, float(cfg.ratio), metrics, directory, change=change or DEFAULT)
-        append_result(results / "results.jsonl", row)
-        print(f"{row['change']}: done", flush=True)
+    for seed in cfg.profile.seeds:
+        for change in [None, *cfg.ablation.changes]:
+            overrides = [f"prune={METHOD}", f"seed={seed}", f"eval.split={cfg.ablation.split}"]
+            chosen = changed_config(*overrides, *([] if change is None else [change]))
+            directory = measured_subset(chosen, METHOD)
+            metrics = read_json(directory / "metrics.json")
+            row = result_row(chosen, "ablation", METHOD, float(cfg.ratio), metrics, directory, change=change or DEFAULT)
+            append_result(results / "results.jsonl", row)
+            print(f"{row['change']}, seed {seed}: done", flush=True)
     publish(results, "ablation")
 
 

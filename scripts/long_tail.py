@@ -17,14 +17,13 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from corpus.sources.folder import SUFFIXES, ImageFolder
-from eval.quality import duplicate_rate, scene_entropy, unit
+from eval.subsets import duplicate_rate, scene_entropy, unit
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import select_from_arrays
-from runtime.application import run
+from runtime.application import changed_config, run
 from runtime.artefacts import stage, write_json
 from runtime.errors import UserError
 from runtime.progress import progress
-from scripts.cells import with_method
 
 NOISE = ("blank", "hazy", "no_data")
 
@@ -129,7 +128,7 @@ def main(cfg: DictConfig) -> None:
     for name in cfg.quality.methods:
         start = time.perf_counter()
         selection = select_from_arrays(
-            instantiate(with_method(name).prune, _convert_="all"),
+            instantiate(changed_config(f"prune={name}").prune, _convert_="all"),
             embeddings,
             ratio=0.0 if name == "full" else cfg.ratio,
             seed=cfg.seed,

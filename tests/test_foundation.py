@@ -23,6 +23,7 @@ from tiny_networks import CHANNELS, SIZE, pictures, tiny_autoencoder, tiny_text_
 from torch import nn
 
 from corpus.index import Corpus
+from encoders.pixels import to_tensor
 from eval.convergence import area_under_curve, first_reached, summarise
 from eval.generate import generate
 from runtime import tracking
@@ -31,7 +32,6 @@ from runtime.errors import UserError
 from train.captions import Captions
 from train.components import TextParts, load_pretrained
 from train.foundation import milestones
-from encoders.pixels import to_tensor
 from train.latents import Views, cached_latents, encode_moments, symmetric
 from train.loop import LoopOptions
 from train.metadata import MetadataEncoder, MetadataField, drop, metadata_values, new_encoder, prompt_embeddings

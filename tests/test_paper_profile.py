@@ -32,6 +32,7 @@ from transformers import (
 
 from encoders.hub import TransformersEncoder
 from encoders.inception import INCEPTION_FILE, InceptionV3
+from encoders.pixels import to_tensor
 from eval.generate import generate
 from eval.metrics import compare_features
 from prune.selection import select
@@ -39,7 +40,6 @@ from runtime.artefacts import plain, read_json
 from runtime.errors import UserError
 from train.components import load_autoencoder, load_encoder, load_text_parts
 from train.foundation import CONVERGENCE, held_out, pretrain
-from encoders.pixels import to_tensor
 from train.latents import encode
 from train.networks import diffusion_loss, new_unet, text_to_image_pipeline
 from train.objective import Objective
