@@ -89,23 +89,31 @@ def _resolve(path: str) -> str:
     return path
 
 
+def _pinned(group: str, cfg: DictConfig) -> str:
+    """For the line about a network of the hub that cannot be loaded: another one has other commits."""
+    revision = cfg[group].get("revision")
+    return f" ({group}.revision={revision}; another network needs one of its own, or null)" if revision else ""
+
+
 def load_autoencoder(cfg: DictConfig) -> tuple[nn.Module, str]:
     """The frozen autoencoder of `autoencoder.path` (a folder or a hub name) and its fingerprint.
 
     Raises:
         UserError: it is not there.
     """
-    path = _resolve(cfg.autoencoder.path)
-    loader = getattr(diffusers, cfg.autoencoder.class_name)
+    path, revision = _resolve(cfg.autoencoder.path), cfg.autoencoder.get("revision")
+    loader, subfolder = getattr(diffusers, cfg.autoencoder.class_name), cfg.autoencoder.get("subfolder")
     try:
-        autoencoder = loader.from_pretrained(path, subfolder=cfg.autoencoder.get("subfolder"), use_safetensors=True)
+        autoencoder = loader.from_pretrained(path, subfolder=subfolder, revision=revision, use_safetensors=True)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"no {cfg.autoencoder.class_name} at autoencoder.path={cfg.autoencoder.path}: run `make autoencoder`, "
-            "give a folder or a hub name that can be reached, or choose autoencoder=bluemarble_f8c16"
+            f"no {cfg.autoencoder.class_name} at autoencoder.path={cfg.autoencoder.path}{_pinned('autoencoder', cfg)}: "
+            "run `make autoencoder`, give a folder or a hub name that can be reached, or choose "
+            "autoencoder=bluemarble_f8c16"
         ) from error
-    folder = Path(path) / (cfg.autoencoder.get("subfolder") or "")
-    weights = [file_digest(file) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [str(folder)]
+    folder = Path(path) / (subfolder or "")
+    weights = [file_digest(file) for file in sorted(folder.glob("*.safetensors"))]
+    weights = weights if folder.is_dir() else [str(folder), revision]
     config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
     return autoencoder.eval().requires_grad_(False), fingerprint(weights=weights, config=config)
 
@@ -116,6 +124,7 @@ def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
     Raises:
         UserError: it is not there.
     """
+    revision = cfg.text_encoder.get("revision")
     if cfg.text_encoder.kind == "train":
         directory = _train_text_encoder(cfg, corpus)
         folders = {"clip": directory / "clip", "text_encoder": directory / "text_encoder"}
@@ -125,19 +134,20 @@ def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
         path = _resolve(cfg.text_encoder.path)
         folders = {"clip": path, "text_encoder": path, "tokenizer": path}
         files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else []
-        key = fingerprint(files=[file_digest(file) for file in files]) if files else path
+        key = fingerprint(files=[file_digest(file) for file in files]) if files else f"{path}@{revision}"
     try:
-        clip = CLIPModel.from_pretrained(folders["clip"], use_safetensors=True).eval().requires_grad_(False)
-        text_encoder = CLIPTextModel.from_pretrained(folders["text_encoder"], use_safetensors=True)
-        tokenizer = CLIPTokenizer.from_pretrained(folders["tokenizer"])
+        clip = CLIPModel.from_pretrained(folders["clip"], revision=revision, use_safetensors=True)
+        clip = clip.eval().requires_grad_(False)
+        text_encoder = CLIPTextModel.from_pretrained(folders["text_encoder"], revision=revision, use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folders["tokenizer"], revision=revision)
         pixels = to_tensor
         if cfg.text_encoder.kind != "train":  # the one trained here sees pixels as they are
-            pixels = PixelRecipe.of(folders["clip"], clip.config.vision_config.image_size)
+            pixels = PixelRecipe.of(folders["clip"], clip.config.vision_config.image_size, revision)
         return TextParts(text_encoder.eval().requires_grad_(False), tokenizer, clip, key, pixels)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"no CLIP model at text_encoder.path={cfg.text_encoder.get('path')}: give a folder or a hub name that can "
-            "be reached, or train one here with text_encoder=clip_local"
+            f"no CLIP model at text_encoder.path={cfg.text_encoder.get('path')}{_pinned('text_encoder', cfg)}: give a "
+            "folder or a hub name that can be reached, or train one here with text_encoder=clip_local"
         ) from error
 
 
