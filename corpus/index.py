@@ -65,6 +65,7 @@ class Source(Protocol):
         """One row an image, with at least id, scene ("" unknown) and caption ("" none).
 
         A column `stamp` that changes with an image's bytes lets the next index take over what has not changed.
+        A column `ground` says which images share no ground: those with different values, where neither is "".
         """
 
     def reader(self, rows: np.ndarray) -> Reader:

@@ -88,23 +88,31 @@ def _resolve(path: str) -> str:
     return path
 
 
+def _pinned(group: str, cfg: DictConfig) -> str:
+    """For the line about a network of the hub that cannot be loaded: another one has other commits."""
+    revision = cfg[group].get("revision")
+    return f" ({group}.revision={revision}; another network needs one of its own, or null)" if revision else ""
+
+
 def load_autoencoder(cfg: DictConfig) -> tuple[nn.Module, str]:
     """The frozen autoencoder of `autoencoder.path` (a folder or a hub name) and its fingerprint.
 
     Raises:
         UserError: it is not there.
     """
-    path = _resolve(cfg.autoencoder.path)
-    loader = getattr(diffusers, cfg.autoencoder.class_name)
+    path, revision = _resolve(cfg.autoencoder.path), cfg.autoencoder.get("revision")
+    loader, subfolder = getattr(diffusers, cfg.autoencoder.class_name), cfg.autoencoder.get("subfolder")
     try:
-        autoencoder = loader.from_pretrained(path, subfolder=cfg.autoencoder.get("subfolder"), use_safetensors=True)
+        autoencoder = loader.from_pretrained(path, subfolder=subfolder, revision=revision, use_safetensors=True)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"no {cfg.autoencoder.class_name} at autoencoder.path={cfg.autoencoder.path}: run `make autoencoder`, "
-            "give a folder or a hub name that can be reached, or choose autoencoder=bluemarble_f8c16"
+            f"no {cfg.autoencoder.class_name} at autoencoder.path={cfg.autoencoder.path}{_pinned('autoencoder', cfg)}: "
+            "run `make autoencoder`, give a folder or a hub name that can be reached, or choose "
+            "autoencoder=bluemarble_f8c16"
         ) from error
-    folder = Path(path) / (cfg.autoencoder.get("subfolder") or "")
-    weights = [file_digest(file) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [str(folder)]
+    folder = Path(path) / (subfolder or "")
+    weights = [file_digest(file) for file in sorted(folder.glob("*.safetensors"))]
+    weights = weights if folder.is_dir() else [str(folder), revision]
     config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
     return autoencoder.eval().requires_grad_(False), fingerprint(weights=weights, config=config)
 
@@ -124,15 +132,15 @@ def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
         path = _resolve(options.path)
         folders = {"clip": path, "text_encoder": path, "tokenizer": path}
         files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else []
-        key = fingerprint(files=[file_digest(file) for file in files]) if files else path
+        key = fingerprint(files=[file_digest(file) for file in files]) if files else f"{path}@{revision}"
     trained = options.kind == "train"
     try:
         text_encoder = CLIPTextModel.from_pretrained(folders["text_encoder"], revision=revision, use_safetensors=True)
         scorer = load_clip(folders["clip"], folders["tokenizer"], options.score_name, revision=revision, plain=trained)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"no CLIP model at text_encoder.path={options.get('path')}: give a folder or a hub name that can "
-            "be reached, or train one here with text_encoder=clip_local"
+            f"no CLIP model at text_encoder.path={options.get('path')}{_pinned('text_encoder', cfg)}: give a "
+            "folder or a hub name that can be reached, or train one here with text_encoder=clip_local"
         ) from error
     place = {"name": options.score_name, "revision": revision, "plain": trained}
     place |= {"folder": folders["clip"], "tokenizer": folders["tokenizer"]}

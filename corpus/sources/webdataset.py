@@ -22,7 +22,7 @@ import pandas as pd
 from corpus.captions import caption_facts, encodable, scalars
 from corpus.decoding import NO_MASK, UNREADABLE_FILE, VANISHED, decode_image, decode_mask
 from corpus.index import Sample
-from corpus.splits import check, hashed_split, thinned
+from corpus.splits import assigned, check, thinned
 from runtime.errors import UserError
 from runtime.progress import progress
 
@@ -87,9 +87,10 @@ class WebDataset:
 
     Args:
         urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::".
-        split: "all", "train" or "test"; an image is of the split that its facts name, else of its hash.
+        split: "all", "train", "val" or "test"; an image is of the split that its facts name, else of its hash's;
+            `corpus.splits` has the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
-        test_share: share of the images that the hash holds out.
+        val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many samples, evenly spread (None: all).
         classes: names of the mask values; empty: masks are left alone.
         content_hash: an image has changed if its bytes have, all of which are read for it, not if its shard has.
@@ -101,6 +102,7 @@ class WebDataset:
     urls: str | None = None
     split: str = "all"
     resolution: int = 64
+    val_share: float = 0.1
     test_share: float = 0.1
     limit: int | None = None
     classes: tuple[str, ...] = ()
@@ -111,7 +113,7 @@ class WebDataset:
     def __post_init__(self) -> None:
         if not self.urls:
             raise UserError("corpus=webdataset reads no shards yet: say which with corpus.urls='DIR/{000..009}.tar'")
-        check(self.split, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
 
     @property
     def version(self) -> dict[str, str]:
@@ -177,14 +179,14 @@ class WebDataset:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"corpus.urls: {shard} cannot be opened ({reason}): check the URL and the network"
-            ) from None
+            ) from error
         tag = next((facts[key] for key in ("mtime", "ETag", "etag", "LastModified", "md5") if facts.get(key)), "")
         return f"{facts.get('size')}-{tag}"
 
     @cached_property
     def _chosen(self) -> list[_Item]:
         """Samples of the split, thinned to the limit."""
-        items, seen = [], {}
+        items, names, seen = [], [], {}
         for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
             for item in _items(shard, "" if self.content_hash else self._shard_stamp(shard), bool(self.classes)):
                 identifier = item.id.encode("utf-8", "backslashreplace").decode()
@@ -195,9 +197,11 @@ class WebDataset:
                     identifier = f"{identifier}#{number}"
                     seen[identifier] = 1
                     item = _Item(id=identifier, problem=item.problem or DUPLICATE)
-                item = replace(item, id=identifier)
-                if self.split in ("all", item.facts.pop("split", None) or hashed_split(item.id, self.test_share)):
-                    items.append(item)
+                names.append(item.facts.pop("split", ""))
+                items.append(replace(item, id=identifier))
+        if self.split != "all":
+            splits = assigned(self.name, [item.id for item in items], names, self.val_share, self.test_share)
+            items = [item for item, split in zip(items, splits, strict=True) if split == self.split]
         return [items[row] for row in thinned(len(items), self.limit)]
 
 
@@ -315,7 +319,7 @@ def _item(sample: dict[str, Any], stamp: str, masks: bool, doubled: bool) -> _It
     row = facts if captions is None or facts.get("captions") else {"text": captions}
     known = scalars(facts)
     if facts.get("split"):
-        known["split"] = "train" if str(facts["split"]).lower() == "train" else "test"
+        known["split"] = str(facts["split"])
     return _Item(
         id=str(facts.get("id") or key),
         stamp=_stamp(stamp, *(sample[suffix] for suffix in (image, mask) if suffix)),
