@@ -15,6 +15,7 @@ from runtime.artefacts import COMPLETE, fingerprint, plain, read_json, stage, wr
 from runtime.errors import UserError
 from runtime.parallel import cores, in_processes
 from runtime.progress import progress
+from runtime.versions import versions_of
 
 #: Folder of a corpus stage with the results of its scans.
 SCANNED = "scanned"
@@ -339,10 +340,11 @@ def _storable(manifest: pd.DataFrame) -> pd.DataFrame:
 
 
 def indexes_of(source: Any, runs: Path | str) -> Iterator[Corpus]:
-    """What is indexed of a source (as JSON) from before files came, went or changed, the newest first."""
+    """What this code has indexed of a source (as JSON) from before files came, went or changed, the newest first."""
     stages = sorted((Path(runs) / "corpus").glob(f"*/{COMPLETE}"), key=lambda path: -path.stat().st_mtime_ns)
     for path in stages:
-        if read_json(path)["inputs"]["source"] == source:
+        facts = read_json(path)
+        if facts["inputs"]["source"] == source and facts.get("version") == versions_of("corpus")["corpus"]:
             corpus = open_corpus(path.parent)
             if "stamp" in corpus.manifest:
                 yield corpus

@@ -267,7 +267,8 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
         with track(cfg, task.name, name) as tracker:
             _train(cfg, task, name, foundation, corpus, parts, held, directory, tracker)
 
-    return stage(cfg.runs, task.name, inputs, build, resumable=True, together=first_process_says(cfg))
+    together = first_process_says(cfg)
+    return stage(cfg.runs, task.name, inputs, build, resumable=True, together=together, code="downstream")
 
 
 def _cached_latents(

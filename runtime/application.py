@@ -64,12 +64,14 @@ def run(main: Callable) -> None:
     from runtime.artefacts import is_main_process
     from runtime.errors import UserError
     from runtime.launch import start_the_others
+    from runtime.provenance import command
 
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
         try:
-            with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO()):
-                main(cfg)  # of several processes the first alone prints the result
+            quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
+            with quiet, command(cfg):  # of several processes the first alone prints the result
+                main(cfg)
         except (UserError, OmegaConfBaseException, HydraException) as error:  # inside, or Hydra prints a page first
             _fail(str(error) if isinstance(error, UserError) else _one_line(error))
         except OSError as error:

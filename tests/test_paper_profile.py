@@ -356,7 +356,7 @@ def build(directory):
     if together:  # as in training: none goes on before all are there
         together(True)
 
-final = stage(sys.argv[1], "work", {"seed": 1}, build, together=together)
+final = stage(sys.argv[1], "bench", {"seed": 1}, build, together=together)
 print(sorted(file.name for file in final.iterdir() if file.name != COMPLETE))
 """
 
@@ -396,7 +396,7 @@ def free_ports(count: int) -> list[int]:
 def test_one_process_of_a_launch_builds_and_all_find_it(tmp_path: Path) -> None:
     outputs = printed(launched(tmp_path, ("1", "0"), 0))  # the first process arrives last
     assert outputs == ["['built_by_0']"] * 2
-    assert [path.name.endswith(".partial") for path in (tmp_path / "work").iterdir()] == [False]
+    assert [path.name.endswith(".partial") for path in (tmp_path / "bench").iterdir()] == [False]
 
 
 @pytest.mark.slow

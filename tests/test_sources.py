@@ -997,7 +997,7 @@ def test_the_second_of_two_runs_waits_and_says_so(tmp_path: Path, repository: Pa
         "from pathlib import Path\nfrom runtime.artefacts import stage\n"
         "def build(directory):\n"
         f"    open({str(tmp_path / 'builds')!r}, 'a').write('built\\n'); time.sleep(1.5)\n"
-        f"print(stage({str(tmp_path / 'runs')!r}, 'slow', {{'a': 1}}, build))\n"
+        f"print(stage({str(tmp_path / 'runs')!r}, 'bench', {{'a': 1}}, build))\n"
     )
     runs = []
     for _ in range(2):
@@ -1021,7 +1021,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(growing: Path, tmp_pa
     if mount.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
     try:
-        kept = stage(small / "runs", "earlier", {}, lambda directory: (directory / "a").write_text("whole"))
+        kept = stage(small / "runs", "bench", {}, lambda directory: (directory / "a").write_text("whole"))
         for number in range(300):
             texture(number, side=8).save(growing / f"more{number}.png")
         command = [
