@@ -190,9 +190,3 @@ def _alone(path: Path, final: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def provenance(directory: Path) -> dict[str, Any]:
-    """Commit and package versions with which a stage's directory was built."""
-    facts = read_json(directory / COMPLETE)
-    return {"commit": facts.get("commit", "unknown"), "versions": facts.get("versions", {})}

@@ -28,44 +28,54 @@ class Stage:
     after: tuple[str, ...] = ()
 
 
+_NETWORKS = ("train.components", "train.networks", "train.objective", "train.loop", "train.ema", "train.checkpoint")
 STAGES = {
     "corpus": Stage(version=1, modules=("corpus",)),
     "entropy": Stage(version=1, modules=("prune.entropy", "prune.features")),
     "embedding": Stage(version=1, modules=("encoders", "prune.features")),
-    "selection": Stage(version=1, modules=("prune",), after=("entropy", "embedding")),
-    "held_out": Stage(version=1, modules=("eval.held_out", "encoders")),
-    "text_encoder": Stage(
-        version=1, modules=("train.text_encoder", "train.captions", "train.components", "train.loop")
+    "selection": Stage(
+        version=1,
+        modules=(
+            "prune.allocation",
+            "prune.clusters",
+            "prune.library",
+            "prune.methods",
+            "prune.neighbours",
+            "prune.pool",
+            "prune.scenes",
+            "prune.selection",
+        ),
+        after=("entropy", "embedding"),
     ),
+    "text_encoder": Stage(version=1, modules=("train.text_encoder", "train.captions", *_NETWORKS)),
     "prompts": Stage(version=1, modules=("train.text_encoder",)),
     "latents": Stage(version=1, modules=("train.latents",)),
-    "autoencoder": Stage(
-        version=1, modules=("train.autoencoder", "train.latents", "train.loop", "encoders"), after=("held_out",)
-    ),
-    "pretrain": Stage(version=1, modules=("train", "eval"), after=("latents", "prompts", "held_out")),
-    "evaluate": Stage(version=1, modules=("eval",), after=("held_out",)),
-    "condition_latents": Stage(version=1, modules=("downstream.conditional",)),
-    "segmenter": Stage(version=1, modules=("downstream.semantic_synthesis", "train.loop")),
-    "downstream": Stage(
+    "autoencoder": Stage(version=1, modules=("train.autoencoder", "train.latents", "encoders", *_NETWORKS)),
+    "pretrain": Stage(
         version=1,
-        modules=("downstream", "train", "eval"),
-        after=("latents", "condition_latents", "prompts", "segmenter", "held_out"),
+        modules=("train.foundation", "train.data", "train.captions", "train.latents", "train.metadata", *_NETWORKS),
+        after=("latents", "prompts"),
     ),
-    "bicubic": Stage(
+    "held_out": Stage(version=1, modules=("eval.held_out", "encoders")),
+    "generated": Stage(version=1, modules=("eval.generate", "eval.models")),
+    "measured": Stage(
         version=1,
-        modules=("downstream.super_resolution", "downstream.image_metrics", "eval.metrics"),
+        modules=("eval.measuring", "eval.metrics", "eval.distances", "eval.pairs", "encoders"),
         after=("held_out",),
+    ),
+    "real_confusion": Stage(version=1, modules=("eval.measuring", "encoders.clip_scores")),
+    "measure": Stage(version=1, modules=("eval.measuring_any",), after=("measured",)),
+    "reference_rows": Stage(
+        version=1, modules=("eval.reference_rows", "eval.subsets", "train.latents"), after=("measured",)
     ),
     "subset": Stage(
         version=1,
-        modules=("scripts.cells", "eval.quality", "eval.metrics"),
-        after=("embedding", "entropy", "held_out"),
+        modules=("eval.subset_quality", "eval.subsets", "prune.measured_subset"),
+        after=("embedding", "measured"),
     ),
-    "floors": Stage(
-        version=1,
-        modules=("scripts.reproduce", "eval.reference_rows", "eval.metrics", "train.latents"),
-        after=("embedding", "held_out"),
-    ),
+    "condition_latents": Stage(version=1, modules=("downstream.conditional",)),
+    "segmenter": Stage(version=1, modules=("downstream.semantic_synthesis", "train.loop")),
+    "downstream": Stage(version=1, modules=("downstream", *_NETWORKS), after=("latents", "condition_latents")),
     "samples": Stage(version=1, modules=("scripts.sample", "train.sampler", "eval.generate")),
     "bench": Stage(version=1, modules=("scripts.bench_selection",)),
     "bench_jpegs": Stage(version=1, modules=("scripts.bench",)),
