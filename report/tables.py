@@ -74,7 +74,7 @@ def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
     Columns: kind ("measured" or "reference"), corpus, prune, ratio, step, seeds (how many), the fields that only
     ablation rows have, then the metrics. Rows of one cell that differ in the seed alone become one: means, and, of
     several seeds, standard deviations as `<metric>_spread` in place of intervals. Of several rows for one cell and seed
-    the newest counts. Reference rows stand at the bottom of every table with which they share a metric.
+    the newest counts. Reference rows stand at the bottom of every table with which they share a distance.
     """
     rows = list(rows)
     tables = {}
@@ -103,7 +103,7 @@ def _record(row: Row, kind: str, *, extras: bool) -> dict[str, Any]:
 
 def _frame(name: str, measured: list[dict[str, Any]], references: list[dict[str, Any]]) -> pd.DataFrame:
     metrics = sorted({key for record in measured for key in record if key.startswith("metric:")}, key=_column_order)
-    compared = {key for key in metrics if _set_of(key)} or set(metrics)
+    compared = {key for key in metrics if _is_distance(key)}
     corpora = {record["corpus"] for record in measured}
     references = [record for record in references if record["corpus"] in corpora and compared & set(record)]
     own = {key for record in references for key in record if key.startswith("metric:")} if name == "generation" else []
@@ -143,9 +143,9 @@ def _row_order(name: str, record: dict[str, Any]) -> tuple[Any, ...]:
     return not measured, str(record["corpus"]), early, rank, ratio, late, fields
 
 
-def _set_of(column: str) -> str:
+def _is_distance(column: str) -> bool:
     quantity = Quantity.parse(column.removeprefix("metric:"))
-    return quantity.held_out if quantity else ""
+    return quantity is not None and quantity.entry.by == "encoder"
 
 
 def _column_order(column: str) -> tuple[Any, ...]:
