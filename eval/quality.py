@@ -9,6 +9,7 @@ import numpy as np
 
 from eval.held_out import HeldOut
 from eval.metrics import compare_features
+from eval.waste import ImageRows, low_information_fraction, near_duplicate_fraction
 
 #: Images of a subset on which the quadratic measures run.
 SAMPLE = 2000
@@ -20,9 +21,9 @@ def subset_quality(
     embeddings: np.ndarray,
     encoder: str,
     *,
+    images: np.ndarray | ImageRows,
+    corpus_sample: np.ndarray | ImageRows,
     scenes: np.ndarray,
-    entropy: np.ndarray,
-    low_information_bits: float,
     seed: int,
 ) -> dict[str, float]:
     """Everything about the selected real images themselves, without training.
@@ -33,9 +34,9 @@ def subset_quality(
         rows: int64 [K], the selection.
         sets: held-out sets, by name.
         embeddings: float [N, D] of the whole corpus, by the encoder of the held-out features.
+        images: uint8 [K, H, W, 3], the selected images.
+        corpus_sample: uint8 [M, H, W, 3], readable images of the whole corpus, drawn at random.
         scenes: str [N], the corpus's own labels, or "" where there are none.
-        entropy: float [N] in bits.
-        low_information_bits: below it an image says little.
     """
     metrics: dict[str, float] = {}
     for index, (name, held) in enumerate(sets.items()):
@@ -50,9 +51,8 @@ def subset_quality(
     metrics["vendi"] = vendi_score(points)
     if (scenes != "").any():
         metrics["scene_entropy"] = scene_entropy(scenes[rows], len(set(scenes[scenes != ""].tolist())))
-    everything = unit(np.asarray(embeddings[rows], dtype=np.float32) - centre)
-    metrics["near_duplicates"] = duplicate_rate(everything)
-    metrics["low_information"] = float((entropy[rows] < low_information_bits).mean())
+    metrics["near_duplicates"] = near_duplicate_fraction(images)
+    metrics["low_information"] = low_information_fraction(images, corpus_sample)
     return metrics
 
 
@@ -109,19 +109,6 @@ def scene_entropy(scenes: np.ndarray, known: int) -> float:
     counts = np.unique(scenes[scenes != ""], return_counts=True)[1]
     shares = counts / max(counts.sum(), 1)
     return float(-(shares * np.log(shares)).sum() / np.log(known)) if known > 1 else 1.0
-
-
-def duplicate_rate(points: np.ndarray, similarity: float = 0.98) -> float:
-    """Share of images whose nearest other image of the subset has a cosine above `similarity`; exact, by faiss.
-
-    Args:
-        points: float32 [n, D], unit length.
-    """
-    if len(points) < 2:
-        return 0.0
-    index = faiss.IndexFlatIP(points.shape[1])
-    index.add(points)
-    return float((index.search(points, 2)[0][:, 1] > similarity).mean())
 
 
 def representation(points: np.ndarray, kept: np.ndarray, groups: np.ndarray) -> float:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from omegaconf import DictConfig
 
+from prune.selection import select
 from report.tables import append_result
 from runtime.application import run
 from runtime.artefacts import read_json
@@ -15,14 +18,28 @@ METHOD = "rsprune"
 DEFAULT = "none (default)"
 
 
+def kept_by(cfg: DictConfig) -> np.ndarray:
+    """Which images of the corpus the method keeps, bool [N]."""
+    directory, _ = select(cfg, METHOD)
+    return pd.read_parquet(directory / "selection.parquet", columns=["kept"])["kept"].to_numpy()
+
+
+def selection_note(kept: np.ndarray, default: np.ndarray) -> str:
+    """Whether a change changes anything: with the same images kept, its row repeats the default's."""
+    return "same as default" if np.array_equal(kept, default) else "different"
+
+
 def main(cfg: DictConfig) -> None:
     results = Path(cfg.results) / cfg.profile.name / "ablation"
+    default = kept_by(with_method(METHOD))
     for change in [None, *cfg.ablation.changes]:
-        directory = subset(with_method(METHOD, overrides=[] if change is None else [change]), METHOD)
+        chosen = with_method(METHOD, overrides=[] if change is None else [change])
+        directory = subset(chosen, METHOD)
         metrics = read_json(directory / "metrics.json")
-        row = result_row(cfg, "ablation", METHOD, float(cfg.ratio), metrics, directory, change=change or DEFAULT)
+        fields = {"change": change or DEFAULT, "selection": selection_note(kept_by(chosen), default)}
+        row = result_row(cfg, "ablation", METHOD, float(cfg.ratio), metrics, directory, **fields)
         append_result(results / "results.jsonl", row)
-        print(f"{row['change']}: done", flush=True)
+        print(f"{row['change']}: {row['selection']}", flush=True)
     publish(results, "ablation")
 
 

@@ -15,16 +15,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from eval.quality import subset_quality
-from prune.entropy import LocalEntropy
-from prune.features import corpus_embeddings, corpus_entropy
+from eval.waste import ImageRows
+from prune.features import corpus_embeddings
 from prune.selection import select
 from report.tables import build_tables, read_results, to_markdown, write_tables
 from runtime.artefacts import fingerprint, stage, write_json
 from train.components import load_encoder
 from train.foundation import held_out
 
-#: Share of the corpus, the lowest in entropy, that counts as low in information.
-LOW_INFORMATION = 0.2
+#: Images of the corpus that say which size of a JPEG is low.
+CORPUS_SAMPLE = 20_000
 
 
 def with_method(method: str, ratio: float | None = None, overrides: Sequence[str] = ()) -> DictConfig:
@@ -42,20 +42,20 @@ def subset(cfg: DictConfig, method: str) -> Path:
     def build(directory: Path) -> None:
         rows = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
         embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
-        entropy = corpus_entropy(corpus, LocalEntropy(), cfg.runs)  # one yardstick, whatever the method measured by
+        readable = np.random.default_rng([cfg.seed, 320]).permutation(np.flatnonzero(corpus.readable))
         metrics = subset_quality(
             rows,
             sets,
             embeddings,
             encoder.name,
+            images=ImageRows(corpus.images, rows),
+            corpus_sample=ImageRows(corpus.images, np.sort(readable[:CORPUS_SAMPLE])),
             scenes=corpus.manifest["scene"].to_numpy(dtype=object),
-            entropy=entropy,
-            low_information_bits=float(np.quantile(entropy[corpus.readable], LOW_INFORMATION)),
             seed=cfg.seed,
         )
         write_json(directory / "metrics.json", metrics)
 
-    inputs = {"selection": selection.name, "held_out": sets["balanced"].corpus.fingerprint}
+    inputs = {"version": 2, "selection": selection.name, "held_out": sets["balanced"].corpus.fingerprint}
     inputs |= {"images": cfg.eval.images, "encoder": cfg.eval.encoder, "seed": cfg.seed}
     return stage(cfg.runs, "subset", inputs, build)
 
