@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval import distances, pairs, subsets
+from eval import distances, pairs, subsets, waste
 from eval.distances import Interval
 
 #: Held-out sets, and the prefix of their metrics' names.
@@ -66,6 +66,10 @@ METRICS: dict[str, Metric] = {
     "miou": Metric("mIoU", "higher", 3, ("segmentation", "masks", "classes"), pairs.mean_intersection_over_union),
     "pixel_accuracy": Metric("pixel accuracy", "higher", 3, ("segmentation", "masks", "classes"), pairs.pixel_accuracy),
     "vendi": Metric("Vendi score", "higher", 1, ("subset_features",), subsets.vendi_score, "encoder"),
+    "near_duplicates": Metric("near-duplicates", "lower", 3, ("subset_images",), waste.near_duplicate_fraction),
+    "low_information": Metric(
+        "low information", "lower", 3, ("subset_images", "corpus_images"), waste.low_information_fraction
+    ),
     "scene_entropy": Metric("scene evenness", "higher", 3, ("subset_scenes", "scene_count"), subsets.scene_entropy),
 }
 

@@ -11,6 +11,7 @@ from eval.held_out import HeldOut
 from eval.measuring import compare, with_set
 from eval.metrics import compute
 from eval.subsets import unit
+from eval.waste import ImageRows
 
 #: Images of a subset on which the quadratic measures run, and of the corpus that a subset is compared with.
 SAMPLE = 2000
@@ -40,8 +41,8 @@ def subset_quality(
     centre = np.asarray(values[everywhere], dtype=np.float32).mean(axis=0)
     inputs = {
         "subset_features": unit(np.asarray(values[sample], dtype=np.float32) - centre),
-        "subset_images": corpus.images[np.sort(rows)],
-        "corpus_images": corpus.images[everywhere],
+        "subset_images": ImageRows(corpus.images, np.sort(rows)),
+        "corpus_images": ImageRows(corpus.images, everywhere),
     }
     scenes = corpus.manifest["scene"].to_numpy(dtype=object)
     if (scenes != "").any():

@@ -41,19 +41,6 @@ def scene_entropy(scenes: np.ndarray, known: int) -> float:
     return float(-(shares * np.log(shares)).sum() / np.log(known)) if known > 1 else 1.0
 
 
-def duplicate_rate(points: np.ndarray, similarity: float = 0.98) -> float:
-    """Share of images whose nearest other image of the subset has a cosine above `similarity`; exact, by faiss.
-
-    Args:
-        points: float32 [n, D], unit length.
-    """
-    if len(points) < 2:
-        return 0.0
-    index = faiss.IndexFlatIP(points.shape[1])
-    index.add(points)
-    return float((index.search(points, 2)[0][:, 1] > similarity).mean())
-
-
 def representation(points: np.ndarray, kept: np.ndarray, groups: np.ndarray) -> float:
     """Mean cosine of an image to its nearest kept one, averaged within each group first: all groups count alike.
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from prune.pool import Pool, Selection
+from prune.ranks import ascending
 
 CHUNK = 16_384
 #: Products (points x clusters) from which a k-means gains by more than one thread.
@@ -185,8 +186,8 @@ def corpus_clusters(
 
 
 def ranked(pool: Pool, rows: np.ndarray, score: np.ndarray, budget: int, reason: str, **diagnostics: Any) -> Selection:
-    """Keep the `budget` rows of the highest score; ties go to the first."""
-    kept = rows[np.argsort(-score, kind="stable")[:budget]]
+    """Keep the `budget` rows of the highest score; equal scores at the cut are drawn from (`prune.ranks`)."""
+    kept = rows[ascending(-score)[:budget]]
     return Selection.of(pool, kept, reason, **diagnostics)
 
 

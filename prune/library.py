@@ -83,6 +83,18 @@ def select_from_arrays(
     Raises:
         UserError: shapes disagree, a number is not finite, or the ratio is out of range.
     """
+    pool = _pool(embeddings, entropy, reference, labels, readable)
+    return method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([seed, 2]))
+
+
+def _pool(
+    embeddings: np.ndarray,
+    entropy: np.ndarray | None,
+    reference: np.ndarray | None,
+    labels: np.ndarray | None,
+    readable: np.ndarray | None,
+) -> Pool:
+    """The pool of checked arrays; see `select_from_arrays`."""
     embeddings = _matrix(embeddings, "embeddings")
     size = len(embeddings)
     readable = np.ones(size, dtype=bool) if readable is None else _vector(readable, size, "readable").astype(bool)
@@ -103,7 +115,7 @@ def select_from_arrays(
             "embed both with one encoder"
         )
     refuse_not_finite(reference, np.ones(len(reference), dtype=bool), "reference")
-    pool = Pool(
+    return Pool(
         ids=np.arange(size).astype(str),
         readable=readable,
         entropy=entropy,
@@ -111,7 +123,6 @@ def select_from_arrays(
         reference_embeddings=reference,
         reference_labels=_vector(labels, len(reference), "labels").astype(str).astype(object),
     )
-    return method.select(pool, budget_of(size, ratio), np.random.default_rng([seed, 2]))
 
 
 def budget_of(images: int, ratio: float) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from corpus.index import QUARANTINE, Corpus, index_corpus, quarantined
+from encoders.efficientnet import EfficientNetLite0
+from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import budget_of, refuse_not_finite
 from prune.pool import Pool, Selection
@@ -20,6 +23,9 @@ from report.prune_report import write_prune_report
 from runtime.artefacts import COMPLETE, plain, stage, write_json
 from runtime.errors import UserError
 from runtime.tracking import track
+
+#: Of the rules by which methods select; a new one computes selections anew.
+VERSION = 2
 
 
 def method_name() -> str:
@@ -50,6 +56,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
     inputs = {
+        "version": VERSION,
         "corpus": corpus.fingerprint,
         "method": method,
         "ratio": ratio,
@@ -60,47 +67,65 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     }
 
     def build(directory: Path) -> None:
-        with clock("entropy"):
-            entropy = corpus_entropy(corpus, measure, cfg.runs)
-        with clock("embedding"):
-            embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
-        with clock("reference"):
-            reference = index_corpus(instantiate(cfg.reference.source), cfg.runs)
-            rows = reference_rows(reference, cfg.reference.per_scene, np.random.default_rng([cfg.seed, 1]))
-            reference_embeddings = corpus_embeddings(reference, encoder, cfg.runs)[rows]
-        pool = Pool(
-            ids=corpus.manifest["id"].to_numpy(),
-            readable=corpus.readable,
-            entropy=entropy,
-            embeddings=embeddings,
-            reference_embeddings=reference_embeddings,
-            reference_labels=reference.manifest["scene"].to_numpy(dtype=object)[rows],
-            captions=corpus.manifest["caption"].to_numpy(),
-        )
-        refuse_not_finite(embeddings, corpus.readable, f"the embeddings of corpus {corpus.name}")
+        pool = corpus_pool(cfg, corpus, measure, encoder, clock)
         with clock("selection"):
             selection = method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([cfg.seed, 2]))
         table = selection_table(pool, selection)
-        table.to_parquet(directory / "selection.parquet", index=False)
-        quarantined(corpus.manifest).to_parquet(directory / QUARANTINE, index=False)
         summary = summarise(table, corpus, selection, name, ratio, cfg.seed, clock.seconds)
         if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run, whose time we have not
             summary["images_per_second"] = None
-        write_json(directory / "summary.json", summary)
-        write_prune_report(
-            directory / "report.html",
-            table,
-            summary,
-            corpus.images,
-            np.random.default_rng([cfg.seed, 3]),
-            embeddings=embeddings,
-            places=corpus.manifest if {"lon", "lat"} <= set(corpus.manifest) else None,
-        )
+        write_selection(directory, table, summary, corpus, pool.embeddings)
         with track(cfg, "prune", name) as tracker:
             tracker.summary({key: value for key, value in summary.items() if not isinstance(value, dict)})
             tracker.table("scenes", _scene_frame(summary["true_scenes"]))
 
     return stage(cfg.runs, "selection", inputs, build), corpus
+
+
+def corpus_pool(
+    cfg: DictConfig, corpus: Corpus, measure: LocalEntropy, encoder: EfficientNetLite0, clock: _Clock
+) -> Pool:
+    """The pool of an indexed corpus: its features, and those of the reference set that the config names.
+
+    Raises:
+        UserError: an embedding is not finite, or the reference set has no labels.
+    """
+    with clock("entropy"):
+        entropy = corpus_entropy(corpus, measure, cfg.runs)
+    with clock("embedding"):
+        embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
+    with clock("reference"):
+        reference = index_corpus(instantiate(cfg.reference.source), cfg.runs)
+        rows = reference_rows(reference, cfg.reference.per_scene, np.random.default_rng([cfg.seed, 1]))
+        reference_embeddings = corpus_embeddings(reference, encoder, cfg.runs)[rows]
+    refuse_not_finite(embeddings, corpus.readable, f"the embeddings of corpus {corpus.name}")
+    return Pool(
+        ids=corpus.manifest["id"].to_numpy(),
+        readable=corpus.readable,
+        entropy=entropy,
+        embeddings=embeddings,
+        reference_embeddings=reference_embeddings,
+        reference_labels=reference.manifest["scene"].to_numpy(dtype=object)[rows],
+        captions=corpus.manifest["caption"].to_numpy(),
+    )
+
+
+def write_selection(
+    directory: Path, table: pd.DataFrame, summary: dict[str, Any], corpus: Corpus, embeddings: np.ndarray
+) -> None:
+    """Write selection.parquet, the quarantine, summary.json and report.html into a directory."""
+    table.to_parquet(directory / "selection.parquet", index=False)
+    quarantined(corpus.manifest).to_parquet(directory / QUARANTINE, index=False)
+    write_json(directory / "summary.json", summary)
+    write_prune_report(
+        directory / "report.html",
+        table,
+        summary,
+        corpus.images,
+        np.random.default_rng([summary["seed"], 3]),
+        embeddings=embeddings,
+        places=corpus.manifest if {"lon", "lat"} <= set(corpus.manifest) else None,
+    )
 
 
 def selection_table(pool: Pool, selection: Selection) -> pd.DataFrame:

@@ -16,6 +16,8 @@ from report.page import LEADS, Gallery, figure_bytes, write_report
 #: Scenes with a gallery of their own, the largest first.
 MOST_SCENES = 40
 NO_SCENE = "no scene"
+#: Counts of a method that the page shows, where it gives them.
+COUNTED = ("dropped_by_entropy", "returned_by_entropy", "skipped_as_duplicate")
 #: Images on the map.
 MAPPED = 3000
 WORLD_MAPPED = 6000
@@ -190,6 +192,8 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
     }
     if threshold is not None:
         facts["entropy threshold"] = f"{threshold:.2f} bits"
+    counts = summary.get("facts") or {}
+    facts |= {name.replace("_", " "): f"{counts[name]:,}" for name in COUNTED if name in counts}
     if summary.get("images_per_second"):
         facts["images a second"] = f"{summary['images_per_second']:,.0f}"
     return facts

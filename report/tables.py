@@ -37,7 +37,7 @@ TABLE_NOTES = {
     "equally many images.",
     "subset_quality": "The kept real images themselves against the held-out images, before any training; Vendi score "
     "(effective number of kinds), evenness of the true scenes, fractions of near-duplicates (perceptual hash) and of "
-    "images of low information (gradient energy).",
+    "images of low information (JPEG bytes).",
     "super_resolution": "Held-out images restored from a quarter of their side. scratch: the same network without a "
     "foundation, with as many steps of fine-tuning, and with the foundation's steps added.",
     "semantic_synthesis": "Images drawn from held-out masks. scratch: the same network without a foundation, with as "

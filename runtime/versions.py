@@ -42,6 +42,7 @@ STAGES = {
             "prune.methods",
             "prune.neighbours",
             "prune.pool",
+            "prune.ranks",
             "prune.scenes",
             "prune.selection",
         ),
@@ -70,7 +71,7 @@ STAGES = {
     ),
     "subset": Stage(
         version=1,
-        modules=("eval.subset_quality", "eval.subsets", "prune.measured_subset"),
+        modules=("eval.subset_quality", "eval.subsets", "eval.waste", "prune.measured_subset"),
         after=("embedding", "measured"),
     ),
     "condition_latents": Stage(version=1, modules=("downstream.conditional",)),

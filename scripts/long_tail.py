@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from corpus.sources.folder import SUFFIXES, ImageFolder
-from eval.subsets import duplicate_rate, scene_entropy, unit
+from eval.subsets import scene_entropy
+from eval.waste import ImageRows, near_duplicate_fraction
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import select_from_arrays
 from runtime.application import changed_config, run
@@ -26,6 +28,8 @@ from runtime.errors import UserError
 from runtime.progress import progress
 
 NOISE = ("blank", "hazy", "no_data")
+#: Of what `build` writes.
+VERSION = 2
 
 
 def class_counts(classes: int, images: int, exponent: float) -> np.ndarray:
@@ -76,17 +80,20 @@ def files_by_class(options: DictConfig) -> dict[str, list[Path]]:
 
 
 def build(cfg: DictConfig, files: dict[str, list[Path]], directory: Path) -> None:
-    """Write `pool/` (flat, unlabelled), `reference/<class>/` and `truth.parquet` (id, scene, kind)."""
+    """Write `pool/` (flat, unlabelled), `reference/<class>/` and `truth.parquet`.
+
+    The latter's columns are id, scene, kind and source, the photograph of a clean tile.
+    """
     options, generator = cfg.long_tail, np.random.default_rng([cfg.seed, 400])
     names = [sorted(files)[index] for index in generator.permutation(len(files))]
     counts = class_counts(len(names), round(options.images * (1 - options.noise)), options.exponent)
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, str, str, str]] = []
     (directory / "pool").mkdir()
 
-    def put(image: np.ndarray, scene: str, kind: str) -> None:
+    def put(image: np.ndarray, scene: str, kind: str, source: str) -> None:
         name = f"{generator.integers(2**48):012x}.jpg"  # the order of names tells nothing
         Image.fromarray(image).save(directory / "pool" / name, quality=95)
-        rows.append((name, scene, kind))
+        rows.append((name, scene, kind, source))
 
     clean: list[Path] = []
     for name, count in zip(progress(names, "long tail", unit="class"), counts, strict=True):
@@ -101,20 +108,44 @@ def build(cfg: DictConfig, files: dict[str, list[Path]], directory: Path) -> Non
             image = np.asarray(Image.open(path).convert("RGB"))
             part = min(wanted, options.crops)
             for crop in crops(image, min(options.size, *image.shape[:2]), part, generator):
-                put(crop, name, "clean")
+                put(crop, name, "clean", f"{name}/{path.name}")
             wanted, used = wanted - part, used + 1
         clean += rest[:used]
     for index in range(round(options.images * options.noise)):
         image = np.asarray(Image.open(clean[generator.integers(len(clean))]).convert("RGB"))
         kind = NOISE[index % len(NOISE)]
-        put(spoil(next(crops(image, min(options.size, *image.shape[:2]), 1, generator)), kind, generator), "", kind)
-    pd.DataFrame(rows, columns=["id", "scene", "kind"]).to_parquet(directory / "truth.parquet", index=False)
+        tile = next(crops(image, min(options.size, *image.shape[:2]), 1, generator))
+        put(spoil(tile, kind, generator), "", kind, "")
+    pd.DataFrame(rows, columns=["id", "scene", "kind", "source"]).to_parquet(directory / "truth.parquet", index=False)
+
+
+def judge(kept: np.ndarray, images: np.ndarray, truth: pd.DataFrame) -> dict[str, float]:
+    """What a selection of the pool is worth.
+
+    Args:
+        kept: int64 [K], rows of the pool; images: uint8 [N, R, R, 3]; truth: N rows with scene, kind and source.
+    Returns:
+        noise_free: share of tiles that were not spoilt.
+        scene_entropy, scenes: evenness and number of the classes among them.
+        same_source: share of the tiles not spoilt of whose photograph another such tile is kept: they overlap.
+        near_duplicates: share of tiles that look like another one by their perceptual hash.
+    """
+    chosen = truth.iloc[kept]
+    clean = chosen[chosen["kind"] == "clean"]
+    return {
+        "noise_free": len(clean) / len(kept),
+        "scene_entropy": scene_entropy(clean["scene"].to_numpy(dtype=object), len(set(truth["scene"]) - {""})),
+        "scenes": clean["scene"].nunique(),
+        "same_source": float(clean["source"].duplicated(keep=False).mean()) if len(clean) else 0.0,
+        "near_duplicates": near_duplicate_fraction(ImageRows(images, kept)),
+    }
 
 
 def main(cfg: DictConfig) -> None:
     options = cfg.long_tail
     files = files_by_class(options)
-    made = stage(cfg.runs, "long_tail", {"options": options, "seed": cfg.seed}, lambda path: build(cfg, files, path))
+    inputs = {"version": VERSION, "options": options, "seed": cfg.seed}
+    made = stage(cfg.runs, "long_tail", inputs, lambda path: build(cfg, files, path))
     measure, encoder = instantiate(cfg.entropy), instantiate(cfg.encoder)
     pool, known = (
         scan_corpus(ImageFolder(root=str(made / name), resolution=options.size), cfg.runs, measure, encoder)
@@ -123,7 +154,6 @@ def main(cfg: DictConfig) -> None:
     truth = pd.read_parquet(made / "truth.parquet").set_index("id").loc[pool.manifest["id"]]
     embeddings, reference = (corpus_embeddings(corpus, encoder, cfg.runs) for corpus in (pool, known))
     entropy = corpus_entropy(pool, measure, cfg.runs)
-    scenes, kinds = truth["scene"].to_numpy(dtype=object), truth["kind"].to_numpy(dtype=object)
     rows = []
     for name in cfg.quality.methods:
         start = time.perf_counter()
@@ -139,28 +169,21 @@ def main(cfg: DictConfig) -> None:
         )
         seconds = time.perf_counter() - start
         kept = selection.kept
-        vectors = unit(np.asarray(embeddings[kept], dtype=np.float32) - np.asarray(embeddings, np.float32).mean(axis=0))
-        clean = scenes[kept][scenes[kept] != ""]
-        rows.append(
-            {
-                "prune": name,
-                "kept": len(kept),
-                "noise_free": float((kinds[kept] == "clean").mean()),
-                "scene_entropy": scene_entropy(scenes[kept], len(set(scenes) - {""})),
-                "scenes": len(set(clean)),
-                "near_duplicates": duplicate_rate(vectors),
-                "seconds": seconds,
-            }
-        )
+        rows.append({"prune": name, "kept": len(kept), **judge(kept, pool.images, truth), "seconds": seconds})
+    write_results(cfg, len(pool), rows)
+
+
+def write_results(cfg: DictConfig, images: int, rows: list[dict[str, Any]]) -> None:
+    """Write the table as CSV and JSON, print it, and say where it is."""
     table = pd.DataFrame(rows)
     results = Path(cfg.results) / "long_tail"
     results.mkdir(parents=True, exist_ok=True)
     table.to_csv(results / "long_tail.csv", index=False)
-    root = Path(options.root).expanduser().resolve()
+    root = Path(cfg.long_tail.root).expanduser().resolve()
     facts = {
         "corpus": root.parent.name if root.name == "images" else root.name,
-        "images": len(pool),
-        "noise": options.noise,
+        "images": images,
+        "noise": cfg.long_tail.noise,
         "ratio": cfg.ratio,
         "methods": rows,
     }

@@ -26,5 +26,5 @@ class KCenterGreedy:
         if budget == 0:
             return Selection.of(pool, rows[:0], "redundant")
         first = generator.integers(len(rows), size=1)
-        picked = near_then_far(points[rows], first, 1, budget, np.float32(np.inf))
+        picked, _ = near_then_far(points[rows], first, 1, budget, np.float32(np.inf))
         return Selection.of(pool, rows[picked], "redundant")

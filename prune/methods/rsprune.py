@@ -11,6 +11,7 @@ from skimage.filters import threshold_otsu
 from prune.allocation import allocate
 from prune.clusters import Clustering, Points, members_of, normalise
 from prune.pool import Pool, Selection
+from prune.ranks import ascending, below_quantile
 from prune.scenes import OPEN_SCENE, assign_scenes, fit_prototypes
 from runtime.parallel import cores, in_threads
 
@@ -20,9 +21,10 @@ class RSPrune:
     """The paper's method; docs/method.md gives every formula and says which are ours.
 
     Args:
-        entropy_quantile: share of the readable corpus with the lowest local entropy that goes in step 1.
-        entropy_bits: absolute threshold in bits instead (None: the quantile).
-        entropy_otsu: Otsu's threshold instead, between the two modes of the corpus's entropies.
+        entropy_quantile: share of the n readable images that goes in step 1, those of the lowest local entropy:
+            exactly ceil(entropy_quantile (n - 1)) of them by rank, images of equal entropy in a fixed random order.
+        entropy_bits: absolute threshold in bits instead (None: the quantile); an image at the threshold stays.
+        entropy_otsu: Otsu's threshold instead, between the two modes of the corpus's entropies; the same holds.
         scenes: cluster inside the scenes of the reference set; False, or an empty reference: in the whole corpus.
         prototypes_per_class: k-means prototypes of each reference class.
         floor_quantile: images less similar to every prototype than this quantile of the reference form the open scene.
@@ -56,102 +58,110 @@ class RSPrune:
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         budget = min(budget, int(pool.readable.sum()))
-        informative, threshold, returned = self._informative(pool, budget)
-        rows = np.flatnonzero(informative)
-        names, scene, similarity, centre, floor = self._scenes(pool, generator)
-        points = Points(pool.embeddings, centre, self.spherical)
-
-        groups = members_of(scene[rows], len(names))
-        scene_rows = [rows[group] for group in groups]
-        scene_budgets = allocate(np.array([len(group) for group in scene_rows]), budget, self.uniformity)
-        clustering = Clustering(self.max_clusters, self.hierarchical, self.sample_per_cluster)
-        cluster = np.full(len(pool), -1, dtype=np.int32)
-        distance = np.full(len(pool), np.nan, dtype=np.float32)
-
-        def of_scene(job: tuple[np.ndarray, int, np.random.Generator]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            group, scene_budget, scene_generator = job
-            wanted = self.clusters_per_scene or max(1, round(len(group) / self.images_per_cluster))
-            labels, distances = clustering(points, group, wanted, scene_generator)
-            return labels, distances, self._pick(points, group, labels, distances, int(scene_budget))
-
-        # scenes side by side, each with randomness of its own: the result does not depend on who is first
-        jobs = list(zip(scene_rows, scene_budgets, generator.spawn(len(scene_rows)), strict=True))
-        jobs = [job for job in jobs if len(job[0])]
-        kept, clusters = [], 0
-        for (group, _, _), (labels, distances, picked) in zip(
-            jobs, in_threads(of_scene, jobs, min(cores(), len(jobs))), strict=True
-        ):
-            cluster[group] = labels + clusters
-            distance[group] = distances
-            clusters += int(labels.max()) + 1
-            kept.append(group[picked])
+        step = self._entropy_step(pool, budget)
+        scenes = self._scenes(pool, generator)
+        clusters = self._clusters(pool, scenes, np.flatnonzero(step.informative), budget, generator)
 
         reason = np.full(len(pool), "redundant", dtype=object)
-        reason[~informative] = "low_entropy"
-        scene_names = np.array(names, dtype=object)[scene]
+        reason[~step.informative] = "low_entropy"
+        scene_names = np.array(scenes.names, dtype=object)[scenes.scene]
         scene_names[~pool.readable] = ""
-        similarity[~pool.readable] = np.nan
         return Selection.of(
             pool,
-            np.concatenate(kept) if kept else np.empty(0, dtype=np.int64),
+            clusters.kept,
             "redundant",
             reason=reason,
             scene=scene_names,
-            scene_similarity=similarity,
-            cluster=cluster,
-            centroid_distance=distance,
+            scene_similarity=np.where(pool.readable, scenes.similarity, np.float32(np.nan)),
+            cluster=clusters.cluster,
+            centroid_distance=clusters.distance,
             facts={
-                "entropy_threshold": threshold,
-                "returned_by_entropy": returned,
-                "clusters": clusters,
-                "open_floor": floor,
+                "entropy_threshold": step.threshold,
+                "dropped_by_entropy": step.dropped,
+                "returned_by_entropy": step.returned,
+                "skipped_as_duplicate": clusters.skipped,
+                "clusters": clusters.count,
+                "open_floor": scenes.floor,
             },
         )
 
-    def _informative(self, pool: Pool, budget: int) -> tuple[np.ndarray, float | None, int]:
-        """Step 1: who stays, the threshold in bits, and how many came back because the budget needed them."""
-        known = pool.entropy[pool.readable]
-        if len(known) == 0 or np.isnan(known).all():
-            return pool.readable.copy(), None, 0
-        threshold = self.entropy_bits
-        if threshold is None and self.entropy_otsu:
-            threshold = otsu(known)
-        if threshold is None:
-            threshold = np.quantile(known, self.entropy_quantile)
-        entropy = np.where(pool.readable, pool.entropy, -np.inf)
-        informative = pool.readable & (entropy >= threshold)
-        returned = max(0, budget - int(informative.sum()))
-        if returned:
-            outside = np.flatnonzero(pool.readable & ~informative)
-            informative[outside[np.argsort(-entropy[outside], kind="stable")[:returned]]] = True
-        return informative, float(threshold), returned
+    def _entropy_step(self, pool: Pool, budget: int) -> _EntropyStep:
+        """Step 1: the lowest entropies go, by rank for a quantile, otherwise all below the threshold."""
+        rows = np.flatnonzero(pool.readable)
+        entropy = pool.entropy[rows]
+        if len(rows) == 0 or np.isnan(entropy).all():
+            return _EntropyStep(pool.readable.copy(), None, 0, 0)
+        if self.entropy_bits is None and not self.entropy_otsu:
+            threshold = np.quantile(entropy, self.entropy_quantile)
+            dropped = below_quantile(len(rows), self.entropy_quantile)
+        else:
+            threshold = otsu(entropy) if self.entropy_bits is None else self.entropy_bits
+            dropped = int((entropy < threshold).sum())
+        returned = max(0, budget - (len(rows) - dropped))
+        informative = pool.readable.copy()
+        informative[rows[ascending(entropy)[: dropped - returned]]] = False
+        return _EntropyStep(informative, float(threshold), dropped, returned)
 
-    def _scenes(
-        self, pool: Pool, generator: np.random.Generator
-    ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, float | None]:
-        """Step 2: scene names, every image's scene and its similarity, the centre of the space and the open floor."""
+    def _scenes(self, pool: Pool, generator: np.random.Generator) -> _Scenes:
+        """Step 2, first half: every image's scene."""
         seed = int(generator.integers(2**31))
         if self.scenes and len(pool.reference_embeddings):
             prototypes = fit_prototypes(
                 pool.reference_embeddings, pool.reference_labels, self.prototypes_per_class, self.floor_quantile, seed
             )
             scene, similarity = assign_scenes(pool.embeddings, prototypes)
-            return (*prototypes.names, OPEN_SCENE), scene, similarity, prototypes.centre, prototypes.floor
+            return _Scenes((*prototypes.names, OPEN_SCENE), scene, similarity, prototypes.centre, prototypes.floor)
         usable = np.flatnonzero(pool.readable)
         sample = np.sort(np.random.default_rng(seed).permutation(usable)[:10_000])
         centre = np.zeros(pool.embeddings.shape[1], np.float32)
         if len(sample):
             centre = np.asarray(pool.embeddings[sample], dtype=np.float32).mean(axis=0)
         nowhere = np.full(len(pool), np.nan, dtype=np.float32)
-        return (OPEN_SCENE,), np.zeros(len(pool), dtype=np.int64), nowhere, centre, None
+        return _Scenes((OPEN_SCENE,), np.zeros(len(pool), dtype=np.int64), nowhere, centre, None)
+
+    def _clusters(
+        self, pool: Pool, scenes: _Scenes, rows: np.ndarray, budget: int, generator: np.random.Generator
+    ) -> _Clusters:
+        """Step 2, second half, and step 3: clusters of each scene's share of `rows`, int64 [n], and picks in them."""
+        points = Points(pool.embeddings, scenes.centre, self.spherical)
+        scene_rows = [rows[group] for group in members_of(scenes.scene[rows], len(scenes.names))]
+        budgets = allocate(np.array([len(group) for group in scene_rows]), budget, self.uniformity)
+
+        # scenes side by side, each with randomness of its own: the result does not depend on who is first
+        jobs = list(zip(scene_rows, budgets, generator.spawn(len(scene_rows)), strict=True))
+        jobs = [job for job in jobs if len(job[0])]
+        found = in_threads(lambda job: self._of_scene(points, *job), jobs, min(cores(), len(jobs)))
+        cluster = np.full(len(pool), -1, dtype=np.int32)
+        distance = np.full(len(pool), np.nan, dtype=np.float32)
+        kept, count, skipped = [np.empty(0, dtype=np.int64)], 0, 0
+        for (group, _, _), (labels, distances, picked, passed_over) in zip(jobs, found, strict=True):
+            cluster[group] = labels + count
+            distance[group] = distances
+            kept.append(group[picked])
+            count += int(labels.max()) + 1
+            skipped += passed_over
+        return _Clusters(np.concatenate(kept), cluster, distance, count, skipped)
+
+    def _of_scene(
+        self, points: Points, rows: np.ndarray, budget: int, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Clusters of one scene: labels and distances of its rows, positions picked, and duplicates passed over."""
+        wanted = self.clusters_per_scene or max(1, round(len(rows) / self.images_per_cluster))
+        clustering = Clustering(self.max_clusters, self.hierarchical, self.sample_per_cluster)
+        labels, distances = clustering(points, rows, wanted, generator)
+        return labels, distances, *self._pick(points, rows, labels, distances, int(budget))
 
     def _pick(
         self, points: Points, rows: np.ndarray, labels: np.ndarray, distances: np.ndarray, budget: int
-    ) -> np.ndarray:
-        """Step 3: the budget over a scene's clusters, then representative and spread images of each."""
+    ) -> tuple[np.ndarray, int]:
+        """Step 3: the budget over a scene's clusters, then representative and spread images of each.
+
+        Returns:
+            int64 [budget] positions in `rows`, and how many near-duplicates were passed over.
+        """
         members = members_of(labels, int(labels.max()) + 1)
         budgets = allocate(np.array([len(group) for group in members]), budget, self.uniformity)
-        picks = [np.empty(0, dtype=np.int64)]
+        picks, skipped = [np.empty(0, dtype=np.int64)], 0
         for group, count in zip(members, budgets, strict=True):
             if count == len(group):
                 picks.append(group)
@@ -159,11 +169,67 @@ class RSPrune:
                 vectors = points[rows[group]]
                 if not points.spherical:
                     vectors = normalise(vectors)
-                chosen = pick_in_cluster(
+                chosen, passed_over = pick_in_cluster(
                     vectors, distances[group], int(count), self.representativeness, self.duplicate_similarity
                 )
                 picks.append(group[chosen])
-        return np.concatenate(picks)
+                skipped += passed_over
+        return np.concatenate(picks), skipped
+
+
+@dataclass(frozen=True)
+class _EntropyStep:
+    """What step 1 leaves.
+
+    Attributes:
+        informative: bool [N], who stays.
+        threshold: bits; None where no entropy is known.
+        dropped: images that the rule removes.
+        returned: how many of them, those of the highest entropy, came back because the budget needed them.
+    """
+
+    informative: np.ndarray
+    threshold: float | None
+    dropped: int
+    returned: int
+
+
+@dataclass(frozen=True)
+class _Scenes:
+    """The scenes of a corpus.
+
+    Attributes:
+        names: of the scenes; the last one is the open scene.
+        scene: int64 [N], index into `names`.
+        similarity: float32 [N], cosine to the nearest prototype; NaN where there are no prototypes.
+        centre: float32 [D] of the embedding space.
+        floor: cosine below which an image is in the open scene; None where there are no prototypes.
+    """
+
+    names: tuple[str, ...]
+    scene: np.ndarray
+    similarity: np.ndarray
+    centre: np.ndarray
+    floor: float | None
+
+
+@dataclass(frozen=True)
+class _Clusters:
+    """Clusters of all scenes and what was picked in them.
+
+    Attributes:
+        kept: int64 [K], rows of the pool.
+        cluster: int32 [N], -1 where there is none.
+        distance: float32 [N] to the centroid, NaN where there is none.
+        count: clusters.
+        skipped: near-duplicates that were passed over.
+    """
+
+    kept: np.ndarray
+    cluster: np.ndarray
+    distance: np.ndarray
+    count: int
+    skipped: int
 
 
 def otsu(values: np.ndarray) -> float:
@@ -174,7 +240,7 @@ def otsu(values: np.ndarray) -> float:
 
 def pick_in_cluster(
     points: np.ndarray, distances: np.ndarray, budget: int, representativeness: float, duplicate_similarity: float
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
     """Pick `budget` members of one cluster: some near the centroid, the rest far from all taken so far.
 
     Near-duplicates of what is taken come last in both parts. Farthest-first traversal (Gonzalez 1985) does the spread.
@@ -184,10 +250,10 @@ def pick_in_cluster(
         distances: float32 [n] to the centroid.
         budget: at most n.
     Returns:
-        int64 [budget] indices, in the order of picking.
+        int64 [budget] indices in the order of picking, and how many near-duplicates the first part passed over.
     """
     if budget >= len(points):
-        return np.arange(len(points))
+        return np.arange(len(points)), 0
     near = max(1, round(representativeness * budget)) if budget else 0
     order = np.argsort(distances, kind="stable")
     return near_then_far(np.ascontiguousarray(points), order, near, budget, np.float32(duplicate_similarity))
@@ -195,7 +261,10 @@ def pick_in_cluster(
 
 @numba.njit(cache=True, nogil=True)
 def near_then_far(points, order, near, budget, duplicate_similarity):
-    """The first `near` of `order` that are no near-duplicates, then farthest-first; int64 [budget].
+    """The first `near` of `order` that are no near-duplicates, then farthest-first.
+
+    Returns int64 [budget], and how many images were passed over because they are near-duplicates of one taken before:
+    each was next in `order` and would have been taken. The second part may still take them.
 
     Args:
         points: float32 [n, D], unit length, contiguous.
@@ -208,10 +277,12 @@ def near_then_far(points, order, near, budget, duplicate_similarity):
     taken = np.empty(budget, dtype=np.int64)
     size = 0
     position = 0
+    skipped = 0
     while size < budget:
         index = -1
         if size < near:
             while position < count and nearest_taken[order[position]] >= duplicate_similarity:
+                skipped += nearest_taken[order[position]] < np.inf  # infinite: this one is taken
                 position += 1
             if position < count:
                 index = order[position]
@@ -226,4 +297,4 @@ def near_then_far(points, order, near, budget, duplicate_similarity):
             if products[other] > nearest_taken[other]:
                 nearest_taken[other] = products[other]
         nearest_taken[index] = np.inf
-    return taken
+    return taken, skipped
