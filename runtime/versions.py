@@ -80,7 +80,7 @@ STAGES = {
     "samples": Stage(version=1, modules=("scripts.sample", "train.sampler", "eval.generate")),
     "bench": Stage(version=1, modules=("scripts.bench_selection",)),
     "bench_jpegs": Stage(version=1, modules=("scripts.bench",)),
-    "long_tail": Stage(version=1, modules=("scripts.long_tail",)),
+    "long_tail": Stage(version=2, modules=("scripts.long_tail",)),
 }
 
 

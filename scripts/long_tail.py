@@ -28,8 +28,6 @@ from runtime.errors import UserError
 from runtime.progress import progress
 
 NOISE = ("blank", "hazy", "no_data")
-#: Of what `build` writes.
-VERSION = 2
 
 
 def class_counts(classes: int, images: int, exponent: float) -> np.ndarray:
@@ -144,7 +142,7 @@ def judge(kept: np.ndarray, images: np.ndarray, truth: pd.DataFrame) -> dict[str
 def main(cfg: DictConfig) -> None:
     options = cfg.long_tail
     files = files_by_class(options)
-    inputs = {"version": VERSION, "options": options, "seed": cfg.seed}
+    inputs = {"options": options, "seed": cfg.seed}
     made = stage(cfg.runs, "long_tail", inputs, lambda path: build(cfg, files, path))
     measure, encoder = instantiate(cfg.entropy), instantiate(cfg.encoder)
     pool, known = (
