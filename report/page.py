@@ -22,8 +22,8 @@ from report.tables import REFERENCE, TABLE_NOTES, seeds_line, show
 #: The sentence under each section's heading.
 LEADS = {
     "tables": "What was measured, one row a method. ↓ lower is better, ↑ higher is better; the best measured value of "
-    "a column is marked. Brackets are 95\u00a0% intervals of the sampling of images alone. They do not say what another "
-    "training seed would change, so a difference within one seed is no proof. Shaded rows are reference rows: what the "
+    "a column is marked. Brackets are 95\u00a0% intervals of the sampling of images alone. They do not say what "
+    "another training seed would change, so a difference within one seed is no proof. Shaded rows are reference rows: what the "
     "metrics say of real or merely re-encoded images. No model trained on these latents can be expected to do better "
     "than reconstructed_train.",
     "figures": "How the numbers come about. Colours mean the same method in every figure.",

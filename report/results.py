@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from runtime.artefacts import fingerprint, plain, provenance
@@ -104,7 +103,8 @@ def result_row(
 
     Args:
         kind: the row's stage.
-        directory: the stage directory in which the metrics were computed; its commit and versions go into the row.
+        metrics: the evaluation encoder's before those of others.
+        directory: the stage directory in which the metrics were computed; its commit goes into the row.
     """
     return {
         "stage": kind,
@@ -114,15 +114,8 @@ def result_row(
         "seed": int(cfg.seed),
         "step": step,
         **fields,
-        "split": cfg.eval.split,
-        "encoder": encoder_name(cfg),
         "metrics": dict(metrics),
         "fingerprint": fingerprint(directory=directory.name, step=step, **fields),
-        **provenance(directory),
+        "commit": provenance(directory)["commit"],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-
-
-def encoder_name(cfg: DictConfig) -> str:
-    """Name of the evaluation encoder of a config."""
-    return str(instantiate(cfg.yardstick).name)

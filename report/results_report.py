@@ -16,7 +16,7 @@ from eval.reference_rows import REFERENCE_ROWS
 from report.figures import comparison_sheet, confusion_figure, convergence_figure, entropy_histogram, scene_bars
 from report.page import Gallery, figure_bytes, write_report
 from report.results import read_results
-from report.tables import build_tables, scene_table, write_tables
+from report.tables import build_tables, evaluation_encoder, scene_table, write_tables
 from runtime.artefacts import read_json
 from runtime.errors import UserError
 
@@ -102,8 +102,8 @@ def _figures(places: Places, rows: list[dict], directory: Path) -> list[tuple[st
         (directory / f"{name}.png").write_bytes(data)
         figures.append((title, caption, data))
 
-    encoder = rows[-1]["encoder"]
-    real = {row["prune"]: row["metrics"] for row in rows if row["stage"] == "reference_val"}
+    encoder = evaluation_encoder(rows)
+    real = read_json(_of(places, "reference")["validation"] / "reference_rows.json")
     for metric, name in (("kid_x1000", "convergence_kid"), ("fd", "convergence_fd")):
         column = Quantity(metric, encoder, "balanced").name
         # only what does not depend on the number of images may stand beside curves of fewer images
@@ -161,7 +161,7 @@ def _sheets(places: Places, directory: Path) -> list[tuple[str, str, Path]]:
     for method, path in _of(places, "foundation").items():
         last = sorted((path / "samples").glob("step_*.png"))[-1]
         sheets.append((f"Samples, {method}", "The same prompts and the same noise for every method.", last))
-    references = next(iter(_of(places, "reference").values()))
+    references = _of(places, "reference")["published"]
     sheet = directory / "reconstructions.png"
     names = {"training images": "real_train", "autoencoder": "reconstructed_train", "PCA": "pca"}
     comparison_sheet({label: np.load(references / f"{name}.npy") for label, name in names.items()}).save(sheet)

@@ -7,7 +7,7 @@ a resumed and an undisturbed run: no seconds, no machine, no commit.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Integral, Real
@@ -78,21 +78,27 @@ def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
     """
     rows = list(rows)
     tables = {}
-    others = {row["stage"] for row in rows if not str(row["stage"]).startswith(REFERENCE)} - set(TABLE_OF_STAGE)
+    others = {row["stage"] for row in rows} - {*TABLE_OF_STAGE, REFERENCE}
     for stage, name in (TABLE_OF_STAGE | {stage: stage for stage in sorted(others)}).items():
         measured = [_record(row, "measured", extras=stage == "ablation") for row in rows if row["stage"] == stage]
         if measured:
             references = [_record(row, REFERENCE, extras=False) for row in rows if row["stage"] == REFERENCE]
             tables[name] = _frame(name, measured, references)
-            tables[name].attrs["encoder"] = next((row["encoder"] for row in reversed(rows) if "encoder" in row), "")
+            tables[name].attrs["encoder"] = evaluation_encoder(rows)
     return tables
+
+
+def evaluation_encoder(rows: Sequence[Row]) -> str:
+    """The encoder whose metrics come first in the newest row that has any, or ""."""
+    quantities = (Quantity.parse(name) for row in reversed(rows) for name in row["metrics"])
+    return next((quantity.of for quantity in quantities if quantity and quantity.entry.by == "encoder"), "")
 
 
 def _record(row: Row, kind: str, *, extras: bool) -> dict[str, Any]:
     """A table row with its seed; metrics are floats, missing ones NaN."""
     record: dict[str, Any] = {"kind": kind, **{name: row.get(name) for name in _CELL}, "seed": row.get("seed")}
     if extras:
-        known = {"stage", "metrics", "fingerprint", "commit", "versions", "machine", "encoder", "split", *record}
+        known = {"stage", "metrics", "fingerprint", "commit", "machine", *record}
         record |= {f"field:{name}": str(value) for name, value in row.items() if name not in known}
     for name, value in row["metrics"].items():
         number = isinstance(value, (Real, type(None))) and not isinstance(value, bool)

@@ -117,10 +117,9 @@ def foundation_cells(cfg: DictConfig, foundations: dict[str, Path]) -> Iterator[
         directory = measured_subset(chosen, method)
         yield TableCell(chosen, "subset", method, 0, read_json(directory / "metrics.json"), directory)
         foundations[method] = directory = pretrain(chosen, method)
-        validation = changed_config(f"prune={method}", f"seed={cfg.seed}", "eval.split=val")
         for line in pd.read_json(directory / CONVERGENCE, lines=True).to_dict("records"):
             metrics = {key: value for key, value in line.items() if not _biased(key)}
-            yield TableCell(validation, "convergence", method, int(metrics.pop("step")), metrics, directory)
+            yield TableCell(chosen, "convergence", method, int(metrics.pop("step")), metrics, directory)
     for method, directory in foundations.items():
         summary = read_json(directory / "summary.json")
         metrics = summary["metrics"] | differences(cfg, foundations, method)
@@ -154,9 +153,6 @@ def cells(cfg: DictConfig) -> Iterator[TableCell]:
     directory = references(cfg)
     for name, metrics in read_json(directory / "reference_rows.json").items():
         yield TableCell(cfg, "reference", name, 0, metrics, directory)
-    directory = references(cfg, "val")
-    for name, metrics in read_json(directory / "reference_rows.json").items():
-        yield TableCell(changed_config("eval.split=val"), "reference_val", name, 0, metrics, directory)
     for index, seed in enumerate(cfg.profile.seeds):
         chosen = changed_config(f"seed={seed}")
         foundations: dict[str, Path] = {}
@@ -186,6 +182,7 @@ def reproduce(cfg: DictConfig) -> Path:
         )
         found = places.setdefault(f"{cell.kind}/{cell.method}", [])
         found += [str(cell.directory)] if str(cell.directory) not in found else []
+    places |= {"reference/published": [str(references(cfg))], "reference/validation": [str(references(cfg, "val"))]}
     for method in cfg.profile.methods:
         chosen = changed_config(f"prune={method}", f"seed={cfg.profile.seeds[0]}")
         places[f"selection/{method}"] = [str(select(chosen, method)[0])]

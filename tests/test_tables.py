@@ -18,7 +18,6 @@ def row(stage: str, prune: str, metrics: dict, *, step: int | None = 100, seed: 
     return {
         "stage": stage, "corpus": "bluemarble", "prune": prune, "ratio": None if stage == "reference" else 0.85,
         "seed": seed, "step": step, "metrics": metrics, "fingerprint": "f" + prune, "commit": "c", "machine": "m",
-        "encoder": "geoembed",
         **fields,
     }  # fmt: skip
 

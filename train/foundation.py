@@ -186,8 +186,8 @@ def _train(run: _Run) -> None:
         options,
         run.directory,
         label=f"pretrain {run.name}",
-        snapshots=snapshot_steps(cfg, options),
-        on_snapshot=partial(_on_snapshot, run, options.batch_size, accelerator),
+        milestones=snapshot_steps(cfg, options),
+        on_milestone=partial(_on_snapshot, run, options.batch_size, accelerator),
         log=partial(_log, run, accelerator, flops),
     )
     if accelerator.is_main_process:
