@@ -187,7 +187,7 @@ def test_choices_of_pretraining(home, overrides, forked):
     """Another objective, another network, facts beside the caption: the run is whole and its pipeline loads."""
     directory = ran(
         "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "train.loop.steps=4",
-        "eval.convergence_points=1", "+eval.targets.loss=0.001", *overrides, cwd=home, by=forked,
+        "train.snapshots=1", "+eval.targets.loss=0.001", *overrides, cwd=home, by=forked,
     )  # fmt: skip
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["convergence"]["reached"]["loss"]["step"] is None
@@ -212,7 +212,7 @@ def test_going_on_from_a_pipeline_with_low_rank_updates(home, forked):
     )
     directory = ran(
         "train/pretrain.py", "profile=smoke", "prune=random", "ratio=0.85", "tracker=none", "train.loop.steps=4",
-        "eval.convergence_points=1", "model=lora", f"model.pretrained={first}", cwd=home, by=forked,
+        "train.snapshots=1", "model=lora", f"model.pretrained={first}", cwd=home, by=forked,
     )  # fmt: skip
     assert [path.name for path in (directory / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
     old, new = (

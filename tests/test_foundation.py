@@ -581,10 +581,10 @@ def test_training_flops_are_three_forward_passes() -> None:
 
 def test_evaluation_comes_evenly_or_every_so_many_images() -> None:
     options = LoopOptions(steps=100, batch_size=32, learning_rate=1e-3)
-    assert milestones(config("eval.convergence_points=4"), options) == [25, 50, 75, 100]
+    assert milestones(config("train.snapshots=4"), options) == [25, 50, 75, 100]
     assert milestones(config("eval.every_images=960"), options) == [30, 60, 90, 100]
     assert milestones(config("eval.every_images=1"), options) == list(range(1, 101))
-    assert milestones(config("eval.convergence_points=0"), options) == [100]
+    assert milestones(config("train.snapshots=0"), options) == [100]
 
 
 def test_the_runs_of_a_sweep_share_a_group(monkeypatch) -> None:

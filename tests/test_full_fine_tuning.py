@@ -41,7 +41,7 @@ def test_all_weights_of_a_pipeline_go_on_training(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable, "train/pretrain.py", "profile=smoke", *tiny_overrides(tmp_path), "model=pretrained",
-            f"model.pretrained={folder}", "train.loop.steps=2", "eval.convergence_points=1",
+            f"model.pretrained={folder}", "train.loop.steps=2", "train.snapshots=1",
         ],
         cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip

@@ -240,7 +240,7 @@ def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Pat
     cfg = small_paper(
         networks, f"corpus.root={root}", "corpus.train.resolution=64", f"runs={tmp_path}/runs", "tracker=none",
         "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32", "prune=random", "ratio=0.5",
-        "eval.images=12", "eval.convergence_images=8", "eval.convergence_points=1", "eval.steps=2",
+        "eval.images=12", "eval.convergence_images=8", "train.snapshots=1", "eval.steps=2",
         "train.mixed_precision=no", "train.loop.steps=2", "train.loop.batch_size=4", "train.loop.checkpoint_every=2",
     )  # fmt: skip
     selection, corpus = select(cfg, "random")

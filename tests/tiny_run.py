@@ -39,7 +39,7 @@ def tiny_overrides(folder: Path) -> list[str]:
         "corpus.workers=0", "encoder.input_size=32", f"autoencoder.path={folder}/autoencoder", "text_encoder=clip_hub",
         f"text_encoder.path={folder}/clip", "prune=random", "ratio=0.5", f"train.loop.steps={STEPS}",
         "train.loop.batch_size=4", "train.loop.warmup=2", "eval.images=8", "eval.convergence_images=6",
-        "eval.convergence_points=2", "eval.steps=2", f"runs={folder}/runs", f"results={folder}/results", "tracker=none",
+        "train.snapshots=2", "eval.steps=2", f"runs={folder}/runs", f"results={folder}/results", "tracker=none",
     ]  # fmt: skip
 
 

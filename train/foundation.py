@@ -277,12 +277,17 @@ def save_snapshot(folder: Path, modules: Modules, progress: Mapping[str, float])
     network = modules[NETWORK]
     if lora_weights(network):
         network = merge_lora(copy.deepcopy(network))
-    network.save_pretrained(partial / ("transformer" if masks_padding(network) else "unet"))
+    network.save_pretrained(partial / network_folder(network))
     if FOLDER in modules:
         modules[FOLDER].save(partial / FOLDER)
     write_json(partial / SNAPSHOT, progress)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
+
+
+def network_folder(network: nn.Module) -> str:
+    """Where a pipeline keeps its network."""
+    return "transformer" if masks_padding(network) else "unet"
 
 
 def _finish(run: _Run, modules: Modules, training: dict) -> None:
@@ -292,8 +297,10 @@ def _finish(run: _Run, modules: Modules, training: dict) -> None:
         StableDiffusionPipeline.save_lora_weights(
             run.directory / LORA, unet_lora_layers=updates, unet_lora_adapter_metadata=lora_facts(network)
         )
-    pipeline = run.pipeline(merge_lora(network))
-    pipeline.save_pretrained(run.directory / "pipeline")
+    network = merge_lora(network)
+    pipeline = run.pipeline(network)
+    # the other parts are there already, and stay the same files: what was drawn with them needs not be drawn again
+    network.save_pretrained(run.directory / "pipeline" / network_folder(network))
     if FOLDER in modules:
         modules[FOLDER].save(run.directory / "pipeline" / FOLDER)
     last = read_json(snapshots_of(run.directory)[-1] / SNAPSHOT)
