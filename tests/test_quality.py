@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.quality import density_coverage, duplicate_rate, knee, scene_entropy, vendi_score
+from eval.quality import density_coverage, knee, scene_entropy, vendi_score
 
 
 def test_vendi_counts_the_kinds():
@@ -35,12 +35,6 @@ def test_scene_entropy_is_one_where_scenes_are_even():
     assert scene_entropy(np.array(["a", "b", "c"] * 4, dtype=object), 3) == pytest.approx(1)
     assert scene_entropy(np.array(["a"] * 9, dtype=object), 3) == pytest.approx(0)
     assert scene_entropy(np.array(["a", "b", "", ""], dtype=object), 2) == pytest.approx(1)
-
-
-def test_duplicates_are_counted():
-    points = np.concatenate([np.eye(10), np.eye(10)[:2]]).astype(np.float32)
-    assert duplicate_rate(points) == pytest.approx(4 / 12)
-    assert duplicate_rate(points[:1]) == 0
 
 
 def test_the_knee_is_where_a_curve_turns():
