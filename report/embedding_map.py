@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-from eval.subsets import unit
+from sklearn.preprocessing import normalize
 
 #: Principal components that the discriminant axes are sought in: with fewer images than dimensions all can be parted.
 COMPONENTS = 50
@@ -21,7 +20,7 @@ def embedding_map(embeddings: np.ndarray, scenes: np.ndarray) -> np.ndarray:
         float32 [n, 2], each axis with unit variance.
     """
     points = np.asarray(embeddings, dtype=np.float32)
-    points = unit(points - points.mean(axis=0)) if len(points) else points
+    points = normalize(points - points.mean(axis=0)) if len(points) else points
     count = min(COMPONENTS, *points.shape)
     if count < 2 or np.ptp(points) == 0:
         return np.zeros((len(points), 2), dtype=np.float32)

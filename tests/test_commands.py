@@ -294,11 +294,14 @@ def test_quality_compares_methods_over_ratios(home, forked):
 
 
 def test_ablation_changes_one_choice_at_a_time(home, forked):
-    changes = "ablation.changes=['prune.uniformity=0.0','entropy.aggregate=min']"
+    changes = "ablation.changes=['prune.uniformity=0.0','entropy.aggregate=min','prune.max_clusters=64']"
     results = ran("scripts/ablation.py", "profile=smoke", "tracker=none", changes, cwd=home, by=forked)
     table = pd.read_csv(results / "ablation.csv").set_index("change")
     table = table[table["kind"] == "measured"]
-    assert set(table.index) == {"none (default)", "prune.uniformity=0.0", "entropy.aggregate=min"}
+    assert dict(table["selection"]) == {
+        "none (default)": "same as default", "prune.max_clusters=64": "same as default",
+        "prune.uniformity=0.0": "different", "entropy.aggregate=min": "different",
+    }  # fmt: skip
     assert table.loc["none (default)", "scene_entropy"] > table.loc["prune.uniformity=0.0", "scene_entropy"]
 
 
@@ -327,6 +330,8 @@ def test_long_tail_makes_a_hard_corpus_and_judges_methods(home, forked, tmp_path
     found = json.loads((home / "results" / "long_tail" / "long_tail.json").read_text())
     noise_free = {row["prune"]: row["noise_free"] for row in found["methods"]}
     assert found["images"] == 120 and noise_free["rsprune"] > noise_free["random"]
+    waste = [row[name] for row in found["methods"] for name in ("same_source", "near_duplicates")]
+    assert all(0 <= value <= 1 for value in waste) and max(waste) > 0  # six crops of each texture
 
 
 def test_bench_of_selection_measures_time_and_memory(home):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import given, settings
@@ -38,6 +39,7 @@ def method_of(name: str):
         return instantiate(compose("config", overrides=[f"prune={name}"]).prune, _convert_="all")
 
 
+ABLATION = yaml.safe_load((CONFIGS / "ablation" / "default.yaml").read_text(encoding="utf-8"))["changes"]
 METHODS = {name: method_of(name) for name in NAMES}
 SELECTIVE = {name: method for name, method in METHODS.items() if name != "full"}
 
@@ -120,6 +122,13 @@ def test_coverage_grows_with_the_budget(name):
     ]
     measure = np.min if name == "kcenter" else np.mean
     assert measure(best[0]) <= measure(best[1]) <= measure(best[2])
+
+
+@pytest.mark.parametrize("change", ABLATION)
+def test_every_change_of_the_ablation_exists(change):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("config", overrides=["prune=rsprune", change])
+    assert instantiate(cfg.prune, _convert_="all") and instantiate(cfg.entropy)
 
 
 # ---------------------------------------------------------------- each against its own rule

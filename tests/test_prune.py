@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,8 +13,10 @@ from skimage.measure import shannon_entropy
 from prune.allocation import allocate, proportional, water_fill
 from prune.entropy import AGGREGATES, LocalEntropy, local_entropy, patch_entropies
 from prune.methods.baselines import Full, Random
+from prune.methods.entropy_only import EntropyOnly
 from prune.methods.rsprune import RSPrune, pick_in_cluster
 from prune.pool import Pool
+from prune.ranks import ascending, below_quantile
 from prune.scenes import assign_scenes, fit_prototypes
 from prune.selection import budget_of
 from runtime.errors import UserError
@@ -177,6 +181,86 @@ def test_entropy_step_removes_the_least_informative_first_and_gives_back_the_bes
     assert pool.entropy[dropped].max() < pool.entropy[selection.kept].min()
 
 
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.floats(0, 1, allow_subnormal=False) | st.sampled_from([0.07, 0.1, 0.2, 0.57, 0.9]))
+def test_as_many_are_dropped_as_lie_below_the_quantile_where_no_two_are_equal(count, quantile):
+    values = np.arange(count, dtype=np.float64)
+    assert below_quantile(count, quantile) == (values < np.quantile(values, quantile) - 1e-9).sum()
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.05, 0.2, 0.5, 1.0])
+def test_without_equal_entropies_the_entropy_step_is_a_threshold(quantile):
+    pool, _ = blobs([150, 50], unreadable=13)
+    threshold = np.quantile(pool.entropy[pool.readable], quantile)
+    selection = RSPrune(entropy_quantile=quantile).select(pool, 1, np.random.default_rng(0))
+    expected = pool.readable & (pool.entropy < threshold)
+    np.testing.assert_array_equal(selection.reason == "low_entropy", expected)
+    assert selection.facts["entropy_threshold"] == pytest.approx(threshold)
+    assert selection.facts["dropped_by_entropy"] == expected.sum() and selection.facts["returned_by_entropy"] == 0
+
+
+def test_equal_entropies_at_the_cut_do_not_switch_the_entropy_step_off():
+    pool, _ = blobs([301])
+    pool = replace(pool, entropy=np.where(np.arange(301) < 240, 0, pool.entropy).astype(np.float32))
+    selection = RSPrune().select(pool, 40, np.random.default_rng(0))
+    dropped = np.flatnonzero(selection.reason == "low_entropy")
+    assert selection.facts["dropped_by_entropy"] == len(dropped) == 60  # ceil(0.2 * 300)
+    assert dropped.max() < 240
+    assert 15 < (dropped < 120).sum() < 45  # from all over the corpus, not the first of it
+    again = RSPrune().select(pool, 40, np.random.default_rng(99))
+    np.testing.assert_array_equal(np.flatnonzero(again.reason == "low_entropy"), dropped)
+
+
+def test_equal_entropies_leave_the_randomness_of_the_method_alone():
+    """The same images dropped, once by a draw among equal ones and once by rank, give the same bits."""
+    pool, _ = blobs([250, 60])
+    tied = replace(pool, entropy=np.minimum(pool.entropy, 3))
+    first = RSPrune(entropy_quantile=0.6).select(tied, 50, np.random.default_rng(3))
+    dropped = first.reason == "low_entropy"
+    apart = replace(pool, entropy=np.where(dropped, pool.entropy, 10 + pool.entropy).astype(np.float32))
+    second = RSPrune(entropy_quantile=0.6).select(apart, 50, np.random.default_rng(3))
+    np.testing.assert_array_equal(first.kept, second.kept)
+    np.testing.assert_array_equal(first.cluster, second.cluster)
+
+
+@pytest.mark.parametrize("rule", [{"entropy_bits": 3.0}, {"entropy_otsu": True}])
+def test_a_threshold_in_bits_keeps_all_that_lie_at_it(rule):
+    pool, _ = blobs([200])
+    pool = replace(pool, entropy=np.repeat(np.float32([0.0, 1.0, 3.0, 7.0]), 50))
+    selection = RSPrune(**rule).select(pool, 20, np.random.default_rng(0))
+    threshold = selection.facts["entropy_threshold"]
+    np.testing.assert_array_equal(selection.reason == "low_entropy", pool.entropy < threshold)
+    assert 0 < selection.facts["dropped_by_entropy"] < 200
+
+
+def test_what_comes_back_is_counted_apart_from_what_was_dropped():
+    pool, _ = blobs([201])
+    facts = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).facts
+    assert facts["dropped_by_entropy"] == 100 and facts["returned_by_entropy"] == 49
+    pool = replace(pool, entropy=np.full(201, np.nan, dtype=np.float32))
+    facts = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).facts
+    assert facts["dropped_by_entropy"] == facts["returned_by_entropy"] == 0 and facts["entropy_threshold"] is None
+
+
+def test_the_order_of_equal_values_is_random_fixed_and_drawn_only_for_them():
+    values = np.random.default_rng(0).permutation(50).astype(np.float32)
+    np.testing.assert_array_equal(ascending(values), np.argsort(values))
+    order = ascending(np.zeros(1000))
+    assert sorted(order.tolist()) == list(range(1000)) and abs(order[:500].mean() - 499.5) < 50
+    np.testing.assert_array_equal(order, ascending(np.ones(1000)))
+    values = np.random.default_rng(0).integers(0, 5, 1000).astype(np.float32)
+    assert (np.diff(values[ascending(values)]) >= 0).all()
+
+
+def test_entropy_only_draws_from_equal_entropies_and_needs_some():
+    pool, _ = blobs([400])
+    tied = replace(pool, entropy=np.repeat(np.float32([1.0, 5.0]), 200))
+    kept = EntropyOnly().select(tied, 100, np.random.default_rng(0)).kept
+    assert kept.min() >= 200 and 30 < (kept < 300).sum() < 70
+    with pytest.raises(UserError, match="give entropy"):
+        EntropyOnly().select(replace(pool, entropy=np.full(400, np.nan, np.float32)), 10, np.random.default_rng(0))
+
+
 def test_unknown_scenes_are_not_lost():
     pool, _ = blobs([200, 200])
     stranger = np.zeros_like(pool.embeddings[:30])
@@ -222,6 +306,52 @@ def test_same_seed_same_selection():
 def test_picks_are_near_the_centroid_then_spread_and_duplicates_come_last():
     angles = np.array([0.0, 0.001, 0.3, 0.6, 0.9])
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    picked = pick_in_cluster(points, angles.astype(np.float32), 3, 0.34, 0.98)
+    picked, skipped = pick_in_cluster(points, angles.astype(np.float32), 3, 0.34, 0.98)
     assert picked.tolist() == [0, 4, 2] or picked.tolist() == [0, 4, 3]
-    assert 1 not in pick_in_cluster(points, angles.astype(np.float32), 4, 1.0, 0.98)
+    assert skipped == 0  # one image of the first part only
+    picked, skipped = pick_in_cluster(points, angles.astype(np.float32), 4, 1.0, 0.98)
+    assert 1 not in picked and skipped == 1
+    assert pick_in_cluster(points, angles.astype(np.float32), 5, 1.0, 0.98)[1] == 0  # all are taken: nothing to guard
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(2, 40),
+    st.floats(0, 1, allow_subnormal=False),
+    st.floats(0, 1, allow_subnormal=False),
+    st.sampled_from([0.5, 0.9, 0.98, 2.0]),
+    st.integers(0, 99),
+)
+def test_the_duplicate_guard_counts_every_image_it_passes_over(size, share, representativeness, similarity, seed):
+    """Against the rule in plain Python."""
+    random = np.random.default_rng(seed)
+    angles = random.choice(random.uniform(0, 2, 8), size) + 1e-3 * random.standard_normal(size)
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    distances, budget = random.permutation(size).astype(np.float32), 1 + int(share * (size - 2))
+    taken, expected, waiting = [], 0, np.argsort(distances).tolist()
+    while waiting and len(taken) < max(1, round(representativeness * budget)):
+        index = waiting.pop(0)
+        if taken and (points[taken] @ points[index]).max() >= np.float32(similarity):
+            expected += 1
+        else:
+            taken.append(index)
+    picked, skipped = pick_in_cluster(points, distances, budget, representativeness, similarity)
+    assert picked[: len(taken)].tolist() == taken and len(set(picked.tolist())) == budget
+    assert skipped == expected
+
+
+def test_a_selection_says_how_often_its_duplicate_guard_acted():
+    pool, _ = blobs([300, 40])
+    copies = np.concatenate([pool.embeddings, pool.embeddings[:60] * 1.0001])
+    pool = replace(
+        pool, ids=np.arange(400).astype(str), readable=np.ones(400, bool), embeddings=copies,
+        entropy=np.full(400, 5, np.float32),
+    )  # fmt: skip
+    guarded, free = (
+        RSPrune(duplicate_similarity=limit, representativeness=1.0).select(pool, 80, np.random.default_rng(0))
+        for limit in (0.9999, 2.0)
+    )
+    assert guarded.facts["skipped_as_duplicate"] > 0 and not np.array_equal(guarded.kept, free.kept)
+    assert free.facts["skipped_as_duplicate"] == 0
+    idle = RSPrune(duplicate_similarity=1.1, representativeness=1.0).select(pool, 80, np.random.default_rng(0))
+    assert idle.facts["skipped_as_duplicate"] == 0 and np.array_equal(idle.kept, free.kept)

@@ -300,6 +300,16 @@ def test_prune_report_maps_the_embeddings(tmp_path):
     assert pictures[0] == pictures[1] + 1
 
 
+def test_prune_report_says_what_the_entropy_step_and_the_duplicate_guard_did(tmp_path):
+    selection, images = _selection(50), np.zeros((50, 8, 8, 3), dtype=np.uint8)
+    counts = {"dropped_by_entropy": 1234, "returned_by_entropy": 0, "skipped_as_duplicate": 56, "clusters": 7}
+    summary = {**_summary(selection), "facts": counts}
+    write_prune_report(tmp_path / "a", selection, summary, images, np.random.default_rng(0))
+    text = " ".join(Page(tmp_path / "a").text)
+    assert "dropped by entropy 1,234" in text
+    assert "returned by entropy 0" in text and "skipped as duplicate 56" in text
+
+
 def test_prune_report_shows_where_on_earth_and_why_not(tmp_path):
     selection = _selection(300)
     places = pd.DataFrame({"lon": np.linspace(-170, 170, 300), "lat": np.linspace(-80, 80, 300)})
