@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
+import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import PurePosixPath
-from types import ModuleType
 from typing import Any
 
 import fsspec
 import numpy as np
 import pandas as pd
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from corpus.captions import caption_facts, encodable, scalars
 from corpus.decoding import NO_MASK, UNREADABLE_FILE, VANISHED, decode_image, decode_mask
@@ -31,6 +31,8 @@ MASKS = tuple(f"{name}.{suffix}" for name in ("mask", "seg") for suffix in ("png
 TEXTS = ("txt", "caption", "text")
 FACTS = ("json", "cls")
 KNOWN = {*IMAGES, *MASKS, *TEXTS, *FACTS}
+#: The key of a member ends at the first dot of its last part.
+NAME = re.compile(r"(?P<key>(?:.*/|)[^.]+)[.](?P<suffix>[^/]*)")
 CUT = "shard cut in the middle"
 BROKEN = "not a tar shard"
 DUPLICATE = "duplicate key"
@@ -83,7 +85,7 @@ class WebDataset:
     An image (jpg, png, tif, …); if there are, a caption (`txt`), facts (`json`: id, caption or captions, scene,
     label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is the facts',
     else `cls`, else the first folder of the key. A first pass over the shards' headers finds every member's place;
-    many processes then let the `webdataset` library read from there. Nothing is unpacked to disk.
+    many processes then read from there. Nothing is unpacked to disk.
 
     Args:
         urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::".
@@ -155,10 +157,9 @@ class WebDataset:
 
     @cached_property
     def _shards(self) -> list[str]:
-        library = _library()
         try:
-            shards = library.shardlists.expand_urls(str(self.urls))
-        except Exception:
+            shards = [shard for urls in str(self.urls).split("::") for shard in braceexpand(urls)]
+        except UnbalancedBracesError:
             raise UserError(
                 f"corpus.urls={self.urls} is no list of shards: close its braces, as in {{000..099}}"
             ) from None
@@ -205,48 +206,43 @@ class WebDataset:
         return [items[row] for row in thinned(len(items), self.limit)]
 
 
-@cache
-def _library() -> ModuleType:
-    """The `webdataset` library, with its own stand-ins for torch where no torch is loaded.
-
-    It wants torch for its loader alone, and every process that decodes would load it for nothing.
-    """
-    loaded = "torch" in sys.modules
-    if not loaded:
-        sys.modules["torch"] = None  # importing it fails for now
-    try:
-        import webdataset
-    finally:
-        if not loaded:
-            for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "webdataset")]:
-                del sys.modules[name]  # whoever else imports them gets them whole
-    return webdataset
-
-
 def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
-    """The samples of one shard as `webdataset` puts them together, in its order, and what is wrong with it.
+    """The samples of one shard, in its order, and what is wrong with it.
 
     `stamp` is the shard's; empty: images are stamped with a digest of their bytes.
     """
     problems: list[_Item] = []
-    doubled: list[Exception] = []
-
-    def note(error: Exception) -> bool:
-        doubled.append(error)
-        return True
-
-    # places instead of bytes: images are to be read later, by many processes and more than once
-    members = _members(shard, problems, digests=not stamp)
-    for sample in _library().tariterators.group_by_keys(members, suffixes=KNOWN, handler=note):
+    for key, parts, doubled in _samples(_members(shard, problems, digests=not stamp)):
         yield from problems
         problems.clear()
-        yield _item(sample, stamp, masks, bool(doubled))
-        doubled.clear()
+        yield _item(key, parts, stamp, masks, doubled)
     yield from problems
 
 
-def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[dict[str, Any]]:
-    """The files of one shard by its headers, as `webdataset` hands them on but with their places for data.
+def _samples(members: Iterable[_Place]) -> Iterator[tuple[str, dict[str, _Place], bool]]:
+    """Key, members by suffix, and whether two have one suffix: neighbours whose names agree up to the first dot.
+
+    The rule of the WebDataset convention. Files without a dot in their name play no part in it.
+    """
+    key, parts, doubled = None, {}, False
+    for place in members:
+        name = NAME.fullmatch(place.name)
+        if name is None:
+            continue
+        if name["key"] != key:
+            if key is not None:
+                yield key, parts, doubled
+            key, parts, doubled = name["key"], {}, False
+        suffix = name["suffix"].lower()
+        doubled = doubled or suffix in parts
+        if suffix in KNOWN:
+            parts.setdefault(suffix, place)
+    if key is not None:
+        yield key, parts, doubled
+
+
+def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[_Place]:
+    """Where the files of one shard lie, by its headers: they are read later, by many processes and more than once.
 
     A shard that is cut may lack members of its last sample; the image, if it has all its bytes, is read all the same.
     """
@@ -272,8 +268,7 @@ def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[dict[
                     hashed = digests and suffix in KNOWN
                     data = tar.extractfile(member).read() if short or hashed else b""
                     digest = hashlib.blake2b(data, digest_size=8).hexdigest() if hashed else ""
-                    place = _Place(shard, member.name, member.offset, tar.offset, data if short else b"", digest)
-                    yield {"fname": member.name, "data": place, "__url__": shard}
+                    yield _Place(shard, member.name, member.offset, tar.offset, data if short else b"", digest)
                 whole = _ends_whole(file, tar)
         except (tarfile.TarError, EOFError, OSError):
             whole = False
@@ -306,11 +301,10 @@ def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
     )
 
 
-def _item(sample: dict[str, Any], stamp: str, masks: bool, doubled: bool) -> _Item:
-    key = sample["__key__"]
+def _item(key: str, sample: dict[str, _Place], stamp: str, masks: bool, doubled: bool) -> _Item:
     image = next((suffix for suffix in sample if suffix in IMAGES), None)
     mask = next((suffix for suffix in MASKS if suffix in sample), None) if masks else None
-    texts = {suffix: place.text for suffix, place in sample.items() if isinstance(place, _Place)}
+    texts = {suffix: place.text for suffix, place in sample.items()}
     facts = _json(texts.get("json", b""))
     captions = next((texts[suffix].decode("utf-8", "replace") for suffix in TEXTS if suffix in texts), None)
     folders = PurePosixPath(key).parts[:-1]
@@ -351,7 +345,7 @@ class _Members:
         self._shard, self._file = "", None
 
     def read(self, place: _Place) -> bytes:
-        """The bytes of a member as the `webdataset` library streams them, from its own stretch of the shard.
+        """The bytes of a member, by its own header, since the shard may have changed or the member be sparse.
 
         Raises:
             tarfile.ReadError: the shard ends before the member does, or is another one by now.
@@ -362,10 +356,11 @@ class _Members:
             self._shard = place.shard
         self._file.seek(place.start)
         stretch = io.BytesIO(self._file.read(place.end - place.start))
-        for member in _library().tariterators.tar_file_iterator(stretch, skip_meta=None):
-            if member["fname"] == place.name:
-                return member["data"]
-        raise tarfile.ReadError(f"no member {place.name} at byte {place.start}")
+        with tarfile.open(fileobj=stretch, mode="r:") as tar:
+            member = tar.next()
+            if member is None or member.name != place.name or not member.isfile():
+                raise tarfile.ReadError(f"no member {place.name} at byte {place.start}")
+            return tar.extractfile(member).read()
 
     def close(self) -> None:
         if self._file is not None:
