@@ -87,7 +87,7 @@ def test_a_finished_pipeline_is_pushed_where_asked_for(
     expected: list[str],
 ) -> None:
     calls = []
-    write_json(tmp_path / "summary.json", {"metrics": {"balanced_kid_x1000": 12.5}})
+    write_json(tmp_path / "summary.json", {"metrics": {"balanced_kid_x1000_e": 12.5}})
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(command, "method_name", lambda: "random")
     monkeypatch.setattr(command, "pretrain", lambda cfg, name: tmp_path)
@@ -95,4 +95,4 @@ def test_a_finished_pipeline_is_pushed_where_asked_for(
     command.main(OmegaConf.merge(composed, {"push_to_hub": asked}))
     assert calls == [(tmp_path / "pipeline", name) for name in expected]
     printed = capsys.readouterr().out.splitlines()
-    assert "balanced_kid_x1000: 12.5" in printed and printed[-1] == f"run: {tmp_path}"
+    assert "balanced_kid_x1000_e: 12.5" in printed and printed[-1] == f"run: {tmp_path}"

@@ -19,7 +19,7 @@ NETWORK = [f"model.unet.{key}={str(value).replace(' ', '')}" for key, value in U
 
 def write_images(root: Path, count: int = 12) -> Path:
     """`count` images of each scene and split."""
-    for number, split in enumerate(("train", "test")):
+    for number, split in enumerate(("train", "test", "val")):
         for shade, scene in enumerate(SCENES):
             (root / split / scene).mkdir(parents=True)
             for index, image in enumerate(pictures(count, seed=2 * number + shade)):

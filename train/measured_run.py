@@ -109,7 +109,9 @@ def measure_run(
     cfg: DictConfig, run: Path, corpus: Corpus, text: TextParts, evaluation: Evaluation, tracker: Tracker
 ) -> None:
     """Write convergence.jsonl, summary.json, the model card and samples of a finished training into its directory."""
-    lines = [measure_snapshot(cfg, run, path, corpus, evaluation, tracker) for path in snapshots_of(run)]
+    # what the tracker has heard while training went on it is not told again
+    silent = Tracker() if cfg.eval.while_training else tracker
+    lines = [measure_snapshot(cfg, run, path, corpus, evaluation, silent) for path in snapshots_of(run)]
     model = Model(run / "pipeline")
     measured = measure_model(model, evaluation.final, evaluation.judges, evaluation.sampling, cfg.runs)
     if not is_main_process():
