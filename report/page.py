@@ -23,9 +23,9 @@ from report.tables import REFERENCE, TABLE_NOTES, seeds_line, show
 LEADS = {
     "tables": "What was measured, one row a method. ↓ lower is better, ↑ higher is better; the best measured value of "
     "a column is marked. Brackets are 95\u00a0% intervals of the sampling of images alone. They do not say what "
-    "another training seed would change, so a difference within one seed is no proof. Shaded rows are reference rows: what the "
-    "metrics say of real or merely re-encoded images. No model trained on these latents can be expected to do better "
-    "than reconstructed_train.",
+    "another training seed would change, so a difference within one seed is no proof. Shaded rows are reference rows: "
+    "what the metrics say of real or merely re-encoded images. No model trained on these latents can be expected to do "
+    "better than reconstructed_train.",
     "figures": "How the numbers come about. Colours mean the same method in every figure.",
     "sheets": "Drawn or restored images as they are, enlarged without smoothing, not picked by hand. Look for "
     "structure that the metrics may miss: coasts, texture, repeated patterns.",
