@@ -26,8 +26,12 @@ def words(name: str) -> str:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """The numbers and texts of a row that the manifest has no word for: place, resolution, date, whatever else."""
+    """The numbers and texts of a row that the manifest has no word for: place, resolution, date, whatever else.
+
+    Also left out is `ground`, a promise that only a source which cuts its images itself can make.
+    """
     own = ("id", "scene", "label", "caption", "captions", "text", "stamp", "readable", "reason", "file_name", "split")
+    own = (*own, "ground")
     dated = {key: value.isoformat() if isinstance(value, date) else value for key, value in row.items()}
     known = {str(key): value for key, value in dated.items() if isinstance(value, (str, int, float, bool))}
     return {key: _storable(value) for key, value in known.items() if key not in own}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from runtime.artefacts import COMPLETE, fingerprint, plain, read_json, stage, wr
 from runtime.errors import UserError
 from runtime.parallel import cores, in_processes
 from runtime.progress import progress
+from runtime.versions import versions_of
 
 #: Folder of a corpus stage with the results of its scans.
 SCANNED = "scanned"
@@ -65,6 +68,7 @@ class Source(Protocol):
         """One row an image, with at least id, scene ("" unknown) and caption ("" none).
 
         A column `stamp` that changes with an image's bytes lets the next index take over what has not changed.
+        A column `ground` says which images share no ground: those with different values, where neither is "".
         """
 
     def reader(self, rows: np.ndarray) -> Reader:
@@ -190,12 +194,23 @@ class ArrayFile:
                     data = data[file.write(data) :]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """The values [K, ...] at ascending rows [K]."""
+        """The values [K, ...] at ascending rows [K].
+
+        Raises:
+            UserError: the file ends before they do.
+        """
         values = np.empty((len(rows), *self.shape[1:]), self.dtype)
         with open(self.path, "rb", buffering=0) as file:
             for part in _runs(rows):
                 file.seek(self._offset(rows[part.start]))
-                file.readinto(memoryview(values[part]).cast("B"))
+                data = memoryview(values[part]).cast("B")
+                while len(data):  # one call reads at most 2 GiB
+                    count = file.readinto(data)
+                    if not count:
+                        raise UserError(
+                            f"{self.path} was cut short: remove {self.path.parent}, run the same command again"
+                        )
+                    data = data[count:]
         return values
 
     def _offset(self, row: int) -> int:
@@ -217,7 +232,6 @@ class _Files:
 
     images: ArrayFile
     masks: ArrayFile | None
-    reasons: ArrayFile
     scans: dict[str, ArrayFile]
 
     @classmethod
@@ -227,7 +241,6 @@ class _Files:
         return cls(
             images=ArrayFile(directory / "images.npy", (count, size, size, 3), np.uint8),
             masks=masks,
-            reasons=ArrayFile(directory / "reasons.npy", (count,), "S64"),
             scans={
                 scan.key: ArrayFile(directory / SCANNED / f"{scan.key}.npy", (count, *scan.shape), scan.dtype)
                 for scan in scans
@@ -235,7 +248,7 @@ class _Files:
         )
 
     def create(self) -> None:
-        for file in (self.images, self.masks, self.reasons, *self.scans.values()):
+        for file in (self.images, self.masks, *self.scans.values()):
             if file is not None:
                 file.create()
 
@@ -257,41 +270,35 @@ class _Chunk:
     files: _Files
     scans: tuple[Scan, ...]
 
-    def __call__(self) -> np.ndarray:
-        """Returns which rows have an image, bool."""
+    def __call__(self) -> dict[int, str]:
+        """Returns the rows that have no image, and why."""
         size = self.files.images.shape[1]
         images = np.zeros((len(self.rows), size, size, 3), np.uint8)
         masks = np.zeros((len(self.rows), size, size) if self.files.masks else 0, np.uint8)
-        reasons = np.zeros(len(self.rows), "S64")
+        problems = {}
         for position, sample in enumerate(self.reader()):
             if isinstance(sample, str):
-                reasons[position] = sample.encode()
+                problems[int(self.rows[position])] = sample
             elif isinstance(sample, Sample):
                 images[position], masks[position] = sample
             else:
                 images[position] = sample
-        readable = reasons == b""
         self.files.images.write(self.rows, images)
-        self.files.reasons.write(self.rows, reasons)
         if self.files.masks is not None:
             self.files.masks.write(self.rows, masks)
         for scan in self.scans:
-            self.files.write_scan(scan, self.rows, images, readable)
-        return readable
+            self.files.write_scan(scan, self.rows, images, ~np.isin(self.rows, list(problems)))
+        return problems
 
 
 def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -> None:
-    manifest = _storable(source.manifest())
-    if manifest.empty:
-        raise UserError(f"corpus {source.name} has no images: check its root, split and limit")
-    if not manifest["id"].is_unique:
-        twice = manifest.loc[manifest["id"].duplicated(), "id"].iloc[0]
-        raise UserError(f"corpus {source.name} has the id {twice!r} twice: ids must be unique")
+    manifest = _checked_manifest(source)
     count = len(manifest)
     previous, origin = _earlier(source, runs, manifest)
     if previous is not None:  # what was not scanned then is left to the stages that need it: they take all images
         scans = [scan for scan in scans if scanned(previous, scan.key) is not None]
     files, state = _Files.of(directory, count, source, scans), directory / "progress.json"
+    noted = directory / "reasons.jsonl"
     plan = {"count": count, "scans": sorted(files.scans), "previous": previous and previous.fingerprint}
     before = read_json(state) if state.exists() else {}
     done = before["done"] if {key: before.get(key) for key in plan} == plan else 0
@@ -299,33 +306,63 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     if not done:
         state.unlink(missing_ok=True)  # it may speak of arrays that are gone in a moment
         files.create()
+        noted.touch()
         if previous is not None:
             _copy(previous, files, np.flatnonzero(origin >= 0), origin)
-        write_json(state, {**plan, "done": 0})
+        write_json(state, {**plan, "done": 0, "noted": 0})
+    os.truncate(noted, read_json(state)["noted"])  # a killed run may have noted half a line more
 
     chunks = [todo[start : start + CHUNK] for start in range(done, len(todo), CHUNK)]
     by_worker = tuple(scan for scan in scans if scan.by_worker)
     work = (_Chunk(source.reader(rows), rows, files, by_worker) for rows in chunks)
     workers = min(cores() if source.workers is None else source.workers, len(chunks) // CHUNKS_PER_WORKER)
-    with progress(range(len(todo)), f"index {source.name}", total=len(todo), initial=done) as bar:
-        for rows, readable in zip(chunks, in_processes(_Chunk.__call__, work, workers), strict=True):
-            images = files.images.read(rows)
+    bar = progress(range(len(todo)), f"index {source.name}", total=len(todo), initial=done)
+    with bar, noted.open("a", encoding="ascii") as log:
+        for rows, problems in zip(chunks, in_processes(_Chunk.__call__, work, workers), strict=True):
+            images, readable = files.images.read(rows), ~np.isin(rows, list(problems))
             for scan in scans:
                 if not scan.by_worker:
                     files.write_scan(scan, rows, images, readable)
+            log.write(json.dumps(problems) + "\n")
+            log.flush()
             done += len(rows)
-            write_json(state, {**plan, "done": done})
+            write_json(state, {**plan, "done": done, "noted": log.tell()})
             bar.update(len(rows))
 
-    reasons = files.reasons.read(np.arange(count))
-    manifest["readable"] = reasons == b""
-    manifest["reason"] = [reason.decode() for reason in reasons]
+    reasons = _reasons(noted, previous, origin)
+    manifest["readable"] = reasons == ""
+    manifest["reason"] = reasons
     manifest.to_parquet(directory / "manifest.parquet", index=False, row_group_size=ROW_GROUP)
     quarantined(manifest).to_parquet(directory / QUARANTINE, index=False)
     facts = {"name": source.name, "mask_classes": list(source.mask_classes)}
     write_json(directory / "corpus.json", facts)
     state.unlink()  # first: without it a killed run starts anew, with it the reasons must be there
-    files.reasons.path.unlink()
+    noted.unlink()
+
+
+def _checked_manifest(source: Source) -> pd.DataFrame:
+    """
+    Raises:
+        UserError: there are no images, or two of one id.
+    """
+    manifest = _storable(source.manifest())
+    if manifest.empty:
+        raise UserError(f"corpus {source.name} has no images: check its root, split and limit")
+    if not manifest["id"].is_unique:
+        twice = manifest.loc[manifest["id"].duplicated(), "id"].iloc[0]
+        raise UserError(f"corpus {source.name} has the id {twice!r} twice: ids must be unique")
+    return manifest
+
+
+def _reasons(noted: Path, previous: Corpus | None, origin: np.ndarray) -> np.ndarray:
+    """Why each image cannot be read, object [N], "" if it can: as noted now, or taken over from an earlier corpus."""
+    reasons = np.full(len(origin), "", dtype=object)
+    if previous is not None:
+        reasons[origin >= 0] = previous.manifest["reason"].to_numpy()[origin[origin >= 0]]
+    for line in noted.read_text(encoding="ascii").splitlines():
+        for row, reason in json.loads(line).items():
+            reasons[int(row)] = reason
+    return reasons
 
 
 def _storable(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -338,10 +375,11 @@ def _storable(manifest: pd.DataFrame) -> pd.DataFrame:
 
 
 def indexes_of(source: Any, runs: Path | str) -> Iterator[Corpus]:
-    """What is indexed of a source (as JSON) from before files came, went or changed, the newest first."""
+    """What this code has indexed of a source (as JSON) from before files came, went or changed, the newest first."""
     stages = sorted((Path(runs) / "corpus").glob(f"*/{COMPLETE}"), key=lambda path: -path.stat().st_mtime_ns)
     for path in stages:
-        if read_json(path)["inputs"]["source"] == source:
+        facts = read_json(path)
+        if facts["inputs"]["source"] == source and facts.get("version") == versions_of("corpus")["corpus"]:
             corpus = open_corpus(path.parent)
             if "stamp" in corpus.manifest:
                 yield corpus
@@ -362,13 +400,11 @@ def _earlier(source: Source, runs: Path, manifest: pd.DataFrame) -> tuple[Corpus
 
 
 def _copy(previous: Corpus, files: _Files, rows: np.ndarray, origin: np.ndarray) -> None:
-    """Take over the images, masks, reasons and scans of rows that an earlier corpus has."""
+    """Take over the images, masks and scans of rows that an earlier corpus has."""
     scans = {key: np.load(scanned(previous, key), mmap_mode="r") for key in files.scans}
-    reasons = previous.manifest["reason"].to_numpy(dtype="S64")
     for start in progress(range(0, len(rows), CHUNK), "take over", unit="chunk"):
         part = rows[start : start + CHUNK]
         files.images.write(part, previous.images[origin[part]])
-        files.reasons.write(part, reasons[origin[part]])
         if files.masks is not None:
             files.masks.write(part, previous.masks[origin[part]])
         for key, values in scans.items():

@@ -29,11 +29,11 @@ def reference_set(name: str, hub: str, resolution: int, root: str | None = None,
     try:
         source.version  # noqa: B018  # loads it
     except UserError as error:
-        reason = str(error).partition("(")[2].rpartition(")")[0] or str(error)
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__).__name__
         only = f" --include '{config}/*'" if config else ""
         raise UserError(
             f"reference={name} is not here and the hub's {hub} could not be loaded ({reason}): where there is a "
             f"network, run `hf download {hub} --repo-type dataset{only} --local-dir DIR`, and give reference.root=DIR; "
             "or give a folder of images with one sub-folder a class"
-        ) from None
+        ) from error
     return source

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from corpus.index import Corpus, index_corpus
+from encoders.pixels import to_tensor
 from eval.generate import generate
 from eval.held_out import HeldOut
 from prune.selection import method_name
@@ -39,7 +40,7 @@ from runtime.progress import progress
 from runtime.tracking import Tracker, track
 from train.components import first_process_says, load_autoencoder, load_text_parts, make_accelerator
 from train.foundation import held_out, objective_of, pretrain
-from train.latents import cached_latents, scene_balanced_weights, to_tensor
+from train.latents import cached_latents, scene_balanced_weights
 from train.loop import Batch, LoopOptions, Modules, train_loop
 from train.networks import diffusion_loss, new_unet
 from train.objective import prediction_of
@@ -266,7 +267,8 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
         with track(cfg, task.name, name) as tracker:
             _train(cfg, task, name, foundation, corpus, parts, held, directory, tracker)
 
-    return stage(cfg.runs, task.name, inputs, build, resumable=True, together=first_process_says(cfg))
+    together = first_process_says(cfg)
+    return stage(cfg.runs, task.name, inputs, build, resumable=True, together=together, code="downstream")
 
 
 def _cached_latents(

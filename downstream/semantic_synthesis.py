@@ -15,13 +15,14 @@ from torch import nn
 from corpus.index import Corpus, index_corpus
 from downstream.conditional import Task, fine_tune, print_result, resolve_foundation, training_corpus, training_rows
 from encoders.embedding import embed
+from encoders.pixels import to_tensor
 from eval.held_out import HeldOut
 from eval.metrics import compare_features
 from runtime.application import run
 from runtime.artefacts import stage
 from runtime.errors import UserError
 from train.components import first_process_says, load_encoder, make_accelerator, precision
-from train.latents import symmetric, to_tensor
+from train.latents import symmetric
 from train.loop import Batch, LoopOptions, Modules, train_loop
 
 #: Training tiles whose pixels make the palette.

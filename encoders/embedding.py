@@ -33,5 +33,7 @@ def device() -> torch.device:
 
 def embed(encoder: Encoder, images: np.ndarray, *, batch_size: int = 64, label: str = "embedding") -> np.ndarray:
     """Embed images [N, H, W, 3] uint8 in batches. Returns float32 [N, D]."""
+    if len(images) == 0:
+        return np.empty((0, encoder.dimensions), np.float32)
     batches = range(0, len(images), batch_size)
     return np.concatenate([encoder(images[start : start + batch_size]) for start in progress(batches, label)])

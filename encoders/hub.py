@@ -26,7 +26,8 @@ class TransformersEncoder:
     Args:
         name: in metric names (`fd_<name>`).
         path: of the hub (`owner/name`) or a folder; weights as safetensors, with preprocessor_config.json.
-        revision: commit of the hub, to pin the weights; a fingerprint knows them by path and revision.
+        revision: commit of the hub, to pin the weights; None: the newest. A folder has none. A fingerprint knows the
+            weights by path and revision.
         input_size: side in pixels to which images are resized.
         batch_size: images a forward pass.
     Raises:
@@ -76,9 +77,11 @@ def _transformers_network(encoder: TransformersEncoder) -> tuple[nn.Module, Pixe
         network = AutoModel.from_pretrained(path, config=config, revision=encoder.revision, use_safetensors=True)
         recipe = PixelRecipe.of(path, encoder.input_size, encoder.revision)
     except LOAD_ERRORS as error:
+        commit = f" (encoder.revision={encoder.revision})" if encoder.revision else ""
         raise UserError(
-            f"no image encoder at encoder.path={encoder.path}: give a hub name that can be reached or a folder with "
-            f"config.json, model.safetensors and preprocessor_config.json, or {AVOID}"
+            f"no image encoder at encoder.path={encoder.path}{commit}: give a hub name that can be reached, with a "
+            "revision of its own or null, or a folder with config.json, model.safetensors and "
+            f"preprocessor_config.json, or {AVOID}"
         ) from error
     if hasattr(network, "get_image_features") and network.config.vision_config.image_size != encoder.input_size:
         side = network.config.vision_config.image_size

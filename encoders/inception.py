@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from runtime.errors import UserError
 
 INCEPTION = "inception"
 INCEPTION_FILE = "inception-2015-12-05.pt"
+#: Of that file, as crowsonkb/k-diffusion publishes it (evaluation.py).
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class InceptionV3:
         download: fetch the file from where clean-fid gets it, if it is not there.
         batch_size: images a forward pass.
     Raises:
-        UserError: the file is missing and cannot be fetched, or is broken.
+        UserError: the file is missing and cannot be fetched, or is another one.
     """
 
     folder: str = "~/.cache/clean-fid"
@@ -78,21 +81,38 @@ def _inception(folder: Path, download: bool) -> nn.Module:
 
     path = folder / INCEPTION_FILE
     if not path.is_file() and download:
-        _fetch_inception(path)
+        try:
+            _fetch_inception(path)
+        except (OSError, HTTPException) as error:
+            raise _missing(path, " ".join(str(error).split()) or type(error).__name__) from error
     if not path.is_file():
+        raise _missing(path, "encoder.download=false")
+    if _sha256(path) != INCEPTION_SHA256:
         raise UserError(
-            f"no {path}, the InceptionV3 that fid is defined on: put the file there, name its folder with "
-            f"encoder.folder (in profile=paper yardstick.folder), or {AVOID}"
+            f"{path} is not the InceptionV3 that fid is defined on (its SHA-256 is {_sha256(path)}, not "
+            f"{INCEPTION_SHA256}): remove it, so that it is fetched again, or {AVOID}"
         )
-    try:
-        network = InceptionV3W(str(folder), download=False)
-    except RuntimeError as error:
-        raise UserError(f"{path} is no TorchScript file: remove it, so that it is fetched again") from error
-    return network.eval().requires_grad_(False).to(device())
+    return InceptionV3W(str(folder), download=False).eval().requires_grad_(False).to(device())
+
+
+def _missing(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"no {path}, the InceptionV3 that fid is defined on, and it was not fetched ({reason}): put the file there, "
+        f"name its folder with encoder.folder (in profile=paper yardstick.folder), or {AVOID}"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fetch_inception(path: Path) -> None:
-    """Download beside and rename into place; without a connection nothing happens."""
+    """Download beside and rename into place.
+
+    Raises:
+        OSError, HTTPException: it cannot be fetched or written, or what came is another file; nothing is left.
+    """
     from cleanfid.downloads_helper import inception_url
 
     partial = path.with_name(path.name + ".partial")
@@ -100,6 +120,8 @@ def _fetch_inception(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urlopen(inception_url, timeout=30) as response, partial.open("wb") as file:
             shutil.copyfileobj(response, file)
+        if _sha256(partial) != INCEPTION_SHA256:
+            raise OSError(f"{inception_url} sent another file, with the SHA-256 {_sha256(partial)}")
         os.replace(partial, path)
-    except (OSError, HTTPException):
+    finally:
         partial.unlink(missing_ok=True)

@@ -17,6 +17,16 @@ LOAD_ERRORS = (OSError, ValueError, HTTPError, SafetensorError)
 AVOID = "choose encoder=efficientnet_lite0, which a package ships (in profile=paper also encoder@yardstick=…)"
 
 
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """[N, 3, H, W] in [-1, 1] to uint8 [N, H, W, 3]."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 @dataclass(frozen=True)
 class PixelRecipe:
     """The resizing and the colour normalisation that a network was trained with.

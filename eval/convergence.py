@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from eval.metrics import Quantity
+
+CONVERGENCE = "convergence.jsonl"
 AXES = ("step", "images_seen", "seconds")
 
 
@@ -31,17 +34,22 @@ def first_reached(
     return float(x[index - 1] + share * (x[index] - x[index - 1]))
 
 
+def lower_is_better(name: str) -> bool:
+    """Whether less of a number is better: the loss, and what `METRICS` says so of."""
+    quantity = Quantity.parse(name)
+    return name == "loss" if quantity is None else quantity.entry.better == "lower"
+
+
 def summarise(lines: Sequence[Mapping[str, float]], targets: Mapping[str, float]) -> dict[str, dict]:
     """Areas under the curves of a run's metrics over images seen, and when each target was reached.
 
     Args:
         lines: of convergence.jsonl, in order.
-        targets: by metric as the lines name it. Distances count as reached below, all others above; one that was not
-            measured is never reached.
+        targets: by metric as the lines name it; one that was not measured is never reached.
     Returns:
         area_under_curve: by metric; reached: by metric, of step, images_seen and seconds, null where never.
     """
-    metrics = [key for key in lines[0] if key not in AXES]
+    metrics = [key for key in lines[0] if key not in AXES and all(line[key] is not None for line in lines)]
     images = [line["images_seen"] for line in lines]
     areas = {key: area_under_curve(images, [line[key] for line in lines]) for key in metrics}
     reached = {
@@ -52,7 +60,7 @@ def summarise(lines: Sequence[Mapping[str, float]], targets: Mapping[str, float]
                     [line[axis] for line in lines],
                     [line[key] for line in lines],
                     target,
-                    lower_is_better=is_distance(key),
+                    lower_is_better=lower_is_better(key),
                 )
                 if key in metrics
                 else None
@@ -62,9 +70,3 @@ def summarise(lines: Sequence[Mapping[str, float]], targets: Mapping[str, float]
         for key, target in targets.items()
     }
     return {"area_under_curve": areas, "reached": reached}
-
-
-def is_distance(metric: str) -> bool:
-    """Whether less of a metric is better: losses and distances between sets."""
-    name = metric.split("_", 1)[-1] if metric.startswith(("balanced_", "natural_")) else metric
-    return name.startswith(("fid", "fd_", "kid", "loss"))

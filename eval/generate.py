@@ -12,10 +12,10 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from runtime.progress import progress
 
 
-def starting_noise(count: int, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
-    """Standard normal float32 [N, C, h, w]; row i is the same whatever the count or the method."""
-    rows = [np.random.default_rng([seed, index]).standard_normal(shape, dtype=np.float32) for index in range(count)]
-    return torch.from_numpy(np.stack(rows))
+def starting_noise(numbers: Sequence[int], shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    """Standard normal float32 [N, C, h, w]; that of an image depends on the seed and on its number alone."""
+    rows = [np.random.default_rng([seed, int(number)]).standard_normal(shape, dtype=np.float32) for number in numbers]
+    return torch.from_numpy(np.stack(rows) if rows else np.empty((0, *shape), np.float32))
 
 
 def generate(
@@ -37,15 +37,14 @@ def generate(
     Args:
         guidance_scale: classifier-free guidance; 1 switches it off.
         seed: of the starting noise: the same for every method that is compared.
-        noise_of: for each image the number whose noise it starts from; None: its own.
+        noise_of: for each image the number that its starting noise depends on; None: its position.
         conditions: further per-image arguments of the pipeline, cut into the same batches (for example `image`);
             `prompt_embeds` stand in for the prompts.
     """
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     side = network.config.sample_size
-    noise = starting_noise(len(prompts), (pipeline.vae.config.latent_channels, side, side), seed)
-    if noise_of is not None:
-        noise = noise[list(noise_of)]
+    numbers = range(len(prompts)) if noise_of is None else noise_of
+    noise = starting_noise(numbers, (pipeline.vae.config.latent_channels, side, side), seed)
     size = side * pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
     images = []

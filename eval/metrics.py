@@ -1,121 +1,151 @@
-"""Distances between two sets of images, on the features of one frozen encoder."""
+"""Metrics: one entry each in `METRICS`, computed from what is known of a set of images, and named in one way.
+
+A metric's full name is `<held-out set>_<metric>_<encoder or model>`, for example `balanced_kid_x1000_geoembed`; parts
+that do not apply are left out. `Quantity` builds such a name and takes it apart. Tables, report, convergence and
+README read `METRICS`; nothing else knows which metrics there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from scipy.stats import t as student_t
-from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
+
+from eval import distances, pairs, subsets, waste
+from eval.distances import Interval
+
+#: Held-out sets, and the prefix of their metrics' names.
+SETS = ("balanced", "natural")
+#: The encoder whose Fréchet distance is called `fid`.
+INCEPTION = "inception"
+FID = "fid"
 
 
-def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
-    """Fréchet distance of the Gaussians fitted to two feature sets (Heusel et al. 2017, equation 6).
+class Metric(NamedTuple):
+    """One number about a set of images.
 
-    tr sqrt(S1 S2) is the sum of the singular values of X1 X2' for centred features X / sqrt(n - 1), which is exact
-    also with fewer images than dimensions; tests compare it with clean-fid's and torchmetrics' arithmetic.
-    With n below D most of it is bias: compare only sets of the same size, and read KID beside it.
+    Attributes:
+        name: heading of its column.
+        better: "lower", "higher", or "" where neither is.
+        decimals: shown in tables.
+        needs: names of the inputs that `compute` takes, in order; it runs where all of them are known.
+        compute: returns a float, an `Interval`, or None where the number is undefined.
+        by: what its full name ends in: "encoder", "clip" (the model) or "" (nothing).
+        biased: depends on the number of images, so that only sets of equal size may be compared.
+        shown: in tables for the evaluation encoder ("evaluation"), for the encoder of the selection too ("both"), or in
+            their CSV files alone ("file").
+    """
+
+    name: str
+    better: str
+    decimals: int
+    needs: tuple[str, ...]
+    compute: Callable[..., float | Interval | None]
+    by: str = ""
+    biased: bool = False
+    shown: str = "evaluation"
+
+
+_TWO_SETS = ("features", "reference")
+METRICS: dict[str, Metric] = {
+    "fd": Metric("FD", "lower", 1, _TWO_SETS, distances.frechet_distance, "encoder", biased=True),
+    "kid_x1000": Metric("KID×10³", "lower", 1, _TWO_SETS, distances.kernel_distance, "encoder", shown="both"),
+    "precision": Metric("precision", "higher", 3, _TWO_SETS, distances.precision, "encoder", biased=True),
+    "recall": Metric("recall", "higher", 3, _TWO_SETS, distances.recall, "encoder", biased=True),
+    "density": Metric("density", "higher", 3, _TWO_SETS, distances.density, "encoder", biased=True, shown="file"),
+    "coverage": Metric("coverage", "higher", 3, _TWO_SETS, distances.coverage, "encoder", biased=True, shown="file"),
+    "clip": Metric("CLIP score", "higher", 2, ("clip_scores",), pairs.mean_score, "clip"),
+    "scene_accuracy": Metric("scene accuracy", "higher", 3, ("confusion",), pairs.scene_accuracy, "clip"),
+    "psnr": Metric("PSNR (dB)", "higher", 2, ("images", "truth"), pairs.peak_signal_noise_ratio),
+    "ssim": Metric("SSIM", "higher", 3, ("images", "truth"), pairs.structural_similarity),
+    "feature_distance": Metric(
+        "feature distance", "lower", 3, ("features", "truth_features"), pairs.feature_distance, "encoder"
+    ),
+    "miou": Metric("mIoU", "higher", 3, ("segmentation", "masks", "classes"), pairs.mean_intersection_over_union),
+    "pixel_accuracy": Metric("pixel accuracy", "higher", 3, ("segmentation", "masks", "classes"), pairs.pixel_accuracy),
+    "vendi": Metric("Vendi score", "higher", 1, ("subset_features",), subsets.vendi_score, "encoder"),
+    "near_duplicates": Metric("near-duplicates", "lower", 3, ("subset_images",), waste.near_duplicate_fraction),
+    "low_information": Metric(
+        "low information", "lower", 3, ("subset_images", "corpus_images"), waste.low_information_fraction
+    ),
+    "scene_entropy": Metric("scene evenness", "higher", 3, ("subset_scenes", "scene_count"), subsets.scene_entropy),
+}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number's full name, taken apart.
+
+    Attributes:
+        metric: a key of `METRICS`.
+        of: the encoder or model that it is measured with, or "".
+        held_out: a name of `SETS`, or "".
+        minus: the method whose value is subtracted, or "".
+        part: "", "low" or "high" (an interval's ends).
+    """
+
+    metric: str
+    of: str = ""
+    held_out: str = ""
+    minus: str = ""
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        base = [FID] if self.metric == "fd" and self.of == INCEPTION else [self.metric, self.of]
+        minus = ["minus", self.minus] if self.minus else []
+        return "_".join(word for word in (self.held_out, *base, *minus, self.part) if word)
+
+    @property
+    def entry(self) -> Metric:
+        return METRICS[self.metric]
+
+    @classmethod
+    def parse(cls, name: str) -> Quantity | None:
+        """Take a full name apart; None where it is no metric's."""
+        rest, part = name, ""
+        for end in ("low", "high"):
+            if rest.endswith(f"_{end}"):
+                rest, part = rest.removesuffix(f"_{end}"), end
+        rest, _, minus = rest.partition("_minus_")
+        held_out = next((held for held in SETS if rest.startswith(f"{held}_")), "")
+        rest = rest.removeprefix(f"{held_out}_") if held_out else rest
+        if rest == FID:
+            return cls("fd", INCEPTION, held_out, minus, part)
+        for metric, entry in METRICS.items():
+            of = rest.removeprefix(metric).removeprefix("_")
+            if rest in (metric, f"{metric}_{of}") and bool(of) == bool(entry.by):
+                return cls(metric, of, held_out, minus, part)
+        return None
+
+
+def compute(
+    inputs: Mapping[str, Any], *, of: Mapping[str, str], held_out: str = "", only: Sequence[str] | None = None
+) -> dict[str, float | None]:
+    """Every metric whose inputs are known, by its full name; an interval's ends as `…_low` and `…_high`.
 
     Args:
-        features: float [N, D]; reference: float [M, D].
+        inputs: by the names that `Metric.needs` uses.
+        of: names of the encoder and of the CLIP model, by "encoder" and "clip".
+        held_out: name of the held-out set.
+        only: keys of `METRICS` to compute; None: all that can be.
     """
-    first, second = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (features, reference))
-    mean_first, mean_second = first.mean(0), second.mean(0)
-    first = (first - mean_first) / (len(first) - 1) ** 0.5
-    second = (second - mean_second) / (len(second) - 1) ** 0.5
-    if len(first) > first.shape[1] and len(second) > second.shape[1]:  # D x D factors are smaller then
-        first, second = torch.linalg.qr(first)[1], torch.linalg.qr(second)[1]
-    cross = torch.linalg.svdvals(first @ second.T).sum()
-    distance = (mean_first - mean_second).square().sum() + first.square().sum() + second.square().sum() - 2 * cross
-    return max(0.0, float(distance))
+    found: dict[str, float | None] = {}
+    for key, metric in METRICS.items():
+        if (only is not None and key not in only) or not set(metric.needs) <= inputs.keys():
+            continue
+        quantity = Quantity(key, of.get(metric.by, ""), held_out)
+        value = metric.compute(*(inputs[need] for need in metric.needs))
+        if isinstance(value, Interval):
+            parts = zip(("", "low", "high"), value, strict=True)
+            found |= {replace(quantity, part=part).name: _finite(number) for part, number in parts}
+        else:
+            found[quantity.name] = _finite(value)
+    return found
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray, *, blocks: int = 23) -> tuple[float, float, float]:
-    """Unbiased KID x 1000 with a 95 % interval (Binkowski et al. 2018: cubic polynomial kernel).
-
-    torchmetrics' kernel and estimator on all images; the interval is the delete-one-block jackknife over both sets.
-    The larger set is cut to the smaller one's size.
-
-    Args:
-        features: float [N, D]; reference: float [M, D].
-        blocks: of the jackknife; a prime, so that no period in the order of the images falls in with it.
-    Returns:
-        value, low, high.
-    """
-    size = min(len(features), len(reference))
-    distance = _kernel_estimate(features[:size], reference[:size])
-    return _jackknife(distance, size, blocks)
-
-
-def kernel_distance_difference(
-    features: np.ndarray, other: np.ndarray, reference: np.ndarray, *, blocks: int = 23
-) -> tuple[float, float, float]:
-    """KID x 1000 of `features` minus that of `other`, with the 95 % interval of the difference.
-
-    Paired: row i of both sets came from the same prompt and the same noise, and is left out of both together with row
-    i of the reference. What the two sets share, the draw of prompts and reference images above all, cancels; two
-    intervals that overlap may still hide a difference that this one shows.
-
-    Args:
-        features, other, reference: float [N, D].
-    Returns:
-        value, low, high.
-    Raises:
-        ValueError: the sets differ in size.
-    """
-    if not len(features) == len(other) == len(reference):
-        raise ValueError(f"paired sets differ in size: {len(features)}, {len(other)}, {len(reference)}")
-    first, second = _kernel_estimate(features, reference), _kernel_estimate(other, reference)
-    return _jackknife(lambda rows: first(rows) - second(rows), len(reference), blocks)
-
-
-def _kernel_estimate(features: np.ndarray, reference: np.ndarray) -> Callable[[torch.Tensor], float]:
-    """KID x 1000 as a function of the rows, int64 [K], that both sets keep."""
-    first, second = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (features, reference))
-    kernels = poly_kernel(first, first), poly_kernel(first, second), poly_kernel(second, second)
-    return lambda rows: 1000 * float(maximum_mean_discrepancy(*(kernel[rows][:, rows] for kernel in kernels)))
-
-
-def _jackknife(estimate: Callable[[torch.Tensor], float], size: int, blocks: int) -> tuple[float, float, float]:
-    """An estimate on all rows, and its 95 % delete-one-block interval by Student's t.
-
-    Block b is every `blocks`-th row, so that sets ordered by scene leave out all scenes alike.
-    """
-    rows = torch.arange(size)
-    blocks = min(blocks, size // 2)
-    value = estimate(rows)
-    without = [estimate(rows[rows % blocks != block]) for block in range(blocks)]
-    error = float(np.sqrt((blocks - 1) * np.var(without)))
-    reach = float(student_t.ppf(0.975, blocks - 1)) * error
-    return value, value - reach, value + reach
-
-
-def precision_recall(features: np.ndarray, reference: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019): share of one set inside the other's k-NN balls."""
-    first, second = (torch.from_numpy(np.asarray(x, dtype=np.float32)) for x in (features, reference))
-    between = torch.cdist(first, second)
-
-    def radius(points: torch.Tensor) -> torch.Tensor:
-        return torch.cdist(points, points).kthvalue(min(neighbours + 1, len(points)), dim=1).values
-
-    precision = (between <= radius(second)[None]).any(1).float().mean()
-    recall = (between <= radius(first)[:, None]).any(0).float().mean()
-    return float(precision), float(recall)
-
-
-def compare_features(features: np.ndarray, reference: np.ndarray, encoder: str) -> dict[str, float]:
-    """All distances of two feature sets by their contract names, for example `fd_efficientnet_lite0`.
-
-    The Fréchet distance is `fid` on the encoder `inception` alone, whose name `encoders.inception.InceptionV3` keeps.
-    """
-    kid, low, high = kernel_distance(features, reference)
-    precision, recall = precision_recall(features, reference)
-    return {
-        "fid" if encoder == "inception" else f"fd_{encoder}": frechet_distance(features, reference),
-        "kid_x1000": kid,
-        "kid_x1000_low": low,
-        "kid_x1000_high": high,
-        "precision": precision,
-        "recall": recall,
-    }
+def _finite(value: float | None) -> float | None:
+    """The number, or None where it is undefined: JSON knows no NaN."""
+    return None if value is None or not np.isfinite(value) else float(value)

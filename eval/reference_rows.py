@@ -1,57 +1,88 @@
-"""What no method can beat: the floors of every table of distances."""
+"""Reference rows: what the metrics say of real images, and of real training images that were only encoded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from corpus.index import Corpus
-from encoders.efficientnet import EfficientNetLite0
-from encoders.embedding import embed
-from eval.held_out import HeldOut, balanced_rows, natural_rows
-from eval.metrics import compare_features
+from eval.held_out import DRAWS, HeldOut
+from eval.measuring import Judges, compare, embed_rows, judge_captions, with_set
+from eval.metrics import compute
+from runtime.artefacts import stage, write_json
 
-DRAWS = {"balanced": balanced_rows, "natural": natural_rows}
-
-
-def prefixed(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics under the name of their held-out set; those of the set called "" keep their own names."""
-    return {f"{name}_{key}" if name else key: value for key, value in metrics.items()}
-
-
-def real_train(
-    sets: Mapping[str, HeldOut], corpus: Corpus, embeddings: np.ndarray, encoder: EfficientNetLite0, seed: int
-) -> dict[str, float]:
-    """Real training images, drawn as each held-out set was, against it: what a perfect generator would score."""
-    metrics = {}
-    for index, (name, held) in enumerate(sets.items()):
-        rows = DRAWS[held.name](corpus, len(held.rows), np.random.default_rng([seed, 200 + index]))
-        features = embeddings[rows].astype(np.float32)
-        metrics |= prefixed(name, compare_features(features, held.features, encoder.name))
-    return metrics
+#: What each row is; the order of the tables.
+REFERENCE_ROWS = {
+    "real_held_out": "a second, disjoint set of as many held-out images: what a perfect generator reaches",
+    "real_train": "as many real training images, unpruned",
+    "reconstructed_train": "these training images through the autoencoder: what a perfect latent model reaches",
+    "pca": "these training images through as many principal components as the latents have channels",
+}
+#: Images of each kind that the report shows.
+SHOWN = 12
 
 
-def halves(sets: Mapping[str, HeldOut], encoder: EfficientNetLite0) -> dict[str, float]:
-    """Two halves of each held-out set against each other."""
-    metrics = {}
-    for name, held in sets.items():
-        # shuffled, since the balanced set deals its scenes in turn
-        order = np.random.default_rng(0).permutation(len(held.rows))
-        middle = len(order) // 2
-        first, second = held.features[order[:middle]], held.features[order[middle : 2 * middle]]
-        metrics |= prefixed(name, compare_features(first, second, encoder.name))
-    return metrics
+@dataclass(frozen=True)
+class Rebuild:
+    """A way to encode and decode images: uint8 [N, R, R, 3] to the same, and what it depends on."""
+
+    key: str
+    function: Callable[[np.ndarray], np.ndarray]
 
 
-def against_itself(
-    sets: Mapping[str, HeldOut], reconstructions: Mapping[str, np.ndarray], encoder: EfficientNetLite0
-) -> dict[str, float]:
-    """Reconstructions uint8 [N, R, R, 3] of each held-out set against the set, with their PSNR in dB."""
-    metrics = {}
-    for name, held in sets.items():
-        features = embed(encoder, reconstructions[name])
-        metrics |= prefixed(name, compare_features(features, held.features, encoder.name))
-        error = np.mean((reconstructions[name].astype(np.float64) - held.images) ** 2)
-        metrics |= prefixed(name, {"psnr": float(10 * np.log10(255**2 / error))})
-    return metrics
+def reference_rows(
+    sets: Mapping[str, HeldOut],
+    further: Mapping[str, HeldOut],
+    corpus: Corpus,
+    judges: Judges,
+    rebuilds: Mapping[str, Rebuild],
+    seed: int,
+    runs: Path | str,
+) -> Path:
+    """Measure every reference row on as many images as each held-out set has; cached.
+
+    Args:
+        sets: the held-out sets, by the prefix of their metrics' names; the report shows images of the first.
+        further: for some of them, disjoint sets of the same size.
+        corpus: of training images, unpruned.
+        rebuilds: for the rows `reconstructed_train` and `pca`.
+    Returns:
+        a directory with reference_rows.json (metrics by row), and a few training images and their reconstructions.
+    """
+
+    def build(directory: Path) -> None:
+        rows: dict[str, dict] = {name: {} for name in REFERENCE_ROWS}
+        for index, (prefix, held) in enumerate(sets.items()):
+            if prefix in further:
+                rows["real_held_out"] |= with_set(prefix, real_held_out(further[prefix], held, judges))
+            generator = np.random.default_rng([seed, 200 + index])
+            picked = DRAWS[held.name](corpus, corpus.readable, len(held), generator)
+            images = {"real_train": np.array(corpus.images[picked])}
+            images |= {name: rebuild.function(images["real_train"]) for name, rebuild in rebuilds.items()}
+            for name, pixels in images.items():
+                found = compare({encoder.name: embed_rows(encoder, pixels) for encoder in judges.encoders}, held)
+                if name in rebuilds:
+                    found |= compute({"images": pixels, "truth": images["real_train"]}, of={})
+                rows[name] |= with_set(prefix, found)
+            if index == 0:
+                for name, pixels in images.items():
+                    np.save(directory / f"{name}.npy", pixels[:SHOWN])
+        write_json(directory / "reference_rows.json", {name: row for name, row in rows.items() if row})
+
+    inputs = {
+        "sets": [[prefix, held.key] for prefix, held in sets.items()],
+        "further": [[prefix, held.key] for prefix, held in further.items()],
+        "corpus": corpus.fingerprint,
+        "judges": judges.key,
+        "rebuilds": {name: rebuild.key for name, rebuild in rebuilds.items()},
+        "seed": seed,
+    }
+    return stage(runs, "reference_rows", inputs, build)
+
+
+def real_held_out(further: HeldOut, held: HeldOut, judges: Judges) -> dict[str, float | None]:
+    """Real images against a disjoint held-out set, and what CLIP says of them with their own captions."""
+    return compare(further.features, held) | judge_captions(further.images, further, judges)[0]

@@ -14,7 +14,7 @@ import numpy as np
 from corpus.index import CHUNK, Corpus, Scan, Source, index_corpus, indexes_of, rows_in, scanned
 from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy, entropies
-from runtime.artefacts import COMPLETE, fingerprint, read_json, stage, write_json
+from runtime.artefacts import COMPLETE, read_json, stage, stage_fingerprint, write_json
 from runtime.progress import progress
 
 
@@ -25,9 +25,11 @@ def scan_corpus(source: Source, runs: Path | str, measure: LocalEntropy, encoder
     and `corpus_embeddings` then find their results; on a corpus that was indexed before, they compute them from its
     decoded images.
     """
+    entropy = stage_fingerprint("entropy", {"measure": measure})
+    embedding = stage_fingerprint("embedding", {"encoder": encoder})
     scans = [
-        Scan(fingerprint(measure=measure), partial(entropies, measure), CHUNK, np.float32, by_worker=True),
-        Scan(fingerprint(encoder=encoder), encoder, encoder.batch_size, np.float16, (encoder.dimensions,)),
+        Scan(entropy, partial(entropies, measure), CHUNK, np.float32, by_worker=True),
+        Scan(embedding, encoder, encoder.batch_size, np.float16, (encoder.dimensions,)),
     ]
     return index_corpus(source, runs, scans)
 
@@ -36,7 +38,7 @@ def corpus_entropy(corpus: Corpus, measure: LocalEntropy, runs: Path | str) -> n
     """Local entropy float32 [N] in bits, zero where unreadable; cached."""
 
     def build(directory: Path) -> None:
-        if _take(corpus, fingerprint(measure=measure), directory / "entropy.npy"):
+        if _take(corpus, stage_fingerprint("entropy", {"measure": measure}), directory / "entropy.npy"):
             return
         values = np.zeros(len(corpus), np.float32)
         known = _take_over(corpus, runs, "entropy", {"measure": measure}, "entropy.npy", values)
@@ -53,7 +55,7 @@ def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | s
 
     def build(directory: Path) -> None:
         path, state, rest = directory / "embeddings.npy", directory / "progress.json", directory / "todo.npy"
-        if _take(corpus, fingerprint(encoder=encoder), path):
+        if _take(corpus, stage_fingerprint("embedding", {"encoder": encoder}), path):
             return
         batch = encoder.batch_size
         done = read_json(state)["done"] if state.exists() and rest.exists() else 0
@@ -92,8 +94,8 @@ def _take_over(
         return known
     source = read_json(corpus.directory / COMPLETE)["inputs"]["source"]
     for previous in indexes_of(source, runs):
-        stages = Path(runs) / name / fingerprint(corpus=previous.fingerprint, **options)
-        found = scanned(previous, fingerprint(**options)) or stages / file
+        stages = Path(runs) / name / stage_fingerprint(name, {"corpus": previous.fingerprint, **options})
+        found = scanned(previous, stage_fingerprint(name, options)) or stages / file
         if not found.is_file():
             continue
         origin = rows_in(previous, corpus.manifest)

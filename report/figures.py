@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from report.tables import direction, method_order
+from eval.convergence import lower_is_better
+from eval.metrics import Quantity
+from report.tables import PLAIN, method_order
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e3e8ee"
 BEFORE, AFTER, ACCENT = "#b4bdc9", "#0072b2", "#d55e00"
@@ -69,7 +71,7 @@ def convergence_figure(
     metric: str,
     *,
     x: Sequence[str] = ("step",),
-    floors: Mapping[str, float] | None = None,
+    references: Mapping[str, float] | None = None,
 ) -> Figure:
     """A metric during training, a curve a method, its 95 % interval shaded where `<metric>_low/_high` exist.
 
@@ -77,7 +79,7 @@ def convergence_figure(
         convergence: per method the rows of its convergence.jsonl.
         metric: column to draw; methods without it are left out.
         x: columns of the horizontal axis, a panel each: step, images_seen, seconds.
-        floors: horizontal lines: what no method can beat.
+        references: horizontal lines: reference rows.
     Raises:
         ValueError: no method has the metric.
     """
@@ -87,12 +89,18 @@ def convergence_figure(
     figure = _figure(6.4 * len(x), 4.4)
     panels = figure.subplots(1, len(x), sharey=True, squeeze=False)[0]
     for number, (axes, along) in enumerate(zip(panels, x, strict=True)):
-        _convergence_panel(axes, found, metric, along, floors or {}, titled=number == 0)
+        _convergence_panel(axes, found, metric, along, references or {}, titled=number == 0)
     return figure
 
 
 def _convergence_panel(
-    axes: Axes, found: Mapping[str, pd.DataFrame], metric: str, x: str, floors: Mapping[str, float], *, titled: bool
+    axes: Axes,
+    found: Mapping[str, pd.DataFrame],
+    metric: str,
+    x: str,
+    references: Mapping[str, float],
+    *,
+    titled: bool,
 ) -> None:
     others = iter(_OTHERS * len(found))
     values: list[float] = []
@@ -109,16 +117,15 @@ def _convergence_panel(
             low, high = frame[f"{metric}_low"].astype(float), frame[f"{metric}_high"].astype(float)
             axes.fill_between(frame[x], low, high, color=colour, alpha=0.18, linewidth=0)
             values += [value for value in (*low, *high) if math.isfinite(value)]
-    for name, value in floors.items():
+    for name, value in references.items():
         axes.axhline(value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            f"floor: {name}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            name, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
             textcoords="offset points", ha="right", va="bottom", fontsize=10, color=MUTED,
         )  # fmt: skip
-    values += list(floors.values())
-    better = {-1: "lower is better", 1: "higher is better", 0: ""}[direction(metric)]
-    title = metric.replace("_x1000", "×10³").replace("kid", "KID").replace("_", " ", 1)
-    _dress(axes, f"{title}{', ' + better if better else ''}" if titled else "", x.replace("_", " "), "")
+    values += list(references.values())
+    better = "lower is better" if lower_is_better(metric) else "higher is better"
+    _dress(axes, f"{metric_title(metric)}, {better}" if titled else "", x.replace("_", " "), "")
     axes.xaxis.set_major_formatter(FuncFormatter(_counts))
     if values and min(values) > 0 and max(values) / min(values) > 4:
         axes.set_yscale("log")
@@ -127,6 +134,14 @@ def _convergence_panel(
         axes.yaxis.set_minor_formatter(NullFormatter())
     if titled:
         axes.legend(frameon=False, fontsize=12, labelcolor=INK, loc="best")
+
+
+def metric_title(metric: str) -> str:
+    """A metric's name for people: held-out set, metric, encoder."""
+    quantity = Quantity.parse(metric)
+    if quantity is None:
+        return PLAIN[metric][0] if metric in PLAIN else metric.replace("_", " ")
+    return " ".join(word for word in (quantity.held_out, quantity.entry.name, quantity.of) if word)
 
 
 def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.ndarray) -> Figure:

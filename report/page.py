@@ -16,14 +16,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
-from report.tables import FLOOR_NOTES, TABLE_NOTES, show
+from eval.reference_rows import REFERENCE_ROWS
+from report.tables import REFERENCE, TABLE_NOTES, seeds_line, show
 
 #: The sentence under each section's heading.
 LEADS = {
     "tables": "What was measured, one row a method. ↓ lower is better, ↑ higher is better; the best measured value of "
-    "a column is marked, small print gives 95\u00a0% intervals. A difference between methods counts when it is larger "
-    "than the intervals. Shaded rows are floors: what the yardstick gives for real or merely re-encoded images, where "
-    "nothing was generated. No method trained on these latents can be expected below the reconstruction.",
+    "a column is marked. Brackets are 95\u00a0% intervals of the sampling of images alone. They do not say what "
+    "another training seed would change, so a difference within one seed is no proof. Shaded rows are reference rows: "
+    "what the metrics say of real or merely re-encoded images. No model trained on these latents can be expected to do "
+    "better than reconstructed_train.",
     "figures": "How the numbers come about. Colours mean the same method in every figure.",
     "sheets": "Drawn or restored images as they are, enlarged without smoothing, not picked by hand. Look for "
     "structure that the metrics may miss: coasts, texture, repeated patterns.",
@@ -77,7 +79,7 @@ def write_report(
 
     Args:
         intro: plain text, blank lines part paragraphs.
-        tables: by name; frames of `report.tables.build_tables` get directions, best marks and floors, others stay.
+        tables: by name; frames of `report.tables.build_tables` get directions and best marks, others stay as they are.
         figures, sheets: title, caption, and the PNG as bytes or file.
         galleries: by method.
         facts: short values for the head of the page.
@@ -96,7 +98,7 @@ def write_report(
         intro=[paragraph.strip() for paragraph in intro.split("\n\n") if paragraph.strip()],
         facts={name: str(value) for name, value in (facts or {}).items()},
         leads={section: notes.get(section, lead) for section, lead in LEADS.items()},
-        floors=_floors((tables or {}).values()),
+        references=_references((tables or {}).values()),
         tables=[_table(name, table, notes) for name, table in (tables or {}).items()],
         figures=[_picture(*figure) for figure in figures],
         sheets=[_picture(*sheet) for sheet in sheets],
@@ -115,6 +117,7 @@ def _table(name: str, table: pd.DataFrame, notes: Mapping[str, str]) -> dict[str
     return {
         "name": name,
         "note": notes.get(name, TABLE_NOTES.get(name, "")),
+        "seeds": seeds_line(table),
         "headings": [heading.replace(" ↓", "\u00a0↓").replace(" ↑", "\u00a0↑") for heading in shown.headings[first:]],
         "rows": [(kind, cells[first:]) for kind, cells in shown.rows],
         "numeric": shown.numeric[first:],
@@ -122,10 +125,10 @@ def _table(name: str, table: pd.DataFrame, notes: Mapping[str, str]) -> dict[str
     }
 
 
-def _floors(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
-    """What the floors in these tables are, by name."""
-    names = {name for table in tables if "kind" in table for name in table.loc[table["kind"] == "floor", "prune"]}
-    return {name: text for name, text in FLOOR_NOTES.items() if name in names}
+def _references(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
+    """What the reference rows in these tables are, by name."""
+    names = {name for table in tables if "kind" in table for name in table.loc[table["kind"] == REFERENCE, "prune"]}
+    return {name: text for name, text in REFERENCE_ROWS.items() if name in names}
 
 
 def _picture(title: str, caption: str, png: bytes | Path) -> dict[str, Any]:

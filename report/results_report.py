@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from corpus.index import Corpus, open_corpus
-from eval.convergence import AXES
+from eval.convergence import CONVERGENCE
+from eval.metrics import METRICS, Quantity
+from eval.reference_rows import REFERENCE_ROWS
 from report.figures import comparison_sheet, confusion_figure, convergence_figure, entropy_histogram, scene_bars
 from report.page import Gallery, figure_bytes, write_report
-from report.tables import build_tables, read_results, scene_table, write_tables
+from report.results import read_results
+from report.tables import build_tables, evaluation_encoder, scene_table, write_tables
 from runtime.artefacts import read_json
 from runtime.errors import UserError
-from train.foundation import CONVERGENCE
 
 SHOWN = 16  # tiles of a gallery
+#: Places of the computations, by "<stage>/<method>": one directory for each seed.
+Places = Mapping[str, list[Path]]
+#: Folder of a downstream run with its inputs, outputs and the truth, uint8 [N, H, W, 3].
+SAMPLES = "samples"
 
 
 def rebuild(results: Path) -> dict[str, pd.DataFrame]:
@@ -27,12 +35,13 @@ def rebuild(results: Path) -> dict[str, pd.DataFrame]:
     """
     if not (results / "runs.json").is_file():
         raise UserError(f"no finished results in {results}: run `make reproduce PROFILE={results.name}` first")
-    places = {key: Path(value) for key, value in read_json(results / "runs.json").items()}
-    tables = build_tables(read_results(results / "results.jsonl"))
+    places = {key: [Path(place) for place in found] for key, found in read_json(results / "runs.json").items()}
+    rows = read_results(results / "results.jsonl")
+    tables = build_tables(rows)
     if confusions := _confusions(places):
         tables["scenes"] = scene_table(confusions)
     write_tables(tables, results / "tables")
-    figures = _figures(places, results / "figures")
+    figures = _figures(places, rows, results / "figures")
     write_report(
         results / "report.html",
         title=f"RS-Prune, profile {results.name}",
@@ -47,14 +56,15 @@ def rebuild(results: Path) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def _of(places: dict[str, Path], kind: str) -> dict[str, Path]:
-    return {key.split("/")[1]: path for key, path in places.items() if key.startswith(kind + "/")}
+def _of(places: Places, kind: str) -> dict[str, Path]:
+    """The first seed's directory of every method."""
+    return {key.split("/")[1]: found[0] for key, found in places.items() if key.startswith(kind + "/")}
 
 
-def _confusions(places: dict[str, Path]) -> dict[str, dict[str, dict[str, int]]]:
+def _confusions(places: Places) -> dict[str, dict[str, dict[str, int]]]:
     """What CLIP sees in the held-out photographs and in each method's images; empty where there are no scenes."""
     found = {}
-    for method, path in _of(places, "generation").items():
+    for method, path in _of(places, "foundation").items():
         scenes = read_json(path / "summary.json").get("scenes") or {}
         if scenes.get("generated"):
             found |= {"photographs": scenes["real"]} if not found else {}
@@ -62,7 +72,28 @@ def _confusions(places: dict[str, Path]) -> dict[str, dict[str, dict[str, int]]]
     return found
 
 
-def _figures(places: dict[str, Path], directory: Path) -> list[tuple[str, str, bytes]]:
+def _curves(places: Places) -> dict[str, pd.DataFrame]:
+    """Every method's convergence, averaged over its seeds; of several the lowest and highest are its interval."""
+    curves = {}
+    for key, found in places.items():
+        if not key.startswith("convergence/"):
+            continue
+        frames = [pd.read_json(path / CONVERGENCE, lines=True) for path in found]
+        if len(frames) == 1:
+            curves[key.split("/")[1]] = frames[0]
+            continue
+        groups = pd.concat(frames).groupby("step", as_index=False)
+        frame = groups.mean()
+        for column in frames[0].columns:
+            quantity = Quantity.parse(column)
+            if quantity is not None and not quantity.part:
+                for part, values in (("low", groups[column].min()), ("high", groups[column].max())):
+                    frame[replace(quantity, part=part).name] = values[column]
+        curves[key.split("/")[1]] = frame
+    return curves
+
+
+def _figures(places: Places, rows: list[dict], directory: Path) -> list[tuple[str, str, bytes]]:
     directory.mkdir(parents=True, exist_ok=True)
     figures = []
 
@@ -71,24 +102,16 @@ def _figures(places: dict[str, Path], directory: Path) -> list[tuple[str, str, b
         (directory / f"{name}.png").write_bytes(data)
         figures.append((title, caption, data))
 
-    curves = {
-        method: pd.read_json(path / CONVERGENCE, lines=True) for method, path in _of(places, "convergence").items()
-    }
-    floor_rows = read_json(next(iter(_of(places, "floor").values())) / "floors.json")
-    columns = next(iter(curves.values())).columns
-    distance = next(key for key in columns if key.startswith(("balanced_fid", "balanced_fd_")))
-    for name, metric, title in (
-        ("convergence_kid", "balanced_kid_x1000", "Convergence, KID"),
-        ("convergence_fd", distance, "Convergence, Fréchet distance"),
-    ):
-        # the curves use fewer images than the floors do: only the unbiased KID may stand beside them
-        floors = (
-            {key: row[metric] for key, row in floor_rows.items() if key == "reconstruction"}
-            if "kid" in metric
-            else None
-        )
-        caption = "Distance to the scene-balanced held-out set by steps, images seen and seconds of training."
-        add(name, title, caption, convergence_figure(curves, metric, x=AXES, floors=floors))
+    encoder = evaluation_encoder(rows)
+    real = read_json(_of(places, "reference")["validation"] / "reference_rows.json")
+    for metric, name in (("kid_x1000", "convergence_kid"), ("fd", "convergence_fd")):
+        column = Quantity(metric, encoder, "balanced").name
+        # only what does not depend on the number of images may stand beside curves of fewer images
+        lines = {} if METRICS[metric].biased else {key: real[key].get(column) for key in REFERENCE_ROWS if key in real}
+        lines = {key: value for key, value in lines.items() if value is not None and key != "pca"}
+        caption = "Distance to the scene-balanced validation set by images seen; training alone has not seen it."
+        figure = convergence_figure(_curves(places), column, x=("images_seen",), references=lines)
+        add(name, f"Convergence, {METRICS[metric].name}", caption, figure)
     if confusions := _confusions(places):
         caption = "Held-out photographs, and images generated from their captions. A bright diagonal is good."
         add("scenes_seen", "What CLIP sees in each scene", caption, confusion_figure(confusions))
@@ -115,7 +138,7 @@ def _corpus_of(selection: Path) -> Corpus:
     return open_corpus(selection.parent.parent / "corpus" / key)
 
 
-def _galleries(places: dict[str, Path]) -> dict[str, list[Gallery]]:
+def _galleries(places: Places) -> dict[str, list[Gallery]]:
     galleries = {}
     for method, path in _of(places, "selection").items():
         if method == "full":
@@ -133,25 +156,27 @@ def _galleries(places: dict[str, Path]) -> dict[str, list[Gallery]]:
     return galleries
 
 
-def _sheets(places: dict[str, Path], directory: Path) -> list[tuple[str, str, Path]]:
+def _sheets(places: Places, directory: Path) -> list[tuple[str, str, Path]]:
     sheets = []
-    for method, path in _of(places, "generation").items():
+    for method, path in _of(places, "foundation").items():
         last = sorted((path / "samples").glob("step_*.png"))[-1]
         sheets.append((f"Samples, {method}", "The same prompts and the same noise for every method.", last))
-    floor = next(iter(_of(places, "floor").values()))
+    references = _of(places, "reference")["published"]
     sheet = directory / "reconstructions.png"
-    names = {"held out": "truth", "autoencoder": "reconstruction", "PCA": "pca"}
-    comparison_sheet({label: np.load(floor / f"{name}.npy") for label, name in names.items()}).save(sheet)
+    names = {"training images": "real_train", "autoencoder": "reconstructed_train", "PCA": "pca"}
+    comparison_sheet({label: np.load(references / f"{name}.npy") for label, name in names.items()}).save(sheet)
     sheets.append(
         ("Reconstructions", "What the frozen autoencoder and PCA of its latent size keep of an image.", sheet)
     )
-    for task in ("super_resolution", "semantic_synthesis"):
-        runs = {method: path for method, path in _of(places, task).items() if (path / "samples").is_dir()}
+    for task in dict.fromkeys(key.split("/")[0] for key in places):
+        runs = {
+            method: path for method, path in _of(places, task).items() if (path / SAMPLES / "outputs.npy").is_file()
+        }
         if not runs:
             continue
-        first = next(iter(runs.values())) / "samples"
+        first = next(iter(runs.values())) / SAMPLES
         rows = {"input": np.load(first / "inputs.npy")}
-        rows |= {method: np.load(path / "samples" / "outputs.npy") for method, path in runs.items()}
+        rows |= {method: np.load(path / SAMPLES / "outputs.npy") for method, path in runs.items()}
         rows["truth"] = np.load(first / "truth.npy")
         sheet = directory / f"{task}.png"
         comparison_sheet(rows).save(sheet)
@@ -160,12 +185,12 @@ def _sheets(places: dict[str, Path], directory: Path) -> list[tuple[str, str, Pa
     return sheets
 
 
-def _facts(places: dict[str, Path]) -> dict[str, str]:
+def _facts(places: Places) -> dict[str, str]:
     facts = {}
     for method, path in _of(places, "selection").items():
         summary = read_json(path / "summary.json")
         facts[f"{method}, images kept"] = f"{summary['kept']:,} of {summary['images']:,}"
-    for method, path in _of(places, "generation").items():
+    for method, path in _of(places, "foundation").items():
         summary = read_json(path / "summary.json")
         facts[f"{method}, training"] = f"{summary['steps']:,} steps, {summary['parameters'] / 1e6:.1f} M parameters"
     return facts

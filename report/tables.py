@@ -1,30 +1,25 @@
-"""Result rows to tables: DataFrames, and from them Markdown, LaTeX and CSV.
+"""Result rows to tables: data frames at full precision, and from them Markdown, LaTeX and CSV.
 
-A row of `results.jsonl` is one finished cell: `stage`, `corpus`, `prune`, `ratio`, `seed`, `step`, flat `metrics`,
-`fingerprint`, `commit`, `machine`. Tables hold nothing that differs between a resumed and an undisturbed run: no
-seconds, no machine, no commit.
+Metrics are what `eval.metrics.METRICS` lists; columns carry their full names. Tables hold nothing that differs between
+a resumed and an undisturbed run: no seconds, no machine, no commit.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from runtime.artefacts import plain
-from runtime.errors import UserError
-
-Row = Mapping[str, Any]
+from eval.metrics import METRICS, SETS, Quantity
+from eval.reference_rows import REFERENCE_ROWS
+from report.results import Row, read_results, write_text
 
 #: Table name of each stage.
 TABLE_OF_STAGE = {
@@ -38,111 +33,29 @@ TABLE_OF_STAGE = {
 #: What each table shows and how to read it.
 TABLE_NOTES = {
     "generation": "Generated images against real held-out images: a scene-balanced set and one as nature mixes it.",
-    "convergence": "The same measures during training: at each step every method has seen equally many images.",
+    "convergence": "The same metrics during training, on the validation split: at each step every method has seen "
+    "equally many images.",
     "subset_quality": "The kept real images themselves against the held-out images, before any training; Vendi score "
-    "(effective number of kinds), evenness of the true scenes, shares of near-duplicates and of low information.",
-    "super_resolution": "Held-out images restored from a quarter of their side; scratch: same network, same steps.",
-    "semantic_synthesis": "Images drawn from held-out masks; scratch: same network, same steps.",
-    "ablation": "One choice changed at a time.",
+    "(effective number of kinds), evenness of the true scenes, fractions of near-duplicates (perceptual hash) and of "
+    "images of low information (JPEG bytes).",
+    "super_resolution": "Held-out images restored from a quarter of their side. scratch: the same network without a "
+    "foundation, with as many steps of fine-tuning, and with the foundation's steps added.",
+    "semantic_synthesis": "Images drawn from held-out masks. scratch: the same network without a foundation, with as "
+    "many steps of fine-tuning, and with the foundation's steps added.",
+    "ablation": "One choice changed at a time, measured on the validation split.",
     "scenes": "Share of images in which CLIP sees the scene that they are of, among all scenes of the table: generated "
     "from the scene-balanced held-out captions by each method's model, and the photographs with these captions.",
 }
-#: What each floor is; rows of stage "floor".
-FLOOR_NOTES = {
-    "halves": "two halves of the held-out set against each other, the least to expect of perfect images",
-    "real_train": "real training images, unpruned",
-    "reconstruction": "held-out images through the autoencoder, the most its latents can hold",
-    "pca16": "held-out images through 16 principal components, the latents' size, without training",
-}
-KEY = ("stage", "corpus", "prune", "ratio", "seed", "step", "fingerprint")
+#: Numbers of a row that are no metrics but shown: heading and decimals.
+PLAIN = {"images_seen": ("images seen", 0), "loss": ("loss", 4)}
+#: Stage of the reference rows.
+REFERENCE = "reference"
 
-_CELL = ("corpus", "prune", "ratio", "seed", "step")
+_CELL = ("corpus", "prune", "ratio", "step")
 _FIRST, _LAST = ("full", "random", "rsprune"), ("scratch",)
-_HELD_OUT = ("balanced", "natural")
-_METRICS = (
-    "fid", "fd_", "kid", "precision", "recall", "density", "coverage", "clip_", "scene_accuracy", "psnr", "ssim",
-    "mask_agreement", "feature_distance", "vendi", "scene_entropy", "near_duplicates", "low_information",
-)  # fmt: skip
-_LOWER = ("fid", "fd_", "kid", "feature_distance", "lpips", "loss", "near_duplicates", "low_information")
-_HIGHER = (
-    "precision", "recall", "density", "coverage", "clip_", "scene_accuracy", "psnr", "ssim", "mask_agreement", "vendi",
-    "scene_entropy",
-)  # fmt: skip
-_DISTANCES = ("fid", "fd_", "kid")
-_TIMING = re.compile(r"(^|_)(seconds?|minutes|hours|time|duration|eta|per_second)($|_)")
 _NOTHING = "–"
-_DIFFERENCE = "_minus_"
-
-
-# ---------------------------------------------------------------- results.jsonl
-
-
-def read_results(path: Path | str) -> list[dict[str, Any]]:
-    """Rows of a results file, oldest first; none where the file is missing.
-
-    Raises:
-        UserError: a line is not a JSON object with a stage and metrics.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number} is not JSON ({error.msg}): remove the line and run again") from error
-        if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or "stage" not in row:
-            raise UserError(f"{path}:{number} is no result row (stage, metrics): remove the line and run again")
-        rows.append(row)
-    return rows
-
-
-def append_result(path: Path | str, row: Row) -> None:
-    """Add a row at the end of a results file; a row with the same `KEY` goes. Readers see the old file or the new one.
-
-    Values that JSON cannot hold (NaN, infinity) become null.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = _finite(plain(row))
-    with _locked(path.parent):
-        rows = [old for old in read_results(path) if _key(old) != _key(new)]
-        _write(path, "".join(json.dumps(item, allow_nan=False) + "\n" for item in [*rows, new]))
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in KEY)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One writer at a time in this directory: the cells of a sweep may finish together."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-# ---------------------------------------------------------------- rows to DataFrames
+_SPREAD = "_spread"
+_ARROWS = {"lower": "↓", "higher": "↑", "": ""}
 
 
 def method_order(name: str) -> tuple[int, str]:
@@ -152,86 +65,104 @@ def method_order(name: str) -> tuple[int, str]:
     return len(_FIRST) + (name in _LAST), name
 
 
-def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
-    """Tables by name (values of `TABLE_OF_STAGE`), full-precision numbers; a table without measured rows is left out.
+# ---------------------------------------------------------------- rows to data frames
 
-    Columns: kind ("measured" or "floor"), corpus, prune, ratio, seed, step, the fields that only ablation rows have,
-    then the metrics. Of several rows for one cell the newest counts. Floors stand at the bottom of every table with
-    which they share a distance.
+
+def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
+    """Tables by name (`TABLE_OF_STAGE`, other stages by their own), full-precision numbers; none without measured rows.
+
+    Columns: kind ("measured" or "reference"), corpus, prune, ratio, step, seeds (how many), the fields that only
+    ablation rows have, then the metrics. Rows of one cell that differ in the seed alone become one: means, and, of
+    several seeds, standard deviations as `<metric>_spread` in place of intervals. Of several rows for one cell and seed
+    the newest counts. Reference rows stand at the bottom of every table with which they share a distance.
     """
     rows = list(rows)
     tables = {}
-    for stage, name in TABLE_OF_STAGE.items():
+    others = {row["stage"] for row in rows} - {*TABLE_OF_STAGE, REFERENCE}
+    for stage, name in (TABLE_OF_STAGE | {stage: stage for stage in sorted(others)}).items():
         measured = [_record(row, "measured", extras=stage == "ablation") for row in rows if row["stage"] == stage]
-        if not measured:
-            continue
-        floors = [_record(row, "floor", extras=False) for row in rows if row["stage"] == "floor"]
-        tables[name] = _frame(name, measured, floors)
+        if measured:
+            references = [_record(row, REFERENCE, extras=False) for row in rows if row["stage"] == REFERENCE]
+            tables[name] = _frame(name, measured, references)
+            tables[name].attrs["encoder"] = evaluation_encoder(rows)
     return tables
 
 
+def evaluation_encoder(rows: Sequence[Row]) -> str:
+    """The encoder whose metrics come first in the newest row that has any, or ""."""
+    quantities = (Quantity.parse(name) for row in reversed(rows) for name in row["metrics"])
+    return next((quantity.of for quantity in quantities if quantity and quantity.entry.by == "encoder"), "")
+
+
 def _record(row: Row, kind: str, *, extras: bool) -> dict[str, Any]:
-    """A table row; its metrics carry float values, missing ones NaN."""
-    record: dict[str, Any] = {"kind": kind, **{name: row.get(name) for name in _CELL}}
+    """A table row with its seed; metrics are floats, missing ones NaN."""
+    record: dict[str, Any] = {"kind": kind, **{name: row.get(name) for name in _CELL}, "seed": row.get("seed")}
     if extras:
-        known = {"stage", "metrics", "fingerprint", "commit", "machine", *_CELL}
+        known = {"stage", "metrics", "fingerprint", "commit", "machine", *record}
         record |= {f"field:{name}": str(value) for name, value in row.items() if name not in known}
     for name, value in row["metrics"].items():
-        if isinstance(value, (Real, type(None))) and not isinstance(value, bool) and not _TIMING.search(name):
-            record[f"metric:{name}"] = math.nan if value is None else float(value)
+        number = isinstance(value, (Real, type(None))) and not isinstance(value, bool)
+        if number and (name in PLAIN or Quantity.parse(name) is not None):
+            record[f"metric:{name}"] = np.nan if value is None else float(value)
     return record
 
 
-def _frame(name: str, measured: list[dict[str, Any]], floors: list[dict[str, Any]]) -> pd.DataFrame:
-    metrics = {key for record in measured for key in record if key.startswith("metric:")}
-    distances = {key for key in metrics if _base(key.removeprefix("metric:"))[1].startswith(_DISTANCES)}
+def _frame(name: str, measured: list[dict[str, Any]], references: list[dict[str, Any]]) -> pd.DataFrame:
+    metrics = sorted({key for record in measured for key in record if key.startswith("metric:")}, key=_column_order)
+    compared = {key for key in metrics if _is_distance(key)}
     corpora = {record["corpus"] for record in measured}
-    floors = [record for record in floors if record["corpus"] in corpora and distances & set(record)]
-    if name == "generation" and any("metric:psnr" in record for record in floors):
-        metrics |= {"metric:psnr"}  # of the autoencoder and of PCA: what the latents can hold
+    references = [record for record in references if record["corpus"] in corpora and compared & set(record)]
+    own = {key for record in references for key in record if key.startswith("metric:")} if name == "generation" else []
+    metrics = sorted({*metrics, *own}, key=_column_order)
     fields = sorted({key for record in measured for key in record if key.startswith("field:")})
-    columns = ["kind", *_CELL, *fields, *sorted(metrics, key=_metric_order)]
-
-    newest = {tuple(record.get(key) for key in ("kind", *_CELL, *fields)): record for record in [*measured, *floors]}
-    ordered = sorted(newest.values(), key=lambda record: _row_order(name, record))
-    frame = pd.DataFrame([{key: record.get(key) for key in columns} for record in ordered], columns=columns)
-    for key in columns:
-        if key in ("seed", "step"):
-            frame[key] = frame[key].astype("Int64")
-        elif key == "ratio" or key.startswith("metric:"):
-            frame[key] = frame[key].astype("float64")
-    return frame.rename(columns=lambda key: key.split(":", 1)[-1])
+    cell = ["kind", *_CELL, *fields]
+    newest = {tuple(record.get(key) for key in (*cell, "seed")): record for record in [*measured, *references]}
+    frame = pd.DataFrame(list(newest.values())).reindex(columns=[*cell, "seed", *metrics])
+    frame[metrics] = frame[metrics].astype("float64")
+    groups = frame.groupby(cell, dropna=False, sort=False)
+    table = groups[metrics].mean()
+    table.insert(0, "seeds", groups.size())
+    spread = groups[metrics].std()
+    for key in metrics:
+        ends = Quantity.parse(key.removeprefix("metric:"))
+        if ends is None or not ends.part:
+            table[key + _SPREAD] = spread[key]
+        else:  # intervals are of one seed's images
+            table[key] = table[key].where(table["seeds"] == 1)
+    order = [column for key in metrics for column in (key, key + _SPREAD) if column in table]
+    table = table.dropna(axis=1, how="all").reset_index()
+    table = table[[column for column in [*cell, "seeds", *order] if column in table or column in cell]]
+    table = table.reindex(columns=[*cell, *(c for c in table.columns if c not in cell)])
+    rank = [_row_order(name, row) for row in table.to_dict("records")]
+    table = table.iloc[sorted(range(len(table)), key=rank.__getitem__)].reset_index(drop=True)
+    return table.astype({"step": "Int64"}).rename(columns=lambda key: key.split(":", 1)[-1])
 
 
 def _row_order(name: str, record: dict[str, Any]) -> tuple[Any, ...]:
-    """Floors last; by corpus; convergence by step first, so that methods at one step stand together."""
-    method = str(record["prune"])
-    if record["kind"] == "floor":
-        known = list(FLOOR_NOTES)
-        rank = (known.index(method) if method in known else len(known), method)
-    else:
-        rank = method_order(method)
-    step = -1 if record["step"] is None else record["step"]
-    ratio = -1.0 if record["ratio"] is None else record["ratio"]
-    seed = -1 if record["seed"] is None else record["seed"]
-    early, late = (step, 0) if name == "convergence" and record["kind"] == "measured" else (0, step)
-    fields = sorted((key, value) for key, value in record.items() if key.startswith("field:"))
-    return record["kind"] == "floor", str(record["corpus"]), early, rank, ratio, seed, late, fields
+    """Reference rows last; by corpus; convergence by step first, so that methods at one step stand together."""
+    method, measured = str(record["prune"]), record["kind"] == "measured"
+    known = list(REFERENCE_ROWS)
+    rank = method_order(method) if measured else (known.index(method) if method in known else len(known), method)
+    step, ratio = (-1 if pd.isna(record[key]) else record[key] for key in ("step", "ratio"))
+    early, late = (step, 0) if name == "convergence" and measured else (0, step)
+    fields = sorted((key, str(value)) for key, value in record.items() if key.startswith("field:"))
+    return not measured, str(record["corpus"]), early, rank, ratio, late, fields
 
 
-def _base(metric: str) -> tuple[str, str]:
-    """A metric's held-out set ("" none) and its name without it."""
-    held_out, _, rest = metric.partition("_")
-    return (held_out, rest) if held_out in _HELD_OUT and rest else ("", metric)
+def _is_distance(column: str) -> bool:
+    quantity = Quantity.parse(column.removeprefix("metric:"))
+    return quantity is not None and quantity.entry.by == "encoder"
 
 
-def _metric_order(column: str) -> tuple[Any, ...]:
-    """Balanced before natural, distances before scores, a metric before its interval."""
-    held_out, name = _base(column.removeprefix("metric:"))
-    stem = re.sub(r"_(low|high)$", "", name)
-    kind = next((index for index, start in enumerate(_METRICS) if stem.startswith(start)), len(_METRICS))
-    sets = (*_HELD_OUT, "")
-    return sets.index(held_out), kind, stem, ("", "_low", "_high").index(name[len(stem) :])
+def _column_order(column: str) -> tuple[Any, ...]:
+    """Plain numbers, then balanced before natural, in the order of `METRICS`, a metric before its interval."""
+    name = column.removeprefix("metric:")
+    quantity = Quantity.parse(name)
+    if quantity is None:
+        return -1, list(PLAIN).index(name), "", "", 0
+    sets, parts = (*SETS, ""), ("", "low", "high")
+    place = list(METRICS).index(quantity.metric)
+    return sets.index(quantity.held_out), place, quantity.of, quantity.minus, parts.index(quantity.part)
 
 
 # ---------------------------------------------------------------- how a table looks
@@ -239,7 +170,7 @@ def _metric_order(column: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one cell shows: a value, its 95 % interval ("" none), and whether it is the best measured one."""
+    """What one cell shows: a value, its interval or spread ("" none), and whether it is the best measured one."""
 
     value: str
     interval: str = ""
@@ -268,26 +199,19 @@ class Shown:
         )
 
 
-def direction(metric: str) -> int:
-    """-1: lower is better, 1: higher is better, 0: unknown, or a difference (its best is its metric's)."""
-    name = _base(metric)[1]
-    if _DIFFERENCE in name:
-        return 0
-    return -1 if name.startswith(_LOWER) else 1 if name.startswith(_HIGHER) else 0
-
-
 def show(table: pd.DataFrame) -> Shown:
-    """Round a table, fold intervals into their cells and mark the best measured value of every metric.
+    """Round a table, fold intervals and spreads into their cells and mark the best measured value of every metric.
 
-    Columns that are the same in all measured rows (corpus, seed, step) and columns without any value are left out.
-    The best is sought among measured rows of one corpus, and of one step where a method has several. Values that
-    round to the same text share the mark; a single value has none. A table without a `kind` is shown as it is.
+    Columns that are the same in all measured rows (corpus, seeds, step), columns without any value, and metrics that
+    are for the CSV file alone are left out. The best is sought among measured rows of one corpus, and of one step where
+    a method has several. Values that round to the same text share the mark; a single value has none. A table without a
+    `kind` is shown as it is.
     """
     if "kind" not in table.columns:
         return _show_plain(table)
     measured = table["kind"] == "measured"
     columns = [name for name in table.columns if _is_shown(table, name, measured)]
-    best = {name: _best(table, name, measured) for name in columns if direction(name)}
+    best = {name: _best(table, name, measured) for name in columns if _better(name)}
     rows = []
     for position, (_, row) in enumerate(table.iterrows()):
         cells = tuple(_cell(row, name, best=name in best and position in best[name]) for name in columns)
@@ -300,26 +224,39 @@ def _is_shown(table: pd.DataFrame, name: str, measured: pd.Series) -> bool:
         return not measured.all()
     if name == "step":  # 0: no training at all, as with bicubic
         return table.loc[measured & (table["step"] > 0), name].nunique() > 1
-    if name in ("corpus", "seed"):
+    if name in ("corpus", "seeds"):
         return table.loc[measured, name].nunique(dropna=False) > 1
-    if re.search(r"_(low|high)$", name) and re.sub(r"_(low|high)$", "", name) in table.columns:
+    if name.endswith(_SPREAD) and name.removesuffix(_SPREAD) in table.columns:
         return False
+    quantity = Quantity.parse(name)
+    if quantity is not None:
+        entry, encoder = quantity.entry, table.attrs.get("encoder", "")
+        other = entry.by == "encoder" and encoder not in ("", quantity.of)
+        if quantity.part or entry.shown == "file" or (other and (entry.shown != "both" or quantity.minus)):
+            return False
     return name == "prune" or bool(table[name].notna().any())
+
+
+def _better(name: str) -> str:
+    """ "lower", "higher", or "" for what is no metric or a difference (its best is its metric's)."""
+    quantity = Quantity.parse(name)
+    return "" if quantity is None or quantity.minus else quantity.entry.better
 
 
 def _best(table: pd.DataFrame, name: str, measured: pd.Series) -> set[int]:
     """Positions of the rows with the best value of a metric."""
-    several_steps = table[measured].duplicated(["corpus", "prune", "ratio", "seed"]).any()
+    several_steps = table[measured].duplicated(["corpus", "prune", "ratio"]).any()
     groups: dict[Any, list[int]] = {}
     for position, (_, row) in enumerate(table.iterrows()):
         if measured.iloc[position] and pd.notna(row[name]):
             step = None if not several_steps or pd.isna(row["step"]) else row["step"]
             groups.setdefault((row["corpus"], step), []).append(position)
     found: set[int] = set()
+    sign = 1 if _better(name) == "higher" else -1
     for positions in groups.values():
         if len(positions) > 1:
             values = {position: float(table[name].iloc[position]) for position in positions}
-            top = max(values.values(), key=lambda value: direction(name) * value)
+            top = max(values.values(), key=lambda value: sign * value)
             found |= {position for position in positions if _number(name, values[position]) == _number(name, top)}
     return found
 
@@ -330,12 +267,21 @@ def _cell(row: pd.Series, name: str, *, best: bool) -> Cell:
         return Cell(_NOTHING)
     if isinstance(value, str):
         return Cell(value)
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    interval = ""
-    if pd.notna(low) and pd.notna(high):
-        places = _places(name, float(value))
-        interval = f"[{low:.{places}f}, {high:.{places}f}]"
-    return Cell(_number(name, value), interval, best, number=True)
+    return Cell(_number(name, value), _interval(row, name), best, number=True)
+
+
+def _interval(row: pd.Series, name: str) -> str:
+    """The spread over training seeds, or the interval of one seed's images."""
+    quantity = Quantity.parse(name)
+    spread = row.get(name + _SPREAD)
+    if spread is not None and pd.notna(spread):
+        return f"± {spread:.{_decimals(name)}f}"
+    if quantity is None:
+        return ""
+    low, high = (row.get(replace(quantity, part=part).name) for part in ("low", "high"))
+    if low is None or high is None or pd.isna(low) or pd.isna(high):
+        return ""
+    return f"[{low:.{_decimals(name)}f}, {high:.{_decimals(name)}f}]"
 
 
 def _number(name: str, value: float) -> str:
@@ -343,32 +289,23 @@ def _number(name: str, value: float) -> str:
         return str(value)
     if name == "ratio":
         return f"{value:g}"
-    if name == "images_seen":  # a count, though a column with gaps holds floats
-        return f"{value:,.0f}"
-    sign = "+" if _DIFFERENCE in name else ""
-    return f"{value:{sign}.{_places(name, float(value))}f}"
+    quantity = Quantity.parse(name)
+    sign = "+" if quantity is not None and quantity.minus else ""
+    return f"{value:{sign},.{_decimals(name)}f}"
 
 
-def _places(name: str, value: float) -> int:
-    """Decimals worth showing."""
-    base = _base(name)[1]
-    if base.startswith("kid"):
-        return 0 if abs(value) >= 10 else 1
-    if base.startswith(("fd_", "fid")):
-        return 1
-    if base == "vendi":
-        return 1
-    return 2 if base.startswith("psnr") else 3
+def _decimals(name: str) -> int:
+    quantity = Quantity.parse(name)
+    return PLAIN[name][1] if quantity is None and name in PLAIN else 3 if quantity is None else quantity.entry.decimals
 
 
 def _heading(name: str) -> str:
-    held_out, base = _base(name)
-    base, _, other = base.partition(_DIFFERENCE)
-    label = {"kid_x1000": "KID×10³", "psnr": "PSNR (dB)", "ssim": "SSIM"}.get(base, base)
-    if other:
-        label += f" minus {other}'s"
-    arrow = {-1: "↓", 0: "", 1: "↑"}[direction(name)]
-    return " ".join(part for part in (held_out, label, arrow) if part)
+    quantity = Quantity.parse(name)
+    if quantity is None:
+        return PLAIN[name][0] if name in PLAIN else name
+    by = quantity.of if quantity.entry.by else ""
+    words = [quantity.held_out, quantity.entry.name, by, f"minus {quantity.minus}'s" if quantity.minus else ""]
+    return " ".join(word for word in (*words, _ARROWS[_better(name)]) if word)
 
 
 def _show_plain(table: pd.DataFrame) -> Shown:
@@ -387,21 +324,34 @@ def _show_plain(table: pd.DataFrame) -> Shown:
     return Shown(tuple(str(name) for name in table.columns), tuple(("measured", row) for row in rows))
 
 
+def seeds_line(table: pd.DataFrame) -> str:
+    """The first line of a table of measurements: over how many seeds it was made; "" for other tables."""
+    if "seeds" not in table.columns:
+        return ""
+    most = int(table.loc[table["kind"] == "measured", "seeds"].max())
+    if most == 1:
+        return "One seed: what another seed of the selection and the training would change is not known."
+    return f"Mean over up to {most} seeds of the selection and the training, ± their standard deviation."
+
+
 def note(name: str, table: pd.DataFrame) -> str:
-    """A table's caption: what it shows, how to read it, what its floors are."""
+    """A table's caption: what it shows, how to read it, what its reference rows are."""
     parts = [TABLE_NOTES.get(name, "")]
     shown = show(table)
     if any(heading.endswith(("↓", "↑")) for heading in shown.headings):
         parts.append("↓ lower is better, ↑ higher is better, bold: the best measured value.")
-    if any(cell.interval for _, cells in shown.rows for cell in cells):
+    if any(cell.interval.startswith("[") for _, cells in shown.rows for cell in cells):
         parts.append("Brackets: 95 % interval of the sampling of images, not of the training seed.")
-    if any(_DIFFERENCE in column for column in table.columns):
+    if any((quantity := Quantity.parse(column)) and quantity.minus for column in table.columns):
         parts.append("Differences are paired (same prompts, noise and held-out images): below zero is better.")
-    if "kind" in table.columns and (table["kind"] == "floor").any():
-        floors = table.loc[table["kind"] == "floor", "prune"].unique()
-        named = "; ".join(f"{floor}: {FLOOR_NOTES[floor]}" for floor in floors if floor in FLOOR_NOTES)
+    if encoder := table.attrs.get("encoder"):
+        parts.append(f"The encoder {encoder} takes no part in selection, autoencoder or training.")
+    if "kind" in table.columns and (table["kind"] == REFERENCE).any():
+        rows = table.loc[table["kind"] == REFERENCE, "prune"].unique()
         parts.append(
-            "Floors are what the yardstick gives where nothing was generated" + (f" ({named})." if named else ".")
+            "Reference rows, N against N as all others: "
+            + "; ".join(f"{row}: {REFERENCE_ROWS[row]}" for row in rows if row in REFERENCE_ROWS)
+            + "."
         )
     return " ".join(part for part in parts if part)
 
@@ -427,80 +377,60 @@ def scene_table(confusions: Mapping[str, Mapping[str, Mapping[str, int]]]) -> pd
     return pd.DataFrame(rows)
 
 
-# ---------------------------------------------------------------- DataFrames to files
+# ---------------------------------------------------------------- data frames to files
+
+
+def _texts(shown: Shown, bold: str, escape: Any = str) -> pd.DataFrame:
+    """The cells as texts, the best ones in bold."""
+    rows = [
+        [
+            f"{bold.format(escape(cell.value)) if cell.best else escape(cell.value)} {escape(cell.interval)}".strip()
+            for cell in cells
+        ]
+        for _, cells in shown.rows
+    ]
+    return pd.DataFrame(rows, columns=[escape(heading) for heading in shown.headings])
 
 
 def to_markdown(name: str, table: pd.DataFrame) -> str:
-    """A GitHub table, floors at the bottom, and its note."""
+    """A GitHub table below the line of its seeds, reference rows at the bottom, and its note."""
     shown = show(table)
-    lines = [
-        _markdown_row(shown.headings),
-        "| " + " | ".join("---:" if number else "---" for number in shown.numeric) + " |",
-    ]
-    for _, cells in shown.rows:
-        lines.append(_markdown_row([_emphasise(_plain_pipe(c.value), c, "**{}**") for c in cells], escape=False))
-    return "\n".join(lines) + f"\n\n{note(name, table)}\n"
+    texts = _texts(shown, "**{}**", lambda text: text.replace("|", "\\|"))
+    align = ["right" if number else "left" for number in shown.numeric]
+    body = texts.to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True)
+    return "\n\n".join(part for part in (seeds_line(table), body, note(name, table)) if part) + "\n"
 
 
-def _markdown_row(cells: Sequence[str], *, escape: bool = True) -> str:
-    return "| " + " | ".join(_plain_pipe(cell) if escape else cell for cell in cells) + " |"
+_SYMBOLS = {"×": r"$\times$", "³": r"\textsuperscript{3}", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "–": "--"}
+_SYMBOLS |= {"±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 
 
-def _plain_pipe(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _emphasise(value: str, cell: Cell, bold: str) -> str:
-    value = bold.format(value) if cell.best else value
-    return f"{value} {cell.interval}".strip()
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    **{character: "\\" + character for character in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "×": r"$\times$",
-    "³": r"\textsuperscript{3}",
-    "↓": r"$\downarrow$",
-    "↑": r"$\uparrow$",
-    "–": "--",
-}
-
-
+@lru_cache(maxsize=4096)
 def latex_escape(text: str) -> str:
-    """Text with every character that LaTeX would read as a command replaced."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    """Text with every character that LaTeX would read as a command replaced (pandas' rules, and our symbols)."""
+    escaped = pd.DataFrame([[text]]).style.format(escape="latex").hide(axis="index").hide(axis="columns")
+    line = escaped.to_latex().splitlines()[1].removesuffix(r" \\")
+    return "".join(_SYMBOLS.get(character, character) for character in line)
 
 
 def to_latex(name: str, table: pd.DataFrame) -> str:
-    """A booktabs table that fits the text width, with caption and label `tab:<name>`; a rule parts off the floors."""
+    """A booktabs table that fits the text width, with caption and label `tab:<name>`; a rule sets off references."""
     shown = show(table)
+    texts = _texts(shown, r"\textbf{{{}}}", latex_escape)
     columns = "".join("r" if number else "l" for number in shown.numeric)
-    lines = [
-        r"% needs \usepackage{booktabs,graphicx}",
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{latex_escape(note(name, table))}}}",
-        rf"\label{{tab:{name}}}",
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        " & ".join(latex_escape(heading) for heading in shown.headings) + r" \\",
-        r"\midrule",
-    ]
-    previous = "measured"
-    for kind, cells in shown.rows:
-        if kind != previous:
-            lines.append(r"\midrule")
-        previous = kind
-        texts = [_emphasise(latex_escape(cell.value), cell, r"\textbf{{{}}}") for cell in cells]
-        lines.append(" & ".join(texts) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
-    return "\n".join(lines) + "\n"
+    style = texts.style.hide(axis="index")
+    body = style.to_latex(hrules=True, column_format=columns)
+    kinds = [kind for kind, _ in shown.rows]
+    lines = body.splitlines()
+    start = lines.index(r"\midrule") + 1
+    for index in range(len(kinds) - 1, 0, -1):
+        if kinds[index] != kinds[index - 1]:
+            lines.insert(start + index, r"\midrule")
+    caption = " ".join(part for part in (seeds_line(table), note(name, table)) if part)
+    head = [r"% needs \usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering"]
+    head += [rf"\caption{{{latex_escape(caption)}}}", rf"\label{{tab:{name}}}"]
+    head += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
+    return "\n".join([*head, *lines[:-1], lines[-1] + "}", r"\end{table}"]) + "\n"
 
 
 def to_csv(table: pd.DataFrame) -> str:
@@ -517,5 +447,13 @@ def write_tables(tables: Mapping[str, pd.DataFrame], directory: Path | str) -> l
         texts = {".md": to_markdown(name, table), ".tex": to_latex(name, table), ".csv": to_csv(table)}
         for suffix, text in texts.items():
             paths.append(directory / f"{name}{suffix}")
-            _write(paths[-1], text)
+            write_text(paths[-1], text)
     return paths
+
+
+def publish(results: Path, name: str) -> None:
+    """Write the tables of `results/results.jsonl`, print the one of this name, and say where they are."""
+    tables = build_tables(read_results(results / "results.jsonl"))
+    write_tables(tables, results)
+    print(to_markdown(name, tables[name]))
+    print(f"results: {results}")

@@ -13,6 +13,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3), in malloc.h
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -55,18 +59,19 @@ def run(main: Callable) -> None:
     """Run a Hydra main function: user errors end in one line on stderr and exit code 2."""
     import hydra
     from hydra.errors import HydraException
-    from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
     from runtime.artefacts import is_main_process
     from runtime.errors import UserError
     from runtime.launch import start_the_others
+    from runtime.provenance import command
 
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
         try:
-            with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO()):
-                main(cfg)  # of several processes the first alone prints the result
+            quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
+            with quiet, command(cfg):  # of several processes the first alone prints the result
+                main(cfg)
         except (UserError, OmegaConfBaseException, HydraException) as error:  # inside, or Hydra prints a page first
             _fail(str(error) if isinstance(error, UserError) else _one_line(error))
         except OSError as error:
@@ -84,6 +89,14 @@ def run(main: Callable) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again to go on")
+
+
+def changed_config(*overrides: str) -> DictConfig:
+    """The running command's config with further overrides: another method, ratio or seed."""
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    return compose("config", overrides=[*HydraConfig.get().overrides.task, *overrides])
 
 
 def _one_line(error: Exception) -> str:

@@ -18,6 +18,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from runtime.provenance import ROOT, origin
+from runtime.versions import versions_of
+
 COMPLETE = "stage.json"
 
 
@@ -30,7 +33,7 @@ def plain(value: Any) -> Any:
         return plain(OmegaConf.to_container(value, resolve=True))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field for field in dataclasses.fields(value) if field.metadata.get("fingerprint", True)]
-        return {"_class_": type(value).__qualname__, **{f.name: plain(getattr(value, f.name)) for f in fields}}
+        return {"_class_": class_name(type(value)), **{f.name: plain(getattr(value, f.name)) for f in fields}}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -42,10 +45,33 @@ def plain(value: Any) -> Any:
     return value
 
 
+def class_name(kind: type) -> str:
+    """Module and name of a class, the same whether its module is imported or is the program that runs."""
+    module, program = kind.__module__, Path(getattr(sys.modules["__main__"], "__file__", None) or ROOT).resolve()
+    if module == "__main__" and program.is_relative_to(ROOT):
+        module = ".".join(program.relative_to(ROOT).with_suffix("").parts)
+    return f"{module}.{kind.__qualname__}"
+
+
 def fingerprint(**inputs: Any) -> str:
     """16 hex digits that change when any input (config, upstream fingerprint, seed) changes."""
     text = json.dumps(plain(inputs), sort_keys=True, allow_nan=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stage_fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
+    """The fingerprint of a stage: of its inputs, its code's version and those of the stages it comes after.
+
+    Raises:
+        LookupError: `runtime.versions` does not know the stage.
+    """
+    return fingerprint(inputs=inputs, versions=versions_of(name))
+
+
+def provenance(directory: Path) -> dict[str, Any]:
+    """`commit` and `versions` with which a stage's directory was built; "unknown" and {} where it does not say."""
+    facts = read_json(directory / COMPLETE) if (directory / COMPLETE).is_file() else {}
+    return {"commit": facts.get("commit", "unknown"), "versions": facts.get("versions", {})}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,6 +124,7 @@ def stage(
     *,
     resumable: bool = False,
     together: Callable[[bool], bool] | None = None,
+    code: str | None = None,
 ) -> Path:
     """Run `build` once for these inputs and return `runs/<name>/<fingerprint>/`.
 
@@ -113,8 +140,12 @@ def stage(
         together: of a build that trains over all processes of a launch, which then all call it: gives every process
             what the first one says. Without it a late process would see the directory that another launch has just
             finished and return, while the first process waits for it in the build.
+        code: the stage's row in `runtime.versions`, where it is not the one of its name.
+    Raises:
+        LookupError: there is no such row.
     """
-    key = fingerprint(**inputs)
+    code = code or name
+    key = stage_fingerprint(code, inputs)
     final = Path(runs) / name / key
     partial = final.with_name(key + ".partial")
     main, joint = is_main_process(), together is not None and process_count() > 1
@@ -129,13 +160,20 @@ def stage(
         if joint:
             needed = together(needed)
         if needed:
+            facts = {"stage": name, "fingerprint": key, "inputs": plain(inputs), **_code_facts(code)}
             build(partial)
         if needed and main:
-            write_json(partial / COMPLETE, {"stage": name, "fingerprint": key, "inputs": plain(inputs)})
+            write_json(partial / COMPLETE, facts)
             os.rename(partial, final)
     while not (final / COMPLETE).is_file():
         time.sleep(0.2)
     return final
+
+
+def _code_facts(code: str) -> dict[str, Any]:
+    """The code that builds a stage: its version and those of the stages before it, commit, packages and config."""
+    versions = versions_of(code)
+    return {"version": versions.pop(code), "after": versions, **origin()}
 
 
 @contextlib.contextmanager

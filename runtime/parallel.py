@@ -1,4 +1,8 @@
-"""Work on many items at once, in order, with a bounded number under way: by threads or by processes."""
+"""Work on many items at once, in order, with a bounded number under way: by threads or by processes.
+
+joblib's `Parallel(return_as="generator")` does not bound them: it draws items, in a thread of its own, as fast as the
+workers are, so results pile up in memory before a slower consumer; and a generator closed early ends the processes.
+"""
 
 from __future__ import annotations
 

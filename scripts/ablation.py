@@ -1,4 +1,4 @@
-"""RS-Prune with one choice changed at a time, judged without training: `make ablation`."""
+"""RS-Prune with one choice changed at a time, judged without training on the validation split: `make ablation`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
+from prune.measured_subset import measured_subset
 from prune.selection import select
-from report.tables import append_result
-from runtime.application import run
+from report.results import append_result, result_row
+from report.tables import publish
+from runtime.application import changed_config, run
 from runtime.artefacts import read_json
-from scripts.cells import publish, result_row, subset, with_method
 
 METHOD = "rsprune"
 DEFAULT = "none (default)"
@@ -31,15 +32,17 @@ def selection_note(kept: np.ndarray, default: np.ndarray) -> str:
 
 def main(cfg: DictConfig) -> None:
     results = Path(cfg.results) / cfg.profile.name / "ablation"
-    default = kept_by(with_method(METHOD))
-    for change in [None, *cfg.ablation.changes]:
-        chosen = with_method(METHOD, overrides=[] if change is None else [change])
-        directory = subset(chosen, METHOD)
-        metrics = read_json(directory / "metrics.json")
-        fields = {"change": change or DEFAULT, "selection": selection_note(kept_by(chosen), default)}
-        row = result_row(cfg, "ablation", METHOD, float(cfg.ratio), metrics, directory, **fields)
-        append_result(results / "results.jsonl", row)
-        print(f"{row['change']}: {row['selection']}", flush=True)
+    for seed in cfg.profile.seeds:
+        overrides = [f"prune={METHOD}", f"seed={seed}", f"eval.split={cfg.ablation.split}"]
+        default = kept_by(changed_config(*overrides))
+        for change in [None, *cfg.ablation.changes]:
+            chosen = changed_config(*overrides, *([] if change is None else [change]))
+            directory = measured_subset(chosen, METHOD)
+            metrics = read_json(directory / "metrics.json")
+            fields = {"change": change or DEFAULT, "selection": selection_note(kept_by(chosen), default)}
+            row = result_row(chosen, "ablation", METHOD, float(cfg.ratio), metrics, directory, **fields)
+            append_result(results / "results.jsonl", row)
+            print(f"{row['change']}, seed {seed}: {row['selection']}", flush=True)
     publish(results, "ablation")
 
 

@@ -23,6 +23,7 @@ from corpus.decoding import decode_jpeg, read_image
 from corpus.index import CHUNK, index_corpus
 from corpus.sources.folder import SUFFIXES, ImageFolder
 from encoders.efficientnet import EfficientNetLite0
+from encoders.pixels import to_tensor
 from prune.entropy import LocalEntropy, luma
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from runtime.application import run
@@ -31,7 +32,7 @@ from runtime.errors import UserError
 from runtime.machine import machine
 from runtime.parallel import in_processes
 from train.components import load_autoencoder
-from train.latents import decode, encode, to_tensor
+from train.latents import decode, encode
 from train.networks import diffusion_loss, new_unet
 from train.objective import Objective
 

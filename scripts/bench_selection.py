@@ -15,7 +15,7 @@ import pandas as pd
 from omegaconf import DictConfig
 from sklearn.cluster import MiniBatchKMeans
 
-from eval.quality import scene_entropy
+from eval.subsets import scene_entropy
 from prune.library import select_from_arrays
 from prune.methods.hierarchical import HierarchicalKMeans
 from prune.methods.rsprune import RSPrune

@@ -22,13 +22,13 @@ from corpus.sources.folder import ImageFolder
 from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import WebDataset
 from runtime.application import run
-from runtime.artefacts import COMPLETE, plain, read_json
+from runtime.artefacts import COMPLETE, class_name, plain, read_json
 from runtime.errors import UserError
 from runtime.progress import progress
 
 FORMS = ("folder", "symlinks", "webdataset", "huggingface", "list")
 #: Sources that can hand on the bytes an image came in; of the others, the decoded image is exported.
-WITH_ORIGINALS = {kind.__name__: kind for kind in (ImageFolder, WebDataset, HuggingFace)}
+WITH_ORIGINALS = {class_name(kind): kind for kind in (ImageFolder, WebDataset, HuggingFace)}
 #: Columns that say how an image was read, not what it shows.
 OWN_COLUMNS = ("readable", "reason", "stamp")
 LONGEST_NAME = 100

@@ -88,9 +88,9 @@ def _digest(path: Path) -> str:
 
 
 def _timeless(value: Any) -> Any:
-    """JSON without entries such as seconds and images_per_second."""
+    """JSON without entries such as seconds and images_per_second, or the config, which names the folder of a run."""
     if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if "second" not in key}
+        return {key: _timeless(item) for key, item in value.items() if "second" not in key and key != "config"}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 

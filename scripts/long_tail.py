@@ -18,19 +18,16 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from corpus.sources.folder import SUFFIXES, ImageFolder
-from eval.quality import scene_entropy
+from eval.subsets import scene_entropy
 from eval.waste import ImageRows, near_duplicate_fraction
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import select_from_arrays
-from runtime.application import run
+from runtime.application import changed_config, run
 from runtime.artefacts import stage, write_json
 from runtime.errors import UserError
 from runtime.progress import progress
-from scripts.cells import with_method
 
 NOISE = ("blank", "hazy", "no_data")
-#: Of what `build` writes.
-VERSION = 2
 
 
 def class_counts(classes: int, images: int, exponent: float) -> np.ndarray:
@@ -145,7 +142,7 @@ def judge(kept: np.ndarray, images: np.ndarray, truth: pd.DataFrame) -> dict[str
 def main(cfg: DictConfig) -> None:
     options = cfg.long_tail
     files = files_by_class(options)
-    inputs = {"version": VERSION, "options": options, "seed": cfg.seed}
+    inputs = {"options": options, "seed": cfg.seed}
     made = stage(cfg.runs, "long_tail", inputs, lambda path: build(cfg, files, path))
     measure, encoder = instantiate(cfg.entropy), instantiate(cfg.encoder)
     pool, known = (
@@ -159,7 +156,7 @@ def main(cfg: DictConfig) -> None:
     for name in cfg.quality.methods:
         start = time.perf_counter()
         selection = select_from_arrays(
-            instantiate(with_method(name).prune, _convert_="all"),
+            instantiate(changed_config(f"prune={name}").prune, _convert_="all"),
             embeddings,
             ratio=0.0 if name == "full" else cfg.ratio,
             seed=cfg.seed,

@@ -1,4 +1,4 @@
-"""Every pruning method at every ratio, judged without training: `make quality`."""
+"""Every pruning method at every ratio, judged without training on the validation split: `make quality`."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from prune.selection import select
-from report.tables import append_result
-from runtime.application import run
+from prune.measured_subset import measured_subset
+from report.results import append_result, result_row
+from report.tables import publish
+from runtime.application import changed_config, run
 from runtime.artefacts import read_json
-from scripts.cells import publish, result_row, subset, with_method
 
 
 def main(cfg: DictConfig) -> None:
     results = Path(cfg.results) / cfg.profile.name / "quality"
     for method in cfg.quality.methods:
         for ratio in [0.0] if method == "full" else cfg.quality.ratios:
-            chosen = with_method(method, ratio)
-            start = time.perf_counter()
-            selection, _ = select(chosen, method)
-            directory = subset(chosen, method)
-            seconds = read_json(selection / "summary.json")["seconds"].get("selection", 0.0)
-            metrics = {**read_json(directory / "metrics.json"), "seconds": seconds}
-            append_result(results / "results.jsonl", result_row(cfg, "subset", method, ratio, metrics, directory))
-            print(f"{method} {ratio:g}: {time.perf_counter() - start:.1f} s", flush=True)
+            for seed in cfg.profile.seeds:
+                start = time.perf_counter()
+                chosen = changed_config(
+                    f"prune={method}", f"ratio={ratio}", f"seed={seed}", f"eval.split={cfg.quality.split}"
+                )
+                directory = measured_subset(chosen, method)
+                metrics = read_json(directory / "metrics.json")
+                append_result(
+                    results / "results.jsonl", result_row(chosen, "subset", method, ratio, metrics, directory)
+                )
+                print(f"{method} {ratio:g}, seed {seed}: {time.perf_counter() - start:.1f} s", flush=True)
     publish(results, "subset_quality")
 
 

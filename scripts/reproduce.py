@@ -1,130 +1,164 @@
-"""The whole chain: prune -> pretrain -> downstream -> evaluate -> tables and report. `make reproduce` runs this."""
+"""The whole chain: prune -> pretrain -> downstream -> measure -> tables and report. `make reproduce` runs this."""
 
 from __future__ import annotations
 
 import collections
 import os
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from downstream.registry import TASKS
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from downstream.conditional import held_out_part
-from downstream.semantic_synthesis import semantic_synthesis
-from downstream.super_resolution import bicubic_baseline, super_resolution
-from eval.metrics import kernel_distance_difference
-from eval.reference_rows import against_itself, halves, real_train
-from prune.features import corpus_embeddings, scan_corpus
+from encoders.pixels import to_tensor, to_uint8
+from eval.convergence import CONVERGENCE
+from eval.distances import kernel_distance_difference
+from eval.held_out import second_sets
+from eval.measuring import Judges, encoders_of, evaluation_sets, scene_captions
+from eval.metrics import Quantity
+from eval.reference_rows import Rebuild, reference_rows
+from prune.features import scan_corpus
+from prune.measured_subset import measured_subset
 from prune.selection import select
+from report.results import append_result, result_row
 from report.results_report import rebuild
-from report.tables import append_result
-from runtime.application import run
-from runtime.artefacts import is_main_process, read_json, stage, write_json
+from runtime.application import changed_config, run
+from runtime.artefacts import fingerprint, is_main_process, read_json, write_json
 from runtime.errors import UserError
 from runtime.tracking import track
-from scripts.cells import result_row, subset, with_method
-from train.components import load_autoencoder, load_encoder
-from train.foundation import CONVERGENCE, GENERATED, held_out, pretrain
-from train.latents import decode, encode, fit_pca, to_tensor, to_uint8
+from train.components import load_autoencoder, load_text_parts
+from train.foundation import pretrain
+from train.latents import decode, encode, fit_pca
+from train.measured_run import MEASURED
 
 #: What every other method is compared with, image by image.
 BASELINE = "random"
+SCRATCH = "scratch"
 
 
-def floors(cfg: DictConfig) -> Path:
-    """Measure what no method can beat; cached."""
-    encoder = load_encoder(cfg)
+class TableCell(NamedTuple):
+    """A finished cell of the tables.
+
+    Attributes:
+        cfg: with which it was computed.
+        kind: its stage in results.jsonl.
+        directory: of the computation, for its commit.
+    """
+
+    cfg: DictConfig
+    kind: str
+    method: str
+    step: int
+    metrics: Mapping[str, float | None]
+    directory: Path
+
+
+def rebuilds(cfg: DictConfig) -> dict[str, Rebuild]:
+    """The autoencoder and PCA of its latent size, as ways to encode and decode images."""
     corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, instantiate(cfg.entropy), instantiate(cfg.encoder))
-    # the downstream tables compare fewer images, and a Fréchet distance depends on how many: floors of their own
-    sets = {**held_out(cfg), "": held_out_part(cfg)}
     autoencoder, key = load_autoencoder(cfg)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
-    channels = autoencoder.config.latent_channels
+    autoencoder.to(device)
+    pca = fit_pca(corpus, autoencoder.config.latent_channels, cfg.seed)
 
-    def build(directory: Path) -> None:
-        pca = fit_pca(corpus, channels, cfg.seed)
-        autoencoder.to(device)
-        generator = torch.Generator(device).manual_seed(cfg.seed)  # a KL autoencoder samples its latents
-        rebuilt: dict[str, dict[str, np.ndarray]] = {"reconstruction": {}, f"pca{channels}": {}}
-        with torch.inference_mode():
-            for name, held in sets.items():
-                batches = [to_tensor(held.images[start : start + 100]) for start in range(0, len(held.rows), 100)]
-                rebuilt["reconstruction"][name] = np.concatenate(
-                    [to_uint8(decode(autoencoder, encode(autoencoder, x.to(device), generator))) for x in batches]
-                )
-                rebuilt[f"pca{channels}"][name] = np.concatenate(
-                    [to_uint8(pca.decode(pca.encode(batch))) for batch in batches]
-                )
-        rows = {
-            "real_train": real_train(sets, corpus, embeddings, encoder, cfg.seed),
-            "halves": halves(sets, encoder),
-            **{name: against_itself(sets, images, encoder) for name, images in rebuilt.items()},
-        }
-        write_json(directory / "floors.json", rows)
-        balanced = slice(0, 12)
-        np.save(directory / "truth.npy", sets["balanced"].images[balanced])
-        for name, images in rebuilt.items():
-            np.save(directory / f"{name.rstrip('0123456789')}.npy", images["balanced"][balanced])
+    @torch.inference_mode()
+    def by_autoencoder(images: np.ndarray) -> np.ndarray:
+        generator = torch.Generator(device).manual_seed(int(cfg.seed))  # a KL autoencoder samples its latents
+        parts = (to_tensor(images[start : start + 100]).to(device) for start in range(0, len(images), 100))
+        return np.concatenate([to_uint8(decode(autoencoder, encode(autoencoder, part, generator))) for part in parts])
 
-    inputs = {
-        "corpus": corpus.fingerprint,
-        "held_out": sets["balanced"].corpus.fingerprint,
-        "encoder": cfg.eval.encoder,
-        "autoencoder": key,
-        "images": [len(held.rows) for held in sets.values()],
-        "seed": cfg.seed,
-    }
-    return stage(cfg.runs, "floors", inputs, build)
+    def by_pca(images: np.ndarray) -> np.ndarray:
+        return to_uint8(pca.decode(pca.encode(to_tensor(images))))
+
+    pca_key = fingerprint(corpus=corpus.fingerprint, channels=autoencoder.config.latent_channels, seed=cfg.seed)
+    return {"reconstructed_train": Rebuild(key, by_autoencoder), "pca": Rebuild(pca_key, by_pca)}
 
 
-def differences(cfg: DictConfig, foundations: dict[str, Path], method: str) -> dict[str, float]:
-    """Paired difference of a method's KID to that of the `BASELINE`, on both held-out sets; none for the baseline."""
+def references(cfg: DictConfig, split: str | None = None) -> Path:
+    """Measure the reference rows on a split (`eval.split`): its sets, and of that split the downstream tasks' too."""
+    corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, instantiate(cfg.entropy), instantiate(cfg.encoder))
+    images = cfg.eval.images if split is None else cfg.eval.convergence_images
+    sets = evaluation_sets(cfg, split, images=images)
+    held = next(iter(sets.values()))
+    further = second_sets(held.corpus, encoders_of(cfg), len(held), int(cfg.eval.seed), cfg.runs)
+    if split is None:  # those tables compare fewer images, and a Fréchet distance depends on how many
+        count = min(cfg.downstream.images, len(held))
+        sets[""] = sets["balanced"].first(count)
+        further |= {"": further["balanced"].first(count)} if "balanced" in further else {}
+    judges = Judges(encoders_of(cfg), load_text_parts(cfg, corpus).scorer, scene_captions(corpus))
+    return reference_rows(sets, further, corpus, judges, rebuilds(cfg), int(cfg.eval.seed), cfg.runs)
+
+
+def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str) -> dict[str, float]:
+    """Paired differences of a method's KID to that of the `BASELINE`, on both held-out sets by every encoder."""
     if method == BASELINE or BASELINE not in foundations:
         return {}
     metrics = {}
-    for name, held in held_out(cfg).items():
-        mine, other = (np.load(foundations[who] / GENERATED / f"{name}.npy") for who in (method, BASELINE))
-        key = f"{name}_kid_x1000_minus_{BASELINE}"
-        values = kernel_distance_difference(mine, other, held.features)
-        metrics |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
+    places = {who: read_json(foundations[who] / MEASURED) for who in (method, BASELINE)}
+    for name, held in evaluation_sets(cfg).items():
+        for encoder, reference in held.features.items():
+            mine, other = (np.load(Path(places[who][name]) / f"{encoder}.npy") for who in (method, BASELINE))
+            values = kernel_distance_difference(mine, other, reference)
+            for part, value in zip(("", "low", "high"), values, strict=True):
+                metrics[Quantity("kid_x1000", encoder, name, BASELINE, part).name] = value
     return metrics
 
 
-def cells(cfg: DictConfig) -> Iterator[tuple[str, str, int, dict, Path]]:
-    """Every cell of the tables as (stage, method, step, metrics, directory), computed or found done."""
-    directory = floors(cfg)
-    for name, metrics in read_json(directory / "floors.json").items():
-        yield "floor", name, 0, metrics, directory
-    foundations: dict[str, Path] = {}
+def foundation_cells(cfg: DictConfig, foundations: dict[str, Path]) -> Iterator[TableCell]:
+    """Every method's subset, convergence and final model; fills `foundations` with the runs."""
     for method in cfg.profile.methods:
-        chosen = with_method(method)
-        directory = subset(chosen, method)
-        yield "subset", method, 0, read_json(directory / "metrics.json"), directory
+        chosen = changed_config(f"prune={method}", f"seed={cfg.seed}")
+        directory = measured_subset(chosen, method)
+        yield TableCell(chosen, "subset", method, 0, read_json(directory / "metrics.json"), directory)
         foundations[method] = directory = pretrain(chosen, method)
         for line in pd.read_json(directory / CONVERGENCE, lines=True).to_dict("records"):
-            # what depends on the number of images compared stays in convergence.jsonl: these points use fewer
-            unbiased = {key: value for key, value in line.items() if not re.search("fd_|fid|precision|recall", key)}
-            yield "convergence", method, int(unbiased.pop("step")), unbiased, directory
+            metrics = {key: value for key, value in line.items() if not _biased(key)}
+            yield TableCell(chosen, "convergence", method, int(metrics.pop("step")), metrics, directory)
     for method, directory in foundations.items():
         summary = read_json(directory / "summary.json")
         metrics = summary["metrics"] | differences(cfg, foundations, method)
-        yield "generation", method, summary["steps"], metrics, directory
-    tasks = {"super_resolution": super_resolution, "semantic_synthesis": semantic_synthesis}
-    if held_out(cfg)["balanced"].corpus.masks is None:
-        del tasks["semantic_synthesis"]  # a folder has none, and the rest of the chain still stands
-    for task, finetune in tasks.items():
-        for method in [*cfg.profile.downstream, "scratch"]:
-            directory = finetune(cfg, foundations.get(method), method)
+        measured = Path(read_json(directory / MEASURED)["balanced"])
+        yield TableCell(cfg, "generation", method, summary["steps"], metrics, measured)
+
+
+def _biased(name: str) -> bool:
+    """Whether a number depends on how many images are compared: convergence uses fewer than the other tables."""
+    quantity = Quantity.parse(name)
+    return quantity is not None and quantity.entry.biased
+
+
+def downstream_cells(cfg: DictConfig, foundations: Mapping[str, Path]) -> Iterator[TableCell]:
+    """Every task from every foundation, from scratch with as many steps, and with the foundation's steps added."""
+    longer = changed_config(f"seed={cfg.seed}", f"downstream.extra_steps={cfg.train.loop.steps}")
+    for name, task in TASKS.items():
+        if not task.fits(cfg):
+            continue
+        starts = [(cfg, method, foundations[method]) for method in cfg.profile.downstream]
+        for chosen, method, foundation in [*starts, (cfg, SCRATCH, None), (longer, SCRATCH, None)]:
+            directory = task.run(chosen, foundation, method)
             summary = read_json(directory / "summary.json")
-            yield task, method, summary["steps"], summary["metrics"], directory
-    yield "super_resolution", "bicubic", 0, bicubic_baseline(cfg), held_out(cfg)["balanced"].corpus.directory
+            yield TableCell(chosen, name, method, summary["steps"], summary["metrics"], directory)
+        for baseline, directory in task.baselines(cfg).items():
+            yield TableCell(cfg, name, baseline, 0, read_json(directory / "metrics.json"), directory)
+
+
+def cells(cfg: DictConfig) -> Iterator[TableCell]:
+    """Every cell of the tables, computed or found done: of every seed the foundations, of the first one all."""
+    directory = references(cfg)
+    for name, metrics in read_json(directory / "reference_rows.json").items():
+        yield TableCell(cfg, "reference", name, 0, metrics, directory)
+    for index, seed in enumerate(cfg.profile.seeds):
+        chosen = changed_config(f"seed={seed}")
+        foundations: dict[str, Path] = {}
+        yield from foundation_cells(chosen, foundations)
+        if index == 0:
+            yield from downstream_cells(chosen, foundations)
 
 
 def reproduce(cfg: DictConfig) -> Path:
@@ -140,19 +174,23 @@ def reproduce(cfg: DictConfig) -> Path:
     path = results / "results.jsonl"
     partial = path.with_name("results.jsonl.partial")  # the earlier results stand until the new ones are whole
     partial.unlink(missing_ok=True)
-    places: dict[str, str] = {}
-    for kind, method, step, metrics, directory in cells(cfg):
-        ratio = 0.0 if method == "full" else float(cfg.ratio) if method in cfg.profile.methods else None
-        row = result_row(cfg, kind, method, ratio, metrics, directory, step=step)
-        append_result(partial, row)
-        places[f"{kind}/{method}"] = str(directory)
+    places: dict[str, list[str]] = {}
+    for cell in cells(cfg):
+        ratio = 0.0 if cell.method == "full" else float(cfg.ratio) if cell.method in cfg.profile.methods else None
+        append_result(
+            partial, result_row(cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step)
+        )
+        found = places.setdefault(f"{cell.kind}/{cell.method}", [])
+        found += [str(cell.directory)] if str(cell.directory) not in found else []
+    places |= {"reference/published": [str(references(cfg))], "reference/validation": [str(references(cfg, "val"))]}
     for method in cfg.profile.methods:
-        places[f"selection/{method}"] = str(select(with_method(method), method)[0])
+        chosen = changed_config(f"prune={method}", f"seed={cfg.profile.seeds[0]}")
+        places[f"selection/{method}"] = [str(select(chosen, method)[0])]
+        places[f"foundation/{method}"] = places[f"convergence/{method}"]
     os.replace(partial, path)
     write_json(results / "runs.json", places)
     with track(cfg, "report", cfg.profile.name) as tracker:
-        tables = rebuild(results)
-        for name, table in tables.items():
+        for name, table in rebuild(results).items():
             tracker.table(name, table.astype(str))
     return results
 

@@ -6,35 +6,35 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from eval.quality import SAMPLE, knee, representation, unit
+from eval.measuring import encoders_of, evaluation_sets
+from eval.subsets import knee, representation, unit
 from prune.features import corpus_embeddings
 from prune.selection import method_name, select
 from report.figures import ratio_curve
 from report.page import figure_bytes
-from runtime.application import run
+from runtime.application import changed_config, run
 from runtime.artefacts import write_json
-from scripts.cells import with_method
 
 
 def curve(cfg: DictConfig, method: str) -> pd.DataFrame:
-    """ratio, kept images and scene-balanced representation of the corpus by the subset, from the most pruned on."""
+    """ratio, kept images and how well the subset represents held-out images, from the most pruned on.
+
+    The images are the scene-balanced ones of the validation split, seen by the evaluation encoder.
+    """
+    held = evaluation_sets(cfg, cfg.quality.split)["balanced"]
+    encoder = encoders_of(cfg)[0]
+    scenes = held.corpus.manifest["scene"].to_numpy(dtype=str)[held.rows]
+    centre = held.features[encoder.name].mean(axis=0)
+    points = unit(held.features[encoder.name] - centre)
     rows = []
     for ratio in sorted({float(ratio) for ratio in cfg.quality.curve}, reverse=True):
-        selection, corpus = select(with_method(method, ratio), method)
-        table = pd.read_parquet(selection / "selection.parquet")
-        embeddings = corpus_embeddings(corpus, instantiate(cfg.encoder), cfg.runs)
-        sample = np.random.default_rng([cfg.seed, 320]).permutation(np.flatnonzero(corpus.readable))[:SAMPLE]
-        sample = np.sort(sample)
-        centre = np.asarray(embeddings[sample], dtype=np.float32).mean(axis=0)
-        points, kept = (
-            unit(np.asarray(embeddings[which], dtype=np.float32) - centre)
-            for which in (sample, np.flatnonzero(table["kept"].to_numpy()))
-        )
-        groups = table["scene"].to_numpy(dtype=str)[sample]
-        rows.append({"ratio": ratio, "kept": len(kept), "representation": representation(points, kept, groups)})
+        selection, corpus = select(changed_config(f"prune={method}", f"ratio={ratio}"), method)
+        chosen = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
+        embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
+        kept = unit(np.asarray(embeddings[chosen], dtype=np.float32) - centre)
+        rows.append({"ratio": ratio, "kept": len(kept), "representation": representation(points, kept, scenes)})
     return pd.DataFrame(rows)
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from runtime.artefacts import COMPLETE, file_digest, fingerprint, read_json, stage, write_json
+from runtime.artefacts import COMPLETE, file_digest, fingerprint, read_json, stage, stage_fingerprint, write_json
 
 KILLED_BUILD = """
 import os, signal, sys
@@ -26,7 +26,7 @@ def build(directory):
     (directory / "first.txt").write_text("kept")
     os.kill(os.getpid(), signal.SIGKILL)
 
-stage(sys.argv[1], "work", {"seed": 1}, build)
+stage(sys.argv[1], "bench", {"seed": 1}, build)
 """
 
 VALUES = st.recursive(
@@ -66,13 +66,13 @@ def test_stage_builds_once_and_is_then_a_cache_hit(tmp_path: Path) -> None:
         calls.append(directory.name)
         (directory / "out.txt").write_text("result", encoding="utf-8")
 
-    first = stage(tmp_path, "work", {"seed": 1}, build)
-    assert stage(tmp_path, "work", {"seed": 1}, build) == first
+    first = stage(tmp_path, "bench", {"seed": 1}, build)
+    assert stage(tmp_path, "bench", {"seed": 1}, build) == first
     assert calls == [first.name + ".partial"]
-    assert first == tmp_path / "work" / fingerprint(seed=1)
+    assert first == tmp_path / "bench" / stage_fingerprint("bench", {"seed": 1})
     assert (first / "out.txt").read_text(encoding="utf-8") == "result"
-    assert read_json(first / COMPLETE) == {"stage": "work", "fingerprint": first.name, "inputs": {"seed": 1}}
-    assert stage(tmp_path, "work", {"seed": 2}, build) != first
+    assert read_json(first / COMPLETE)["inputs"] == {"seed": 1}
+    assert stage(tmp_path, "bench", {"seed": 2}, build) != first
     assert len(calls) == 2
 
 
@@ -88,9 +88,9 @@ def test_failed_build_leaves_no_final_directory(tmp_path: Path, resumable: bool)
         found.extend(path.name for path in directory.iterdir())
 
     with pytest.raises(RuntimeError, match="half-way"):
-        stage(tmp_path, "work", {"seed": 1}, fail, resumable=resumable)
-    assert not (tmp_path / "work" / fingerprint(seed=1)).exists()
-    final = stage(tmp_path, "work", {"seed": 1}, build, resumable=resumable)
+        stage(tmp_path, "bench", {"seed": 1}, fail, resumable=resumable)
+    assert not (tmp_path / "bench" / stage_fingerprint("bench", {"seed": 1})).exists()
+    final = stage(tmp_path, "bench", {"seed": 1}, build, resumable=resumable)
     assert found == (["first.txt"] if resumable else [])
     assert [path.name for path in final.parent.iterdir()] == [final.name]
 
@@ -99,10 +99,10 @@ def test_failed_build_leaves_no_final_directory(tmp_path: Path, resumable: bool)
 def test_killed_build_is_built_again(tmp_path: Path, repository: Path, resumable: bool) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED_BUILD, str(tmp_path)], cwd=repository, check=False)
     assert killed.returncode == -signal.SIGKILL
-    final = tmp_path / "work" / fingerprint(seed=1)
+    final = tmp_path / "bench" / stage_fingerprint("bench", {"seed": 1})
     assert not final.exists()
     assert (final.with_name(final.name + ".partial") / "first.txt").exists()
-    stage(tmp_path, "work", {"seed": 1}, lambda directory: None, resumable=resumable)
+    stage(tmp_path, "bench", {"seed": 1}, lambda directory: None, resumable=resumable)
     assert (final / COMPLETE).is_file()
     assert (final / "first.txt").exists() == resumable
 

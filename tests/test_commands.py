@@ -17,7 +17,12 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from eval.metrics import Quantity
+
 ROOT = Path(__file__).resolve().parent.parent
+#: The evaluation encoder of the default config.
+EVALUATION = "geoembed"
+KID = Quantity("kid_x1000", EVALUATION, "balanced").name
 
 
 def command(*arguments: str, cwd: Path) -> list[str]:
@@ -99,7 +104,7 @@ def test_reproduce_leaves_the_contract_behind(home):
     results = home / "results" / "smoke"
     rows = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} >= {
-        "floor", "subset", "generation", "convergence", "super_resolution", "semantic_synthesis",
+        "reference", "subset", "generation", "convergence", "super_resolution", "semantic_synthesis",
     }  # fmt: skip
     for row in rows:
         assert set(row) == {
@@ -109,9 +114,11 @@ def test_reproduce_leaves_the_contract_behind(home):
     assert generated == {"full", "random", "rsprune"}
     for row in rows:
         if row["stage"] == "generation":
-            for name in ("fd_efficientnet_lite0", "kid_x1000", "precision", "recall", "clip_local"):
+            for name in ("fd", "kid_x1000", "precision", "recall"):
                 for held_out in ("balanced", "natural"):
-                    assert np.isfinite(row["metrics"][f"{held_out}_{name}"])
+                    for encoder in ("efficientnet_lite0", EVALUATION):
+                        assert np.isfinite(row["metrics"][Quantity(name, encoder, held_out).name])
+            assert np.isfinite(row["metrics"]["balanced_clip_local"])
     assert {row["prune"] for row in rows if row["stage"] == "super_resolution"} == {"rsprune", "scratch", "bicubic"}
     for name in ("generation", "convergence", "subset_quality", "super_resolution", "semantic_synthesis"):
         for suffix in ("md", "tex", "csv"):
@@ -170,7 +177,7 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
         for path in (alone, tmp_path / results[0].removeprefix("run: "))
     ]
     np.testing.assert_allclose(curves[1]["loss"], curves[0]["loss"], rtol=1e-3)
-    np.testing.assert_allclose(curves[1]["balanced_kid_x1000"], curves[0]["balanced_kid_x1000"], rtol=0.05)
+    np.testing.assert_allclose(curves[1][KID], curves[0][KID], rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +194,7 @@ def test_choices_of_pretraining(home, overrides, forked):
     """Another objective, another network, facts beside the caption: the run is whole and its pipeline loads."""
     directory = ran(
         "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "train.loop.steps=4",
-        "eval.convergence_points=1", "+eval.targets.loss=0.001", *overrides, cwd=home, by=forked,
+        "train.snapshots=1", "+eval.targets.loss=0.001", *overrides, cwd=home, by=forked,
     )  # fmt: skip
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["convergence"]["reached"]["loss"]["step"] is None
@@ -212,7 +219,7 @@ def test_going_on_from_a_pipeline_with_low_rank_updates(home, forked):
     )
     directory = ran(
         "train/pretrain.py", "profile=smoke", "prune=random", "ratio=0.85", "tracker=none", "train.loop.steps=4",
-        "eval.convergence_points=1", "model=lora", f"model.pretrained={first}", cwd=home, by=forked,
+        "train.snapshots=1", "model=lora", f"model.pretrained={first}", cwd=home, by=forked,
     )  # fmt: skip
     assert [path.name for path in (directory / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
     old, new = (
@@ -243,7 +250,7 @@ def test_pretrain_leaves_a_pipeline_that_plain_diffusers_draws_with(home):
     assert {"pipeline", "convergence.jsonl", "samples", "checkpoints", "summary.json"} <= set(os.listdir(directory))
     lines = [json.loads(line) for line in (directory / "convergence.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40]
-    assert {"images_seen", "seconds", "loss", "balanced_kid_x1000"} <= set(lines[0])
+    assert {"images_seen", "seconds", "loss", KID} <= set(lines[0])
     draw = (
         "import sys; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained(sys.argv[1]);"
         "i = p('a satellite image of desert', num_inference_steps=2, height=64, width=64).images[0];"
@@ -255,15 +262,16 @@ def test_pretrain_leaves_a_pipeline_that_plain_diffusers_draws_with(home):
     assert plain.stdout.strip() == "StableDiffusionPipeline (64, 64)", plain.stderr[-2000:]
 
 
-def test_evaluate_measures_a_pipeline_and_a_folder(home):
+def test_measuring_a_run_again_gives_what_its_summary_says(home):
     runs = json.loads((home / "results" / "smoke" / "runs.json").read_text())
-    pipeline = Path(runs["generation/rsprune"]) / "pipeline"
-    done = call("eval/evaluate.py", f"pipeline={pipeline}", "profile=smoke", "tracker=none", cwd=home)
+    (run,) = runs["foundation/rsprune"]
+    done = call("eval/measure.py", f"of={run}", "profile=smoke", "tracker=none", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     *_, metrics, last = done.stdout.strip().splitlines()
     assert last.startswith("results: ")
     measured = json.loads(metrics)
-    summary = json.loads((Path(home / runs["generation/rsprune"]) / "summary.json").read_text())
+    summary = json.loads((home / run / "summary.json").read_text())
+    assert set(measured) == set(summary["metrics"])
     for key, value in measured.items():
         assert value == pytest.approx(summary["metrics"][key], rel=1e-5), key
 
@@ -287,7 +295,8 @@ def test_quality_compares_methods_over_ratios(home, forked):
         ("full", 0.0), ("random", 0.5), ("random", 0.9), ("rsprune", 0.5), ("rsprune", 0.9), ("semdedup", 0.5),
         ("semdedup", 0.9),
     ]  # fmt: skip
-    names = ["balanced_coverage", "natural_density", "vendi", "scene_entropy", "near_duplicates", "low_information"]
+    names = ["scene_entropy", "near_duplicates", "low_information", f"vendi_{EVALUATION}"]
+    names += [f"balanced_coverage_{EVALUATION}", f"natural_density_{EVALUATION}"]
     assert np.isfinite(table[names]).all(axis=None)
     best = table.set_index(["prune", "ratio"])["scene_entropy"]
     assert best["rsprune", 0.9] > best["random", 0.9]
@@ -361,8 +370,8 @@ def test_bench_of_selection_measures_time_and_memory(home):
         (("train/pretrain.py", "autoencoder.path=/no/such/autoencoder"), "/no/such/autoencoder"),
         (("downstream/super_resolution.py", "foundation=/no/such/run"), "/no/such/run"),
         (("downstream/semantic_synthesis.py", "foundation=/no/such/run"), "/no/such/run"),
-        (("eval/evaluate.py",), "pipeline="),
-        (("eval/evaluate.py", "pipeline=/no/such/folder"), "/no/such/folder"),
+        (("eval/measure.py",), "of="),
+        (("eval/measure.py", "of=/no/such/folder"), "/no/such/folder"),
         (("scripts/tables.py", "results=/no/such/results"), "/no/such/results"),
     ],
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
 
 import loky
@@ -17,12 +20,13 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from corpus.decoding import DAMAGED, EMPTY, NOT_AN_IMAGE, VANISHED, read_image
-from corpus.index import Sample, Source, index_corpus, open_corpus
+from corpus.index import ArrayFile, Sample, Source, index_corpus, open_corpus
 from corpus.sources.bluemarble import SCENES, BlueMarble
 from corpus.sources.folder import ImageFolder
 from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
+from runtime.artefacts import write_json
 from runtime.errors import UserError
 from runtime.parallel import WINDOW, in_processes, in_threads
 
@@ -489,6 +493,98 @@ def test_one_pass_finds_what_separate_passes_find(tmp_path: Path) -> None:
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
     assert np.abs(results[0][1]).max() > 0 and results[0][0].max() > 0
+
+
+@dataclass(frozen=True)
+class Complaints:
+    """A source of which every third image cannot be read, for a reason of 300 bytes of its own."""
+
+    count: int
+    name: str = "complaints"
+    resolution: int = 4
+    workers: int = 1
+    mask_classes: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> int:
+        return self.count
+
+    def manifest(self) -> pd.DataFrame:
+        ids = [str(row) for row in range(self.count)]
+        return pd.DataFrame({"id": ids, "scene": "", "caption": "", "stamp": ids})
+
+    def reader(self, rows: np.ndarray):
+        return lambda: self._read(rows)
+
+    def _read(self, rows: np.ndarray) -> Iterator[np.ndarray | str]:
+        for row in rows:
+            yield complaint(row) if row % 3 == 0 else np.full((4, 4, 3), row, np.uint8)
+
+
+def complaint(row: int) -> str:
+    return f"ungültig {row:03d} " + "写" * 95 + "\n"
+
+
+def test_a_reason_of_any_length_survives_a_kill_and_the_next_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(complaint(0).encode()) == 300
+    monkeypatch.setattr("corpus.index.CHUNK", 4)
+    count, written = 30, []
+
+    def kill(path: Path, value: dict) -> None:
+        written.append(value)
+        if len(written) == 4:  # the third chunk is noted, but not yet said to be done
+            with (path.parent / "reasons.jsonl").open("a") as file:
+                file.write('{"12": "torn')
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    monkeypatch.setattr("corpus.index.write_json", kill)
+    with pytest.raises(KeyboardInterrupt):
+        index_corpus(Complaints(count), tmp_path)
+    monkeypatch.setattr("corpus.index.write_json", write_json)
+    read = []
+    chunk = Complaints._read
+    monkeypatch.setattr(Complaints, "_read", lambda self, rows: read.extend(rows) or chunk(self, rows))
+    expected = [complaint(row) if row % 3 == 0 else "" for row in range(count + 5)]
+    corpus = index_corpus(Complaints(count), tmp_path)
+    assert read == list(range(8, count)), "two chunks were done"
+    assert corpus.manifest["reason"].tolist() == expected[:count]
+    assert corpus.readable.tolist() == [reason == "" for reason in expected[:count]]
+    assert not (corpus.directory / "reasons.jsonl").exists()
+
+    monkeypatch.setattr("corpus.index.indexes_of", lambda source, runs: iter([corpus]))  # as of a folder that grew
+    read.clear()
+    grown = index_corpus(Complaints(count + 5), tmp_path)
+    assert read == list(range(count, count + 5))
+    assert grown.manifest["reason"].tolist() == expected
+    np.testing.assert_array_equal(grown.images[:, 0, 0, 0], [0 if row % 3 == 0 else row for row in range(count + 5)])
+
+
+def test_an_array_file_is_read_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of the system reads at most 2 GiB, and less whenever it likes."""
+
+    class Short(FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            return super().readinto(buffer[:5])
+
+    values = np.random.default_rng(0).integers(0, 2**31, (6, 3), dtype=np.int32)
+    file = ArrayFile(tmp_path / "values.npy", values.shape, np.int32)
+    file.create()
+    file.write(np.arange(6), values)
+    monkeypatch.setattr("corpus.index.open", lambda path, mode, buffering: Short(path, mode), raising=False)
+    rows = np.array([0, 1, 3, 4, 5])
+    np.testing.assert_array_equal(file.read(rows), values[rows])
+    np.testing.assert_array_equal(np.load(file.path), values)
+
+    class Ends(FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            return super().readinto(buffer[:5]) if self.tell() < 150 else 0
+
+    monkeypatch.setattr("corpus.index.open", lambda path, mode, buffering: Ends(path, mode), raising=False)
+    with pytest.raises(UserError, match=r"values\.npy was cut short"):
+        file.read(rows)
 
 
 def test_a_large_jpeg_decodes_small_and_alike(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tiny_networks import CHANNELS, SIZE, pictures, tiny_autoencoder, tiny_text_
 from torch import nn
 
 from corpus.index import Corpus
+from encoders.pixels import to_tensor
 from eval.convergence import area_under_curve, first_reached, summarise
 from eval.generate import generate
 from runtime import tracking
@@ -30,8 +31,8 @@ from runtime.application import CONFIGS
 from runtime.errors import UserError
 from train.captions import Captions
 from train.components import TextParts, load_pretrained
-from train.foundation import milestones
-from train.latents import Views, cached_latents, encode_moments, symmetric, to_tensor
+from train.foundation import snapshot_steps
+from train.latents import Views, cached_latents, encode_moments, symmetric
 from train.loop import LoopOptions
 from train.metadata import MetadataEncoder, MetadataField, drop, metadata_values, new_encoder, prompt_embeddings
 from train.networks import (
@@ -63,7 +64,7 @@ def config(*overrides: str) -> DictConfig:
 
 @pytest.fixture(scope="module")
 def parts() -> TextParts:
-    return TextParts(*tiny_text_encoder(), None, "tiny")
+    return TextParts(*tiny_text_encoder(), "tiny")
 
 
 # ---------------------------------------------------------------- networks
@@ -578,12 +579,12 @@ def test_training_flops_are_three_forward_passes() -> None:
     assert peak_flops(torch.device("cpu"), torch.float32, 256, 0.05) > 1e8
 
 
-def test_evaluation_comes_evenly_or_every_so_many_images() -> None:
+def test_snapshots_come_evenly_or_every_so_many_images() -> None:
     options = LoopOptions(steps=100, batch_size=32, learning_rate=1e-3)
-    assert milestones(config("eval.convergence_points=4"), options) == [25, 50, 75, 100]
-    assert milestones(config("eval.every_images=960"), options) == [30, 60, 90, 100]
-    assert milestones(config("eval.every_images=1"), options) == list(range(1, 101))
-    assert milestones(config("eval.convergence_points=0"), options) == [100]
+    assert snapshot_steps(config("train.snapshots=4"), options) == [25, 50, 75, 100]
+    assert snapshot_steps(config("train.snapshot_every_images=960"), options) == [30, 60, 90, 100]
+    assert snapshot_steps(config("train.snapshot_every_images=1"), options) == list(range(1, 101))
+    assert snapshot_steps(config("train.snapshots=0"), options) == [100]
 
 
 def test_the_runs_of_a_sweep_share_a_group(monkeypatch) -> None:
@@ -610,22 +611,22 @@ def test_areas_and_targets() -> None:
             "images_seen": 320,
             "seconds": 5.0,
             "loss": 1.0,
-            "balanced_kid_x1000": 300,
-            "balanced_recall": 0.0,
+            "balanced_kid_x1000_e": 300,
+            "balanced_recall_e": 0.0,
         },
         {
             "step": 20,
             "images_seen": 640,
             "seconds": 9.0,
             "loss": 0.5,
-            "balanced_kid_x1000": 100,
-            "balanced_recall": 0.4,
+            "balanced_kid_x1000_e": 100,
+            "balanced_recall_e": 0.4,
         },
     ]
-    found = summarise(lines, {"balanced_kid_x1000": 200, "balanced_recall": 0.9})
-    assert found["area_under_curve"]["balanced_kid_x1000"] == 200
-    assert found["reached"]["balanced_kid_x1000"] == {"target": 200, "step": 15, "images_seen": 480, "seconds": 7}
-    assert found["reached"]["balanced_recall"]["step"] is None
+    found = summarise(lines, {"balanced_kid_x1000_e": 200, "balanced_recall_e": 0.9})
+    assert found["area_under_curve"]["balanced_kid_x1000_e"] == 200
+    assert found["reached"]["balanced_kid_x1000_e"] == {"target": 200, "step": 15, "images_seen": 480, "seconds": 7}
+    assert found["reached"]["balanced_recall_e"]["step"] is None
     assert summarise(lines, {"balanced_fid": 5})["reached"]["balanced_fid"]["images_seen"] is None
 
 

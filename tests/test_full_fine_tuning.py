@@ -41,7 +41,7 @@ def test_all_weights_of_a_pipeline_go_on_training(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable, "train/pretrain.py", "profile=smoke", *tiny_overrides(tmp_path), "model=pretrained",
-            f"model.pretrained={folder}", "train.loop.steps=2", "eval.convergence_points=1",
+            f"model.pretrained={folder}", "train.loop.steps=2", "train.snapshots=1",
         ],
         cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_finished_pipeline_is_pushed_where_asked_for(
     expected: list[str],
 ) -> None:
     calls = []
-    write_json(tmp_path / "summary.json", {"metrics": {"balanced_kid_x1000": 12.5}})
+    write_json(tmp_path / "summary.json", {"metrics": {"balanced_kid_x1000_e": 12.5}})
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(command, "method_name", lambda: "random")
     monkeypatch.setattr(command, "pretrain", lambda cfg, name: tmp_path)
@@ -95,4 +95,4 @@ def test_a_finished_pipeline_is_pushed_where_asked_for(
     command.main(OmegaConf.merge(composed, {"push_to_hub": asked}))
     assert calls == [(tmp_path / "pipeline", name) for name in expected]
     printed = capsys.readouterr().out.splitlines()
-    assert "balanced_kid_x1000: 12.5" in printed and printed[-1] == f"run: {tmp_path}"
+    assert "balanced_kid_x1000_e: 12.5" in printed and printed[-1] == f"run: {tmp_path}"

@@ -159,7 +159,7 @@ def test_the_paper_profile_trains_with_networks_by_hub_name(hub: Hub, tmp_path: 
         "train/pretrain.py", "profile=paper", "corpus=huggingface", "corpus.path=owner/tiles",
         "corpus.train.resolution=32", "corpus.test.resolution=32", "reference=resisc45", "prune=rsprune", "ratio=0.5",
         f"encoder.input_size={DINO_SIDE}", "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32",
-        "train.loop.steps=2", "train.loop.batch_size=4", "eval.convergence_points=1", "eval.images=9",
+        "train.loop.steps=2", "train.loop.batch_size=4", "train.snapshots=1", "eval.images=9",
         "eval.convergence_images=4", "eval.steps=2", *SMALL_UNET,
         f"runs={tmp_path / 'runs'}", f"results={tmp_path}", "tracker=none",
     )  # fmt: skip
@@ -174,7 +174,7 @@ def test_a_pipeline_to_go_on_from_by_hub_name(hub: Hub, tmp_path: Path) -> None:
     done = hub.run(
         "train/pretrain.py", "profile=smoke", "model=lora", "model.pretrained=owner/diffusion", "prune=random",
         "train.objective.prediction=epsilon", "train.loop.steps=2", "text_encoder.train.steps=2",
-        "eval.convergence_points=1", f"runs={tmp_path / 'runs'}", f"results={tmp_path}", "tracker=none",
+        "train.snapshots=1", f"runs={tmp_path / 'runs'}", f"results={tmp_path}", "tracker=none",
     )  # fmt: skip
     assert any("GET /owner/diffusion/resolve/" in line and "unet" in line for line in hub.asked)
     assert (result(done) / "lora" / "pytorch_lora_weights.safetensors").is_file()

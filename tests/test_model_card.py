@@ -14,7 +14,6 @@ from tiny_networks import CHANNELS, SIZE, tiny_autoencoder, tiny_text_encoder, t
 from torch import nn
 
 from runtime.application import CONFIGS
-from train.metadata import MetadataField
 from train.model_card import model_card
 from train.networks import new_transformer, text_to_image_pipeline
 from train.objective import Objective
@@ -27,7 +26,8 @@ SUMMARY = {
     "parameters": 2_900_000,
     "training_flops_per_image": 1.5e9,
     "seconds": 61.7,
-    "metrics": {"natural_kid_x1000": 162.34567, "balanced_fd_efficientnet_lite0": 219.04},
+    "metrics": {"natural_kid_x1000_e": 162.34567, "balanced_fd_e": 219.04, "balanced_recall_e": None},
+    "split": "test",
     "selection": "0123456789abcdef",
     "seed": 7,
 }
@@ -40,8 +40,8 @@ def config(*overrides: str) -> DictConfig:
         return compose("config", ["corpus=folder", "corpus.name=my_tiles", "eval.steps=2", *overrides])
 
 
-def card(*overrides: str, pipeline: str = "StableDiffusionPipeline", fields: dict | None = None) -> str:
-    return model_card(config(*overrides), SUMMARY, SELECTION, pipeline, fields or {})
+def card(*overrides: str, pipeline: str = "StableDiffusionPipeline") -> str:
+    return model_card(config(*overrides), {**SUMMARY, "pipeline": pipeline}, SELECTION)
 
 
 def section(text: str, title: str) -> str:
@@ -58,9 +58,9 @@ def test_a_card_names_data_selection_training_and_metrics() -> None:
     assert "| ocean | 8,000 | 1,004 |" in data and "| (none) | 230 | 230 |" in data
     assert "2,900,000 parameters, 4,321 steps of 48 images" in training and "62 s, 1.5 GFLOP" in training
     assert "flow" in training and "bf16" in training
-    assert "33 held-out images" in metrics
+    assert "33 held-out images of each set of the split test" in metrics
     rows = [line for line in metrics.splitlines() if line.startswith("| ") and "_" in line]
-    assert rows == ["| balanced_fd_efficientnet_lite0 | 219 |", "| natural_kid_x1000 | 162.3 |"]
+    assert rows == ["| balanced_fd_e | 219 |", "| natural_kid_x1000_e | 162.3 |"]
 
 
 def test_a_card_says_what_is_not_known_and_begins_with_the_hubs_facts() -> None:
@@ -71,7 +71,7 @@ def test_a_card_says_what_is_not_known_and_begins_with_the_hubs_facts() -> None:
 
 
 def test_a_card_names_the_side_of_crops_and_the_metadata() -> None:
-    text = card("train.views.crop=32", fields={"lon": MetadataField(-180, 180), "lat": MetadataField(-90, 90)})
+    text = card("train.views.crop=32", "metadata=place")
     assert "images of 32 px" in text
     assert "sample.metadata.lon=NUMBER sample.metadata.lat=NUMBER" in section(text, "Metadata")
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -32,17 +33,19 @@ from transformers import (
 
 from encoders.hub import TransformersEncoder
 from encoders.inception import INCEPTION_FILE, InceptionV3
+from encoders.pixels import to_tensor
+from eval.convergence import CONVERGENCE
 from eval.generate import generate
-from eval.metrics import compare_features
+from eval.measuring import compare, encoders_of, evaluation_sets
 from prune.selection import select
 from runtime.artefacts import plain, read_json
 from runtime.errors import UserError
-from train.components import load_autoencoder, load_encoder, load_text_parts
-from train.foundation import CONVERGENCE, held_out, pretrain
-from train.latents import encode, to_tensor
+from train.components import load_autoencoder, load_text_parts
+from train.foundation import pretrain
+from train.latents import encode
 from train.networks import diffusion_loss, new_unet, text_to_image_pipeline
 from train.objective import Objective
-from train.text_encoder import clip_score, clip_tokenizer, encode_prompts
+from train.text_encoder import clip_tokenizer, encode_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -117,16 +120,18 @@ def test_choices_of_the_profile() -> None:
     assert cfg.profile.name == "paper"
     assert cfg.autoencoder.class_name == "AutoencoderKL" and cfg.text_encoder.kind == "pretrained"
     assert cfg.encoder._target_ == "encoders.hub.TransformersEncoder"
-    assert cfg.eval.encoder._target_ == "encoders.inception.InceptionV3"
+    assert cfg.yardstick._target_ == "encoders.inception.InceptionV3"
     assert cfg.corpus.train.resolution == cfg.corpus.test.resolution == 256
     without = config("profile=paper", "encoder@yardstick=efficientnet_lite0")
-    assert plain(without.eval.encoder) == plain(config().encoder)
+    assert plain(without.yardstick) == plain(config().encoder)
 
 
-def test_distances_are_measured_with_the_pruning_encoder_by_default() -> None:
+def test_an_encoder_that_selects_nothing_judges_first() -> None:
     cfg = config("encoder.input_size=96")
-    assert plain(cfg.eval.encoder) == plain(cfg.encoder)
-    assert load_encoder(cfg) == instantiate(cfg.encoder)
+    first, second = encoders_of(cfg)
+    assert first == instantiate(cfg.yardstick) and second == instantiate(cfg.encoder)
+    assert first.name != second.name
+    assert len(encoders_of(config("encoder@yardstick=efficientnet_lite0"))) == 1
 
 
 def test_unet_has_the_size_of_stable_diffusion() -> None:
@@ -178,7 +183,7 @@ def test_all_parts_train_and_draw(networks: Path, tmp_path: Path) -> None:
 
 def test_clip_from_one_folder_gives_both_halves(networks: Path) -> None:
     text = load_text_parts(small_paper(networks), None)
-    whole = {key.removeprefix("text_model."): value for key, value in text.clip.text_model.state_dict().items()}
+    whole = {key.removeprefix("text_model."): value for key, value in text.scorer.model.text_model.state_dict().items()}
     half = {key.removeprefix("text_model."): value for key, value in text.text_encoder.state_dict().items()}
     assert whole.keys() == half.keys()
     for key, value in half.items():
@@ -191,14 +196,14 @@ def test_clip_scores_what_its_own_preprocessing_shows(networks: Path) -> None:
     processor = CLIPImageProcessor.from_pretrained(networks / "clip", do_resize=False, do_center_crop=False)
     inputs = text.tokenizer(captions, padding="max_length", max_length=16, return_tensors="pt")
     with torch.no_grad():
-        output = text.clip(
+        output = text.scorer.model(
             input_ids=inputs.input_ids,
             pixel_values=processor([Image.fromarray(image) for image in images], return_tensors="pt").pixel_values,
         )
         expected = 100 * cosine_similarity(output.image_embeds, output.text_embeds)
-    score = clip_score(text.clip, text.tokenizer, images, captions, text.clip_pixels)
+    score = text.scorer.scores(images, captions)
     np.testing.assert_allclose(score, expected, atol=1e-3)
-    larger = clip_score(text.clip, text.tokenizer, pictures(3), captions, text.clip_pixels)
+    larger = text.scorer.scores(pictures(3), captions)
     assert larger.shape == (3,) and np.isfinite(larger).all()
 
 
@@ -232,24 +237,24 @@ def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Pat
     """The whole pretraining stage of the profile on a small folder; only FID's network is replaced."""
     root = tmp_path / "images"
     for scene in ("Harbour", "River"):
-        for split in ("train", "test"):
+        for split in ("train", "val", "test"):
             (root / split / scene).mkdir(parents=True)
             for index, image in enumerate(pictures(12, 64)):
                 Image.fromarray(image // (2 if scene == "River" else 1)).save(root / split / scene / f"{index}.png")
     cfg = small_paper(
         networks, f"corpus.root={root}", "corpus.train.resolution=64", f"runs={tmp_path}/runs", "tracker=none",
         "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32", "prune=random", "ratio=0.5",
-        "eval.images=12", "eval.convergence_images=8", "eval.convergence_points=1", "eval.steps=2",
+        "eval.images=12", "eval.convergence_images=8", "train.snapshots=1", "eval.steps=2",
         "train.mixed_precision=no", "train.loop.steps=2", "train.loop.batch_size=4", "train.loop.checkpoint_every=2",
     )  # fmt: skip
     selection, corpus = select(cfg, "random")
     assert read_json(selection / "summary.json")["kept"] == len(corpus) / 2 == 12
     widths = [np.load(file, mmap_mode="r").shape[1] for file in (tmp_path / "runs").glob("embedding/*/embeddings.npy")]
     assert widths == [32]
-    assert held_out(cfg)["natural"].features.shape == (12, 1280)
+    assert evaluation_sets(cfg)["natural"].features["efficientnet_lite0"].shape == (12, 1280)
     directory = pretrain(cfg, "random")
     metrics = read_json(directory / "summary.json")["metrics"]
-    assert {"balanced_fd_efficientnet_lite0", "natural_kid_x1000", "balanced_clip_vit_l14"} <= set(metrics)
+    assert {"balanced_fd_efficientnet_lite0", "natural_kid_x1000_dinov2", "balanced_clip_vit_l14"} <= set(metrics)
     assert (directory / CONVERGENCE).is_file() and (directory / "pipeline" / "model_index.json").is_file()
 
 
@@ -257,12 +262,12 @@ def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Pat
 
 
 def test_only_the_inception_network_gives_fid(tmp_path: Path) -> None:
-    encoder = instantiate(config("profile=paper", f"yardstick.folder={tmp_path}").eval.encoder)
+    encoder = instantiate(config("profile=paper", f"yardstick.folder={tmp_path}").yardstick)
     assert encoder.name == "inception" and encoder.dimensions == 2048
     features = np.random.default_rng(0).normal(size=(2, 20, 3))
-    names = compare_features(*features, encoder.name)
+    names = compare({encoder.name: features[0]}, SimpleNamespace(features={encoder.name: features[1]}))
     assert "fid" in names and not any(name.startswith("fd_") for name in names)
-    assert "fid" not in compare_features(*features, "dinov2")
+    assert "fid" not in compare({"dinov2": features[0]}, SimpleNamespace(features={"dinov2": features[1]}))
     with pytest.raises(UserError, match="kept for the standard InceptionV3"):
         TransformersEncoder(name="inception", path="owner/name")
     with pytest.raises(TypeError):
@@ -355,7 +360,7 @@ def build(directory):
     if together:  # as in training: none goes on before all are there
         together(True)
 
-final = stage(sys.argv[1], "work", {"seed": 1}, build, together=together)
+final = stage(sys.argv[1], "bench", {"seed": 1}, build, together=together)
 print(sorted(file.name for file in final.iterdir() if file.name != COMPLETE))
 """
 
@@ -395,7 +400,7 @@ def free_ports(count: int) -> list[int]:
 def test_one_process_of_a_launch_builds_and_all_find_it(tmp_path: Path) -> None:
     outputs = printed(launched(tmp_path, ("1", "0"), 0))  # the first process arrives last
     assert outputs == ["['built_by_0']"] * 2
-    assert [path.name.endswith(".partial") for path in (tmp_path / "work").iterdir()] == [False]
+    assert [path.name.endswith(".partial") for path in (tmp_path / "bench").iterdir()] == [False]
 
 
 @pytest.mark.slow

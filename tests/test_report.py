@@ -104,7 +104,7 @@ def test_comparison_sheet_enlarges_small_inputs_and_labels_rows_at_the_left(tile
 def test_convergence_figure_draws_every_method_with_its_numbers_and_interval():
     frame = pd.DataFrame({"step": [200, 100], "kid": [10.0, 100.0], "kid_low": [8.0, 90.0], "kid_high": [12.0, 110.0]})
     figure = convergence_figure(
-        {"rsprune": frame, "full": frame * 2, "none": frame[["step"]]}, "kid", floors={"real": 3.0}
+        {"rsprune": frame, "full": frame * 2, "none": frame[["step"]]}, "kid", references={"real": 3.0}
     )
     axes = figure.axes[0]
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label()[0] != "_"}
@@ -170,12 +170,13 @@ def test_figures_leave_no_global_state_and_the_same_bytes():
 
 
 def _write(path, tiles, **options):
-    metrics = {"balanced_kid_x1000": 227.0, "balanced_kid_x1000_low": 214.0, "balanced_kid_x1000_high": 240.0}
+    kid = "balanced_kid_x1000_geoembed"
+    metrics = {kid: 227.0, f"{kid}_low": 214.0, f"{kid}_high": 240.0}
     base = {"corpus": "c", "ratio": 0.85, "seed": 0, "fingerprint": "f"}
     rows = [
         {**base, "stage": "generation", "prune": "rsprune", "step": 9, "metrics": metrics},
-        {**base, "stage": "generation", "prune": "<b>&evil", "step": 9, "metrics": {"balanced_kid_x1000": 300.0}},
-        {**base, "stage": "floor", "prune": "real_train", "step": None, "metrics": {"balanced_kid_x1000": 8.0}},
+        {**base, "stage": "generation", "prune": "<b>&evil", "step": 9, "metrics": {kid: 300.0}},
+        {**base, "stage": "reference", "prune": "real_train", "step": None, "metrics": {kid: 8.0}},
     ]
     sheet = path.with_name("sheet.png")
     sheet.write_bytes(png_bytes(contact_sheet(tiles, 4)))
@@ -208,14 +209,13 @@ def test_report_is_one_file_with_every_picture_inside(tmp_path, tiles):
     assert [p.name for p in tmp_path.glob("*.partial")] == []
 
 
-def test_report_escapes_names_and_shows_intervals_floors_and_totals(tmp_path, tiles):
+def test_report_escapes_names_and_shows_intervals_references_and_totals(tmp_path, tiles):
     page = _write(tmp_path / "report.html", tiles)
-    assert {"A <title>", "<b>&evil", "227", "[214, 240]", "floors", "real_train", "Dropped, 5 of 1,234"} <= set(
-        page.text
-    )
+    shown = {"A <title>", "<b>&evil", "227.0", "[214.0, 240.0]", "reference rows", "real_train"}
+    assert shown | {"Dropped, 5 of 1,234"} <= set(page.text)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert re.search(r"<b>227</b>", html)
-    assert '<tr class="floor"><td>real_train' in html
+    assert re.search(r"<b>227\.0</b>", html)
+    assert '<tr class="reference"><td>real_train' in html
     assert "<b>&evil" not in html
 
 

@@ -21,6 +21,8 @@ import pandas as pd
 import pytest
 import rasterio
 import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from rasterio.transform import from_origin
 
@@ -31,7 +33,19 @@ from corpus.reference import reference_set
 from corpus.sources.folder import ImageFolder
 from corpus.sources.geotiff import GeoTiff
 from corpus.sources.huggingface import HuggingFace
-from corpus.sources.webdataset import COMPRESSED, CUT, DUPLICATE, LINK, NO_IMAGE, TOO_LARGE, UNSAFE, WebDataset
+from corpus.sources.webdataset import (
+    COMPRESSED,
+    CUT,
+    DUPLICATE,
+    KNOWN,
+    LINK,
+    NO_IMAGE,
+    TOO_LARGE,
+    UNSAFE,
+    WebDataset,
+    _Place,
+    _samples,
+)
 from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
@@ -373,6 +387,53 @@ def test_webdataset_reads_what_the_library_reads(shards: Path, tmp_path: Path) -
     assert WebDataset(urls, split="test").manifest()["id"].tolist() == ["s011"]
 
 
+MEMBERS = st.lists(
+    st.tuples(
+        st.sampled_from(["", "d/", "d.e/", "./", "d/\n"]),
+        st.sampled_from(["a", "b", ""]),
+        st.sampled_from(["", ".jpg", ".JPG", ".png", ".mask.png", ".txt", ".xyz", ".", ".jpg\n"]),
+    ).map("".join),
+    max_size=8,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(MEMBERS)
+def test_members_are_grouped_as_the_library_groups_them(names: list[str]) -> None:
+    from webdataset.tariterators import group_by_keys
+
+    doubled = []
+    files = [{"fname": name, "data": index, "__url__": "a.tar"} for index, name in enumerate(names)]
+    expected = []
+    for sample in group_by_keys(files, suffixes=KNOWN, handler=lambda error: doubled.append(error) or True):
+        data = {suffix: value for suffix, value in sample.items() if not suffix.startswith("__")}
+        expected.append((sample["__key__"], data, bool(doubled)))
+        doubled.clear()
+    places = [_Place("a.tar", name, index, index) for index, name in enumerate(names)]
+    found = [
+        (key, {suffix: place.start for suffix, place in parts.items()}, twice) for key, parts, twice in _samples(places)
+    ]
+    assert found == expected
+
+
+@pytest.mark.parametrize("urls", ["a.tar", "d/{00..03}.tar", "a{b,c{1..2}}.tar::http://x/{9..10}.tar", "{a}.tar"])
+def test_brace_lists_are_the_library_s(urls: str) -> None:
+    from webdataset.shardlists import expand_urls
+
+    assert WebDataset(urls)._shards == expand_urls(urls)
+
+
+def test_shards_are_read_without_torch(shards: Path, repository: Path) -> None:
+    """Every process that decodes would load it, half a gigabyte each."""
+    code = (
+        "import sys, numpy as np; from corpus.sources.webdataset import WebDataset\n"
+        "source = WebDataset(sys.argv[1], resolution=16)\n"
+        "assert len(list(source.reader(np.arange(12))())) == 12 and not {'torch', 'webdataset'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(shards / "part-{0..1}.tar")]
+    assert subprocess.run(command, cwd=repository, check=False).returncode == 0
+
+
 def test_what_is_wrong_with_shards_has_a_reason(tmp_path: Path) -> None:
     good = encoded(texture(), "JPEG")
     shard(
@@ -424,13 +485,23 @@ def test_a_sparse_member_of_any_size_has_a_reason(tmp_path: Path) -> None:
     with (tmp_path / "bomb.png").open("wb") as file:
         file.truncate(20 * 2**30)
     texture().save(tmp_path / "fine.png")
-    packed = subprocess.run(
-        ["tar", "--sparse", "-cf", "a.tar", "bomb.png", "fine.png"], cwd=tmp_path, capture_output=True
-    )
+    holes = np.zeros((256, 256, 3), np.uint8)
+    holes[-1] = 200
+    data, half = tiff(holes), 100_000
+    with (tmp_path / "holes.tif").open("wb") as file:
+        file.write(data[:4096])
+        file.seek(half)
+        file.write(data[half:])
+    assert (tmp_path / "holes.tif").read_bytes() == data
+    files = ["bomb.png", "fine.png", "holes.tif"]
+    packed = subprocess.run(["tar", "--sparse", "-cf", "a.tar", *files], cwd=tmp_path, capture_output=True)
     if packed.returncode or (tmp_path / "a.tar").stat().st_size > 2**20:
         pytest.skip("no tar or file system here knows sparse files")
-    corpus = index_corpus(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path / "runs")
-    assert corpus.manifest["reason"].tolist() == [TOO_LARGE, ""]
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getmember("holes.tif").sparse
+    corpus = index_corpus(WebDataset(str(tmp_path / "a.tar"), resolution=256), tmp_path / "runs")
+    assert corpus.manifest["reason"].tolist() == [TOO_LARGE, "", ""]
+    assert (corpus.images[2] == holes).all()
 
 
 def test_links_and_compression_of_shards_have_a_reason(tmp_path: Path) -> None:
@@ -997,7 +1068,7 @@ def test_the_second_of_two_runs_waits_and_says_so(tmp_path: Path, repository: Pa
         "from pathlib import Path\nfrom runtime.artefacts import stage\n"
         "def build(directory):\n"
         f"    open({str(tmp_path / 'builds')!r}, 'a').write('built\\n'); time.sleep(1.5)\n"
-        f"print(stage({str(tmp_path / 'runs')!r}, 'slow', {{'a': 1}}, build))\n"
+        f"print(stage({str(tmp_path / 'runs')!r}, 'bench', {{'a': 1}}, build))\n"
     )
     runs = []
     for _ in range(2):
@@ -1021,7 +1092,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(growing: Path, tmp_pa
     if mount.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
     try:
-        kept = stage(small / "runs", "earlier", {}, lambda directory: (directory / "a").write_text("whole"))
+        kept = stage(small / "runs", "bench", {}, lambda directory: (directory / "a").write_text("whole"))
         for number in range(300):
             texture(number, side=8).save(growing / f"more{number}.png")
         command = [

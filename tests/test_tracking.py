@@ -18,10 +18,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import STEPS, tiny_config
 
+from eval.convergence import CONVERGENCE
 from runtime.application import CONFIGS
 from runtime.artefacts import read_json
 from runtime.tracking import track
-from train.foundation import CONVERGENCE, pretrain
+from train.foundation import pretrain
 
 SPEED = {"loss", "learning_rate", "images_per_second", "model_flops_utilisation"}
 
@@ -201,7 +202,7 @@ def test_a_pretraining_tells_wandb_its_selection_samples_and_speed(told: Told) -
     (speed,) = (values for values, _ in run.logged if "images_per_second" in values)
     assert set(speed) == SPEED and all(np.isfinite(value) for value in speed.values())
     assert 0 < speed["model_flops_utilisation"] < 1 and list(run.values("learning_rate")) == [STEPS]
-    assert sorted(run.values("balanced_kid_x1000")) == [STEPS // 2, STEPS]
+    assert sorted(run.values("balanced_kid_x1000_geoembed")) == [STEPS // 2, STEPS]
     assert run.summary == summary["metrics"]
 
 

@@ -12,9 +12,11 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from torch import nn
 
+from encoders.pixels import to_tensor, to_uint8
+from eval.pairs import peak_signal_noise_ratio
 from runtime.errors import UserError
 from train.autoencoder import start_from_pca
-from train.latents import PatchPCA, encode, peak_signal_noise_ratio, symmetric, to_tensor, to_uint8
+from train.latents import PatchPCA, encode, symmetric
 from train.loop import LoopOptions, train_loop
 from train.networks import diffusion_loss
 from train.objective import Objective

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from eval.quality import subset_quality
 from PIL import Image
 
 from corpus.sources.bluemarble import BlueMarble
-from eval.quality import subset_quality
 from eval.waste import (
     BLOCK,
     NEAR_DUPLICATE_BITS,

@@ -8,7 +8,7 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from scipy.ndimage import gaussian_filter
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from train.latents import to_tensor
+from encoders.pixels import to_tensor
 from train.networks import new_unet
 from train.text_encoder import clip_tokenizer
 

@@ -19,7 +19,7 @@ NETWORK = [f"model.unet.{key}={str(value).replace(' ', '')}" for key, value in U
 
 def write_images(root: Path, count: int = 12) -> Path:
     """`count` images of each scene and split."""
-    for number, split in enumerate(("train", "test")):
+    for number, split in enumerate(("train", "test", "val")):
         for shade, scene in enumerate(SCENES):
             (root / split / scene).mkdir(parents=True)
             for index, image in enumerate(pictures(count, seed=2 * number + shade)):
@@ -39,7 +39,7 @@ def tiny_overrides(folder: Path) -> list[str]:
         "corpus.workers=0", "encoder.input_size=32", f"autoencoder.path={folder}/autoencoder", "text_encoder=clip_hub",
         f"text_encoder.path={folder}/clip", "prune=random", "ratio=0.5", f"train.loop.steps={STEPS}",
         "train.loop.batch_size=4", "train.loop.warmup=2", "eval.images=8", "eval.convergence_images=6",
-        "eval.convergence_points=2", "eval.steps=2", f"runs={folder}/runs", f"results={folder}/results", "tracker=none",
+        "train.snapshots=2", "eval.steps=2", f"runs={folder}/runs", f"results={folder}/results", "tracker=none",
     ]  # fmt: skip
 
 

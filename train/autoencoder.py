@@ -17,9 +17,9 @@ from torch import nn
 
 from corpus.index import Corpus, index_corpus
 from encoders.efficientnet import EfficientNetLite0
-from encoders.embedding import embed
-from eval.held_out import held_out_sets
-from eval.metrics import compare_features
+from encoders.pixels import to_tensor, to_uint8
+from eval.measuring import compare, embed_rows, encoders_of, evaluation_sets
+from eval.metrics import Quantity, compute
 from runtime.application import run
 from runtime.artefacts import process_count, stage
 from runtime.errors import UserError
@@ -32,10 +32,7 @@ from train.latents import (
     encode,
     fit_pca,
     flip,
-    peak_signal_noise_ratio,
     scene_balanced_weights,
-    to_tensor,
-    to_uint8,
 )
 from train.loop import Batch, LoopOptions, Modules, train_loop
 
@@ -195,7 +192,8 @@ def main(cfg: DictConfig) -> None:
     figures = measure(cfg, trained, corpus)
     for name, values in figures.items():
         print(name, {key: round(value, 3) for key, value in values.items()})
-    ours, pca, distance = figures["autoencoder"], figures["pca"], f"fd_{encoder.name}"
+    ours, pca = figures["autoencoder"], figures["pca"]
+    distance = Quantity("fd", encoders_of(cfg)[0].name).name
     if ours["psnr"] <= pca["psnr"] or ours[distance] >= pca[distance]:
         raise UserError(
             f"the autoencoder in {directory} does not beat PCA of its latent size in PSNR and in Fréchet distance, so "
@@ -210,9 +208,8 @@ def main(cfg: DictConfig) -> None:
 @torch.inference_mode()
 def measure(cfg: DictConfig, autoencoder: AutoencoderTiny, corpus: Corpus) -> dict[str, dict[str, float]]:
     """Reconstructions of the balanced held-out set by the autoencoder and by PCA of its latent size."""
-    encoder = instantiate(cfg.encoder)
-    test = index_corpus(instantiate(cfg.corpus.test), cfg.runs)
-    held = held_out_sets(test, encoder, cfg.eval.images, cfg.seed, cfg.runs)["balanced"]
+    encoders = encoders_of(cfg)
+    held = evaluation_sets(cfg)["balanced"]
     pca = fit_pca(corpus, autoencoder.config.latent_channels, cfg.seed)
     rebuilt: dict[str, list[np.ndarray]] = {"autoencoder": [], "pca": []}
     for start in range(0, len(held.rows), 100):
@@ -222,15 +219,16 @@ def measure(cfg: DictConfig, autoencoder: AutoencoderTiny, corpus: Corpus) -> di
     figures = {}
     for name, batches in rebuilt.items():
         images = np.concatenate(batches)
-        figures[name] = compare_features(embed(encoder, images), held.features, encoder.name)
-        figures[name]["psnr"] = peak_signal_noise_ratio(images, held.images)
+        figures[name] = compare({encoder.name: embed_rows(encoder, images) for encoder in encoders}, held)
+        figures[name] |= compute({"images": images, "truth": held.images}, of={})
     return figures
 
 
 def _card(cfg: DictConfig, figures: dict[str, dict[str, float]]) -> str:
     """The model card, with the figures just measured."""
     recipe = cfg.autoencoder.recipe
-    keys = ("psnr", f"fd_{instantiate(cfg.encoder).name}", "kid_x1000")
+    judge = encoders_of(cfg)[0].name
+    keys = ("psnr", Quantity("fd", judge).name, Quantity("kid_x1000", judge).name)
     rows = "\n".join(
         f"| {name} | " + " | ".join(f"{values[key]:.2f}" for key in keys) + " |" for name, values in figures.items()
     )

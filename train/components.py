@@ -6,24 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from corpus.index import Corpus
-from encoders.pixels import LOAD_ERRORS, PixelRecipe
+from encoders.clip_scores import ClipScorer, load_clip
+from encoders.pixels import LOAD_ERRORS
 from runtime.artefacts import file_digest, fingerprint, stage
 from runtime.errors import UserError
 from runtime.tracking import track
-from train.latents import to_tensor
 from train.loop import LoopOptions
 from train.objective import prediction_of
 from train.sharding import hidden
@@ -34,16 +33,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class TextParts:
-    """Text encoder and tokenizer, the CLIP model they belong to (None where only the text half is at hand).
+    """Text encoder and tokenizer, and the CLIP model they belong to as a judge (None where there is no image half).
 
-    `clip_pixels` turns uint8 images [N, H, W, 3] into what that CLIP model sees.
+    `place` says where that CLIP model lies, for `eval.measuring_any.SCORER`.
     """
 
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
-    clip: CLIPModel | None
     fingerprint: str
-    clip_pixels: Callable[[np.ndarray], torch.Tensor] = to_tensor
+    scorer: ClipScorer | None = None
+    place: dict[str, Any] | None = None
 
 
 def make_accelerator(cfg: DictConfig) -> Accelerator:
@@ -89,23 +88,31 @@ def _resolve(path: str) -> str:
     return path
 
 
+def _pinned(group: str, cfg: DictConfig) -> str:
+    """For the line about a network of the hub that cannot be loaded: another one has other commits."""
+    revision = cfg[group].get("revision")
+    return f" ({group}.revision={revision}; another network needs one of its own, or null)" if revision else ""
+
+
 def load_autoencoder(cfg: DictConfig) -> tuple[nn.Module, str]:
     """The frozen autoencoder of `autoencoder.path` (a folder or a hub name) and its fingerprint.
 
     Raises:
         UserError: it is not there.
     """
-    path = _resolve(cfg.autoencoder.path)
-    loader = getattr(diffusers, cfg.autoencoder.class_name)
+    path, revision = _resolve(cfg.autoencoder.path), cfg.autoencoder.get("revision")
+    loader, subfolder = getattr(diffusers, cfg.autoencoder.class_name), cfg.autoencoder.get("subfolder")
     try:
-        autoencoder = loader.from_pretrained(path, subfolder=cfg.autoencoder.get("subfolder"), use_safetensors=True)
+        autoencoder = loader.from_pretrained(path, subfolder=subfolder, revision=revision, use_safetensors=True)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"no {cfg.autoencoder.class_name} at autoencoder.path={cfg.autoencoder.path}: run `make autoencoder`, "
-            "give a folder or a hub name that can be reached, or choose autoencoder=bluemarble_f8c16"
+            f"no {cfg.autoencoder.class_name} at autoencoder.path={cfg.autoencoder.path}{_pinned('autoencoder', cfg)}: "
+            "run `make autoencoder`, give a folder or a hub name that can be reached, or choose "
+            "autoencoder=bluemarble_f8c16"
         ) from error
-    folder = Path(path) / (cfg.autoencoder.get("subfolder") or "")
-    weights = [file_digest(file) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [str(folder)]
+    folder = Path(path) / (subfolder or "")
+    weights = [file_digest(file) for file in sorted(folder.glob("*.safetensors"))]
+    weights = weights if folder.is_dir() else [str(folder), revision]
     config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
     return autoencoder.eval().requires_grad_(False), fingerprint(weights=weights, config=config)
 
@@ -116,29 +123,28 @@ def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
     Raises:
         UserError: it is not there.
     """
-    if cfg.text_encoder.kind == "train":
+    options, revision = cfg.text_encoder, cfg.text_encoder.get("revision")
+    if options.kind == "train":
         directory = _train_text_encoder(cfg, corpus)
-        folders = {"clip": directory / "clip", "text_encoder": directory / "text_encoder"}
-        folders["tokenizer"] = directory / "tokenizer"
+        folders = {name: str(directory / name) for name in ("clip", "text_encoder", "tokenizer")}
         key = directory.name
     else:
-        path = _resolve(cfg.text_encoder.path)
+        path = _resolve(options.path)
         folders = {"clip": path, "text_encoder": path, "tokenizer": path}
         files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else []
-        key = fingerprint(files=[file_digest(file) for file in files]) if files else path
+        key = fingerprint(files=[file_digest(file) for file in files]) if files else f"{path}@{revision}"
+    trained = options.kind == "train"
     try:
-        clip = CLIPModel.from_pretrained(folders["clip"], use_safetensors=True).eval().requires_grad_(False)
-        text_encoder = CLIPTextModel.from_pretrained(folders["text_encoder"], use_safetensors=True)
-        tokenizer = CLIPTokenizer.from_pretrained(folders["tokenizer"])
-        pixels = to_tensor
-        if cfg.text_encoder.kind != "train":  # the one trained here sees pixels as they are
-            pixels = PixelRecipe.of(folders["clip"], clip.config.vision_config.image_size)
-        return TextParts(text_encoder.eval().requires_grad_(False), tokenizer, clip, key, pixels)
+        text_encoder = CLIPTextModel.from_pretrained(folders["text_encoder"], revision=revision, use_safetensors=True)
+        scorer = load_clip(folders["clip"], folders["tokenizer"], options.score_name, revision=revision, plain=trained)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"no CLIP model at text_encoder.path={cfg.text_encoder.get('path')}: give a folder or a hub name that can "
-            "be reached, or train one here with text_encoder=clip_local"
+            f"no CLIP model at text_encoder.path={options.get('path')}{_pinned('text_encoder', cfg)}: give a "
+            "folder or a hub name that can be reached, or train one here with text_encoder=clip_local"
         ) from error
+    place = {"name": options.score_name, "revision": revision, "plain": trained}
+    place |= {"folder": folders["clip"], "tokenizer": folders["tokenizer"]}
+    return TextParts(text_encoder.eval().requires_grad_(False), scorer.tokenizer, key, scorer, place)
 
 
 def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
@@ -153,9 +159,9 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
             layers=options.layers,
             patch=options.patch,
             max_length=options.max_length,
-            seed=cfg.seed,
+            seed=options.seed,
         )
-        loop = LoopOptions(**options.train, seed=cfg.seed)
+        loop = LoopOptions(**options.train, seed=options.seed)
         with track(cfg, "text_encoder", "clip_local") as tracker:
             model = train_clip(model, tokenizer, corpus, accelerator, loop, directory, log=tracker.log)
         if not accelerator.is_main_process:
@@ -171,7 +177,7 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
         text_encoder.save_pretrained(directory / "text_encoder")
         tokenizer.save_pretrained(directory / "tokenizer")
 
-    inputs = {"corpus": corpus.fingerprint, "options": options, "seed": cfg.seed, **precision(cfg)}
+    inputs = {"corpus": corpus.fingerprint, "options": options, **precision(cfg)}
     return stage(cfg.runs, "text_encoder", inputs, build, resumable=True, together=first_process_says(cfg))
 
 
@@ -215,10 +221,5 @@ def load_pretrained(cfg: DictConfig) -> Pretrained:
     key = fingerprint(files=[file_digest(file) for file in files]) if files else path
     for part in (pipeline.vae, pipeline.text_encoder):
         part.eval().requires_grad_(False)
-    text = TextParts(pipeline.text_encoder, pipeline.tokenizer, None, f"{key}/text")
+    text = TextParts(pipeline.text_encoder, pipeline.tokenizer, f"{key}/text")
     return Pretrained(pipeline.unet, pipeline.vae, text, key)
-
-
-def load_encoder(cfg: DictConfig):
-    """The image encoder of distances; pruning clusters with `encoder`, which is the same one by default."""
-    return instantiate(cfg.eval.encoder)

@@ -1,9 +1,10 @@
-"""The pretraining stage: a selection to a text-conditioned latent diffusion model."""
+"""The pretraining stage: a selection to a text-conditioned latent diffusion model, and what its measuring says."""
 
 from __future__ import annotations
 
-import json
+import copy
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +15,12 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from corpus.index import Corpus, index_corpus
-from eval.convergence import summarise
-from eval.generated import measure, place_sheet, sample_sheet, save_picture, scene_accuracy, scene_confusion
-from eval.held_out import HeldOut, held_out_sets
+from corpus.index import Corpus
+from eval.models import INDEX, SNAPSHOT, SNAPSHOTS, snapshots_of
 from prune.selection import select
-from report.figures import contact_sheet
 from runtime.artefacts import plain, read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.tracking import Tracker, track
@@ -31,7 +28,6 @@ from train.components import (
     TextParts,
     first_process_says,
     load_autoencoder,
-    load_encoder,
     load_pretrained,
     load_text_parts,
     make_accelerator,
@@ -39,8 +35,8 @@ from train.components import (
 from train.data import NETWORK, Subset, encode_subset, subset_batches, subset_loss
 from train.latents import Views
 from train.loop import LoopOptions, Modules, train_loop
+from train.measured_run import TRAINING, Evaluation, measure_run, measure_snapshot
 from train.metadata import FOLDER, MetadataField, metadata_values, new_encoder
-from train.model_card import model_card
 from train.networks import (
     LORA,
     add_lora,
@@ -52,39 +48,29 @@ from train.networks import (
     text_to_image_pipeline,
 )
 from train.objective import Objective
-from train.sharding import Sharding, requested
 from train.utilisation import compute_dtype, peak_flops, training_flops
-
-CONVERGENCE = "convergence.jsonl"
-#: Folder of a run with the features of the final images, `<held-out set>.npy`, for paired comparisons.
-GENERATED = "generated_features"
-
-
-def held_out(cfg: DictConfig) -> dict[str, HeldOut]:
-    """Both held-out sets of a config's test corpus."""
-    corpus = index_corpus(instantiate(cfg.corpus.test), cfg.runs)
-    return held_out_sets(corpus, load_encoder(cfg), cfg.eval.images, cfg.seed, cfg.runs)
 
 
 def pretrain(cfg: DictConfig, name: str) -> Path:
-    """Prune with method `name` if not cached, then train the latent diffusion model on what is kept."""
-    sharding = requested()  # first: what is missing is said before anything is computed
+    """Prune with method `name` if not cached, train the latent diffusion model on what is kept, and measure it.
+
+    Training and measuring are stages of their own: the training's directory depends on nothing in `cfg.eval`, and
+    gets the files that measuring leaves (convergence.jsonl, summary.json, samples/) once it is whole.
+    """
     frozen = _load_frozen(cfg)
     objective_of(cfg)
     selection, corpus = select(cfg, name)
     scorer = load_text_parts(cfg, corpus)
     fields = {key: MetadataField(**plain(field)) for key, field in cfg.metadata.fields.items()}
     metadata_values(corpus.manifest, fields)
-    sets = held_out(cfg)
-    _check_sides(cfg, frozen.autoencoder, corpus, sets["balanced"].corpus)
+    evaluation = Evaluation.of(cfg, corpus, scorer)  # what it lacks is said before anything is trained
+    _check_sides(cfg, frozen.autoencoder, corpus, evaluation.while_training.corpus)
     inputs = {
         "selection": selection.name,
-        "text_encoder": scorer.fingerprint,
+        "text_encoder": (frozen.text or scorer).fingerprint,
         "autoencoder": frozen.key,
         "model": cfg.model,
         "train": cfg.train,
-        "eval": cfg.eval,
-        "held_out": sets["balanced"].corpus.fingerprint,
         "seed": cfg.seed,
         **({"metadata": cfg.metadata} if fields else {}),
     }
@@ -92,24 +78,13 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     def build(directory: Path) -> None:
         with track(cfg, "pretrain", f"{name}-{cfg.ratio}") as tracker:
             text = frozen.text or scorer
-            run = _Run(
-                cfg,
-                name,
-                selection,
-                corpus,
-                text,
-                scorer,
-                frozen,
-                objective_of(cfg),
-                fields,
-                sets,
-                sharding,
-                directory,
-                tracker,
-            )
-            _train(run)
+            _train(_Run(cfg, name, selection, corpus, text, frozen, fields, evaluation, directory, tracker))
+            measure_run(cfg, directory, corpus, scorer, evaluation, tracker)
 
-    return stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_says(cfg))
+    directory = stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_says(cfg))
+    # found in the cache just after the build; anew where `eval` has changed since
+    measure_run(cfg, directory, corpus, scorer, evaluation, Tracker())
+    return directory
 
 
 def _check_sides(cfg: DictConfig, autoencoder: nn.Module, corpus: Corpus, test: Corpus) -> None:
@@ -162,37 +137,66 @@ def _load_frozen(cfg: DictConfig) -> _Frozen:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one pretraining run is made of. `text` conditions the network, `scorer` judges its images."""
+    """What one pretraining run is made of. `text` conditions the network."""
 
     cfg: DictConfig
     name: str
     selection: Path
     corpus: Corpus
     text: TextParts
-    scorer: TextParts
     frozen: _Frozen
-    objective: Objective
     fields: Mapping[str, MetadataField]
-    sets: dict[str, HeldOut]
-    sharding: Sharding
+    evaluation: Evaluation
     directory: Path
     tracker: Tracker
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        text, scheduler = self.text, self.objective.scheduler(self.cfg.train.flow_shift)
+        text, scheduler = self.text, objective_of(self.cfg).scheduler(self.cfg.train.flow_shift)
         return text_to_image_pipeline(self.frozen.autoencoder, text.text_encoder, text.tokenizer, network, scheduler)
 
 
 def _train(run: _Run) -> None:
-    cfg = run.cfg
+    cfg, objective = run.cfg, objective_of(run.cfg)
     accelerator = make_accelerator(cfg)
-    for part in (run.frozen.autoencoder, run.text.text_encoder, run.scorer.clip):
+    for part in (run.frozen.autoencoder, run.text.text_encoder, run.evaluation.judges.clip):
         if part is not None:
-            part.to(accelerator.device)
+            getattr(part, "model", part).to(accelerator.device)
     rows = np.flatnonzero(pd.read_parquet(run.selection / "selection.parquet")["kept"].to_numpy())
     run.tracker.artifact("selection", run.selection.name, run.selection / "selection.parquet")
-    options = LoopOptions(**cfg.train.loop, seed=cfg.seed, sharding=run.sharding)
-    subset = encode_subset(
+    options = LoopOptions(**cfg.train.loop, seed=cfg.seed)
+    subset = _encoded(run, rows)
+    modules = _modules(run, subset, accelerator)
+    hide = masks_padding(modules[NETWORK])
+    text = torch.from_numpy(np.array(subset.prompts[:1])).float()
+    flops = training_flops(modules[NETWORK], torch.zeros(1, *subset.latent_shape), text)
+    training = {
+        "method": run.name,
+        "ratio": cfg.ratio,
+        "images": len(rows),
+        "parameters": sum(parameter.numel() for parameter in modules[NETWORK].parameters()),
+        "training_flops_per_image": flops,
+        "selection": run.selection.name,
+        "seed": cfg.seed,
+    }
+    best = train_loop(
+        accelerator,
+        modules,
+        subset_batches(subset, objective, options.batch_size, hide_padding=hide, metadata_dropout=cfg.metadata.dropout),
+        subset_loss(objective, hide_padding=hide),
+        options,
+        run.directory,
+        label=f"pretrain {run.name}",
+        milestones=snapshot_steps(cfg, options),
+        on_milestone=partial(_on_snapshot, run, options.batch_size, accelerator),
+        log=partial(_log, run, accelerator, flops),
+    )
+    if accelerator.is_main_process:
+        _finish(run, {name: accelerator.unwrap_model(module) for name, module in best.items()}, training)
+
+
+def _encoded(run: _Run, rows: np.ndarray) -> Subset:
+    cfg = run.cfg
+    return encode_subset(
         run.corpus,
         rows,
         run.frozen.autoencoder,
@@ -204,35 +208,13 @@ def _train(run: _Run) -> None:
         seed=cfg.seed,
         half=str(cfg.train.mixed_precision) != "no",
     )
-    modules = _modules(run, subset)
-    hide = masks_padding(modules[NETWORK])
-    text = torch.from_numpy(np.array(subset.prompts[:1])).float()
-    flops = training_flops(modules[NETWORK], torch.zeros(1, *subset.latent_shape), text)
-    best = train_loop(
-        accelerator,
-        modules,
-        subset_batches(
-            subset,
-            run.objective,
-            options.batch_size,
-            hide_padding=hide,
-            metadata_dropout=cfg.metadata.dropout,
-        ),
-        subset_loss(run.objective, hide_padding=hide),
-        options,
-        run.directory,
-        label=f"pretrain {run.name}",
-        milestones=milestones(cfg, options),
-        on_milestone=partial(_milestone, run, options.batch_size),
-        log=partial(_log, run, accelerator, flops),
-    )
-    if accelerator.is_main_process:
-        best = {name: accelerator.unwrap_model(module, keep_fp32_wrapper=False) for name, module in best.items()}
-        _finish(run, best, options, len(rows), flops)
 
 
-def _modules(run: _Run, subset: Subset) -> Modules:
-    """The networks to train: the configured one or the pipeline's, and the metadata's encoder if there are fields."""
+def _modules(run: _Run, subset: Subset, accelerator: Accelerator) -> Modules:
+    """The networks to train: the configured one or the pipeline's, and the metadata's encoder if there are fields.
+
+    Also writes `pipeline/` with the untrained network, so that snapshots can be measured while training goes on.
+    """
     model, seed = run.cfg.model, run.cfg.seed
     channels, side, _ = subset.latent_shape
     width = subset.prompts.shape[-1]
@@ -241,24 +223,27 @@ def _modules(run: _Run, subset: Subset) -> Modules:
         network = new_network(model, channels, side, width, seed)
     else:
         network.register_to_config(sample_size=side)
+    if run.fields and masks_padding(network):
+        raise UserError(
+            "metadata needs a U-Net, whose pipeline takes further tokens: give metadata=none or model=ldm_tiny"
+        )
+    if accelerator.is_main_process and not (run.directory / "pipeline" / INDEX).is_file():
+        run.pipeline(network).save_pretrained(run.directory / "pipeline")
     network.train()
     if model.get("lora"):
         add_lora(network, model.lora.rank, model.lora.alpha, list(model.lora.targets), seed)
     if not run.fields:
         return {NETWORK: network}
-    if masks_padding(network):
-        raise UserError(
-            "metadata needs a U-Net, whose pipeline takes further tokens: give metadata=none or model=ldm_tiny"
-        )
     return {NETWORK: network, FOLDER: new_encoder(run.fields, width, seed)}
 
 
-def milestones(cfg: DictConfig, options: LoopOptions) -> list[int]:
-    """Steps after which the model is measured, the last one among them."""
-    if cfg.eval.every_images is None:
-        points = cfg.eval.convergence_points
-        return sorted({*(round(options.steps * (index + 1) / points) for index in range(points)), options.steps} - {0})
-    every = max(1, round(cfg.eval.every_images / options.batch_size))
+def snapshot_steps(cfg: DictConfig, options: LoopOptions) -> list[int]:
+    """Steps after which a snapshot is kept, the last one among them."""
+    every = cfg.train.snapshot_every_images
+    if every is None:
+        count = cfg.train.snapshots
+        return sorted({*(round(options.steps * (index + 1) / count) for index in range(count)), options.steps} - {0})
+    every = max(1, round(every / options.batch_size))
     return sorted({*range(every, options.steps, every), options.steps})
 
 
@@ -269,77 +254,55 @@ def _log(run: _Run, accelerator: Accelerator, flops: float, values: dict[str, fl
     run.tracker.log({**values, "model_flops_utilisation": used}, step)
 
 
-def _milestone(run: _Run, batch_size: int, step: int, mean_loss: float, seconds: float, modules: Modules) -> None:
-    """Measure the averaged network in the middle of its training, and draw its sample sheet."""
-    pipeline, cfg = run.pipeline(modules[NETWORK]), run.cfg
-    metrics = measure(cfg, pipeline, run.scorer, run.sets["balanced"], cfg.eval.convergence_images).metrics
-    line = {
-        "step": step,
-        "images_seen": step * batch_size,
-        "seconds": round(seconds, 2),
-        "loss": mean_loss,
-        **{f"balanced_{key}": value for key, value in metrics.items()},
-    }
-    _put_line(run.directory / CONVERGENCE, line)
-    run.tracker.log({key: value for key, value in line.items() if key != "step"}, step)
-    sheet, prompts = sample_sheet(cfg, pipeline, run.corpus, run.directory / "samples" / f"step_{step:06d}.png")
-    run.tracker.image("samples", sheet, step, caption=" | ".join(prompts))
-    if FOLDER in modules and {"lon", "lat"} <= set(run.fields):
-        sheet = place_sheet(cfg, pipeline, modules[FOLDER], run.directory / "samples" / f"places_{step:06d}.png")
-        run.tracker.image("places", sheet, step, caption="the same prompt and noise, another place")
+def _on_snapshot(
+    run: _Run, batch_size: int, accelerator: Accelerator, step: int, mean_loss: float, seconds: float, modules: Modules
+) -> None:
+    """Keep the averaged networks as a snapshot, and measure it at once if `eval.while_training`."""
+    images_seen = step * batch_size
+    folder = run.directory / SNAPSHOTS / f"{images_seen:012d}"
+    if accelerator.is_main_process:
+        progress = {"step": step, "images_seen": images_seen, "seconds": round(seconds, 2), "loss": mean_loss}
+        save_snapshot(folder, modules, progress)
+    accelerator.wait_for_everyone()
+    if run.cfg.eval.while_training:
+        measure_snapshot(run.cfg, run.directory, folder, run.corpus, run.evaluation, run.tracker)
 
 
-def _finish(run: _Run, modules: Modules, options: LoopOptions, images: int, flops: float) -> None:
-    """Save the pipeline, measure it on both held-out sets and write the summary."""
-    cfg = run.cfg
+def save_snapshot(folder: Path, modules: Modules, progress: Mapping[str, float]) -> None:
+    """Write `unet/` or `transformer/` (safetensors, low-rank updates merged), the metadata's encoder if there is one,
+    and snapshot.json; beside, and renamed into place."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     network = modules[NETWORK]
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    if lora_weights(network):
+        network = merge_lora(copy.deepcopy(network))
+    network.save_pretrained(partial / network_folder(network))
+    if FOLDER in modules:
+        modules[FOLDER].save(partial / FOLDER)
+    write_json(partial / SNAPSHOT, progress)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def network_folder(network: nn.Module) -> str:
+    """Where a pipeline keeps its network."""
+    return "transformer" if masks_padding(network) else "unet"
+
+
+def _finish(run: _Run, modules: Modules, training: dict) -> None:
+    """Save the pipeline with the trained network, and what the training was."""
+    network = modules[NETWORK]
     if updates := lora_weights(network):
         StableDiffusionPipeline.save_lora_weights(
             run.directory / LORA, unet_lora_layers=updates, unet_lora_adapter_metadata=lora_facts(network)
         )
-    pipeline = run.pipeline(merge_lora(network))
-    pipeline.save_pretrained(run.directory / "pipeline")
+    network = merge_lora(network)
+    pipeline = run.pipeline(network)
+    # the other parts are there already, and stay the same files: what was drawn with them needs not be drawn again
+    network.save_pretrained(run.directory / "pipeline" / network_folder(network))
     if FOLDER in modules:
         modules[FOLDER].save(run.directory / "pipeline" / FOLDER)
-    (run.directory / GENERATED).mkdir(exist_ok=True)
-    metrics, scenes = {}, {}
-    for held in run.sets.values():
-        measured = measure(cfg, pipeline, run.scorer, held, len(held.rows))
-        metrics |= {f"{held.name}_{key}": value for key, value in measured.metrics.items()}
-        scenes[held.name] = measured.scenes
-        np.save(run.directory / GENERATED / f"{held.name}.npy", measured.features)
-        labels = [caption.removeprefix("a satellite image of ") for caption in held.captions[:64]]
-        save_picture(contact_sheet(measured.images[:64], 8, labels), run.directory / "samples" / f"{held.name}.png")
-    convergence = [json.loads(line) for line in (run.directory / CONVERGENCE).read_text().splitlines()]
-    real = scene_confusion(run.scorer, run.sets["balanced"], run.sets["balanced"].images)
-    summary = {
-        "method": run.name,
-        "ratio": cfg.ratio,
-        "images": images,
-        "steps": options.steps,
-        "images_seen": options.steps * options.batch_size,
-        "parameters": parameters,
-        "training_flops_per_image": flops,
-        "seconds": convergence[-1]["seconds"],
-        "loss": convergence[-1]["loss"],
-        "metrics": metrics,
-        "convergence": summarise(convergence, plain(cfg.eval.targets)),
-        "scenes": {"real": real, "generated": scenes["balanced"]},
-        "scene_accuracy_real": None if real is None else scene_accuracy(real),
-        "selection": run.selection.name,
-        "seed": cfg.seed,
-    }
-    card = model_card(cfg, summary, read_json(run.selection / "summary.json"), type(pipeline).__name__, run.fields)
-    (run.directory / "pipeline" / "README.md").write_text(card, encoding="utf-8")
-    write_json(run.directory / "summary.json", summary)
-    run.tracker.summary(metrics)
-
-
-def _put_line(path: Path, line: dict) -> None:
-    """Add a line to a JSON-lines file, replacing those of this step and later (a resumed run repeats them)."""
-    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    lines = [old for old in lines if old["step"] < line["step"]] + [plain(line)]
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
-    os.replace(beside, path)
+    last = read_json(snapshots_of(run.directory)[-1] / SNAPSHOT)
+    last["steps"] = last.pop("step")
+    write_json(run.directory / TRAINING, {**training, **last, "pipeline": type(pipeline).__name__})

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from corpus.index import Corpus
+from encoders.pixels import to_tensor
 from runtime.artefacts import read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.progress import progress
@@ -78,22 +79,6 @@ def encode_moments(autoencoder: nn.Module, images: torch.Tensor) -> torch.Tensor
 def decode(autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] from latents of unit scale."""
     return autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
-
-
-def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """[N, 3, H, W] in [-1, 1] to uint8 [N, H, W, 3]."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def peak_signal_noise_ratio(images: np.ndarray, references: np.ndarray) -> float:
-    """PSNR in dB from the mean squared error over all uint8 images together."""
-    error = np.mean((images.astype(np.float32) - references.astype(np.float32)) ** 2, dtype=np.float64)
-    return float(10 * np.log10(255**2 / error))
 
 
 def scene_balanced_weights(corpus: Corpus) -> np.ndarray:

@@ -7,21 +7,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from train.metadata import FOLDER, MetadataField
+from train.metadata import FOLDER
 
 
-def model_card(
-    cfg: DictConfig,
-    summary: Mapping[str, Any],
-    selection: Mapping[str, Any],
-    pipeline: str,
-    fields: Mapping[str, MetadataField],
-) -> str:
+def model_card(cfg: DictConfig, summary: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
     """Markdown with the hub's header of facts.
 
     Args:
-        summary: of the pretraining run; selection: of its prune; pipeline: its class; fields: its metadata.
+        summary: of the pretraining run; selection: of its prune.
     """
+    pipeline, fields = summary["pipeline"], cfg.metadata.fields
     licence = cfg.corpus.get("licence")
     arguments = 'prompt="a satellite image of desert"'
     if pipeline == "PixArtAlphaPipeline":
@@ -31,7 +26,8 @@ def model_card(
         f"| {name or '(none)'} | {count['before']:,} | {count['after']:,} |"
         for name, count in selection["scenes"].items()
     )
-    metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(summary["metrics"].items()))
+    measured = {name: value for name, value in sorted(summary["metrics"].items()) if value is not None}
+    metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured.items())
     place = ""
     if fields:
         given = " ".join(f"sample.metadata.{name}=NUMBER" for name in fields)
@@ -80,7 +76,8 @@ image = pipeline({arguments},
 
 ## Metrics
 
-On {cfg.eval.images} held-out images of each set, {cfg.eval.steps} steps, guidance {cfg.eval.guidance_scale}:
+On {cfg.eval.images} held-out images of each set of the split {summary["split"]}, {cfg.eval.steps} steps, guidance
+{cfg.eval.guidance_scale}:
 `balanced_` draws every scene alike, `natural_` as the corpus is. `fd_NAME` is a Fréchet distance on that encoder's
 features; `fid` is on InceptionV3's alone.
 

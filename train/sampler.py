@@ -12,16 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
-from safetensors import SafetensorError
 
 from eval.generate import generate
+from eval.models import TEXT_TO_IMAGE, UNLOADABLE
 from runtime.artefacts import file_digest, fingerprint
 from runtime.errors import UserError
 from train.metadata import FOLDER, MetadataEncoder, MetadataField, prompt_embeddings
-
-TEXT_TO_IMAGE = ("StableDiffusionPipeline", "PixArtAlphaPipeline")
-#: What diffusers, transformers and safetensors raise over files that are absent, broken or of another shape.
-UNLOADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)

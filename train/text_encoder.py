@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from corpus.index import Corpus
+from encoders.clip_scores import tokenize
+from encoders.pixels import to_tensor
 from runtime.artefacts import stage
 from runtime.progress import progress
 from train.captions import Captions
-from train.latents import flip, scene_balanced_weights, to_tensor
+from train.latents import flip, scene_balanced_weights
 from train.loop import Batch, LoopOptions, Modules, train_loop
 
 PROMPT_BATCH = 256
@@ -71,17 +73,6 @@ def small_clip(resolution: int, *, width: int, layers: int, patch: int, max_leng
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return CLIPModel(config)
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """Padded token ids int64 [N, model_max_length]; longer captions are cut."""
-    return tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
 
 
 @torch.no_grad()
@@ -181,51 +172,3 @@ def train_clip(
     best = train_loop(accelerator, {"clip": model}, draw, loss, options, directory, label="text encoder", log=log)
     model.load_state_dict(best["clip"].state_dict())
     return model.eval()
-
-
-@torch.no_grad()
-def clip_score(
-    model: CLIPModel,
-    tokenizer: CLIPTokenizer,
-    images: np.ndarray,
-    captions: Sequence[str],
-    pixels: Callable[[np.ndarray], torch.Tensor] = to_tensor,
-) -> np.ndarray:
-    """100 times the cosine of each image's embedding and its caption's, float32 [N] (CLIPScore, Hessel et al. 2021).
-
-    Args:
-        images: uint8 [N, H, W, 3]; pixels: turns them into what the model sees.
-    """
-    device = next(model.parameters()).device
-    distinct, position = np.unique(np.asarray(captions, dtype=str), return_inverse=True)
-    batches = (pixels(images[start : start + 256]).to(device) for start in range(0, len(images), 256))
-    pictures = torch.cat([model.get_image_features(pixel_values=batch).pooler_output.float() for batch in batches])
-    texts = model.get_text_features(input_ids=tokenize(tokenizer, distinct).to(device)).pooler_output[position]
-    return 100 * nn.functional.cosine_similarity(pictures, texts).cpu().numpy()
-
-
-@torch.no_grad()
-def recognise_scenes(
-    model: CLIPModel,
-    tokenizer: CLIPTokenizer,
-    images: np.ndarray,
-    described: Mapping[str, Sequence[str]],
-    pixels: Callable[[np.ndarray], torch.Tensor] = to_tensor,
-) -> np.ndarray:
-    """The scene that CLIP sees in each image, str [N]: zero-shot classification (Radford et al. 2021, section 3.1.4).
-
-    A scene is the mean of the unit embeddings of the texts that describe it.
-
-    Args:
-        images: uint8 [N, H, W, 3]; described: texts of every scene.
-    """
-    device = next(model.parameters()).device
-    names = sorted(described)
-    centres = []
-    for name in names:
-        tokens = tokenize(tokenizer, described[name]).to(device)
-        texts = nn.functional.normalize(model.get_text_features(input_ids=tokens).pooler_output, dim=1)
-        centres.append(nn.functional.normalize(texts.mean(0), dim=0))
-    batches = (pixels(images[start : start + 256]).to(device) for start in range(0, len(images), 256))
-    pictures = torch.cat([model.get_image_features(pixel_values=batch).pooler_output for batch in batches])
-    return np.array(names)[(pictures @ torch.stack(centres).T).argmax(1).cpu().numpy()]

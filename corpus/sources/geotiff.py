@@ -53,7 +53,7 @@ class GeoTiff:
 
     A manifest row has lon, lat (degrees, WGS 84, tile centre; NaN without a coordinate system),
     ground_sampling_distance (metres a pixel of the tile), crs, transform (GDAL's six numbers, JSON) and the pixel
-    window. The scene is the first sub-folder.
+    window. The scene is the first sub-folder. `ground` is the tile's block: tiles of two blocks share no pixel.
 
     Args:
         root: a folder, searched at any depth, or one file.
@@ -64,10 +64,10 @@ class GeoTiff:
             `high`), or "none" (values are 0..255).
         low, high: of "range", in the scene's units.
         most_no_data: largest share of no-data pixels of a tile that is still an image.
-        block: side in tiles of the squares that are held out together, so that no pixel is in both splits.
-        split: "all", "train" or "test", by a hash of the block.
+        block: side in tiles of the squares that are held out together, so that no pixel is in two splits.
+        split: "all", "train", "val" or "test", by a hash of the block.
         resolution: side of the images handed on, in pixels.
-        test_share: share of the blocks that the hash holds out.
+        val_share, test_share: shares of the blocks that the hash holds out.
         limit: keep at most so many tiles, evenly spread (None: all).
         content_hash: a scene has changed if its bytes have, all of which are read for it, not its size or time.
         workers: reading processes (None: one a core); the result does not depend on it.
@@ -86,6 +86,7 @@ class GeoTiff:
     block: int = 8
     split: str = "all"
     resolution: int = 64
+    val_share: float = 0.1
     test_share: float = 0.1
     limit: int | None = None
     content_hash: bool = False
@@ -98,7 +99,7 @@ class GeoTiff:
             raise UserError("corpus=geotiff reads no scenes yet: say which with corpus.root=DIR or a file")
         if not self._root.exists():
             raise UserError(f"corpus.root={self.root} does not exist: give a folder of GeoTIFF scenes, or one file")
-        check(self.split, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
         if not 0 <= self.overlap < self._side:
             raise UserError(f"corpus.overlap={self.overlap} must lie in 0..{self._side - 1}, below the tile's side")
         if self.bands is not None and len(self.bands) not in (1, 3):
@@ -122,7 +123,8 @@ class GeoTiff:
 
     def manifest(self) -> pd.DataFrame:
         """One row a tile, scene by scene, row by row; a file that is no scene is a row whose reason says so."""
-        rows = pd.DataFrame([_row(scene, x, y, self._side / self.resolution) for scene, x, y in self._chosen])
+        scale = self._side / self.resolution
+        rows = pd.DataFrame([_row(scene, x, y, block, scale) for scene, x, y, block in self._chosen])
         if rows.empty:
             return rows
         for crs, tiles in rows.groupby("crs"):
@@ -134,7 +136,7 @@ class GeoTiff:
         return rows
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
-        places = [self._chosen[row] for row in rows]
+        places = [self._chosen[row][:3] for row in rows]
         rule = (self.stretch, self.most_no_data)
         return partial(_read_tiles, self._folder, places, self._side, rule, self.resolution)
 
@@ -165,17 +167,18 @@ class GeoTiff:
         return sorted(found)
 
     @cached_property
-    def _chosen(self) -> list[tuple[_Scene, int, int]]:
-        """Scene and top-left pixel (column, row) of every tile of the split, thinned to the limit."""
+    def _chosen(self) -> list[tuple[_Scene, int, int, str]]:
+        """Scene, top-left pixel (column, row) and block of every tile of the split, thinned to the limit."""
         tiles = []
         for file in progress(self._files, f"open {self.name}", unit="scene"):
             scene = self._open(file)
             if scene.problem:
-                tiles.append((scene, 0, 0))
+                tiles.append((scene, 0, 0, ""))
                 continue
-            for x, y, block in self._grid(scene):
-                if self.split in ("all", hashed_split(f"{_text(file)}:{block}", self.test_share)):
-                    tiles.append((scene, x, y))
+            for x, y, place in self._grid(scene):
+                block = f"{_text(file)}:{place}"
+                if self.split in ("all", hashed_split(block, self.val_share, self.test_share)):
+                    tiles.append((scene, x, y, block))
         return [tiles[row] for row in thinned(len(tiles), self.limit)]
 
     def _grid(self, scene: _Scene) -> Iterator[tuple[int, int, str]]:
@@ -290,7 +293,7 @@ def _colours(values: np.ndarray, valid: np.ndarray, scene: _Scene, stretch: str)
     return np.broadcast_to(colours, (3, *valid.shape)).transpose(1, 2, 0)
 
 
-def _row(scene: _Scene, x: int, y: int, scale: float) -> dict[str, Any]:
+def _row(scene: _Scene, x: int, y: int, block: str, scale: float) -> dict[str, Any]:
     """A tile's row; its place on Earth comes later, for all tiles at once."""
     folders = Path(scene.file).parts[:-1]
     identifier = _text(scene.file)
@@ -304,6 +307,7 @@ def _row(scene: _Scene, x: int, y: int, scale: float) -> dict[str, Any]:
         "scene": _text(folders[0]) if folders else "",
         "caption": "",
         "stamp": scene.stamp,
+        "ground": block,
         "lon": math.nan,
         "lat": math.nan,
         "ground_sampling_distance": math.nan,

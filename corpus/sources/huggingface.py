@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from corpus.captions import caption_facts, encodable, scalars
 from corpus.decoding import EMPTY, NO_MASK, decode_image, decode_mask, read_bytes
 from corpus.index import Sample
-from corpus.splits import NAMES, check, hashed_split, thinned
+from corpus.splits import assigned, check, part_names, thinned
 from runtime.errors import UserError
 from runtime.progress import progress
 
@@ -40,13 +40,13 @@ class HuggingFace:
         path: a hub name ("owner/name"), a folder that `save_to_disk` wrote, or a folder, file or pattern of Parquet or
             Arrow files.
         config: of a data set that has several.
-        split: "all", "train" or "test": where the data set has splits of these names (or validation), they; else a
-            hash of the id.
+        split: "all", "train", "val" or "test": where the data set has a split to train on, its own splits; else a
+            hash of the id. `corpus.splits` has the names, and the rule for a split that they leave out.
         streaming: read a hub data set row by row instead of downloading it whole; by one process, in two passes.
         image_column, scene_column, caption_column, mask_column: None: the first that is called what it usually is.
         classes: names of the mask values; empty: masks are left alone.
         resolution: side of the images handed on, in pixels.
-        test_share: share of the images that the hash holds out.
+        val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many images, evenly spread (None: all).
         workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
@@ -63,6 +63,7 @@ class HuggingFace:
     mask_column: str | None = None
     classes: tuple[str, ...] = ()
     resolution: int = 64
+    val_share: float = 0.1
     test_share: float = 0.1
     limit: int | None = None
     workers: int | None = field(default=None, metadata={"fingerprint": False})
@@ -73,7 +74,7 @@ class HuggingFace:
             raise UserError(
                 "corpus=huggingface reads no data set yet: say which with corpus.path=OWNER/NAME or a folder"
             )
-        check(self.split, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
         if self.streaming and self.workers not in (None, 1):
             raise UserError("corpus.streaming=true reads by one process: leave corpus.workers at null")
         if self.streaming:
@@ -94,8 +95,8 @@ class HuggingFace:
             return {"commit": str(HfApi().dataset_info(str(self.path)).sha), "splits": ",".join(parts)}
         except Exception as error:
             raise UserError(
-                f"the hub does not say which version {self.path} has ({type(error).__name__}): try again"
-            ) from None
+                f"the hub does not say which version {self.path} has ({_reason(error)}): try again"
+            ) from error
 
     @property
     def mask_classes(self) -> tuple[str, ...]:
@@ -141,11 +142,10 @@ class HuggingFace:
         try:
             loaded = _load(str(self.path), self.config, self.streaming)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"corpus.path={self.path} cannot be loaded ({reason}): give a hub name, a folder of save_to_disk, "
-                "or Parquet files"
-            ) from None
+                f"corpus.path={self.path} cannot be loaded ({_reason(error)}): give a hub name, a folder of "
+                "save_to_disk, or Parquet files"
+            ) from error
         return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
     @cached_property
@@ -186,8 +186,8 @@ class HuggingFace:
     @cached_property
     def _chosen(self) -> tuple[np.ndarray, pd.DataFrame]:
         """Part and row of every image of the split, int64 [n, 2], thinned to the limit; and their manifest."""
-        rows, places, taken = [], [], set()
-        named = {NAMES[name] for name in self._parts if name in NAMES}
+        rows, places, names, taken = [], [], [], set()
+        named = part_names(self._parts)
         for number, (name, part) in enumerate(self._parts.items()):
             pictures = (self._columns["image"], self._columns["mask"])
             texts = part.select_columns([column for column in part.column_names if column not in pictures])
@@ -200,11 +200,14 @@ class HuggingFace:
                 while identifier in taken:
                     identifier += "#"
                 taken.add(identifier)
-                inside = NAMES.get(name) if named >= {"train", "test"} else None
-                if self.split in ("all", inside or hashed_split(identifier, self.test_share)):
-                    places.append((number, row))
-                    rows.append({"id": identifier, **self._facts(record, part.features), **stamp})
-        kept = thinned(len(rows), self.limit)
+                places.append((number, row))
+                names.append(named[name])
+                rows.append({"id": identifier, **self._facts(record, part.features), **stamp})
+        chosen = np.arange(len(rows))
+        if self.split != "all":
+            splits = assigned(self.name, [row["id"] for row in rows], names, self.val_share, self.test_share)
+            chosen = np.flatnonzero(np.array(splits) == self.split)
+        kept = chosen[thinned(len(chosen), self.limit)]
         table = pd.DataFrame([rows[row] for row in kept], columns=None if len(kept) else ["id", "scene", "caption"])
         return np.array(places, dtype=np.int64).reshape(-1, 2)[kept], table
 
@@ -239,6 +242,10 @@ class HuggingFace:
                 record = next(state["rows"])
                 state["row"] += 1
             yield record
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _load(path: str, config: str | None, streaming: bool) -> Any:

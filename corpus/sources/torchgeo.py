@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -15,9 +15,12 @@ import pandas as pd
 
 from corpus.captions import words
 from corpus.decoding import DAMAGED, square, stretch
-from corpus.splits import check, hashed_split, thinned
+from corpus.splits import assigned, check, part_names, thinned
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
+
+#: What classes call the names of their image's bands, where an opened one does not say which it has loaded.
+BAND_NAMES = ("all_bands", "all_band_names", "band_names")
 
 
 @dataclass(frozen=True)
@@ -30,20 +33,24 @@ class TorchGeo:
     Args:
         dataset: the class, such as EuroSAT, RESISC45 or UCMerced.
         root: what the class calls root.
-        bands: rows of the image tensor for red, green and blue, counted from 0.
-        split: "all", "train" or "test"; the class's own splits (validation is held out), or a hash where it has none.
+        bands: three for red, green and blue, or one for grey, by the class's names (B04) or as rows of the image
+            tensor counted from 0; None: the class's `rgb_bands`, else all of an image that has three bands or one.
+        split: "all", "train", "val" or "test"; the class's own splits, or a hash where it has none to train on.
+            `corpus.splits` has the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
-        test_share: share of the images that the hash holds out.
+        val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many images, evenly spread (None: all).
     Raises:
-        UserError: torchgeo is not installed, there is no such class, or it does not find its files.
+        UserError: torchgeo is not installed, there is no such class, it does not find its files, it has no such band,
+            or it has many and does not say which are red, green and blue.
     """
 
     dataset: str | None = None
     root: str | None = None
-    bands: tuple[int, ...] = (0, 1, 2)
+    bands: tuple[int | str, ...] | None = None
     split: str = "all"
     resolution: int = 64
+    val_share: float = 0.1
     test_share: float = 0.1
     limit: int | None = None
     name: str = "torchgeo"
@@ -55,7 +62,11 @@ class TorchGeo:
             raise UserError("corpus=torchgeo needs a class and its folder: corpus.dataset=EuroSAT corpus.root=DIR")
         if not Path(self.root).expanduser().is_dir():
             raise UserError(f"corpus.root={self.root} is no folder: give the one that holds {self.dataset}")
-        check(self.split, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        if self.bands is not None and len(self.bands) not in (1, 3):
+            raise UserError(
+                f"corpus.bands={list(self.bands)}: name three bands for red, green and blue, or one for grey"
+            )
 
     @property
     def version(self) -> dict[str, Any]:
@@ -70,6 +81,7 @@ class TorchGeo:
 
     def manifest(self) -> pd.DataFrame:
         """One row an image: id, scene (the class's name), caption (of the scene), stamp of its file."""
+        _ = self._bands  # refused before the index reads anything
         rows = []
         for name, row in self._chosen:
             part = self._parts[name]
@@ -92,9 +104,51 @@ class TorchGeo:
                 except Exception:
                     yield DAMAGED
                     continue
-                yield square(_colours(image[list(self.bands)]), self.resolution)
+                if len(image) <= max(self._bands):
+                    yield f"has {len(image)} bands, not {max(self._bands) + 1}"
+                    continue
+                yield square(_colours(image[list(self._bands)]), self.resolution)
 
         return read
+
+    @cached_property
+    def _bands(self) -> tuple[int, ...]:
+        """Rows of the image tensor, three for red, green and blue or one for grey."""
+        part = next(iter(self._parts.values()), None)
+        names = _band_names(part)
+        if self.bands is None:
+            usual = getattr(part, "rgb_bands", None)
+            known = _are_names(usual) and set(usual) <= set(names)
+            return tuple(map(names.index, usual)) if known else self._only_bands(names)
+        for band in self.bands:
+            if band not in (names if isinstance(band, str) else range(self._band_count)):
+                raise UserError(
+                    f"corpus.bands={list(self.bands)}: {self.dataset} has no band {band}; it has the rows 0 to "
+                    f"{self._band_count - 1}" + (f", called {', '.join(names)}" if names else ", which have no names")
+                )
+        return tuple(names.index(band) if isinstance(band, str) else int(band) for band in self.bands)
+
+    def _only_bands(self, names: Sequence[str]) -> tuple[int, ...]:
+        """All rows of an image that can only be in colour or grey."""
+        count = self._band_count
+        if count > 3:
+            known = f" ({', '.join(names)})" if names else ""
+            raise UserError(
+                f"torchgeo's {self.dataset} has {count} bands and does not say which are red, green and blue: give "
+                f"three as corpus.bands=[…], by name{known} or by row from 0 to {count - 1}"
+            )
+        return (0, 1, 2) if count == 3 else (0,)
+
+    @cached_property
+    def _band_count(self) -> int:
+        """Bands of the first image that can be read; 3 where there is none."""
+        for part in self._parts.values():
+            for row in range(len(part)):
+                try:
+                    return len(part[row]["image"])
+                except Exception:  # the reader will say so
+                    continue
+        return 3
 
     def _file(self, name: str, row: int) -> Path | None:
         """Of an image, where its class is a folder of images that lists them."""
@@ -115,7 +169,8 @@ class TorchGeo:
         if not (isinstance(kind, type) and issubclass(kind, datasets.NonGeoDataset)):
             raise UserError(f"corpus.dataset={self.dataset} is no non-geo data set of torchgeo: see its documentation")
         root = str(Path(str(self.root)).expanduser())
-        splits = getattr(kind, "splits", None) or ("train", "val", "test")
+        named = getattr(kind, "splits", None) or getattr(kind, "valid_splits", None)
+        splits = named or ("train", "val", "validation", "test")
         parts = {}
         for name in splits:
             try:
@@ -139,19 +194,28 @@ class TorchGeo:
 
     @cached_property
     def _chosen(self) -> list[tuple[str, int]]:
-        names = {name: "train" if name == "train" else "test" for name in self._parts if name != "all"}
-        found = [
-            (name, row)
-            for name, part in self._parts.items()
-            for row in range(len(part))
-            if self.split in ("all", names.get(name) or hashed_split(self._id(name, row), self.test_share))
-        ]
+        found = [(name, row) for name, part in self._parts.items() for row in range(len(part))]
+        if self.split != "all":
+            named = part_names(self._parts)
+            ids, names = [self._id(*place) for place in found], [named[name] for name, _ in found]
+            splits = assigned(self.name, ids, names, self.val_share, self.test_share)
+            found = [place for place, split in zip(found, splits, strict=True) if split == self.split]
         return [found[row] for row in thinned(len(found), self.limit)]
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, str) for one in value)
+
+
+def _band_names(part: Any) -> list[str]:
+    """Names of the rows of an opened class's images: those it has loaded, else all it knows, else none."""
+    found = (getattr(part, name, None) for name in ("bands", *BAND_NAMES))
+    return list(next((names for names in found if names and _are_names(names)), ()))
+
+
 def _colours(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] of float [3, H, W]."""
-    image = np.moveaxis(image, 0, -1)
+    """uint8 [H, W, 3] of float [3 or 1, H, W]."""
+    image = np.moveaxis(np.broadcast_to(image, (3, *image.shape[1:])), 0, -1)
     valid = np.isfinite(image)
     if image.min() >= 0 and 1 < image.max() <= 255:
         return np.where(valid, image, 0).round().astype(np.uint8)

@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
+import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import PurePosixPath
-from types import ModuleType
 from typing import Any
 
 import fsspec
 import numpy as np
 import pandas as pd
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from corpus.captions import caption_facts, encodable, scalars
 from corpus.decoding import NO_MASK, UNREADABLE_FILE, VANISHED, decode_image, decode_mask
 from corpus.index import Sample
-from corpus.splits import check, hashed_split, thinned
+from corpus.splits import assigned, check, thinned
 from runtime.errors import UserError
 from runtime.progress import progress
 
@@ -31,6 +31,8 @@ MASKS = tuple(f"{name}.{suffix}" for name in ("mask", "seg") for suffix in ("png
 TEXTS = ("txt", "caption", "text")
 FACTS = ("json", "cls")
 KNOWN = {*IMAGES, *MASKS, *TEXTS, *FACTS}
+#: The key of a member ends at the first dot of its last part.
+NAME = re.compile(r"(?P<key>(?:.*/|)[^.]+)[.](?P<suffix>[^/]*)")
 CUT = "shard cut in the middle"
 BROKEN = "not a tar shard"
 DUPLICATE = "duplicate key"
@@ -83,13 +85,14 @@ class WebDataset:
     An image (jpg, png, tif, …); if there are, a caption (`txt`), facts (`json`: id, caption or captions, scene,
     label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is the facts',
     else `cls`, else the first folder of the key. A first pass over the shards' headers finds every member's place;
-    many processes then let the `webdataset` library read from there. Nothing is unpacked to disk.
+    many processes then read from there. Nothing is unpacked to disk.
 
     Args:
         urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::".
-        split: "all", "train" or "test"; an image is of the split that its facts name, else of its hash.
+        split: "all", "train", "val" or "test"; an image is of the split that its facts name, else of its hash's;
+            `corpus.splits` has the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
-        test_share: share of the images that the hash holds out.
+        val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many samples, evenly spread (None: all).
         classes: names of the mask values; empty: masks are left alone.
         content_hash: an image has changed if its bytes have, all of which are read for it, not if its shard has.
@@ -101,6 +104,7 @@ class WebDataset:
     urls: str | None = None
     split: str = "all"
     resolution: int = 64
+    val_share: float = 0.1
     test_share: float = 0.1
     limit: int | None = None
     classes: tuple[str, ...] = ()
@@ -111,7 +115,7 @@ class WebDataset:
     def __post_init__(self) -> None:
         if not self.urls:
             raise UserError("corpus=webdataset reads no shards yet: say which with corpus.urls='DIR/{000..009}.tar'")
-        check(self.split, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
 
     @property
     def version(self) -> dict[str, str]:
@@ -153,10 +157,9 @@ class WebDataset:
 
     @cached_property
     def _shards(self) -> list[str]:
-        library = _library()
         try:
-            shards = library.shardlists.expand_urls(str(self.urls))
-        except Exception:
+            shards = [shard for urls in str(self.urls).split("::") for shard in braceexpand(urls)]
+        except UnbalancedBracesError:
             raise UserError(
                 f"corpus.urls={self.urls} is no list of shards: close its braces, as in {{000..099}}"
             ) from None
@@ -177,14 +180,14 @@ class WebDataset:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"corpus.urls: {shard} cannot be opened ({reason}): check the URL and the network"
-            ) from None
+            ) from error
         tag = next((facts[key] for key in ("mtime", "ETag", "etag", "LastModified", "md5") if facts.get(key)), "")
         return f"{facts.get('size')}-{tag}"
 
     @cached_property
     def _chosen(self) -> list[_Item]:
         """Samples of the split, thinned to the limit."""
-        items, seen = [], {}
+        items, names, seen = [], [], {}
         for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
             for item in _items(shard, "" if self.content_hash else self._shard_stamp(shard), bool(self.classes)):
                 identifier = item.id.encode("utf-8", "backslashreplace").decode()
@@ -195,54 +198,51 @@ class WebDataset:
                     identifier = f"{identifier}#{number}"
                     seen[identifier] = 1
                     item = _Item(id=identifier, problem=item.problem or DUPLICATE)
-                item = replace(item, id=identifier)
-                if self.split in ("all", item.facts.pop("split", None) or hashed_split(item.id, self.test_share)):
-                    items.append(item)
+                names.append(item.facts.pop("split", ""))
+                items.append(replace(item, id=identifier))
+        if self.split != "all":
+            splits = assigned(self.name, [item.id for item in items], names, self.val_share, self.test_share)
+            items = [item for item, split in zip(items, splits, strict=True) if split == self.split]
         return [items[row] for row in thinned(len(items), self.limit)]
 
 
-@cache
-def _library() -> ModuleType:
-    """The `webdataset` library, with its own stand-ins for torch where no torch is loaded.
-
-    It wants torch for its loader alone, and every process that decodes would load it for nothing.
-    """
-    loaded = "torch" in sys.modules
-    if not loaded:
-        sys.modules["torch"] = None  # importing it fails for now
-    try:
-        import webdataset
-    finally:
-        if not loaded:
-            for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "webdataset")]:
-                del sys.modules[name]  # whoever else imports them gets them whole
-    return webdataset
-
-
 def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
-    """The samples of one shard as `webdataset` puts them together, in its order, and what is wrong with it.
+    """The samples of one shard, in its order, and what is wrong with it.
 
     `stamp` is the shard's; empty: images are stamped with a digest of their bytes.
     """
     problems: list[_Item] = []
-    doubled: list[Exception] = []
-
-    def note(error: Exception) -> bool:
-        doubled.append(error)
-        return True
-
-    # places instead of bytes: images are to be read later, by many processes and more than once
-    members = _members(shard, problems, digests=not stamp)
-    for sample in _library().tariterators.group_by_keys(members, suffixes=KNOWN, handler=note):
+    for key, parts, doubled in _samples(_members(shard, problems, digests=not stamp)):
         yield from problems
         problems.clear()
-        yield _item(sample, stamp, masks, bool(doubled))
-        doubled.clear()
+        yield _item(key, parts, stamp, masks, doubled)
     yield from problems
 
 
-def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[dict[str, Any]]:
-    """The files of one shard by its headers, as `webdataset` hands them on but with their places for data.
+def _samples(members: Iterable[_Place]) -> Iterator[tuple[str, dict[str, _Place], bool]]:
+    """Key, members by suffix, and whether two have one suffix: neighbours whose names agree up to the first dot.
+
+    The rule of the WebDataset convention. Files without a dot in their name play no part in it.
+    """
+    key, parts, doubled = None, {}, False
+    for place in members:
+        name = NAME.fullmatch(place.name)
+        if name is None:
+            continue
+        if name["key"] != key:
+            if key is not None:
+                yield key, parts, doubled
+            key, parts, doubled = name["key"], {}, False
+        suffix = name["suffix"].lower()
+        doubled = doubled or suffix in parts
+        if suffix in KNOWN:
+            parts.setdefault(suffix, place)
+    if key is not None:
+        yield key, parts, doubled
+
+
+def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[_Place]:
+    """Where the files of one shard lie, by its headers: they are read later, by many processes and more than once.
 
     A shard that is cut may lack members of its last sample; the image, if it has all its bytes, is read all the same.
     """
@@ -268,8 +268,7 @@ def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[dict[
                     hashed = digests and suffix in KNOWN
                     data = tar.extractfile(member).read() if short or hashed else b""
                     digest = hashlib.blake2b(data, digest_size=8).hexdigest() if hashed else ""
-                    place = _Place(shard, member.name, member.offset, tar.offset, data if short else b"", digest)
-                    yield {"fname": member.name, "data": place, "__url__": shard}
+                    yield _Place(shard, member.name, member.offset, tar.offset, data if short else b"", digest)
                 whole = _ends_whole(file, tar)
         except (tarfile.TarError, EOFError, OSError):
             whole = False
@@ -302,11 +301,10 @@ def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
     )
 
 
-def _item(sample: dict[str, Any], stamp: str, masks: bool, doubled: bool) -> _Item:
-    key = sample["__key__"]
+def _item(key: str, sample: dict[str, _Place], stamp: str, masks: bool, doubled: bool) -> _Item:
     image = next((suffix for suffix in sample if suffix in IMAGES), None)
     mask = next((suffix for suffix in MASKS if suffix in sample), None) if masks else None
-    texts = {suffix: place.text for suffix, place in sample.items() if isinstance(place, _Place)}
+    texts = {suffix: place.text for suffix, place in sample.items()}
     facts = _json(texts.get("json", b""))
     captions = next((texts[suffix].decode("utf-8", "replace") for suffix in TEXTS if suffix in texts), None)
     folders = PurePosixPath(key).parts[:-1]
@@ -315,7 +313,7 @@ def _item(sample: dict[str, Any], stamp: str, masks: bool, doubled: bool) -> _It
     row = facts if captions is None or facts.get("captions") else {"text": captions}
     known = scalars(facts)
     if facts.get("split"):
-        known["split"] = "train" if str(facts["split"]).lower() == "train" else "test"
+        known["split"] = str(facts["split"])
     return _Item(
         id=str(facts.get("id") or key),
         stamp=_stamp(stamp, *(sample[suffix] for suffix in (image, mask) if suffix)),
@@ -347,7 +345,7 @@ class _Members:
         self._shard, self._file = "", None
 
     def read(self, place: _Place) -> bytes:
-        """The bytes of a member as the `webdataset` library streams them, from its own stretch of the shard.
+        """The bytes of a member, by its own header, since the shard may have changed or the member be sparse.
 
         Raises:
             tarfile.ReadError: the shard ends before the member does, or is another one by now.
@@ -358,10 +356,11 @@ class _Members:
             self._shard = place.shard
         self._file.seek(place.start)
         stretch = io.BytesIO(self._file.read(place.end - place.start))
-        for member in _library().tariterators.tar_file_iterator(stretch, skip_meta=None):
-            if member["fname"] == place.name:
-                return member["data"]
-        raise tarfile.ReadError(f"no member {place.name} at byte {place.start}")
+        with tarfile.open(fileobj=stretch, mode="r:") as tar:
+            member = tar.next()
+            if member is None or member.name != place.name or not member.isfile():
+                raise tarfile.ReadError(f"no member {place.name} at byte {place.start}")
+            return tar.extractfile(member).read()
 
     def close(self) -> None:
         if self._file is not None:

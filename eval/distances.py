@@ -1,0 +1,178 @@
+"""Distances between two sets of images, on the features of one frozen encoder."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import t as student_t
+from torchmetrics.image.kid import poly_kernel
+
+
+class Interval(NamedTuple):
+    """A value and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
+    """Fréchet distance of the Gaussians fitted to two feature sets (Heusel et al. 2017, equation 6).
+
+    tr sqrt(S1 S2) is the sum of the singular values of X1 X2' for centred features X / sqrt(n - 1), which is exact
+    also with fewer images than dimensions; tests compare it with clean-fid's and torchmetrics' arithmetic.
+    With n below D most of it is bias: compare only sets of the same size, and read KID beside it.
+
+    Args:
+        features: float [N, D]; reference: float [M, D].
+    """
+    first, second = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (features, reference))
+    mean_first, mean_second = first.mean(0), second.mean(0)
+    first = (first - mean_first) / (len(first) - 1) ** 0.5
+    second = (second - mean_second) / (len(second) - 1) ** 0.5
+    if len(first) > first.shape[1] and len(second) > second.shape[1]:  # D x D factors are smaller then
+        first, second = torch.linalg.qr(first)[1], torch.linalg.qr(second)[1]
+    cross = torch.linalg.svdvals(first @ second.T).sum()
+    distance = (mean_first - mean_second).square().sum() + first.square().sum() + second.square().sum() - 2 * cross
+    return max(0.0, float(distance))
+
+
+def kernel_distance(features: np.ndarray, reference: np.ndarray, *, blocks: int = 23) -> Interval:
+    """Unbiased KID x 1000 with a 95 % interval (Binkowski et al. 2018: cubic polynomial kernel).
+
+    The interval is the delete-one-block jackknife over both sets. The larger set is cut to the smaller one's size.
+
+    Args:
+        features: float [N, D]; reference: float [M, D]; N and M at least 4.
+        blocks: of the jackknife; a prime, so that no period in the order of the images falls in with it.
+    """
+    size = min(len(features), len(reference))
+    blocks = min(blocks, size // 2)
+    return _jackknife(_estimates(_block_sums(features[:size], reference[:size], blocks)))
+
+
+def kernel_distance_difference(
+    features: np.ndarray, other: np.ndarray, reference: np.ndarray, *, blocks: int = 23
+) -> Interval:
+    """KID x 1000 of `features` minus that of `other`, with the 95 % interval of the difference.
+
+    Paired: row i of both sets came from the same prompt and the same noise, and is left out of both together with row
+    i of the reference. What the two sets share, the draw of prompts and reference images above all, cancels; two
+    intervals that overlap may still hide a difference that this one shows.
+
+    Args:
+        features, other, reference: float [N, D].
+    Raises:
+        ValueError: the sets differ in size.
+    """
+    if not len(features) == len(other) == len(reference):
+        raise ValueError(f"paired sets differ in size: {len(features)}, {len(other)}, {len(reference)}")
+    blocks = min(blocks, len(reference) // 2)
+    first, second = (_estimates(_block_sums(x, reference, blocks)) for x in (features, other))
+    return _jackknife(first - second)
+
+
+class _BlockSums(NamedTuple):
+    """Sums of the kernel over pairs of blocks, float64 [B, B] each, and the images of each block, int [B].
+
+    Block b holds every B-th row, so that sets ordered by scene leave out all scenes alike. The sums within a set leave
+    out the diagonal.
+    """
+
+    first: np.ndarray
+    between: np.ndarray
+    second: np.ndarray
+    sizes: np.ndarray
+
+
+def _block_sums(features: np.ndarray, reference: np.ndarray, blocks: int) -> _BlockSums:
+    first, second = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (features, reference))
+    member = torch.nn.functional.one_hot(torch.arange(len(first)) % blocks, blocks).double()
+
+    def summed(x: torch.Tensor, y: torch.Tensor, diagonal: bool) -> np.ndarray:
+        kernel = poly_kernel(x, y)
+        if not diagonal:
+            kernel.fill_diagonal_(0)
+        return (member.T @ kernel @ member).numpy()
+
+    sums = summed(first, first, False), summed(first, second, True), summed(second, second, False)
+    return _BlockSums(*sums, member.sum(0).numpy())
+
+
+def _estimates(sums: _BlockSums) -> np.ndarray:
+    """KID x 1000 on all rows, and without each block in turn: float64 [1 + B]."""
+
+    def without(pairs: np.ndarray) -> np.ndarray:
+        left_out = pairs.sum(0) + pairs.sum(1) - np.diag(pairs)
+        return pairs.sum() - np.concatenate([[0.0], left_out])
+
+    size = sums.sizes.sum() - np.concatenate([[0.0], sums.sizes])
+    within = (without(sums.first) + without(sums.second)) / (size * (size - 1))
+    return 1000 * (within - 2 * without(sums.between) / size**2)
+
+
+def _jackknife(estimates: np.ndarray) -> Interval:
+    """The first estimate, and its 95 % delete-one-block interval by Student's t from the others."""
+    value, without = float(estimates[0]), estimates[1:]
+    blocks = len(without)
+    error = float(np.sqrt((blocks - 1) * np.var(without)))
+    reach = float(student_t.ppf(0.975, blocks - 1)) * error
+    return Interval(value, value - reach, value + reach)
+
+
+def precision_recall(features: np.ndarray, reference: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019): share of one set inside the other's k-NN balls."""
+    first, second = (torch.from_numpy(np.asarray(x, dtype=np.float32)) for x in (features, reference))
+    between = torch.cdist(first, second)
+
+    def radius(points: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(points, points).kthvalue(min(neighbours + 1, len(points)), dim=1).values
+
+    inside_reference = (between <= radius(second)[None]).any(1).float().mean()
+    inside_features = (between <= radius(first)[:, None]).any(0).float().mean()
+    return float(inside_reference), float(inside_features)
+
+
+def precision(features: np.ndarray, reference: np.ndarray) -> float:
+    """The first of `precision_recall`."""
+    return precision_recall(features, reference)[0]
+
+
+def recall(features: np.ndarray, reference: np.ndarray) -> float:
+    """The second of `precision_recall`."""
+    return precision_recall(features, reference)[1]
+
+
+def density_coverage(features: np.ndarray, reference: np.ndarray, neighbours: int = 5) -> tuple[float, float]:
+    """Density and coverage (Naeem et al. 2020, equations 5 and 6) on the reference's k-NN balls.
+
+    Density: how many reference balls an image lies in, over k; above 1 where images crowd the dense parts.
+    Coverage: share of reference balls with at least one image inside.
+
+    Args:
+        features: float [N, D]; reference: float [M, D], M at least 2.
+    """
+    features, reference = (np.ascontiguousarray(x, dtype=np.float32) for x in (features, reference))
+    neighbours = min(neighbours, len(reference) - 1)
+    # with float64 sums, so that an image equal to a reference image lies at distance zero
+    radius = np.sort(_squared_distances(reference, reference), axis=1)[:, neighbours]
+    inside = _squared_distances(reference, features) <= radius[:, None]
+    return float(inside.sum() / (neighbours * len(features))), float(inside.any(axis=1).mean())
+
+
+def density(features: np.ndarray, reference: np.ndarray) -> float:
+    """The first of `density_coverage`."""
+    return density_coverage(features, reference)[0]
+
+
+def coverage(features: np.ndarray, reference: np.ndarray) -> float:
+    """The second of `density_coverage`."""
+    return density_coverage(features, reference)[1]
+
+
+def _squared_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    squares = (first**2).sum(1)[:, None] + (second**2).sum(1)[None] - 2 * first @ second.T
+    return np.maximum(squares, 0)

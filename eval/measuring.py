@@ -1,0 +1,248 @@
+"""The measuring stages: images of a model, drawn once, and their metrics by every judge."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from corpus.captions import words
+from corpus.index import Corpus, index_corpus
+from encoders.clip_scores import ClipScorer
+from encoders.embedding import Encoder, embed
+from eval.generate import generate
+from eval.held_out import HeldOut, held_out_sets
+from eval.metrics import METRICS, compute
+from eval.models import Model
+from eval.pairs import Confusion
+from eval.processes import first_process_says, over_processes
+from runtime.artefacts import fingerprint, is_main_process, read_json, stage, write_json
+
+#: Captions of a scene, of training images, whose mean embedding stands for it when images are classified.
+SCENE_CAPTIONS = 64
+IMAGES = "images.npy"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn from a text-to-image pipeline.
+
+    Attributes:
+        steps: solver steps.
+        guidance_scale: of classifier-free guidance; 1 switches it off.
+        seed: of the starting noise, which is the same for every model.
+    """
+
+    steps: int
+    guidance_scale: float
+    seed: int
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> Sampling:
+        return cls(int(cfg.eval.steps), float(cfg.eval.guidance_scale), int(cfg.eval.seed))
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The frozen networks that measure, none of which needs to know what made the images.
+
+    Attributes:
+        encoders: the evaluation encoder first, then the one that pruning clusters with.
+        clip: None where there is no CLIP model.
+        described: captions of every scene, of training images; empty where there are fewer than two scenes.
+    """
+
+    encoders: tuple[Encoder, ...]
+    clip: ClipScorer | None = None
+    described: Mapping[str, Sequence[str]] | None = None
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of the networks and of the scenes' captions."""
+        clip = self.clip and [self.clip.name, self.clip.fingerprint]
+        return fingerprint(encoders=list(self.encoders), clip=clip, described=self.described or {})
+
+
+def encoders_of(cfg: DictConfig) -> tuple[Encoder, ...]:
+    """The evaluation encoder, and the encoder of the selection where that is another one."""
+    found = {encoder.name: encoder for encoder in (instantiate(cfg.yardstick), instantiate(cfg.encoder))}
+    return tuple(found.values())
+
+
+def scene_captions(corpus: Corpus) -> dict[str, list[str]]:
+    """Captions of every scene of a training corpus, sorted; empty where it has fewer than two scenes."""
+    scenes = corpus.manifest["scene"].to_numpy(dtype=str)
+    captions = corpus.manifest["caption"].to_numpy(dtype=str)
+    known = [name for name in sorted(set(scenes[corpus.readable])) if name]
+    if len(known) < 2:
+        return {}
+    return {
+        name: sorted({f"a satellite image of {words(name)}", *captions[scenes == name][:SCENE_CAPTIONS]} - {""})
+        for name in known
+    }
+
+
+def evaluation_sets(cfg: DictConfig, split: str | None = None, *, images: int | None = None) -> dict[str, HeldOut]:
+    """Both held-out sets of a split (`eval.split` if none is given) with the features of every encoder that judges."""
+    corpus = index_corpus(instantiate(cfg.corpus[split or cfg.eval.split]), cfg.runs)
+    return held_out_sets(corpus, encoders_of(cfg), int(images or cfg.eval.images), int(cfg.eval.seed), cfg.runs)
+
+
+def draw_images(model: Model, held: HeldOut, sampling: Sampling, runs: Path | str) -> Path:
+    """An image of every held-out caption, drawn once: `images.npy`, uint8 [N, H, W, 3], in the stage's directory.
+
+    Image i starts from noise that depends on the seed and i alone. All processes of a launch take part.
+    """
+
+    def build(directory: Path) -> None:
+        pipeline = model.load()
+        images = over_processes(lambda rows: _drawn(pipeline, held, sampling, rows), len(held))
+        if is_main_process():
+            np.save(directory / IMAGES, images)
+
+    inputs = {"model": model.key, "captions": held.captions, "sampling": sampling}
+    return stage(runs, "generated", inputs, build, together=first_process_says)
+
+
+def _drawn(pipeline, held: HeldOut, sampling: Sampling, rows: np.ndarray) -> np.ndarray:
+    return generate(
+        pipeline,
+        [held.captions[row] for row in rows],
+        steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        seed=sampling.seed,
+        label=f"generate {held.name}",
+        noise_of=rows,
+    )
+
+
+def measure_images(images: Path, held: HeldOut, judges: Judges, runs: Path | str) -> Path:
+    """Metrics of a stage's images, of which image i was drawn from held-out caption i; cached.
+
+    Args:
+        images: directory of a stage that holds `images.npy`, uint8 [N, H, W, 3].
+    Returns:
+        a directory with metrics.json (names without the held-out set's), confusion.json and the features of every
+        encoder, `<encoder>.npy`.
+    """
+    inputs = {"images": f"{images.parent.name}/{images.name}", "held_out": held.key, "judges": judges.key}
+    inputs["metrics"] = sorted(METRICS)  # a new metric is computed on the images that are there
+
+    def build(directory: Path) -> None:
+        pixels = np.load(images / IMAGES, mmap_mode="r")
+        measured = measure(pixels, held, judges)
+        if is_main_process():
+            for name, features in measured.features.items():
+                np.save(directory / f"{name}.npy", features)
+            write_json(directory / "confusion.json", measured.confusion)
+            write_json(directory / "metrics.json", measured.metrics)
+
+    return stage(runs, "measured", inputs, build, together=first_process_says)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metrics of a set of images, its features by encoder, and what CLIP sees in the images of each scene."""
+
+    metrics: dict[str, float | None]
+    features: dict[str, np.ndarray]
+    confusion: Confusion | None
+
+
+def measure(images: np.ndarray, held: HeldOut, judges: Judges, *, captioned: bool = True) -> Measured:
+    """Compare uint8 [N, H, W, 3] with a held-out set of N images.
+
+    Args:
+        captioned: image i is of held-out caption i, and so CLIP judges it too.
+    """
+    features = {encoder.name: embed_rows(encoder, images) for encoder in judges.encoders}
+    metrics = compare(features, held)
+    confusion = None
+    if captioned:
+        judged, confusion = judge_captions(images, held, judges)
+        metrics |= judged
+    return Measured(metrics, features, confusion)
+
+
+def compare(features: Mapping[str, np.ndarray], held: HeldOut) -> dict[str, float | None]:
+    """All distances of features [N, D], by encoder, to a held-out set's."""
+    metrics: dict[str, float | None] = {}
+    for name, found in features.items():
+        metrics |= compute({"features": found, "reference": held.features[name]}, of={"encoder": name})
+    return metrics
+
+
+def judge_captions(
+    images: np.ndarray, held: HeldOut, judges: Judges
+) -> tuple[dict[str, float | None], Confusion | None]:
+    """What CLIP says of images of the held-out captions, and what it sees in those of each scene."""
+    if judges.clip is None:
+        return {}, None
+    inputs = {"clip_scores": judges.clip.scores(images, held.captions)}
+    confusion = scene_confusion(judges, held, images)
+    inputs |= {} if confusion is None else {"confusion": confusion}
+    return compute(inputs, of={"clip": judges.clip.name}), confusion
+
+
+def embed_rows(encoder: Encoder, images: np.ndarray) -> np.ndarray:
+    """Features float32 [N, D] of images, over all processes of a launch."""
+    label = f"embed, {encoder.name}"
+    return over_processes(
+        lambda rows: embed(encoder, images[rows], batch_size=encoder.batch_size, label=label), len(images)
+    )
+
+
+def scene_confusion(judges: Judges, held: HeldOut, images: np.ndarray) -> Confusion | None:
+    """What CLIP sees in images of the held-out captions, among the scenes of the training images.
+
+    None without a CLIP model or without two scenes. Images of no known scene are left out.
+    """
+    described = judges.described or {}
+    scenes = held.corpus.manifest["scene"].to_numpy(dtype=str)[held.rows[: len(images)]]
+    known = np.isin(scenes, list(described))
+    if judges.clip is None or len(described) < 2 or not known.any():
+        return None
+    seen = judges.clip.recognise(np.asarray(images[known]), described)
+    counts = collections.Counter(zip(scenes[known].tolist(), seen.tolist(), strict=True))
+    confusion: dict[str, dict[str, int]] = {}
+    for (scene, found), count in sorted(counts.items()):
+        confusion.setdefault(scene, {})[found] = count
+    return confusion
+
+
+def real_confusion(held: HeldOut, judges: Judges, runs: Path | str) -> Confusion | None:
+    """What CLIP sees in the held-out images themselves; cached."""
+
+    def build(directory: Path) -> None:
+        write_json(directory / "confusion.json", scene_confusion(judges, held, held.images))
+
+    inputs = {"held_out": held.key, "judges": judges.key}
+    return read_json(stage(runs, "real_confusion", inputs, build) / "confusion.json")
+
+
+def with_set(held_out: str, metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Metrics under their full names, with the held-out set's in front."""
+    return {f"{held_out}_{name}" if held_out else name: value for name, value in metrics.items()}
+
+
+def measure_model(
+    model: Model, sets: Mapping[str, HeldOut], judges: Judges, sampling: Sampling, runs: Path | str
+) -> dict[str, Path]:
+    """Draw from a model for each held-out set and measure; the directories of `measure_images`, by set."""
+    return {
+        name: measure_images(draw_images(model, held, sampling, runs), held, judges, runs)
+        for name, held in sets.items()
+    }
+
+
+def metrics_of(directories: Mapping[str, Path]) -> dict[str, float | None]:
+    """All metrics of `measure_model`'s directories by their full names."""
+    found: dict[str, float | None] = {}
+    for name, directory in directories.items():
+        found |= with_set(name, read_json(directory / "metrics.json"))
+    return found

@@ -1,0 +1,162 @@
+"""Measuring what a user points to: a model's directory, or a folder of images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from corpus.index import Corpus, index_corpus
+from corpus.sources.folder import ImageFolder
+from encoders.clip_scores import ClipScorer, load_clip
+from encoders.pixels import LOAD_ERRORS
+from eval.held_out import HeldOut
+from eval.measuring import (
+    Judges,
+    Sampling,
+    encoders_of,
+    evaluation_sets,
+    measure,
+    measure_model,
+    metrics_of,
+    scene_captions,
+    with_set,
+)
+from eval.metrics import METRICS
+from eval.models import find_model
+from runtime.artefacts import read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.tracking import track
+
+#: Fewer images than this say nothing about a set.
+FEWEST_IMAGES = 10
+#: In a run's directory: where the CLIP model that judges it lies.
+SCORER = "scorer.json"
+
+
+def measure_any(cfg: DictConfig) -> Path:
+    """Compare `cfg.of` with both held-out sets of `eval.split`; the result directory has metrics.json.
+
+    Raises:
+        UserError: there is nothing to measure, or too little of it.
+    """
+    if cfg.of is None:
+        raise UserError(
+            "nothing to measure: give of=DIR, a run, a snapshot, a diffusers pipeline or a folder of images"
+        )
+    source = Path(str(cfg.of)).expanduser()
+    model = find_model(source)
+    sets = evaluation_sets(cfg)
+    if model is None:
+        return measure_folder(cfg, source, sets)
+    judges = Judges(
+        encoders_of(cfg),
+        find_scorer(cfg, source),
+        scene_captions(index_corpus(instantiate(cfg.corpus.train), cfg.runs)),
+    )
+    measured = measure_model(model, sets, judges, Sampling.of(cfg), cfg.runs)
+
+    def build(directory: Path) -> None:
+        metrics = metrics_of(measured)
+        write_json(directory / "metrics.json", metrics)
+        with track(cfg, "measure", source.name) as tracker:
+            tracker.summary(metrics)
+
+    inputs = {name: directory.name for name, directory in measured.items()}
+    return stage(cfg.runs, "measure", inputs, build)
+
+
+def find_scorer(cfg: DictConfig, source: Path) -> ClipScorer | None:
+    """The CLIP model that judges: the run's own, or the configured one where that is not trained here.
+
+    None, said in one line, where there is neither.
+
+    Raises:
+        UserError: it is named but not there.
+    """
+    for run in (source, source.parent, source.parent.parent):
+        if (run / SCORER).is_file():
+            facts = read_json(run / SCORER)
+            place = {key: _in_run(run, facts[key]) for key in ("folder", "tokenizer")}
+            return load_scorer(**place, name=facts["name"], revision=facts["revision"], plain=facts["plain"])
+    options = cfg.text_encoder
+    if options.kind == "train":
+        print(
+            f"no CLIP score: {source} is no run of this repository and text_encoder={options.score_name} is trained "
+            "with one; give text_encoder=clip_hub to score with a CLIP model from the hub",
+            file=sys.stderr,
+        )
+        return None
+    path, revision = str(options.path), options.get("revision")
+    return load_scorer(path, path, options.score_name, revision=revision, plain=False)
+
+
+def _in_run(run: Path, place: str) -> str:
+    """A folder relative to the run, or a hub name or another place as it is."""
+    return str(run / place) if (run / place).is_dir() else place
+
+
+def load_scorer(folder: str, tokenizer: str, name: str, *, revision: str | None, plain: bool) -> ClipScorer:
+    """As `encoders.clip_scores.load_clip`, with one line for a user where it fails.
+
+    Raises:
+        UserError: it is not there.
+    """
+    try:
+        return load_clip(folder, tokenizer, name, revision=revision, plain=plain)
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"no CLIP model at {folder} ({reason}): give text_encoder.path, a folder or a hub name that can be reached"
+        ) from error
+
+
+def measure_folder(cfg: DictConfig, source: Path, sets: Mapping[str, HeldOut]) -> Path:
+    """Compare a seeded random sample of a folder's images with both held-out sets, N against N.
+
+    Raises:
+        UserError: there are fewer than `FEWEST_IMAGES`.
+    """
+    resolution = next(iter(sets.values())).corpus.resolution
+    folder = index_corpus(ImageFolder(root=str(source), split="all", resolution=resolution), cfg.runs)
+    judges = Judges(encoders_of(cfg))
+    rows = sample_rows(folder, int(cfg.eval.images), int(cfg.eval.seed), source)
+    sets = {name: held.first(len(rows)) for name, held in sets.items()}
+
+    def build(directory: Path) -> None:
+        images = folder.images[rows]
+        metrics: dict[str, float | None] = {}
+        for name, held in sets.items():
+            metrics |= with_set(name, measure(images, held, judges, captioned=False).metrics)
+        write_json(directory / "metrics.json", metrics)
+        with track(cfg, "measure", source.name) as tracker:
+            tracker.summary(metrics)
+
+    inputs = {"images": [folder.fingerprint, rows.tolist()], "held_out": [held.key for held in sets.values()]}
+    return stage(cfg.runs, "measure", inputs | {"judges": judges.key, "metrics": sorted(METRICS)}, build)
+
+
+def sample_rows(folder: Corpus, images: int, seed: int, source: Path) -> np.ndarray:
+    """At most `images` random readable rows, int64, ascending: the order of the names says nothing.
+
+    Raises:
+        UserError: there are fewer than `FEWEST_IMAGES`.
+    """
+    readable = np.flatnonzero(folder.readable)
+    if len(readable) < FEWEST_IMAGES:
+        raise UserError(
+            f"of={source} has {len(readable)} readable images: give at least {FEWEST_IMAGES}, of which a distance "
+            "between sets can be told"
+        )
+    if len(readable) < images:
+        biased = ", ".join(metric.name for metric in METRICS.values() if metric.biased)
+        print(
+            f"{len(readable)} images are compared with as many held-out ones (eval.images={images} were asked for): "
+            f"{biased} depend on that number, compare them with those of {len(readable)} images only",
+            file=sys.stderr,
+        )
+    return np.sort(np.random.default_rng([seed, 330]).permutation(readable)[:images])

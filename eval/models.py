@@ -1,0 +1,104 @@
+"""What can be measured: a pretraining run, one of its snapshots, a diffusers pipeline, or a folder of images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from runtime.artefacts import file_digest, fingerprint
+from runtime.errors import UserError
+
+INDEX = "model_index.json"
+#: In a snapshot's folder: step, images_seen, seconds and loss.
+SNAPSHOT = "snapshot.json"
+#: Folder of a run with a folder for each snapshot, named by the images seen.
+SNAPSHOTS = "snapshots"
+#: Parts of a pipeline that are trained; a snapshot holds one of them.
+NETWORKS = ("unet", "transformer")
+TEXT_TO_IMAGE = ("StableDiffusionPipeline", "PixArtAlphaPipeline")
+#: What diffusers, transformers and safetensors raise over files that are absent, broken or of another shape.
+UNLOADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A text-to-image pipeline on disk, its network replaced by a snapshot's where one is given.
+
+    Attributes:
+        pipeline: folder with model_index.json.
+        snapshot: folder with `unet/` or `transformer/`, or None.
+    """
+
+    pipeline: Path
+    snapshot: Path | None = None
+
+    @property
+    def network(self) -> Path:
+        """Folder of the network's weights."""
+        base = self.snapshot or self.pipeline
+        return next((base / name for name in NETWORKS if (base / name).is_dir()), base / NETWORKS[0])
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits of the network's weights and all other parts."""
+        others = [path for path in self.pipeline.iterdir() if path.is_dir() and path.name not in NETWORKS]
+        files = [path for folder in (*others, self.network) for path in folder.rglob("*") if path.is_file()]
+        names = {f"{path.parent.name}/{path.name}": file_digest(path) for path in sorted(files)}
+        return fingerprint(files=names)
+
+    def load(self) -> DiffusionPipeline:
+        """The pipeline on this machine's accelerator.
+
+        Raises:
+            UserError: it is none for text to image, or does not load.
+        """
+        try:
+            kind = json.loads((self.pipeline / INDEX).read_text(encoding="utf-8"))["_class_name"]
+            if kind not in TEXT_TO_IMAGE:
+                raise UserError(f"{self.pipeline} is a {kind}: give a {' or a '.join(TEXT_TO_IMAGE)}")
+            parts = {}
+            if self.snapshot is not None:
+                network = self.network
+                of = json.loads((network / "config.json").read_text(encoding="utf-8"))["_class_name"]
+                parts[network.name] = getattr(diffusers, of).from_pretrained(network, use_safetensors=True)
+            # local files alone: diffusers asks the hub for a part that a folder lacks
+            pipeline = DiffusionPipeline.from_pretrained(
+                self.pipeline, use_safetensors=True, local_files_only=True, **parts
+            )
+            pipeline.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+        except UNLOADABLE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.snapshot or self.pipeline} does not load: {reason}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def find_model(folder: Path) -> Model | None:
+    """The model of a run, a snapshot or a pipeline's folder; None where it is none of them.
+
+    Raises:
+        UserError: there is no such folder, or a snapshot lies outside of its run.
+    """
+    if not folder.is_dir():
+        raise UserError(f"of={folder} is no folder: give a run, a snapshot, a diffusers pipeline or a folder of images")
+    if (folder / SNAPSHOT).is_file():
+        pipeline = folder.parent.parent / "pipeline"
+        if not (pipeline / INDEX).is_file():
+            raise UserError(f"of={folder} is a snapshot whose run has no pipeline in {pipeline}: leave it in its run")
+        return Model(pipeline, folder)
+    for place in (folder / "pipeline", folder):
+        if (place / INDEX).is_file():
+            return Model(place)
+    return None
+
+
+def snapshots_of(run: Path) -> list[Path]:
+    """Folders of a run's snapshots, the earliest first."""
+    return sorted(path.parent for path in (run / SNAPSHOTS).glob(f"*/{SNAPSHOT}"))

@@ -1,0 +1,46 @@
+"""Evaluation over all processes of a launch: each draws and embeds its rows, and all get the whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from runtime.artefacts import process_count
+
+
+def _state():
+    from accelerate import PartialState
+
+    return PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+
+
+def first_process_says(own: bool) -> bool:
+    """What the first process of a launch says; all processes must ask."""
+    state = _state()
+    answer = torch.tensor(int(own and state.is_main_process), device=state.device)
+    torch.distributed.all_reduce(answer)
+    return bool(answer)
+
+
+def over_processes(function: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
+    """`function` of rows 0..count-1, computed over all processes of a launch and gathered, in the order of the rows.
+
+    Every process must call it, and gets the whole. Process r of n computes rows r, r + n, r + 2 n ...
+
+    Args:
+        function: int64 [K] rows to an array [K, ...]; it must take no rows as well.
+    """
+    if process_count() == 1:
+        return function(np.arange(count))
+    state = _state()
+    rows = np.arange(state.process_index, count, state.num_processes)
+    longest = -(-count // state.num_processes)
+    padded = rows if len(rows) == longest else np.append(rows, rows[-1] if len(rows) else 0)
+    own = torch.from_numpy(np.ascontiguousarray(function(padded))).to(state.device)
+    parts = [torch.empty_like(own) for _ in range(state.num_processes)]
+    torch.distributed.all_gather(parts, own)
+    # row i of the whole is row i // n of process i % n
+    return torch.stack(parts, dim=1).flatten(0, 1)[:count].cpu().numpy()

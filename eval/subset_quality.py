@@ -1,0 +1,50 @@
+"""How good a subset is before anything is trained on it: every metric of real images, on the selected ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from corpus.index import Corpus
+from eval.held_out import HeldOut
+from eval.measuring import compare, with_set
+from eval.metrics import compute
+from eval.subsets import unit
+from eval.waste import ImageRows
+
+#: Images of a subset on which the quadratic measures run, and of the corpus that a subset is compared with.
+SAMPLE = 2000
+
+
+def subset_quality(
+    rows: np.ndarray, sets: Mapping[str, HeldOut], corpus: Corpus, embeddings: Mapping[str, np.ndarray], seed: int
+) -> dict[str, float | None]:
+    """Everything about the selected real images themselves, without training.
+
+    Distances compare as many of them as a held-out set has; the rest is of the subset alone, by the evaluation encoder.
+
+    Args:
+        rows: int64 [K], the selection.
+        sets: held-out sets, by name.
+        embeddings: float [N, D] of the whole corpus by every encoder that judges, the evaluation encoder's first.
+    """
+    metrics: dict[str, float | None] = {}
+    for index, (name, held) in enumerate(sets.items()):
+        picked = np.sort(np.random.default_rng([seed, 300 + index]).permutation(rows)[: len(held)])
+        features = {encoder: np.asarray(values[picked], dtype=np.float32) for encoder, values in embeddings.items()}
+        metrics |= with_set(name, compare(features, held))
+    encoder, values = next(iter(embeddings.items()))
+    sample = np.sort(np.random.default_rng([seed, 310]).permutation(rows)[:SAMPLE])
+    readable = np.flatnonzero(corpus.readable)
+    everywhere = np.sort(np.random.default_rng([seed, 311]).permutation(readable)[:SAMPLE])
+    centre = np.asarray(values[everywhere], dtype=np.float32).mean(axis=0)
+    inputs = {
+        "subset_features": unit(np.asarray(values[sample], dtype=np.float32) - centre),
+        "subset_images": ImageRows(corpus.images, np.sort(rows)),
+        "corpus_images": ImageRows(corpus.images, everywhere),
+    }
+    scenes = corpus.manifest["scene"].to_numpy(dtype=object)
+    if (scenes != "").any():
+        inputs |= {"subset_scenes": scenes[rows], "scene_count": len(set(scenes[scenes != ""].tolist()))}
+    return metrics | compute(inputs, of={"encoder": encoder})

@@ -1,0 +1,64 @@
+"""Numbers about the selected images alone: diversity, balance, and how well they represent the corpus."""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+
+#: Images of a subset on which the quadratic measures run.
+SAMPLE = 2000
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of unit length, float [n, D]; a zero row stays zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def vendi_score(points: np.ndarray) -> float:
+    """Vendi score (Friedman and Dieng 2023, definition 3.1) with the cosine kernel: the effective number of images.
+
+    The exponential of the entropy of the eigenvalues of K / n; 1 where all are alike, n where all are orthogonal.
+
+    Args:
+        points: float [n, D], unit length.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    gram = points @ points.T if len(points) <= points.shape[1] else points.T @ points
+    values = np.linalg.eigvalsh(gram / len(points))
+    values = values[values > 1e-12]
+    values /= values.sum() if len(values) else 1
+    return float(np.exp(-(values * np.log(values)).sum()))
+
+
+def scene_entropy(scenes: np.ndarray, known: int) -> float:
+    """Shannon entropy of the labels of a subset over that of `known` even scenes: 1 is perfectly balanced.
+
+    Args:
+        scenes: str [K]; "" (unlabelled) does not count.
+    """
+    counts = np.unique(scenes[scenes != ""], return_counts=True)[1]
+    shares = counts / max(counts.sum(), 1)
+    return float(-(shares * np.log(shares)).sum() / np.log(known)) if known > 1 else 1.0
+
+
+def representation(points: np.ndarray, kept: np.ndarray, groups: np.ndarray) -> float:
+    """Mean cosine of an image to its nearest kept one, averaged within each group first: all groups count alike.
+
+    Args:
+        points: float32 [n, D] of the corpus, unit length; kept: float32 [K, D], unit length; groups: [n] labels.
+    """
+    index = faiss.IndexFlatIP(points.shape[1])
+    index.add(kept)
+    nearest = index.search(points, 1)[0][:, 0]
+    return float(np.mean([nearest[groups == name].mean() for name in sorted(set(groups.tolist()))]))
+
+
+def knee(kept: np.ndarray, value: np.ndarray) -> int:
+    """Index of the knee of a rising, flattening curve: the point farthest above the chord (Satopaa et al. 2011).
+
+    Args:
+        kept: float [n], ascending; value: float [n].
+    """
+    span = np.ptp(value) or 1.0
+    x = (kept - kept[0]) / max(kept[-1] - kept[0], 1e-12)
+    return int(np.argmax((value - value[0]) / span * np.sign(value[-1] - value[0] or 1) - x))

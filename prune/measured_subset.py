@@ -1,0 +1,32 @@
+"""The selected images themselves, measured before any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig
+
+from eval.measuring import encoders_of, evaluation_sets
+from eval.metrics import METRICS
+from eval.subset_quality import subset_quality
+from prune.features import corpus_embeddings
+from prune.selection import select
+from runtime.artefacts import stage, write_json
+
+
+def measured_subset(cfg: DictConfig, method: str) -> Path:
+    """Select with a method and measure the selected images on `eval.split`; a directory with metrics.json, cached."""
+    selection, corpus = select(cfg, method)
+    sets, encoders = evaluation_sets(cfg), encoders_of(cfg)
+
+    def build(directory: Path) -> None:
+        rows = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
+        embeddings = {encoder.name: corpus_embeddings(corpus, encoder, cfg.runs) for encoder in encoders}
+        metrics = subset_quality(rows, sets, corpus, embeddings, cfg.seed)
+        write_json(directory / "metrics.json", metrics)
+
+    inputs = {"selection": selection.name, "held_out": [held.key for held in sets.values()]}
+    inputs |= {"encoders": list(encoders), "metrics": sorted(METRICS), "seed": cfg.seed}
+    return stage(cfg.runs, "subset", inputs, build)

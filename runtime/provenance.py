@@ -1,0 +1,100 @@
+"""Where a result comes from: the commit, the packages' versions and the command's config, noted when it is built."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Packages on which results depend, in the version that is installed.
+PACKAGES = (
+    *("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow", "numba", "scikit-learn", "faiss-cpu", "faiss-gpu"),
+    *("pillow", "simplejpeg", "opencv-python", "opencv-python-headless", "rasterio", "tifffile", "datasets"),
+    *("diffusers", "transformers", "tokenizers", "accelerate", "peft", "timm", "open_clip_torch", "safetensors"),
+    *("torchmetrics", "torch-fidelity", "clean-fid", "basicsr"),
+)
+#: Keys of a config that are not written down.
+SECRET = re.compile(r"(^|_)(tokens?|passwords?|passwd|secrets?|credentials?|(api|access|private|secret)_?key)$", re.I)
+
+_config: Any = None
+
+
+@contextlib.contextmanager
+def command(cfg: DictConfig) -> Iterator[None]:
+    """While a command runs, its resolved config is noted with every stage it builds."""
+    global _config
+    before, _config = _config, resolved(cfg)
+    try:
+        yield
+    finally:
+        _config = before
+
+
+def resolved(cfg: DictConfig) -> Any:
+    """A config with its interpolations resolved where they can be, without secrets or values of the environment."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    try:
+        value = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:  # of a part that this command may not use
+        return _clean(raw, raw, set())
+    return _clean(raw, value, set(_from_environment(raw, value)))
+
+
+def _from_environment(raw: Any, value: Any) -> Iterator[str]:
+    """Values of the entries that ask for an environment variable."""
+    if isinstance(raw, (dict, list)):
+        for key in raw if isinstance(raw, dict) else range(len(raw)):
+            yield from _from_environment(raw[key], value[key])
+    elif isinstance(raw, str) and "oc.env" in raw and value not in (None, ""):
+        yield str(value)
+
+
+def _clean(raw: Any, value: Any, hidden: set[str]) -> Any:
+    """`value` without secrets; an entry that shows one of the hidden texts stays the interpolation that it was."""
+    if isinstance(value, dict):
+        kept = [key for key in value if not SECRET.search(str(key))]
+        return {key: _clean(raw[key] if isinstance(raw, dict) else raw, value[key], hidden) for key in kept}
+    if isinstance(value, list):
+        return [_clean(raw[index] if isinstance(raw, list) else raw, item, hidden) for index, item in enumerate(value)]
+    interpolated = isinstance(raw, str) and "${" in raw
+    return raw if interpolated and any(text in str(value) for text in hidden) else value
+
+
+def origin() -> dict[str, Any]:
+    """`commit`, `versions` and `config` of what is computed now."""
+    return {"commit": commit(), "versions": versions(), "config": _config}
+
+
+@functools.cache
+def commit(root: Path = ROOT) -> str:
+    """The commit of a checkout, with `-dirty` where tracked files differ; "unknown" where there is none."""
+    if not (root / ".git").exists():  # else git would look for one further up
+        return "unknown"
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # a hook's name another one
+    call = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run([*call, "--abbrev=12"], capture_output=True, text=True, timeout=30, env=own)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that are installed, none of which is imported."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -1,0 +1,170 @@
+"""The version of every stage's code, which is in the fingerprint of its results, and the modules it speaks for."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Hashes of the modules and of every stage's code at its version, written by scripts/stage_sources.py.
+SOURCES = Path(__file__).with_name("stage_sources.json")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    Attributes:
+        version: raise it when the same inputs give another result than before.
+        modules: the code that makes the result; a folder stands for all modules in it.
+        after: stages whose results are used without being in the inputs, so their versions count as well.
+    """
+
+    version: int
+    modules: tuple[str, ...]
+    after: tuple[str, ...] = ()
+
+
+_NETWORKS = ("train.components", "train.networks", "train.objective", "train.loop", "train.ema", "train.checkpoint")
+STAGES = {
+    "corpus": Stage(version=1, modules=("corpus",)),
+    "entropy": Stage(version=1, modules=("prune.entropy", "prune.features")),
+    "embedding": Stage(version=1, modules=("encoders", "prune.features")),
+    "selection": Stage(
+        version=1,
+        modules=(
+            "prune.allocation",
+            "prune.clusters",
+            "prune.library",
+            "prune.methods",
+            "prune.neighbours",
+            "prune.pool",
+            "prune.ranks",
+            "prune.scenes",
+            "prune.selection",
+        ),
+        after=("entropy", "embedding"),
+    ),
+    "text_encoder": Stage(version=1, modules=("train.text_encoder", "train.captions", *_NETWORKS)),
+    "prompts": Stage(version=1, modules=("train.text_encoder",)),
+    "latents": Stage(version=1, modules=("train.latents",)),
+    "autoencoder": Stage(version=1, modules=("train.autoencoder", "train.latents", "encoders", *_NETWORKS)),
+    "pretrain": Stage(
+        version=1,
+        modules=("train.foundation", "train.data", "train.captions", "train.latents", "train.metadata", *_NETWORKS),
+        after=("latents", "prompts"),
+    ),
+    "held_out": Stage(version=1, modules=("eval.held_out", "encoders")),
+    "generated": Stage(version=1, modules=("eval.generate", "eval.models")),
+    "measured": Stage(
+        version=1,
+        modules=("eval.measuring", "eval.metrics", "eval.distances", "eval.pairs", "encoders"),
+        after=("held_out",),
+    ),
+    "real_confusion": Stage(version=1, modules=("eval.measuring", "encoders.clip_scores")),
+    "measure": Stage(version=1, modules=("eval.measuring_any",), after=("measured",)),
+    "reference_rows": Stage(
+        version=1, modules=("eval.reference_rows", "eval.subsets", "train.latents"), after=("measured",)
+    ),
+    "subset": Stage(
+        version=1,
+        modules=("eval.subset_quality", "eval.subsets", "eval.waste", "prune.measured_subset"),
+        after=("embedding", "measured"),
+    ),
+    "condition_latents": Stage(version=1, modules=("downstream.conditional",)),
+    "segmenter": Stage(version=1, modules=("downstream.semantic_synthesis", "train.loop")),
+    "downstream": Stage(version=1, modules=("downstream", *_NETWORKS), after=("latents", "condition_latents")),
+    "samples": Stage(version=1, modules=("scripts.sample", "train.sampler", "eval.generate")),
+    "bench": Stage(version=1, modules=("scripts.bench_selection",)),
+    "bench_jpegs": Stage(version=1, modules=("scripts.bench",)),
+    "long_tail": Stage(version=2, modules=("scripts.long_tail",)),
+}
+
+
+def versions_of(name: str) -> dict[str, int]:
+    """Versions of a stage and of all stages that it comes after.
+
+    Raises:
+        LookupError: the table has no such stage.
+    """
+    if name not in STAGES:
+        raise LookupError(f"stage {name!r} is not in runtime/versions.py: give it a version and its modules there")
+    found = {name: STAGES[name].version}
+    for before in STAGES[name].after:
+        found |= versions_of(before)
+    return found
+
+
+def modules_of(name: str, root: Path = ROOT) -> dict[str, Path]:
+    """Modules and files of a stage's code.
+
+    Raises:
+        FileNotFoundError: the table names a module that is not there.
+    """
+    found = {}
+    for module in STAGES[name].modules:
+        place = root.joinpath(*module.split("."))
+        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+        found |= {".".join(path.relative_to(root).with_suffix("").parts): path for path in files}
+    if missing := [str(path.relative_to(root)) for path in found.values() if not path.is_file()]:
+        raise FileNotFoundError(f"stage {name} has no {missing[0]}: correct its modules in runtime/versions.py")
+    return found
+
+
+def code_hash(source: str) -> str:
+    """12 hex digits of what a module does: they change with the code, not with comments, docstrings or layout."""
+    return _digest(_code(ast.parse(source)))
+
+
+def _code(node: Any) -> Any:
+    """A syntax tree as nested tuples; empty fields, of which every version of Python has others, are left out."""
+    if isinstance(node, list):
+        return tuple(_code(item) for item in node)
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        fields["body"] = fields["body"][ast.get_docstring(node, clean=False) is not None :]
+    found = ((name, _code(value)) for name, value in fields.items() if value not in (None, []))
+    return (type(node).__name__, *found)
+
+
+def sources(root: Path = ROOT) -> dict[str, dict[str, str]]:
+    """What `SOURCES` holds: of every stage version and hash, as in "1 26af15daf3e9"; of every module a hash."""
+    modules, stages = {}, {}
+    for name, entry in STAGES.items():
+        own = {
+            module: modules.get(module) or code_hash(path.read_text(encoding="utf-8"))
+            for module, path in modules_of(name, root).items()
+        }
+        modules |= own
+        stages[name] = f"{entry.version} {_digest(sorted(own.items()))}"
+    return {"stages": stages, "modules": dict(sorted(modules.items()))}
+
+
+def outdated(stored: Mapping[str, Mapping[str, str]], root: Path = ROOT) -> list[str]:
+    """One line for every stage whose code or version is no longer what was stored."""
+    found, then = sources(root), "run `python scripts/stage_sources.py`"
+    stages, modules = (
+        [name for name in sorted({*stored[part], *found[part]}) if stored[part].get(name) != found[part].get(name)]
+        for part in ("stages", "modules")
+    )
+    lines = []
+    for name in stages:
+        before, now = (part["stages"].get(name, "none").split()[0] for part in (stored, found))
+        if before != now:
+            lines.append(f"version of stage {name} is {now}, but {before} in {SOURCES.name}: {then}")
+            continue
+        files = [path.relative_to(root).as_posix() for key, path in modules_of(name, root).items() if key in modules]
+        lines.append(
+            f"code of stage {name} changed ({', '.join(files) or 'other modules'}): "
+            f"raise its version in runtime/versions.py if results change, then {then}"
+        )
+    return lines
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]

@@ -1,0 +1,16 @@
+"""Note every stage's version and the hash of its code: `python scripts/stage_sources.py`, when either has changed."""
+
+from __future__ import annotations
+
+from runtime.artefacts import read_json, write_json
+from runtime.versions import SOURCES, outdated, sources
+
+
+def main() -> None:
+    for line in outdated(read_json(SOURCES) if SOURCES.is_file() else {"stages": {}, "modules": {}}):
+        print(line.split(": ")[0])
+    write_json(SOURCES, sources())
+
+
+if __name__ == "__main__":
+    main()

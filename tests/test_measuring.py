@@ -1,0 +1,282 @@
+"""Measuring as a stage of its own: judges, cached drawings, new metrics without drawing, folders, reference rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from tiny_networks import pictures, tiny_autoencoder, tiny_text_encoder, tiny_unet
+from tiny_run import tiny_config
+
+from eval import measuring
+from eval.generate import generate, starting_noise
+from eval.held_out import HeldOut
+from eval.measuring import (
+    IMAGES,
+    Judges,
+    Sampling,
+    compare,
+    draw_images,
+    measure,
+    measure_images,
+    scene_captions,
+    scene_confusion,
+)
+from eval.measuring_any import FEWEST_IMAGES, measure_any, sample_rows
+from eval.metrics import METRICS, Metric
+from eval.models import SNAPSHOT, Model, find_model, snapshots_of
+from eval.reference_rows import Rebuild, reference_rows
+from runtime.artefacts import read_json, write_json
+from runtime.errors import UserError
+from train.networks import text_to_image_pipeline
+from train.objective import Objective
+
+
+@dataclass(frozen=True)
+class Moments:
+    """An encoder: mean and deviation of the colours."""
+
+    name: str = "moments"
+    batch_size: int = 16
+    dimensions: int = 6
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return np.concatenate([images.mean(axis=(1, 2)), images.std(axis=(1, 2))], axis=1).astype(np.float32)
+
+
+class Made(SimpleNamespace):
+    """What of a corpus the evaluation reads."""
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+
+def made_corpus(count: int = 60, seed: int = 0) -> Made:
+    scenes = np.array(["ice", "sea"] * (count // 2), dtype=object)
+    manifest = pd.DataFrame({"id": map(str, range(count)), "scene": scenes, "caption": [f"of {s}" for s in scenes]})
+    readable = np.ones(count, dtype=bool)
+    return Made(name="made", manifest=manifest, images=pictures(count, seed), readable=readable, fingerprint=f"f{seed}")
+
+
+def made_held_out(corpus: Made, rows: np.ndarray, name: str = "balanced") -> HeldOut:
+    features = {"moments": Moments()(corpus.images[rows])}
+    return HeldOut(name, corpus, rows, features, corpus.manifest["caption"].iloc[rows].tolist())
+
+
+class Clip:
+    """A CLIP model that sees ice in bright images."""
+
+    name, fingerprint = "made", "clip"
+
+    def scores(self, images: np.ndarray, captions: list[str]) -> np.ndarray:
+        return images.mean(axis=(1, 2, 3)).astype(np.float32)
+
+    def recognise(self, images: np.ndarray, described: dict[str, list[str]]) -> np.ndarray:
+        return np.where(images.mean(axis=(1, 2, 3)) > 128, "ice", "sea")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with a pipeline and a snapshot whose network differs."""
+    text_encoder, tokenizer = tiny_text_encoder()
+    folder = tmp_path / "run"
+    text_to_image_pipeline(
+        tiny_autoencoder(), text_encoder, tokenizer, tiny_unet(), Objective().scheduler()
+    ).save_pretrained(folder / "pipeline")
+    other = tiny_unet()
+    other.conv_out.bias.data += 1
+    snapshot = folder / "snapshots" / "000000000320"
+    other.save_pretrained(snapshot / "unet")
+    write_json(snapshot / SNAPSHOT, {"step": 10, "images_seen": 320, "seconds": 1.0, "loss": 0.5})
+    return folder
+
+
+# ---------------------------------------------------------------- what can be measured
+
+
+def test_runs_snapshots_and_pipelines_are_told_apart(run: Path, tmp_path: Path) -> None:
+    (snapshot,) = snapshots_of(run)
+    models = [find_model(place) for place in (run, run / "pipeline", snapshot)]
+    assert models == [Model(run / "pipeline"), Model(run / "pipeline"), Model(run / "pipeline", snapshot)]
+    assert models[0].key == models[1].key != models[2].key
+    biases = [float(model.load().unet.conv_out.bias.detach().mean()) for model in (models[0], models[2])]
+    assert biases[1] == pytest.approx(biases[0] + 1, abs=1e-5)
+    (tmp_path / "images").mkdir()
+    assert find_model(tmp_path / "images") is None
+    for wrong in (tmp_path / "nothing", tmp_path / "file.txt"):
+        with pytest.raises(UserError, match="is no folder"):
+            find_model(wrong)
+
+
+def test_a_models_key_is_of_its_weights_not_of_its_card(run: Path) -> None:
+    before = Model(run / "pipeline").key
+    (run / "pipeline" / "README.md").write_text("a card with figures", encoding="utf-8")
+    assert Model(run / "pipeline").key == before
+    config = run / "pipeline" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("linspace", "leading"), encoding="utf-8")
+    assert Model(run / "pipeline").key != before
+
+
+def test_what_does_not_load_is_one_line(run: Path) -> None:
+    (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="does not load") as error:
+        Model(run / "pipeline").load()
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- drawing and measuring
+
+
+def test_images_are_drawn_once_and_depend_on_their_number_alone(run: Path, tmp_path: Path, monkeypatch) -> None:
+    held = made_held_out(made_corpus(), np.arange(12))
+    model, sampling = Model(run / "pipeline"), Sampling(2, 1.5, 7)
+    images = np.load(draw_images(model, held, sampling, tmp_path / "runs") / IMAGES)
+    alone = generate(model.load(), held.captions[:3], steps=2, guidance_scale=1.5, seed=7, noise_of=[0, 1, 2])
+    np.testing.assert_allclose(images[:3].astype(float), alone.astype(float), atol=1)
+    monkeypatch.setattr(Model, "load", lambda self: pytest.fail("drawn again"))
+    draw_images(model, held, sampling, tmp_path / "runs")
+
+
+def test_a_new_metric_is_computed_on_the_images_that_are_there(run: Path, tmp_path: Path, monkeypatch) -> None:
+    held = made_held_out(made_corpus(), np.arange(20))
+    judges = Judges((Moments(),), Clip(), {"ice": ["ice"], "sea": ["sea"]})
+    drawn = draw_images(Model(run / "pipeline"), held, Sampling(1, 1.0, 7), tmp_path / "runs")
+    before = read_json(measure_images(drawn, held, judges, tmp_path / "runs") / "metrics.json")
+    assert {"fd_moments", "kid_x1000_moments", "precision_moments", "clip_made", "scene_accuracy_made"} <= set(before)
+    monkeypatch.setattr(Model, "load", lambda self: pytest.fail("drawn again"))
+    metric = Metric("shift", "lower", 1, ("features", "reference"), lambda x, y: float(abs(x - y).mean()), "encoder")
+    monkeypatch.setitem(METRICS, "shift", metric)
+    directory = measure_images(drawn, held, judges, tmp_path / "runs")
+    after = read_json(directory / "metrics.json")
+    features = np.load(directory / "moments.npy")
+    assert after["shift_moments"] == pytest.approx(float(abs(features - held.features["moments"]).mean()), rel=1e-5)
+    assert {name: after[name] for name in before} == before
+
+
+def test_every_encoder_judges_and_captions_only_where_there_are_some() -> None:
+    corpus = made_corpus()
+    held = made_held_out(corpus, np.arange(30))
+    other = replace(held, features={"moments": held.features["moments"], "twice": 2 * held.features["moments"]})
+    found = compare({"moments": held.features["moments"], "twice": 2 * held.features["moments"]}, other)
+    assert found["fd_moments"] == pytest.approx(0, abs=1e-3) and "fd_twice" in found
+    judges = Judges((Moments(),), Clip(), {"ice": ["a"], "sea": ["b"]})
+    assert "clip_made" not in measure(corpus.images[:30], held, judges, captioned=False).metrics
+    assert "clip_made" in measure(corpus.images[:30], held, judges).metrics
+
+
+def test_scenes_are_described_by_training_captions() -> None:
+    corpus = made_corpus()
+    described = scene_captions(corpus)
+    assert described == {"ice": ["a satellite image of ice", "of ice"], "sea": ["a satellite image of sea", "of sea"]}
+    corpus.manifest["scene"] = "ice"
+    assert scene_captions(corpus) == {}
+
+
+def test_what_is_seen_in_images_of_each_scene() -> None:
+    """Images of no known scene are left out, and one scene alone cannot be mistaken."""
+    corpus = made_corpus(6)
+    corpus.manifest["scene"] = ["ice", "sea", "", "ice", "sea", "town"]
+    held = made_held_out(corpus, np.arange(6))
+    images = np.full((6, 4, 4, 3), 10, np.uint8)
+    images[[0, 1]] = 200
+    described = {"ice": ["a"], "sea": ["b"]}
+    found = scene_confusion(Judges((), Clip(), described), held, images)
+    assert found == {"ice": {"ice": 1, "sea": 1}, "sea": {"ice": 1, "sea": 1}}
+    assert scene_confusion(Judges((), Clip(), {"ice": ["a"]}), held, images) is None
+    assert scene_confusion(Judges((), None, described), held, images) is None
+
+
+def test_noise_of_an_image_does_not_depend_on_the_others() -> None:
+    shape = (4, 2, 2)
+    assert starting_noise([2, 5], shape, 5).equal(starting_noise(range(8), shape, 5)[[2, 5]])
+    assert not starting_noise([0], shape, 5).equal(starting_noise([0], shape, 6))
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def cfg(tmp_path: Path):
+    return tiny_config(tmp_path, "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32", "eval.images=12")
+
+
+def write_folder(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for index, image in enumerate(pictures(count, seed=5)):
+        Image.fromarray(image).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def test_a_folder_is_sampled_by_seed_and_compared_one_for_one(cfg, tmp_path: Path, capsys) -> None:
+    cfg.of = str(write_folder(tmp_path / "many", 30))
+    metrics = read_json(measure_any(cfg) / "metrics.json")
+    assert {"balanced_fd_efficientnet_lite0", "natural_kid_x1000_efficientnet_lite0"} <= set(metrics)
+    assert "eval.images" not in capsys.readouterr().err
+    cfg.of = str(write_folder(tmp_path / "few", FEWEST_IMAGES))
+    measure_any(cfg)
+    assert f"{FEWEST_IMAGES} images are compared with as many held-out ones" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, FEWEST_IMAGES - 1])
+def test_too_few_images_are_refused(cfg, tmp_path: Path, count: int) -> None:
+    cfg.of = str(write_folder(tmp_path / "few", count))
+    with pytest.raises(UserError, match=r"readable images|no images") as error:
+        measure_any(cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sample_does_not_favour_the_first_names() -> None:
+    folder = Made(readable=np.ones(1000, dtype=bool), manifest=range(1000))
+    rows = sample_rows(folder, 100, 0, Path("x"))
+    assert len(set(rows)) == 100 and 400 < rows.mean() < 600
+    assert rows.tolist() == sample_rows(folder, 100, 0, Path("x")).tolist()
+    assert rows.tolist() != sample_rows(folder, 100, 1, Path("x")).tolist()
+
+
+def test_a_folder_sorted_by_scene_measures_as_a_shuffled_one(cfg, tmp_path: Path) -> None:
+    """The same images under names in order of scene and under random ones: the same distance up to sampling."""
+    bright, dark = pictures(60, seed=1), pictures(60, seed=2) // 4
+    order = np.random.default_rng(0).permutation(120)
+    found = []
+    for name, numbers in (("sorted", np.arange(120)), ("flat", order)):
+        (tmp_path / name).mkdir()
+        for number, image in zip(numbers, [*bright, *dark], strict=True):
+            Image.fromarray(image).save(tmp_path / name / f"{number:03d}.png")
+        cfg.of = str(tmp_path / name)
+        metrics = read_json(measure_any(cfg) / "metrics.json")
+        parts = ("", "_low", "_high")
+        found.append([metrics[f"natural_kid_x1000_efficientnet_lite0{part}"] for part in parts])
+    assert found[0][1] <= found[1][0] <= found[0][2] and found[1][1] <= found[0][0] <= found[1][2]
+
+
+# ---------------------------------------------------------------- reference rows
+
+
+def test_reference_rows_are_real_and_rebuilt_images_n_against_n(tmp_path: Path) -> None:
+    """Each number is computed anew here from the images; a perfect autoencoder's row is that of the real images."""
+    corpus, test = made_corpus(80, seed=3), made_corpus(60, seed=4)
+    held, further = made_held_out(test, np.arange(20)), made_held_out(test, np.arange(20, 40))
+    rebuilds = {
+        "reconstructed_train": Rebuild("same", lambda images: images),
+        "pca": Rebuild("dark", lambda images: images // 2),
+    }
+    judges = Judges((Moments(),), Clip(), {"ice": ["a"], "sea": ["b"]})
+    directory = reference_rows({"balanced": held}, {"balanced": further}, corpus, judges, rebuilds, 0, tmp_path)
+    rows = read_json(directory / "reference_rows.json")
+    assert list(rows) == ["real_held_out", "real_train", "reconstructed_train", "pca"]
+    expected = compare({"moments": Moments()(further.images)}, held)
+    assert rows["real_held_out"]["balanced_fd_moments"] == pytest.approx(expected["fd_moments"])
+    assert rows["real_held_out"]["balanced_clip_made"] == pytest.approx(float(further.images.mean()), rel=1e-4)
+    names = [name for name in rows["real_train"] if "moments" in name]
+    assert {name: rows["reconstructed_train"][name] for name in names} == {n: rows["real_train"][n] for n in names}
+    real, dark = np.load(directory / "real_train.npy"), np.load(directory / "pca.npy")
+    np.testing.assert_array_equal(dark, real // 2)
+    assert rows["reconstructed_train"]["balanced_psnr"] > 50 > rows["pca"]["balanced_psnr"] > 5
+    shown = {image.tobytes() for image in corpus.images}
+    assert all(image.tobytes() in shown for image in real), "images of the row are training images"
+    assert measuring.with_set("", {"psnr": 1.0}) == {"psnr": 1.0}

@@ -1,0 +1,163 @@
+"""Measuring a pretraining run: its snapshots on `val`, its final model on `eval.split`, and the files that say so.
+
+Training is done by then, or, for a snapshot, goes on afterwards. What is drawn and measured is cached in stages of its
+own (`eval.measuring`): other metrics, more images or another sampler never train again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from corpus.index import Corpus
+from eval.convergence import CONVERGENCE, summarise
+from eval.held_out import HeldOut
+from eval.measuring import (
+    IMAGES,
+    Judges,
+    Sampling,
+    draw_images,
+    encoders_of,
+    evaluation_sets,
+    measure_model,
+    metrics_of,
+    real_confusion,
+    scene_captions,
+)
+from eval.measuring_any import SCORER
+from eval.models import SNAPSHOT, Model, snapshots_of
+from eval.pairs import scene_accuracy
+from report.figures import contact_sheet
+from runtime.artefacts import is_main_process, plain, read_json, write_json
+from runtime.tracking import Tracker
+from train.components import TextParts
+from train.metadata import FOLDER, MetadataEncoder
+from train.model_card import model_card
+from train.sheets import COLUMNS, place_sheet, sample_sheet, save_picture, short_caption
+
+#: In a run's directory: what its training was, of which the summary repeats the most.
+TRAINING = "training.json"
+#: In a run's directory: where the measured stages of its final model lie, by held-out set.
+MEASURED = "measured.json"
+#: Images of each held-out set that a run shows.
+SHOWN = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that a run is measured with.
+
+    Attributes:
+        final: held-out sets of `eval.split`; while_training: the balanced one of `val`.
+    """
+
+    judges: Judges
+    sampling: Sampling
+    final: Mapping[str, HeldOut]
+    while_training: HeldOut
+
+    @classmethod
+    def of(cls, cfg: DictConfig, corpus: Corpus, text: TextParts) -> Evaluation:
+        """Of a config, with the CLIP model of the text encoder and the captions of the training corpus."""
+        judges = Judges(encoders_of(cfg), text.scorer, scene_captions(corpus))
+        balanced = evaluation_sets(cfg, "val", images=cfg.eval.convergence_images)["balanced"]
+        return cls(judges, Sampling.of(cfg), evaluation_sets(cfg), balanced)
+
+
+def measure_snapshot(
+    cfg: DictConfig, run: Path, snapshot: Path, corpus: Corpus, evaluation: Evaluation, tracker: Tracker
+) -> dict[str, Any]:
+    """A line of convergence.jsonl, and the snapshot's sample sheet in `samples/`."""
+    model = Model(run / "pipeline", snapshot)
+    measured = measure_model(
+        model, {"balanced": evaluation.while_training}, evaluation.judges, evaluation.sampling, cfg.runs
+    )
+    line = {**read_json(snapshot / SNAPSHOT), **metrics_of(measured)}
+    if is_main_process():
+        tracker.log({key: value for key, value in line.items() if key != "step" and value is not None}, line["step"])
+        draw_sheets(run, model, snapshot, corpus, evaluation.sampling, tracker)
+    return line
+
+
+def draw_sheets(run: Path, model: Model, snapshot: Path, corpus: Corpus, sampling: Sampling, tracker: Tracker) -> None:
+    """`samples/step_<step>.png`, and `places_<step>.png` of a model that knows places; what is there stays."""
+    step = read_json(snapshot / SNAPSHOT)["step"]
+    path = run / "samples" / f"step_{step:06d}.png"
+    settings = path.with_suffix(".json")
+    wanted = {"model": model.key, "sampling": plain(sampling)}
+    if path.is_file() and settings.is_file() and read_json(settings) == wanted:
+        return
+    pipeline = model.load()
+    path, prompts = sample_sheet(pipeline, corpus, sampling, path)
+    tracker.image("samples", path, step, caption=" | ".join(prompts))
+    if (snapshot / FOLDER).is_dir():
+        encoder = MetadataEncoder.load(snapshot / FOLDER)
+        if {"lon", "lat"} <= set(encoder.fields):
+            places = place_sheet(pipeline, encoder, sampling, run / "samples" / f"places_{step:06d}.png")
+            tracker.image("places", places, step, caption="the same prompt and noise, another place")
+    write_json(settings, wanted)
+
+
+def measure_run(
+    cfg: DictConfig, run: Path, corpus: Corpus, text: TextParts, evaluation: Evaluation, tracker: Tracker
+) -> None:
+    """Write convergence.jsonl, summary.json, the model card and samples of a finished training into its directory."""
+    # what the tracker has heard while training went on it is not told again
+    silent = Tracker() if cfg.eval.while_training else tracker
+    lines = [measure_snapshot(cfg, run, path, corpus, evaluation, silent) for path in snapshots_of(run)]
+    model = Model(run / "pipeline")
+    measured = measure_model(model, evaluation.final, evaluation.judges, evaluation.sampling, cfg.runs)
+    if not is_main_process():
+        return
+    _write_lines(run / CONVERGENCE, lines)
+    for name, held in evaluation.final.items():
+        images = np.load(draw_images(model, held, evaluation.sampling, cfg.runs) / IMAGES, mmap_mode="r")[:SHOWN]
+        labels = [short_caption(caption) for caption in held.captions[:SHOWN]]
+        save_picture(contact_sheet(images, COLUMNS, labels), run / "samples" / f"{name}.png")
+    write_json(run / MEASURED, {name: str(path) for name, path in measured.items()})
+    if text.place is not None:
+        write_json(run / SCORER, {**text.place, **_relative(text.place, run)})
+    training = read_json(run / TRAINING)
+    summary = {**training, **measured_facts(cfg, measured, evaluation, lines)}
+    selection = read_json(Path(cfg.runs) / "selection" / training["selection"] / "summary.json")
+    card = model_card(cfg, summary, selection)
+    (run / "pipeline" / "README.md").write_text(card, encoding="utf-8")
+    write_json(run / "summary.json", summary)
+    tracker.summary(summary["metrics"])
+
+
+def measured_facts(
+    cfg: DictConfig, measured: Mapping[str, Path], evaluation: Evaluation, lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a summary says of a model's images."""
+    balanced = evaluation.final["balanced"]
+    real = real_confusion(balanced, evaluation.judges, cfg.runs)
+    generated = read_json(measured["balanced"] / "confusion.json")
+    return {
+        "metrics": metrics_of(measured),
+        "split": cfg.eval.split,
+        "convergence": summarise(lines, plain(cfg.eval.targets)),
+        "scenes": {"real": real, "generated": generated},
+        "scene_accuracy_real": None if real is None else scene_accuracy(real),
+    }
+
+
+def _relative(place: Mapping[str, Any], run: Path) -> dict[str, str]:
+    """The folders of a CLIP model, relative to the run where both lie below the same runs."""
+    runs = run.resolve().parent.parent
+    folders = {key: Path(place[key]).resolve() for key in ("folder", "tokenizer")}
+    return {key: os.path.relpath(path, run.resolve()) for key, path in folders.items() if path.is_relative_to(runs)}
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """JSON lines, written so that a reader sees the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(plain(line)) + "\n" for line in lines), encoding="utf-8")
+    os.replace(partial, path)
