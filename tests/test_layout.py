@@ -24,7 +24,7 @@ ALLOWED = {
     "encoders": {"runtime", "corpus", "encoders"},
     "eval": {"runtime", "corpus", "encoders", "eval"},
     "report": {"runtime", "corpus", "eval", "report"},
-    "prune": {"runtime", "corpus", "encoders", "prune", "report"},
+    "prune": {"runtime", "corpus", "encoders", "eval", "prune", "report"},
     "train": {"runtime", "corpus", "encoders", "prune", "train", "eval", "report"},
     "downstream": {"runtime", "corpus", "encoders", "prune", "train", "downstream", "eval", "report"},
     "scripts": set(PACKAGES),

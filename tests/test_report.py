@@ -144,7 +144,7 @@ def test_scenes_are_counted_by_what_was_seen_in_them():
         "scene": ["airport", "beach", "all"], "images": [4, 4, 8], "photographs": [0.75, 1.0, 0.875],
         "rsprune": [0.0, 0.5, 0.25],
     }  # fmt: skip
-    assert "| all | 8 | 0.875 | 0.25 |" in to_markdown("scenes", table)
+    assert "| all     |        8 |         0.875 |      0.25 |" in to_markdown("scenes", table)
 
 
 def test_confusion_figure_draws_shares_of_each_scene():

@@ -103,9 +103,9 @@ def test_a_raised_version_builds_anew_and_so_do_the_stages_after(
     first = stage(tmp_path, "entropy", {"seed": 1}, lambda directory: None)
     raised(monkeypatch, "entropy")
     after = {name: stage_fingerprint(name, {"seed": 1}) for name in names}
-    assert {name for name in names if before[name] != after[name]} == {"entropy", "selection", "subset"}
+    assert {name for name in names if before[name] != after[name]} == {"entropy", "selection"}
     assert stage(tmp_path, "entropy", {"seed": 1}, lambda directory: None) != first
-    assert versions_of("subset") == {"subset": 1, "embedding": 1, "entropy": 2, "held_out": 1}
+    assert versions_of("selection") == {"selection": 1, "embedding": 1, "entropy": 2}
 
 
 def test_what_an_older_version_indexed_or_scanned_is_not_taken_over(
@@ -138,7 +138,7 @@ def test_a_stage_says_what_it_was_built_with(tmp_path: Path) -> None:
         built = stage(tmp_path, "subset", {"seed": 1}, lambda directory: None)
     facts = read_json(built / COMPLETE)
     assert facts["stage"] == "subset" and facts["fingerprint"] == built.name and facts["inputs"] == {"seed": 1}
-    assert facts["version"] == 1 and set(facts["after"]) == {"embedding", "entropy", "held_out"}
+    assert facts["version"] == 1 and set(facts["after"]) == {"embedding", "measured", "held_out"}
     assert facts["config"] == {"seed": 1, "twice": 1}
     assert facts["commit"] == commit()
     assert facts["versions"]["python"] == platform.python_version()
