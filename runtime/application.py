@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3), in malloc.h
+#: Libraries whose warnings are meant for those who write code with them, not for those who run a command.
+QUIET = (
+    *("torch", "torchvision", "torchmetrics", "torch_fidelity", "timm", "open_clip", "cleanfid"),
+    *("diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub"),
+)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -32,8 +37,7 @@ def prepare_process() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors arrive here instead of as Hydra's own pages
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    silence_libraries()
     import torch
 
     torch.set_flush_denormal(True)
@@ -41,6 +45,12 @@ def prepare_process() -> None:
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
             sys.modules[name].utils.logging.disable_progress_bar()
+
+
+def silence_libraries() -> None:
+    """Drop the UserWarnings and FutureWarnings that the modules of some libraries raise; all others show."""
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(QUIET)})(\.|$)")
 
 
 def keep_freed_memory() -> None:

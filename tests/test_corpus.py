@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,6 +27,7 @@ from corpus.sources.folder import ImageFolder
 from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
+from runtime.application import prepare_process
 from runtime.artefacts import write_json
 from runtime.errors import UserError
 from runtime.parallel import WINDOW, in_processes, in_threads
@@ -456,6 +458,25 @@ def test_a_killed_worker_is_one_clear_line() -> None:
         list(in_processes(kill_self, [1], workers=2))
     assert "\n" not in str(caught.value)
     assert list(in_processes(square, [3], workers=2)) == [9], "the next call has workers again"
+
+
+def shows(module: str) -> list[str]:
+    """Which of its warnings this process shows."""
+    with warnings.catch_warnings(record=True) as seen:
+        for category in (UserWarning, FutureWarning, RuntimeWarning):
+            warnings.warn_explicit("text", category, f"{module}.py", 1, module=module)
+    return [warning.category.__name__ for warning in seen]
+
+
+@pytest.mark.parametrize("stream_of", [in_processes, map])
+def test_only_the_libraries_own_warnings_are_dropped(stream_of) -> None:
+    modules = ["torch.nn.functional", "diffusers", "timm.models", "torchless", "numpy.linalg", "corpus.index"]
+    every = ["UserWarning", "FutureWarning", "RuntimeWarning"]
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        prepare_process()
+        found = dict(zip(modules, stream_of(shows, modules), strict=True))
+    assert found == {name: every[2:] if name in modules[:3] else every for name in modules}
 
 
 def test_worker_count_changes_neither_the_index_nor_its_name(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,58 @@ def test_only_the_first_process_of_a_launch_tracks(
     with track(cfg, "pretrain", "name") as tracker:
         tracker.log({"loss": 1.0}, 1)
     assert not runs and not (tmp_path / "runs").exists()
+
+
+def broken(*_: object, **__: object) -> None:
+    raise RuntimeError("no connection\nto the server")
+
+
+@pytest.mark.parametrize("online_only", [True, False])
+def test_wandb_that_does_not_start_ends_no_stage(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, online_only: bool
+) -> None:
+    init = sys.modules["wandb"].init
+    works = lambda options: online_only and options["mode"] == "offline"  # noqa: E731
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **all: init(**all) if works(all) else broken())
+    with track(config(tmp_path, "tracker=wandb", "tracker.mode=online"), "prune", "name") as tracker:
+        tracker.log({"loss": 1.0}, 1)
+        tracker.summary({"kid": 1.0})
+    first, *more = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: Weights & Biases, online, failed (no connection to the server)")
+    assert len(more) == (not online_only) and [run.logged for run in runs] == [[({"loss": 1.0}, 1)]] * online_only
+
+
+def test_wandb_that_fails_on_the_way_ends_no_stage_and_spares_tensorboard(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Run, "log", broken)
+    monkeypatch.setattr(Run, "finish", broken)
+    with track(config(tmp_path, "tracker=wandb", "tracker.tensorboard=true"), "prune", "name") as tracker:
+        for step in range(3):
+            tracker.log({"loss": 1.0}, step)
+    assert capsys.readouterr().err.count("warning: Weights & Biases failed") == 2  # of logging, and of the end
+    (folder,) = (tmp_path / "runs" / "tensorboard").iterdir()
+    assert [event.step for event in read(folder).Scalars("loss")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_command_whose_wandb_raises_ends_well(tmp_path: Path, repository: Path, tiny_folder: Path) -> None:
+    code = (
+        "import sys, wandb, runpy\n"
+        "def init(**options): raise RuntimeError('no server')\n"
+        "wandb.init, sys.argv[0] = init, 'prune/run.py'\n"
+        "runpy.run_path('prune/run.py', run_name='__main__')"
+    )
+    options = [
+        "corpus=folder", f"corpus.root={tiny_folder}", "corpus.train.split=all", "prune=random",
+        "reference=folder", f"reference.root={tiny_folder}", "tracker=wandb", f"runs={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("selection: ")
+    assert [line for line in done.stderr.splitlines() if "no server" in line] == [
+        "warning: Weights & Biases, offline, failed (no server): the stage goes on without it"
+    ]
 
 
 # ---------------------------------------------------------------- a pretraining
