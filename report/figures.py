@@ -244,6 +244,42 @@ def ratio_curve(table: pd.DataFrame, suggested: float, title: str) -> Figure:
     return figure
 
 
+def damage_figure(curves: pd.DataFrame) -> Figure:
+    """How KID grows with known damage: a panel a damage, a curve an encoder.
+
+    Encoders differ in scale, so growth is drawn in half widths of the undamaged interval: above 1 the damage stands out
+    of what the draw of the images does.
+
+    Args:
+        curves: columns encoder, damage, step (0: undamaged), strength, kid_x1000, kid_x1000_low, kid_x1000_high.
+    """
+    damages = list(curves["damage"].unique())
+    figure = _figure(6.8, 1.0 + 2.3 * math.ceil(len(damages) / 2))
+    panels = figure.subplots(math.ceil(len(damages) / 2), 2, sharey=True, squeeze=False).ravel()
+    for axes, damage in zip(panels, damages, strict=False):
+        for index, (name, curve) in enumerate(curves[curves["damage"] == damage].groupby("encoder", sort=False)):
+            curve = curve.sort_values("step")
+            first = curve.iloc[0]
+            growth = (curve["kid_x1000"] - first["kid_x1000"]) / (first["kid_x1000_high"] - first["kid_x1000"])
+            axes.plot(
+                curve["step"], growth, color=(AFTER, *_OTHERS)[index % 6], label=name, linewidth=2, zorder=3,
+                marker=_MARKERS[index % len(_MARKERS)], markersize=5,
+            )  # fmt: skip
+        _dress(axes, damage.replace("_", " "), "", "")
+        axes.axhline(1, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_formatter(FuncFormatter(_counts))
+        axes.set_xticks(curve["step"], [f"{value:g}" for value in curve["strength"]])
+    for axes in panels[len(damages) :]:
+        axes.set_visible(False)
+    figure.supylabel("growth of KID, half widths of its interval", fontsize=12, color=MUTED)
+    figure.supxlabel("strength of the damage", fontsize=12, color=MUTED)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=11
+    )
+    return figure
+
+
 def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int = 30) -> Figure:
     """Images (log scale) and shares of every scene before and after pruning, largest scene first.
 

@@ -80,8 +80,8 @@ def test_an_autoencoder_is_kept_if_it_beats_pca_in_both_measures(
     tiles: Path, monkeypatch: pytest.MonkeyPatch, psnr: float, distance: float, better: bool
 ) -> None:
     """Trained for a step a phase; what is measured of it is made up."""
-    pca = {"psnr": 30.0, "fd_geoembed": 101.0, "kid_x1000_geoembed": 35.0}
-    ours = {"psnr": psnr, "fd_geoembed": distance, "kid_x1000_geoembed": 12.0}
+    pca = {"psnr": 30.0, "fd_efficientnet_lite2": 101.0, "kid_x1000_efficientnet_lite2": 35.0}
+    ours = {"psnr": psnr, "fd_efficientnet_lite2": distance, "kid_x1000_efficientnet_lite2": 12.0}
     monkeypatch.setattr(command, "measure", lambda *_: {"autoencoder": ours, "pca": pca})
     weights = tiles / "weights"
     shutil.rmtree(weights, ignore_errors=True)

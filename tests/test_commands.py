@@ -21,7 +21,7 @@ from eval.metrics import Quantity
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The evaluation encoder of the default config.
-EVALUATION = "geoembed"
+EVALUATION = "efficientnet_lite2"
 KID = Quantity("kid_x1000", EVALUATION, "balanced").name
 
 

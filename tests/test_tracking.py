@@ -255,7 +255,7 @@ def test_a_pretraining_tells_wandb_its_selection_samples_and_speed(told: Told) -
     (speed,) = (values for values, _ in run.logged if "images_per_second" in values)
     assert set(speed) == SPEED and all(np.isfinite(value) for value in speed.values())
     assert 0 < speed["model_flops_utilisation"] < 1 and list(run.values("learning_rate")) == [STEPS]
-    assert sorted(run.values("balanced_kid_x1000_geoembed")) == [STEPS // 2, STEPS]
+    assert sorted(run.values("balanced_kid_x1000_efficientnet_lite2")) == [STEPS // 2, STEPS]
     assert run.summary == summary["metrics"]
 
 

@@ -1,0 +1,267 @@
+"""Known damage to a set of images at growing strength: what a distance between image sets must see.
+
+Damage of pixels maps uint8 [N, H, W, 3] to the same shape. Damage of the mixture replaces images by other images of the
+same scenes' pool; it maps rows of that pool to rows. Strength 0 changes nothing. With an equal generator a stronger
+damage holds the weaker one: noise is the same field scaled, the same images are replaced and then more.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from scipy.stats import spearmanr
+from skimage.color import hsv2rgb, rgb2hsv
+
+from encoders.embedding import Encoder, embed
+from eval.metrics import frechet_distance, kernel_distance
+from runtime.errors import UserError
+
+#: Cells along each side of an image in `shuffled`.
+GRID = 8
+
+
+def blurred(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    """Gaussian blur; strength is the standard deviation in pixels."""
+    return _bytes(gaussian_filter(images.astype(np.float32), strength, axes=(1, 2))) if strength else images
+
+
+def noisy(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    """Additive Gaussian noise, independent by pixel and channel; strength is the standard deviation in grey levels."""
+    return _bytes(images + strength * generator.standard_normal(images.shape, dtype=np.float32))
+
+
+def compressed(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    """JPEG by PIL at quality 100 - strength, chroma subsampled 4:2:0."""
+    if not strength:
+        return images
+    decoded = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=round(100 - strength), subsampling="4:2:0")
+        decoded.append(np.asarray(Image.open(file)))
+    return np.stack(decoded)
+
+
+def recoloured(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    """The hue of HSV turned by strength degrees."""
+    hsv = rgb2hsv(images)
+    hsv[..., 0] = (hsv[..., 0] + strength / 360) % 1
+    return _bytes(255 * hsv2rgb(hsv))
+
+
+def flattened(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    """Less contrast: pixels move to the mean colour of their image; strength is the share of the way."""
+    mean = images.mean(axis=(1, 2), keepdims=True)
+    return _bytes(images + strength * (mean - images))
+
+
+def shuffled(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    """Cells of a GRID x GRID grid change places within their image; strength is the share of cells that move."""
+    size = np.array(images.shape[1:3]) // GRID
+    result = images.copy()
+    for before, after in zip(images, result, strict=True):
+        moved = generator.permutation(GRID * GRID)[: round(strength * GRID * GRID)]
+        for source, target in zip(moved, np.roll(moved, 1), strict=True):
+            (top, left), (row, column) = divmod(source, GRID) * size, divmod(target, GRID) * size
+            cell = before[top : top + size[0], left : left + size[1]]
+            after[row : row + size[0], column : column + size[1]] = cell
+    return result
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images of several scenes, dealt into two disjoint sets of the same size and the rest.
+
+    Attributes:
+        images: uint8 [M, H, W, 3]; scenes: str [M].
+        reference, clean: rows, int64 [N]; every scene alike.
+        spare: rows of neither set, int64.
+    """
+
+    images: np.ndarray
+    scenes: np.ndarray
+    reference: np.ndarray
+    clean: np.ndarray
+    spare: np.ndarray
+
+
+def deal(images: np.ndarray, scenes: np.ndarray, size: int, generator: np.random.Generator) -> Pool:
+    """Draw two scene-balanced sets of `size` images each.
+
+    Raises:
+        UserError: a scene has too few images.
+    """
+    names = sorted(set(scenes.tolist()))
+    each = -(-size // len(names))
+    first, second, rest = [], [], []
+    for name in names:
+        rows = generator.permutation(np.flatnonzero(scenes == name))
+        if len(rows) < 2 * each:
+            raise UserError(f"scene {name} has {len(rows)} images, {2 * each} are needed: lower damage.images")
+        first, second, rest = [*first, rows[:each]], [*second, rows[each : 2 * each]], [*rest, rows[2 * each :]]
+    # one of every scene in turn, so that the first `size` are balanced
+    reference, clean = (np.stack(rows, axis=1).ravel()[:size] for rows in (first, second))
+    return Pool(images, scenes, reference, clean, np.concatenate(rest))
+
+
+def swapped(pool: Pool, strength: float, generator: np.random.Generator) -> np.ndarray:
+    """The clean set's rows with a share, the strength, of all other scenes' images replaced by the commonest scene's.
+
+    Raises:
+        UserError: that scene has too few spare images.
+    """
+    names, counts = np.unique(pool.scenes[pool.spare], return_counts=True)
+    intruder = names[counts.argmax()]
+    places = generator.permutation(np.flatnonzero(pool.scenes[pool.clean] != intruder))
+    places = places[: round(strength * len(places))]
+    spare = generator.permutation(pool.spare[pool.scenes[pool.spare] == intruder])
+    if len(spare) < len(places):
+        raise UserError(
+            f"scene {intruder} has {len(spare)} spare images, {len(places)} are needed: lower damage.images"
+        )
+    rows = pool.clean.copy()
+    rows[places] = spare[: len(places)]
+    return rows
+
+
+def fewer_modes(pool: Pool, strength: float, generator: np.random.Generator) -> np.ndarray:
+    """The clean set's rows with the images of lost scenes replaced by further images of the other scenes, in turn.
+
+    Strength is the share of scenes that are lost, in random order; one is left at least. Where the spare images of a
+    scene run out, its images repeat.
+    """
+    names = generator.permutation(np.unique(pool.scenes))
+    lost = min(round(strength * len(names)), len(names) - 1)
+    decks = [generator.permutation(pool.spare[pool.scenes[pool.spare] == name]) for name in names][lost:]
+    own = [pool.clean[pool.scenes[pool.clean] == name] for name in names][lost:]
+    rows = pool.clean.copy()
+    for turn, place in enumerate(np.flatnonzero(np.isin(pool.scenes[pool.clean], names[:lost]))):
+        mode, count = turn % len(decks), turn // len(decks)
+        choices = np.concatenate([decks[mode], own[mode]])
+        rows[place] = choices[count % len(choices)]
+    return rows
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One kind of damage.
+
+    Attributes:
+        unit: of the strength.
+        strengths: growing, from what the eye hardly sees to what it cannot overlook.
+        pixels: (images, strength, generator) -> images, or None.
+        mixture: (pool, strength, generator) -> rows of the pool in place of `pool.clean`, or None.
+    """
+
+    unit: str
+    strengths: tuple[float, ...]
+    pixels: Callable[[np.ndarray, float, np.random.Generator], np.ndarray] | None = None
+    mixture: Callable[[Pool, float, np.random.Generator], np.ndarray] | None = None
+
+
+DAMAGES: dict[str, Damage] = {
+    "blur": Damage("σ, px", (0.4, 0.6, 0.9, 1.4, 2.0), pixels=blurred),
+    "noise": Damage("σ, grey levels", (2, 4, 8, 16, 32), pixels=noisy),
+    "jpeg": Damage("100 − quality", (5, 15, 30, 60, 90), pixels=compressed),
+    "colour": Damage("hue, degrees", (3, 6, 12, 24, 48), pixels=recoloured),
+    "contrast": Damage("share of contrast lost", (0.1, 0.2, 0.35, 0.5, 0.7), pixels=flattened),
+    "shuffle": Damage("share of 8 × 8 cells moved", (0.05, 0.1, 0.25, 0.5, 1.0), pixels=shuffled),
+    "swapped_scenes": Damage("share of images swapped", (0.1, 0.2, 0.35, 0.5, 0.8), mixture=swapped),
+    "fewer_modes": Damage("share of scenes lost", (0.125, 0.25, 0.5, 0.75, 0.875), mixture=fewer_modes),
+}
+
+
+class PoolFeatures:
+    """Features of a pool's images, each image embedded when it is first asked for."""
+
+    def __init__(self, encoder: Encoder, pool: Pool) -> None:
+        self.encoder, self.pool = encoder, pool
+        self._of_row: dict[int, np.ndarray] = {}
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Features float32 [N, D] of rows int64 [N]."""
+        new = np.array(sorted(set(rows.tolist()) - self._of_row.keys()), dtype=np.int64)
+        if len(new):
+            features = embed(self.encoder, self.pool.images[new], batch_size=self.encoder.batch_size)
+            self._of_row.update(zip(new.tolist(), features, strict=True))
+        return np.stack([self._of_row[row] for row in rows.tolist()])
+
+
+def damage_curve(features: PoolFeatures, name: str, strengths: Sequence[float], seed: int) -> pd.DataFrame:
+    """Distances between the reference and the clean set, undamaged (strength 0) and at each strength.
+
+    Args:
+        name: of `DAMAGES`.
+    Returns:
+        A row a strength, 0 first: strength, kid_x1000, kid_x1000_low, kid_x1000_high, fd.
+    """
+    damage, pool, encoder = DAMAGES[name], features.pool, features.encoder
+    reference = features(pool.reference)
+    rows = []
+    for strength in (0.0, *strengths):
+        generator = np.random.default_rng(seed)
+        if not strength:
+            found = features(pool.clean)
+        elif damage.mixture is not None:
+            found = features(damage.mixture(pool, strength, generator))
+        else:
+            images = damage.pixels(pool.images[pool.clean], strength, generator)
+            found = embed(encoder, images, batch_size=encoder.batch_size, label=f"{encoder.name}, {name} {strength:g}")
+        value, low, high = kernel_distance(found, reference)
+        distances = {"kid_x1000": value, "kid_x1000_low": low, "kid_x1000_high": high}
+        rows.append({"strength": strength, **distances, "fd": frechet_distance(found, reference)})
+    return pd.DataFrame(rows)
+
+
+def inversions(values: Sequence[float]) -> int:
+    """Pairs of a sequence that should grow whose later value is not the larger one."""
+    return sum(later <= value for index, value in enumerate(values) for later in values[index + 1 :])
+
+
+def verdict(curve: pd.DataFrame) -> dict[str, float]:
+    """How well an encoder orders one damage, and how soon it sees it.
+
+    Args:
+        curve: the rows of `damage_curve`.
+    Returns:
+        `<metric>_spearman`, the correlation of KID and Fréchet distance with the strength; `<metric>_inversions`, pairs
+        in the wrong order; `seen_at`, the first step (1, 2, ...) whose KID interval lies above the undamaged one, NaN
+        where none does.
+    """
+    found: dict[str, float] = {}
+    for metric in ("kid_x1000", "fd"):
+        found[f"{metric}_spearman"] = float(spearmanr(curve["strength"], curve[metric]).statistic)
+        found[f"{metric}_inversions"] = inversions(curve[metric].tolist())
+    above = np.flatnonzero(curve["kid_x1000_low"] > curve["kid_x1000_high"].iloc[0])
+    return {**found, "seen_at": float(above[0]) if len(above) else float("nan")}
+
+
+def kernel_alignment(features: np.ndarray, other: np.ndarray) -> float:
+    """Linear CKA of two encoders' features of the same images, debiased: 0 for unrelated ones, 1 for equal ones.
+
+    Kornblith et al. 2019, with the unbiased HSIC of Song et al. 2012 (equation 5), which more dimensions do not lift.
+
+    Args:
+        features: float [N, D]; other: float [N, E]; N at least 4.
+    """
+    kernels = [np.asarray(x, dtype=np.float64) @ np.asarray(x, dtype=np.float64).T for x in (features, other)]
+    for kernel in kernels:
+        np.fill_diagonal(kernel, 0)
+
+    def dependence(first: np.ndarray, second: np.ndarray) -> float:
+        count = len(first)
+        sums = first.sum() * second.sum() / ((count - 1) * (count - 2))
+        return (first * second).sum() + sums - 2 * (first.sum(0) @ second.sum(0)) / (count - 2)
+
+    one, two = kernels
+    return float(dependence(one, two) / np.sqrt(dependence(one, one) * dependence(two, two)))
