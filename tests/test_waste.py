@@ -7,11 +7,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
-from eval.quality import subset_quality
 from PIL import Image
 
 from corpus.sources.bluemarble import BlueMarble
+from eval.held_out import HeldOut
+from eval.subset_quality import subset_quality
 from eval.waste import (
     BLOCK,
     NEAR_DUPLICATE_BITS,
@@ -185,10 +187,10 @@ def test_the_waste_of_a_subset_is_seen_on_its_pixels(images: np.ndarray, alike: 
     embeddings = random.standard_normal((40, 6)).astype(np.float32)
     if alike:
         embeddings = np.repeat(embeddings[:1], 40, axis=0) + 1e-6 * embeddings
-    held = SimpleNamespace(rows=np.arange(30), features=random.standard_normal((30, 6)).astype(np.float32))
-    found = subset_quality(
-        np.arange(40), {"balanced": held}, embeddings, "some_encoder", images=images, corpus_sample=images,
-        scenes=np.full(40, "", dtype=object), seed=0,
-    )  # fmt: skip
+    manifest = pd.DataFrame({"scene": np.full(40, "", dtype=object)})
+    corpus = SimpleNamespace(images=images, readable=np.ones(40, dtype=bool), manifest=manifest)
+    features = {"some_encoder": random.standard_normal((30, 6)).astype(np.float32)}
+    held = HeldOut("balanced", corpus, np.arange(30), features, [""] * 30)
+    found = subset_quality(np.arange(40), {"balanced": held}, corpus, {"some_encoder": embeddings}, seed=0)
     assert found["near_duplicates"] == waste
     assert found["low_information"] == pytest.approx(0.2)
