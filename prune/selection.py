@@ -24,9 +24,6 @@ from runtime.artefacts import COMPLETE, plain, stage, write_json
 from runtime.errors import UserError
 from runtime.tracking import track
 
-#: Of the rules by which methods select; a new one computes selections anew.
-VERSION = 2
-
 
 def method_name() -> str:
     """The chosen method's name as in configs/prune."""
@@ -56,7 +53,6 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
     inputs = {
-        "version": VERSION,
         "corpus": corpus.fingerprint,
         "method": method,
         "ratio": ratio,

@@ -34,7 +34,7 @@ STAGES = {
     "entropy": Stage(version=1, modules=("prune.entropy", "prune.features")),
     "embedding": Stage(version=1, modules=("encoders", "prune.features")),
     "selection": Stage(
-        version=1,
+        version=2,
         modules=(
             "prune.allocation",
             "prune.clusters",
