@@ -24,7 +24,7 @@ from eval.generated import measure, place_sheet, sample_sheet, save_picture, sce
 from eval.held_out import HeldOut, held_out_sets
 from prune.selection import select
 from report.figures import contact_sheet
-from runtime.artefacts import plain, read_json, stage, write_json
+from runtime.artefacts import is_main_process, plain, read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.tracking import Tracker, track
 from train.components import (
@@ -52,7 +52,6 @@ from train.networks import (
     text_to_image_pipeline,
 )
 from train.objective import Objective
-from train.sharding import Sharding, requested
 from train.utilisation import compute_dtype, peak_flops, training_flops
 
 CONVERGENCE = "convergence.jsonl"
@@ -68,7 +67,6 @@ def held_out(cfg: DictConfig) -> dict[str, HeldOut]:
 
 def pretrain(cfg: DictConfig, name: str) -> Path:
     """Prune with method `name` if not cached, then train the latent diffusion model on what is kept."""
-    sharding = requested()  # first: what is missing is said before anything is computed
     frozen = _load_frozen(cfg)
     objective_of(cfg)
     selection, corpus = select(cfg, name)
@@ -103,7 +101,6 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
                 objective_of(cfg),
                 fields,
                 sets,
-                sharding,
                 directory,
                 tracker,
             )
@@ -174,7 +171,6 @@ class _Run:
     objective: Objective
     fields: Mapping[str, MetadataField]
     sets: dict[str, HeldOut]
-    sharding: Sharding
     directory: Path
     tracker: Tracker
 
@@ -191,7 +187,7 @@ def _train(run: _Run) -> None:
             part.to(accelerator.device)
     rows = np.flatnonzero(pd.read_parquet(run.selection / "selection.parquet")["kept"].to_numpy())
     run.tracker.artifact("selection", run.selection.name, run.selection / "selection.parquet")
-    options = LoopOptions(**cfg.train.loop, seed=cfg.seed, sharding=run.sharding)
+    options = LoopOptions(**cfg.train.loop, seed=cfg.seed)
     subset = encode_subset(
         run.corpus,
         rows,
@@ -222,8 +218,8 @@ def _train(run: _Run) -> None:
         options,
         run.directory,
         label=f"pretrain {run.name}",
-        milestones=milestones(cfg, options),
-        on_milestone=partial(_milestone, run, options.batch_size),
+        snapshots=milestones(cfg, options),
+        on_snapshot=partial(_milestone, run, options.batch_size),
         log=partial(_log, run, accelerator, flops),
     )
     if accelerator.is_main_process:
@@ -271,6 +267,8 @@ def _log(run: _Run, accelerator: Accelerator, flops: float, values: dict[str, fl
 
 def _milestone(run: _Run, batch_size: int, step: int, mean_loss: float, seconds: float, modules: Modules) -> None:
     """Measure the averaged network in the middle of its training, and draw its sample sheet."""
+    if not is_main_process():
+        return
     pipeline, cfg = run.pipeline(modules[NETWORK]), run.cfg
     metrics = measure(cfg, pipeline, run.scorer, run.sets["balanced"], cfg.eval.convergence_images).metrics
     line = {
