@@ -73,7 +73,7 @@ def run(main: Callable) -> None:
 
     from runtime.artefacts import is_main_process
     from runtime.errors import UserError
-    from runtime.launch import start_the_others
+    from runtime.launch import check_launch, start_the_others
     from runtime.provenance import command
 
     @functools.wraps(main)
@@ -91,6 +91,7 @@ def run(main: Callable) -> None:
 
     try:
         start_the_others()
+        check_launch()
         prepare_process()
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(guarded)()
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,10 +1,11 @@
-"""`accelerate launch --cpu --num_processes N` as one means it: N processes.
+"""What `accelerate launch` asks for: N processes on a CPU are started, what cannot be had here is refused.
 
 Accelerate starts several processes on a CPU through MPI alone, and without a list of MPI's hosts a single one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def start_the_others() -> None:
     Raises:
         UserError: they are on several machines.
     """
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
+    if not _flag("ACCELERATE_USE_CPU"):
         return
     import psutil
 
@@ -65,3 +66,43 @@ def start_the_others() -> None:
     if command:
         os.environ.pop("KMP_AFFINITY", None)  # Accelerate's, which would put all of them on the same cores
         os.execv(command[0], command)
+
+
+def asked_for() -> str | None:
+    """The plugin of Accelerate that the launch asks for: "FSDP", "DeepSpeed" or none."""
+    return next((name for name in ("FSDP", "DeepSpeed") if _flag(f"ACCELERATE_USE_{name.upper()}")), None)
+
+
+def check_launch() -> None:
+    """Refuse what a launch asks for and cannot get, before anything is computed.
+
+    Raises:
+        UserError: it accumulates gradients, or asks for FSDP or DeepSpeed without GPUs, for FSDP 1, or for a DeepSpeed
+            that is not installed.
+    """
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UserError(
+            f"the launch sets gradient_accumulation_steps={accumulation}: leave it out, and give train.loop.micro_batch"
+        )
+    plugin = asked_for()
+    if plugin is None:
+        return
+    import torch
+
+    if _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+        raise UserError(
+            f"the launch asks for {plugin}, which Accelerate runs on GPUs alone: on CPUs, launch with "
+            "configs/accelerate/multi_cpu.yaml"
+        )
+    if plugin == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("the launch asks for FSDP 1: give fsdp_version: 2, as configs/accelerate/fsdp.yaml does")
+    if plugin == "DeepSpeed" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "the launch asks for DeepSpeed, which is not installed: .venv/bin/python -m pip install '.[deepspeed]', or "
+            "launch with configs/accelerate/fsdp.yaml"
+        )
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")

@@ -28,7 +28,15 @@ class Stage:
     after: tuple[str, ...] = ()
 
 
-_NETWORKS = ("train.components", "train.networks", "train.objective", "train.loop", "train.ema", "train.checkpoint")
+_NETWORKS = (
+    "train.components",
+    "train.networks",
+    "train.objective",
+    "train.loop",
+    "train.ema",
+    "train.checkpoint",
+    "train.processes",
+)
 STAGES = {
     "corpus": Stage(version=1, modules=("corpus",)),
     "entropy": Stage(version=1, modules=("prune.entropy", "prune.features")),

@@ -7,21 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import AutoencoderTiny
 from hydra import compose, initialize_config_dir
 from tiny_networks import SIZE
 from tiny_run import write_images
-from torch import nn
 
 from runtime.application import CONFIGS
 from runtime.errors import UserError
 from train import autoencoder as command
-from train.loop import LoopOptions, _update_average
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,36 +96,3 @@ def test_an_autoencoder_is_kept_if_it_beats_pca_in_both_measures(
     card = (weights / "README.md").read_text()
     assert "training split of tiles" in card and "CC0" in card and "1 steps of decoder, 1 steps of both" in card
     assert "| autoencoder | 31.00 | 90.00 | 12.00 |" in card and "| pca | 30.00 | 101.00 | 35.00 |" in card
-
-
-# ---------------------------------------------------------------- the average of the weights
-
-
-def test_the_average_forgets_half_in_its_half_life() -> None:
-    """By hand: of what was there `0.5 ** (batch / halflife)` stays each step, so half of it after a half-life."""
-    options = LoopOptions(steps=1000, batch_size=4, learning_rate=1.0, ema_halflife=32)
-    module, average = nn.Linear(3, 2), nn.Linear(3, 2)
-    for parameter in (*module.parameters(), *average.parameters()):
-        nn.init.zeros_(parameter)
-    nn.init.ones_(average.weight)
-    averaged = {"net": list(average.parameters())}
-    for step in range(500, 508):  # long after the ramp; eight steps of four images are a half-life
-        before = average.weight.detach().clone()
-        _update_average(averaged, {"net": module}, step, options)
-        torch.testing.assert_close(average.weight, before * 0.5 ** (4 / 32))
-    torch.testing.assert_close(average.weight, torch.full((2, 3), 0.5))
-    assert not average.bias.any()
-
-
-@pytest.mark.parametrize(("step", "halflife"), [(1, 0.4), (10, 4.0), (79, 31.6), (80, 32.0), (400, 32.0)])
-def test_the_half_life_rises_with_the_images_seen(step: int, halflife: float) -> None:
-    """A tenth of the images seen, `0.1 * step * batch`, as long as that is shorter than what is asked for."""
-    options = LoopOptions(steps=1000, batch_size=4, learning_rate=1.0, ema_halflife=32)
-    module, average = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    nn.init.constant_(module.weight, 3.0)
-    nn.init.constant_(average.weight, 1.0)
-    _update_average({"net": [average.weight]}, {"net": module}, step, options)
-    kept = 0.5 ** (4 / halflife)
-    assert average.weight.item() == pytest.approx(kept * 1.0 + (1 - kept) * 3.0, rel=1e-6)
-    _update_average({"net": [average.weight]}, {"net": module}, step, replace(options, ema_halflife=0))
-    assert average.weight.item() == 3.0  # no average: the weights themselves

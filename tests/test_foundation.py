@@ -48,7 +48,6 @@ from train.networks import (
     text_to_image_pipeline,
 )
 from train.objective import Objective
-from train.sharding import COPIES, Sharding, hidden, requested
 from train.text_encoder import cached_prompts, caption_lengths, encode_prompts
 from train.utilisation import peak_flops, training_flops
 
@@ -396,59 +395,6 @@ def test_a_loss_that_runs_away_stops_the_training(tmp_path) -> None:
     assert "learning_rate" in str(error.value) and "checkpoint" in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
-def test_shards_need_processes(tmp_path, kind) -> None:
-    with pytest.raises(UserError, match="accelerate launch"):
-        fit(tmp_path, replace(OPTIONS, sharding=Sharding(kind)))
-
-
-def test_the_launch_says_how_to_shard(tmp_path, monkeypatch) -> None:
-    """As Accelerate's launcher hands the configs on, and hidden from its plugins."""
-    assert requested() == COPIES
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
-    assert requested() == Sharding("fsdp", reshard=False)
-    with hidden():
-        assert requested() == COPIES
-    assert requested().kind == "fsdp"
-    for name, value, said in (
-        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
-        ("FSDP_VERSION", "1", "fsdp_version"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "micro_batch"),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
-            patch.setenv(name, value)
-            requested()
-
-
-def test_the_launch_says_how_deepspeed_shares(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="not installed"):
-        requested()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
-    assert requested().config["zero_optimization"]["stage"] == 1
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": "auto", "reduce_bucket_size": 1000}}))
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    zero = requested().config["zero_optimization"]
-    assert (zero["stage"], zero["reduce_bucket_size"], zero["overlap_comm"]) == (2, 1000, False)
-    for given, said in (
-        ({"zero_optimization": {"stage": 3}}, r"fsdp\.yaml"),
-        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
-        ({"zero_optimization": True}, "cannot be read"),
-        ([], "cannot be read"),
-    ):
-        file.write_text(json.dumps(given))
-        with pytest.raises(UserError, match=said):
-            requested()
-    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
-    with pytest.raises(UserError, match="offloading"):
-        requested()
-
-
 def test_compiled_networks_keep_their_weights_names(tmp_path, monkeypatch) -> None:
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
@@ -459,66 +405,72 @@ def test_compiled_networks_keep_their_weights_names(tmp_path, monkeypatch) -> No
 
 
 def launched(
-    processes: int, directory: Path, config: str = "multi_cpu", micro_batch: int = 8, *options: str
-) -> tuple[list[float], np.ndarray]:
-    """Losses and weights of a training over several processes of `accelerate launch`."""
+    directory: Path, config: str = "multi_cpu", micro_batch: int = 8, script: str = "tiny_loop.py"
+) -> dict[str, list]:
+    """What a training over two processes of `accelerate launch` prints: losses, weights, snapshots of each process."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / f"configs/accelerate/{config}.yaml"), "--num_processes", str(processes)]
-    command += [*options, "--main_process_port", "0"]
-    command += [str(ROOT / "tests" / "tiny_loop.py"), str(directory), str(micro_batch)]
+    command += ["--config_file", str(ROOT / f"configs/accelerate/{config}.yaml"), "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(ROOT / "tests" / script), str(directory), str(micro_batch)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    found, sharding, losses, weights = json.loads(done.stdout.strip().splitlines()[-1])
-    assert (found, sharding) == (processes, "copies" if config == "multi_cpu" else config)
-    return losses, np.array(weights)
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    assert said["processes"] == 2
+    return said
+
+
+def saved_losses(directory: Path) -> list[float]:
+    return json.loads((directory / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
 
 
 def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None:
     """gloo on the CPU; the same global batch, so the same curve, but for the order of sums."""
-    one = fit(tmp_path / "one")
-    losses = json.loads((tmp_path / "one" / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
-    pair, weights = launched(2, tmp_path / "two")
-    np.testing.assert_allclose(pair, losses, rtol=1e-4)
-    np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
+    snapshots = []
+    one = fit(tmp_path / "one", on_snapshot=lambda *given: snapshots.append(given))
+    losses = saved_losses(tmp_path / "one")
+    pair = launched(tmp_path / "two")
+    np.testing.assert_allclose(pair["losses"], losses, rtol=1e-4)
+    np.testing.assert_allclose(pair["weights"], one["0.weight"], rtol=1e-3, atol=1e-5)
+
+    # every process is shown every snapshot, with the same whole average and the same loss
+    assert [step for step, *_ in snapshots] == [5, 12] and pair["snapshots"][0] == pair["snapshots"][1]
+    assert [step for step, *_ in pair["snapshots"][0]] == [5, 12]
+    np.testing.assert_allclose([loss for _, loss, _ in pair["snapshots"][0]], [s[1] for s in snapshots], rtol=1e-4)
+    np.testing.assert_allclose(pair["snapshots"][0][-1][2], one["0.weight"], rtol=1e-3, atol=1e-5)
 
     with pytest.raises(KeyboardInterrupt):  # one process begins ...
         interrupted(tmp_path / "changed", 8)
-    later, weights = launched(2, tmp_path / "changed")  # ... and two go on
-    np.testing.assert_allclose(later, losses, rtol=1e-4)
-    np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
+    later = launched(tmp_path / "changed")  # ... and two go on
+    np.testing.assert_allclose(later["losses"], losses, rtol=1e-4)
+    np.testing.assert_allclose(later["weights"], one["0.weight"], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
-def test_sharded_weights_train_as_copied_ones_do_and_resume_each_other(tmp_path, config) -> None:
-    """Over gloo: a checkpoint is whole, so that one process can go on with it, and the other way round."""
+def test_plugins_train_as_one_process_does_and_resume_each_other(tmp_path, config) -> None:
+    """Accelerate's plugins, made to run over gloo: a checkpoint is whole, so each goes on with the other's."""
     if config == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install '.[deepspeed]')")
     one = fit(tmp_path / "one")
-    losses = json.loads((tmp_path / "one" / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
-    for micro_batch in (8, 3):
-        options = ["--zero_stage", "1"] if (config, micro_batch) == ("deepspeed", 3) else []
-        pair, weights = launched(2, tmp_path / f"two_{micro_batch}", config, micro_batch, *options)
-        np.testing.assert_allclose(pair, losses, rtol=1e-4)
-        np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
-    for name in ("net", "shift", "net_average", "shift_average", "optimiser"):
-        expected, found = (
-            load_file(tmp_path / run / "checkpoints" / "00000012" / f"{name}.safetensors") for run in ("one", "two_8")
-        )
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
-
+    losses = saved_losses(tmp_path / "one")
     with pytest.raises(KeyboardInterrupt):
         interrupted(tmp_path / "changed", 8)
-    later, weights = launched(2, tmp_path / "changed", config)
-    np.testing.assert_allclose(later, losses, rtol=1e-4)
-    np.testing.assert_allclose(weights, one["0.weight"], rtol=1e-3, atol=1e-5)
+    for name, micro_batch in (("parts", 3), ("changed", 8)):
+        pair = launched(tmp_path / name, config, micro_batch, "plugin_loop.py")
+        assert pair["kind"] == config.upper()
+        np.testing.assert_allclose(pair["losses"], losses, rtol=1e-4)
+        np.testing.assert_allclose(pair["weights"], one["0.weight"], rtol=1e-3, atol=1e-5)
+        for file in ("net", "shift", "net_average", "shift_average", "optimizer"):
+            expected, found = (
+                load_file(tmp_path / run / "checkpoints" / "00000012" / f"{file}.safetensors") for run in ("one", name)
+            )
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
 
     longer = replace(OPTIONS, steps=15)
-    expected, found = (fit(tmp_path / name, longer) for name in ("one", "two_8"))  # one process goes on with two's
+    expected, found = (fit(tmp_path / name, longer) for name in ("one", "parts"))  # one process goes on with two's
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""`accelerate launch --cpu --num_processes N` starts N processes, though Accelerate alone starts one."""
+"""`accelerate launch --cpu --num_processes N` starts N processes; what cannot be had here is refused in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import UserError
-from runtime.launch import launcher_of, options_of
+from runtime.launch import asked_for, check_launch, launcher_of, options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
@@ -97,3 +97,56 @@ def test_without_a_launch_nothing_changes(script, tmp_path, monkeypatch):
         [sys.executable, str(script), "ratio=0.5"], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.splitlines() == ["processes 1 sum 1 device cpu ratio 0.5"], done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
+def test_plugins_of_gpus_are_refused_on_cpus(tmp_path, config):
+    """By a launch that asks for them: every process ends before the corpus is read, with the same line and no other."""
+    if config == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: Accelerate's launcher says so by itself")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+            str(ROOT / "configs" / "accelerate" / f"{config}.yaml"), "--num_processes", "2", "--main_process_port", "0",
+            str(ROOT / "train" / "pretrain.py"), "profile=smoke", f"runs={tmp_path / 'runs'}",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    assert done.returncode != 0 and len(lines) == 1, done.stderr[-3000:]
+    assert "on GPUs alone" in lines.pop() and "run: " not in done.stdout and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_a_process_that_is_refused_ends_with_one_line_and_2(tmp_path, name):
+    """Where there is no GPU to be seen."""
+    environment = {**os.environ, f"ACCELERATE_USE_{name.upper()}": "true", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train" / "pretrain.py"), "profile=smoke", f"runs={tmp_path / 'runs'}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "runs").exists()
+    assert line.startswith(f"error: the launch asks for {name}, ") and "configs/accelerate/multi_cpu.yaml" in line
+
+
+def test_what_a_launch_may_ask_for(monkeypatch):
+    assert asked_for() is None
+    check_launch()
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    for variables, said in (
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps=4.*micro_batch"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "True"}, "on GPUs alone"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "not installed"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+            patch.setattr("importlib.util.find_spec", lambda name: None)
+            for key, value in variables.items():
+                patch.setenv(key, value)
+            check_launch()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert asked_for() == "FSDP"
+    check_launch()

@@ -139,7 +139,7 @@ def fit(directory, stop_at: int | None = None, options: LoopOptions = OPTIONS) -
             raise KeyboardInterrupt
         return (modules["net"](batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
 
-    def on_milestone(step, mean_loss, seconds, modules):
+    def on_snapshot(step, mean_loss, seconds, modules):
         seen.append((step, mean_loss))
 
     accelerator = Accelerator(cpu=True)
@@ -151,21 +151,21 @@ def fit(directory, stop_at: int | None = None, options: LoopOptions = OPTIONS) -
         options,
         directory,
         label="t",
-        milestones=[6, 12],
-        on_milestone=on_milestone,
+        snapshots=[6, 12],
+        on_snapshot=on_snapshot,
     )
     return {key: value.clone() for key, value in best["net"].state_dict().items()}, seen
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
-    whole, milestones = fit(tmp_path / "whole")
+    whole, snapshots = fit(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", stop_at=9)
     resumed, later = fit(tmp_path / "cut")
     for key, value in whole.items():
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
-    assert later[-1] == milestones[-1]
-    assert [step for step, _ in milestones] == [6, 12]
+    assert later[-1] == snapshots[-1]
+    assert [step for step, _ in snapshots] == [6, 12]
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):

@@ -11,10 +11,11 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, set_seed
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from omegaconf import DictConfig
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from corpus.index import Corpus
@@ -22,10 +23,10 @@ from encoders.clip_scores import ClipScorer, load_clip
 from encoders.pixels import LOAD_ERRORS
 from runtime.artefacts import file_digest, fingerprint, stage
 from runtime.errors import UserError
+from runtime.launch import asked_for, check_launch
 from runtime.tracking import track
 from train.loop import LoopOptions
 from train.objective import prediction_of
-from train.sharding import hidden
 from train.text_encoder import clip_tokenizer, small_clip, train_clip
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -46,21 +47,50 @@ class TextParts:
 
 
 def make_accelerator(cfg: DictConfig) -> Accelerator:
-    """Accelerate decides device, precision and processes; the seed also fixes what libraries draw globally."""
+    """Accelerate decides device, precision and processes; the seed also fixes what libraries draw globally.
+
+    Raises:
+        UserError: the launch or the precision asks for what cannot be had here.
+    """
+    check_launch()
     set_seed(int(cfg.seed))
+    precision, plugin = str(cfg.train.mixed_precision), asked_for()
+    if plugin and precision == "fp16":
+        raise UserError(f"{plugin} does not go with train.mixed_precision=fp16: give bf16 or no")
     # the others wait at a barrier while the first process evaluates: longer than the usual ten minutes
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    options = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(days=1))], "mixed_precision": precision}
+    if plugin == "FSDP":  # weights stay in float32, and autocast chooses for each operation, as without shards
+        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+    if plugin == "DeepSpeed":
+        options["mixed_precision"] = "no"
     try:
-        with hidden():
-            accelerator = Accelerator(mixed_precision=str(cfg.train.mixed_precision), kwargs_handlers=[patience])
+        accelerator = Accelerator(**options)
         if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:  # it would train in full precision
             raise ValueError("no gradient scaler on this device")
-        return accelerator
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
+        raise UserError(f"train.mixed_precision={precision} does not work here ({reason}): give no or bf16") from error
+    if plugin == "DeepSpeed":
+        _settle_deepspeed(accelerator.state.deepspeed_plugin, precision)
+    return accelerator
+
+
+def _settle_deepspeed(plugin: DeepSpeedPlugin, precision: str) -> None:
+    """Refuse what the loop does not support (UserError), and let DeepSpeed autocast as PyTorch does elsewhere."""
+    config = plugin.deepspeed_config
+    if plugin.zero_stage not in (1, 2):
         raise UserError(
-            f"train.mixed_precision={cfg.train.mixed_precision} does not work here ({reason}): give no or bf16"
-        ) from error
+            f"DeepSpeed's zero_stage={plugin.zero_stage} is not supported: give 1 or 2, or launch with "
+            "configs/accelerate/fsdp.yaml, which shards the weights too"
+        )
+    if config.get("gradient_accumulation_steps") not in (None, 1, "auto"):
+        raise UserError(
+            "DeepSpeed's config sets gradient_accumulation_steps: leave it out, and give train.loop.micro_batch"
+        )
+    config["torch_autocast"] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
+    # by default 5e8 elements, more memory than sharing the moments of a network of this size saves
+    buckets = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+    config["zero_optimization"] = {**buckets, **config["zero_optimization"]}
 
 
 def first_process_says(cfg: DictConfig) -> Callable[[bool], bool]:

@@ -186,12 +186,12 @@ def _train(run: _Run) -> None:
         options,
         run.directory,
         label=f"pretrain {run.name}",
-        milestones=snapshot_steps(cfg, options),
-        on_milestone=partial(_on_snapshot, run, options.batch_size, accelerator),
+        snapshots=snapshot_steps(cfg, options),
+        on_snapshot=partial(_on_snapshot, run, options.batch_size, accelerator),
         log=partial(_log, run, accelerator, flops),
     )
     if accelerator.is_main_process:
-        _finish(run, {name: accelerator.unwrap_model(module) for name, module in best.items()}, training)
+        _finish(run, best, training)
 
 
 def _encoded(run: _Run, rows: np.ndarray) -> Subset:

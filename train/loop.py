@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from runtime.artefacts import is_main_process, read_json, write_json
 from runtime.errors import UserError
 from runtime.progress import progress
-from train.sharding import COPIES, Layout, Modules, Sharding, layout_of, local, whole
+from train.checkpoint import Checkpoints
+from train.ema import Average, Modules
+from train.processes import load_optimizer_tensors, network_tensors, optimizer_tensors, prepare
 
 #: Tensors with the images of a (part of a) batch along their first dimension.
 Batch = tuple[torch.Tensor, ...]
@@ -30,6 +29,8 @@ Batch = tuple[torch.Tensor, ...]
 DrawBatch = Callable[[np.random.Generator, slice], Batch]
 #: (modules, batch on the device) -> mean loss over the batch
 ComputeLoss = Callable[[Modules, Batch], torch.Tensor]
+#: (step, mean loss, seconds of training, averaged modules)
+OnSnapshot = Callable[[int, float, float, Modules], None]
 
 #: Steps between two looks at the loss, which make a GPU's queue run dry.
 REPORT_EVERY = 20
@@ -40,7 +41,7 @@ class LoopOptions:
     """How long and how fast to train.
 
     Args:
-        steps: optimiser steps.
+        steps: optimizer steps.
         batch_size: images a step over all processes.
         learning_rate: peak learning rate of AdamW.
         warmup: steps of linear warm-up.
@@ -53,7 +54,6 @@ class LoopOptions:
         micro_batch: images a forward pass of one process, gradients summed up to the batch; None: its whole share.
         divergence: stop when the loss, averaged over `REPORT_EVERY` steps, exceeds its lowest by this factor; 0: never.
         compile: compile the networks (torch.compile).
-        sharding: how weights and updates lie over the processes.
         seed: of the batches and the noise.
     """
 
@@ -70,7 +70,6 @@ class LoopOptions:
     micro_batch: int | None = None
     divergence: float = 0.0
     compile: bool = False
-    sharding: Sharding = COPIES
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -89,11 +88,11 @@ def train_loop(
     directory: Path,
     *,
     label: str,
-    milestones: Sequence[int] = (),
-    on_milestone: Callable[[int, float, float, Modules], None] | None = None,
+    snapshots: Sequence[int] = (),
+    on_snapshot: OnSnapshot | None = None,
     log: Callable[[dict[str, float], int], None] | None = None,
 ) -> Modules:
-    """Train `modules` and return the weights to use: their average where `ema_halflife` is set.
+    """Train `modules` and return copies with the weights to use: their average where `ema_halflife` is set.
 
     Every random number of a step comes from generators seeded by (seed, step), and every process draws the whole batch
     and computes its rows: there is no state of a generator or of a sampler to keep, a resumed run repeats the
@@ -103,74 +102,68 @@ def train_loop(
         draw: the rows of one step's global batch.
         compute_loss: its mean loss.
         directory: takes `checkpoints/`; a checkpoint found there is resumed.
-        milestones: one-based steps after which `on_milestone(step, mean_loss, seconds, averaged_modules)` is called;
-            the seconds are of training, without these calls.
-        log: takes loss, learning rate and images a second every `REPORT_EVERY` steps.
+        snapshots: one-based steps after which all processes call `on_snapshot(step, mean_loss, seconds of training,
+            averaged modules)`. Each process has whole averaged modules, but under FSDP, where the main process alone
+            has them; so it is with what is returned.
+        log: takes loss, learning rate and images a second every `REPORT_EVERY` steps, on the main process.
     Raises:
-        UserError: the batch does not divide over the processes, half precision meets sharding, or the loss is no longer
-            finite or has run away.
+        UserError: the batch does not divide over the processes, or the loss is no longer finite or has run away.
     """
-    _check(accelerator, options)
-    checkpoints = directory / "checkpoints"
-    layout, state = _set_up(accelerator, modules, options, checkpoints)
-    pending: list[torch.Tensor] = []
-
-    def settle(done: int) -> None:
-        """Fetch the losses since the last time from the device, the mean over all processes, and judge them."""
-        if pending:
-            fetched = accelerator.reduce(torch.stack(pending), "mean").tolist()
-            pending.clear()
-            state.losses = (state.losses + fetched)[-100:]
-            _judge(state, fetched, done, options, label, checkpoints)
-
-    steps = range(state.step, options.steps)
-    bar = progress(steps, label, initial=state.step, total=options.steps, unit="step")
-    clock, reported = time.perf_counter() - state.seconds, (state.step, state.seconds)
+    run = _begin(accelerator, modules, options, Checkpoints(directory / "checkpoints", options.keep_checkpoints))
+    steps = range(run.state.step, options.steps)
+    bar = progress(steps, label, initial=run.state.step, total=options.steps, unit="step")
+    clock, losses = _Clock(run.state.seconds), []
+    reported = (run.state.step, clock.seconds)
     for step, batch in zip(bar, _batches(draw, options, steps, accelerator), strict=True):
-        layout.begin(options.rate(step))
         torch.manual_seed(np.random.SeedSequence([options.seed, step, accelerator.process_index]).generate_state(1)[0])
-        pending.append(_backward(layout, compute_loss, batch, options))
-        layout.step()
+        losses.append(_update(run, compute_loss, batch, options.rate(step)))
         done = step + 1
-        _update_average(layout.averaged, modules, done, options)
-        at_milestone = done in milestones and on_milestone is not None
+        run.average.update(done)
+        at_report, at_snapshot = done % REPORT_EVERY == 0, on_snapshot is not None and done in snapshots
         at_checkpoint = done % options.checkpoint_every == 0 or done == options.steps
-        if not (done % REPORT_EVERY == 0 or at_milestone or at_checkpoint):
-            continue
-        settle(done)
-        spent = time.perf_counter() - clock
-        if done % REPORT_EVERY == 0 and accelerator.is_main_process:
-            if hasattr(bar, "set_postfix"):
-                bar.set_postfix(loss=f"{state.loss:.4f}", refresh=False)
+        if at_report or at_snapshot or at_checkpoint:
+            _judge(run, accelerator.reduce(torch.stack(losses), "mean").tolist(), done, label)
+            losses.clear()
+        if at_report and accelerator.is_main_process:
+            bar.set_postfix(loss=f"{run.state.loss:.4f}", refresh=False)
             if log is not None:
-                rate = (done - reported[0]) * options.batch_size / (spent - reported[1])
-                log({"loss": state.loss, "learning_rate": options.rate(step), "images_per_second": rate}, done)
-            reported = (done, spent)
-        if at_milestone or at_checkpoint:
-            average = layout.average()
-            _copy_buffers(average, modules)
-            if at_milestone:
-                if accelerator.is_main_process:
-                    with layout.measuring():
-                        on_milestone(done, state.loss, spent, average)
-                accelerator.wait_for_everyone()  # here and not in a group of a library's, which has less patience
-            if at_checkpoint:
-                state.step, state.seconds = done, spent
-                tensors = _checkpoint_tensors(modules, average, layout)
-                if accelerator.is_main_process:
-                    _save_checkpoint(checkpoints, state, options, tensors, accelerator.scaler)
-                del tensors
-            accelerator.wait_for_everyone()
-            clock = time.perf_counter() - spent  # neither evaluation nor writing is training
-    average = layout.average()
-    _copy_buffers(average, modules)
-    trained = layout.finish(modules)
-    return average if options.ema_halflife else trained
+                speed = (done - reported[0]) * options.batch_size / (clock.seconds - reported[1])
+                log({"loss": run.state.loss, "learning_rate": options.rate(step), "images_per_second": speed}, done)
+            reported = (done, clock.seconds)
+        if at_snapshot or at_checkpoint:
+            with clock.stopped():
+                averaged = run.average.gather()
+                if at_snapshot:
+                    on_snapshot(done, run.state.loss, clock.seconds, averaged)
+                    accelerator.wait_for_everyone()  # here and not in a group of a library's, which has less patience
+                if at_checkpoint:
+                    _save(run, done, clock.seconds)
+                run.average.release()
+    accelerator.free_memory()
+    return run.average.gather()
+
+
+class _Clock:
+    """Seconds of training: neither evaluation nor writing counts."""
+
+    def __init__(self, seconds: float) -> None:
+        self._start, self._stopped = time.perf_counter() - seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return (self._stopped or time.perf_counter()) - self._start
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        self._stopped = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - self._stopped
+        self._stopped = None
 
 
 @dataclass
 class _State:
-    """How far the training is: beside the weights, all that a checkpoint needs."""
+    """How far the training is: beside tensors, all that a checkpoint needs."""
 
     step: int = 0
     seconds: float = 0.0
@@ -183,37 +176,47 @@ class _State:
         return float(np.mean(self.losses))
 
 
-def _check(accelerator: Accelerator, options: LoopOptions) -> None:
-    """Refuse options that do not go with the processes there are (UserError)."""
+@dataclass(frozen=True)
+class _Run:
+    """A training under way."""
+
+    accelerator: Accelerator
+    modules: Modules
+    options: LoopOptions
+    checkpoints: Checkpoints
+    state: _State
+    average: Average
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def _begin(accelerator: Accelerator, modules: Modules, options: LoopOptions, checkpoints: Checkpoints) -> _Run:
+    """Take up the newest checkpoint, if there is one, and let Accelerate prepare the networks and the optimizer."""
     if options.batch_size % accelerator.num_processes:
         raise UserError(
             f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
             "choose a multiple of the process count"
         )
-
-
-def _set_up(
-    accelerator: Accelerator, modules: Modules, options: LoopOptions, checkpoints: Path
-) -> tuple[Layout, _State]:
-    """Load the newest checkpoint, spread or copy the networks over the processes, make the optimiser."""
-    average = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()}
-    state = _load_weights(checkpoints, modules, average)
+    average = Average(modules, options.ema_halflife, options.batch_size)
+    facts = checkpoints.facts()
+    for name, module in modules.items() if facts else ():
+        module.load_state_dict(checkpoints.tensors(name))
+        average.modules[name].load_state_dict(checkpoints.tensors(f"{name}_average"))
     for module in modules.values() if options.compile else ():
         module.compile()
-
-    def new_optimiser(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
-        )
-
-    kind, clip = layout_of(options.sharding), options.gradient_clip
-    layout = kind(options.sharding, accelerator, modules, average, new_optimiser, clip)
-    if state.step:
-        newest = checkpoints / f"{state.step:08d}"
-        layout.load_moments(load_file(newest / "optimiser.safetensors"))
-        if accelerator.scaler is not None and (scaler := read_json(newest / "state.json")["scaler"]):
+    new_optimizer = partial(
+        torch.optim.AdamW, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
+    )
+    model, optimizer = prepare(accelerator, modules, new_optimizer, options.gradient_clip)
+    average.follow(modules, accelerator.device, keep=accelerator.is_main_process)
+    state = _State()
+    if facts:
+        load_optimizer_tensors(accelerator, model, optimizer, checkpoints.tensors("optimizer"))
+        scaler = facts.pop("scaler")
+        if accelerator.scaler is not None and scaler:
             accelerator.scaler.load_state_dict(scaler)
-    return layout, state
+        state = _State(**{**facts, "lowest": math.inf if facts["lowest"] is None else facts["lowest"]})
+    return _Run(accelerator, modules, options, checkpoints, state, average, model, optimizer)
 
 
 def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: Accelerator) -> Iterator[Batch]:
@@ -236,36 +239,44 @@ def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: A
             yield tuple(tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
 
 
-def _backward(layout: Layout, compute_loss: ComputeLoss, batch: Batch, options: LoopOptions) -> torch.Tensor:
-    """Gradients of the batch's mean loss, over parts of it if asked for; returns the loss, detached."""
+def _update(run: _Run, compute_loss: ComputeLoss, batch: Batch, learning_rate: float) -> torch.Tensor:
+    """One step of the optimizer on a batch, computed in parts if asked for; returns the mean loss, detached."""
+    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)
     images = len(batch[0])
-    size = options.micro_batch or images
+    size = run.options.micro_batch or images
     total = torch.zeros((), device=batch[0].device)
     for start in range(0, images, size):
         part = batch if size >= images else tuple(tensor[start : start + size] for tensor in batch)
-        with layout.part(last=start + size >= images):
-            with layout.precision():
-                loss = compute_loss(layout.live, part)
+        accelerator.sync_gradients = start + size >= images
+        with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+            with accelerator.autocast():
+                loss = model(compute_loss, part)
             if size < images:
                 loss = loss * (len(part[0]) / images)
-            layout.backward(loss)
+            accelerator.backward(loss)  # DeepSpeed clips and steps in the last one, and what follows does nothing
         total += loss.detach()
+    accelerator.unscale_gradients(optimizer)  # Accelerate's own clipping unscales those of other trainings too
+    nn.utils.clip_grad_norm_(model.parameters(), run.options.gradient_clip)
+    optimizer.step()
     return total
 
 
-def _judge(
-    state: _State, fetched: Sequence[float], done: int, options: LoopOptions, label: str, checkpoints: Path
-) -> None:
-    """Stop a training whose loss is not finite or has run away."""
-    whole = _checkpoints(checkpoints)
-    kept = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+def _judge(run: _Run, losses: Sequence[float], done: int, label: str) -> None:
+    """Take in the last steps' losses; stop a training whose loss is not finite or has run away (UserError)."""
+    state, divergence = run.state, run.options.divergence
+    state.losses = [*state.losses, *losses][-100:]
+    newest = run.checkpoints.newest()
+    kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
     advice = f"{kept}: lower learning_rate or gradient_clip, raise warmup, or use mixed_precision=no, and run again"
-    bad = next((index for index, loss in enumerate(fetched) if not math.isfinite(loss)), None)
+    bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
     if bad is not None:
-        raise UserError(f"{label}: the loss is {fetched[bad]} at step {done - len(fetched) + bad + 1}; {advice}")
-    if options.divergence and len(state.losses) >= REPORT_EVERY:
+        raise UserError(f"{label}: the loss is {losses[bad]} at step {done - len(losses) + bad + 1}; {advice}")
+    if divergence and len(state.losses) >= REPORT_EVERY:
         recent = float(np.mean(state.losses[-REPORT_EVERY:]))
-        if recent > options.divergence * state.lowest:
+        if recent > divergence * state.lowest:
             raise UserError(
                 f"{label}: the loss has run away to {recent:.3g} at step {done}, {recent / state.lowest:.0f} times its "
                 f"lowest ({state.lowest:.3g}); {advice}"
@@ -273,87 +284,14 @@ def _judge(
         state.lowest = min(state.lowest, recent)
 
 
-@torch.no_grad()
-def _update_average(
-    averaged: Mapping[str, list[torch.Tensor]], modules: Modules, step: int, options: LoopOptions
-) -> None:
-    """Exponential moving average with a half-life that ramps with training (EDM2, Karras et al. 2024, section 3)."""
-    halflife = min(options.ema_halflife, 0.1 * step * options.batch_size)
-    decay = 0.5 ** (options.batch_size / max(halflife, 1e-8)) if options.ema_halflife else 0.0
-    for name, module in modules.items():
-        weights = [local(value) for value in module.parameters()]
-        torch._foreach_lerp_([local(value) for value in averaged[name]], weights, 1 - decay)
-
-
-def _copy_buffers(average: Modules, modules: Modules) -> None:
-    for name, module in modules.items():
-        for target, source in zip(average[name].buffers(), module.buffers(), strict=True):
-            target.copy_(source)
-
-
-def _checkpoint_tensors(modules: Modules, average: Modules, layout: Layout) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of each file of a checkpoint, whole, in the main memory; all processes must call it.
-
-    One is whole on the devices at a time, and the first process alone, which writes, keeps them.
-    """
-    keep = is_main_process()
-
-    def kept(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        found = {}
-        for key, value in tensors:
-            value = whole(value)
-            if keep:
-                found[key] = value.detach().cpu()
-        return found
-
-    files = {name: kept(module.state_dict().items()) for name, module in modules.items()}
-    files |= {f"{name}_average": dict(module.state_dict()) for name, module in average.items()}
-    files["optimiser"] = kept(layout.moments())
-    return files
-
-
-def _save_checkpoint(
-    folder: Path,
-    state: _State,
-    options: LoopOptions,
-    files: Mapping[str, Mapping[str, torch.Tensor]],
-    scaler: torch.amp.GradScaler | None,
-) -> None:
-    """Write `checkpoints/<step>/` beside and rename it into place; all but the newest go."""
-    beside, final = folder / f"{state.step:08d}.partial", folder / f"{state.step:08d}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, tensors in files.items():
-        save_file(_tensors(tensors), beside / f"{name}.safetensors")
-    facts = asdict(state)
-    if math.isinf(state.lowest):
-        facts["lowest"] = None  # JSON knows no infinity
-    write_json(beside / "state.json", {**facts, "scaler": scaler.state_dict() if scaler is not None else None})
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(beside, final)
-    whole = sorted(path for path in folder.iterdir() if path.suffix != ".partial")
-    for old in set(folder.iterdir()) - set(whole[-options.keep_checkpoints :]):
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Whole ones, the newest last."""
-    return sorted(path for path in folder.glob("*[0-9]") if (path / "state.json").is_file())
-
-
-def _load_weights(folder: Path, modules: Modules, average: Modules) -> _State:
-    """Weights and averages of the newest checkpoint, if there is one, and how far it had come."""
-    found = _checkpoints(folder)
-    if not found:
-        return _State()
-    newest = found[-1]
-    for name, module in modules.items():
-        module.load_state_dict(load_file(newest / f"{name}.safetensors"))
-        average[name].load_state_dict(load_file(newest / f"{name}_average.safetensors"))
-    facts = read_json(newest / "state.json")
-    lowest = math.inf if facts["lowest"] is None else facts["lowest"]
-    return _State(facts["step"], facts["seconds"], facts["losses"], lowest)
-
-
-def _tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+def _save(run: _Run, done: int, seconds: float) -> None:
+    """Write a checkpoint; all processes bring what they hold, and the first one writes."""
+    accelerator, state = run.accelerator, run.state
+    state.step, state.seconds = done, seconds
+    files = network_tensors(accelerator, run.model, run.modules)
+    files |= {f"{name}_average": module.state_dict() for name, module in run.average.modules.items()}
+    files["optimizer"] = optimizer_tensors(accelerator, run.model, run.optimizer)
+    if accelerator.is_main_process:
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        lowest = None if math.isinf(state.lowest) else state.lowest  # JSON knows no infinity
+        run.checkpoints.save(done, files, {**asdict(state), "lowest": lowest, "scaler": scaler})

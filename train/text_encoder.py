@@ -166,9 +166,9 @@ def train_clip(
         output = modules["clip"](input_ids=tokens[distinct.cpu()].to(accelerator.device), pixel_values=pixels)
         texts = output.text_embeds[position]
         same = code[:, None] == code[None]
-        scale = accelerator.unwrap_model(modules["clip"]).logit_scale.exp().clamp(max=100)
-        return contrastive_loss(output.image_embeds, texts, same, scale)
+        scale = modules["clip"].logit_scale.exp().clamp(max=100)
+        with torch.autocast(accelerator.device.type, enabled=False):  # half precision would round the scaled cosines
+            return contrastive_loss(output.image_embeds.float(), texts.float(), same, scale)
 
     best = train_loop(accelerator, {"clip": model}, draw, loss, options, directory, label="text encoder", log=log)
-    model.load_state_dict(best["clip"].state_dict())
-    return model.eval()
+    return best["clip"]

@@ -1,0 +1,69 @@
+"""Checkpoints of a training: tensors in safetensors files, facts in JSON, and never half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from runtime.artefacts import read_json, write_json
+
+Tensors = Mapping[str, torch.Tensor]
+FACTS = "state.json"
+
+
+class Checkpoints:
+    """The checkpoints `folder/<step>/` of one training. A folder that carries such a name is whole.
+
+    Args:
+        folder: need not exist.
+        keep: the newest ones that stay when another is saved.
+    """
+
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        self._folder, self._keep = folder, keep
+
+    def newest(self) -> Path | None:
+        """The last whole one, if there is any."""
+        return max(self._whole(), default=None)
+
+    def save(self, step: int, files: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint beside and rename it into place, then remove all but the newest.
+
+        Args:
+            step: a one-based step, the name of the checkpoint.
+            files: tensors on any device, by the names of their files.
+            facts: what JSON holds.
+        """
+        final = self._folder / f"{step:08d}"
+        beside = final.with_suffix(".partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, _file(beside, name))
+        write_json(beside / FACTS, facts)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(beside, final)
+        for old in set(self._folder.iterdir()) - set(sorted(self._whole())[-self._keep :]):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """A file of the newest checkpoint, on the CPU."""
+        return load_file(_file(self.newest(), name))
+
+    def facts(self) -> dict[str, Any]:
+        """What was saved beside the tensors of the newest checkpoint; empty if there is none."""
+        newest = self.newest()
+        return {} if newest is None else read_json(newest / FACTS)
+
+    def _whole(self) -> list[Path]:
+        return [path for path in self._folder.glob("*[0-9]") if (path / FACTS).is_file()]
+
+
+def _file(checkpoint: Path, name: str) -> Path:
+    return checkpoint / f"{name}.safetensors"
