@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from io import FileIO
@@ -111,12 +112,64 @@ def test_default_training_tiles_are_16830(manifest: pd.DataFrame) -> None:
     assert shares.min() < 0.03, "the tail is long"
 
 
-@pytest.mark.parametrize(("train_stride", "test_stride"), [(24, 16), (13, 11), (64, 1000)])
-def test_splits_share_no_pixel(train_stride: int, test_stride: int) -> None:
-    train = paint(BlueMarble(split="train", stride=train_stride).corners(), 64)
-    test = paint(BlueMarble(split="test", stride=test_stride).corners(), 64)
-    assert train.any() and test.any()
-    assert not ((train > 0) & (test > 0)).any()
+def digest(ids: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
+
+
+def test_training_tiles_are_those_that_the_shipped_autoencoder_has_seen(manifest: pd.DataFrame) -> None:
+    """Digests of the manifest before there was a val split."""
+    assert digest(manifest["id"]) == "3488d73638b413de6af7cd792aac92ef422b8bb694ed52c3475e3688977b81e1"
+    assert digest(manifest["scene"]) == "4cd9fde73689251485179f36b816df9765b8b7ebab766ac23a3b41d3655d68a6"
+    assert digest(manifest["caption"]) == "f2722d0b53f896be3b949a95ada3dd74e01bd99603639b2e951a92c34d9bc92a"
+
+
+def test_val_is_three_of_the_seven_held_out_blocks(world: BlueMarble) -> None:
+    tables = {split: tiles_of(world, split=split, stride=16).manifest() for split in ("val", "test")}
+    for split, blocks in (("val", {6, 14, 22}), ("test", {2, 10, 18, 26})):
+        columns = tables[split]["id"].str[-4:].astype(int)
+        assert set(columns // 180) == set((columns + 63) // 180) == blocks  # 12 degrees each
+    both = sorted([*tables["val"]["id"], *tables["test"]["id"]])
+    assert digest(both) == "160dec755aa736c42581de100b2e704e961ebe41a132e8ef42566e06cff5f1b7"  # what test was
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_every_so_many_blocks_one_is_held_out(every: int) -> None:
+    shares = {
+        split: set(BlueMarble(split=split, stride=180, resolution=180, held_out_every=every).corners()[:, 1] // 180)
+        for split in ("train", "val", "test", "all")
+    }
+    held_out = [block for block in range(30) if block % every == every // 2]
+    assert shares["test"] == set(held_out[::2]) and shares["val"] == set(held_out[1::2])
+    assert shares["train"] == set(range(30)) - set(held_out) and shares["all"] == set(range(30))
+
+
+@pytest.mark.parametrize(("train_stride", "held_out_stride"), [(24, 8), (13, 11), (64, 1000)])
+def test_splits_share_no_pixel(train_stride: int, held_out_stride: int) -> None:
+    covered = np.zeros((HEIGHT, WIDTH), dtype=int)
+    for split, stride in (("train", train_stride), ("val", held_out_stride), ("test", held_out_stride)):
+        painted = paint(BlueMarble(split=split, stride=stride).corners(), 64) > 0
+        assert painted.any()
+        covered += painted
+    assert covered.max() == 1
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_ground_of_two_names_shares_no_pixel(world: BlueMarble, split: str) -> None:
+    """And every other band has tiles of all scenes, at the stride that is shipped: two held-out sets can be drawn."""
+    table = tiles_of(world, split=split, stride=8).manifest()
+    rows = table["id"].str.split("/").str[1].str[:4].astype(int).to_numpy()
+    owner = np.full(HEIGHT, "", dtype=object)  # tiles differ in their rows alone: a band runs around the world
+    for name in sorted(set(table["ground"]) - {""}):
+        for row in sorted(set(rows[table["ground"] == name])):
+            assert set(owner[row : row + 64]) <= {"", name}
+            owner[row : row + 64] = name
+    for row in set(rows[table["ground"] == ""]):
+        assert len(set(owner[row : row + 64])) == 2, "none is left out without need"
+    bands = pd.to_numeric(table["ground"])
+    assert 0.6 < bands.notna().mean() < 0.8
+    for half in (0, 1):
+        counts = table.loc[bands % 2 == half, "scene"].value_counts()
+        assert set(counts.index) == set(SCENES) and counts.min() > 40
 
 
 def test_splits_share_no_pixel_after_indexing(tmp_path: Path, repository: Path) -> None:
@@ -124,13 +177,14 @@ def test_splits_share_no_pixel_after_indexing(tmp_path: Path, repository: Path) 
     with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
         config = compose("bluemarble")
     painted = {}
-    for split in ("train", "test"):
+    for split in ("train", "val", "test"):
         source = instantiate(config[split])
         ids = [f"bluemarble/{row:04d}_{column:04d}" for row, column in source.corners()]
         places = np.array([name.split("/")[1].split("_") for name in ids], dtype=int)
         painted[split] = paint(places, source.resolution) > 0
-    assert not (painted["train"] & painted["test"]).any()
-    assert 0.2 < painted["test"].sum() / (painted["train"].sum() + painted["test"].sum()) < 0.3
+    areas = {split: float(pixels.mean()) for split, pixels in painted.items()}
+    assert sum(areas.values()) == pytest.approx(np.any([*painted.values()], axis=0).mean())
+    assert 0.08 < areas["val"] < areas["test"] < 0.15 < 0.7 < areas["train"]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -190,7 +244,16 @@ def test_coordinates_are_tile_centres(world: BlueMarble) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"split": "validation"}, {"stride": 0}, {"resolution": 4}, {"resolution": 400}], ids=str
+    "options",
+    [
+        {"split": "validation"},
+        {"stride": 0},
+        {"resolution": 4},
+        {"resolution": 400},
+        {"limit": 0},
+        {"held_out_every": 1},
+    ],
+    ids=str,
 )
 def test_bluemarble_refuses_what_cannot_be_tiled(options: dict) -> None:
     with pytest.raises(UserError, match="corpus") as caught:
@@ -226,26 +289,48 @@ def test_folder_is_indexed_with_its_broken_file_counted(tiny_folder: Path, tmp_p
     assert open_corpus(corpus.directory).manifest.equals(corpus.manifest)
 
 
-def test_folder_splits_by_caption_row_then_folder_then_hash(tiny_folder: Path) -> None:
-    def ids(split: str, share: float = 0.5) -> set[str]:
-        return set(ImageFolder(str(tiny_folder), split=split, test_share=share).manifest()["id"])
+def folder_ids(root: Path, split: str, **shares: float) -> set[str]:
+    return set(ImageFolder(str(root), split=split, **shares).manifest()["id"])
 
-    for share in (0.0, 0.3, 0.9):
-        train, test = ids("train", share), ids("test", share)
-        assert not train & test and train | test == ids("all")
-        assert "BaseballField/a.png" in train and "dry_river/a.png" in test
-    assert ids("test", 0.0) == {"dry_river/a.png"}
-    assert ids("test", 0.3) <= ids("test", 0.9)
+
+def test_folder_splits_by_caption_row_then_folder_then_hash(tiny_folder: Path) -> None:
+    row = '\n{"file_name": "dry_river/b.bmp", "split": "Testing"}\n'
+    with (tiny_folder / "captions.jsonl").open("a", encoding="utf-8") as captions:
+        captions.write(row)
+    for share in (0.0, 0.3, 0.8):
+        parts = [folder_ids(tiny_folder, split, test_share=share) for split in ("train", "val", "test")]
+        assert sum(map(len, parts)) == 8 and set.union(*parts) == folder_ids(tiny_folder, "all")
+        for part, name in zip(parts, ("BaseballField/a.png", "dry_river/a.png", "dry_river/b.bmp"), strict=True):
+            assert name in part, "named train, val and Testing"
+    assert folder_ids(tiny_folder, "test", test_share=0.0) == {"dry_river/b.bmp"}
+    assert folder_ids(tiny_folder, "test", test_share=0.3) <= folder_ids(tiny_folder, "test", test_share=0.8)
 
     (tiny_folder / "captions.jsonl").unlink()
-    for split in ("train", "val"):
+    for split, scene in (("Training", "dry_river"), ("validation", "BaseballField"), ("eval", "Later")):
         (tiny_folder / split).mkdir()
-        (tiny_folder / "dry_river" if split == "train" else tiny_folder / "BaseballField").rename(
-            tiny_folder / split / "Scene"
-        )
-    table = ImageFolder(str(tiny_folder), split="test").manifest()
-    assert {name.split("/")[0] for name in table["id"]} == {"val"}
-    assert set(table["scene"]) == {"Scene"}
+        (tiny_folder / scene).mkdir(exist_ok=True)
+        (tiny_folder / scene).rename(tiny_folder / split / "Scene")
+    (tiny_folder / "Training" / "Scene" / "a.png").rename(tiny_folder / "eval" / "Scene" / "z.png")
+    for split, folder in (("train", "Training"), ("val", "validation"), ("test", "eval")):
+        table = ImageFolder(str(tiny_folder), split=split).manifest()
+        assert {name.split("/")[0] for name in table["id"]} == {folder}
+        assert set(table["scene"]) == {"Scene"}
+
+
+def test_folder_takes_a_split_that_is_missing_from_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for number in range(200):
+            (tmp_path / split / f"{number}.png").touch()
+    parts = {split: folder_ids(tmp_path, split) for split in ("train", "val", "test")}
+    assert parts["test"] == {f"test/{number}.png" for number in range(200)}
+    assert parts["train"] | parts["val"] == {f"train/{number}.png" for number in range(200)}
+    assert not parts["train"] & parts["val"] and 5 < len(parts["val"]) < 40
+    assert capsys.readouterr().err.count("the data set names no val") == 1
+    (tmp_path / "test").rename(tmp_path / "val")
+    parts = {split: folder_ids(tmp_path, split) for split in ("train", "val", "test")}
+    assert len(parts["train"]) == 200 and not parts["val"] & parts["test"]
+    assert parts["val"] | parts["test"] == {f"val/{number}.png" for number in range(200)} and len(parts["val"]) > 70
 
 
 def test_folder_hash_holds_out_the_share(tmp_path: Path) -> None:
@@ -380,7 +465,7 @@ def test_folder_errors_are_one_line_that_helps(tmp_path: Path, tiny_folder: Path
     assert "does not exist" in message(root=str(tmp_path / "gone"))
     assert "is not a folder" in message(root=str(tiny_folder / "notes.txt"))
     assert "no images" in message(root=str(empty))
-    assert "all, train, test" in message(root=str(tiny_folder), split="dev")
+    assert "all, train, val, test" in message(root=str(tiny_folder), split="dev")
     assert "test_share" in message(root=str(tiny_folder), test_share=1.0)
     assert "limit" in message(root=str(tiny_folder), limit=0)
     (tiny_folder / "metadata.jsonl").write_text('{"file_name": "x.png"}\nno json\n', encoding="utf-8")
@@ -398,12 +483,11 @@ def test_folder_config(tiny_folder: Path, repository: Path) -> None:
     with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
         config = compose("folder", overrides=[f"root={tiny_folder}", "train.resolution=32", "test_share=0.4"])
         unset = compose("folder")
-    train, test = instantiate(config.train), instantiate(config.test)
-    assert (train.split, test.split) == ("train", "test")
-    assert train.root == test.root == str(tiny_folder)
-    assert train.resolution == test.resolution == 32
-    assert train.test_share == test.test_share == 0.4
-    assert len(train.manifest()) + len(test.manifest()) == 8
+    parts = {split: instantiate(config[split]) for split in ("train", "val", "test")}
+    for split, source in parts.items():
+        assert (source.split, source.root, source.resolution) == (split, str(tiny_folder), 32)
+        assert (source.val_share, source.test_share) == (0.1, 0.4)
+    assert sum(len(source.manifest()) for source in parts.values()) == 8
     with pytest.raises(InstantiationException) as caught:
         instantiate(unset.train)
     assert isinstance(caught.value.__cause__, UserError) and "corpus.root=DIR" in str(caught.value.__cause__)

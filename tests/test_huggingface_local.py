@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -76,12 +77,32 @@ def test_rows_on_the_disk_are_read(tmp_path: Path, place: str, streaming: bool) 
 def test_a_saved_set_of_splits_keeps_them(tmp_path: Path, streaming: bool) -> None:
     parts = {"train": made(range(6)), "validation": made(range(20, 22)), "test": made(range(30, 33))}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    for split, seeds in (("train", range(6)), ("test", [20, 21, 30, 31, 32])):
+    names = {"train": "train", "val": "validation", "test": "test"}
+    for split, seeds in (("train", range(6)), ("val", range(20, 22)), ("test", range(30, 33))):
         source = HuggingFace(str(tmp_path / "saved"), split=split, resolution=SIDE, streaming=streaming)
         corpus = index_corpus(source, tmp_path / "runs")
         assert (corpus.images == np.stack([np.asarray(texture(seed)) for seed in seeds])).all()
-        names = ["train"] * 6 if split == "train" else ["validation"] * 2 + ["test"] * 3
-        assert corpus.manifest["id"].str.split("/").str[0].tolist() == names
+        assert corpus.manifest["id"].tolist() == [f"{names[split]}/{row:08d}" for row in range(len(seeds))]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_that_a_set_lacks_is_taken_from_another(tmp_path: Path, streaming: bool) -> None:
+    """val from train where there is a test split; test from val where there is none; all by the hash without train."""
+    for names in (("train", "test"), ("train", "validation"), ("test",)):
+        path = str(tmp_path / "-".join(names))
+        datasets.DatasetDict({name: made(range(40)) for name in names}).save_to_disk(path)
+        parts = {
+            split: HuggingFace(path, split=split, resolution=SIDE, streaming=streaming).manifest()["id"].tolist()
+            for split in ("train", "val", "test")
+        }
+        ids = {name: [f"{name}/{row:08d}" for row in range(40)] for name in names}
+        assert sorted(chain(*parts.values())) == sorted(chain(*ids.values())) and all(parts.values())
+        if names == ("train", "test"):
+            assert parts["test"] == ids["test"] and len(parts["val"]) < 15
+        elif names == ("train", "validation"):
+            assert parts["train"] == ids["train"] and 8 < len(parts["val"]) < 32
+        else:
+            assert len(parts["train"]) > 20
 
 
 @pytest.mark.parametrize("place", ["bare", "saved"])

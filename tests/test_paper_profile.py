@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -121,7 +124,10 @@ def test_choices_of_the_profile() -> None:
     assert cfg.autoencoder.class_name == "AutoencoderKL" and cfg.text_encoder.kind == "pretrained"
     assert cfg.encoder._target_ == "encoders.hub.TransformersEncoder"
     assert cfg.yardstick._target_ == "encoders.inception.InceptionV3"
-    assert cfg.corpus.train.resolution == cfg.corpus.test.resolution == 256
+    assert cfg.corpus.train.resolution == cfg.corpus.val.resolution == cfg.corpus.test.resolution == 256
+    assert cfg.reference.source.hub == "timm/resisc45" and cfg.reference.source.resolution == 256
+    for network in (cfg.encoder, cfg.autoencoder, cfg.text_encoder):
+        assert re.fullmatch("[0-9a-f]{40}", network.revision)
     without = config("profile=paper", "encoder@yardstick=efficientnet_lite0")
     assert plain(without.yardstick) == plain(config().encoder)
 
@@ -244,7 +250,7 @@ def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Pat
     cfg = small_paper(
         networks, f"corpus.root={root}", "corpus.train.resolution=64", f"runs={tmp_path}/runs", "tracker=none",
         "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32", "prune=random", "ratio=0.5",
-        "eval.images=12", "eval.convergence_images=8", "train.snapshots=1", "eval.steps=2",
+        "reference=bluemarble", "eval.images=12", "eval.convergence_images=8", "train.snapshots=1", "eval.steps=2",
         "train.mixed_precision=no", "train.loop.steps=2", "train.loop.batch_size=4", "train.loop.checkpoint_every=2",
     )  # fmt: skip
     selection, corpus = select(cfg, "random")
@@ -301,11 +307,24 @@ def test_missing_inception_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
             InceptionV3(folder=str(tmp_path), download=download)(pictures(1))
         message = one_line(error)
         assert str(tmp_path / INCEPTION_FILE) in message and "encoder=efficientnet_lite0" in message
+        assert ("no route" in message) == download
+        assert isinstance(error.value.__cause__, URLError) == download
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / INCEPTION_FILE).write_bytes(b"half a file")
+
+
+def test_another_file_than_fid_s_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TorchScript network that would load, and what a server sends instead of the file."""
+    other = torch.jit.trace(torch.nn.Identity(), torch.zeros(1))
+    torch.jit.save(other, tmp_path / INCEPTION_FILE)
+    digest = hashlib.sha256((tmp_path / INCEPTION_FILE).read_bytes()).hexdigest()
     with pytest.raises(UserError) as error:
         InceptionV3(folder=str(tmp_path))(pictures(1))
-    assert "remove it" in one_line(error)
+    assert "remove it" in one_line(error) and digest in one_line(error)
+    (tmp_path / INCEPTION_FILE).unlink()
+    monkeypatch.setattr("encoders.inception.urlopen", lambda *_, **__: io.BytesIO(b"<html>log in</html>"))
+    with pytest.raises(UserError) as error:
+        InceptionV3(folder=str(tmp_path))(pictures(1))
+    assert "sent another file" in one_line(error) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

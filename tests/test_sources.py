@@ -385,6 +385,8 @@ def test_webdataset_reads_what_the_library_reads(shards: Path, tmp_path: Path) -
     for image, mask, sample in zip(corpus.images, corpus.masks, expected, strict=True):
         assert (image == np.asarray(Image.open(io.BytesIO(sample["jpg"])))).all() and (mask == 1).all()
     assert WebDataset(urls, split="test").manifest()["id"].tolist() == ["s011"]
+    parts = [WebDataset(urls, split=split, val_share=0.5).manifest()["id"].tolist() for split in ("train", "val")]
+    assert sorted([*parts[0], *parts[1]]) == [f"s{row:03d}" for row in range(11)] and all(parts)
 
 
 MEMBERS = st.lists(
@@ -618,10 +620,10 @@ def test_huggingface_sets_are_read(saved: Path, tmp_path: Path, place: str, stre
     for row in range(6):
         assert (corpus.images[row] == np.asarray(texture(row))).all()
     splits = [
-        set(HuggingFace(str(saved / place), split=split, test_share=0.5).manifest()["id"])
-        for split in ("train", "test")
+        set(HuggingFace(str(saved / place), split=split, val_share=0.2, test_share=0.5).manifest()["id"])
+        for split in ("train", "val", "test")
     ]
-    assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 7
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 7
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -733,17 +735,19 @@ def test_geotiff_stretches_deep_values(scenes: Path) -> None:
 
 
 def test_geotiff_splits_share_no_pixel(scenes: Path) -> None:
-    painted = {}
-    for split in ("train", "test"):
-        canvas = np.zeros((96, 128), int)
-        tiles = GeoTiff(
-            str(scenes / "alps" / "a.tif"), tile=16, resolution=16, overlap=8, block=2, split=split, test_share=0.4
-        ).manifest()
-        for tile in tiles.itertuples():
-            canvas[tile.row : tile.row + 16, tile.column : tile.column + 16] += 1
-        painted[split] = canvas > 0
-    assert painted["train"].any() and painted["test"].any()
-    assert not (painted["train"] & painted["test"]).any()
+    covered = np.zeros((96, 128), int)
+    grounds = {}
+    for split in ("train", "val", "test"):
+        options = {"tile": 16, "resolution": 16, "overlap": 8, "block": 2, "val_share": 0.3, "test_share": 0.3}
+        tiles = GeoTiff(str(scenes / "alps" / "a.tif"), split=split, **options).manifest()
+        assert len(tiles) and (tiles["ground"] != "").all()
+        for ground, inside in tiles.groupby("ground"):
+            canvas = np.zeros((96, 128), bool)
+            for tile in inside.itertuples():
+                canvas[tile.row : tile.row + 16, tile.column : tile.column + 16] = True
+            assert len(inside) == 4 and grounds.setdefault(ground, split) == split
+            covered += canvas
+    assert covered.max() == 1 and len(grounds) == 20  # 24 x 24 px a block, tiles of the same block overlap
 
 
 def test_geotiff_errors_are_one_line(scenes: Path) -> None:
@@ -804,7 +808,7 @@ def test_torchgeo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_missing_reference_says_how_to_get_it(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object) -> None:
-        raise ConnectionError("offline")
+        raise ConnectionError("offline,\n  try (later) again")
 
     monkeypatch.setattr("corpus.sources.huggingface._load", offline)
     for config, command in (
@@ -813,7 +817,10 @@ def test_a_missing_reference_says_how_to_get_it(saved: Path, tmp_path: Path, mon
     ):
         with pytest.raises(UserError, match=r"reference\.root=DIR") as caught:
             reference_set("aid", "blanchon/AID", 32, config=config)
-        assert command in str(caught.value) and "(offline)" in str(caught.value) and "\n" not in str(caught.value)
+        assert command in str(caught.value) and "\n" not in str(caught.value)
+        assert "could not be loaded (offline, try (later) again)" in str(caught.value)
+        causes = [caught.value.__cause__, caught.value.__cause__.__cause__]
+        assert [type(cause) for cause in causes] == [UserError, ConnectionError]
     monkeypatch.undo()
     (tmp_path / "classes" / "Beach").mkdir(parents=True)
     texture().save(tmp_path / "classes" / "Beach" / "a.png")

@@ -71,6 +71,38 @@ class TwoSplits(Splits):
         self.first = {"train": 100, "test": 300}[split]
 
 
+class Validation(Splits):
+    """No list of its splits, one of which is called validation."""
+
+    splits = None  # type: ignore[assignment]
+
+    def __init__(self, root: str, split: str = "train") -> None:
+        assert split in ("train", "validation", "test")
+        super_split = {"validation": "val"}.get(split, split)
+        self.splits = ("train", "val", "test")
+        Splits.__init__(self, root, super_split)
+
+
+class Dev(NonGeoDataset):
+    """Lists its splits as some do."""
+
+    valid_splits = ("train", "dev", "test")
+
+    def __init__(self, root: str, split: str = "train") -> None:
+        assert split in self.valid_splits
+        super().__init__(root)
+
+
+class Kinds(NonGeoDataset):
+    """What it calls splits are no splits."""
+
+    splits = ("positive", "negative")
+
+    def __init__(self, root: str, split: str = "positive") -> None:
+        assert split in self.splits
+        super().__init__(root)
+
+
 class NoSplits(NonGeoDataset):
     """One set, whose constructor knows no `split`."""
 
@@ -108,6 +140,38 @@ class BareBands(Bands):
     targets = None  # type: ignore[assignment]
 
 
+class Sentinel(BareBands):
+    """Thirteen bands with names, in EuroSAT's order, of which the class says which are red, green and blue."""
+
+    all_band_names = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A")
+    rgb_bands = ("B04", "B03", "B02")
+
+
+class Loaded(Sentinel):
+    """It has loaded but some of the bands it knows, in an order of its own."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.bands = ["B03", "B8A", "B02", "B04"]
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        rows = [self.all_band_names.index(name) for name in self.bands]
+        return {**super().__getitem__(row), "image": torch.from_numpy(reflectances(row)[rows])}
+
+
+class Named(BareBands):
+    """Thirteen bands with names, and no word on their colours."""
+
+    band_names = Sentinel.all_band_names
+
+
+class Radar(NonGeoDataset):
+    """One band."""
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return {"image": torch.from_numpy(pixels(row)[None, ..., 0]).float(), "label": torch.tensor(row % 2)}
+
+
 class RasterDataset:
     """A geo data set, which has places and no rows."""
 
@@ -135,6 +199,13 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         Files,
         Bands,
         BareBands,
+        Validation,
+        Dev,
+        Kinds,
+        Sentinel,
+        Loaded,
+        Named,
+        Radar,
         RasterDataset,
     ):
         setattr(datasets, kind.__name__, kind)
@@ -157,19 +228,21 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
+def ids_of(name: str, count: int) -> list[str]:
+    return [f"{name}/{row:08d}" for row in range(count)]
+
+
 def source(dataset: str, root: Path, **options: Any) -> TorchGeo:
     return TorchGeo(dataset, str(root), resolution=SIDE, **options)
 
 
 def test_the_splits_of_a_class_are_the_corpus_s(root: Path, tmp_path: Path) -> None:
-    found = {split: index_corpus(source("Splits", root, split=split), tmp_path / "runs") for split in ("train", "test")}
-    seeds = {"train": range(100, 106), "test": [*range(200, 206), *range(300, 306)]}
-    for split, indexed in found.items():
-        assert (indexed.images == np.stack([pixels(seed) for seed in seeds[split]])).all()
+    for split, first in (("train", 100), ("val", 200), ("test", 300)):
+        indexed = index_corpus(source("Splits", root, split=split), tmp_path / "runs")
+        assert (indexed.images == np.stack([pixels(first + row) for row in range(6)])).all()
         assert indexed.manifest["scene"].tolist() == [SCENES[row % 2] for row in range(len(indexed))]
         assert set(indexed.manifest["caption"]) == {"a satellite image of beach sand", "a satellite image of forest"}
-    held_out = [f"{name}/{row:08d}" for name in ("val", "test") for row in range(6)]
-    assert found["test"].manifest["id"].tolist() == held_out
+        assert indexed.manifest["id"].tolist() == [f"{split}/{row:08d}" for row in range(6)]
     assert len(source("Splits", root).manifest()) == 18
     assert source("Splits", root).version == {
         **source("Splits", root).version, "torchgeo": "9.9", "train": 6, "val": 6, "test": 6,
@@ -179,14 +252,34 @@ def test_the_splits_of_a_class_are_the_corpus_s(root: Path, tmp_path: Path) -> N
 def test_a_split_that_the_class_has_not_is_left_out(root: Path) -> None:
     ids = source("TwoSplits", root).manifest()["id"].str.split("/").str[0]
     assert ids.tolist() == ["train"] * 6 + ["test"] * 6
-    assert source("TwoSplits", root, split="test").manifest()["id"].str.startswith("test/").all()
+    parts = {split: source("TwoSplits", root, split=split).manifest()["id"] for split in ("train", "val", "test")}
+    assert parts["test"].tolist() == ids_of("test", 6)
+    parts = {split: source("TwoSplits", root, split=split, val_share=0.5).manifest()["id"] for split in parts}
+    assert sorted([*parts["train"], *parts["val"]]) == ids_of("train", 6) and 0 < len(parts["val"]) < 6
+    assert parts["test"].tolist() == ids_of("test", 6)
+
+
+def test_splits_go_by_other_names_too(root: Path) -> None:
+    """So2Sat says validation, and keeps no list; SustainBench says dev."""
+    for dataset, name in (("Validation", "validation"), ("Dev", "dev")):
+        for split, expected in (("train", "train"), ("val", name), ("test", "test")):
+            assert source(dataset, root, split=split).manifest()["id"].tolist() == ids_of(expected, 6)
+
+
+def test_splits_of_which_none_is_trained_on_say_nothing(root: Path) -> None:
+    """VHR-10 has the splits positive and negative."""
+    parts = [source("Kinds", root, split=split, val_share=0.3, test_share=0.3) for split in ("train", "val", "test")]
+    ids = [identifier for part in parts for identifier in part.manifest()["id"]]
+    assert sorted(ids) == [*ids_of("negative", 6), *ids_of("positive", 6)]
+    assert all(0 < len(part.manifest()) < 12 for part in parts)
 
 
 def test_a_class_without_splits_is_split_by_a_hash(root: Path) -> None:
     ids = source("NoSplits", root).manifest()["id"].tolist()
     assert ids == [f"all/{row:08d}" for row in range(6)]
-    parts = [source("NoSplits", root, split=split, test_share=0.5).manifest()["id"] for split in ("train", "test")]
-    assert sorted([*parts[0], *parts[1]]) == ids and 0 < len(parts[0]) < 6
+    shares = {"val_share": 0.2, "test_share": 0.5}
+    parts = [source("NoSplits", root, split=split, **shares).manifest()["id"] for split in ("train", "val", "test")]
+    assert sorted(identifier for part in parts for identifier in part) == ids and 0 < len(parts[2]) < 6
     assert len(source("NoSplits", root, split="test", test_share=0).manifest()) == 0
 
 
@@ -227,15 +320,70 @@ def test_deep_bands_are_chosen_and_stretched(root: Path, tmp_path: Path) -> None
     indexed = index_corpus(source("Bands", root, bands=(3, 2, 1)), tmp_path / "runs")
     assert indexed.manifest["reason"].tolist() == ["", "", "", "", DAMAGED, ""]
     for row in (0, 5):
-        values = reflectances(row)[[3, 2, 1]]
-        low, high = (np.nanpercentile(values, part, axis=(1, 2), keepdims=True) for part in (2, 98))
-        expected = np.clip((values - low) / (high - low) * 255, 0, 255)
-        expected[:, :3, :3] = 0
-        assert np.abs(indexed.images[row] - expected.transpose(1, 2, 0)).max() <= 0.51
+        assert np.abs(indexed.images[row] - shown(row, [3, 2, 1])).max() <= 0.51
+
+
+def shown(row: int, bands: list[int]) -> np.ndarray:
+    """Bands of a made image, stretched between their own percentiles."""
+    values = reflectances(row)[bands]
+    low, high = (np.nanpercentile(values, part, axis=(1, 2), keepdims=True) for part in (2, 98))
+    expected = np.clip((values - low) / (high - low) * 255, 0, 255)
+    expected[:, :3, :3] = 0
+    return expected.transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "bands", "rows"),
+    [
+        ("Sentinel", None, [3, 2, 1]),  # red, green, blue: B04, B03, B02
+        ("Loaded", None, [3, 2, 1]),
+        ("Sentinel", ("B8A", "B11", "B04"), [12, 10, 3]),
+        ("Sentinel", (7, "B03", 0), [7, 2, 0]),
+        ("Sentinel", ("B8A",), [12, 12, 12]),
+        ("Named", ("B12", "B08", "B04"), [11, 7, 3]),
+        ("BareBands", (2, 1, 0), [2, 1, 0]),
+    ],
+)
+def test_bands_go_by_the_class_s_names(root: Path, dataset: str, bands: tuple | None, rows: list[int]) -> None:
+    read = list(source(dataset, root, bands=bands).reader(np.array([0, 4, 5]))())
+    assert read[1] == DAMAGED
+    for image, row in ((read[0], 0), (read[2], 5)):
+        assert np.abs(image - shown(row, rows)).max() <= 0.51
+
+
+def test_one_band_is_grey(root: Path) -> None:
+    [image] = source("Radar", root).reader(np.array([2]))()
+    assert (image == pixels(2)[..., :1]).all()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "bands", "message"),
+    [
+        ("BareBands", None, r"has 13 bands and does not say .*corpus\.bands=.* by row from 0 to 12"),
+        ("Named", None, r"has 13 bands and does not say .*corpus\.bands=.*B01, B02, .*B8A"),
+        ("Sentinel", ("B04", "B03", "B2"), r"no band B2; it has the rows 0 to 12, called B01, "),
+        ("BareBands", ("B04", "B03", "B02"), r"no band B04; it has the rows 0 to 12, which have no names"),
+        ("Sentinel", (3, 2, 13), r"no band 13"),
+        ("Sentinel", (3, 2, -1), r"no band -1"),
+        ("Sentinel", (3, 2), r"corpus\.bands=\[3, 2\]: name three"),
+    ],
+)
+def test_bands_that_are_not_known_are_one_line(root: Path, dataset: str, bands: tuple | None, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        source(dataset, root, bands=bands).manifest()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_with_fewer_bands_than_the_others_has_a_reason(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"image": torch.from_numpy(reflectances(1)[:2]), "label": torch.tensor(0)}
+    whole = Sentinel.__getitem__
+    monkeypatch.setattr(Sentinel, "__getitem__", lambda self, row: few if row == 1 else whole(self, row))
+    images = list(source("Sentinel", root).reader(np.arange(3))())
+    assert images[1] == "has 2 bands, not 4" and isinstance(images[2], np.ndarray)
 
 
 def test_a_row_that_gives_no_label_stops_nothing(root: Path, tmp_path: Path) -> None:
-    indexed = index_corpus(source("BareBands", root), tmp_path / "runs")
+    indexed = index_corpus(source("BareBands", root, bands=(2, 1, 0)), tmp_path / "runs")
     assert indexed.manifest["reason"].tolist() == ["", "", "", "", DAMAGED, ""]
     assert indexed.manifest["scene"].tolist() == ["BeachSand", "Forest", "BeachSand", "Forest", "", "Forest"]
 
@@ -269,7 +417,7 @@ def test_files_that_are_not_there_are_one_line(tmp_path: Path, name: str) -> Non
         ({"dataset": None}, "needs a class and its folder"),
         ({"root": None}, "needs a class and its folder"),
         ({"root": "nowhere"}, "corpus.root=nowhere is no folder"),
-        ({"split": "val"}, "split='val' is unknown"),
+        ({"split": "holdout"}, "split='holdout' is unknown"),
         ({"limit": 0}, "limit"),
     ],
 )
