@@ -1,1 +1,1 @@
-"""Foundation model to super-resolution and semantic image synthesis."""
+"""Foundation model to image-conditioned tasks: what they share, and one file a task in `downstream.tasks`."""

@@ -14,6 +14,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 Confusion = Mapping[str, Mapping[str, int]]
 #: Rounding to 8 bits alone leaves a mean squared error of 1/12: above this, two images cannot be told apart.
 LARGEST_PSNR = float(10 * np.log10(12 * 255**2))
+#: Of torchmetrics' Gaussian window of standard deviation 1.5, in pixels.
+SSIM_RADIUS = 5
 BATCH = 128
 
 
@@ -44,15 +46,19 @@ def peak_signal_noise_ratio(images: np.ndarray, truth: np.ndarray) -> float:
 
 
 def structural_similarity(images: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over the pairs of each pair's SSIM over its channels (torchmetrics: Gaussian window, sigma 1.5).
+    """Mean over the pairs of each pair's SSIM over its channels (Wang et al. 2004: Gaussian window, sigma 1.5).
+
+    By torchmetrics, whose map also holds places where the window leaves the image: these do not count.
 
     Args:
         images, truth: uint8 [N, H, W, 3], H and W at least 11.
     """
-    values = [
-        image_ssim(first, second, data_range=255.0, reduction="none") for first, second in _batches(images, truth)
+    inside = slice(SSIM_RADIUS, -SSIM_RADIUS)
+    maps = [
+        image_ssim(first, second, data_range=255.0, reduction="none", return_full_image=True)[1]
+        for first, second in _batches(images, truth)
     ]
-    return float(torch.cat([value.reshape(-1) for value in values]).mean())
+    return float(torch.cat([values[..., inside, inside].mean((1, 2, 3)) for values in maps]).mean())
 
 
 def feature_distance(features: np.ndarray, truth_features: np.ndarray) -> float:

@@ -225,7 +225,7 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
 
 def super_resolution_tab(cfg: DictConfig, translator: Translator) -> None:
     """A low-resolution picture → an image."""
-    side, factor = translator.side, factor_of(translator.run, int(cfg.downstream.factor))
+    side, factor = translator.side, factor_of(translator.run, int(cfg.downstream.super_resolution.factor))
 
     def enlarge(image: Image.Image | None, seed: int, steps: int) -> tuple[Image.Image, Image.Image]:
         if image is None:

@@ -12,10 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from downstream.registry import TASKS
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from downstream.corpora import held_out_images
+from downstream.fine_tuning import fine_tune
+from downstream.measured_task import measure_baselines, real_segmentation_metrics
+from downstream.registry import suitable_tasks
+from downstream.task import Task
 from encoders.pixels import to_tensor, to_uint8
 from eval.convergence import CONVERGENCE
 from eval.distances import kernel_distance_difference
@@ -49,6 +53,7 @@ class TableCell(NamedTuple):
         cfg: with which it was computed.
         kind: its stage in results.jsonl.
         directory: of the computation, for its commit.
+        run: of the training that it is about, which the report shows images of; None: the directory.
     """
 
     cfg: DictConfig
@@ -57,6 +62,7 @@ class TableCell(NamedTuple):
     step: int
     metrics: Mapping[str, float | None]
     directory: Path
+    run: Path | None = None
 
 
 def rebuilds(cfg: DictConfig) -> dict[str, Rebuild]:
@@ -133,32 +139,37 @@ def _biased(name: str) -> bool:
     return quantity is not None and quantity.entry.biased
 
 
-def downstream_cells(cfg: DictConfig, foundations: Mapping[str, Path]) -> Iterator[TableCell]:
+def downstream_cells(
+    cfg: DictConfig, tasks: Mapping[str, Task], foundations: Mapping[str, Path]
+) -> Iterator[TableCell]:
     """Every task from every foundation, from scratch with as many steps, and with the foundation's steps added."""
     longer = changed_config(f"seed={cfg.seed}", f"downstream.extra_steps={cfg.train.loop.steps}")
-    for name, task in TASKS.items():
-        if not task.fits(cfg):
-            continue
+    for name, task in tasks.items():
         starts = [(cfg, method, foundations[method]) for method in cfg.profile.downstream]
         for chosen, method, foundation in [*starts, (cfg, SCRATCH, None), (longer, SCRATCH, None)]:
-            directory = task.run(chosen, foundation, method)
+            directory = fine_tune(chosen, task, foundation, method)
             summary = read_json(directory / "summary.json")
-            yield TableCell(chosen, name, method, summary["steps"], summary["metrics"], directory)
-        for baseline, directory in task.baselines(cfg).items():
+            measured = Path(next(iter(read_json(directory / MEASURED).values())))
+            yield TableCell(chosen, name, method, summary["steps"], summary["metrics"], measured, directory)
+        for baseline, directory in measure_baselines(cfg, task).items():
             yield TableCell(cfg, name, baseline, 0, read_json(directory / "metrics.json"), directory)
 
 
 def cells(cfg: DictConfig) -> Iterator[TableCell]:
     """Every cell of the tables, computed or found done: of every seed the foundations, of the first one all."""
     directory = references(cfg)
-    for name, metrics in read_json(directory / "reference_rows.json").items():
+    rows = read_json(directory / "reference_rows.json")
+    tasks = suitable_tasks(cfg)
+    if any({"miou", "pixel_accuracy"} & set(task.metrics) for task in tasks.values()):
+        rows.setdefault("real_held_out", {}).update(real_segmentation_metrics(cfg, held_out_images(cfg)))
+    for name, metrics in rows.items():
         yield TableCell(cfg, "reference", name, 0, metrics, directory)
     for index, seed in enumerate(cfg.profile.seeds):
         chosen = changed_config(f"seed={seed}")
         foundations: dict[str, Path] = {}
         yield from foundation_cells(chosen, foundations)
         if index == 0:
-            yield from downstream_cells(chosen, foundations)
+            yield from downstream_cells(chosen, tasks, foundations)
 
 
 def reproduce(cfg: DictConfig) -> Path:
@@ -181,7 +192,8 @@ def reproduce(cfg: DictConfig) -> Path:
             partial, result_row(cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step)
         )
         found = places.setdefault(f"{cell.kind}/{cell.method}", [])
-        found += [str(cell.directory)] if str(cell.directory) not in found else []
+        place = str(cell.run or cell.directory)
+        found += [place] if place not in found else []
     places |= {"reference/published": [str(references(cfg))], "reference/validation": [str(references(cfg, "val"))]}
     for method in cfg.profile.methods:
         chosen = changed_config(f"prune={method}", f"seed={cfg.profile.seeds[0]}")

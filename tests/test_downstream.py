@@ -1,4 +1,4 @@
-"""Downstream tasks: the widened network, the saved pipeline's conventions, metrics, palette, operators, commands."""
+"""Downstream tasks: the widened network, the saved pipeline's conventions, operators, palette, stages, commands."""
 
 from __future__ import annotations
 
@@ -11,35 +11,47 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusionInstructPix2PixPipeline,
-    UNet2DConditionModel,
-)
-from hydra import compose, initialize_config_dir
+import yaml
+from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from omegaconf import DictConfig
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 from tiny_networks import CHANNELS, SIZE, pictures, tiny_autoencoder, tiny_text_encoder, tiny_unet
+from tiny_task import CLASSES, task_config, tiny_foundation
 
+import downstream.tasks
 from corpus.index import Corpus
+from downstream import fine_tuning, measured_task, registry
+from downstream.command import run_task
 from downstream.conditional import (
     Parts,
     conditional_pipeline,
+    conditioned_network,
     encode_condition,
     for_raw_condition,
+    load_parts,
     resolve_foundation,
-    training_rows,
     weights_digest,
     widen,
 )
-from downstream.image_metrics import LARGEST_PSNR, psnr_ssim
-from downstream.semantic_synthesis import Segmenter, natural_palette, segment, semantic_synthesis, spread_colours
-from downstream.super_resolution import bicubic, bicubic_baseline, low_resolution, super_resolution
+from downstream.corpora import corpus_of, held_out_images, training_rows
+from downstream.fine_tuning import fine_tune, loop_options
+from downstream.measured_task import (
+    METRICS_FILE,
+    OUTPUTS,
+    TaskJudges,
+    measure_baselines,
+    output_metrics,
+    real_segmentation_metrics,
+)
+from downstream.registry import TASKS, suitable_tasks
+from downstream.tasks.semantic_synthesis import natural_palette, spread_colours
+from downstream.tasks.super_resolution import bicubic, low_resolution
 from eval.generate import generate, starting_noise
-from runtime.artefacts import plain, read_json, write_json
+from eval.metrics import METRICS
+from report.results import encoder_name
+from runtime.artefacts import COMPLETE, read_json
 from runtime.errors import UserError
-from train.networks import new_unet, text_to_image_pipeline
+from train.measured_run import MEASURED
 from train.objective import Objective
 from train.text_encoder import encode_prompts
 
@@ -114,7 +126,7 @@ def test_saved_pipeline_feeds_what_was_trained(loaded, parts: Parts, conditioned
     assert type(loaded) is StableDiffusionInstructPix2PixPipeline
     images = pictures(3)
     raw = encode_condition(parts.autoencoder, images)
-    noise = starting_noise(3, (CHANNELS, 2, 2), seed=5)
+    noise = starting_noise(range(3), (CHANNELS, 2, 2), seed=5)
     seen = []
     hook = loaded.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     found = loaded(
@@ -171,55 +183,6 @@ def test_output_depends_on_the_condition(loaded) -> None:
     assert (first(1) != first(2)).any()
 
 
-# ---------------------------------------------------------------- image metrics
-
-
-def test_basicsr_is_imported_only_on_use_and_in_one_place(repository: Path) -> None:
-    code = (
-        "import sys, downstream.image_metrics as m; assert not any(n.startswith('basicsr') for n in sys.modules);"
-        "m.basicsr_metrics(); import torchvision.transforms.functional as f;"
-        "assert sys.modules['torchvision.transforms.functional_tensor'] is f; assert 'basicsr' in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, timeout=120)
-    sources = [path for name in ("corpus", "prune", "train", "downstream", "eval", "scripts")
-               for path in (repository / name).rglob("*.py")]  # fmt: skip
-    assert [path.name for path in sources if "functional_tensor" in path.read_text()] == ["image_metrics.py"]
-
-
-def test_psnr_of_known_errors() -> None:
-    images = np.full((2, 16, 16, 3), 100, dtype=np.uint8)
-    references = images.copy()
-    references[0] += 5
-    references[1, :8] += 20
-    expected = [10 * np.log10(255**2 / 25), 10 * np.log10(255**2 / 200)]
-    assert psnr_ssim(images, references)["psnr"] == pytest.approx(np.mean(expected))
-
-
-def test_equal_pictures_count_as_equal_to_eight_bits() -> None:
-    images = pictures(2)
-    assert psnr_ssim(images, images) == pytest.approx({"psnr": LARGEST_PSNR, "ssim": 1.0})
-    assert pytest.approx(58.92, abs=0.01) == LARGEST_PSNR
-
-
-def test_ssim_against_its_formula() -> None:
-    """Wang et al. 2004: Gaussian window of 11 px and 1.5 px, valid positions, the mean over channels."""
-    first, second = pictures(1, 0, 32).astype(float), pictures(1, 1, 32).astype(float)
-    second = 0.6 * first + 0.4 * second
-    first, second = first.round(), second.round()
-
-    def blur(values: np.ndarray) -> np.ndarray:
-        return gaussian_filter(values, (0, 1.5, 1.5, 0), radius=(0, 5, 5, 0))[:, 5:-5, 5:-5]
-
-    a, b = blur(first), blur(second)
-    covariance = blur(first * second) - a * b
-    variances = blur(first**2) - a**2 + blur(second**2) - b**2
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    expected = ((2 * a * b + c1) * (2 * covariance + c2) / ((a**2 + b**2 + c1) * (variances + c2))).mean()
-    found = psnr_ssim(first.astype(np.uint8), second.astype(np.uint8))["ssim"]
-    assert 0.2 < found < 0.95
-    assert found == pytest.approx(expected, abs=1e-4)
-
-
 # ---------------------------------------------------------------- operators and palette
 
 
@@ -233,7 +196,7 @@ def test_low_resolution_is_the_mean_of_each_area() -> None:
         mean = images[i, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4, c].astype(float).mean()
         assert small[i, y, x, c] == np.floor(mean + 0.5)
     assert low_resolution(np.full((1, 8, 8, 3), 255, dtype=np.uint8), 4).min() == 255
-    with pytest.raises(UserError, match="factor=5"):
+    with pytest.raises(UserError, match="factor=5 does not divide 64 x 64 px"):
         low_resolution(images, 5)
 
 
@@ -286,100 +249,225 @@ def test_training_rows_are_readable_different_and_balanced(tmp_path: Path) -> No
     assert len(training_rows(corpus, 100, seed=0)) == 39
 
 
-def test_segmenter_scores_every_pixel() -> None:
-    torch.manual_seed(0)
-    segmenter = Segmenter(5)
-    assert segmenter(torch.zeros(2, 3, 24, 16)).shape == (2, 5, 24, 16)
-    classes = segment(segmenter, pictures(3))
-    assert classes.shape == (3, SIZE, SIZE)
-    assert classes.dtype == np.uint8
-    assert classes.max() < 5
-
-
 # ---------------------------------------------------------------- the stages
 
 
-def config(tmp_path: Path, repository: Path, *overrides: str) -> DictConfig:
-    """The smallest chain on real tiles: a random autoencoder, a few steps."""
-    tiny_autoencoder().save_pretrained(tmp_path / "autoencoder")
-    with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
-        return compose(
-            "config",
-            [
-                "profile=smoke", "tracker=none", f"runs={tmp_path}/runs", f"autoencoder.path={tmp_path}/autoencoder",
-                "corpus.train.limit=96", "corpus.test.limit=160", "eval.images=24", "text_encoder.train.steps=1",
-                "text_encoder.width=32", "text_encoder.layers=1", "text_encoder.max_length=8",
-                "text_encoder.train.batch_size=4",
-                "model.unet.block_out_channels=[8,16]", "model.unet.norm_num_groups=4",
-                "model.unet.attention_head_dim=2",
-                "downstream.training_images=16", "downstream.images=16", "downstream.steps=2",
-                "downstream.loop.steps=2", "downstream.loop.batch_size=4", "downstream.segmenter.steps=2",
-                "downstream.segmenter.batch_size=4", *overrides,
-            ],
-        )  # fmt: skip
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
+    """The smallest tasks on a folder of images with masks; their stages are shared by the tests below."""
+    return task_config(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.slow
-def test_both_tasks_from_a_foundation_and_from_scratch(tmp_path: Path, repository: Path) -> None:
-    cfg = config(tmp_path, repository)
-    from downstream.conditional import load_parts, training_corpus
-    from train.components import load_text_parts
+@pytest.fixture(scope="module")
+def foundation(cfg: DictConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_foundation(tmp_path_factory.mktemp("foundation"), cfg)
 
-    corpus = training_corpus(cfg)
-    text = load_text_parts(cfg, corpus)
-    unet = new_unet(plain(cfg.model.unet), CHANNELS, 8, 32, seed=7)
-    foundation = tmp_path / "foundation"
-    text_to_image_pipeline(
-        tiny_autoencoder(), text.text_encoder, text.tokenizer, unet, Objective().scheduler()
-    ).save_pretrained(foundation / "pipeline")
-    write_json(foundation / "summary.json", {"method": "rsprune"})
-    cfg.foundation = str(foundation)
+
+def changed(cfg: DictConfig, **values: object) -> DictConfig:
+    """A copy with other values, of keys with `__` for dots."""
+    cfg = cfg.copy()
+    for key, value in values.items():
+        *path, last = key.split("__")
+        node = cfg
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return cfg
+
+
+def full_names(cfg: DictConfig, metrics: tuple[str, ...]) -> set[str]:
+    found = set()
+    for key in metrics:
+        name = f"{key}_{encoder_name(cfg)}" if METRICS[key].by == "encoder" else key
+        found |= {name, f"{name}_low", f"{name}_high"} if key == "kid_x1000" else {name}
+    return found
+
+
+def test_both_tasks_are_found_and_configured(repository: Path) -> None:
+    assert set(TASKS) == {"super_resolution", "semantic_synthesis"}
+    folder = repository / "configs" / "downstream"
+    lines = yaml.safe_load((folder / "default.yaml").read_text(encoding="utf-8"))["defaults"]
+    assert {f"{name}@{name}" for name in TASKS} <= set(lines)
+    assert {path.stem for path in folder.glob("*.yaml")} == {"default", *TASKS}
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_a_task_from_a_foundation_and_from_scratch(cfg: DictConfig, foundation: Path, name: str) -> None:
+    task = TASKS[name](cfg)
+    assert task.name == name
+    cfg = changed(cfg, foundation=str(foundation))
     assert resolve_foundation(cfg) == (foundation, "rsprune")
-    assert weights_digest(load_parts(cfg, foundation, corpus).unet) == weights_digest(unet)
-
     runs = {}
-    for stage, task in (("super_resolution", super_resolution), ("semantic_synthesis", semantic_synthesis)):
-        for name, source in (("rsprune", foundation), ("scratch", None)):
-            runs[stage, name] = directory = task(cfg, source, name)
-            assert directory.parent == tmp_path / "runs" / stage
-            summary = read_json(directory / "summary.json")
-            assert (summary["task"], summary["method"], summary["images"], summary["steps"]) == (stage, name, 16, 2)
-            assert summary["parameters"] == read_json(runs[stage, "rsprune"] / "summary.json")["parameters"]
-            assert all(np.isfinite(value) for value in summary["metrics"].values())
-            pipeline = DiffusionPipeline.from_pretrained(directory / "pipeline")
-            assert pipeline.unet.config.in_channels == 2 * CHANNELS
-            outputs, truth = (np.load(directory / "samples" / f"{part}.npy") for part in ("outputs", "truth"))
-            assert outputs.shape == truth.shape == (12, 64, 64, 3)
-            assert Image.open(directory / "samples" / "comparison.png").width > 12 * 64
-            assert task(cfg, source, name) == directory
-    metrics = read_json(runs["super_resolution", "scratch"] / "summary.json")["metrics"]
-    fields = {"psnr", "ssim", "fd_efficientnet_lite0", "kid_x1000", "kid_x1000_low", "kid_x1000_high"}
-    assert set(metrics) == fields
-    baseline = bicubic_baseline(cfg)
-    assert set(baseline) == fields
-    assert baseline["psnr"] > metrics["psnr"]
-    directory = runs["semantic_synthesis", "scratch"]
-    metrics = read_json(directory / "summary.json")["metrics"]
-    assert {"fd_efficientnet_lite0", "kid_x1000", "precision", "recall", "feature_distance"} < set(metrics)
-    assert 0 <= metrics["mask_agreement"] <= 1
-    assert 0 <= metrics["mask_agreement_real"] <= 1
-    palette = read_json(directory / "palette.json")
-    assert list(palette) == list(corpus.mask_classes)
-    assert np.load(directory / "samples" / "inputs.npy").reshape(-1, 3).tolist()[0] in palette.values()
-
+    for method, source in (("rsprune", foundation), ("scratch", None)):
+        runs[method] = directory = fine_tune(cfg, task, source, method)
+        assert directory.parent == Path(cfg.runs) / name
+        summary = read_json(directory / "summary.json")
+        assert (summary["task"], summary["method"], summary["images"], summary["steps"]) == (name, method, 8, 4)
+        assert summary["foundation"] == (None if source is None else str(source))
+        assert summary["parameters"] == read_json(runs["rsprune"] / "summary.json")["parameters"]
+        assert set(summary["metrics"]) == full_names(cfg, task.metrics)
+        assert all(np.isfinite(value) for value in summary["metrics"].values())
+        measured = Path(read_json(directory / MEASURED)["balanced"])
+        assert read_json(measured / METRICS_FILE) == summary["metrics"]
+        pipeline = DiffusionPipeline.from_pretrained(directory / "pipeline", use_safetensors=True)
+        assert pipeline.unet.config.in_channels == 2 * CHANNELS
+        inputs, outputs, truth = (np.load(directory / "samples" / f"{x}.npy") for x in ("inputs", "outputs", "truth"))
+        assert outputs.shape == truth.shape == (8, SIZE, SIZE, 3)
+        assert (truth == held_out_images(cfg).images).all() and len(inputs) == 8
+        assert Image.open(directory / "samples" / "comparison.png").width > 8 * SIZE
+        assert not (directory / "checkpoints").exists()
+        assert fine_tune(cfg, task, source, method) == directory
     # a text-to-image run is a foundation, a fine-tuned one is none
-    cfg.foundation = str(directory)
     with pytest.raises(UserError, match="no pretraining run"):
-        resolve_foundation(cfg)
+        resolve_foundation(changed(cfg, foundation=str(runs["scratch"])))
 
 
-@pytest.mark.slow
-def test_killed_run_goes_on_to_the_same_network(tmp_path: Path, repository: Path, monkeypatch) -> None:
-    cfg = config(tmp_path, repository, "downstream.loop.steps=4", "downstream.loop.checkpoint_every=2")
-    undisturbed = super_resolution(cfg, None, "scratch")
-    cfg.runs = str(tmp_path / "again")
+def test_a_baseline_is_measured_as_a_network_is(cfg: DictConfig) -> None:
+    task = TASKS["super_resolution"](cfg)
+    found = read_json(measure_baselines(cfg, task)["bicubic"] / METRICS_FILE)
+    summary = read_json(fine_tune(cfg, task, None, "scratch") / "summary.json")
+    assert set(found) == set(summary["metrics"])
+    assert found["psnr"] > summary["metrics"]["psnr"]  # four steps with a random autoencoder
 
-    import downstream.conditional as conditional
+    held = held_out_images(cfg)
+    outputs = bicubic(low_resolution(held.images, 4), 4)
+    error = np.square(outputs.astype(float) - held.images).mean((1, 2, 3))
+    assert found["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)))  # per image, then the mean
+    assert found == output_metrics(task, outputs, held, TaskJudges.of(cfg, task))
+    perfect = output_metrics(task, held.images, held, TaskJudges.of(cfg, task))
+    assert perfect["ssim"] == pytest.approx(1) and perfect[f"fd_{encoder_name(cfg)}"] < 1e-6
+
+
+def test_masks_are_drawn_in_the_palette_and_judged_by_the_segmenter(cfg: DictConfig) -> None:
+    task = TASKS["semantic_synthesis"](cfg)
+    directory = fine_tune(cfg, task, None, "scratch")
+    palette = read_json(directory / "palette.json")
+    assert tuple(palette) == CLASSES
+    held = held_out_images(cfg)
+    inputs = np.load(directory / "samples" / "inputs.npy")
+    assert (inputs == np.array(list(palette.values()))[held.masks]).all()
+
+    judges = TaskJudges.of(cfg, task)
+    measured = Path(read_json(directory / MEASURED)["balanced"])
+    drawn = read_json(measured / COMPLETE)["inputs"]["outputs"]
+    outputs = np.load(Path(cfg.runs) / drawn / OUTPUTS)
+    agreement = (judges.segmenter(outputs) == held.masks).mean()
+    assert read_json(directory / "summary.json")["metrics"]["pixel_accuracy"] == pytest.approx(agreement)
+    real = real_segmentation_metrics(cfg, held)
+    assert set(real) == {"miou", "pixel_accuracy"}
+    assert real["pixel_accuracy"] == pytest.approx((judges.segmenter(held.images) == held.masks).mean())
+    assert TaskJudges.of(cfg, TASKS["super_resolution"](cfg)).segmenter is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"eval__steps": 3},
+        {"eval__seed": 5},
+        {"yardstick__input_size": 48},
+        {"downstream__steps": 3},
+        {"downstream__images": 6},
+        {"downstream__segmenter__most_rounds": 1},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_what_it_is_measured_with_trains_nothing_again(
+    cfg: DictConfig, foundation: Path, values: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = cfg.copy()
+    cfg.yardstick = cfg.encoder.copy()
+    task = TASKS["super_resolution"](cfg)
+    before = fine_tune(cfg, task, foundation, "rsprune")
+    summary = read_json(before / "summary.json")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(fine_tuning, "train_loop", refuse)
+    other = changed(cfg, **values)
+    assert fine_tune(other, TASKS["super_resolution"](other), foundation, "rsprune") == before
+    again = read_json(before / "summary.json")
+    if next(iter(values)) in ("eval__seed", "downstream__steps", "downstream__images"):
+        assert again["metrics"] != summary["metrics"]
+    assert fine_tune(cfg, task, foundation, "rsprune") == before
+    assert read_json(before / "summary.json") == summary
+    with pytest.raises(AssertionError, match="trained again"):
+        fine_tune(changed(cfg, downstream__loop__steps=5), task, foundation, "rsprune")
+
+
+def test_scratch_alone_gets_extra_steps(cfg: DictConfig) -> None:
+    task = TASKS["super_resolution"](cfg)
+    more = changed(cfg, downstream__extra_steps=3)
+    directory = fine_tune(more, task, None, "scratch")
+    assert directory != fine_tune(cfg, task, None, "scratch")
+    summary = read_json(directory / "summary.json")
+    assert (summary["steps"], summary["images_seen"]) == (7, 28)
+    assert (loop_options(more, None).steps, loop_options(more, directory).steps) == (7, 4)
+
+
+THIRD = """
+from downstream.task import Task
+
+
+def make_task(cfg):
+    def grey(images):
+        return images.mean(axis=3, keepdims=True).repeat(3, axis=3).round().astype("uint8")
+
+    return Task(
+        name="colouring",
+        condition=lambda corpus, rows: grey(corpus.images[rows]),
+        facts={"of": "grey"},
+        captioned=cfg.downstream.colouring.captioned,
+        metrics=("psnr", "feature_distance"),
+        inputs=lambda held: {"grey": grey(held.images)},
+        baselines={"grey": lambda held: grey(held.images)},
+    )
+"""
+
+
+def test_a_third_task_is_one_file_and_one_yaml(
+    cfg: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "colouring.py").write_text(THIRD)
+    (tmp_path / "configs" / "downstream").mkdir(parents=True)
+    (tmp_path / "configs" / "downstream" / "colouring.yaml").write_text("captioned: true\n")
+    monkeypatch.setattr(downstream.tasks, "__path__", [*downstream.tasks.__path__, str(tmp_path)])
+    found = registry.find_tasks()
+    monkeypatch.delitem(sys.modules, "downstream.tasks.colouring")
+    assert set(found) == {*TASKS, "colouring"}
+    monkeypatch.setitem(TASKS, "colouring", found["colouring"])
+    cfg = task_config(
+        Path(cfg.runs).parent, "foundation=scratch", f"hydra.searchpath=[file://{tmp_path}/configs]",
+        "+downstream@downstream.colouring=colouring",
+    )  # fmt: skip
+    assert set(suitable_tasks(cfg)) == {*TASKS}
+    run_task(cfg, "colouring")
+    lines = capsys.readouterr().out.splitlines()
+    encoder = encoder_name(cfg)
+    names = [line.split(":")[0] for line in lines]
+    assert names == [f"grey feature_distance_{encoder}", "grey psnr", f"feature_distance_{encoder}", "psnr", "seconds",
+                     "run"]  # fmt: skip
+    directory = Path(lines[-1].removeprefix("run: "))
+    assert directory.parent.name == "colouring"
+    assert read_json(directory / "summary.json")["task"] == "colouring"
+    grey = np.load(directory / "samples" / "inputs.npy")
+    assert (grey == grey[..., :1]).all()
+
+
+def test_a_corpus_without_masks_leaves_a_task_out(
+    cfg: DictConfig, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bare = task_config(Path(cfg.runs).parent, "corpus.masks=null", "corpus.classes=[]")
+    assert set(suitable_tasks(bare)) == {"super_resolution"}
+    assert "no semantic_synthesis: corpus folder has no masks in its split train" in capsys.readouterr().err
+
+
+def test_killed_run_goes_on_to_the_same_network(
+    cfg: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TASKS["super_resolution"](cfg)
+    undisturbed = fine_tune(cfg, task, None, "scratch")
+    again = changed(cfg, runs=str(tmp_path / "again"))
 
     class Killed(Exception):
         pass
@@ -391,14 +479,32 @@ def test_killed_run_goes_on_to_the_same_network(tmp_path: Path, repository: Path
         return loss(*args, **kwargs)
 
     kill_at_third.steps = 0
-    loss = conditional.diffusion_loss
-    monkeypatch.setattr(conditional, "diffusion_loss", kill_at_third)
+    loss = fine_tuning.diffusion_loss
+    monkeypatch.setattr(fine_tuning, "diffusion_loss", kill_at_third)
     with pytest.raises(Killed):
-        super_resolution(cfg, None, "scratch")
-    resumed = super_resolution(cfg, None, "scratch")
+        fine_tune(again, task, None, "scratch")
+    # what fails after the training does not train again either
+    monkeypatch.setattr(measured_task, "_drawn", lambda *args: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        fine_tune(again, task, None, "scratch")
     assert kill_at_third.steps == 5
+    monkeypatch.undo()
+    resumed = fine_tune(again, task, None, "scratch")
     metrics = [read_json(directory / "summary.json")["metrics"] for directory in (undisturbed, resumed)]
     assert metrics[0] == metrics[1]
+
+
+def test_what_does_not_fit_is_refused(cfg: DictConfig, foundation: Path, parts: Parts) -> None:
+    task = TASKS["super_resolution"](cfg)
+    with pytest.raises(UserError, match="factor=3 does not divide 16 x 16 px"):
+        TASKS["super_resolution"](changed(cfg, downstream__super_resolution__factor=3))
+    other = changed(cfg, corpus__test__resolution=24)
+    with pytest.raises(UserError, match="16 px are trained on, but the held-out ones have 24 px"):
+        fine_tune(other, task, foundation, "rsprune")
+    with pytest.raises(UserError, match="trained on latents of side 2, this corpus' have 4"):
+        conditioned_network(cfg, parts, (CHANNELS, 4, 4), 8)
+    with pytest.raises(UserError, match=r"give train\.objective\.prediction=flow"):
+        load_parts(changed(cfg, train__objective__prediction="v_prediction"), foundation, corpus_of(cfg, "train"))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -409,8 +515,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     assert resolve_foundation(cfg) == (tmp_path, tmp_path.name)
     with pytest.raises(UserError, match="does not load"):
-        from downstream.conditional import load_parts
-
         load_parts(cfg, tmp_path, None)
     cfg.foundation = "scratch"
     assert resolve_foundation(cfg) == (None, "scratch")

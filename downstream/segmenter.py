@@ -1,0 +1,238 @@
+"""The segmenter that judges images drawn from masks: a library's U-Net, trained here on real images and their masks.
+
+It is trained on the training split until its mean intersection over union on `val` stops improving, and takes no part
+in what it judges. What it reaches on real images is the reference that generated ones are read against.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from corpus.index import Corpus
+from downstream.corpora import corpus_of
+from encoders.embedding import device
+from encoders.pixels import to_tensor
+from eval.held_out import balanced_rows
+from eval.pairs import mean_intersection_over_union, pixel_accuracy
+from runtime.artefacts import stage, write_json
+from runtime.errors import UserError
+from runtime.progress import progress
+from train.latents import scene_balanced_weights, symmetric
+
+WEIGHTS = "segmenter.safetensors"
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class SegmenterOptions:
+    """The network and its training.
+
+    Attributes:
+        encoder: name of an encoder of segmentation_models_pytorch.
+        decoder_channels: from the coarsest to the finest; as many as the encoder has stages, each half the side.
+        batch_size, learning_rate, weight_decay: of AdamW.
+        ema_decay: of the average of the weights, a step; the average is what is measured and kept.
+        round_images: training images between two looks at `val`, every scene with the same chance.
+        val_images: scene-balanced images of `val`.
+        patience: rounds without a better result after which the training ends.
+        most_rounds: after which it ends in any case.
+    """
+
+    encoder: str
+    decoder_channels: tuple[int, ...]
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    ema_decay: float
+    round_images: int
+    val_images: int
+    patience: int
+    most_rounds: int
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> SegmenterOptions:
+        settings = dict(cfg.downstream.segmenter)
+        return cls(**{**settings, "decoder_channels": tuple(settings["decoder_channels"])})
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A trained segmenter on disk.
+
+    Attributes:
+        directory: of the stage that trained it.
+        classes: how many there are.
+    """
+
+    directory: Path
+    options: SegmenterOptions
+    classes: int
+
+    @property
+    def key(self) -> str:
+        """What it is, for fingerprints."""
+        return self.directory.name
+
+    @cached_property
+    def network(self) -> nn.Module:
+        network = new_network(self.options, self.classes, seed=0)
+        network.load_state_dict(load_file(self.directory / WEIGHTS))
+        return network.to(device()).eval()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The likeliest class of every pixel, uint8 [N, H, W], of uint8 [N, H, W, 3]."""
+        return segment(self.network, images)
+
+
+def trained_segmenter(cfg: DictConfig) -> Segmenter:
+    """The segmenter of the corpus, trained if it is not there, by the first process of a launch.
+
+    Raises:
+        UserError: the corpus has no masks.
+    """
+    training, val = corpus_of(cfg, "train"), corpus_of(cfg, "val")
+    for corpus in (training, val):
+        if corpus.masks is None:
+            raise UserError(f"corpus {corpus.name} has no masks to train a segmenter on: try corpus=bluemarble")
+    options, seed = SegmenterOptions.of(cfg), int(cfg.seed)
+    classes = len(training.mask_classes)
+
+    def build(directory: Path) -> None:
+        start = time.perf_counter()
+        network = new_network(options, classes, seed).to(device())
+        state, rounds = train_segmenter(network, training, val, options, seed)
+        save_file(state, directory / WEIGHTS)
+        best = max(rounds, key=lambda found: found["miou"])
+        facts = {"best_round": best["round"], "rounds": rounds, "seconds": round(time.perf_counter() - start, 1)}
+        write_json(directory / "training.json", facts)
+
+    inputs = {"training": training.fingerprint, "val": val.fingerprint, "options": options, "seed": seed}
+    return Segmenter(stage(cfg.runs, "segmenter", inputs, build), options, classes)
+
+
+def new_network(options: SegmenterOptions, classes: int, seed: int) -> nn.Module:
+    """An untrained U-Net (Ronneberger et al. 2015) of segmentation_models_pytorch: images in [-1, 1] to class scores.
+
+    Raises:
+        UserError: there is no such encoder.
+    """
+    import segmentation_models_pytorch as smp  # on first use: it takes seconds
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            network = smp.Unet(
+                options.encoder,
+                encoder_depth=len(options.decoder_channels),
+                encoder_weights=None,
+                decoder_channels=options.decoder_channels,
+                classes=classes,
+            )
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"downstream.segmenter.encoder={options.encoder} is no encoder with {len(options.decoder_channels)} "
+                f"stages ({reason}): see segmentation_models_pytorch, or give tu-resnet10t"
+            ) from error
+    return network.to(memory_format=torch.channels_last)
+
+
+def train_segmenter(
+    network: nn.Module, training: Corpus, val: Corpus, options: SegmenterOptions, seed: int
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Train in rounds until `val` stops improving.
+
+    Returns:
+        the averaged weights of the best round, and of every round its number, loss, `miou` and `pixel_accuracy`.
+    """
+    generator = np.random.default_rng([seed, 30])
+    rows = np.sort(balanced_rows(val, val.readable, options.val_images, generator))
+    images, masks = np.array(val.images[rows]), np.array(val.masks[rows])
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay), use_buffers=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    rounds: list[dict[str, Any]] = []
+    best: dict[str, torch.Tensor] = {}
+    steps = max(1, options.round_images // options.batch_size)
+    bar = progress(range(options.most_rounds * steps), "segmenter, at most", unit="step")
+    losses: list[float] = []
+    for step, batch in zip(bar, _batches(training, options, generator), strict=False):
+        losses.append(_update(network, optimizer, *batch))
+        average.update_parameters(network)
+        if (step + 1) % steps:
+            continue
+        found = {"round": len(rounds) + 1, "loss": float(np.mean(losses)), **_scores(average.module, images, masks)}
+        if not rounds or found["miou"] > max(earlier["miou"] for earlier in rounds):
+            best = copy.deepcopy({key: value.cpu().contiguous() for key, value in average.module.state_dict().items()})
+        rounds.append(found)
+        losses.clear()
+        bar.set_postfix(miou=f"{found['miou']:.3f}", refresh=False)
+        if _worn_out(rounds, options.patience):
+            break
+    bar.close()
+    return best, rounds
+
+
+def _batches(
+    corpus: Corpus, options: SegmenterOptions, generator: np.random.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of images and masks, every scene with the same chance, each in one of eight symmetries."""
+    chances = np.cumsum(scene_balanced_weights(corpus))
+    while True:
+        picked = np.searchsorted(chances, generator.random(options.batch_size) * chances[-1], side="right")
+        symmetry = int(generator.integers(8))
+        masks = torch.from_numpy(np.array(corpus.masks[picked]))[:, None].long()
+        yield symmetric(to_tensor(corpus.images[picked]), symmetry), symmetric(masks, symmetry)[:, 0]
+
+
+def _update(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, masks: torch.Tensor) -> float:
+    network.train()
+    optimizer.zero_grad(set_to_none=True)
+    loss = nn.functional.cross_entropy(scores(network, images), masks.to(device()))
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _scores(network: nn.Module, images: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    found, classes = segment(network.eval(), images), network.segmentation_head[0].out_channels
+    return {
+        "miou": mean_intersection_over_union(found, masks, classes),
+        "pixel_accuracy": pixel_accuracy(found, masks, classes),
+    }
+
+
+def _worn_out(rounds: list[dict[str, Any]], patience: int) -> bool:
+    best = max(range(len(rounds)), key=lambda index: rounds[index]["miou"])
+    return len(rounds) - 1 - best >= patience
+
+
+def scores(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Class scores [B, K, H, W] of images [B, 3, H, W] in [-1, 1] of any side."""
+    height, width = images.shape[-2:]
+    stride = network.encoder.output_stride
+    padding = (0, -width % stride, 0, -height % stride)
+    padded = nn.functional.pad(images.to(device()), padding, mode="replicate") if any(padding) else images.to(device())
+    return network(padded.contiguous(memory_format=torch.channels_last))[..., :height, :width]
+
+
+@torch.inference_mode()
+def segment(network: nn.Module, images: np.ndarray) -> np.ndarray:
+    """The likeliest class of every pixel, uint8 [N, H, W], of uint8 [N, H, W, 3]."""
+    parts = [
+        scores(network, to_tensor(images[start : start + BATCH])).argmax(1).byte().cpu().numpy()
+        for start in range(0, len(images), BATCH)
+    ]
+    return np.concatenate(parts)

@@ -1,0 +1,111 @@
+"""The segmenter: images of any side, training until `val` stops improving, the best round kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_networks import pictures
+from tiny_task import task_config
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from corpus.index import Corpus
+from downstream import segmenter as module
+from downstream.segmenter import (
+    SegmenterOptions,
+    new_network,
+    scores,
+    segment,
+    train_segmenter,
+    trained_segmenter,
+)
+from runtime.artefacts import read_json
+from runtime.errors import UserError
+
+OPTIONS = SegmenterOptions(
+    encoder="tu-resnet10t", decoder_channels=(16, 8), batch_size=8, learning_rate=5e-3, weight_decay=0.0, ema_decay=0.8,
+    round_images=64, val_images=16, patience=2, most_rounds=6,
+)  # fmt: skip
+
+
+def striped(tmp_path: Path, count: int, seed: int) -> Corpus:
+    """Red on the left, blue on the right, the edge anywhere, noise over it; the mask says which."""
+    random = np.random.default_rng(seed)
+    masks = (np.arange(16)[None, None] >= random.integers(3, 14, count)[:, None, None]).astype(np.uint8)
+    masks = np.broadcast_to(masks, (count, 16, 16)).copy()
+    images = np.array([[170, 60, 60], [60, 60, 170]])[masks] + random.normal(scale=25, size=(count, 16, 16, 3))
+    manifest = pd.DataFrame({"scene": ["a"] * count, "readable": True})
+    return Corpus("striped", tmp_path, images.clip(0, 255).astype(np.uint8), manifest, masks, ("red", "blue"))
+
+
+@pytest.mark.parametrize("side", [(16, 16), (20, 14), (33, 40)])
+def test_every_pixel_of_any_side_gets_a_class(side: tuple[int, int]) -> None:
+    network = new_network(OPTIONS, 5, seed=0).eval()
+    images = np.resize(pictures(3, size=48), (3, *side, 3))
+    assert scores(network, torch.zeros(2, 3, *side)).shape == (2, 5, *side)
+    classes = segment(network, images)
+    assert classes.shape == (3, *side) and classes.dtype == np.uint8 and classes.max() < 5
+    assert (segment(network, images[1:]) == classes[1:]).all()
+
+
+def test_it_learns_what_can_be_seen_and_the_best_round_is_kept(tmp_path: Path) -> None:
+    training, val = striped(tmp_path, 64, 0), striped(tmp_path, 16, 1)
+    found = [train_segmenter(new_network(OPTIONS, 2, seed=0), training, val, OPTIONS, seed=3) for _ in range(2)]
+    (state, rounds), again = found
+    assert rounds == again[1] and all(torch.equal(state[key], again[0][key]) for key in state)  # seeded
+    network = new_network(OPTIONS, 2, seed=1).eval()
+    network.load_state_dict(state)
+    classes = segment(network, val.images)
+    best = max(round_["miou"] for round_ in rounds)
+    assert best > 0.9
+    assert best == pytest.approx(
+        float(MulticlassJaccardIndex(2)(torch.from_numpy(classes), torch.from_numpy(val.masks)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("miou", "rounds"),
+    [([0.1, 0.3, 0.2, 0.2, 0.9, 0.9], 4), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 6), ([0.5, 0.4, 0.6, 0.5, 0.6, 0.9], 5)],
+)
+def test_it_ends_when_val_stops_improving(
+    miou: list[float], rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patience is two rounds, the cap six; an equal result is no better one."""
+    given = iter(miou)
+    kept = []
+
+    def scored(network, images, masks):
+        kept.append({key: value.clone() for key, value in network.state_dict().items()})
+        return {"miou": next(given), "pixel_accuracy": 0.0}
+
+    monkeypatch.setattr(module, "_scores", scored)
+    corpus = striped(tmp_path, 16, 0)
+    options = replace(OPTIONS, round_images=8, batch_size=4)
+    state, found = train_segmenter(new_network(options, 2, seed=0), corpus, corpus, options, seed=0)
+    assert [entry["round"] for entry in found] == list(range(1, rounds + 1))
+    best = int(np.argmax(miou[:rounds]))
+    assert all(torch.equal(state[key], kept[best][key]) for key in state)
+    assert not all(torch.equal(kept[best][key], kept[best - 1][key]) for key in state)
+
+
+def test_it_is_a_stage_of_its_own(tmp_path: Path) -> None:
+    cfg = task_config(tmp_path)
+    found = trained_segmenter(cfg)
+    assert found.directory.parent == tmp_path / "runs" / "segmenter"
+    facts = read_json(found.directory / "training.json")
+    assert facts["best_round"] in {entry["round"] for entry in facts["rounds"]} and facts["seconds"] > 0
+    assert found(pictures(2)).shape == (2, 16, 16)
+    assert trained_segmenter(cfg).key == found.key
+    cfg.downstream.steps = 7
+    cfg.eval.seed = 7
+    assert trained_segmenter(cfg).key == found.key
+    cfg.downstream.segmenter.encoder = "resnet18_of_nobody"
+    with pytest.raises(UserError, match="encoder=resnet18_of_nobody"):
+        trained_segmenter(cfg)
+    bare = task_config(tmp_path, "corpus.masks=null", "corpus.classes=[]")
+    with pytest.raises(UserError, match="has no masks"):
+        trained_segmenter(bare)
