@@ -9,7 +9,8 @@ whatever images come or go:
 - train and val: half of val is test, for who tunes on held-out images has none left to measure on;
 - a name that `NAMES` does not have is held out as test.
 
-No image that is named val or test is ever trained on.
+The parts of a data set of a hub or of torchgeo name splits only where one of them is to train on (`part_names`): else
+the hash decides about all images. Otherwise no image that is named val or test is ever trained on.
 """
 
 from __future__ import annotations

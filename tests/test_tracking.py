@@ -201,7 +201,8 @@ def test_a_command_whose_wandb_raises_ends_well(tmp_path: Path, repository: Path
     )
     options = [
         "corpus=folder", f"corpus.root={tiny_folder}", "corpus.train.split=all", "prune=random",
-        "reference=folder", f"reference.root={tiny_folder}", "tracker=wandb", f"runs={tmp_path}",
+        "reference=folder", f"reference.root={tiny_folder}", "tracker=wandb", "tracker.mode=offline",
+        f"runs={tmp_path}",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *options], cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
