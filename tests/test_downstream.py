@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -405,33 +406,20 @@ def test_scratch_alone_gets_extra_steps(cfg: DictConfig) -> None:
     assert (loop_options(more, None).steps, loop_options(more, directory).steps) == (7, 4)
 
 
-THIRD = """
-from downstream.task import Task
-
-
-def make_task(cfg):
-    def grey(images):
-        return images.mean(axis=3, keepdims=True).repeat(3, axis=3).round().astype("uint8")
-
-    return Task(
-        name="colouring",
-        condition=lambda corpus, rows: grey(corpus.images[rows]),
-        facts={"of": "grey"},
-        captioned=cfg.downstream.colouring.captioned,
-        metrics=("psnr", "feature_distance"),
-        inputs=lambda held: {"grey": grey(held.images)},
-        baselines={"grey": lambda held: grey(held.images)},
-    )
-"""
-
-
 def test_a_third_task_is_one_file_and_one_yaml(
-    cfg: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    cfg: DictConfig,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    (tmp_path / "colouring.py").write_text(THIRD)
-    (tmp_path / "configs" / "downstream").mkdir(parents=True)
-    (tmp_path / "configs" / "downstream" / "colouring.yaml").write_text("captioned: true\n")
-    monkeypatch.setattr(downstream.tasks, "__path__", [*downstream.tasks.__path__, str(tmp_path)])
+    """Those of docs/tasks.md, as they stand there."""
+    text = (repository / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name, content in re.findall(r"^```\w+\n# (\S+)\n(.*?)^```", text, re.M | re.S):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    folder = str(tmp_path / "downstream" / "tasks")
+    monkeypatch.setattr(downstream.tasks, "__path__", [*downstream.tasks.__path__, folder])
     found = registry.find_tasks()
     monkeypatch.delitem(sys.modules, "downstream.tasks.colouring")
     assert set(found) == {*TASKS, "colouring"}
