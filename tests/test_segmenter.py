@@ -27,8 +27,8 @@ from runtime.artefacts import read_json
 from runtime.errors import UserError
 
 OPTIONS = SegmenterOptions(
-    encoder="tu-test_resnet", decoder_channels=(16, 8), batch_size=8, learning_rate=5e-3, weight_decay=0.0, ema_decay=0.8,
-    round_images=48, val_images=16, patience=2, most_rounds=4,
+    encoder="tu-test_resnet", decoder_channels=(16, 8), batch_size=8, learning_rate=5e-3, weight_decay=0.0,
+    ema_decay=0.8, round_images=48, val_images=16, patience=2, most_rounds=4,
 )  # fmt: skip
 
 
