@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from skimage.color import hsv2rgb, rgb2hsv
 
 from encoders.embedding import Encoder, embed
-from eval.metrics import frechet_distance, kernel_distance
+from eval.distances import frechet_distance, kernel_distance
 from runtime.errors import UserError
 
 #: Cells along each side of an image in `shuffled`.

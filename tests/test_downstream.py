@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,13 +48,19 @@ from downstream.registry import TASKS, suitable_tasks
 from downstream.tasks.semantic_synthesis import natural_palette, spread_colours
 from downstream.tasks.super_resolution import bicubic, low_resolution
 from eval.generate import generate, starting_noise
+from eval.measuring import encoders_of
 from eval.metrics import METRICS
-from report.results import encoder_name
 from runtime.artefacts import COMPLETE, read_json
 from runtime.errors import UserError
 from train.measured_run import MEASURED
 from train.objective import Objective
 from train.text_encoder import encode_prompts
+
+
+def evaluation_encoder(cfg: DictConfig) -> str:
+    """Name of the encoder whose distances are published."""
+    return encoders_of(cfg)[0].name
+
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +285,7 @@ def changed(cfg: DictConfig, **values: object) -> DictConfig:
 def full_names(cfg: DictConfig, metrics: tuple[str, ...]) -> set[str]:
     found = set()
     for key in metrics:
-        name = f"{key}_{encoder_name(cfg)}" if METRICS[key].by == "encoder" else key
+        name = f"{key}_{evaluation_encoder(cfg)}" if METRICS[key].by == "encoder" else key
         found |= {name, f"{name}_low", f"{name}_high"} if key == "kid_x1000" else {name}
     return found
 
@@ -335,7 +342,7 @@ def test_a_baseline_is_measured_as_a_network_is(cfg: DictConfig) -> None:
     assert found["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)))  # per image, then the mean
     assert found == output_metrics(task, outputs, held, TaskJudges.of(cfg, task))
     perfect = output_metrics(task, held.images, held, TaskJudges.of(cfg, task))
-    assert perfect["ssim"] == pytest.approx(1) and perfect[f"fd_{encoder_name(cfg)}"] < 1e-6
+    assert perfect["ssim"] == pytest.approx(1) and perfect[f"fd_{evaluation_encoder(cfg)}"] < 1e-6
 
 
 def test_masks_are_drawn_in_the_palette_and_judged_by_the_segmenter(cfg: DictConfig) -> None:
@@ -405,33 +412,20 @@ def test_scratch_alone_gets_extra_steps(cfg: DictConfig) -> None:
     assert (loop_options(more, None).steps, loop_options(more, directory).steps) == (7, 4)
 
 
-THIRD = """
-from downstream.task import Task
-
-
-def make_task(cfg):
-    def grey(images):
-        return images.mean(axis=3, keepdims=True).repeat(3, axis=3).round().astype("uint8")
-
-    return Task(
-        name="colouring",
-        condition=lambda corpus, rows: grey(corpus.images[rows]),
-        facts={"of": "grey"},
-        captioned=cfg.downstream.colouring.captioned,
-        metrics=("psnr", "feature_distance"),
-        inputs=lambda held: {"grey": grey(held.images)},
-        baselines={"grey": lambda held: grey(held.images)},
-    )
-"""
-
-
 def test_a_third_task_is_one_file_and_one_yaml(
-    cfg: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    cfg: DictConfig,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    (tmp_path / "colouring.py").write_text(THIRD)
-    (tmp_path / "configs" / "downstream").mkdir(parents=True)
-    (tmp_path / "configs" / "downstream" / "colouring.yaml").write_text("captioned: true\n")
-    monkeypatch.setattr(downstream.tasks, "__path__", [*downstream.tasks.__path__, str(tmp_path)])
+    """Those of docs/tasks.md, as they stand there."""
+    text = (repository / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name, content in re.findall(r"^```\w+\n# (\S+)\n(.*?)^```", text, re.M | re.S):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    folder = str(tmp_path / "downstream" / "tasks")
+    monkeypatch.setattr(downstream.tasks, "__path__", [*downstream.tasks.__path__, folder])
     found = registry.find_tasks()
     monkeypatch.delitem(sys.modules, "downstream.tasks.colouring")
     assert set(found) == {*TASKS, "colouring"}
@@ -443,7 +437,7 @@ def test_a_third_task_is_one_file_and_one_yaml(
     assert set(suitable_tasks(cfg)) == {*TASKS}
     run_task(cfg, "colouring")
     lines = capsys.readouterr().out.splitlines()
-    encoder = encoder_name(cfg)
+    encoder = evaluation_encoder(cfg)
     names = [line.split(":")[0] for line in lines]
     assert names == [f"grey feature_distance_{encoder}", "grey psnr", f"feature_distance_{encoder}", "psnr", "seconds",
                      "run"]  # fmt: skip

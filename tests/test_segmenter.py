@@ -27,8 +27,8 @@ from runtime.artefacts import read_json
 from runtime.errors import UserError
 
 OPTIONS = SegmenterOptions(
-    encoder="tu-resnet10t", decoder_channels=(16, 8), batch_size=8, learning_rate=5e-3, weight_decay=0.0, ema_decay=0.8,
-    round_images=64, val_images=16, patience=2, most_rounds=6,
+    encoder="tu-test_resnet", decoder_channels=(16, 8), batch_size=8, learning_rate=5e-3, weight_decay=0.0,
+    ema_decay=0.8, round_images=48, val_images=16, patience=2, most_rounds=4,
 )  # fmt: skip
 
 
@@ -54,9 +54,9 @@ def test_every_pixel_of_any_side_gets_a_class(side: tuple[int, int]) -> None:
 
 def test_it_learns_what_can_be_seen_and_the_best_round_is_kept(tmp_path: Path) -> None:
     training, val = striped(tmp_path, 64, 0), striped(tmp_path, 16, 1)
-    found = [train_segmenter(new_network(OPTIONS, 2, seed=0), training, val, OPTIONS, seed=3) for _ in range(2)]
-    (state, rounds), again = found
-    assert rounds == again[1] and all(torch.equal(state[key], again[0][key]) for key in state)  # seeded
+    state, rounds = train_segmenter(new_network(OPTIONS, 2, seed=0), training, val, OPTIONS, seed=3)
+    short = replace(OPTIONS, most_rounds=1)
+    assert train_segmenter(new_network(short, 2, seed=0), training, val, short, seed=3)[1] == rounds[:1]  # seeded
     network = new_network(OPTIONS, 2, seed=1).eval()
     network.load_state_dict(state)
     classes = segment(network, val.images)
@@ -84,7 +84,7 @@ def test_it_ends_when_val_stops_improving(
 
     monkeypatch.setattr(module, "_scores", scored)
     corpus = striped(tmp_path, 16, 0)
-    options = replace(OPTIONS, round_images=8, batch_size=4)
+    options = replace(OPTIONS, round_images=8, batch_size=4, most_rounds=6)
     state, found = train_segmenter(new_network(options, 2, seed=0), corpus, corpus, options, seed=0)
     assert [entry["round"] for entry in found] == list(range(1, rounds + 1))
     best = int(np.argmax(miou[:rounds]))

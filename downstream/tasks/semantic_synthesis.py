@@ -39,14 +39,13 @@ def make_task(cfg: DictConfig) -> Task:
 
 def _training_corpus(cfg: DictConfig) -> Corpus:
     """The training corpus; `Unsuited` unless every split that the task uses has masks."""
-    corpora = {split: corpus_of(cfg, split) for split in ("train", "val", str(cfg.eval.split))}
-    for split, corpus in corpora.items():
-        if corpus.masks is None:
+    for split in ("train", "val", str(cfg.eval.split)):
+        if (corpus := corpus_of(cfg, split)).masks is None:
             raise Unsuited(
                 f"corpus {corpus.name} has no masks in its split {split}, semantic synthesis needs them: "
                 "try corpus=bluemarble"
             )
-    return corpora["train"]
+    return corpus_of(cfg, "train")
 
 
 def spread_colours(colours: np.ndarray, distance: float) -> np.ndarray:
