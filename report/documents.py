@@ -18,9 +18,9 @@ from runtime.errors import UserError
 
 #: What the tables say of the method, the unfavourable included.
 FINDINGS = (
-    "In plain sentences: on Blue Marble `scene_random` cannot be told from `rsprune` by the balanced distance of the subset, and "
-    "of the ablations only those of scenes and uniformity leave its interval. On AID, which is balanced already, a model trained "
-    "on `rsprune` is a little farther from held-out photographs than one trained on `random`."
+    "In plain sentences: on Blue Marble `scene_random` cannot be told from `rsprune` by the balanced distance of the "
+    "subset, and of the ablations only those of scenes and uniformity leave its interval. On AID, which is balanced "
+    "already, a model trained on `rsprune` is a little farther from held-out photographs than one trained on `random`."
 )
 #: Directories of results on AID's photographs, how they are called and what they were made with.
 AID = {

@@ -62,7 +62,6 @@ def evaluation_encoder(cfg: DictConfig) -> str:
     return encoders_of(cfg)[0].name
 
 
-
 @pytest.fixture(scope="module")
 def parts() -> Parts:
     return Parts(tiny_unet(), tiny_autoencoder(), *tiny_text_encoder())
