@@ -66,7 +66,7 @@ STAGES = {
         after=("latents", "prompts"),
     ),
     "held_out": Stage(version=1, modules=("eval.held_out", "encoders")),
-    "generated": Stage(version=1, modules=("eval.generate", "eval.models")),
+    "generated": Stage(version=1, modules=("eval.generate", "eval.models", "eval.measuring")),
     "measured": Stage(
         version=1,
         modules=("eval.measuring", "eval.metrics", "eval.distances", "eval.pairs", "encoders"),
@@ -82,7 +82,9 @@ STAGES = {
         modules=("eval.subset_quality", "eval.subsets", "eval.waste", "prune.measured_subset"),
         after=("embedding", "measured"),
     ),
-    "condition_latents": Stage(version=1, modules=("downstream.conditional", "downstream.tasks")),
+    "condition_latents": Stage(
+        version=1, modules=("downstream.conditional", "downstream.fine_tuning", "downstream.tasks")
+    ),
     "segmenter": Stage(version=1, modules=("downstream.segmenter",)),
     "downstream": Stage(
         version=1,
@@ -92,7 +94,7 @@ STAGES = {
     "task_outputs": Stage(version=1, modules=("downstream.measured_task", "downstream.tasks", "eval.generate")),
     "task_measured": Stage(version=1, modules=("downstream.measured_task",), after=("measured", "segmenter")),
     "real_segmentation": Stage(version=1, modules=("downstream.measured_task",), after=("measured", "segmenter")),
-    "damage": Stage(version=1, modules=("eval.damage", "encoders", "eval.distances")),
+    "damage": Stage(version=1, modules=("scripts.choose_encoder", "eval.damage", "encoders", "eval.distances")),
     "samples": Stage(version=1, modules=("scripts.sample", "train.sampler", "eval.generate")),
     "bench": Stage(version=1, modules=("scripts.bench_selection",)),
     "bench_jpegs": Stage(version=1, modules=("scripts.bench",)),

@@ -426,5 +426,5 @@ def test_a_killed_embedding_leaves_nothing_that_looks_whole(home, tmp_path):
     runs = json.loads((home / "results" / "smoke" / "runs.json").read_text())
     pd.testing.assert_frame_equal(
         pd.read_parquet(again / "selection.parquet"),
-        pd.read_parquet(home / runs["selection/rsprune"] / "selection.parquet"),
+        pd.read_parquet(home / runs["selection/rsprune"][0] / "selection.parquet"),
     )

@@ -284,8 +284,9 @@ def changed(cfg: DictConfig, **values: object) -> DictConfig:
 def full_names(cfg: DictConfig, metrics: tuple[str, ...]) -> set[str]:
     found = set()
     for key in metrics:
-        name = f"{key}_{evaluation_encoder(cfg)}" if METRICS[key].by == "encoder" else key
-        found |= {name, f"{name}_low", f"{name}_high"} if key == "kid_x1000" else {name}
+        by_encoder = METRICS[key].by == "encoder"
+        for name in [f"{key}_{encoder.name}" for encoder in encoders_of(cfg)] if by_encoder else [key]:
+            found |= {name, f"{name}_low", f"{name}_high"} if key == "kid_x1000" else {name}
     return found
 
 
@@ -436,10 +437,9 @@ def test_a_third_task_is_one_file_and_one_yaml(
     assert set(suitable_tasks(cfg)) == {*TASKS}
     run_task(cfg, "colouring")
     lines = capsys.readouterr().out.splitlines()
-    encoder = evaluation_encoder(cfg)
     names = [line.split(":")[0] for line in lines]
-    assert names == [f"grey feature_distance_{encoder}", "grey psnr", f"feature_distance_{encoder}", "psnr", "seconds",
-                     "run"]  # fmt: skip
+    measured = [*sorted(f"feature_distance_{encoder.name}" for encoder in encoders_of(cfg)), "psnr"]
+    assert names == [*(f"grey {name}" for name in measured), *measured, "seconds", "run"]
     directory = Path(lines[-1].removeprefix("run: "))
     assert directory.parent.name == "colouring"
     assert read_json(directory / "summary.json")["task"] == "colouring"

@@ -137,7 +137,7 @@ def test_without_metadata_it_is_the_plain_pipeline(plain_run: Path, placed_run: 
     pipeline = DiffusionPipeline.from_pretrained(plain_run / "pipeline", use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
-        prompt=["a desert"] * 3, latents=starting_noise(3, (CHANNELS, 2, 2), 3), num_inference_steps=2,
+        prompt=["a desert"] * 3, latents=starting_noise(range(3), (CHANNELS, 2, 2), 3), num_inference_steps=2,
         guidance_scale=1.5, output_type="np",
     ).images  # fmt: skip
     images = sampler.draw("a desert", 3, **SETTINGS)
