@@ -235,14 +235,16 @@ def verdict(curve: pd.DataFrame) -> dict[str, float]:
         curve: the rows of `damage_curve`.
     Returns:
         `<metric>_spearman`, the correlation of KID and Fréchet distance with the strength; `<metric>_inversions`, pairs
-        in the wrong order; `seen_at`, the first step (1, 2, ...) whose KID interval lies above the undamaged one, NaN
-        where none does.
+        in the wrong order; `beyond_intervals`, those of them whose KID intervals lie apart; `seen_at`, the first step
+        (1, 2, ...) whose KID interval lies above the undamaged one, NaN where none does.
     """
     found: dict[str, float] = {}
     for metric in ("kid_x1000", "fd"):
         found[f"{metric}_spearman"] = float(spearmanr(curve["strength"], curve[metric]).statistic)
         found[f"{metric}_inversions"] = inversions(curve[metric].tolist())
-    above = np.flatnonzero(curve["kid_x1000_low"] > curve["kid_x1000_high"].iloc[0])
+    low, high = curve["kid_x1000_low"].to_numpy(), curve["kid_x1000_high"].to_numpy()
+    found["beyond_intervals"] = int(np.triu(low[:, None] > high[None], 1).sum())
+    above = np.flatnonzero(low > high[0])
     return {**found, "seen_at": float(above[0]) if len(above) else float("nan")}
 
 

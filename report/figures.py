@@ -250,7 +250,7 @@ def damage_figure(curves: pd.DataFrame) -> Figure:
                 curve["step"], growth, color=(AFTER, *_OTHERS)[index % 6], label=name, linewidth=2, zorder=3,
                 marker=_MARKERS[index % len(_MARKERS)], markersize=5,
             )  # fmt: skip
-        _dress(axes, damage.replace("_", " "), "", "")
+        _dress(axes, damage.replace("_", " "), "strength", "")
         axes.axhline(1, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         axes.set_yscale("symlog", linthresh=1)
         axes.yaxis.set_major_formatter(FuncFormatter(_counts))
@@ -258,7 +258,6 @@ def damage_figure(curves: pd.DataFrame) -> Figure:
     for axes in panels[len(damages) :]:
         axes.set_visible(False)
     figure.supylabel("growth of KID, half widths of its interval", fontsize=12, color=MUTED)
-    figure.supxlabel("strength of the damage", fontsize=12, color=MUTED)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=11
     )

@@ -75,6 +75,7 @@ def summary(found: pd.DataFrame, facts: Mapping[str, Mapping[str, float]]) -> pd
     columns = {
         "damages_ordered": ("ordered", "sum"),
         "kid_x1000_inversions": ("kid_x1000_inversions", "sum"),
+        "beyond_intervals": ("beyond_intervals", "sum"),
         "fd_inversions": ("fd_inversions", "sum"),
         "kid_x1000_spearman": ("kid_x1000_spearman", "mean"),
         "seen_at": ("seen_at", "mean"),
@@ -88,10 +89,11 @@ def page(title: str, table: pd.DataFrame, found: pd.DataFrame, curves: pd.DataFr
     pairs = len(DAMAGES) * 15
     lines = [f"# {title}", "", f"Chosen: `{chosen}`.", ""]
     lines += _rows(
-        ["encoder", f"damages in order, of {len(DAMAGES)}", f"pairs in the wrong order, of {pairs}: KID", "FD",
+        ["encoder", f"damages in order, of {len(DAMAGES)}", f"pairs in the wrong order, of {pairs}: KID",
+         "of them beyond the intervals", "FD",
          "Spearman, KID", "seen at step", "alignment with the selecting encoder", "img/s"],
-        [[f"`{name}`", f"{row.damages_ordered:.0f}", f"{row.kid_x1000_inversions:.0f}", f"{row.fd_inversions:.0f}",
-          f"{row.kid_x1000_spearman:.3f}", f"{row.seen_at:.2f}", f"{row.alignment:.2f}",
+        [[f"`{name}`", f"{row.damages_ordered:.0f}", f"{row.kid_x1000_inversions:.0f}", f"{row.beyond_intervals:.0f}",
+          f"{row.fd_inversions:.0f}", f"{row.kid_x1000_spearman:.3f}", f"{row.seen_at:.2f}", f"{row.alignment:.2f}",
           f"{row.images_per_second:.0f}"] for name, row in table.iterrows()],
     )  # fmt: skip
     names = list(table.index)
@@ -101,12 +103,10 @@ def page(title: str, table: pd.DataFrame, found: pd.DataFrame, curves: pd.DataFr
     cells = [[damage, *(_ordering(keyed.loc[(damage, name)]) for name in names)] for damage in found["damage"].unique()]
     lines += _rows(["damage", *(f"`{name}`" for name in names)], cells)
     lines += ["", "KID × 1000 with its 95 % interval, strength by strength.", ""]
-    steps = curves.set_index(["damage", "step", "encoder"])
-    cells = [
-        [damage, f"{steps.loc[(damage, step)]['strength'].iloc[0]:g} ({DAMAGES[damage].unit})",
-         *(_interval(steps.loc[(damage, step, name)]) for name in names)]
-        for damage, step in steps.index.droplevel("encoder").unique()
-    ]  # fmt: skip
+    cells = []
+    for (damage, strength), rows in curves.groupby(["damage", "strength"], sort=False):
+        rows = rows.set_index("encoder")
+        cells.append([f"{damage} ({DAMAGES[damage].unit})", f"{strength:g}", *(_interval(rows.loc[n]) for n in names)])
     lines += _rows(["damage", "strength", *(f"`{name}`" for name in names)], cells)
     return "\n".join(lines) + "\n"
 
