@@ -19,7 +19,8 @@ class GeoEmbed(PackagedEncoder):
     """ResNet-18 of the package `geoembed` (v3), trained on aerial images of 0.15 m a pixel; 256-d.
 
     The package's embeddings have unit length; here they are times sqrt(256), since KID's kernel (x·y / D + 1)^3 is
-    all but linear on unit vectors. Licence of the weights: MIT.
+    all but linear on unit vectors. Licence of the weights: MIT. The package is not among the pinned ones, since it asks
+    for an OpenCL library that its weights do not need: `pip install --no-deps geoembed==1.1.2`.
 
     Args:
         input_size: side in pixels to which images are resized (antialiased bilinear) before the network; a multiple
@@ -33,7 +34,7 @@ class GeoEmbed(PackagedEncoder):
     dimensions: int = 256
 
     def network(self) -> nn.Module:
-        """The frozen network in eval mode: [-1, 1] NCHW float32 in, [B, 256] of unit length out."""
+        """The frozen network in eval mode: [-1, 1] NCHW float32 in, [B, 256] out, not yet of unit length."""
         return _geoembed()
 
     def features(self, images: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ def package_file(package: str, pattern: str) -> Path:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError as error:
         raise UserError(
-            f"the package {package} is missing: run `make setup` again or `pip install {package}`"
+            f"the package {package} is missing: run `make setup` again or `pip install --no-deps {package}`"
         ) from error
     for file in files:
         if file.match(pattern):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+import json
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -24,7 +26,9 @@ from encoders.efficientnet_lite2 import EfficientNetLite2
 from encoders.geoembed import GeoEmbed
 from encoders.packaged import PackagedEncoder, package_file
 from eval.damage import DAMAGES, Pool, PoolFeatures, damage_curve, deal, inversions, kernel_alignment, verdict
+from report.figures import damage_figure
 from runtime.errors import UserError
+from scripts import choose_encoder
 
 try:
     GEOEMBED = package_file("geoembed", "weights/v3.npz")
@@ -35,7 +39,7 @@ geoembed = pytest.mark.skipif(GEOEMBED is None, reason="the optional package geo
 
 def photograph(name: str, side: int) -> np.ndarray:
     """A photograph that scikit-image ships, uint8 [side, side, 3]."""
-    return np.asarray(Image.fromarray(getattr(data, name)()).resize((side, side), Image.Resampling.BILINEAR))
+    return np.array(Image.fromarray(getattr(data, name)()).resize((side, side), Image.Resampling.BILINEAR))
 
 
 # ---------------------------------------------------------------- weights
@@ -292,3 +296,54 @@ def test_the_yardstick_orders_known_damage(pool: Pool, repository: Path) -> None
         if found["kid_x1000_inversions"] or not found["seen_at"] <= 3:
             disordered[damage] = curve["kid_x1000"].round(1).tolist()
     assert not disordered
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def made_curves(name: str, direction: int) -> pd.DataFrame:
+    tables = []
+    for damage, kind in DAMAGES.items():
+        strengths = [0.0, *kind.strengths]
+        kid = 10.0 * direction * np.arange(len(strengths))
+        columns = {"kid_x1000": kid, "kid_x1000_low": kid - 2, "kid_x1000_high": kid + 2, "fd": kid + 100}
+        tables.append(
+            pd.DataFrame({"strength": strengths, **columns, "encoder": name, "damage": damage, "step": range(6)})
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def test_the_encoder_that_orders_damage_comes_first() -> None:
+    curves = pd.concat([made_curves("poor", -1), made_curves("good", 1)], ignore_index=True)
+    found = choose_encoder.orderings(curves)
+    facts = {name: {"images_per_second": 10.0, "alignment": 0.5} for name in ("poor", "good")}
+    table = choose_encoder.summary(found, facts)
+    assert list(table.index) == ["good", "poor"]
+    assert table["kid_x1000_inversions"].tolist() == [0, 15 * len(DAMAGES)] == table["beyond_intervals"].tolist()
+    assert table["damages_ordered"].tolist() == [len(DAMAGES), 0]
+    assert table["seen_at"].tolist() == [1, 6]
+    page = choose_encoder.page("Title", table, found, curves, "good")
+    assert "Chosen: `good`." in page and "| blur | 0 / 0, step 1 | 15 / 15, – |" in page
+    assert "| blur (σ, px) | 0.6 | 20.0 [18.0, 22.0] | -20.0 [-22.0, -18.0] |" in page
+    figure = damage_figure(curves)
+    assert [axes.get_title("left") for axes in figure.axes] == [name.replace("_", " ") for name in DAMAGES]
+
+
+def test_the_choice_is_made_and_written(tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture) -> None:
+    overrides = [
+        "damage.images=16", "corpus.test.limit=400", f"runs={tmp_path / 'runs'}", f"results={tmp_path / 'results'}",
+        *(f"{where}.input_size=32" for where in ("encoder", "damage.encoders.efficientnet_lite0")),
+        "damage.encoders.efficientnet_lite2.input_size=32",
+    ]  # fmt: skip
+    with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
+        choose_encoder.main(compose("config", overrides=overrides))
+        results = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("results: "))
+        assert results == tmp_path / "results" / "local" / "encoders" / "bluemarble"
+        found = json.loads((results / "encoders.json").read_text())
+        assert found["chosen"] == "efficientnet_lite2" and len(found["damages"]) == 2 * len(DAMAGES)
+        alignment = {row["encoder"]: row["alignment"] for row in found["encoders"]}
+        assert alignment["efficientnet_lite0"] == pytest.approx(1) and alignment["efficientnet_lite2"] < 1
+        assert len(pd.read_csv(results / "curves.csv")) == 2 * len(DAMAGES) * 6
+        assert (results / "encoders.png").read_bytes()[:4] == b"\x89PNG"
+        with pytest.raises(UserError, match="efficientnet_lite0 alone"):
+            choose_encoder.main(compose("config", overrides=[*overrides, "~damage.encoders.efficientnet_lite2"]))
