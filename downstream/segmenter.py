@@ -49,6 +49,7 @@ class SegmenterOptions:
         val_images: scene-balanced images of `val`.
         patience: rounds without a better result after which the training ends.
         most_rounds: after which it ends in any case.
+        seed: of its weights and batches; the same for all training seeds of what it judges.
     """
 
     encoder: str
@@ -61,6 +62,12 @@ class SegmenterOptions:
     val_images: int
     patience: int
     most_rounds: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "round_images", "val_images", "patience", "most_rounds"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"downstream.segmenter.{name}={value}: give at least 1")
 
     @classmethod
     def of(cls, cfg: DictConfig) -> SegmenterOptions:
@@ -88,7 +95,7 @@ class Segmenter:
 
     @cached_property
     def network(self) -> nn.Module:
-        network = new_network(self.options, self.classes, seed=0)
+        network = new_network(self.options, self.classes)
         network.load_state_dict(load_file(self.directory / WEIGHTS))
         return network.to(device()).eval()
 
@@ -107,23 +114,22 @@ def trained_segmenter(cfg: DictConfig) -> Segmenter:
     for corpus in (training, val):
         if corpus.masks is None:
             raise UserError(f"corpus {corpus.name} has no masks to train a segmenter on: try corpus=bluemarble")
-    options, seed = SegmenterOptions.of(cfg), int(cfg.seed)
-    classes = len(training.mask_classes)
+    options, classes = SegmenterOptions.of(cfg), len(training.mask_classes)
 
     def build(directory: Path) -> None:
         start = time.perf_counter()
-        network = new_network(options, classes, seed).to(device())
-        state, rounds = train_segmenter(network, training, val, options, seed)
+        network = new_network(options, classes).to(device())
+        state, rounds = train_segmenter(network, training, val, options)
         save_file(state, directory / WEIGHTS)
         best = max(rounds, key=lambda found: found["miou"])
         facts = {"best_round": best["round"], "rounds": rounds, "seconds": round(time.perf_counter() - start, 1)}
         write_json(directory / "training.json", facts)
 
-    inputs = {"training": training.fingerprint, "val": val.fingerprint, "options": options, "seed": seed}
+    inputs = {"training": training.fingerprint, "val": val.fingerprint, "options": options}
     return Segmenter(stage(cfg.runs, "segmenter", inputs, build), options, classes)
 
 
-def new_network(options: SegmenterOptions, classes: int, seed: int) -> nn.Module:
+def new_network(options: SegmenterOptions, classes: int) -> nn.Module:
     """An untrained U-Net (Ronneberger et al. 2015) of segmentation_models_pytorch: images in [-1, 1] to class scores.
 
     Raises:
@@ -132,7 +138,7 @@ def new_network(options: SegmenterOptions, classes: int, seed: int) -> nn.Module
     import segmentation_models_pytorch as smp  # on first use: it takes seconds
 
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
         try:
             network = smp.Unet(
                 options.encoder,
@@ -151,14 +157,14 @@ def new_network(options: SegmenterOptions, classes: int, seed: int) -> nn.Module
 
 
 def train_segmenter(
-    network: nn.Module, training: Corpus, val: Corpus, options: SegmenterOptions, seed: int
+    network: nn.Module, training: Corpus, val: Corpus, options: SegmenterOptions
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Train in rounds until `val` stops improving.
 
     Returns:
         the averaged weights of the best round, and of every round its number, loss, `miou` and `pixel_accuracy`.
     """
-    generator = np.random.default_rng([seed, 30])
+    generator = np.random.default_rng([options.seed, 30])
     rows = np.sort(balanced_rows(val, val.readable, options.val_images, generator))
     images, masks = np.array(val.images[rows]), np.array(val.masks[rows])
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay), use_buffers=True)
@@ -173,13 +179,13 @@ def train_segmenter(
         average.update_parameters(network)
         if (step + 1) % steps:
             continue
-        found = {"round": len(rounds) + 1, "loss": float(np.mean(losses)), **_scores(average.module, images, masks)}
+        found = {"round": len(rounds) + 1, "loss": float(np.mean(losses)), **_measured(average.module, images, masks)}
         if not rounds or found["miou"] > max(earlier["miou"] for earlier in rounds):
             best = copy.deepcopy({key: value.cpu().contiguous() for key, value in average.module.state_dict().items()})
         rounds.append(found)
         losses.clear()
         bar.set_postfix(miou=f"{found['miou']:.3f}", refresh=False)
-        if _worn_out(rounds, options.patience):
+        if _stopped_improving(rounds, options.patience):
             break
     bar.close()
     return best, rounds
@@ -200,13 +206,13 @@ def _batches(
 def _update(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, masks: torch.Tensor) -> float:
     network.train()
     optimizer.zero_grad(set_to_none=True)
-    loss = nn.functional.cross_entropy(scores(network, images), masks.to(device()))
+    loss = nn.functional.cross_entropy(class_scores(network, images), masks.to(device()))
     loss.backward()
     optimizer.step()
     return float(loss.detach())
 
 
-def _scores(network: nn.Module, images: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+def _measured(network: nn.Module, images: np.ndarray, masks: np.ndarray) -> dict[str, float]:
     found, classes = segment(network.eval(), images), network.segmentation_head[0].out_channels
     return {
         "miou": mean_intersection_over_union(found, masks, classes),
@@ -214,12 +220,12 @@ def _scores(network: nn.Module, images: np.ndarray, masks: np.ndarray) -> dict[s
     }
 
 
-def _worn_out(rounds: list[dict[str, Any]], patience: int) -> bool:
+def _stopped_improving(rounds: list[dict[str, Any]], patience: int) -> bool:
     best = max(range(len(rounds)), key=lambda index: rounds[index]["miou"])
     return len(rounds) - 1 - best >= patience
 
 
-def scores(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def class_scores(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Class scores [B, K, H, W] of images [B, 3, H, W] in [-1, 1] of any side."""
     height, width = images.shape[-2:]
     stride = network.encoder.output_stride
@@ -232,7 +238,7 @@ def scores(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def segment(network: nn.Module, images: np.ndarray) -> np.ndarray:
     """The likeliest class of every pixel, uint8 [N, H, W], of uint8 [N, H, W, 3]."""
     parts = [
-        scores(network, to_tensor(images[start : start + BATCH])).argmax(1).byte().cpu().numpy()
+        class_scores(network, to_tensor(images[start : start + BATCH])).argmax(1).byte().cpu().numpy()
         for start in range(0, len(images), BATCH)
     ]
     return np.concatenate(parts)

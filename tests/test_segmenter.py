@@ -17,8 +17,8 @@ from corpus.index import Corpus
 from downstream import segmenter as module
 from downstream.segmenter import (
     SegmenterOptions,
+    class_scores,
     new_network,
-    scores,
     segment,
     train_segmenter,
     trained_segmenter,
@@ -28,7 +28,7 @@ from runtime.errors import UserError
 
 OPTIONS = SegmenterOptions(
     encoder="tu-test_resnet", decoder_channels=(16, 8), batch_size=8, learning_rate=5e-3, weight_decay=0.0,
-    ema_decay=0.8, round_images=48, val_images=16, patience=2, most_rounds=4,
+    ema_decay=0.8, round_images=48, val_images=16, patience=2, most_rounds=4, seed=3,
 )  # fmt: skip
 
 
@@ -44,9 +44,9 @@ def striped(tmp_path: Path, count: int, seed: int) -> Corpus:
 
 @pytest.mark.parametrize("side", [(16, 16), (20, 14), (33, 40)])
 def test_every_pixel_of_any_side_gets_a_class(side: tuple[int, int]) -> None:
-    network = new_network(OPTIONS, 5, seed=0).eval()
+    network = new_network(OPTIONS, 5).eval()
     images = np.resize(pictures(3, size=48), (3, *side, 3))
-    assert scores(network, torch.zeros(2, 3, *side)).shape == (2, 5, *side)
+    assert class_scores(network, torch.zeros(2, 3, *side)).shape == (2, 5, *side)
     classes = segment(network, images)
     assert classes.shape == (3, *side) and classes.dtype == np.uint8 and classes.max() < 5
     assert (segment(network, images[1:]) == classes[1:]).all()
@@ -54,10 +54,10 @@ def test_every_pixel_of_any_side_gets_a_class(side: tuple[int, int]) -> None:
 
 def test_it_learns_what_can_be_seen_and_the_best_round_is_kept(tmp_path: Path) -> None:
     training, val = striped(tmp_path, 64, 0), striped(tmp_path, 16, 1)
-    state, rounds = train_segmenter(new_network(OPTIONS, 2, seed=0), training, val, OPTIONS, seed=3)
+    state, rounds = train_segmenter(new_network(OPTIONS, 2), training, val, OPTIONS)
     short = replace(OPTIONS, most_rounds=1)
-    assert train_segmenter(new_network(short, 2, seed=0), training, val, short, seed=3)[1] == rounds[:1]  # seeded
-    network = new_network(OPTIONS, 2, seed=1).eval()
+    assert train_segmenter(new_network(short, 2), training, val, short)[1] == rounds[:1]  # seeded
+    network = new_network(replace(OPTIONS, seed=1), 2).eval()
     network.load_state_dict(state)
     classes = segment(network, val.images)
     best = max(round_["miou"] for round_ in rounds)
@@ -82,10 +82,10 @@ def test_it_ends_when_val_stops_improving(
         kept.append({key: value.clone() for key, value in network.state_dict().items()})
         return {"miou": next(given), "pixel_accuracy": 0.0}
 
-    monkeypatch.setattr(module, "_scores", scored)
+    monkeypatch.setattr(module, "_measured", scored)
     corpus = striped(tmp_path, 16, 0)
     options = replace(OPTIONS, round_images=8, batch_size=4, most_rounds=6)
-    state, found = train_segmenter(new_network(options, 2, seed=0), corpus, corpus, options, seed=0)
+    state, found = train_segmenter(new_network(options, 2), corpus, corpus, options)
     assert [entry["round"] for entry in found] == list(range(1, rounds + 1))
     best = int(np.argmax(miou[:rounds]))
     assert all(torch.equal(state[key], kept[best][key]) for key in state)
@@ -102,7 +102,10 @@ def test_it_is_a_stage_of_its_own(tmp_path: Path) -> None:
     assert trained_segmenter(cfg).key == found.key
     cfg.downstream.steps = 7
     cfg.eval.seed = 7
+    cfg.seed = 7
     assert trained_segmenter(cfg).key == found.key
+    with pytest.raises(UserError, match="patience=0: give at least 1"):
+        replace(OPTIONS, patience=0)
     cfg.downstream.segmenter.encoder = "resnet18_of_nobody"
     with pytest.raises(UserError, match="encoder=resnet18_of_nobody"):
         trained_segmenter(cfg)
