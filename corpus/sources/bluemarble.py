@@ -37,9 +37,9 @@ _PHRASES = {
     "ice": "ice sheet",
 }
 DEGREES_PER_PIXEL = 360 / 5400
-#: Height of a latitude band in pixels, and how much of the first one lies above the map. With it every other band of
-#: the held-out blocks has tiles of all scenes, and so have the bands between; without it one of the two has no tundra.
-BAND, ABOVE = 192, 64
+#: Least side in pixels of the square cells that held-out blocks are divided into.
+CELL = 90
+HEIGHT, WIDTH = 2700, 5400
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class BlueMarble:
 
     Args:
         split: "all", "train", "val" or "test". Longitude blocks with `index % held_out_every == held_out_every // 2`
-            are held out: the first of them is test, the second val, the third test, and so on.
+            are held out and divided into square cells; every third cell, along rows and columns, is val, the others are
+            test. So val and test, and the halves of test, see the same places on Earth and share no pixel.
         resolution: tile side in pixels.
         stride: step between tiles in pixels; below `resolution` the tiles overlap.
         block: width of a longitude block in pixels; neighbouring blocks of the same split are joined.
@@ -103,26 +104,53 @@ class BlueMarble:
         columns = ((np.arange(width) + 0.5) * zones.shape[1] / width).astype(int)
         return _SCENE_OF_ZONE[zones[np.ix_(rows, columns)]]
 
+    @property
+    def _cell(self) -> int:
+        """Side of a cell in pixels: it divides a block and holds a tile."""
+        return self.block // max(1, self.block // max(self.resolution, CELL))
+
     def corners(self) -> np.ndarray:
-        """Top-left corners (row, column) of every tile, int64 [N, 2], row-major within a run of blocks."""
-        height, width = 2700, 5400
-        rows = np.arange(0, height - self.resolution + 1, self.stride)
-        columns = np.concatenate(
-            [np.arange(low, high - self.resolution + 1, self.stride) for low, high in self._runs(width)]
-        )
-        grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+        """Top-left corners (row, column) of every tile, int64 [N, 2], row by row.
+
+        Tiles of val and test lie inside a cell; those of train and all inside neighbouring blocks of the split.
+        """
+        if self.split in ("val", "test"):
+            grid = self._held_out_corners()
+        else:
+            rows = np.arange(0, HEIGHT - self.resolution + 1, self.stride)
+            columns = np.concatenate(
+                [np.arange(low, high - self.resolution + 1, self.stride) for low, high in self._runs()]
+            )
+            grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
         return grid[thinned(len(grid), self.limit)]
 
-    def _split_of(self, block: int) -> str:
-        turn, place = divmod(block, self.held_out_every)
-        if place != self.held_out_every // 2:
-            return "train"
-        return ("test", "val")[turn % 2]
+    def _held_out_corners(self) -> np.ndarray:
+        cell = self._cell
+        inside = np.arange(0, cell - self.resolution + 1, self.stride)
+        columns = [
+            block * self.block + start
+            for block in range(WIDTH // self.block)
+            if self._is_held_out(block)
+            for start in range(0, self.block - cell + 1, cell)
+        ]
+        places = [
+            (row * cell, column)
+            for row in range(HEIGHT // cell)
+            for number, column in enumerate(columns)
+            if ((row + number) % 3 == 2) == (self.split == "val")
+        ]
+        offsets = np.stack(np.meshgrid(inside, inside, indexing="ij"), axis=-1).reshape(-1, 2)
+        grid = (np.array(places)[:, None] + offsets[None]).reshape(-1, 2)
+        return grid[np.lexsort((grid[:, 1], grid[:, 0]))]
 
-    def _runs(self, width: int) -> list[tuple[int, int]]:
+    def _is_held_out(self, block: int) -> bool:
+        return block % self.held_out_every == self.held_out_every // 2
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """First and last column of neighbouring blocks that are trained on, or of all."""
         runs: list[tuple[int, int]] = []
-        for index in range(width // self.block):
-            if self.split not in ("all", self._split_of(index)):
+        for index in range(WIDTH // self.block):
+            if self.split == "train" and self._is_held_out(index):
                 continue
             low, high = index * self.block, (index + 1) * self.block
             if runs and runs[-1][1] == low:
@@ -133,20 +161,21 @@ class BlueMarble:
     def manifest(self) -> pd.DataFrame:
         """One row a tile: id, scene, caption, ground, lon, lat (degrees, tile centre), ground_sampling_distance (m).
 
-        `ground` is the number of the latitude band that the tile lies in, "" where it crosses a border.
+        `ground` is the cell that a tile of val or test lies in, and "" of others.
         """
         corners = self.corners()
         shares = self._scene_shares(corners)
         main = shares.argmax(axis=1)
         centre = corners + self.resolution / 2
         latitude = 90 - centre[:, 0] * DEGREES_PER_PIXEL
-        first, last = ((corners[:, 0] + ABOVE + inside) // BAND for inside in (0, self.resolution - 1))
+        cells = corners // self._cell
+        known = self.split in ("val", "test")
         return pd.DataFrame(
             {
                 "id": [f"{self.name}/{row:04d}_{column:04d}" for row, column in corners],
                 "scene": [SCENES[index] for index in main],
                 "caption": [_caption(share) for share in shares],
-                "ground": [f"{band:02d}" if band == end else "" for band, end in zip(first, last, strict=True)],
+                "ground": [f"{row:03d}_{column:03d}" if known else "" for row, column in cells],
                 "lon": centre[:, 1] * DEGREES_PER_PIXEL - 180,
                 "lat": latitude,
                 "ground_sampling_distance": np.full(len(corners), DEGREES_PER_PIXEL * 111_320.0),
