@@ -149,7 +149,7 @@ def test_the_encoder_that_judges_neither_selects_nor_trains(repository: Path) ->
 @pytest.fixture(scope="module")
 def pool() -> Pool:
     """Blue Marble's held-out tiles, dealt into two sets of 120."""
-    source = BlueMarble(split="test", stride=16)
+    source = BlueMarble(split="test", stride=4)
     scenes = source.manifest()["scene"].to_numpy(dtype=str)
     images = np.stack([sample.image for sample in source.reader(np.arange(len(scenes)))()])
     return deal(images, scenes, 120, np.random.default_rng(0))
