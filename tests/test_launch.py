@@ -26,6 +26,9 @@ def main(cfg):
     if state.num_processes > 1:
         torch.distributed.all_reduce(told)
     print("processes", state.num_processes, "sum", int(told), "device", state.device.type, "ratio", cfg.ratio)
+    if state.num_processes > 1:  # a process that leaves while the other still listens makes that one abort
+        state.wait_for_everyone()
+        torch.distributed.destroy_process_group()
 
 run(main)
 """
