@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from omegaconf import DictConfig
 from PIL import Image
@@ -21,7 +20,7 @@ from PIL import Image
 from downstream.corpora import held_out_images
 from downstream.segmenter import Segmenter, trained_segmenter
 from downstream.task import Task
-from encoders.embedding import Encoder
+from encoders.embedding import Encoder, device
 from eval.generate import generate
 from eval.held_out import HeldOut
 from eval.measuring import Sampling, embed_rows, encoders_of
@@ -104,7 +103,7 @@ def load_pipeline(folder: Path) -> StableDiffusionInstructPix2PixPipeline:
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
         folder, use_safetensors=True, local_files_only=True
     )
-    return pipeline.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+    return pipeline.to(device())
 
 
 def baseline_outputs(cfg: DictConfig, task: Task, baseline: str, held: HeldOut) -> Path:

@@ -1,4 +1,4 @@
-"""The segmenter that judges images drawn from masks: a library's U-Net, trained here on real images and their masks.
+"""The segmenter that judges images drawn from masks: a library's network, trained here on real images and their masks.
 
 It is trained on the training split until its mean intersection over union on `val` stops improving, and takes no part
 in what it judges. What it reaches on real images is the reference that generated ones are read against.
@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from corpus.index import Corpus
@@ -34,6 +35,8 @@ from train.latents import scene_balanced_weights, symmetric
 
 WEIGHTS = "segmenter.safetensors"
 BATCH = 100
+#: The learning rate falls by this factor after more than so many rounds without a better result.
+RATE_FACTOR, RATE_PATIENCE = 0.3, 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class SegmenterOptions:
 
     Attributes:
         encoder: name of an encoder of segmentation_models_pytorch.
-        decoder_channels: from the coarsest to the finest; as many as the encoder has stages, each half the side.
+        channels: of the decoder; a multiple of 32.
         batch_size, learning_rate, weight_decay: of AdamW.
         ema_decay: of the average of the weights, a step; the average is what is measured and kept.
         round_images: training images between two looks at `val`, every scene with the same chance.
@@ -53,7 +56,7 @@ class SegmenterOptions:
     """
 
     encoder: str
-    decoder_channels: tuple[int, ...]
+    channels: int
     batch_size: int
     learning_rate: float
     weight_decay: float
@@ -71,8 +74,7 @@ class SegmenterOptions:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> SegmenterOptions:
-        settings = dict(cfg.downstream.segmenter)
-        return cls(**{**settings, "decoder_channels": tuple(settings["decoder_channels"])})
+        return cls(**cfg.downstream.segmenter)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def trained_segmenter(cfg: DictConfig) -> Segmenter:
 
 
 def new_network(options: SegmenterOptions, classes: int) -> nn.Module:
-    """An untrained U-Net (Ronneberger et al. 2015) of segmentation_models_pytorch: images in [-1, 1] to class scores.
+    """An untrained feature pyramid network (Kirillov et al. 2019, Panoptic FPN): images in [-1, 1] to class scores.
 
     Raises:
         UserError: there is no such encoder.
@@ -140,18 +142,19 @@ def new_network(options: SegmenterOptions, classes: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         try:
-            network = smp.Unet(
+            network = smp.FPN(
                 options.encoder,
-                encoder_depth=len(options.decoder_channels),
                 encoder_weights=None,
-                decoder_channels=options.decoder_channels,
+                decoder_pyramid_channels=options.channels,
+                decoder_segmentation_channels=options.channels,
+                decoder_dropout=0.0,
                 classes=classes,
             )
         except (KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(
-                f"downstream.segmenter.encoder={options.encoder} is no encoder with {len(options.decoder_channels)} "
-                f"stages ({reason}): see segmentation_models_pytorch, or give tu-resnet10t"
+                f"downstream.segmenter.encoder={options.encoder}, channels={options.channels} make no network "
+                f"({reason}): see segmentation_models_pytorch, or give tu-resnet10t and 64"
             ) from error
     return network.to(memory_format=torch.channels_last)
 
@@ -169,6 +172,7 @@ def train_segmenter(
     images, masks = np.array(val.images[rows]), np.array(val.masks[rows])
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay), use_buffers=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    schedule = ReduceLROnPlateau(optimizer, mode="max", threshold=0, factor=RATE_FACTOR, patience=RATE_PATIENCE)
     rounds: list[dict[str, Any]] = []
     best: dict[str, torch.Tensor] = {}
     steps = max(1, options.round_images // options.batch_size)
@@ -183,6 +187,7 @@ def train_segmenter(
         if not rounds or found["miou"] > max(earlier["miou"] for earlier in rounds):
             best = copy.deepcopy({key: value.cpu().contiguous() for key, value in average.module.state_dict().items()})
         rounds.append(found)
+        schedule.step(found["miou"])
         losses.clear()
         bar.set_postfix(miou=f"{found['miou']:.3f}", refresh=False)
         if _stopped_improving(rounds, options.patience):

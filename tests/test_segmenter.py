@@ -27,7 +27,7 @@ from runtime.artefacts import read_json
 from runtime.errors import UserError
 
 OPTIONS = SegmenterOptions(
-    encoder="tu-test_resnet", decoder_channels=(16, 8), batch_size=8, learning_rate=5e-3, weight_decay=0.0,
+    encoder="tu-test_resnet", channels=32, batch_size=8, learning_rate=5e-3, weight_decay=0.0,
     ema_decay=0.8, round_images=48, val_images=16, patience=2, most_rounds=4, seed=3,
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_it_learns_what_can_be_seen_and_the_best_round_is_kept(tmp_path: Path) -
     network.load_state_dict(state)
     classes = segment(network, val.images)
     best = max(round_["miou"] for round_ in rounds)
-    assert best > 0.9
+    assert best > 0.8  # the network answers at a quarter of the side
     assert best == pytest.approx(
         float(MulticlassJaccardIndex(2)(torch.from_numpy(classes), torch.from_numpy(val.masks)))
     )

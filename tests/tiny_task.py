@@ -45,7 +45,7 @@ def task_config(folder: Path, *overrides: str) -> DictConfig:
         f"text_encoder.path={folder}/clip", *NETWORK, "eval.images=8", "downstream.training_images=16",
         "downstream.images=8", "downstream.steps=2", "downstream.loop.steps=4", "downstream.loop.batch_size=4",
         "downstream.loop.checkpoint_every=2", "downstream.segmenter.encoder=tu-test_resnet",
-        "downstream.segmenter.decoder_channels=[16,8]", "downstream.segmenter.batch_size=4",
+        "downstream.segmenter.channels=32", "downstream.segmenter.batch_size=4",
         "downstream.segmenter.round_images=8", "downstream.segmenter.val_images=8", "downstream.segmenter.patience=1",
         "downstream.segmenter.most_rounds=2", f"runs={folder}/runs", f"results={folder}/results", "tracker=none",
     ]  # fmt: skip
