@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from corpus.raster import (
+    DRIVERS,
+    Pixels,
+    RasterOptions,
+    Survey,
+    choose_bands,
+    has_data,
+    missing_codec,
+    opened,
+    read_pixels,
+    to_rgb,
+)
 
 EMPTY = "empty file"
 NO_MASK = "missing"
@@ -21,16 +32,20 @@ NOT_A_FILE = "not a file"
 UNREADABLE_FILE = "cannot be read from the disk"
 NOT_AN_IMAGE = "not an image"
 DAMAGED = "damaged or truncated"
+NO_DATA = "no data"
+NO_HEIF = "no decoder for HEIF"
 TOO_MANY_PIXELS = "too many pixels"
 TOO_MANY_CLASSES = "class numbers above 255"
 #: Refused before a pixel is decoded; what Pillow, too, calls a decompression bomb.
 MAX_PIXELS = 89_478_485
-#: Percentiles between which pixels deeper than 8 bits are stretched to 0..255.
-STRETCH = (2.0, 98.0)
+#: How a single image is shown where nothing else is said, and what is known of it then.
+SHOWN, ALONE = RasterOptions(), Survey()
 
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-_GDAL_NO_DATA = 42113
-_BITS = 258
+_GDAL_NO_DATA, _BITS, _SAMPLES, _ORIENTATION = 42113, 258, 277, 274
+#: Files that GDAL may read where Pillow cannot; a PNG that Pillow calls damaged is.
+RASTERS = tuple(start for start, driver in DRIVERS.items() if driver != "PNG")
+_HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"avif", b"avis"))
 
 
 def read_bytes(path: Path | str) -> bytes | str:
@@ -48,34 +63,113 @@ def read_bytes(path: Path | str) -> bytes | str:
         return UNREADABLE_FILE
 
 
-def read_image(path: Path | str, resolution: int) -> np.ndarray | str:
+def read_image(
+    path: Path | str, resolution: int, options: RasterOptions = SHOWN, facts: Survey = ALONE
+) -> np.ndarray | str:
     """`decode_image` of a file."""
     data = read_bytes(path)
-    return data if isinstance(data, str) else decode_image(data, resolution)
+    return data if isinstance(data, str) else decode_image(data, resolution, options, facts)
 
 
-def decode_image(data: bytes, resolution: int) -> np.ndarray | str:
+def decode_image(
+    data: bytes, resolution: int, options: RasterOptions = SHOWN, facts: Survey = ALONE
+) -> np.ndarray | str:
     """The central square of an image, upright (EXIF), first frame or page, as RGB uint8 [R, R, 3]; or a reason.
 
-    Grey and float images deeper than 8 bits are stretched between percentiles of their own (`STRETCH`); what is
-    transparent or no data becomes black. JPEGs decode to an eighth, a quarter or a half of their size where that is
-    enough.
+    `corpus.raster` says which bands are shown and how deep values are stretched; what is transparent or no data is
+    black. JPEGs decode to an eighth, a quarter or a half of their size where that is enough.
     """
+    if options.plain:
+        pixels = decode_jpeg(data, resolution)
+        if pixels is not None:
+            return square(pixels, resolution)
+    image = image_pixels(data, options, resolution)
+    if isinstance(image, str):
+        return image
+    if image.valid is not None and not image.valid.any():
+        return NO_DATA
+    return square(to_rgb(image, options, facts), resolution)
 
-    pixels = decode_jpeg(data, resolution)
-    if pixels is not None:
-        return square(pixels, resolution)
 
-    def read(image: Image.Image) -> np.ndarray | str:
-        depth = data[24] if image.format == "PNG" else max(getattr(image, "tag_v2", {}).get(_BITS, (8,)))
-        if image.mode in ("RGB", "RGBA") and depth > 8:
-            return NOT_AN_IMAGE  # Pillow would cut the lower byte off
-        image.draft("RGB", (resolution, resolution))
+def image_pixels(data: bytes, options: RasterOptions, resolution: int | None = None) -> Pixels | str:
+    """The chosen bands of an image before they are stretched, upright, or a reason.
+
+    Pillow reads ordinary pictures of 8 bits, GDAL the rasters: TIFFs with further bands, deep values or tags of their
+    own, JPEG 2000, deep PNGs in colour, and what Pillow does not know.
+
+    Args:
+        resolution: JPEGs may decode to a part of their size where both sides stay at least as long.
+    """
+    turned = 1
+
+    def read(image: Image.Image) -> Pixels | None:
+        nonlocal turned
+        if not _ordinary(image, data, options):
+            turned = image.getexif().get(_ORIENTATION, 1)
+            return None
+        image.draft("RGB", (resolution, resolution) if resolution else image.size)
         ImageOps.exif_transpose(image, in_place=True)
-        return square(_rgb(image), resolution)
+        if image.mode in _DEEP_MODES:
+            return _picked(np.asarray(image)[..., None], options)
+        return _picked(_rgb(image), options)
 
     found = _with_pillow(data, read)
-    return _deep(data, resolution) if isinstance(found, str) and found == NOT_AN_IMAGE else found
+    if isinstance(found, Pixels):
+        return found
+    if found is None or (found in (NOT_AN_IMAGE, DAMAGED) and data.startswith(RASTERS)):
+        return _raster_pixels(data, options, turned)
+    return NO_HEIF if found == NOT_AN_IMAGE and data[4:12] in _HEIF_BRANDS else found
+
+
+def _ordinary(image: Image.Image, data: bytes, options: RasterOptions) -> bool:
+    """Whether Pillow gives all of an opened image: a picture of 8 bits, or a single deep band that is no TIFF."""
+    if image.format == "JPEG2000":
+        return False
+    if image.format == "TIFF":
+        tags = image.tag_v2
+        depth, bands = max(tags.get(_BITS, (1,))), tags.get(_SAMPLES, 1)
+        known = bands in (1, 3) or image.mode == "CMYK"
+        known &= getattr(image, "n_frames", 1) == 1  # a further page may be the mask of the first
+        return depth <= 8 and known and _GDAL_NO_DATA not in tags and options.bands is None
+    return not (image.format == "PNG" and data[24] > 8 and image.mode not in _DEEP_MODES)
+
+
+def _picked(values: np.ndarray, options: RasterOptions) -> Pixels | str:
+    """The bands of a picture [H, W, 1 or 3] that was read without GDAL, which are red, green and blue, or grey."""
+    if options.bands is not None:
+        names = ("red", "green", "blue") if values.shape[-1] == 3 else ("gray",)
+        places = [names.index(band) + 1 if band in names else band for band in options.bands]
+        if not all(isinstance(place, int) and place <= len(names) for place in places):
+            return f"has {len(names)} bands, not those of corpus.bands"
+        values = values[..., [place - 1 for place in places]]
+    if options.no_data is None and values.dtype == np.uint8:
+        return Pixels(values)
+    valid = has_data(values, [options.no_data] * values.shape[-1])
+    return Pixels(values, None if valid.all() else valid)
+
+
+def _raster_pixels(data: bytes, options: RasterOptions, turned: int) -> Pixels | str:
+    try:
+        with opened(data) as raster:
+            if raster.width * raster.height > MAX_PIXELS:
+                return TOO_MANY_PIXELS
+            bands = choose_bands(raster, options)
+            if isinstance(bands, str):
+                return bands
+            found = read_pixels(raster, bands, options)
+    except Exception as error:  # GDAL raises whatever it likes on damaged files
+        lacking = missing_codec(error)
+        return f"no decoder: {lacking}" if lacking else DAMAGED
+    return Pixels(*(part if part is None else _upright(part, turned) for part in found))
+
+
+def _upright(values: np.ndarray, turned: int) -> np.ndarray:
+    """Turned as EXIF's orientation says, [H, W, …]."""
+    if turned in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if turned in (3, 4, 7, 8):
+        values = values[::-1]
+    return values[:, ::-1] if turned in (2, 3, 6, 7) else values
 
 
 def decode_jpeg(data: bytes, resolution: int | None = None) -> np.ndarray | None:
@@ -115,40 +209,6 @@ def _with_pillow(data: bytes, read: Callable[[Image.Image], np.ndarray]) -> np.n
         return DAMAGED
 
 
-def _deep(data: bytes, resolution: int) -> np.ndarray | str:
-    """TIFFs and PNGs of several bands deeper than 8 bits, which Pillow does not know: the first three, or the first."""
-    if data.startswith(b"\x89PNG") and data[24:25] == b"\x10":
-        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if values is None or values.dtype != np.uint16 or values.ndim != 3:
-            return DAMAGED
-        planes = [stretch(values[..., band], np.ones(values.shape[:2], bool)) for band in (2, 1, 0)]
-        return square(np.stack(planes, -1), resolution)
-    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return NOT_AN_IMAGE
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page = file.pages[0]
-            if page.imagewidth * page.imagelength * page.samplesperpixel > MAX_PIXELS:
-                return TOO_MANY_PIXELS
-            values, axes = page.asarray(), page.axes
-            bands = next((axes.index(name) for name in "SCQI" if name in axes), None)
-            if values.ndim == 3 and bands is not None:
-                values = np.moveaxis(values, bands, -1)
-                values = values[..., :3] if values.shape[-1] >= 3 else values[..., 0]
-            if values.ndim == 2:
-                values = values[..., None]
-            if values.ndim != 3:
-                return DAMAGED
-            tag = page.tags.get(_GDAL_NO_DATA)
-            valid = _valid(values, tag and tag.value)
-            planes = [stretch(values[..., band], valid[..., band]) for band in range(values.shape[-1])]
-            return square(
-                np.ascontiguousarray(np.broadcast_to(np.stack(planes, -1), (*values.shape[:2], 3))), resolution
-            )
-    except Exception:
-        return DAMAGED
-
-
 def decode_mask(data: bytes, resolution: int) -> np.ndarray | str:
     """The central square of a mask of class numbers, uint8 [R, R], nearest pixels; or a reason.
 
@@ -185,29 +245,8 @@ def square(pixels: np.ndarray, resolution: int) -> np.ndarray:
     return cv2.resize(pixels, (resolution, resolution), interpolation=kernel)
 
 
-def stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Values of any depth to uint8, linearly between two percentiles (`STRETCH`) of the valid ones; others 0."""
-    if not valid.any():
-        return np.zeros(values.shape, dtype=np.uint8)
-    low, high = np.percentile(values[valid], STRETCH)
-    scaled = (np.where(valid, values, low).astype(np.float64) - low) * (255 / (high - low) if high > low else 0)
-    return np.where(valid, np.clip(scaled.round(), 0, 255), 0).astype(np.uint8)
-
-
-def _valid(values: np.ndarray, no_data: object) -> np.ndarray:
-    """Where values are numbers and not what GDAL's tag names, bool."""
-    valid = np.isfinite(values)
-    with contextlib.suppress(ValueError):  # GDAL allows words there
-        valid &= values != float(str("nan" if no_data is None else no_data).strip("\0 "))
-    return valid
-
-
 def _rgb(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3] of an opened image."""
-    if image.mode in _DEEP_MODES:
-        values = np.asarray(image)
-        grey = stretch(values, _valid(values, getattr(image, "tag_v2", {}).get(_GDAL_NO_DATA)))
-        return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", coloured.size, "black"), coloured))[..., :3]

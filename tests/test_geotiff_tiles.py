@@ -150,7 +150,7 @@ def holes(write: Write) -> tuple[Path, np.ndarray, np.ndarray]:
     values[:, 16:24, 16:32] = -9999  # exactly a half, which is still an image
     values[1, 30, 40] = np.nan  # one band alone
     values[2, 31, 41] = -9999
-    missing = (np.isnan(values) | (values == -9999)).any(axis=0)
+    missing = np.isnan(values).any(axis=0) | (values == -9999).all(axis=0)
     return write("holes.tif", values, nodata=-9999.0), values, missing
 
 
@@ -173,11 +173,11 @@ def test_pixels_without_data_are_black_and_others_as_they_were(holes, tmp_path: 
         window = np.s_[tile.row : tile.row + 16, tile.column : tile.column + 16]
         if tile.readable:
             assert ((image == 0).all(axis=-1) == missing[window]).all()
-            assert np.abs(image - expected[window]).max() <= 0.51
+            assert np.abs(image - np.clip(expected[window], 0, 255)).max() <= 0.51
 
 
 def test_what_is_no_data_does_not_stretch_the_rest(holes, tmp_path: Path) -> None:
-    """The percentiles are the valid pixels' own: neither NaN nor -9999 moves them, nor a pixel that one band lacks."""
+    """The percentiles are the valid pixels' own: neither NaN nor -9999 in all bands moves them."""
     path, values, missing = holes
     corpus = indexed(path, tmp_path, resolution=16)
     ends = [np.percentile(band[~missing], (2, 98)) for band in values]

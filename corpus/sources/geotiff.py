@@ -7,44 +7,69 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from corpus.decoding import DAMAGED, STRETCH, square
+from corpus.decoding import DAMAGED, NO_DATA, square
+from corpus.ground import DEGREE, touched
+from corpus.raster import (
+    Bands,
+    Pixels,
+    RasterOptions,
+    Survey,
+    choose_bands,
+    is_deep,
+    quiet_gdal,
+    read_stack,
+    spread,
+    survey,
+    to_rgb,
+)
 from corpus.splits import check, hashed_split, thinned
+from corpus.stacks import single_bands, stacks
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
-from runtime.progress import progress
+from runtime.progress import progress, say
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
-NO_DATA = "no data"
 SMALLER = "smaller than a tile"
 NOT_A_SCENE = "cannot be opened as a scene"
 #: Side of the reduced picture of a scene from which its stretch is measured, in pixels.
 OVERVIEW = 512
-#: Metres of a degree of latitude, and of longitude at the equator.
-DEGREE = 111_320.0
+EDGES = ("leave", "shift")
+NO_BANDS = Bands((), None)
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """One file, as far as tiling needs to know it."""
+    """One raster, or one file a band, as far as tiling needs to know it."""
 
-    file: str
+    name: str
+    files: tuple[str, ...]
     stamp: str
     height: int = 0
     width: int = 0
     problem: str = ""
     crs: str = ""
     transform: tuple[float, ...] = ()
-    bands: tuple[int, ...] = ()
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
+    metres: float = 0.0
+    bands: Bands = NO_BANDS
+    sampled: bool = False
+
+
+class _Tile(NamedTuple):
+    """A tile by its top-left pixel; `cells` are the pieces of ground that it touches."""
+
+    scene: _Scene
+    x: int
+    y: int
+    cells: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,32 +78,39 @@ class GeoTiff:
 
     A manifest row has lon, lat (degrees, WGS 84, tile centre; NaN without a coordinate system),
     ground_sampling_distance (metres a pixel of the tile), crs, transform (GDAL's six numbers, JSON) and the pixel
-    window. The scene is the first sub-folder. `ground` is the tile's block: tiles of two blocks share no pixel.
+    window. The scene is the first sub-folder.
+
+    Splits share no ground: a cell of a common grid over the Earth (`corpus.ground`), as large as the largest scene's
+    `block`, is held out with all that lies in it, whatever file, date or projection it comes from. A tile across the
+    border of two splits is in none. `ground` is the tile's cell, "" across a border. A scene that has no place on Earth
+    is divided into blocks of its own. Files that a VRT of the same folder shows are left to the VRT.
 
     Args:
         root: a folder, searched at any depth, or one file.
         tile: side of a tile in pixels of the scene; None: the resolution.
         overlap: pixels that neighbouring tiles share.
-        bands: three for red, green and blue, or one for grey, counted from 1; None: the first three, or the first.
-        stretch: how values become 0..255: "percentile" (2nd to 98th of the scene, each band), "range" (from `low` to
-            `high`), or "none" (values are 0..255).
-        low, high: of "range", in the scene's units.
+        edge: what becomes of the last pixels of a row or column, too few for a tile: "leave" them, or "shift" a last
+            tile back to the border, over the tile before it.
+        bands, no_data, stretch, low, high: as in `corpus.raster.RasterOptions`. Bands by name (B04) also stack files of
+            one band each, as Sentinel-2 and Landsat are delivered.
         most_no_data: largest share of no-data pixels of a tile that is still an image.
-        block: side in tiles of the squares that are held out together, so that no pixel is in two splits.
-        split: "all", "train", "val" or "test", by a hash of the block.
+        block: side in tiles of the cells that are held out together.
+        split: "all", "train", "val" or "test", by a hash of the cell.
         resolution: side of the images handed on, in pixels.
-        val_share, test_share: shares of the blocks that the hash holds out.
+        val_share, test_share: shares of the cells that the hash holds out.
         limit: keep at most so many tiles, evenly spread (None: all).
         content_hash: a scene has changed if its bytes have, all of which are read for it, not its size or time.
         workers: reading processes (None: one a core); the result does not depend on it.
     Raises:
-        UserError: no root, no scenes, or options that contradict each other.
+        UserError: no root, no scenes, options that contradict each other, or files of one band each and no `bands`.
     """
 
     root: str | None = None
     tile: int | None = None
     overlap: int = 0
-    bands: tuple[int, ...] | None = None
+    edge: str = "leave"
+    bands: tuple[int | str, ...] | None = None
+    no_data: float | None = None
     stretch: str = "percentile"
     low: float = 0.0
     high: float = 255.0
@@ -102,29 +134,30 @@ class GeoTiff:
         check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
         if not 0 <= self.overlap < self._side:
             raise UserError(f"corpus.overlap={self.overlap} must lie in 0..{self._side - 1}, below the tile's side")
-        if self.bands is not None and len(self.bands) not in (1, 3):
-            raise UserError(
-                f"corpus.bands={list(self.bands)}: name three bands for red, green and blue, or one for grey"
-            )
-        if self.bands is not None and min(self.bands) < 1:
-            raise UserError(f"corpus.bands={list(self.bands)}: bands are counted from 1")
-        if self.stretch not in ("percentile", "range", "none"):
-            raise UserError(f"corpus.stretch={self.stretch} is unknown: take percentile, range or none")
-        if self.stretch == "range" and not self.low < self.high:
-            raise UserError(f"corpus.low={self.low} is not below corpus.high={self.high}")
+        if self.edge not in EDGES:
+            raise UserError(f"corpus.edge={self.edge} is unknown: take {' or '.join(EDGES)}")
+        _ = self._options
         if self.block < 1:
             raise UserError(f"corpus.block={self.block}: give at least 1 tile")
 
     @property
     def version(self) -> dict[str, str]:
         """A digest of every scene's path, size and time of change."""
-        text = "\n".join(f"{file}\0{file_stamp(self._folder / file, self.content_hash)}" for file in self._files)
+        files = [file for group in self._groups.values() for file in group]
+        text = "\n".join(f"{file}\0{file_stamp(self._folder / file, self.content_hash)}" for file in files)
         return {"scenes": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """`covered`: the share of every scene's pixels that some tile shows."""
+        return {
+            "covered": {_text(scene.name): round(self._covered(scene), 3) for scene in self._scenes if scene.height}
+        }
 
     def manifest(self) -> pd.DataFrame:
         """One row a tile, scene by scene, row by row; a file that is no scene is a row whose reason says so."""
-        scale = self._side / self.resolution
-        rows = pd.DataFrame([_row(scene, x, y, block, scale) for scene, x, y, block in self._chosen])
+        scale, shown = self._side / self.resolution, self._survey.stamp
+        rows = pd.DataFrame([_row(tile, scale, shown) for tile in self._chosen])
         if rows.empty:
             return rows
         for crs, tiles in rows.groupby("crs"):
@@ -136,9 +169,9 @@ class GeoTiff:
         return rows
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
-        places = [self._chosen[row][:3] for row in rows]
-        rule = (self.stretch, self.most_no_data)
-        return partial(_read_tiles, self._folder, places, self._side, rule, self.resolution)
+        tiles = [self._chosen[row] for row in rows]
+        rule = _Rule(self._options, self._survey, self.most_no_data, self._side, self.resolution)
+        return partial(_read_tiles, self._folder, tiles, rule)
 
     @property
     def _root(self) -> Path:
@@ -153,150 +186,254 @@ class GeoTiff:
         return self.tile or self.resolution
 
     @cached_property
-    def _files(self) -> list[str]:
+    def _options(self) -> RasterOptions:
+        return RasterOptions(self.bands, self.no_data, self.stretch, self.low, self.high)
+
+    @cached_property
+    def _groups(self) -> dict[str, tuple[str, ...]]:
+        """The files of every scene, by its name."""
         if self._root.is_file():
-            return [self._root.name]
-        found = [
+            return {self._root.name: (self._root.name,)}
+        files = sorted(
             (Path(folder) / name).relative_to(self._root).as_posix()
             for folder, _, names in os.walk(self._root)
             for name in names
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-        if not found:
+        )
+        if not files:
             raise UserError(f"corpus.root={self.root} has no scenes ({', '.join(SUFFIXES)}): give another folder")
-        return sorted(found)
+        files = self._without_sources(files)
+        stacked, others = stacks(files, self.bands or ())
+        if stacked:
+            say(
+                f"{self.name}: {len(stacked)} scenes are stacked from files of one band each; {len(others)} other "
+                "files of these scenes are left out"
+            )
+        elif self.bands is None and (single := single_bands(files)):
+            names = ", ".join(Path(file).name for file in single[:3])
+            raise UserError(
+                f"corpus.root={self.root} has one file a band ({names}, …): say which are red, green and blue, such as "
+                "corpus.bands=[B04,B03,B02]"
+            )
+        used = {file for group in stacked.values() for file in group} | others
+        return dict(sorted({**stacked, **{file: (file,) for file in files if file not in used}}.items()))
+
+    def _without_sources(self, files: list[str]) -> list[str]:
+        """Files but for those that a VRT among them shows."""
+        import rasterio
+
+        shown: set[Path] = set()
+        for file in files:
+            if file.lower().endswith(".vrt"):
+                try:
+                    with quiet_gdal(), rasterio.open(self._root / file) as mosaic:
+                        shown |= {Path(source).resolve() for source in mosaic.files[1:]}
+                except Exception:  # its own row says that it cannot be opened
+                    continue
+        kept = [file for file in files if (self._root / file).resolve() not in shown]
+        if len(kept) < len(files):
+            say(f"{self.name}: {len(files) - len(kept)} files are left out, which a VRT beside them shows")
+        return kept
 
     @cached_property
-    def _chosen(self) -> list[tuple[_Scene, int, int, str]]:
-        """Scene, top-left pixel (column, row) and block of every tile of the split, thinned to the limit."""
-        tiles = []
-        for file in progress(self._files, f"open {self.name}", unit="scene"):
-            scene = self._open(file)
+    def _scenes(self) -> list[_Scene]:
+        groups = progress(self._groups.items(), f"open {self.name}", unit="scene", total=len(self._groups))
+        return [self._open(name, files) for name, files in groups]
+
+    @cached_property
+    def _survey(self) -> Survey:
+        """Of reduced pictures of scenes that are spread over the corpus, whichever split is read."""
+        deep = [scene for scene in self._scenes if scene.sampled]
+        return survey((_overview(self._folder, deep[row], self._options) for row in spread(len(deep))), self._options)
+
+    @cached_property
+    def _cell(self) -> float:
+        """Side of the cells in metres: of the largest scene's block."""
+        pixels = (self.block - 1) * (self._side - self.overlap) + self._side
+        return float(max(round(pixels * max((scene.metres for scene in self._scenes), default=0)), 1))
+
+    @cached_property
+    def _chosen(self) -> list[_Tile]:
+        """Tiles of the split, thinned to the limit."""
+        tiles: list[_Tile] = []
+        border = 0
+        for scene in self._scenes:
             if scene.problem:
-                tiles.append((scene, 0, 0, ""))
+                tiles.append(_Tile(scene, 0, 0, ()))
                 continue
-            for x, y, place in self._grid(scene):
-                block = f"{_text(file)}:{place}"
-                if self.split in ("all", hashed_split(block, self.val_share, self.test_share)):
-                    tiles.append((scene, x, y, block))
+            for tile in self._grid(scene):
+                splits = {hashed_split(cell, self.val_share, self.test_share) for cell in tile.cells}
+                border += len(splits) > 1
+                if self.split == "all" or splits == {self.split}:
+                    tiles.append(tile)
+        if border and self.split != "all":
+            say(f"{self.name}: {border} tiles lie across the border of two splits and are in none")
         return [tiles[row] for row in thinned(len(tiles), self.limit)]
 
-    def _grid(self, scene: _Scene) -> Iterator[tuple[int, int, str]]:
-        """Tiles of a scene, none across the border of a block; a last block may be smaller."""
+    def _grid(self, scene: _Scene) -> Iterator[_Tile]:
+        """Tiles of a scene, row by row within its blocks; which cells they touch."""
+        ys, xs = self._starts(scene.height), self._starts(scene.width)
+        corners = [(x, y) for rows in _by_block(ys) for columns in _by_block(xs) for y in rows for x in columns]
+        grounds = _grounds(scene, corners, self._side, self._cell) if scene.metres else None
+        if grounds is None:
+            grounds = [
+                tuple(f"{_text(scene.name)}:{row},{column}" for row in ys[y] for column in xs[x]) for x, y in corners
+            ]
+        for (x, y), cells in zip(corners, grounds, strict=True):
+            yield _Tile(scene, x, y, cells)
+
+    def _starts(self, length: int) -> dict[int, tuple[int, ...]]:
+        """First pixels of tiles along a side of a scene, and the blocks that each touches: one unless shifted."""
         side, step = self._side, self._side - self.overlap
         extent = (self.block - 1) * step + side
-        for top in range(0, scene.height, extent):
-            rows = range(top, min(top + extent, scene.height) - side + 1, step)
-            for y in rows:
-                for left in range(0, scene.width, extent):
-                    for x in range(left, min(left + extent, scene.width) - side + 1, step):
-                        yield x, y, f"{top // extent},{left // extent}"
+        starts = {
+            start: (block // extent,)
+            for block in range(0, length, extent)
+            for start in range(block, min(block + extent, length) - side + 1, step)
+        }
+        last = length - side
+        if self.edge == "shift" and last not in starts:
+            starts[last] = tuple(range(last // extent, (length - 1) // extent + 1))
+        return starts
 
-    def _open(self, file: str) -> _Scene:
+    def _covered(self, scene: _Scene) -> float:
+        """The share of a scene's pixels that some tile shows."""
+        share = 1.0
+        for length in (scene.height, scene.width):
+            seen = np.zeros(length, bool)
+            for start in self._starts(length):
+                seen[start : start + self._side] = True
+            share *= seen.mean()
+        return float(share)
+
+    def _open(self, name: str, files: tuple[str, ...]) -> _Scene:
         import rasterio
-        from rasterio.errors import RasterioError
 
-        path = self._folder / file
-        stamp = file_stamp(path, self.content_hash)
+        stamp = "+".join(file_stamp(self._folder / file, self.content_hash) for file in files)
         try:
-            with _quiet(), rasterio.open(path) as raster:
-                bands = tuple(self.bands or ((1, 2, 3) if raster.count >= 3 else (1,)))
+            with quiet_gdal(), rasterio.open(self._folder / files[0]) as raster:
+                stacked = len(files) > 1
+                bands = Bands(tuple(range(1, len(files) + 1)), None) if stacked else choose_bands(raster, self._options)
                 if min(raster.height, raster.width) < self._side:
-                    return _Scene(file, stamp, problem=SMALLER)
-                if max(bands) > raster.count:
-                    return _Scene(file, stamp, problem=f"has {raster.count} bands, not {max(bands)}")
-                low, high = (self.low,) * len(bands), (self.high,) * len(bands)
-                if self.stretch == "percentile":
-                    low, high = _percentiles(raster, bands)
+                    return _Scene(name, files, stamp, problem=SMALLER)
+                if isinstance(bands, str):
+                    return _Scene(name, files, stamp, problem=bands)
                 return _Scene(
-                    file=file,
+                    name=name,
+                    files=files,
                     stamp=stamp,
                     height=raster.height,
                     width=raster.width,
                     crs=raster.crs.to_string() if raster.crs else "",
                     transform=tuple(raster.transform.to_gdal()),
+                    metres=_metres(raster),
                     bands=bands,
-                    low=low,
-                    high=high,
+                    sampled=bands.alpha is not None or is_deep(np.dtype(raster.dtypes[bands.shown[0] - 1])),
                 )
-        except (RasterioError, OSError, ValueError):
-            return _Scene(file, stamp, problem=NOT_A_SCENE)
+        except Exception:  # GDAL raises whatever it likes
+            return _Scene(name, files, stamp, problem=NOT_A_SCENE)
 
 
-def _quiet() -> Any:
-    import rasterio
+def _by_block(starts: dict[int, tuple[int, ...]]) -> list[list[int]]:
+    """Starts of tiles in groups of one block."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for start, blocks in starts.items():
+        groups.setdefault(blocks, []).append(start)
+    return list(groups.values())
 
-    return rasterio.Env(CPL_LOG_ERRORS="OFF", GDAL_PAM_ENABLED="NO")
 
-
-def _percentiles(raster: Any, bands: Sequence[int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of every band's valid pixels in a reduced picture of the scene."""
-    scale = max(1.0, max(raster.height, raster.width) / OVERVIEW)
-    shape = (len(bands), math.ceil(raster.height / scale), math.ceil(raster.width / scale))
+def _metres(raster: Any) -> float:
+    """Nominal side of a pixel in metres; 0 where the raster has no place on Earth."""
+    if not raster.crs or raster.transform.is_identity:
+        return 0.0
+    side = math.sqrt(abs(raster.transform.determinant))
     try:
-        read = raster.read(list(bands), out_shape=shape, masked=True)
-    except Exception:  # a block of it is damaged: what its first rows hold is measured instead
-        read = raster.read(list(bands), window=((0, min(OVERVIEW, raster.height) // 4), (0, raster.width)), masked=True)
-    values, valid = _values(read)
-    ends = [np.percentile(band[valid], STRETCH) if valid.any() else (0.0, 1.0) for band in values]
-    return tuple(float(low) for low, _ in ends), tuple(float(high) for _, high in ends)
+        return side * (DEGREE if raster.crs.is_geographic else raster.crs.linear_units_factor[1])
+    except Exception:  # a local coordinate system
+        return 0.0
 
 
-def _values(read: np.ma.MaskedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values float32 [bands, H, W], and where all bands have data, bool [H, W]."""
-    values = read.filled(0).astype(np.float32)
-    valid = ~np.ma.getmaskarray(read).any(axis=0) & np.isfinite(values).all(axis=0)
-    return values, valid
+def _grounds(scene: _Scene, corners: Sequence[tuple[int, int]], side: int, cell: float) -> list[tuple[str, ...]] | None:
+    """The cells that each tile touches, its centre's first; None where the scene's system has no place on Earth."""
+    from rasterio.warp import transform as to_crs
+
+    points = np.array([(0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1)]) * side
+    places = np.array(corners, dtype=np.float64).reshape(-1, 1, 2) + points
+    left, width, shear_x, top, shear_y, height = scene.transform
+    columns, rows = places[..., 0], places[..., 1]
+    x, y = left + columns * width + rows * shear_x, top + columns * shear_y + rows * height
+    try:
+        lon, lat = to_crs(scene.crs, "EPSG:4326", x.ravel(), y.ravel())
+    except Exception:
+        return None
+    if not np.isfinite([lon, lat]).all():
+        return None
+    return touched(np.reshape(lon, x.shape), np.reshape(lat, x.shape), cell)
 
 
-def _read_tiles(
-    folder: Path, places: Sequence[tuple[_Scene, int, int]], side: int, rule: tuple[str, float], resolution: int
-) -> Iterator[np.ndarray | str]:
+def _overview(folder: Path, scene: _Scene, options: RasterOptions) -> Pixels:
+    """A reduced picture of a scene; where a block of it is damaged, of its first rows."""
+    import rasterio
+    from rasterio.windows import Window
+
+    scale = max(1.0, max(scene.height, scene.width) / OVERVIEW)
+    shape = (math.ceil(scene.height / scale), math.ceil(scene.width / scale))
+    with quiet_gdal(), ExitStack() as files:
+        rasters = [files.enter_context(rasterio.open(folder / file)) for file in scene.files]
+        try:
+            return read_stack(rasters, scene.bands, options, None, shape)
+        except Exception:
+            try:
+                first = Window(0, 0, scene.width, min(OVERVIEW, scene.height) // 4)
+                return read_stack(rasters, scene.bands, options, first, None)
+            except Exception:  # its tiles will say so
+                return Pixels(np.zeros((0, 0, len(scene.bands.shown)), np.uint8))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a tile becomes an image."""
+
+    options: RasterOptions
+    survey: Survey
+    most_no_data: float
+    side: int
+    resolution: int
+
+
+def _read_tiles(folder: Path, tiles: Sequence[_Tile], rule: _Rule) -> Iterator[np.ndarray | str]:
     """Tiles by windowed reads, each scene opened once for as long as its turn lasts."""
     import rasterio
     from rasterio.windows import Window
 
-    stretch, most_no_data = rule
-    file, raster = None, None
-    try:
-        with _quiet():
-            for scene, x, y in places:
-                if scene.problem:
-                    yield scene.problem
-                    continue
-                try:
-                    if file != scene.file:
-                        if raster is not None:
-                            raster.close()
-                        file, raster = None, rasterio.open(folder / scene.file)
-                        file = scene.file
-                    read = raster.read(list(scene.bands), window=Window(x, y, side, side), masked=True)
-                except Exception:  # a block that is cut off or damaged: other tiles may be whole
-                    yield DAMAGED
-                    continue
-                values, valid = _values(read)
-                if 1 - valid.mean() > most_no_data:
-                    yield NO_DATA
-                    continue
-                yield square(_colours(values, valid, scene, stretch), resolution)
-    finally:
-        if raster is not None:
-            raster.close()
+    scene, rasters = None, []
+    with quiet_gdal(), ExitStack() as files:
+        for tile in tiles:
+            if tile.scene.problem:
+                yield tile.scene.problem
+                continue
+            try:
+                if scene != tile.scene:
+                    files.close()
+                    scene = None
+                    rasters = [files.enter_context(rasterio.open(folder / file)) for file in tile.scene.files]
+                    scene = tile.scene
+                window = Window(tile.x, tile.y, rule.side, rule.side)
+                pixels = read_stack(rasters, scene.bands, rule.options, window, None)
+            except Exception:  # a block that is cut off or damaged: other tiles may be whole
+                yield DAMAGED
+                continue
+            if pixels.valid is not None and 1 - pixels.valid.mean() > rule.most_no_data:
+                yield NO_DATA
+                continue
+            yield square(to_rgb(pixels, rule.options, rule.survey), rule.resolution)
 
 
-def _colours(values: np.ndarray, valid: np.ndarray, scene: _Scene, stretch: str) -> np.ndarray:
-    """uint8 [H, W, 3]; no data is black."""
-    if stretch != "none":
-        low, high = (np.array(ends, dtype=np.float32)[:, None, None] for ends in (scene.low, scene.high))
-        values = (values - low) * (255 / np.where(high > low, high - low, 1))
-    colours = np.where(valid, np.clip(values, 0, 255).round(), 0).astype(np.uint8)
-    return np.broadcast_to(colours, (3, *valid.shape)).transpose(1, 2, 0)
-
-
-def _row(scene: _Scene, x: int, y: int, block: str, scale: float) -> dict[str, Any]:
+def _row(tile: _Tile, scale: float, shown: str) -> dict[str, Any]:
     """A tile's row; its place on Earth comes later, for all tiles at once."""
-    folders = Path(scene.file).parts[:-1]
-    identifier = _text(scene.file)
+    scene, x, y, cells = tile
+    folders = Path(scene.name).parts[:-1]
+    identifier = _text(scene.name)
     own = ()
     if not scene.problem:
         left, width, shear_x, top, shear_y, height = scene.transform
@@ -306,8 +443,8 @@ def _row(scene: _Scene, x: int, y: int, block: str, scale: float) -> dict[str, A
         "id": identifier if scene.problem else f"{identifier}/{y:06d}_{x:06d}",
         "scene": _text(folders[0]) if folders else "",
         "caption": "",
-        "stamp": scene.stamp,
-        "ground": block,
+        "stamp": scene.stamp + shown,
+        "ground": cells[0] if len(cells) == 1 else "",
         "lon": math.nan,
         "lat": math.nan,
         "ground_sampling_distance": math.nan,

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from corpus.captions import words
-from corpus.decoding import DAMAGED, square, stretch
+from corpus.decoding import DAMAGED, square
+from corpus.raster import Pixels, RasterOptions, Survey, has_data, spread, survey, to_rgb
 from corpus.splits import assigned, check, part_names, thinned
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
@@ -92,7 +93,7 @@ class TorchGeo:
             except Exception:  # a row that cannot be read: the reader will say so
                 scene = ""
             file = self._file(name, row)
-            stamp = file_stamp(file) if file else ""
+            stamp = (file_stamp(file) if file else "") + self._shown[1].stamp
             rows.append((self._id(name, row), scene, f"a satellite image of {words(scene)}" if scene else "", stamp))
         return pd.DataFrame(rows, columns=["id", "scene", "caption", "stamp"])
 
@@ -107,7 +108,7 @@ class TorchGeo:
                 if len(image) <= max(self._bands):
                     yield f"has {len(image)} bands, not {max(self._bands) + 1}"
                     continue
-                yield square(_colours(image[list(self._bands)]), self.resolution)
+                yield square(to_rgb(_pixels(image[list(self._bands)]), *self._shown), self.resolution)
 
         return read
 
@@ -127,6 +128,22 @@ class TorchGeo:
                     f"{self._band_count - 1}" + (f", called {', '.join(names)}" if names else ", which have no names")
                 )
         return tuple(names.index(band) if isinstance(band, str) else int(band) for band in self.bands)
+
+    @cached_property
+    def _shown(self) -> tuple[RasterOptions, Survey]:
+        """How values become colours. The class makes all values floats, so a sample tells what they were."""
+        found = [(part, row) for part in self._parts.values() for row in range(len(part))]
+        images = []
+        for part, row in (found[place] for place in spread(len(found))):
+            try:
+                images.append(_pixels(np.asarray(part[row]["image"])[list(self._bands)]))
+            except Exception:  # the reader will say so
+                continue
+        values = np.concatenate([image.values.ravel() for image in images]) if images else np.zeros(1)
+        values = values[np.isfinite(values)]
+        if values.size and values.min() >= 0 and 1 < values.max() <= 255 and (values == values.round()).all():
+            return RasterOptions(stretch="none"), Survey()
+        return RasterOptions(), survey(images, RasterOptions())
 
     def _only_bands(self, names: Sequence[str]) -> tuple[int, ...]:
         """All rows of an image that can only be in colour or grey."""
@@ -213,10 +230,7 @@ def _band_names(part: Any) -> list[str]:
     return list(next((names for names in found if names and _are_names(names)), ()))
 
 
-def _colours(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] of float [3 or 1, H, W]."""
-    image = np.moveaxis(np.broadcast_to(image, (3, *image.shape[1:])), 0, -1)
-    valid = np.isfinite(image)
-    if image.min() >= 0 and 1 < image.max() <= 255:
-        return np.where(valid, image, 0).round().astype(np.uint8)
-    return np.stack([stretch(image[..., band], valid[..., band]) for band in range(3)], axis=-1)
+def _pixels(image: np.ndarray) -> Pixels:
+    """Of float [3 or 1, H, W]."""
+    values = np.moveaxis(image, 0, -1)
+    return Pixels(values, has_data(values, [None] * values.shape[-1]))

@@ -1,0 +1,391 @@
+"""The one way from the bands of a raster to colours of 8 bits, for every source.
+
+Three questions are answered here and nowhere else: which bands are shown, where there is no data, and which values
+become black and white. Values deeper than 8 bits are stretched between two percentiles of a sample of the whole corpus,
+so that a calm sea stays darker than a town; values of 8 bits are never stretched unless a range is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+    from rasterio.windows import Window
+
+STRETCHES = ("percentile", "range", "none")
+#: Percentiles of the sample that become 0 and 255.
+PERCENTILES = (2.0, 98.0)
+#: Images of a corpus that are looked at for its levels, and pixels that each gives.
+SAMPLE_IMAGES, SAMPLE_PIXELS = 128, 4096
+#: Names of red, green and blue, in this order, as data sets describe their bands.
+COLOURS = (("red", "green", "blue"), ("r", "g", "b"), ("b4", "b3", "b2"))
+#: A declared alpha band is believed where at least this share of its pixels is fully clear or fully opaque.
+ALPHA_SHARE = 0.9
+#: How files begin that GDAL reads from bytes, and by which of its drivers; others might open files that the bytes name.
+DRIVERS = {
+    b"II*\0": "GTiff",
+    b"MM\0*": "GTiff",
+    b"II+\0": "GTiff",
+    b"MM\0+": "GTiff",
+    b"\0\0\0\x0cjP": "JP2OpenJPEG",
+    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
+    b"\x89PNG": "PNG",
+    b"EHFA_HEADER_TAG": "HFA",
+    b"NITF": "NITF",
+}
+
+
+@dataclass(frozen=True)
+class RasterOptions:
+    """How rasters are shown.
+
+    Attributes:
+        bands: three for red, green and blue, or one for grey: by number from 1, by description (B04) or by colour
+            (red); None: what the file calls red, green and blue, else the first three of three or four, else the first
+            of one or two.
+        no_data: a value that stands for no data, beside what the file itself says; None: none.
+        stretch: "percentile" (2nd to 98th of a sample of the corpus, where values are deeper than 8 bits), "range"
+            (from `low` to `high`), or "none" (values are 0..255).
+        low, high: of "range", in the file's units.
+    Raises:
+        UserError: options that contradict each other.
+    """
+
+    bands: tuple[int | str, ...] | None = None
+    no_data: float | None = None
+    stretch: str = "percentile"
+    low: float = 0.0
+    high: float = 255.0
+
+    def __post_init__(self) -> None:
+        if self.bands is not None:
+            object.__setattr__(self, "bands", tuple(self.bands))
+            if len(self.bands) not in (1, 3):
+                raise UserError(
+                    f"corpus.bands={list(self.bands)}: name three bands for red, green and blue, or one for grey"
+                )
+            if any(isinstance(band, int) and band < 1 for band in self.bands):
+                raise UserError(f"corpus.bands={list(self.bands)}: bands are counted from 1")
+        if self.stretch not in STRETCHES:
+            raise UserError(f"corpus.stretch={self.stretch} is unknown: take {', '.join(STRETCHES)}")
+        if self.stretch == "range" and not self.low < self.high:
+            raise UserError(f"corpus.low={self.low} is not below corpus.high={self.high}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether an ordinary picture of 8 bits is shown as it is."""
+        return self.bands is None and self.no_data is None and self.stretch != "range"
+
+
+class Pixels(NamedTuple):
+    """The chosen bands of one image.
+
+    Attributes:
+        values: [H, W, 1 or 3] of the file's type; complex values as magnitudes.
+        valid: bool [H, W], or None where all are.
+        alpha: a declared alpha band, uint8 [H, W], or None.
+    """
+
+    values: np.ndarray
+    valid: np.ndarray | None = None
+    alpha: np.ndarray | None = None
+
+    @property
+    def kind(self) -> str:
+        """Images of one kind are stretched alike."""
+        return f"{self.values.dtype.name} x {self.values.shape[-1]}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a sample of a corpus says about how all of it is shown.
+
+    Attributes:
+        levels: by kind, the values of each band that become 0 and 255.
+        alpha: by kind, whether a declared alpha band is one; GDAL calls near infrared alpha, too.
+    """
+
+    levels: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    alpha: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def stamp(self) -> str:
+        """Changes with what the sample says; empty where nothing depends on it."""
+        if not self.levels and not self.alpha:
+            return ""
+        text = json.dumps([sorted(self.levels.items()), sorted(self.alpha.items())])
+        return "~" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def survey(images: Iterable[Pixels], options: RasterOptions) -> Survey:
+    """Levels of a corpus from a sample of its images, every image with the same weight."""
+    values: dict[str, list[np.ndarray]] = {}
+    alphas: dict[str, list[np.ndarray]] = {}
+    for image in images:
+        if options.stretch == "percentile" and is_deep(image.values.dtype):
+            values.setdefault(image.kind, []).append(_sample(image))
+        if image.alpha is not None:
+            alphas.setdefault(image.kind, []).append(image.alpha[:: max(1, len(image.alpha) // 64)].ravel())
+    levels = {kind: _levels(np.concatenate(parts)) for kind, parts in values.items()}
+    return Survey(levels, {kind: _is_alpha(np.concatenate(parts)) for kind, parts in alphas.items()})
+
+
+def spread(count: int, most: int = SAMPLE_IMAGES) -> list[int]:
+    """At most `most` of 0..count-1, evenly spread: which images a survey looks at."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))}) if count else []
+
+
+def is_deep(dtype: np.dtype) -> bool:
+    """Whether values of this type need levels to be shown."""
+    return dtype not in (np.uint8, np.bool_)
+
+
+def to_rgb(image: Pixels, options: RasterOptions, facts: Survey) -> np.ndarray:
+    """uint8 [H, W, 3]; what has no data or is clear is black.
+
+    An image of a kind that the survey did not meet is judged by itself.
+    """
+    values = image.values
+    if options.stretch == "range" or (options.stretch == "percentile" and is_deep(values.dtype)):
+        if options.stretch == "range":
+            levels = ((options.low, options.high),) * values.shape[-1]
+        else:
+            levels = facts.levels.get(image.kind) or _levels(_sample(image))
+        low, high = np.array(levels, dtype=np.float64).T
+        values = (_finite(values) - low) * (255 / np.where(high > low, high - low, np.inf))
+    if values.dtype != np.uint8:
+        values = np.clip(_finite(values).round(), 0, 255).astype(np.uint8)
+    if values.shape[-1] == 1:
+        values = np.repeat(values, 3, axis=-1)
+    if image.valid is not None and not image.valid.all():
+        values = np.where(image.valid[..., None], values, np.uint8(0))
+    if image.alpha is not None and facts.alpha.get(image.kind, _is_alpha(image.alpha)):
+        values = over_black(values, image.alpha)
+    return np.ascontiguousarray(values)
+
+
+def over_black(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Colours uint8 [H, W, 3] with an alpha band uint8 [H, W], laid over black."""
+    from PIL import Image
+
+    picture = Image.fromarray(np.dstack([colours, alpha]), "RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture))[..., :3]
+
+
+def has_data(values: np.ndarray, no_data: Sequence[float | None]) -> np.ndarray:
+    """Where an image has data, bool [H, W]: no band is NaN, and not all bands hold their value for no data.
+
+    Args:
+        values: [H, W, C].
+        no_data: of every band, or None.
+    """
+    valid = np.isfinite(values).all(axis=-1)
+    empty = np.ones(valid.shape, bool)
+    for band, value in enumerate(no_data):
+        empty &= False if value is None else values[..., band] == _as_type(value, values.dtype)
+    return valid & ~empty
+
+
+# ----------------------------------------------------------------------------------------------------- through GDAL
+
+
+class Bands(NamedTuple):
+    """Bands of a raster, counted from 1: those that are shown, and the one that is declared to be alpha or None."""
+
+    shown: tuple[int, ...]
+    alpha: int | None
+
+
+@contextmanager
+def quiet_gdal() -> Iterator[None]:
+    """GDAL without its own messages and without files beside the ones it reads."""
+    import rasterio
+
+    with rasterio.Env(CPL_LOG_ERRORS="OFF", GDAL_PAM_ENABLED="NO", CPL_LOG="/dev/null"):
+        yield
+
+
+def choose_bands(raster: DatasetReader, options: RasterOptions) -> Bands | str:
+    """Which bands are shown, or the reason why that cannot be told."""
+    from rasterio.enums import ColorInterp
+
+    uses = [use.name for use in raster.colorinterp]
+    alpha = raster.count if raster.count in (2, 4) and uses[-1] == ColorInterp.alpha.name else None
+    names = [_key(name or "") for name in raster.descriptions]
+    if options.bands is not None:
+        found = [_number(band, names, uses) for band in options.bands]
+        if all(0 < number <= raster.count for number in found):
+            return Bands(tuple(found), alpha if alpha not in found else None)
+        missing = next(
+            band for band, number in zip(options.bands, found, strict=True) if not 0 < number <= raster.count
+        )
+        if isinstance(missing, int):
+            return f"has {raster.count} bands, not {missing}"
+        known = ", ".join(name for name in raster.descriptions if name) or f"{raster.count} without names"
+        return f"has no band {missing}, but {known}"
+    for wanted in COLOURS:
+        for where in (uses, names):
+            if set(wanted) <= set(where):
+                return Bands(tuple(where.index(colour) + 1 for colour in wanted), alpha)
+    if raster.count <= 2:
+        return Bands((1,), alpha)
+    if raster.count <= 4:
+        return Bands((1, 2, 3), alpha)
+    return f"has {raster.count} bands: choose three with corpus.bands"
+
+
+def read_pixels(
+    raster: DatasetReader, bands: Bands, options: RasterOptions, window: Window | None = None, shape: Any = None
+) -> Pixels:
+    """The chosen bands of a raster or of a window of it; `shape` (rows, columns) reads a reduced picture."""
+    from rasterio.enums import MaskFlags
+
+    where = {"window": window, "out_shape": shape and tuple(shape)}
+    read = raster.read(list(bands.shown), **{**where, "out_shape": shape and (len(bands.shown), *shape)})
+    values = np.moveaxis(read, 0, -1)
+    valid = has_data(values, [raster.nodatavals[band - 1] for band in bands.shown])
+    if options.no_data is not None:
+        valid &= has_data(values, [options.no_data] * len(bands.shown))
+    flags = raster.mask_flag_enums[bands.shown[0] - 1]
+    if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
+        valid &= raster.read_masks(bands.shown[0], **where) > 0
+    alpha = None if bands.alpha is None else _eight_bits(raster.read(bands.alpha, **where))
+    values, clear = _shown(raster, bands, values)
+    return Pixels(values, None if clear is None and valid.all() else valid & (True if clear is None else ~clear), alpha)
+
+
+def _shown(raster: DatasetReader, bands: Bands, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Magnitudes of complex values, colours of a palette (and where it is clear), full range of less than 8 bits."""
+    if np.iscomplexobj(values):
+        return np.abs(values), None
+    if len(bands.shown) == 1 and raster.colorinterp[bands.shown[0] - 1].name == "palette":
+        table = np.zeros((256, 4), np.uint8)
+        for index, colour in raster.colormap(bands.shown[0]).items():
+            table[min(index, 255)] = colour
+        colours = table[np.minimum(values[..., 0], 255)]
+        return colours[..., :3], colours[..., 3] == 0
+    bits = int(raster.tags(bands.shown[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
+    if values.dtype == np.uint8 and bits < 8:
+        return (values.astype(np.uint16) * 255 // (2**bits - 1)).astype(np.uint8), None
+    return values, None
+
+
+def read_stack(
+    rasters: Sequence[DatasetReader], bands: Bands, options: RasterOptions, window: Window | None, shape: Any
+) -> Pixels:
+    """`read_pixels` of one raster; of several, one file a band, their first bands over the ground of the first.
+
+    Files of another resolution are read at the first one's: `window` counts its pixels, `shape` is what is read.
+    """
+    from rasterio.windows import Window
+
+    first = rasters[0]
+    if len(rasters) == 1:
+        return read_pixels(first, bands, options, window, shape)
+    window = window or Window(0, 0, first.width, first.height)
+    parts = []
+    for raster in rasters:
+        across, down = raster.width / first.width, raster.height / first.height
+        own = Window(window.col_off * across, window.row_off * down, window.width * across, window.height * down)
+        rows = shape or (round(window.height), round(window.width))
+        parts.append(read_pixels(raster, Bands((1,), None), options, own, rows))
+    values = np.concatenate([part.values for part in parts], axis=-1)
+    valid = np.logical_or.reduce([np.ones(values.shape[:2], bool) if p.valid is None else p.valid for p in parts])
+    return Pixels(values, valid & np.isfinite(values).all(axis=-1))
+
+
+@contextmanager
+def opened(data: bytes) -> Iterator[DatasetReader]:
+    """A raster from the bytes of its file, which begin as `DRIVERS` say."""
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
+
+    driver = next(driver for start, driver in DRIVERS.items() if data.startswith(start))
+    with quiet_gdal(), warnings.catch_warnings(), rasterio.MemoryFile(data) as memory:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with memory.open(driver=driver) as raster:
+            yield raster
+
+
+def missing_codec(error: BaseException) -> str:
+    """What GDAL lacks to decode a file, from its error and what caused it; empty where it lacks nothing."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = " ".join(str(seen).split())
+        if re.search(r"codec|compression|not compiled|not supported|unsupported", text, re.IGNORECASE):
+            return text.rsplit(": ", 1)[-1].strip(". ")[:80].encode("ascii", "replace").decode()
+        seen = seen.__cause__ or seen.__context__
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------ details
+
+
+def _key(name: str) -> str:
+    """A band's name without case and leading zeros: B04, b4 and Band 4 are one."""
+    name = re.sub(r"^band[ _]?(?=\d)", "b", name.strip().lower())
+    return re.sub(r"^b0+(?=\d)", "b", name)
+
+
+def _number(band: int | str, names: Sequence[str], uses: Sequence[str]) -> int:
+    """A band's number from 1; 0: there is none of this name."""
+    if isinstance(band, int):
+        return band
+    if band.isdecimal():
+        return int(band)
+    key = _key(band)
+    return next((where.index(key) + 1 for where in (names, uses) if key in where), 0)
+
+
+def _sample(image: Pixels) -> np.ndarray:
+    """At most `SAMPLE_PIXELS` pixels that have data, evenly spread, [K, C]."""
+    values = image.values if image.valid is None else image.values[image.valid][:, None]
+    values = values.reshape(-1, values.shape[-1])
+    if image.valid is None:
+        values = values[np.isfinite(values).all(axis=1)]
+    return values[:: -(-len(values) // SAMPLE_PIXELS) or 1]
+
+
+def _levels(values: np.ndarray) -> tuple[tuple[float, float], ...]:
+    if not len(values):
+        return ((0.0, 1.0),) * values.shape[-1]
+    low, high = np.percentile(values.astype(np.float64), PERCENTILES, axis=0)
+    return tuple((float(start), float(end)) for start, end in zip(low, high, strict=True))
+
+
+def _is_alpha(alpha: np.ndarray) -> bool:
+    """Whether values of a declared alpha band can be one: nearly all clear or opaque, and not all of them clear."""
+    return bool(alpha.any()) and float(np.isin(alpha, (0, 255)).mean()) >= ALPHA_SHARE
+
+
+def _eight_bits(alpha: np.ndarray) -> np.ndarray:
+    """An alpha band of any type, uint8."""
+    if alpha.dtype == np.uint8:
+        return alpha
+    full = np.iinfo(alpha.dtype).max if np.issubdtype(alpha.dtype, np.integer) else 1.0
+    return np.clip(np.rint(alpha.astype(np.float64) * (255 / full)), 0, 255).astype(np.uint8)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float64), nan=0.0)
+
+
+def _as_type(value: float, dtype: np.dtype) -> Any:
+    """A value for no data in the type of the pixels; itself where that cannot hold it, so that none is equal."""
+    if np.issubdtype(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        whole = np.isfinite(value) and float(value).is_integer() and limits.min <= value <= limits.max
+        return dtype.type(int(value)) if whole else np.nan
+    return dtype.type(value)
