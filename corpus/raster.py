@@ -129,7 +129,7 @@ class Survey:
         return "~" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def survey(images: Iterable[Pixels], options: RasterOptions) -> Survey:
+def survey_of(images: Iterable[Pixels], options: RasterOptions) -> Survey:
     """Levels of a corpus from a sample of its images, every image with the same weight."""
     values: dict[str, list[np.ndarray]] = {}
     alphas: dict[str, list[np.ndarray]] = {}

@@ -14,7 +14,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 
 from corpus.decoding import DAMAGED, NO_DATA, decode_image, image_pixels
-from corpus.raster import ALPHA_SHARE, Pixels, RasterOptions, Survey, has_data, spread, survey, to_rgb
+from corpus.raster import ALPHA_SHARE, Pixels, RasterOptions, Survey, has_data, spread, survey_of, to_rgb
 from corpus.sources.geotiff import GeoTiff
 from runtime.errors import UserError
 
@@ -69,7 +69,7 @@ def test_of_a_corpus_with_infrared_no_image_is_clear() -> None:
     half[3, :, : SIDE // 2] = 0
     others = [np.concatenate([colours(), colours(0, 255, 1)]) for _ in range(4)]
     options = RasterOptions()
-    facts = survey([image_pixels(geotiff(values), options) for values in (half, *others)], options)
+    facts = survey_of([image_pixels(geotiff(values), options) for values in (half, *others)], options)
     assert (decode_image(geotiff(half), SIDE, options, facts) == shown(half[:3])).all()
     alone = decode_image(geotiff(half), SIDE)
     assert (alone[:, : SIDE // 2] == 0).all() and (alone[:, SIDE // 2 :] == shown(half[:3])[:, SIDE // 2 :]).all()
@@ -207,7 +207,7 @@ def test_a_calm_sea_stays_darker_than_a_town() -> None:
     options = RasterOptions()
     sea = [geotiff(NOISE.normal(1000, 4, (3, SIDE, SIDE)).astype(np.uint16)) for _ in range(6)]
     town = [geotiff(NOISE.uniform(400, 4000, (3, SIDE, SIDE)).astype(np.uint16)) for _ in range(6)]
-    facts = survey([image_pixels(data, options) for data in sea + town], options)
+    facts = survey_of([image_pixels(data, options) for data in sea + town], options)
     (low, high), *_ = facts.levels["uint16 x 3"]
     assert 400 < low < 700 and 3700 < high < 4000
     calm, built = decode_image(sea[0], SIDE, options, facts), decode_image(town[0], SIDE, options, facts)
@@ -232,10 +232,10 @@ def test_the_sample_is_spread_and_weighs_every_image_the_same() -> None:
     assert spread(0) == [] and spread(3) == [0, 1, 2] and spread(1000)[-1] == 999 and len(spread(1000)) == 128
     small = Pixels(np.full((8, 8, 1), 0, np.uint16))
     large = Pixels(np.full((2000, 2000, 1), 1000, np.uint16))
-    facts = survey([small] * 128 + [large], RasterOptions())
+    facts = survey_of([small] * 128 + [large], RasterOptions())
     assert facts.levels["uint16 x 1"] == ((0.0, 1000.0),) or facts.levels["uint16 x 1"][0][0] == 0.0
-    assert survey([Pixels(np.zeros((4, 4, 3), np.uint8))], RasterOptions()) == Survey()
-    assert Survey().stamp == "" and facts.stamp != survey([small], RasterOptions()).stamp
+    assert survey_of([Pixels(np.zeros((4, 4, 3), np.uint8))], RasterOptions()) == Survey()
+    assert Survey().stamp == "" and facts.stamp != survey_of([small], RasterOptions()).stamp
 
 
 def test_soft_alpha_is_laid_over_black_as_pillow_does() -> None:

@@ -28,7 +28,7 @@ from corpus.raster import (
     quiet_gdal,
     read_stack,
     spread,
-    survey,
+    survey_of,
     to_rgb,
 )
 from corpus.splits import check, hashed_split, thinned
@@ -136,7 +136,7 @@ class GeoTiff:
             raise UserError(f"corpus.overlap={self.overlap} must lie in 0..{self._side - 1}, below the tile's side")
         if self.edge not in EDGES:
             raise UserError(f"corpus.edge={self.edge} is unknown: take {' or '.join(EDGES)}")
-        _ = self._options
+        _ = self.raster
         if self.block < 1:
             raise UserError(f"corpus.block={self.block}: give at least 1 tile")
 
@@ -156,7 +156,7 @@ class GeoTiff:
 
     def manifest(self) -> pd.DataFrame:
         """One row a tile, scene by scene, row by row; a file that is no scene is a row whose reason says so."""
-        scale, shown = self._side / self.resolution, self._survey.stamp
+        scale, shown = self._side / self.resolution, self.survey.stamp
         rows = pd.DataFrame([_row(tile, scale, shown) for tile in self._chosen])
         if rows.empty:
             return rows
@@ -170,7 +170,7 @@ class GeoTiff:
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
         tiles = [self._chosen[row] for row in rows]
-        rule = _Rule(self._options, self._survey, self.most_no_data, self._side, self.resolution)
+        rule = _Rule(self.raster, self.survey, self.most_no_data, self._side, self.resolution)
         return partial(_read_tiles, self._folder, tiles, rule)
 
     @property
@@ -186,7 +186,7 @@ class GeoTiff:
         return self.tile or self.resolution
 
     @cached_property
-    def _options(self) -> RasterOptions:
+    def raster(self) -> RasterOptions:
         return RasterOptions(self.bands, self.no_data, self.stretch, self.low, self.high)
 
     @cached_property
@@ -241,10 +241,10 @@ class GeoTiff:
         return [self._open(name, files) for name, files in groups]
 
     @cached_property
-    def _survey(self) -> Survey:
+    def survey(self) -> Survey:
         """Of reduced pictures of scenes that are spread over the corpus, whichever split is read."""
         deep = [scene for scene in self._scenes if scene.sampled]
-        return survey((_overview(self._folder, deep[row], self._options) for row in spread(len(deep))), self._options)
+        return survey_of((_overview(self._folder, deep[row], self.raster) for row in spread(len(deep))), self.raster)
 
     @cached_property
     def _cell(self) -> float:
@@ -313,7 +313,7 @@ class GeoTiff:
         try:
             with quiet_gdal(), rasterio.open(self._folder / files[0]) as raster:
                 stacked = len(files) > 1
-                bands = Bands(tuple(range(1, len(files) + 1)), None) if stacked else choose_bands(raster, self._options)
+                bands = Bands(tuple(range(1, len(files) + 1)), None) if stacked else choose_bands(raster, self.raster)
                 if min(raster.height, raster.width) < self._side:
                     return _Scene(name, files, stamp, problem=SMALLER)
                 if isinstance(bands, str):

@@ -15,7 +15,7 @@ import pandas as pd
 
 from corpus.captions import words
 from corpus.decoding import DAMAGED, square
-from corpus.raster import Pixels, RasterOptions, Survey, has_data, spread, survey, to_rgb
+from corpus.raster import Pixels, RasterOptions, Survey, has_data, spread, survey_of, to_rgb
 from corpus.splits import assigned, check, part_names, thinned
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
@@ -143,7 +143,7 @@ class TorchGeo:
         values = values[np.isfinite(values)]
         if values.size and values.min() >= 0 and 1 < values.max() <= 255 and (values == values.round()).all():
             return RasterOptions(stretch="none"), Survey()
-        return RasterOptions(), survey(images, RasterOptions())
+        return RasterOptions(), survey_of(images, RasterOptions())
 
     def _only_bands(self, names: Sequence[str]) -> tuple[int, ...]:
         """All rows of an image that can only be in colour or grey."""
