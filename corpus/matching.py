@@ -40,15 +40,15 @@ class Images:
                 return posixpath.normpath(place), True
         places = list(self._places(name, folder))
         for table, key in ((self._by_form, normal), (self._loose, _loose_key), (self._stems, _stem_key)):
-            found = next((file for place in places if (file := table.get(key(place), _SEVERAL))), None)
-            if found:
-                return found, table is self._by_form
+            for place, sure in places:
+                if file := table.get(key(place), _SEVERAL):
+                    return file, sure and table is self._by_form
             if table is self._loose and (found := self._below(name, folder)):
                 return found, False
         return None
 
-    def _places(self, name: str, folder: str) -> Iterator[str]:
-        """Paths below the root that the name may mean, the likeliest first."""
+    def _places(self, name: str, folder: str) -> Iterator[tuple[str, bool]]:
+        """Paths below the root that the name may mean, the likeliest first, and whether it says where they begin."""
         name = re.sub(r"^file://", "", name).replace("\\", "/")
         if name.startswith("/") or re.match(r"[A-Za-z]:/", name):
             yield from self._of_absolute(posixpath.normpath(name))
@@ -57,24 +57,24 @@ class Images:
         for start in dict.fromkeys((folder, ".")):
             place = posixpath.normpath(posixpath.join(own, start, name))
             if place.startswith(own.rstrip("/") + "/"):
-                yield posixpath.relpath(place, own)
+                yield posixpath.relpath(place, own), True
         parts, above = posixpath.normpath(name).split("/"), [part.casefold() for part in Path(own).parts]
         for count in range(min(len(parts) - 1, len(above)), 0, -1):
             if [part.casefold() for part in parts[:count]] == above[-count:]:
-                yield "/".join(parts[count:])
+                yield "/".join(parts[count:]), True
 
-    def _of_absolute(self, name: str) -> Iterator[str]:
+    def _of_absolute(self, name: str) -> Iterator[tuple[str, bool]]:
         """Below the root itself, or what follows its name on another machine, or at least one folder of it."""
         for own in dict.fromkeys((os.path.abspath(self._root), os.path.realpath(self._root))):
             if name.startswith(own.rstrip("/") + "/"):
-                yield posixpath.relpath(name, own)
+                yield posixpath.relpath(name, own), True
         parts = name.split("/")
         called = os.path.basename(os.path.abspath(self._root)).casefold()
         for at in range(len(parts) - 2, -1, -1):
             if parts[at].casefold() == called:
-                yield "/".join(parts[at + 1 :])
+                yield "/".join(parts[at + 1 :]), False
         for at in range(1, len(parts) - 1):
-            yield "/".join(parts[at:])
+            yield "/".join(parts[at:]), False
 
     def _below(self, name: str, folder: str) -> str:
         """The one image below the table's folder whose path ends in this name."""

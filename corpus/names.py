@@ -121,12 +121,14 @@ class Group:
     """Members of one sample, by their positions in the shard.
 
     Attributes:
+        first: the earliest of them.
         doubled: members whose name and suffix another member has already.
         others: members that are neither the image nor about it.
         met: suffixes of all its members.
     """
 
     key: str
+    first: int
     image: int | None = None
     mask: int | None = None
     texts: list[int] = field(default_factory=list)
@@ -168,7 +170,7 @@ def _of_key(key: str, members: list[int], names: Sequence[str], kinds: Sequence[
 
 
 def _sample(key: str, members: list[int], names: Sequence[str], kinds: Sequence[str]) -> Group:
-    sample, taken = Group(key), set()
+    sample, taken = Group(key, min(members)), set()
     found: dict[str, list[int]] = {}
     for position in members:
         name, kind = names[position], kinds[position]

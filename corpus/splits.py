@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pandas as pd
 
 from corpus.telling import tell
 from runtime.errors import UserError
@@ -158,6 +159,11 @@ def elsewhere(corpus: str, splits: Sequence[str], firsts: np.ndarray) -> list[st
             "set names its splits: what is measured on them was trained on"
         )
     return found
+
+
+def copies_across_splits(manifest: pd.DataFrame) -> int:
+    """Images of a split whose bytes lie in another split, too."""
+    return int((manifest["copy_in"] != "").sum()) if "copy_in" in manifest else 0
 
 
 def part_names(parts: Iterable[str]) -> dict[str, str]:

@@ -234,12 +234,14 @@ class WebDataset:
         for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
             stamp = "" if self.content_hash else self._shard_stamp(shard)
             digests = self.content_hash or (self.split != "all" and not _is_local(shard))
-            problems: list[_Item] = []
+            problems: list[tuple[int, _Item]] = []
             places = list(_members(shard, problems, digests, extra_suffixes(self.image_suffixes)))
             found = samples([place.name for place in places], [place.kind for place in places])
             for sample in found:
+                while problems and problems[0][0] <= sample.first:
+                    items.append(problems.pop(0)[1])
                 items += _rows(sample, places, stamp, bool(self.classes), self._class_names)
-            items += problems
+            items += [problem for _, problem in problems]
             passed += _passed_over(found, places)
         captions = [item.captions for item in items if item.captions]
         if captions:
@@ -317,26 +319,27 @@ def _named(items: list[_Item]) -> list[_Item]:
 
 def _passed_over(found: Sequence[Group], places: Sequence[_Place]) -> Counter[str]:
     """Members that are neither in a row nor companions, by suffix."""
-    grouped = Counter(suffix_of(places[at].name) for sample in found for at in sample.others)
+    pictured = (sample for sample in found if sample.image is not None)  # others say in their row what was met
+    grouped = Counter(suffix_of(places[at].name) for sample in pictured for at in sample.others)
     bare = (place for place in places if place.kind == "other" and "." not in place.name.rpartition("/")[2])
     return grouped + Counter(suffix_of(place.name) for place in bare)
 
 
-def _members(shard: str, problems: list[_Item], digests: bool, extra: Sequence[str]) -> Iterator[_Place]:
+def _members(shard: str, problems: list[tuple[int, _Item]], digests: bool, extra: Sequence[str]) -> Iterator[_Place]:
     """Where the files of one shard lie, by its headers: they are read later, by many processes and more than once.
 
     A shard that is cut may lack members of its last sample; the image, if it has all its bytes, is read all the same.
 
     Args:
-        problems: what is wrong is added here.
+        problems: what is wrong is added here, with the number of members before it.
         digests: also of the bytes of images and masks.
         extra: suffixes of images.
     """
+    count = 0
 
-    def wrong(member: tarfile.TarInfo, problem: str) -> None:
-        problems.append(_Item(id=f"{shard}:{member.name}", shard=shard, problem=problem))
+    def wrong(identifier: str, problem: str) -> None:
+        problems.append((count, _Item(id=identifier, shard=shard, problem=problem)))
 
-    found = False
     with fsspec.open(shard, "rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -344,16 +347,16 @@ def _members(shard: str, problems: list[_Item], digests: bool, extra: Sequence[s
                     name = PurePosixPath(member.name)
                     kind = kind_of(member.name, None, extra)
                     if (member.islnk() or member.issym()) and kind in ("image", "mask"):
-                        wrong(member, LINK)
+                        wrong(f"{shard}:{member.name}", LINK)
                     if not member.isfile() or name.name.startswith("."):
                         continue
                     if name.is_absolute() or ".." in name.parts:
-                        wrong(member, UNSAFE)
+                        wrong(f"{shard}:{member.name}", UNSAFE)
                         continue
                     if kind not in ("?", "companion") and member.size > LARGEST_MEMBER:
-                        wrong(member, TOO_LARGE)
+                        wrong(f"{shard}:{member.name}", TOO_LARGE)
                         continue
-                    found = True
+                    count += 1
                     if kind == "?":
                         kind = kind_of(member.name, tar.extractfile(member).read(HEAD), extra)
                     short = kind in ("text", "facts", "class") and member.size <= LARGEST_TEXT
@@ -366,10 +369,10 @@ def _members(shard: str, problems: list[_Item], digests: bool, extra: Sequence[s
                 whole = _ends_whole(file, tar)
         except (tarfile.TarError, EOFError, OSError):
             whole = False
-    if not whole and not found:
-        problems.append(_Item(id=shard, shard=shard, problem=COMPRESSED if _compressed(shard) else BROKEN))
+    if not whole and not count:
+        wrong(shard, COMPRESSED if _compressed(shard) else BROKEN)
     elif not whole:
-        problems.append(_Item(id=f"{shard}:end", shard=shard, problem=CUT))
+        wrong(f"{shard}:end", CUT)
 
 
 def _compressed(shard: str) -> bool:
