@@ -1,22 +1,196 @@
-"""Captions, scene words and facts out of the rows that people keep beside their images."""
+"""Captions, scene words and facts out of what people keep beside their images: one rule for every source."""
 
 from __future__ import annotations
 
+import ast
+import codecs
+import csv
+import io
+import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any
 
+from corpus.names import IMAGE_SUFFIXES, suffix_of
+from runtime.errors import UserError
+
+#: What people call the column or field of captions; the first that has some counts.
+CAPTION_KEYS = (
+    "captions", "caption", "text", "texts", "sentences", "sentence", "descriptions", "description", "raw",
+)  # fmt: skip
+#: And that of the image file.
+FILE_KEYS = (
+    "file_name", "filename", "file", "filepath", "file_path", "image_file", "image_name", "image_path", "img_path",
+    "image", "img", "path", "name",
+)  # fmt: skip
+SCENE_KEYS = ("scene", "label", "class", "category")
+#: Names of the class whose number the scene is.
+NAME_KEYS = ("label_text", "label_name", "class_name", "scene_name", "category_name")
+#: Files of captions for many images.
+TABLE = re.compile(
+    r"(captions|metadata)\.(jsonl|csv|tsv)|captions\.txt"
+    r"|(captions|metadata|dataset)((?!_infos?|_dict|_description)[_-].*)?\.json"
+)
+PLAIN = "a satellite image"
+_NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
+_DECIMAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?")
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+
 
 def caption_facts(row: Mapping[str, Any], scene: str) -> dict[str, Any]:
-    """`caption`, the first that a row has (`captions`, a list or one; `text`; `caption`), and `captions` if several.
+    """`caption`, the first that a row has (`CAPTION_KEYS`), and `captions` if it has several.
 
     A row without one is called after its scene, and by "" where there is none.
     """
-    found = row.get("captions") or row.get("text") or row.get("caption") or []
-    texts = [text.strip() for text in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(text, str)]
-    texts = [encodable(text) for text in texts if text] or ([f"a satellite image of {words(scene)}"] if scene else [""])
+    texts = own_captions(row) or [scene_caption(scene)]
     return {"caption": texts[0], **({"captions": texts} if len(texts) > 1 else {})}
+
+
+def own_captions(row: Mapping[str, Any]) -> list[str]:
+    """The captions that a row has itself, of the first field that has any."""
+    return next((texts for key in CAPTION_KEYS if (texts := _texts(row.get(key)))), [])
+
+
+def _texts(value: Any) -> list[str]:
+    """Texts in a value: one, a list of them, a list as text ("['a', 'b']"), or of objects that have one each."""
+    if isinstance(value, bytes):
+        value = decoded(value)
+    if isinstance(value, str):
+        text = value.strip()
+        listed = _list_in(text) if text[:1] == "[" else None
+        return ([encodable(text)] if text else []) if listed is None else listed
+    if isinstance(value, Mapping):
+        return own_captions(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [text for one in value for text in _texts(one)] if isinstance(value, (list, tuple)) else []
+
+
+def _list_in(text: str) -> list[str] | None:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and all(isinstance(one, str) for one in found):
+            return [text for one in found for text in _texts(one)]
+    return None
+
+
+def captions_in(text: str) -> list[str]:
+    """The captions in a text file about one image: one, or one a line where all its lines end alike, with a full stop
+    or all without; none where numbers outweigh words, as in the files of boxes that detectors are trained with."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    tokens = " ".join(lines).split()
+    if sum(any(letter.isalpha() for letter in token) for token in tokens) * 2 < len(tokens) or not tokens:
+        return []
+    alike = len({line[-1] in ".!?。" for line in lines}) == 1
+    return [encodable(line) for line in (lines if alike else ["\n".join(lines)])]
+
+
+def sample_captions(texts: Sequence[str], facts: Mapping[str, Any]) -> dict[str, list[str]]:
+    """A row of the captions of one image: a list in its facts, else the text files about it, else one in its facts."""
+    listed = own_captions(facts)
+    written = [caption for text in texts for caption in captions_in(text)]
+    return {"captions": list(dict.fromkeys(listed if len(listed) > 1 or not written else written))}
+
+
+def decoded(data: bytes) -> str:
+    """Text in whatever encoding people save it: by its byte-order mark, as UTF-16 by its zeros, UTF-8, else Windows'
+    (cp1252); a few broken bytes in UTF-8 stay broken."""
+    for mark, encoding in _BOMS:
+        if data.startswith(mark):
+            return data.decode(encoding, "replace").removeprefix("\ufeff")
+    for encoding, zeros in (("utf-16-le", data[1:512:2]), ("utf-16-be", data[:512:2])):
+        if len(zeros) > 1 and zeros.count(0) > 0.6 * len(zeros):
+            return data.decode(encoding, "replace")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", "replace")
+        sound = sum(letter > "\x7f" and letter != "\ufffd" for letter in text)
+        return text if sound > text.count("\ufffd") else data.decode("cp1252", "replace")
+
+
+def scene_caption(scene: str) -> str:
+    """What an image of this scene is called that has no caption of its own: no number is a word for what it shows."""
+    if not scene:
+        return ""
+    return PLAIN if re.fullmatch(r"class \d+", scene) else f"{PLAIN} of {words(scene)}"
+
+
+def scene_name(value: Any, names: Sequence[str] = ()) -> str:
+    """The scene that a label names: a number is a position in `names`, else "class 3"; below 0 it is none."""
+    text = "" if value is None or isinstance(value, (list, dict)) else encodable(str(value).strip())
+    if text.lower() in ("nan", "none", "null"):
+        return ""
+    if not _NUMBER.fullmatch(text):
+        return text
+    if text.startswith("-"):
+        return ""
+    number = text.lstrip("+").partition(".")[0]
+    position = int(number) if len(number) < 10 else len(names)
+    return names[position] if position < len(names) else f"class {number}"
+
+
+def row_scene(row: Mapping[str, Any], names: Sequence[str] = (), keys: Sequence[str] = SCENE_KEYS) -> str:
+    """The scene that a row names, "" for none; where it is a number, its name in the same row goes first."""
+    scene = next((found for key in keys if (found := scene_name(row.get(key), names))), "")
+    named = next((scene_name(row[key]) for key in NAME_KEYS if isinstance(row.get(key), str)), "")
+    return named if named and re.fullmatch(r"class \d+", scene) else scene
+
+
+def class_list(data: bytes) -> tuple[str, ...]:
+    """Names of the classes 0, 1, ... in a file: a line each, with or without their number, or JSON."""
+    text = decoded(data).strip()
+    if text[:1] in "[{":
+        try:
+            return class_table(json.loads(text))
+        except (ValueError, RecursionError):
+            return ()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    numbered = [re.fullmatch(r"(\d+)\s*[\s:,;=]\s*(\S.*)", line) for line in lines]
+    if lines and all(numbered):
+        return class_table({match[1]: match[2] for match in numbered if match})
+    return tuple(lines)
+
+
+def class_table(given: Any) -> tuple[str, ...]:
+    """Names of the classes 0, 1, ... of a list, or of a table from numbers to names or from names to numbers."""
+    if not isinstance(given, Mapping):
+        return tuple(str(name) for name in given)
+    pairs = [(str(key), str(value)) for key, value in given.items()]
+    if all(_NUMBER.fullmatch(value) for _, value in pairs) and not all(_NUMBER.fullmatch(key) for key, _ in pairs):
+        pairs = [(value, key) for key, value in pairs]
+    if not all(re.fullmatch(r"\d{1,6}", key) for key, _ in pairs):
+        return ()
+    named = {int(key): value for key, value in pairs}
+    return tuple(named.get(number, f"class {number}") for number in range(max(named, default=-1) + 1))
+
+
+def chosen_classes(given: Any) -> tuple[str, ...]:
+    """`corpus.class_names`: a list, a table, or a file of them.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    if not isinstance(given, str):
+        return class_table(given or ())
+    try:
+        with open(os.path.expanduser(given), "rb") as file:
+            names = class_list(file.read())
+    except OSError as error:
+        raise UserError(
+            f"corpus.class_names={given} cannot be read ({error.strerror}): give a list or a file"
+        ) from None
+    if not names:
+        raise UserError(f"corpus.class_names={given} names no classes: give a line for each of 0, 1, …")
+    return names
 
 
 def words(name: str) -> str:
@@ -28,10 +202,10 @@ def words(name: str) -> str:
 def scalars(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """The numbers and texts of a row that the manifest has no word for: place, resolution, date, whatever else.
 
-    Also left out is `ground`, a promise that only a source which cuts its images itself can make.
+    Also left out are `ground`, a promise that only a source which cuts its images itself can make, and `copy_in`.
     """
     own = ("id", "scene", "label", "caption", "captions", "text", "stamp", "readable", "reason", "file_name", "split")
-    own = (*own, "ground")
+    own = (*own, "ground", "copy_in")
     dated = {key: value.isoformat() if isinstance(value, date) else value for key, value in row.items()}
     known = {str(key): value for key, value in dated.items() if isinstance(value, (str, int, float, bool))}
     return {key: _storable(value) for key, value in known.items() if key not in own}
@@ -46,3 +220,122 @@ def _storable(value: Any) -> Any:
     if isinstance(value, str):
         return encodable(value)
     return str(value) if isinstance(value, int) and abs(value) >= 2**63 else value  # beyond a column of integers
+
+
+# ------------------------------------------------------------------------------------------------- tables of captions
+
+
+def table_rows(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The file name and the row of everything that a table says about an image.
+
+    JSON lines and CSV with a column of `FILE_KEYS`, CSV without a header whose first cells are images, and JSON as
+    COCO's captions, as Karpathy's splits (RSICD, UCM, Sydney), as a list of rows, or as a table from file to caption.
+
+    Args:
+        path: of the table, for messages; its suffix says what it is.
+    Raises:
+        UserError: a line of JSON lines is no object with a file name, or a CSV file is broken.
+    """
+    if path.endswith(".jsonl"):
+        return _json_lines(path, decoded(data))
+    return _document(data) if path.endswith(".json") else _cells(path, decoded(data))
+
+
+def _file_of(row: Mapping[str, Any]) -> str | None:
+    return next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str) and row[key]), None)
+
+
+def _json_lines(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        name = _file_of(row) if isinstance(row, dict) else None
+        if name is None:
+            raise UserError(f'{path}, line {number}, is not a JSON object with a "file_name": mend or remove that line')
+        yield name, row
+
+
+def _document(data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        found = json.loads(decoded(data))
+    except (ValueError, RecursionError):
+        return
+    if isinstance(found, dict) and isinstance(found.get("images"), list):
+        yield from _images_of(found)
+        return
+    if isinstance(found, dict):
+        found = next((found[key] for key in ("data", "annotations", "rows") if isinstance(found.get(key), list)), found)
+    if isinstance(found, dict) and any(suffix_of(name) in IMAGE_SUFFIXES for name in found):
+        found = [{"file_name": name, **_row_of(value)} for name, value in found.items()]
+    for row in found if isinstance(found, list) else ():
+        name = _file_of(row) if isinstance(row, dict) else None
+        if name is not None:
+            yield name, row
+
+
+def _row_of(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"captions": value}
+
+
+def _images_of(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """COCO's images and annotations, or Karpathy's images with sentences; the folder may stand in `filepath`."""
+    about: dict[Any, list[str]] = {}
+    for annotation in found.get("annotations") or ():
+        if isinstance(annotation, dict):
+            about.setdefault(str(annotation.get("image_id")), []).extend(own_captions(annotation))
+    for image in found["images"]:
+        if not isinstance(image, dict):
+            continue
+        name = next(
+            (image[key] for key in ("file_name", "filename") if isinstance(image.get(key), str)), _file_of(image)
+        )
+        if name is None:
+            continue
+        folder = image.get("filepath")
+        captions = about.get(str(image.get("id")), []) or own_captions(image)
+        kept = {key: value for key, value in image.items() if key in ("split", "scene", "label", "lon", "lat")}
+        place = f"{folder}/{name}" if isinstance(folder, str) and folder and not folder.endswith(name) else name
+        yield place, {**kept, "captions": captions}
+
+
+def _cells(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a CSV file, whatever its separator; a caption with separators of its own may end it unquoted."""
+    first = text.lstrip("\n").partition("\n")[0]
+    separator = max("\t,;|", key=first.count)
+    csv.field_size_limit(2**30)
+    try:
+        table = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(row)]
+    except csv.Error as error:
+        raise UserError(f"{path} is no table of comma-separated values ({error}): mend or remove it") from None
+    if not table or len(table[0]) < 2:
+        return
+    header = [cell.strip() for cell in table[0]]
+    lower = [cell.lower() for cell in header]
+    file = next((lower.index(key) for key in FILE_KEYS if key in lower), None)
+    if file is None and suffix_of(header[0]) in IMAGE_SUFFIXES:
+        header, lower, file = ["file_name", "captions"], ["file_name", "captions"], 0
+    elif file is None:
+        return
+    else:
+        table = table[1:]
+    kinds = _number_columns(table, len(header))
+    for row in table:
+        if len(row) > len(header):
+            row = [*row[: len(header) - 1], separator.join(row[len(header) - 1 :])]
+        if len(row) <= file or not row[file].strip():
+            continue
+        known = {header[at] if lower[at] not in CAPTION_KEYS else lower[at]: cell for at, cell in enumerate(row)}
+        for at in kinds:
+            if at < len(row) and lower[at] not in (*FILE_KEYS, *CAPTION_KEYS):
+                known[header[at]] = float(row[at]) if row[at].strip() else None
+        yield row[file].strip(), known
+
+
+def _number_columns(table: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Columns of numbers alone, and of gaps."""
+    columns = [[row[at].strip() for row in table if at < len(row) and row[at].strip()] for at in range(width)]
+    return [at for at, cells in enumerate(columns) if cells and all(_DECIMAL.fullmatch(cell) for cell in cells)]

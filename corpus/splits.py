@@ -11,35 +11,39 @@ whatever images come or go:
 
 The parts of a data set of a hub or of torchgeo name splits only where one of them is to train on (`part_names`): else
 the hash decides about all images. Otherwise no image that is named val or test is ever trained on.
+
+Images of equal bytes are of one split wherever the hash decides: that of the first of them by id, or the one that the
+data set names for one of them. Copies that the data set itself puts into two splits are counted, on stderr and in the
+manifest's column `copy_in`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
 
 import numpy as np
+import pandas as pd
 
-from runtime.artefacts import is_main_process
+from corpus.telling import tell
 from runtime.errors import UserError
 
 SPLITS = ("all", "train", "val", "test")
-#: What people call their splits, in lower case.
+#: What people call their splits, without case, numbers, separators and the words of `_DECORATION`.
 NAMES = {
-    "train": "train",
-    "training": "train",
-    "trainval": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
+    **dict.fromkeys(("train", "training", "trainset", "trainval", "trainvalid", "restval", "trn"), "train"),
+    **dict.fromkeys(
+        ("val", "valid", "validation", "validate", "valset", "minival", "dev", "devel", "development"), "val"
+    ),
+    **dict.fromkeys(("test", "testing", "testset", "testdev", "teststd", "tst", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("holdout", "heldout", "hold"), "test"),
 }
+_DECORATION = {
+    "set", "split", "data", "image", "images", "img", "imgs", "photos", "pics", "rgb", "public", "private", "seen",
+    "unseen", "challenge", "gt", "of", "a", "b", "c", "d",
+}  # fmt: skip
 
 
 def hashed_split(identifier: str, val_share: float, test_share: float) -> str:
@@ -53,25 +57,64 @@ def hashed_split(identifier: str, val_share: float, test_share: float) -> str:
     return "val" if number < (test_share + val_share) * 2**64 else "train"
 
 
-def assigned(corpus: str, ids: Sequence[str], names: Sequence[str], val_share: float, test_share: float) -> list[str]:
+def split_of(name: str) -> str:
+    """The split that is called so (`train2017`, `Testing`, `val_images`, `trainA`, `test-00000-of-00002`), else ""."""
+    if name.strip().lower() in NAMES:
+        return NAMES[name.strip().lower()]
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_]+", name)
+    if "".join(words) != re.sub(r"[\W\d_]+", "", name) or not words:
+        return ""
+    lower = [word.lower() for word in words]
+    kept = [word for word in lower if word not in _DECORATION]
+    return NAMES.get("".join(kept), "")
+
+
+def folder_split(folders: Sequence[str]) -> tuple[str, str]:
+    """The first of the folders an image lies in that is called as a split, "" for none, and its scene: the first that
+    is called neither so nor `images`, "" for none."""
+    named = next((folder for folder in folders if split_of(folder)), "")
+    scene = next((folder for folder in folders if not split_of(folder) and folder != "images"), "")
+    return named, scene
+
+
+def assigned(
+    corpus: str,
+    ids: Sequence[str],
+    names: Sequence[str],
+    val_share: float,
+    test_share: float,
+    firsts: np.ndarray | None = None,
+) -> list[str]:
     """The split of every image, by the rules above; what is not as named is said on stderr, in one line.
 
     Args:
         corpus: its name, for the line.
         names: what the data set calls each image's split, "" where it says nothing.
+        firsts: of each image the position of the first by id of those with the same bytes, int64 [N]; None: no two
+            are the same.
     Returns:
         "train", "val" or "test" for every id.
     """
-    known = {name: NAMES.get(name.strip().lower(), "test") for name in set(names) if name}
-    unknown = sorted(name for name in known if name.strip().lower() not in NAMES)
+    known = {name: split_of(name) or "test" for name in set(names) if name}
+    unknown = sorted(name for name in known if not split_of(name))
     if unknown:
-        _tell(f"{corpus}: no known split is called {', '.join(unknown)}: its images are held out as test")
+        tell(f"{corpus}: no known split is called {', '.join(unknown)}: its images are held out as test")
+    nameless = sum(not name for name in names)
+    if known and nameless:
+        tell(f"{corpus}: {nameless} of {len(names)} images are named no split, others are: a hash decides about them")
     carved, shares = _missing(set(known.values()), val_share, test_share)
+    firsts = np.arange(len(ids)) if firsts is None else firsts
+    of_copies: dict[int, set[str]] = {}
+    for first, name in zip(firsts.tolist(), names, strict=True):
+        of_copies.setdefault(first, set()).update([known[name]] if name else [])
     splits, counts = [], {"val": 0, "test": 0}
-    for identifier, name in zip(ids, names, strict=True):
-        if not name:
+    for first, name in zip(firsts.tolist(), names, strict=True):
+        identifier, named = ids[first], of_copies[first]
+        if not name and named - {carved}:
+            splits.append(next(split for split in ("test", "val", "train") if split in named))
+        elif not name and not named:
             splits.append(hashed_split(identifier, val_share, test_share))
-        elif known[name] == carved:
+        elif not name or known[name] == carved:
             splits.append(hashed_split(identifier, *shares))
             if splits[-1] != carved:
                 counts[splits[-1]] += 1
@@ -80,7 +123,7 @@ def assigned(corpus: str, ids: Sequence[str], names: Sequence[str], val_share: f
     taken = [f"{count} as {split}" for split, count in counts.items() if count]
     if taken:
         lacking = " and no ".join(split for split, count in counts.items() if count)
-        _tell(
+        tell(
             f"{corpus}: the data set names no {lacking}: of its {carved} images a hash of the id takes "
             f"{' and '.join(taken)}"
         )
@@ -98,18 +141,36 @@ def _missing(named: set[str], val_share: float, test_share: float) -> tuple[str,
     return "", (0.0, 0.0)
 
 
+def elsewhere(corpus: str, splits: Sequence[str], firsts: np.ndarray) -> list[str]:
+    """The other splits that hold an image of the same bytes, "" for none; how many there are is said in one line."""
+    held: dict[int, set[str]] = {}
+    for first, split in zip(firsts.tolist(), splits, strict=True):
+        held.setdefault(first, set()).add(split)
+    order = {split: position for position, split in enumerate(SPLITS)}
+    found = [
+        ", ".join(sorted(held[first] - {split}, key=order.get))
+        for first, split in zip(firsts.tolist(), splits, strict=True)
+    ]
+    shared = Counter(" and ".join(sorted(group, key=order.get)) for group in held.values() if len(group) > 1)
+    if shared:
+        kinds = ", ".join(f"{names} {count}" for names, count in sorted(shared.items()))
+        tell(
+            f"{corpus}: {sum(shared.values())} images have exact copies in more than one split ({kinds}), as the data "
+            "set names its splits: what is measured on them was trained on"
+        )
+    return found
+
+
+def copies_across_splits(manifest: pd.DataFrame) -> int:
+    """Images of a split whose bytes lie in another split, too."""
+    return int((manifest["copy_in"] != "").sum()) if "copy_in" in manifest else 0
+
+
 def part_names(parts: Iterable[str]) -> dict[str, str]:
     """What the parts of a data set name their images' split: nothing where none of them is to be trained on."""
     parts = list(parts)
-    trained = any(NAMES.get(part.strip().lower()) == "train" for part in parts)
+    trained = any(split_of(part) == "train" for part in parts)
     return {part: part if trained else "" for part in parts}
-
-
-@cache
-def _tell(line: str) -> None:
-    """Once, though every split of a corpus finds it out."""
-    if is_main_process():
-        print(line, file=sys.stderr, flush=True)
 
 
 def check(split: str, val_share: float, test_share: float, limit: int | None, resolution: int) -> None:

@@ -21,7 +21,8 @@ from skimage.morphology import disk
 
 from corpus.decoding import decode_jpeg, read_image
 from corpus.index import CHUNK, index_corpus
-from corpus.sources.folder import SUFFIXES, ImageFolder
+from corpus.names import IMAGE_SUFFIXES
+from corpus.sources.folder import ImageFolder
 from encoders.efficientnet import EfficientNetLite0
 from encoders.pixels import to_tensor
 from prune.entropy import LocalEntropy, luma
@@ -66,7 +67,7 @@ def jpegs(cfg: DictConfig, count: int) -> list[Path]:
         UserError: the folder has no images.
     """
     if cfg.bench.root is not None:
-        files = sorted(path for path in Path(cfg.bench.root).rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = sorted(path for path in Path(cfg.bench.root).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise UserError(f"bench.root={cfg.bench.root} has no images: give a folder of images, or null")
         return [files[index] for index in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)]

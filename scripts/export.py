@@ -29,8 +29,8 @@ from runtime.progress import progress
 FORMS = ("folder", "symlinks", "webdataset", "huggingface", "list")
 #: Sources that can hand on the bytes an image came in; of the others, the decoded image is exported.
 WITH_ORIGINALS = {class_name(kind): kind for kind in (ImageFolder, WebDataset, HuggingFace)}
-#: Columns that say how an image was read, not what it shows.
-OWN_COLUMNS = ("readable", "reason", "stamp")
+#: Columns that say how an image was read and where copies of it are, not what it shows.
+OWN_COLUMNS = ("readable", "reason", "stamp", "copy_in")
 LONGEST_NAME = 100
 #: What tables give for numbers and for lists; JSON wants Python's own.
 GENERIC = (np.generic, np.ndarray)

@@ -17,7 +17,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
-from corpus.sources.folder import SUFFIXES, ImageFolder
+from corpus.names import IMAGE_SUFFIXES
+from corpus.sources.folder import ImageFolder
 from eval.subsets import scene_entropy
 from eval.waste import ImageRows, near_duplicate_fraction
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
@@ -67,7 +68,7 @@ def files_by_class(options: DictConfig) -> dict[str, list[Path]]:
         raise UserError("long_tail.root is not set: give a folder with one sub-folder a class")
     files: dict[str, list[Path]] = {}
     for path in sorted(Path(options.root).expanduser().rglob("*")):
-        if path.suffix.lower() in SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
             files.setdefault(path.parent.name, []).append(path)
     if len(files) < 2:
         raise UserError(f"long_tail.root={options.root} has no two classes: give a folder with one sub-folder a class")

@@ -5,12 +5,30 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from test_sources import encoded, shard, texture
 
 from corpus import splits
-from corpus.splits import NAMES, assigned, check, hashed_split, part_names
+from corpus.sources.folder import ImageFolder
+from corpus.sources.huggingface import HuggingFace
+from corpus.sources.webdataset import WebDataset
+from corpus.splits import (
+    NAMES,
+    assigned,
+    check,
+    copies_across_splits,
+    elsewhere,
+    folder_split,
+    hashed_split,
+    part_names,
+    split_of,
+)
+from corpus.telling import tell
 from runtime.errors import UserError
 
 IDS = [f"images/{number:05d}.png" for number in range(20_000)]
@@ -24,7 +42,7 @@ CORPORA = ("bluemarble", "folder", "geotiff", "huggingface", "torchgeo", "webdat
 
 @pytest.fixture(autouse=True)
 def nothing_told() -> None:
-    splits._tell.cache_clear()
+    tell.cache_clear()
 
 
 def place(identifier: str) -> float:
@@ -100,9 +118,9 @@ def test_an_image_without_a_name_goes_by_the_hash_beside_those_with_one() -> Non
 
 
 def test_what_has_an_unknown_name_is_not_trained_on(capsys: pytest.CaptureFixture) -> None:
-    names = ["train", "val", "holdout"]
-    assert of(names)["test"] == named(names, "holdout")
-    assert capsys.readouterr().err == ("photos: no known split is called holdout: its images are held out as test\n")
+    names = ["train", "val", "mystery"]
+    assert of(names)["test"] == named(names, "mystery")
+    assert capsys.readouterr().err == ("photos: no known split is called mystery: its images are held out as test\n")
 
 
 @pytest.mark.parametrize("names", [["val"], ["test"], ["val", "test"]], ids=str)
@@ -164,3 +182,167 @@ def test_every_corpus_has_three_parts_that_differ_in_their_split(name: str, repo
     assert [changed[part].resolution for part in parts] == [128, 128, 96]
     assert [changed[part].limit for part in parts] == [7, 5, None]
     assert [smoke[part].limit for part in parts] == [480, 400, 400]
+
+
+# ------------------------------------------------------------------------------------------------------ other people's
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("Training", "train"), ("train2017", "train"), ("trainA", "train"), ("train-00000-of-00005", "train"),
+        ("images_train", "train"), ("TrainSet", "train"), ("train_val", "train"), ("restval", "train"),
+        ("val2014", "val"), ("VALID", "val"), ("val_images", "val"), ("dev1", "val"), ("Validation ", "val"),
+        ("test_a", "test"), ("testB", "test"), ("test-dev", "test"), ("hold-out", "test"), ("evaluation", "test"),
+        ("train_station", ""), ("trainstation", ""), ("Beach", ""), ("2019", ""), ("images", ""), ("a", ""), ("", ""),
+        ("contest", ""), ("valley", ""), ("Trained", ""), ("development_area", ""), ("test track", ""),
+    ],
+)  # fmt: skip
+def test_one_table_of_split_names(name: str, split: str) -> None:
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("training/Beach", ("training", "Beach")), ("images/train/Beach", ("train", "Beach")), ("Beach", ("", "Beach")),
+        ("train/images/Beach", ("train", "Beach")), ("Beach/test", ("test", "Beach")), ("train", ("train", "")),
+        ("data/Beach/val2017", ("val2017", "data")), ("", ("", "")), ("images", ("", "")),
+    ],
+)  # fmt: skip
+def test_split_and_scene_of_folders(path: str, expected: tuple[str, str]) -> None:
+    assert folder_split(tuple(filter(None, path.split("/")))) == expected
+
+
+@pytest.mark.parametrize("kind", ["folder", "rows", "shards", "table", "parts"])
+def test_every_source_knows_the_same_names(kind: str, tmp_path: Path) -> None:
+    names = ["training"] * 12 + ["Testing"] * 4 + ["val2017"] * 4
+    data = [encoded(texture(number)) for number in range(len(names))]
+    sources = {
+        "folder": ImageFolder,
+        "rows": ImageFolder,
+        "shards": WebDataset,
+        "table": HuggingFace,
+        "parts": HuggingFace,
+    }
+    place = tmp_path / "a.tar" if kind == "shards" else tmp_path
+    table = pd.DataFrame({"image": [{"bytes": one, "path": None} for one in data], "split": names})
+    if kind == "folder" or kind == "rows":
+        for number, name in enumerate(names):
+            folder = tmp_path / (f"{name}/Beach" if kind == "folder" else "Beach")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.png").write_bytes(data[number])
+    if kind == "rows":
+        lines = (f'{{"file_name": "Beach/{n}.png", "text": "no {n}", "split": "{s}"}}' for n, s in enumerate(names))
+        (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    elif kind == "shards":
+        facts = [(f"{number}.json", f'{{"split": "{name}"}}'.encode()) for number, name in enumerate(names)]
+        shard(place, [*((f"{number}.png", one) for number, one in enumerate(data)), *facts])
+    elif kind == "table":
+        table.to_parquet(tmp_path / "all.parquet")
+    elif kind == "parts":
+        datasets.DatasetDict(
+            {name: datasets.Dataset.from_list([{"image": {"bytes": data[names.index(name)], "path": None}}] * 3)
+             .cast_column("image", datasets.Image()) for name in ("training", "testing")}
+        ).save_to_disk(str(tmp_path / "saved"))  # fmt: skip
+        assert len(HuggingFace(str(tmp_path / "saved"), split="test").manifest()) == 3
+        return
+    counts = [len(sources[kind](str(place), split=split).manifest()) for split in ("train", "val", "test")]
+    assert counts == [12, 4, 4]
+
+
+def test_images_in_no_split_s_folder_are_counted(capsys: pytest.CaptureFixture) -> None:
+    of(["train", "val", "test", ""])
+    assert capsys.readouterr().err == (
+        "photos: 5000 of 20000 images are named no split, others are: a hash decides about them\n"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- copies
+
+
+def test_copies_are_where_the_first_of_them_is() -> None:
+    firsts = np.arange(len(IDS)) // 2 * 2  # every image and the one after it
+    found = assigned("photos", IDS, [""] * len(IDS), 0.1, 0.2, firsts)
+    assert found[::2] == found[1::2] == [hashed_split(identifier, 0.1, 0.2) for identifier in IDS[::2]]
+    assert found[::2] == assigned("photos", IDS, [""] * len(IDS), 0.1, 0.2)[::2]
+
+
+def test_a_copy_without_a_name_goes_with_the_one_that_has_it() -> None:
+    ids, firsts = ["a", "b", "c", "d"], np.array([0, 0, 2, 2])
+    assert assigned("photos", ids, ["", "test", "val", "train"], 0.1, 0.1, firsts) == ["test", "test", "val", "train"]
+    assert assigned("photos", ids, ["val", "", "train", "test"], 0.0, 0.0, firsts)[1] == "val"
+
+
+def test_copies_of_named_splits_are_counted(capsys: pytest.CaptureFixture) -> None:
+    firsts = np.array([0, 0, 0, 3, 4, 4])
+    assert elsewhere("photos", ["train", "train", "test", "val", "val", "test"], firsts) == [
+        "test", "test", "train", "", "test", "val",
+    ]  # fmt: skip
+    line = capsys.readouterr().err
+    assert line.startswith(
+        "photos: 2 images have exact copies in more than one split (train and test 1, val and test 1)"
+    )
+    assert elsewhere("photos", ["train"] * 6, firsts) == [""] * 6 and capsys.readouterr().err == ""
+
+
+def equal_files(root: Path, count: int, large: bool = False) -> None:
+    """`count` images under two names each, in folders of two scenes; as BMP all are of one size."""
+    for number in range(count):
+        image = texture(number, side=96 if large else 16)
+        for folder in ("sea", "field"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            image.save(root / folder / f"{'copy_of_' * (folder == 'sea')}{number:02d}.{'bmp' if large else 'png'}")
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("content_hash", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "shards", "table"])
+def test_no_copy_of_a_held_out_image_is_trained_on(kind: str, content_hash: bool, large: bool, tmp_path: Path) -> None:
+    equal_files(tmp_path / "a", 20, large)
+    files = sorted(path for path in (tmp_path / "a").rglob("*") if path.is_file())
+    options = {"test_share": 0.3} if kind == "table" else {"test_share": 0.3, "content_hash": content_hash}
+    if kind == "folder":
+        read = lambda split: ImageFolder(str(tmp_path / "a"), split=split, **options)  # noqa: E731
+    elif kind == "shards":
+        members = [(str(path.relative_to(tmp_path / "a")), path.read_bytes()) for path in files]
+        shard(tmp_path / "a.tar", members[:25])
+        shard(tmp_path / "b.tar", members[25:])
+        read = lambda split: WebDataset(f"{tmp_path}/{{a,b}}.tar", split=split, **options)  # noqa: E731
+    else:
+        rows = [{"id": path.name, "image": {"bytes": path.read_bytes(), "path": None}} for path in files]
+        pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+        read = lambda split: HuggingFace(str(tmp_path), split=split, **options)  # noqa: E731
+    held: dict[str, str] = {}
+    for split in ("train", "val", "test"):
+        source = read(split)
+        table = source.manifest()
+        assert "copy_in" not in table and copies_across_splits(table) == 0
+        for data, _, _ in source.originals(np.arange(len(table))):
+            assert held.setdefault(hashlib.sha256(data).hexdigest(), split) == split
+    assert len(held) == 20 and set(held.values()) == {"train", "val", "test"}
+
+
+def test_images_without_copies_stay_where_they_were(tmp_path: Path) -> None:
+    """Of one size all, and alike at both ends: only the whole tells them apart."""
+    for number in range(40):
+        data = bytearray(b"\0" * 20_000)
+        data[10_000] = number
+        (tmp_path / f"{number:02d}.png").write_bytes(data)
+    for split in ("train", "val", "test"):
+        found = ImageFolder(str(tmp_path), split=split, test_share=0.3).manifest()["id"].tolist()
+        names = [f"{number:02d}.png" for number in range(40)]
+        assert found == [name for name in names if hashed_split(name, 0.1, 0.3) == split]
+
+
+def test_copies_between_named_folders_are_a_column(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for split, numbers in (("train", range(6)), ("test", range(4, 8)), ("val", range(9, 11))):
+        (tmp_path / split).mkdir()
+        for number in numbers:
+            texture(number).save(tmp_path / split / f"{number}.png")
+    train, val, test = (ImageFolder(str(tmp_path), split=split).manifest() for split in ("train", "val", "test"))
+    assert dict(zip(train["id"], train["copy_in"], strict=True)) == {
+        f"train/{number}.png": "test" if number > 3 else "" for number in range(6)
+    }
+    assert [copies_across_splits(table) for table in (train, val, test)] == [2, 0, 2]
+    assert capsys.readouterr().err.count("2 images have exact copies in more than one split (train and test 2)") == 1

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from corpus.index import Corpus
+from corpus.telling import tell
 from encoders.clip_scores import tokenize
 from encoders.pixels import to_tensor
 from runtime.artefacts import stage
@@ -114,13 +115,33 @@ def cached_prompts(
 
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     directory = stage(runs, "prompts", {"text_encoder": key, "texts": digest, "half": half}, build)
-    return np.load(directory / "prompts.npy", mmap_mode="r"), np.load(directory / "lengths.npy")
+    lengths = np.load(directory / "lengths.npy")
+    tell_cut(tokenizer, texts, lengths)
+    return np.load(directory / "prompts.npy", mmap_mode="r"), lengths
 
 
 def caption_lengths(tokenizer: CLIPTokenizer, texts: list[str]) -> np.ndarray:
     """Tokens of each text with its start and end marks, int64 [T]: all that is no padding."""
     encoded = tokenizer(texts, max_length=tokenizer.model_max_length, truncation=True).input_ids
     return np.array([len(ids) for ids in encoded], dtype=np.int64)
+
+
+def tell_cut(tokenizer: CLIPTokenizer, texts: Sequence[str], lengths: np.ndarray) -> int:
+    """Say on stderr how many texts are longer than the encoder takes, whose ends it does not see; returns the number.
+
+    Args:
+        lengths: of `caption_lengths`.
+    """
+    full = [texts[at] for at in np.flatnonzero(lengths >= tokenizer.model_max_length)]
+    whole = tokenizer(full, truncation=False, verbose=False).input_ids if full else []
+    cut = sum(len(ids) > tokenizer.model_max_length for ids in whole)
+    if cut:
+        tell(
+            f"{cut} of {sum(map(bool, texts))} different captions are longer than the {tokenizer.model_max_length} "
+            "tokens that the text encoder takes, and are cut: one that is trained here takes more with "
+            "text_encoder.max_length"
+        )
+    return cut
 
 
 def contrastive_loss(
@@ -152,6 +173,7 @@ def train_clip(
     """Train on scene-balanced tiles of the training split and all their captions; returns the averaged weights."""
     captions = Captions.of(corpus.manifest)
     tokens = tokenize(tokenizer, captions.texts)
+    tell_cut(tokenizer, captions.texts, caption_lengths(tokenizer, captions.texts))
     weights = scene_balanced_weights(corpus)
 
     def draw(random: np.random.Generator, rows: slice) -> Batch:

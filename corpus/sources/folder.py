@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -15,25 +16,70 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from corpus.captions import caption_facts, scalars
+from corpus.captions import (
+    TABLE,
+    caption_facts,
+    chosen_classes,
+    class_list,
+    decoded,
+    own_captions,
+    row_scene,
+    sample_captions,
+    scalars,
+    scene_name,
+    table_rows,
+)
+from corpus.copies import of_files
 from corpus.decoding import NO_MASK, decode_mask, read_bytes, read_image
 from corpus.index import Sample
-from corpus.splits import NAMES, assigned, check, thinned
+from corpus.matching import Images, Rows
+from corpus.names import (
+    CLASS_FILES,
+    FACTS_SUFFIX,
+    HEAD,
+    IMAGE_SUFFIXES,
+    counted,
+    extra_suffixes,
+    honest_suffix,
+    image_suffix,
+    kind_of,
+    suffix_of,
+)
+from corpus.splits import assigned, check, elsewhere, folder_split, split_of, thinned
+from corpus.telling import tell
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
-CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
+
+@dataclass(frozen=True)
+class _Listing:
+    """What lies below a root, as POSIX paths below it, each sorted.
+
+    Attributes:
+        beside: texts and facts by the image that they lie beside.
+        passed_over: files that are nothing of this, by suffix.
+    """
+
+    images: list[str]
+    tables: list[str]
+    beside: dict[str, list[str]]
+    classes: list[str]
+    passed_over: Counter[str]
 
 
 @dataclass(frozen=True)
 class ImageFolder:
     """Images at any depth below `root`, cropped to their central square and resized.
 
-    Where `root` has a folder `images`, only that one is read: masks and metadata lie beside it. Hidden files and
-    folders are passed over, linked folders are not entered. The scene is the first sub-folder, a leading one that is
-    called as a split (`corpus.splits.NAMES`) left aside. A folder that cannot be listed is a row of the manifest whose
-    reason says so.
+    An image is what has a suffix of `corpus.names.IMAGE_SUFFIXES`, or begins as one. Where `root`, or a folder called
+    as a split, has a folder `images`, only that one is read: masks and metadata lie beside it. Hidden files and folders
+    are passed over; a linked folder is followed once, unless it leads back inside the root. The scene is the first
+    sub-folder that is not called as a split (`corpus.splits.split_of`), else the one that the image's row names. A
+    folder that cannot be listed is a row of the manifest whose reason says so; files that are no images and about none
+    are counted on stderr.
+
+    Captions and facts come from tables (`corpus.captions.TABLE`) anywhere below the root or in its `annotations`, else
+    from a text or JSON file beside the image with its name.
 
     Args:
         root: the folder.
@@ -46,12 +92,15 @@ class ImageFolder:
         masks: folder of masks, named and placed like the images whatever their suffix, below `root` or a path of its
             own; None: there are none.
         classes: names of the mask values 0, 1, …; needed with `masks`.
+        image_suffixes: more suffixes of images.
+        class_names: of the scenes that are numbers: a list, or a file of them; None: `corpus.names.CLASS_FILES` in the
+            root, if there is one.
         content_hash: an image has changed if its bytes have, all of which are read for it; otherwise if its size or
             time of change has.
         workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
-        UserError: no root given, not a folder, unknown split, no images, a caption file that is no JSON lines, or
-            masks without a folder or names.
+        UserError: no root given, not a folder, unknown split, no images, a caption table or a file of class names that
+            cannot be read, or masks without a folder or names.
     """
 
     root: str | None = None
@@ -62,6 +111,8 @@ class ImageFolder:
     limit: int | None = None
     masks: str | None = None
     classes: tuple[str, ...] = ()
+    image_suffixes: tuple[str, ...] = ()
+    class_names: Any = None
     content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "folder"
@@ -84,8 +135,10 @@ class ImageFolder:
     def version(self) -> dict[str, str]:
         """A digest of every file's path and stamp: any added, removed or rewritten file shows."""
         digest = hashlib.sha256()
-        for file in (*self._files, *self._caption_files):
+        for file in (*self._files, *self._about):
             digest.update(f"{file}\0{self._stamps[file]}\0".encode("utf-8", "surrogateescape"))
+        if isinstance(self.class_names, str):
+            digest.update(file_stamp(Path(self.class_names).expanduser(), content_hash=True).encode())
         return {"files": digest.hexdigest()[:16]}
 
     @property
@@ -95,10 +148,12 @@ class ImageFolder:
     def manifest(self) -> pd.DataFrame:
         """One row an image, sorted by id: id (POSIX path below the root), scene, caption ("" for none), stamp.
 
-        Also `captions` where an image has several, and the numbers and texts of its row in the caption file.
+        Also `captions` where an image has several, the numbers and texts of its row or JSON file, and `copy_in` where
+        images have exact copies in other splits. What was found about the images is said on stderr.
         """
+        self._report()
         return pd.DataFrame(
-            [{**self._facts(file), "stamp": self._stamps[file]} for file in self._chosen],
+            [{**self._facts(file), "stamp": self._stamps[file], **self._shared(file)} for file in self._chosen],
             columns=None if self._chosen else ["id", "scene", "caption", "stamp"],
         )
 
@@ -124,7 +179,8 @@ class ImageFolder:
             for part in parts:
                 if isinstance(part, str):
                     raise UserError(f"{path} cannot be read any more ({part}): prune again, or put it back")
-            yield parts[0], path.suffix.lower(), None if mask is None else (parts[1], mask.suffix.lower())
+            suffix = honest_suffix(parts[0], path.suffix.lower())
+            yield parts[0], suffix, None if mask is None else (parts[1], mask.suffix.lower())
 
     @property
     def _mask_root(self) -> Path:
@@ -142,7 +198,7 @@ class ImageFolder:
         found = {}
         for folder, _, files in os.walk(self._mask_root):
             for name in sorted(files):
-                if name.lower().endswith(SUFFIXES):
+                if suffix_of(name) in IMAGE_SUFFIXES:
                     path = Path(folder) / name
                     found.setdefault(path.relative_to(self._mask_root).with_suffix("").as_posix(), path)
         return found
@@ -150,10 +206,10 @@ class ImageFolder:
     @cached_property
     def _stamps(self) -> dict[str, str]:
         """What changes with a file's bytes: a digest of them, or its size and time of change; a mask's with it."""
-        stamps = {}
-        for file in (*self._files, *self._caption_files):
+        stamps, about = {}, set(self._about)
+        for file in (*self._files, *self._about):
             stamps[file] = file_stamp(self._root / file, self.content_hash)
-            mask = None if self.masks is None or file in self._caption_files else self._mask_of(file)
+            mask = None if self.masks is None or file in about else self._mask_of(file)
             if mask is not None:
                 stamps[file] += "+" + file_stamp(mask, self.content_hash)
         return stamps
@@ -163,89 +219,188 @@ class ImageFolder:
         return Path(str(self.root)).expanduser()
 
     @cached_property
-    def _listing(self) -> tuple[list[str], list[str]]:
-        """Image files and caption files as POSIX paths below the root, each sorted."""
-        images, captions = [], []
-        inside = self._root / "images"
-        masks = None if self.masks is None else self._mask_root
+    def _listing(self) -> _Listing:
+        images, others, tables, passed = [], [], [], Counter()
 
         def closed(error: OSError) -> None:
             if Path(error.filename) == self._root:
                 raise UserError(f"{self._root} cannot be listed ({error.strerror}): make it readable") from None
             images.append(Path(error.filename).relative_to(self._root).as_posix())  # a row whose reason says so
 
-        followed = _Links(self._root)
-        for folder, folders, files in os.walk(self._root, onerror=closed, followlinks=True):
-            folders[:] = [
-                name
-                for name in folders
-                if not (name.startswith(".") or Path(folder) / name == masks) and followed(Path(folder) / name)
-            ]
-            if Path(folder) == self._root and inside.is_dir():
-                folders[:] = ["images"]
-                files = [name for name in files if name in CAPTION_FILES]
-            below = Path(folder).relative_to(self._root)
-            for name in files:
-                if name in CAPTION_FILES:
-                    captions.append((below / name).as_posix())
-                elif not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                    images.append((below / name).as_posix())
+        for folder, names, only in self._folders_below(closed):
+            for name in names:
+                path = folder / name
+                file = path.relative_to(self._root).as_posix()
+                kind = kind_of(name, None, extra_suffixes(self.image_suffixes))
+                if TABLE.fullmatch(path.name.lower()):
+                    tables.append(file)
+                elif not only and (kind in ("image", "mask") or (kind == "?" and _begins_as_image(path))):
+                    images.append(file)
+                elif kind in ("text", "facts"):
+                    others.append(file)
+                elif not only and kind != "companion":
+                    passed[suffix_of(name)] += 1
         if not images:
             raise UserError(
-                f"corpus.root={self.root} has no images ({', '.join(SUFFIXES)}) at any depth: give another folder"
+                f"corpus.root={self.root} has no images ({', '.join(IMAGE_SUFFIXES)}) at any depth: give another folder"
+                + (f"; {sum(passed.values())} files are something else: {counted(passed)}" if passed else "")
             )
-        return sorted(images), sorted(captions)
+        beside = _beside(images, others)
+        classes = [file for file in others if file.lower() in CLASS_FILES]
+        known = {*classes, *(file for files in beside.values() for file in files)}
+        passed.update(suffix_of(file) for file in others if file not in known)
+        return _Listing(sorted(images), sorted(tables), beside, sorted(classes), passed)
+
+    def _folders_below(self, closed: Callable[[OSError], None]) -> Iterator[tuple[Path, list[str], bool]]:
+        """Every folder with the names of its files, and whether only tables and class names count among them."""
+        masks = None if self.masks is None else self._mask_root
+        followed = _Links(self._root)
+        for folder, folders, names in os.walk(self._root, onerror=closed, followlinks=True):
+            here = Path(folder)
+            folders[:] = [
+                name for name in folders if not (name.startswith(".") or here / name == masks) and followed(here / name)
+            ]
+            only = (here == self._root or split_of(here.name) != "") and (here / "images").is_dir()
+            if only:
+                folders[:] = ["images"]
+                if here == self._root:
+                    yield self._root, _annotations(self._root), True
+            yield here, [name for name in names if not name.startswith(".")], only
 
     @property
     def _files(self) -> list[str]:
-        return self._listing[0]
+        return self._listing.images
 
     @property
-    def _caption_files(self) -> list[str]:
-        return self._listing[1]
+    def _about(self) -> list[str]:
+        """Files with captions, facts or class names."""
+        beside = sorted({file for files in self._listing.beside.values() for file in files})
+        return [*self._listing.tables, *beside, *self._listing.classes]
+
+    @cached_property
+    def _tables(self) -> Rows:
+        found = Rows(Images(self._root, self._files))
+        for file in self._listing.tables:
+            before = found.count
+            for name, row in table_rows(str(self._root / file), _data(self._root / file)):
+                found.add(name, row, PurePosixPath(file).parent.as_posix())
+            if found.count == before:
+                tell(f"{self.name}: {file} names no images: give it a column or field file_name")
+        return found
 
     @cached_property
     def _rows(self) -> dict[str, dict]:
-        """Caption rows by the image file they are about; the first row about an image counts."""
-        known, rows = set(self._files), {}
-        for file in self._caption_files:
-            folder = PurePosixPath(file).parent
-            for row in _read_rows(self._root / file):
-                for candidate in (folder / row["file_name"], folder / "images" / row["file_name"]):
-                    if candidate.as_posix() in known:
-                        rows.setdefault(candidate.as_posix(), row)
-                        break
+        """What tables, and files beside them, say about the images."""
+        rows = self._tables.rows()
+        for image, files in self._listing.beside.items():
+            texts = [decoded(_data(self._root / file)) for file in files if suffix_of(file) != FACTS_SUFFIX]
+            facts = next((_object(_data(self._root / file)) for file in files if suffix_of(file) == FACTS_SUFFIX), {})
+            row = {**facts, **rows.get(image, {})}
+            captions = own_captions(rows.get(image, {})) or sample_captions(texts, facts)["captions"]
+            rows[image] = {**row, "captions": captions}
         return rows
+
+    @cached_property
+    def _class_names(self) -> tuple[str, ...]:
+        if self.class_names is None and self._listing.classes:
+            return class_list(_data(self._root / self._listing.classes[0]))
+        return chosen_classes(self.class_names)
+
+    def _report(self) -> None:
+        """What was found beside the images, in a line each."""
+        captions = [len(texts) for row in self._rows.values() if (texts := own_captions(row))]
+        if captions:
+            tell(f"{self.name}: {len(captions)} of {len(self._files)} images have captions ({sum(captions)} captions)")
+        lost, rows = self._tables.lost, self._tables.count
+        if lost:
+            tell(f"{self.name}: {len(lost)} of {rows} caption rows match no image, e.g. {lost[0]!r}")
+        passed = self._listing.passed_over
+        if passed:
+            tell(f"{self.name}: {sum(passed.values())} files passed over: {counted(passed)}")
+
+    @cached_property
+    def _splits(self) -> tuple[list[str], dict[str, str]]:
+        """The split of every file, and the other splits in which some of them have copies."""
+        ids, names = [_identifier(file) for file in self._files], [self._split_name(file) for file in self._files]
+        paths = [self._root / file for file in self._files]
+        firsts = of_files(self.name, ids, paths, (str(self._root), self.version["files"]))
+        splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts)
+        copies = zip(self._files, elsewhere(self.name, splits, firsts), strict=True)
+        return splits, {file: others for file, others in copies if others}
 
     @cached_property
     def _chosen(self) -> list[str]:
         """Files of the split, thinned to the limit."""
         files = self._files
         if self.split != "all":
-            ids, names = [_identifier(file) for file in files], [self._split_name(file) for file in files]
-            splits = assigned(self.name, ids, names, self.val_share, self.test_share)
-            files = [file for file, split in zip(files, splits, strict=True) if split == self.split]
+            files = [file for file, split in zip(files, self._splits[0], strict=True) if split == self.split]
         return [files[row] for row in thinned(len(files), self.limit)]
+
+    def _shared(self, file: str) -> dict[str, str]:
+        """In which other splits an image lies, too: a column of all or of none."""
+        copies = {} if self.split == "all" else self._splits[1]
+        return {"copy_in": copies.get(file, "")} if copies else {}
 
     def _split_name(self, file: str) -> str:
         """What an image's row or folder calls its split, or ""."""
         named = self._rows.get(file, {}).get("split")
-        folders = self._folders(file)
-        inside = folders[0] if folders and folders[0].lower() in NAMES else ""
-        return str(named) if named else inside
-
-    def _folders(self, file: str) -> tuple[str, ...]:
-        """The folders an image lies in, below `root` or `root/images`."""
-        folders = PurePosixPath(file).parts[:-1]
-        return folders[1:] if folders and folders[0] == "images" else folders
+        return str(named) if named else folder_split(PurePosixPath(file).parts[:-1])[0]
 
     def _facts(self, file: str) -> dict[str, Any]:
-        folders = self._folders(file)
-        if folders and folders[0].lower() in NAMES:
-            folders = folders[1:]
-        scene = _identifier(folders[0]) if folders else ""
         row = self._rows.get(file, {})
+        folder = folder_split(PurePosixPath(file).parts[:-1])[1]
+        scene = scene_name(_identifier(folder), self._class_names) or row_scene(row, self._class_names)
         return {"id": _identifier(file), "scene": scene, **caption_facts(row, scene), **scalars(row)}
+
+
+def _begins_as_image(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return image_suffix(file.read(HEAD)) != ""
+    except OSError:
+        return False
+
+
+def _annotations(root: Path) -> list[str]:
+    """Tables in the folder where COCO keeps them, beside that of the images."""
+    try:
+        names = sorted(os.listdir(root / "annotations"))
+    except OSError:
+        return []
+    return [f"annotations/{name}" for name in names if TABLE.fullmatch(name.lower())]
+
+
+def _beside(images: Sequence[str], others: Sequence[str]) -> dict[str, list[str]]:
+    """Texts and facts by the image of their name, with or without its suffix."""
+    stems = {file[: -len(suffix_of(file))] if suffix_of(file) else file: file for file in reversed(images)}
+    stems.update({file: file for file in images})
+    found: dict[str, list[str]] = {}
+    for file in sorted(others):
+        image = stems.get(file[: -len(suffix_of(file))])
+        if image is not None:
+            found.setdefault(image, []).append(file)
+    return found
+
+
+def _data(path: Path) -> bytes:
+    """
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or remove it") from None
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(decoded(data) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_files(
@@ -274,27 +429,6 @@ class _Links:
         known = target in self._seen or os.path.commonpath([target, self._inside]) in (target, self._inside)
         self._seen.add(target)
         return not known
-
-
-def _read_rows(path: Path) -> Iterator[dict]:
-    """The objects of a JSON-lines caption file, each with a `file_name`."""
-    try:
-        opened = path.open(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or remove it") from None
-    with opened as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row["file_name"], str):
-                    raise TypeError
-            except (ValueError, TypeError, KeyError):
-                raise UserError(
-                    f'{path}, line {number}, is not a JSON object with a "file_name": mend or remove that line'
-                ) from None
-            yield row
 
 
 def _identifier(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,19 +14,28 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
 
-from corpus.captions import caption_facts, encodable, scalars
+from corpus.captions import (
+    CAPTION_KEYS,
+    caption_facts,
+    chosen_classes,
+    class_list,
+    own_captions,
+    row_scene,
+    scalars,
+)
+from corpus.copies import by_key
 from corpus.decoding import EMPTY, NO_MASK, decode_image, decode_mask, read_bytes
 from corpus.index import Sample
-from corpus.splits import assigned, check, part_names, thinned
+from corpus.names import CLASS_FILES, honest_suffix
+from corpus.splits import assigned, check, elsewhere, part_names, split_of, thinned
+from corpus.telling import tell
 from runtime.errors import UserError
 from runtime.progress import progress
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
 SCENE_COLUMNS = ("scene", "label", "labels", "class", "category")
 MASK_COLUMNS = ("mask", "seg", "annotation", "segmentation")
-CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "sentence", "description")
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class HuggingFace:
         streaming: read a hub data set row by row instead of downloading it whole; by one process, in two passes.
         image_column, scene_column, caption_column, mask_column: None: the first that is called what it usually is.
         classes: names of the mask values; empty: masks are left alone.
+        class_names: of the scenes that are numbers without the data set's own names: a list, or a file of them; None:
+            `corpus.names.CLASS_FILES` in the data set's folder, if there is one.
         resolution: side of the images handed on, in pixels.
         val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many images, evenly spread (None: all).
@@ -62,6 +72,7 @@ class HuggingFace:
     caption_column: str | None = None
     mask_column: str | None = None
     classes: tuple[str, ...] = ()
+    class_names: Any = None
     resolution: int = 64
     val_share: float = 0.1
     test_share: float = 0.1
@@ -81,8 +92,13 @@ class HuggingFace:
             object.__setattr__(self, "workers", 1)
 
     @property
-    def version(self) -> dict[str, str]:
-        """The fingerprints that `datasets` gives, which change with the data."""
+    def version(self) -> dict[str, Any]:
+        """The fingerprints that `datasets` gives, which change with the data, and the names of the classes if any."""
+        names = {"class_names": list(self._class_names)} if self._class_names else {}
+        return {**self._data_version, **names}
+
+    @property
+    def _data_version(self) -> dict[str, str]:
         if not self.streaming:
             return {name: str(getattr(part, "_fingerprint", "")) for name, part in self._parts.items()}
         parts = self._parts  # refused in one line where it cannot be loaded
@@ -184,15 +200,23 @@ class HuggingFace:
         return self._columns["image"], self._columns["mask"] if self.classes else None
 
     @cached_property
+    def _class_names(self) -> tuple[str, ...]:
+        if self.class_names is not None:
+            return chosen_classes(self.class_names)
+        folder = Path(str(self.path)).expanduser()
+        lists = (read_bytes((folder if folder.is_dir() else folder.parent) / name) for name in CLASS_FILES)
+        return next((class_list(data) for data in lists if isinstance(data, bytes)), ())
+
+    @cached_property
     def _chosen(self) -> tuple[np.ndarray, pd.DataFrame]:
         """Part and row of every image of the split, int64 [n, 2], thinned to the limit; and their manifest."""
-        rows, places, names, taken = [], [], [], set()
-        named = part_names(self._parts)
+        rows, places, names, taken, digests = [], [], [], set(), []
+        named, counts = part_names(self._parts), []
         for number, (name, part) in enumerate(self._parts.items()):
             pictures = (self._columns["image"], self._columns["mask"])
             texts = part.select_columns([column for column in part.column_names if column not in pictures])
             facts = texts if texts.column_names else ({} for _ in part)
-            stamps = repeat({}) if self.streaming else _stamps(part, self._pair)
+            stamps = repeat(({}, None)) if self.streaming else _stamps(part, self._pair)
             for row, (record, stamp) in enumerate(zip(progress(facts, f"read rows of {name}"), stamps, strict=False)):
                 identifier = f"{name}/{row:08d}"
                 if isinstance(record.get("id"), str) and record["id"] not in taken:
@@ -201,27 +225,40 @@ class HuggingFace:
                     identifier += "#"
                 taken.add(identifier)
                 places.append((number, row))
-                names.append(named[name])
-                rows.append({"id": identifier, **self._facts(record, part.features), **stamp})
+                names.append(self._split_name(record, named[name]))
+                found, captions = self._facts(record, part.features)
+                rows.append({"id": identifier, **found, **stamp[0]})
+                digests.append(stamp[1])
+                counts.append(captions)
+        if any(counts):
+            tell(f"{self.name}: {np.count_nonzero(counts)} of {len(rows)} rows have captions ({sum(counts)} captions)")
         chosen = np.arange(len(rows))
         if self.split != "all":
-            splits = assigned(self.name, [row["id"] for row in rows], names, self.val_share, self.test_share)
+            ids = [row["id"] for row in rows]
+            firsts = by_key(ids, digests)
+            splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts)
+            copies = elsewhere(self.name, splits, firsts)
+            rows = [{**row, "copy_in": copy} for row, copy in zip(rows, copies, strict=True)] if any(copies) else rows
             chosen = np.flatnonzero(np.array(splits) == self.split)
         kept = chosen[thinned(len(chosen), self.limit)]
         table = pd.DataFrame([rows[row] for row in kept], columns=None if len(kept) else ["id", "scene", "caption"])
         return np.array(places, dtype=np.int64).reshape(-1, 2)[kept], table
 
-    def _facts(self, record: dict, features: Any) -> dict[str, Any]:
-        value = record.get(self._columns["scene"]) if self._columns["scene"] else None
-        names = getattr(features.get(self._columns["scene"]), "names", None) if features and value is not None else None
-        scene = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
-        scene = "" if scene is None or isinstance(scene, (list, dict)) else encodable(str(scene))
-        usual = [name for name in CAPTION_COLUMNS if name in record]
-        captions = [self.caption_column] if self.caption_column else usual
-        row = {"captions": next((record[name] for name in captions if record[name]), None)}
-        own = (self._columns["scene"], *captions)
-        known = {key: value for key, value in scalars(record).items() if key not in own}
-        return {**known, "scene": scene, **caption_facts(row, scene)}
+    def _split_name(self, record: dict, part: str) -> str:
+        """What a row calls its split where the data set is of one part, else what its part is called."""
+        named = record.get("split") if len(self._parts) == 1 else None
+        return named if isinstance(named, str) and split_of(named) else part
+
+    def _facts(self, record: dict, features: Any) -> tuple[dict[str, Any], int]:
+        """A row's scene, caption and facts, and how many captions it has itself."""
+        column = self._columns["scene"]
+        value = record.get(column) if column else None
+        names = getattr(features.get(column), "names", None) if features and value is not None else None
+        own = [self.caption_column] if self.caption_column else [name for name in CAPTION_KEYS if name in record]
+        scene = row_scene({**record, "scene": value}, names or self._class_names, ("scene",))
+        row = {"captions": next((texts for name in own if (texts := own_captions({"text": record[name]}))), None)}
+        known = {key: value for key, value in scalars(record).items() if key not in (column, *own)}
+        return {**known, "scene": scene, **caption_facts(row, scene)}, len(own_captions(row))
 
     def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | Sample | str]:
         for record in self._stream_records(places):
@@ -280,15 +317,16 @@ def _close(state: dict[str, Any]) -> None:
         state.pop("rows").close()
 
 
-def _stamps(part: Any, columns: tuple[str, str | None]) -> Iterator[dict[str, str]]:
-    """A digest of every image's bytes, and its mask's; empty where there are none."""
+def _stamps(part: Any, columns: tuple[str, str | None]) -> Iterator[tuple[dict[str, str], bytes | None]]:
+    """A digest of every image's bytes and its mask's, and one of the image's alone; none where there are no bytes."""
     image, mask = columns
     for record in part.select_columns([name for name in columns if name]):
         data = _bytes(record[image])
         digest = hashlib.blake2b(b"" if isinstance(data, str) else data, digest_size=8)
+        own = None if isinstance(data, str) else digest.digest()
         if mask and not isinstance(more := _bytes(record[mask]), str):
             digest.update(more)
-        yield {"stamp": "" if isinstance(data, str) else digest.hexdigest()}
+        yield {"stamp": "" if isinstance(data, str) else digest.hexdigest()}, own
 
 
 def _undecoded(part: Any) -> Any:
@@ -330,10 +368,5 @@ def _bytes(value: Any) -> bytes | str:
 
 
 def _suffix(data: bytes) -> str:
-    """Of the format that the bytes are in; what is read without Pillow is a TIFF."""
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        return ".tif"
-    with image:
-        return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format, f".{str(image.format).lower()}")
+    """Of the format that the bytes are in; what no list knows is a TIFF."""
+    return honest_suffix(data, ".tif")

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from corpus.captions import words
+from corpus.captions import scene_caption, scene_name
+from corpus.copies import of_files
 from corpus.decoding import DAMAGED, square
 from corpus.raster import Pixels, RasterOptions, Survey, has_data, spread, survey_of, to_rgb
-from corpus.splits import assigned, check, part_names, thinned
+from corpus.splits import assigned, check, elsewhere, part_names, thinned
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
 
@@ -89,12 +90,12 @@ class TorchGeo:
             targets = getattr(part, "targets", None)
             try:
                 label = targets[row] if targets is not None else part[row]["label"]
-                scene = str(part.classes[int(label)])
+                scene = scene_name(part.classes[int(label)])
             except Exception:  # a row that cannot be read: the reader will say so
                 scene = ""
             file = self._file(name, row)
             stamp = (file_stamp(file) if file else "") + self._shown[1].stamp
-            rows.append((self._id(name, row), scene, f"a satellite image of {words(scene)}" if scene else "", stamp))
+            rows.append((self._id(name, row), scene, scene_caption(scene), stamp))
         return pd.DataFrame(rows, columns=["id", "scene", "caption", "stamp"])
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | str]]:
@@ -215,7 +216,10 @@ class TorchGeo:
         if self.split != "all":
             named = part_names(self._parts)
             ids, names = [self._id(*place) for place in found], [named[name] for name, _ in found]
-            splits = assigned(self.name, ids, names, self.val_share, self.test_share)
+            files = [self._file(*place) for place in found]
+            firsts = of_files(self.name, ids, files, (str(self.root), self.dataset, self.version["files"]))
+            splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts)
+            elsewhere(self.name, splits, firsts)  # said on stderr
             found = [place for place, split in zip(found, splits, strict=True) if split == self.split]
         return [found[row] for row in thinned(len(found), self.limit)]
 

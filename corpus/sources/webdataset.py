@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -19,20 +19,38 @@ import numpy as np
 import pandas as pd
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from corpus.captions import caption_facts, encodable, scalars
+from corpus.captions import (
+    caption_facts,
+    chosen_classes,
+    class_list,
+    decoded,
+    encodable,
+    own_captions,
+    row_scene,
+    sample_captions,
+    scalars,
+    scene_name,
+)
+from corpus.copies import by_key, ends, firsts_of
 from corpus.decoding import NO_MASK, UNREADABLE_FILE, VANISHED, decode_image, decode_mask
 from corpus.index import Sample
-from corpus.splits import assigned, check, thinned
+from corpus.names import (
+    CLASS_FILES,
+    HEAD,
+    Group,
+    counted,
+    extra_suffixes,
+    honest_suffix,
+    kind_of,
+    samples,
+    suffix_of,
+    unique_ids,
+)
+from corpus.splits import assigned, check, elsewhere, thinned
+from corpus.telling import tell
 from runtime.errors import UserError
 from runtime.progress import progress
 
-IMAGES = ("jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "gif")
-MASKS = tuple(f"{name}.{suffix}" for name in ("mask", "seg") for suffix in ("png", "tif", "tiff", "bmp"))
-TEXTS = ("txt", "caption", "text")
-FACTS = ("json", "cls")
-KNOWN = {*IMAGES, *MASKS, *TEXTS, *FACTS}
-#: The key of a member ends at the first dot of its last part.
-NAME = re.compile(r"(?P<key>(?:.*/|)[^.]+)[.](?P<suffix>[^/]*)")
 CUT = "shard cut in the middle"
 BROKEN = "not a tar shard"
 DUPLICATE = "duplicate key"
@@ -51,9 +69,13 @@ LONGEST_END = 2**22
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a member lies in its shard, from its header to the next one's; `text` has a short one that is no picture.
+    """Where a member lies in its shard, from its header to the next one's.
 
-    `digest` is of the bytes, where they are asked for.
+    Attributes:
+        text: the bytes of a short one that is no picture.
+        digest: of the bytes, where they are asked for.
+        kind: of `corpus.names.kind_of`.
+        data, size: where its bytes begin, and how many they are; 0: they do not lie in one piece.
     """
 
     shard: str
@@ -62,30 +84,37 @@ class _Place:
     end: int
     text: bytes = field(default=b"", repr=False)
     digest: str = ""
+    kind: str = ""
+    data: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One sample, or one thing in a shard that cannot be one, as its `problem` says."""
+    """One sample, or one thing in a shard that cannot be one, as its `problem` says; `key` is unique in its shard."""
 
     id: str
+    shard: str
+    key: str = ""
     stamp: str = ""
     image: _Place | None = None
     image_suffix: str = ""
     mask: _Place | None = None
     mask_suffix: str = ""
     problem: str = ""
+    captions: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WebDataset:
-    """Samples of tar shards: members that share their name up to the first dot of its last part.
+    """Samples of tar shards: members of one key, wherever in the shard they lie (`corpus.names.samples`).
 
-    An image (jpg, png, tif, …); if there are, a caption (`txt`), facts (`json`: id, caption or captions, scene,
-    label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is the facts',
-    else `cls`, else the first folder of the key. A first pass over the shards' headers finds every member's place;
-    many processes then read from there. Nothing is unpacked to disk.
+    An image, by its last suffix or its first bytes; if there are, captions (`txt`), facts (`json`: id, caption or
+    captions, scene, label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is the
+    facts', else `cls`, else the first folder of the key. The id is the facts', else the key; where several samples
+    want one, it is shard and key. A first pass over the shards' headers finds every member's place; many processes
+    then read from there. Nothing is unpacked to disk. Members that are no part of a sample are counted on stderr.
 
     Args:
         urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::".
@@ -95,6 +124,9 @@ class WebDataset:
         val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many samples, evenly spread (None: all).
         classes: names of the mask values; empty: masks are left alone.
+        image_suffixes: more suffixes of images.
+        class_names: of the scenes that are numbers: a list, or a file of them; None: `corpus.names.CLASS_FILES` beside
+            the first shard, if there is one.
         content_hash: an image has changed if its bytes have, all of which are read for it, not if its shard has.
         workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
@@ -108,6 +140,8 @@ class WebDataset:
     test_share: float = 0.1
     limit: int | None = None
     classes: tuple[str, ...] = ()
+    image_suffixes: tuple[str, ...] = ()
+    class_names: Any = None
     content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "webdataset"
@@ -119,17 +153,21 @@ class WebDataset:
 
     @property
     def version(self) -> dict[str, str]:
-        """A digest of every shard's size and time of change."""
+        """A digest of every shard's size and time of change, and the names of the classes where there are any."""
         text = json.dumps([[shard, self._shard_stamp(shard)] for shard in self._shards])
-        return {"shards": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        names = {"class_names": list(self._class_names)} if self._class_names else {}
+        return {"shards": hashlib.sha256(text.encode()).hexdigest()[:16], **names}
 
     @property
     def mask_classes(self) -> tuple[str, ...]:
         return tuple(self.classes)
 
     def manifest(self) -> pd.DataFrame:
-        """One row a sample in the order of the shards: id (the facts', else the key), scene, caption, stamp, facts."""
+        """One row a sample in the order of the shards: id, scene, caption, stamp, facts; `copy_in` where images have
+        exact copies in other splits."""
         rows = [{"id": item.id, "scene": "", "caption": "", "stamp": item.stamp, **item.facts} for item in self._chosen]
+        copies = {} if self.split == "all" else self._splits[1]
+        rows = [{**row, "copy_in": copies.get(row["id"], "")} for row in rows] if copies else rows
         return pd.DataFrame(rows, columns=None if rows else ["id", "scene", "caption", "stamp"])
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
@@ -153,7 +191,8 @@ class WebDataset:
                     raise UserError(
                         f"{item.id} cannot be read any more from {item.image.shard}: prune again, or put the shard back"
                     ) from None
-                yield *parts[0], parts[1] if item.mask is not None else None
+                data, suffix = parts[0]
+                yield data, honest_suffix(data, suffix), parts[1] if item.mask is not None else None
 
     @cached_property
     def _shards(self) -> list[str]:
@@ -185,97 +224,155 @@ class WebDataset:
         return f"{facts.get('size')}-{tag}"
 
     @cached_property
+    def _class_names(self) -> tuple[str, ...]:
+        return chosen_classes(self.class_names) if self.class_names is not None else _classes_beside(self._shards)
+
+    @cached_property
+    def _items(self) -> list[_Item]:
+        """Every sample and everything that is wrong, under ids of their own."""
+        items, passed = [], Counter()
+        for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
+            stamp = "" if self.content_hash else self._shard_stamp(shard)
+            digests = self.content_hash or (self.split != "all" and not _is_local(shard))
+            problems: list[tuple[int, _Item]] = []
+            places = list(_members(shard, problems, digests, extra_suffixes(self.image_suffixes)))
+            found = samples([place.name for place in places], [place.kind for place in places])
+            for sample in found:
+                while problems and problems[0][0] <= sample.first:
+                    items.append(problems.pop(0)[1])
+                items += _rows(sample, places, stamp, bool(self.classes), self._class_names)
+            items += [problem for _, problem in problems]
+            passed += _passed_over(found, places)
+        captions = [item.captions for item in items if item.captions]
+        if captions:
+            tell(f"{self.name}: {len(captions)} of {len(items)} samples have captions ({sum(captions)} captions)")
+        if passed:
+            tell(f"{self.name}: {sum(passed.values())} members passed over: {counted(passed)}")
+        return _named(items)
+
+    @cached_property
+    def _splits(self) -> tuple[list[str], dict[str, str]]:
+        """The split of every sample, and the other splits in which some of them, by id, have copies."""
+        ids, names = [item.id for item in self._items], [str(item.facts.get("split", "")) for item in self._items]
+        firsts = self._firsts(ids)
+        splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts)
+        copies = zip(ids, elsewhere(self.name, splits, firsts), strict=True)
+        return splits, {identifier: others for identifier, others in copies if others}
+
+    def _firsts(self, ids: list[str]) -> np.ndarray:
+        """Of each sample the first by id with the same image: by digests where shards are far, else by their bytes."""
+        images = [item.image for item in self._items]
+        if any(image is not None and image.digest for image in images):
+            return by_key(ids, [image.digest if image is not None and image.digest else None for image in images])
+        with closing(_Members()) as members:
+
+            def read(at: int, whole: bool) -> bytes:
+                return ends(members.opened(images[at].shard), images[at].data, images[at].size, whole)
+
+            sizes = [0 if image is None else image.size for image in images]
+            return firsts_of(self.name, ids, sizes, read, (str(self.urls), self.version["shards"]))
+
+    @cached_property
     def _chosen(self) -> list[_Item]:
         """Samples of the split, thinned to the limit."""
-        items, names, seen = [], [], {}
-        for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
-            for item in _items(shard, "" if self.content_hash else self._shard_stamp(shard), bool(self.classes)):
-                identifier = item.id.encode("utf-8", "backslashreplace").decode()
-                number = seen[identifier] = seen.get(identifier, 0) + 1
-                if number > 1:  # ids are unique, so that none vanishes
-                    while f"{identifier}#{number}" in seen:
-                        number += 1
-                    identifier = f"{identifier}#{number}"
-                    seen[identifier] = 1
-                    item = _Item(id=identifier, problem=item.problem or DUPLICATE)
-                names.append(item.facts.pop("split", ""))
-                items.append(replace(item, id=identifier))
+        items = self._items
         if self.split != "all":
-            splits = assigned(self.name, [item.id for item in items], names, self.val_share, self.test_share)
-            items = [item for item, split in zip(items, splits, strict=True) if split == self.split]
+            items = [item for item, split in zip(items, self._splits[0], strict=True) if split == self.split]
+        for item in items:
+            item.facts.pop("split", "")
         return [items[row] for row in thinned(len(items), self.limit)]
 
 
-def _items(shard: str, stamp: str, masks: bool) -> Iterator[_Item]:
-    """The samples of one shard, in its order, and what is wrong with it.
-
-    `stamp` is the shard's; empty: images are stamped with a digest of their bytes.
-    """
-    problems: list[_Item] = []
-    for key, parts, doubled in _samples(_members(shard, problems, digests=not stamp)):
-        yield from problems
-        problems.clear()
-        yield _item(key, parts, stamp, masks, doubled)
-    yield from problems
+def _is_local(shard: str) -> bool:
+    return "://" not in shard or shard.startswith("file://")
 
 
-def _samples(members: Iterable[_Place]) -> Iterator[tuple[str, dict[str, _Place], bool]]:
-    """Key, members by suffix, and whether two have one suffix: neighbours whose names agree up to the first dot.
-
-    The rule of the WebDataset convention. Files without a dot in their name play no part in it.
-    """
-    key, parts, doubled = None, {}, False
-    for place in members:
-        name = NAME.fullmatch(place.name)
-        if name is None:
+def _classes_beside(shards: Sequence[str]) -> tuple[str, ...]:
+    """Names of the classes in a list beside the first shard."""
+    folder = shards[0].rpartition("/")[0] if shards else ""
+    for name in CLASS_FILES if _is_local(shards[0]) else CLASS_FILES[:1]:
+        try:
+            with fsspec.open(f"{folder}/{name}" if folder else name, "rb") as file:
+                return class_list(file.read(LARGEST_TEXT))
+        except Exception:  # there is none, or its server says so in one of many ways
             continue
-        if name["key"] != key:
-            if key is not None:
-                yield key, parts, doubled
-            key, parts, doubled = name["key"], {}, False
-        suffix = name["suffix"].lower()
-        doubled = doubled or suffix in parts
-        if suffix in KNOWN:
-            parts.setdefault(suffix, place)
-    if key is not None:
-        yield key, parts, doubled
+    return ()
 
 
-def _members(shard: str, problems: list[_Item], digests: bool) -> Iterator[_Place]:
+def _named(items: list[_Item]) -> list[_Item]:
+    """The items under ids that only they have; the second of two members of one name is called after the first."""
+    own = [item for item in items if item.key]
+    wanted = [encodable(item.id) for item in own]
+    ids = unique_ids(wanted, [encodable(item.key) for item in own], [item.shard for item in own])
+    taken, given, last = set(ids), iter(ids), ""
+    named = []
+    for item in items:
+        last = identifier = next(given) if item.key else encodable(item.id or last)
+        number = 1
+        while not item.key and identifier in taken:
+            number += 1
+            identifier = f"{last}#{number}"
+        taken.add(identifier)
+        named.append(replace(item, id=identifier))
+    return named
+
+
+def _passed_over(found: Sequence[Group], places: Sequence[_Place]) -> Counter[str]:
+    """Members that are neither in a row nor companions, by suffix."""
+    pictured = (sample for sample in found if sample.image is not None)  # others say in their row what was met
+    grouped = Counter(suffix_of(places[at].name) for sample in pictured for at in sample.others)
+    bare = (place for place in places if place.kind == "other" and "." not in place.name.rpartition("/")[2])
+    return grouped + Counter(suffix_of(place.name) for place in bare)
+
+
+def _members(shard: str, problems: list[tuple[int, _Item]], digests: bool, extra: Sequence[str]) -> Iterator[_Place]:
     """Where the files of one shard lie, by its headers: they are read later, by many processes and more than once.
 
     A shard that is cut may lack members of its last sample; the image, if it has all its bytes, is read all the same.
+
+    Args:
+        problems: what is wrong is added here, with the number of members before it.
+        digests: also of the bytes of images and masks.
+        extra: suffixes of images.
     """
-    found = False
+    count = 0
+
+    def wrong(identifier: str, problem: str) -> None:
+        problems.append((count, _Item(id=identifier, shard=shard, problem=problem)))
+
     with fsspec.open(shard, "rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     name = PurePosixPath(member.name)
-                    suffix = name.name.partition(".")[2].lower()
-                    if (member.islnk() or member.issym()) and suffix in IMAGES:
-                        problems.append(_Item(id=f"{shard}:{member.name}", problem=LINK))
+                    kind = kind_of(member.name, None, extra)
+                    if (member.islnk() or member.issym()) and kind in ("image", "mask"):
+                        wrong(f"{shard}:{member.name}", LINK)
                     if not member.isfile() or name.name.startswith("."):
                         continue
                     if name.is_absolute() or ".." in name.parts:
-                        problems.append(_Item(id=f"{shard}:{member.name}", problem=UNSAFE))
+                        wrong(f"{shard}:{member.name}", UNSAFE)
                         continue
-                    if suffix in KNOWN and member.size > LARGEST_MEMBER:
-                        problems.append(_Item(id=f"{shard}:{member.name}", problem=TOO_LARGE))
+                    if kind not in ("?", "companion") and member.size > LARGEST_MEMBER:
+                        wrong(f"{shard}:{member.name}", TOO_LARGE)
                         continue
-                    found = True
-                    short = suffix in (*TEXTS, *FACTS) and member.size <= LARGEST_TEXT
-                    hashed = digests and suffix in KNOWN
+                    count += 1
+                    if kind == "?":
+                        kind = kind_of(member.name, tar.extractfile(member).read(HEAD), extra)
+                    short = kind in ("text", "facts", "class") and member.size <= LARGEST_TEXT
+                    hashed = digests and kind in ("image", "mask") and member.size <= LARGEST_MEMBER
                     data = tar.extractfile(member).read() if short or hashed else b""
                     digest = hashlib.blake2b(data, digest_size=8).hexdigest() if hashed else ""
-                    yield _Place(shard, member.name, member.offset, tar.offset, data if short else b"", digest)
+                    text, place = data if short else b"", (member.offset, tar.offset)
+                    size = 0 if member.issparse() or kind != "image" else member.size
+                    yield _Place(shard, member.name, *place, text, digest, kind, member.offset_data, size)
                 whole = _ends_whole(file, tar)
         except (tarfile.TarError, EOFError, OSError):
             whole = False
-    if not whole and not found:
-        problems.append(_Item(id=shard, problem=COMPRESSED if _compressed(shard) else BROKEN))
+    if not whole and not count:
+        wrong(shard, COMPRESSED if _compressed(shard) else BROKEN)
     elif not whole:
-        problems.append(_Item(id=f"{shard}:end", problem=CUT))
+        wrong(f"{shard}:end", CUT)
 
 
 def _compressed(shard: str) -> bool:
@@ -301,29 +398,40 @@ def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
     )
 
 
-def _item(key: str, sample: dict[str, _Place], stamp: str, masks: bool, doubled: bool) -> _Item:
-    image = next((suffix for suffix in sample if suffix in IMAGES), None)
-    mask = next((suffix for suffix in MASKS if suffix in sample), None) if masks else None
-    texts = {suffix: place.text for suffix, place in sample.items()}
-    facts = _json(texts.get("json", b""))
-    captions = next((texts[suffix].decode("utf-8", "replace") for suffix in TEXTS if suffix in texts), None)
-    folders = PurePosixPath(key).parts[:-1]
-    scene = facts.get("scene", facts.get("label", texts.get("cls", b"").decode("utf-8", "replace").strip()))
-    scene = encodable(str(scene)) if scene not in ("", None) else folders[0] if folders else ""
-    row = facts if captions is None or facts.get("captions") else {"text": captions}
+def _rows(
+    sample: Group, places: Sequence[_Place], stamp: str, masks: bool, class_names: Sequence[str]
+) -> Iterator[_Item]:
+    """A sample's row, and one for every member that is there twice.
+
+    `stamp` is the shard's; empty: images are stamped with a digest of their bytes.
+    """
+    at = lambda position: None if position is None else places[position]  # noqa: E731
+    image, mask, shard = at(sample.image), at(sample.mask) if masks else None, places[0].shard
+    facts = _json(places[sample.facts].text) if sample.facts is not None else {}
+    row = sample_captions([decoded(places[text].text) for text in sample.texts], facts)
+    label = decoded(places[sample.label].text) if sample.label is not None else ""
+    folders = PurePosixPath(sample.key).parts[:-1]
+    scene = row_scene(facts, class_names) or scene_name(label, class_names)
+    scene = scene or scene_name(folders[0] if folders else "", class_names)
     known = scalars(facts)
     if facts.get("split"):
         known["split"] = str(facts["split"])
-    return _Item(
-        id=str(facts.get("id") or key),
-        stamp=_stamp(stamp, *(sample[suffix] for suffix in (image, mask) if suffix)),
-        image=sample[image] if image else None,
-        image_suffix=f".{image}" if image else "",
-        mask=sample[mask] if mask else None,
-        mask_suffix=f".{mask.rsplit('.')[-1]}" if mask else "",
-        problem=DUPLICATE if doubled else "" if image else NO_IMAGE,
+    met = ", ".join(sorted(set(sample.met))[:8])
+    yield _Item(
+        id=str(facts.get("id") or sample.key),
+        shard=shard,
+        key=sample.key,
+        stamp=_stamp(stamp, *(place for place in (image, mask) if place)),
+        image=image,
+        image_suffix=suffix_of(image.name) if image else "",
+        mask=mask,
+        mask_suffix=suffix_of(mask.name) if mask else "",
+        problem="" if image else f"{NO_IMAGE}: suffixes met {met}",
+        captions=len(own_captions(row)),
         facts={**known, "scene": scene, **caption_facts(row, scene)},
     )
+    for _ in sample.doubled:
+        yield _Item(id="", shard=shard, problem=DUPLICATE)
 
 
 def _stamp(shard: str, *places: _Place) -> str:
@@ -332,7 +440,7 @@ def _stamp(shard: str, *places: _Place) -> str:
 
 def _json(data: bytes) -> dict:
     try:
-        facts = json.loads(data or b"{}")
+        facts = json.loads(decoded(data) or "{}")
     except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -350,17 +458,21 @@ class _Members:
         Raises:
             tarfile.ReadError: the shard ends before the member does, or is another one by now.
         """
-        if self._shard != place.shard:
-            self.close()
-            self._file = fsspec.open(place.shard, "rb").open()
-            self._shard = place.shard
-        self._file.seek(place.start)
-        stretch = io.BytesIO(self._file.read(place.end - place.start))
+        file = self.opened(place.shard)
+        file.seek(place.start)
+        stretch = io.BytesIO(file.read(place.end - place.start))
         with tarfile.open(fileobj=stretch, mode="r:") as tar:
             member = tar.next()
             if member is None or member.name != place.name or not member.isfile():
                 raise tarfile.ReadError(f"no member {place.name} at byte {place.start}")
             return tar.extractfile(member).read()
+
+    def opened(self, shard: str) -> Any:
+        if self._shard != shard:
+            self.close()
+            self._file = fsspec.open(shard, "rb").open()
+            self._shard = shard
+        return self._file
 
     def close(self) -> None:
         if self._file is not None:

@@ -1,0 +1,262 @@
+"""Names of files and of members of shards: which are images, what the others are, and which belong together.
+
+One list and one rule for every source. A suffix that is not in the list is judged by the first bytes of the file.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+#: Suffixes of images, whether or not a decoder of this machine can read them: what it cannot is a row with a reason.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".png", ".apng", ".tif", ".tiff", ".gtiff", ".webp", ".bmp",
+    ".dib", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf", ".avif", ".avifs", ".heic", ".heif", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".img", ".vrt", ".ntf", ".nitf",
+)  # fmt: skip
+TEXT_SUFFIXES = (".txt", ".caption", ".captions", ".text", ".cap")
+FACTS_SUFFIX, CLASS_SUFFIX = ".json", ".cls"
+#: Lists of the class names 0, 1, ..., a line each.
+CLASS_FILES = ("classnames.txt", "class_names.txt", "classes.txt", "labels.txt")
+#: Bytes that `image_suffix` needs.
+HEAD = 64
+
+#: Suffixes of files that belong to an image or to the system and hold neither pixels, words nor facts.
+_COMPANIONS = (
+    ".aux.xml", ".tfw", ".tifw", ".tiffw", ".jgw", ".jpgw", ".jpegw", ".pgw", ".pngw", ".bpw", ".gfw", ".j2w", ".wld",
+    ".prj", ".ovr", ".msk",
+)  # fmt: skip
+_COMPANION_NAMES = re.compile(
+    r"(thumbs|ehthumbs)\.db|desktop\.ini|(readme|licen[sc]e|copying|notice|citation|changelog)([._-].*)?"
+)
+#: Words between the key and the suffix of a member that say what it is.
+_IMAGE_WORDS = ("image", "img", "input", "rgb", "picture", "photo", "jpg", "jpeg", "png", "tif", "tiff", "webp")
+MASK_WORDS = (
+    "mask", "seg", "masks", "segmentation", "label", "labels", "lbl", "gt", "annotation", "target", "output",
+)  # fmt: skip
+#: Of these, those that name an image where a sample has no other.
+_WEAK_MASK_WORDS = {"target", "output"}
+_OTHER_WORDS = ("caption", "captions", "text", "meta", "metadata", "class", "cls")
+_WORDS = {*_IMAGE_WORDS, *MASK_WORDS, *_OTHER_WORDS}
+
+_BEGINNINGS = {
+    b"\xff\xd8\xff": ".jpg", b"\x89PNG\r\n\x1a\n": ".png", b"GIF87a": ".gif", b"GIF89a": ".gif", b"II*\0": ".tif",
+    b"MM\0*": ".tif", b"II+\0": ".tif", b"MM\0+": ".tif", b"\0\0\0\x0cjP  \r\n\x87\n": ".jp2",
+    b"\xff\x4f\xff\x51": ".j2k", b"<VRTDataset": ".vrt", b"EHFA_HEADER_TAG": ".img", b"NITF0": ".ntf",
+}  # fmt: skip
+_BMP_HEADERS = tuple(bytes([size, 0, 0, 0]) for size in (12, 40, 52, 56, 64, 108, 124))
+_BRANDS = {"avif": ".avif", "avis": ".avif", "heic": ".heic", "heix": ".heic", "hevc": ".heic", "mif1": ".heic"}
+_NETPBM = {b"1": ".pbm", b"2": ".pgm", b"3": ".ppm", b"4": ".pbm", b"5": ".pgm", b"6": ".ppm"}
+#: Suffixes that say the same as the first of their row: a file keeps its own.
+_SAME = ((".jpg", ".jpeg"), (".tif", ".tiff"))
+
+
+def suffix_of(name: str) -> str:
+    """The last suffix of a path in lower case, with its dot; "" where there is none."""
+    base = name.rpartition("/")[2]
+    dot = base.rfind(".")
+    return base[dot:].lower() if dot > 0 else ""
+
+
+def image_suffix(head: bytes) -> str:
+    """The usual suffix of the image format that these first bytes begin (`HEAD` are enough), "" for no image."""
+    for beginning, suffix in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            return suffix
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return ".webp"
+    if head[4:8] == b"ftyp":
+        return _BRANDS.get(head[8:12].decode("latin-1"), "")
+    if head[:2] == b"BM" and head[6:10] == b"\0\0\0\0" and head[14:18] in _BMP_HEADERS:
+        return ".bmp"
+    if re.match(rb"P[1-6]\s+(#|\d+\s)", head):
+        return _NETPBM[head[1:2]]
+    return ""
+
+
+def honest_suffix(data: bytes, suffix: str) -> str:
+    """The suffix that an image's bytes deserve; its own where they say nothing or nothing else."""
+    found = image_suffix(data[:HEAD])
+    same = next((row for row in _SAME if found in row), (found,))
+    return suffix if not found or suffix in same else found
+
+
+def extra_suffixes(given: Iterable[str]) -> tuple[str, ...]:
+    """`corpus.image_suffixes` in lower case and with dots."""
+    return tuple("." + str(suffix).lower().lstrip(".") for suffix in given)
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name is known to hold neither pixels, words nor facts."""
+    base = name.rpartition("/")[2].lower()
+    return base.endswith(_COMPANIONS) or _COMPANION_NAMES.fullmatch(base) is not None
+
+
+def kind_of(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
+    """What a file or member is: "image", "mask", "text", "facts", "class", "companion", "other", or "?".
+
+    Args:
+        head: its first bytes; None: not read yet, and then "?" asks for them.
+        extra: suffixes of images beside `IMAGE_SUFFIXES`.
+    """
+    suffix = suffix_of(name)
+    if suffix in IMAGE_SUFFIXES or suffix in extra:
+        return "mask" if _roles(name) & set(MASK_WORDS) else "image"
+    if is_companion(name):
+        return "companion"
+    if suffix in TEXT_SUFFIXES:
+        return "text"
+    if suffix in (FACTS_SUFFIX, CLASS_SUFFIX):
+        return "facts" if suffix == FACTS_SUFFIX else "class"
+    if head is None:
+        return "?"
+    return "image" if image_suffix(head) else "other"
+
+
+@dataclass
+class Group:
+    """Members of one sample, by their positions in the shard.
+
+    Attributes:
+        first: the earliest of them.
+        doubled: members whose name and suffix another member has already.
+        others: members that are neither the image nor about it.
+        met: suffixes of all its members.
+    """
+
+    key: str
+    first: int
+    image: int | None = None
+    mask: int | None = None
+    texts: list[int] = field(default_factory=list)
+    facts: int | None = None
+    label: int | None = None
+    doubled: list[int] = field(default_factory=list)
+    others: list[int] = field(default_factory=list)
+    met: list[str] = field(default_factory=list)
+
+
+def samples(names: Sequence[str], kinds: Sequence[str]) -> list[Group]:
+    """The samples of one shard, wherever their members lie in it, in the order in which they first appear.
+
+    The key is the name up to the first dot of its last part, as in the WebDataset convention, and the last suffix says
+    what a member is (`a.input.jpg` is an image). Words between them that say so, too, belong to the suffix. Where
+    members of one such key are images under several other words, the words are part of the key (`S2A.2019.tile1.jpg`
+    and `S2A.2019.tile2.jpg`), and what has no such word belongs to each of them.
+
+    Args:
+        names: of the members; kinds: of `kind_of`, "companion" and "other" among them.
+    """
+    groups: dict[str, list[int]] = {}
+    for position, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+        if kind != "companion" and ("." in name.rpartition("/")[2] or kind == "image"):
+            groups.setdefault(_split(name)[0], []).append(position)
+    return [sample for key, members in groups.items() for sample in _of_key(key, members, names, kinds)]
+
+
+def _of_key(key: str, members: list[int], names: Sequence[str], kinds: Sequence[str]) -> Iterator[Group]:
+    stems = {position: _split(names[position])[1] for position in members}
+    pictured = {stems[position] for position in members if kinds[position] == "image"}
+    plain = "" in stems.values()
+    if "" in pictured or not pictured or (plain and len(pictured) == 1):
+        yield _sample(key, members, names, kinds)
+        return
+    for stem in dict.fromkeys(stem for stem in stems.values() if stem):
+        own = [position for position in members if stems[position] in (stem, "")]
+        yield _sample(f"{key}.{stem}", own, names, kinds)
+
+
+def _sample(key: str, members: list[int], names: Sequence[str], kinds: Sequence[str]) -> Group:
+    sample, taken = Group(key, min(members)), set()
+    found: dict[str, list[int]] = {}
+    for position in members:
+        name, kind = names[position], kinds[position]
+        ending = name[len(_split(name)[0]) :].lower()
+        sample.met.append(suffix_of(name) or "none")
+        if ending in taken and kind != "other":
+            sample.doubled.append(position)
+        else:
+            found.setdefault(kind, []).append(position)
+        taken.add(ending)
+    plainest = lambda position: _rank(names[position])  # noqa: E731
+    for kind, slot in (("image", "image"), ("mask", "mask"), ("facts", "facts"), ("class", "label")):
+        first, *rest = sorted(found.get(kind, []), key=plainest) or [None]
+        setattr(sample, slot, first)
+        sample.others += rest
+    if sample.image is None and sample.mask is not None and _roles(names[sample.mask]) <= _WEAK_MASK_WORDS:
+        sample.image, sample.mask = sample.mask, None
+    sample.texts = sorted(found.get("text", []), key=lambda at: TEXT_SUFFIXES.index(suffix_of(names[at])))
+    sample.others += found.get("other", [])
+    return sample
+
+
+def _rank(name: str) -> tuple[int, int]:
+    """Members without words come first, then those with the more usual words."""
+    roles = _roles(name)
+    usual = (*_IMAGE_WORDS, *MASK_WORDS)
+    return len(roles) + len(_split(name)[1]), min((usual.index(word) for word in roles if word in usual), default=0)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The key up to the first dot of the last part, and the words before the suffix but for those that name a kind."""
+    folder, slash, base = name.rpartition("/")
+    first, _, rest = base.partition(".")
+    words = rest.split(".")[:-1]
+    while words and words[-1].lower() in _WORDS:
+        words.pop()
+    return folder + slash + first, ".".join(words)
+
+
+def _roles(name: str) -> set[str]:
+    """The words before the suffix that name a kind, in lower case."""
+    words, roles = name.rpartition("/")[2].split(".")[1:-1], set()
+    while words and words[-1].lower() in _WORDS:
+        roles.add(words.pop().lower())
+    return roles
+
+
+def unique_ids(wanted: Sequence[str], keys: Sequence[str], shards: Sequence[str]) -> list[str]:
+    """An id for every sample: what it wants where no other wants it, else `<shard>/<key>`; "#2" marks what remains.
+
+    Args:
+        keys: of the samples in their shards; shards: path of each sample's shard.
+    """
+    names = _shard_names(sorted(set(shards)))
+    repeated = {identifier for identifier, count in Counter(wanted).items() if count > 1}
+    taken, ids = set(wanted) - repeated, []
+    for identifier, key, shard in zip(wanted, keys, shards, strict=True):
+        if identifier in repeated:
+            base = f"{names[shard]}/{key}" if names[shard] else key
+            identifier, number = base, 1
+            while identifier in taken:
+                number += 1
+                identifier = f"{base}#{number}"
+            taken.add(identifier)
+        ids.append(identifier)
+    return ids
+
+
+def _shard_names(shards: Sequence[str]) -> dict[str, str]:
+    """The shortest end of each path, without `.tar`, that only it has."""
+    parts = {shard: re.sub(r"\.tar$", "", shard).split("/") for shard in shards}
+    names: dict[str, str] = {}
+    for depth in range(1, max((len(part) for part in parts.values()), default=0) + 1):
+        ends = {shard: "/".join(parts[shard][-depth:]) for shard in shards if shard not in names}
+        counts = Counter(ends.values())
+        names.update({shard: end for shard, end in ends.items() if counts[end] == 1})
+    return {shard: names.get(shard, shard) for shard in shards}
+
+
+def counted(suffixes: Mapping[str, int]) -> str:
+    """`.csv 2, .mp4 12`: at most eight, the most frequent ones."""
+    shown = sorted(suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
+    more = [f"others {sum(count for _, count in shown[8:])}"] if len(shown) > 8 else []
+    return ", ".join([*(f"{suffix or 'none'} {count}" for suffix, count in sorted(shown[:8])), *more])
+
+
+def normal(name: str) -> str:
+    """A name in one Unicode form, whatever the system that wrote it decomposes."""
+    return unicodedata.normalize("NFC", name)
