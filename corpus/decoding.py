@@ -14,7 +14,6 @@ import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EMPTY = "empty file"
-NO_MASK = "missing"
 VANISHED = "vanished"
 NO_PERMISSION = "no permission to read"
 NOT_A_FILE = "not a file"
@@ -22,7 +21,6 @@ UNREADABLE_FILE = "cannot be read from the disk"
 NOT_AN_IMAGE = "not an image"
 DAMAGED = "damaged or truncated"
 TOO_MANY_PIXELS = "too many pixels"
-TOO_MANY_CLASSES = "class numbers above 255"
 #: Refused before a pixel is decoded; what Pillow, too, calls a decompression bomb.
 MAX_PIXELS = 89_478_485
 #: Percentiles between which pixels deeper than 8 bits are stretched to 0..255.
@@ -147,24 +145,6 @@ def _deep(data: bytes, resolution: int) -> np.ndarray | str:
             )
     except Exception:
         return DAMAGED
-
-
-def decode_mask(data: bytes, resolution: int) -> np.ndarray | str:
-    """The central square of a mask of class numbers, uint8 [R, R], nearest pixels; or a reason.
-
-    A palette image gives its indices; of a colour image the first channel counts.
-    """
-    values = _with_pillow(data, np.asarray)
-    if isinstance(values, str):
-        return values
-    values = values[..., 0] if values.ndim == 3 else values
-    if values.max(initial=0) > 255:
-        return TOO_MANY_CLASSES
-    side = min(values.shape)
-    rows, columns = (
-        (length - side) // 2 + (np.arange(resolution) * 2 + 1) * side // (2 * resolution) for length in values.shape
-    )
-    return values[np.ix_(rows, columns)].astype(np.uint8)
 
 
 def square(pixels: np.ndarray, resolution: int) -> np.ndarray:

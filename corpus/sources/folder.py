@@ -16,11 +16,13 @@ import numpy as np
 import pandas as pd
 
 from corpus.captions import caption_facts, scalars
-from corpus.decoding import NO_MASK, decode_mask, read_bytes, read_image
-from corpus.index import Sample
+from corpus.decoding import decode_image, read_bytes
+from corpus.masks import MISSING, MaskRule, Sample, beside, mask_rule, matching, with_mask
+from corpus.masks import SUFFIXES as MASK_SUFFIXES
 from corpus.splits import NAMES, assigned, check, thinned
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
+from runtime.notices import notice
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
@@ -43,9 +45,10 @@ class ImageFolder:
         resolution: side of the images handed on, in pixels.
         val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many images, evenly spread over the split in id order (None: all).
-        masks: folder of masks, named and placed like the images whatever their suffix, below `root` or a path of its
-            own; None: there are none.
-        classes: names of the mask values 0, 1, …; needed with `masks`.
+        masks: folder of masks, placed and named like the images (`corpus.masks.matching`), below `root` or a path of
+            its own; "." where they lie beside the images; None: there are none.
+        classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); `masks` needs
+            the names of the classes.
         content_hash: an image has changed if its bytes have, all of which are read for it; otherwise if its size or
             time of change has.
         workers: decoding processes (None: one a core); the result does not depend on it.
@@ -62,6 +65,9 @@ class ImageFolder:
     limit: int | None = None
     masks: str | None = None
     classes: tuple[str, ...] = ()
+    mask_ignore: Any = None
+    mask_values: Any = None
+    mask_colours: Any = None
     content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "folder"
@@ -77,8 +83,10 @@ class ImageFolder:
             raise UserError(
                 f"corpus.masks={self.masks} is no folder: give the folder of masks, below the root or elsewhere"
             )
-        if self.masks is not None and not 0 < len(self.classes) <= 256:
+        if self.masks is not None and not self.mask_rule:
             raise UserError("corpus.masks needs the names of the mask values: corpus.classes=[water,forest,…]")
+        if self.masks is None and any(o is not None for o in (self.mask_ignore, self.mask_values, self.mask_colours)):
+            raise UserError("corpus.mask_… is about masks: say where they are with corpus.masks=DIR")
 
     @property
     def version(self) -> dict[str, str]:
@@ -88,9 +96,15 @@ class ImageFolder:
             digest.update(f"{file}\0{self._stamps[file]}\0".encode("utf-8", "surrogateescape"))
         return {"files": digest.hexdigest()[:16]}
 
+    @cached_property
+    def mask_rule(self) -> MaskRule:
+        if self.masks is None:
+            return MaskRule()
+        return mask_rule(self.classes, self.mask_ignore, self.mask_values, self.mask_colours)
+
     @property
     def mask_classes(self) -> tuple[str, ...]:
-        return tuple(self.classes) if self.masks is not None else ()
+        return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
         """One row an image, sorted by id: id (POSIX path below the root), scene, caption ("" for none), stamp.
@@ -104,8 +118,8 @@ class ImageFolder:
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
         files = [self._chosen[row] for row in rows]
-        masks = None if self.masks is None else [self._mask_of(file) for file in files]
-        return partial(_read_files, self._root, files, masks, self.resolution)
+        masks = [self._masks.get(file) for file in files]
+        return partial(_read_files, self._root, files, masks, self.mask_rule, self.resolution)
 
     def path(self, row: int) -> Path:
         """The file of a manifest row."""
@@ -119,7 +133,7 @@ class ImageFolder:
         """
         for row in rows:
             path = self.path(row)
-            mask = None if self.masks is None else self._mask_of(self._chosen[row])
+            mask = self._masks.get(self._chosen[row])
             parts = [read_bytes(file) for file in (path, mask) if file is not None]
             for part in parts:
                 if isinstance(part, str):
@@ -130,22 +144,25 @@ class ImageFolder:
     def _mask_root(self) -> Path:
         return self._root / Path(str(self.masks)).expanduser()
 
-    def _mask_of(self, file: str) -> Path | None:
-        """The mask whose path without suffix is the image's."""
-        inside = PurePosixPath(file)
-        if inside.parts[0] == "images":
-            inside = inside.relative_to("images")
-        return self._mask_files.get(inside.with_suffix("").as_posix())
-
     @cached_property
-    def _mask_files(self) -> dict[str, Path]:
-        found = {}
-        for folder, _, files in os.walk(self._mask_root):
-            for name in sorted(files):
-                if name.lower().endswith(SUFFIXES):
-                    path = Path(folder) / name
-                    found.setdefault(path.relative_to(self._mask_root).with_suffix("").as_posix(), path)
-        return found
+    def _masks(self) -> dict[str, Path]:
+        """The file of the mask of each image that has one."""
+        if self.masks is None:
+            return {}
+        root, listed = self._mask_root, self._listing[0]
+        if root in (self._root, self._root / "images"):
+            return {image: self._root / mask for image, mask in beside(listed).items()}
+        masks = [
+            (Path(folder) / name).relative_to(root).as_posix()
+            for folder, _, names in os.walk(root)
+            for name in names
+            if name.lower().endswith(MASK_SUFFIXES) and not name.startswith(".")
+        ]
+        places = {file.removeprefix("images/"): file for file in listed}
+        found = matching(places, masks)
+        if unused := sorted(set(masks) - set(found.values())):
+            notice(f"{self.name}: masks: {len(unused):,} of {len(masks):,} files match no image (e.g. {unused[0]})")
+        return {places[image]: root / mask for image, mask in found.items()}
 
     @cached_property
     def _stamps(self) -> dict[str, str]:
@@ -153,9 +170,8 @@ class ImageFolder:
         stamps = {}
         for file in (*self._files, *self._caption_files):
             stamps[file] = file_stamp(self._root / file, self.content_hash)
-            mask = None if self.masks is None or file in self._caption_files else self._mask_of(file)
-            if mask is not None:
-                stamps[file] += "+" + file_stamp(mask, self.content_hash)
+            if file in self._masks:
+                stamps[file] += "+" + file_stamp(self._masks[file], self.content_hash)
         return stamps
 
     @property
@@ -196,9 +212,10 @@ class ImageFolder:
             )
         return sorted(images), sorted(captions)
 
-    @property
+    @cached_property
     def _files(self) -> list[str]:
-        return self._listing[0]
+        masks = set(self._masks.values())
+        return [file for file in self._listing[0] if not masks or self._root / file not in masks]
 
     @property
     def _caption_files(self) -> list[str]:
@@ -249,16 +266,15 @@ class ImageFolder:
 
 
 def _read_files(
-    root: Path, files: Sequence[str], masks: Sequence[Path | None] | None, resolution: int
+    root: Path, files: Sequence[str], masks: Sequence[Path | None], rule: MaskRule, resolution: int
 ) -> Iterator[np.ndarray | Sample | str]:
-    for position, file in enumerate(files):
-        image = read_image(root / file, resolution)
-        if masks is None or isinstance(image, str):
+    for file, mask in zip(files, masks, strict=True):
+        data = read_bytes(root / file)
+        image = data if isinstance(data, str) else decode_image(data, resolution)
+        if rule and not isinstance(image, str):
+            yield with_mask(image, resolution, rule, MISSING if mask is None else read_bytes(mask), data)
+        else:
             yield image
-            continue
-        data = NO_MASK if masks[position] is None else read_bytes(masks[position])
-        mask = data if isinstance(data, str) else decode_mask(data, resolution)
-        yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
 
 
 class _Links:

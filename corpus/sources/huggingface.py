@@ -18,8 +18,8 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from corpus.captions import caption_facts, encodable, scalars
-from corpus.decoding import EMPTY, NO_MASK, decode_image, decode_mask, read_bytes
-from corpus.index import Sample
+from corpus.decoding import EMPTY, decode_image, read_bytes
+from corpus.masks import MISSING, MaskRule, Sample, mask_rule, with_mask
 from corpus.splits import assigned, check, part_names, thinned
 from runtime.errors import UserError
 from runtime.progress import progress
@@ -44,7 +44,8 @@ class HuggingFace:
             hash of the id. `corpus.splits` has the names, and the rule for a split that they leave out.
         streaming: read a hub data set row by row instead of downloading it whole; by one process, in two passes.
         image_column, scene_column, caption_column, mask_column: None: the first that is called what it usually is.
-        classes: names of the mask values; empty: masks are left alone.
+        classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); no names of
+            classes: masks are left alone.
         resolution: side of the images handed on, in pixels.
         val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many images, evenly spread (None: all).
@@ -62,6 +63,9 @@ class HuggingFace:
     caption_column: str | None = None
     mask_column: str | None = None
     classes: tuple[str, ...] = ()
+    mask_ignore: Any = None
+    mask_values: Any = None
+    mask_colours: Any = None
     resolution: int = 64
     val_share: float = 0.1
     test_share: float = 0.1
@@ -75,6 +79,7 @@ class HuggingFace:
                 "corpus=huggingface reads no data set yet: say which with corpus.path=OWNER/NAME or a folder"
             )
         check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        _ = self.mask_rule  # refused before anything is read
         if self.streaming and self.workers not in (None, 1):
             raise UserError("corpus.streaming=true reads by one process: leave corpus.workers at null")
         if self.streaming:
@@ -98,9 +103,13 @@ class HuggingFace:
                 f"the hub does not say which version {self.path} has ({_reason(error)}): try again"
             ) from error
 
+    @cached_property
+    def mask_rule(self) -> MaskRule:
+        return mask_rule(self.classes, self.mask_ignore, self.mask_values, self.mask_colours)
+
     @property
     def mask_classes(self) -> tuple[str, ...]:
-        return tuple(self.classes)
+        return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
         """One row an image: id, scene, caption, every column of numbers or texts; a stamp unless it is streamed."""
@@ -113,7 +122,7 @@ class HuggingFace:
         names = list(self._parts)
         parts = {names[number]: self._parts[names[number]] for number in sorted(set(places[:, 0].tolist()))}
         chosen = [(names[number], int(row)) for number, row in places]
-        return partial(_read_rows, parts, chosen, self._pair, self.resolution)
+        return partial(_read_rows, parts, chosen, self._pair, self.mask_rule, self.resolution)
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         """The bytes and suffix of every image, and those of its mask or None."""
@@ -174,14 +183,14 @@ class HuggingFace:
             raise UserError(
                 f"{self.path} has no column of images: name it with corpus.image_column ({', '.join(names)})"
             )
-        if self.classes and columns["mask"] is None:
+        if self.mask_rule and columns["mask"] is None:
             raise UserError(f"{self.path} has no column of masks: name it with corpus.mask_column ({', '.join(names)})")
         return columns
 
     @property
     def _pair(self) -> tuple[str, str | None]:
         """The columns of the image and, where masks are read, of its mask."""
-        return self._columns["image"], self._columns["mask"] if self.classes else None
+        return self._columns["image"], self._columns["mask"] if self.mask_rule else None
 
     @cached_property
     def _chosen(self) -> tuple[np.ndarray, pd.DataFrame]:
@@ -225,7 +234,7 @@ class HuggingFace:
 
     def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | Sample | str]:
         for record in self._stream_records(places):
-            yield _decode(record, self._pair, self.resolution)
+            yield _decode(record, self._pair, self.mask_rule, self.resolution)
 
     def _stream_records(self, places: np.ndarray) -> Iterator[dict]:
         """Rows of a stream in ascending order; a chunk that follows the last one reads on where that ended."""
@@ -301,20 +310,25 @@ def _undecoded(part: Any) -> Any:
 
 
 def _read_rows(
-    parts: dict[str, Any], places: list[tuple[str, int]], columns: tuple[str, str | None], resolution: int
+    parts: dict[str, Any],
+    places: list[tuple[str, int]],
+    columns: tuple[str, str | None],
+    rule: MaskRule,
+    resolution: int,
 ) -> Iterator[np.ndarray | Sample | str]:
     for name, row in places:
-        yield _decode(parts[name][row], columns, resolution)
+        yield _decode(parts[name][row], columns, rule, resolution)
 
 
-def _decode(record: dict, columns: tuple[str, str | None], resolution: int) -> np.ndarray | Sample | str:
+def _decode(
+    record: dict, columns: tuple[str, str | None], rule: MaskRule, resolution: int
+) -> np.ndarray | Sample | str:
     data = _bytes(record[columns[0]])
     image = data if isinstance(data, str) else decode_image(data, resolution)
     if columns[1] is None or isinstance(image, str):
         return image
-    data = _bytes(record[columns[1]])
-    mask = NO_MASK if isinstance(data, str) else decode_mask(data, resolution)
-    return f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
+    mask = _bytes(record[columns[1]])
+    return with_mask(image, resolution, rule, MISSING if isinstance(mask, str) else mask, data)
 
 
 def _bytes(value: Any) -> bytes | str:

@@ -20,8 +20,8 @@ import pandas as pd
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from corpus.captions import caption_facts, encodable, scalars
-from corpus.decoding import NO_MASK, UNREADABLE_FILE, VANISHED, decode_image, decode_mask
-from corpus.index import Sample
+from corpus.decoding import UNREADABLE_FILE, VANISHED, decode_image
+from corpus.masks import MISSING, PREFIX, MaskRule, Sample, mask_rule, with_mask
 from corpus.splits import assigned, check, thinned
 from runtime.errors import UserError
 from runtime.progress import progress
@@ -94,7 +94,8 @@ class WebDataset:
         resolution: side of the images handed on, in pixels.
         val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many samples, evenly spread (None: all).
-        classes: names of the mask values; empty: masks are left alone.
+        classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); no names of
+            classes: masks are left alone.
         content_hash: an image has changed if its bytes have, all of which are read for it, not if its shard has.
         workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
@@ -108,6 +109,9 @@ class WebDataset:
     test_share: float = 0.1
     limit: int | None = None
     classes: tuple[str, ...] = ()
+    mask_ignore: Any = None
+    mask_values: Any = None
+    mask_colours: Any = None
     content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "webdataset"
@@ -116,6 +120,7 @@ class WebDataset:
         if not self.urls:
             raise UserError("corpus=webdataset reads no shards yet: say which with corpus.urls='DIR/{000..009}.tar'")
         check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        _ = self.mask_rule  # refused before anything is read
 
     @property
     def version(self) -> dict[str, str]:
@@ -123,9 +128,13 @@ class WebDataset:
         text = json.dumps([[shard, self._shard_stamp(shard)] for shard in self._shards])
         return {"shards": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
+    @cached_property
+    def mask_rule(self) -> MaskRule:
+        return mask_rule(self.classes, self.mask_ignore, self.mask_values, self.mask_colours)
+
     @property
     def mask_classes(self) -> tuple[str, ...]:
-        return tuple(self.classes)
+        return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
         """One row a sample in the order of the shards: id (the facts', else the key), scene, caption, stamp, facts."""
@@ -135,7 +144,7 @@ class WebDataset:
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
         items = [self._chosen[row] for row in rows]
         places = [(item.image, item.mask, item.problem) for item in items]
-        return partial(_read_places, places, self.resolution, bool(self.classes))
+        return partial(_read_places, places, self.resolution, self.mask_rule)
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         """The bytes and suffix of every image member, and those of its mask or None.
@@ -189,7 +198,7 @@ class WebDataset:
         """Samples of the split, thinned to the limit."""
         items, names, seen = [], [], {}
         for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
-            for item in _items(shard, "" if self.content_hash else self._shard_stamp(shard), bool(self.classes)):
+            for item in _items(shard, "" if self.content_hash else self._shard_stamp(shard), bool(self.mask_rule)):
                 identifier = item.id.encode("utf-8", "backslashreplace").decode()
                 number = seen[identifier] = seen.get(identifier, 0) + 1
                 if number > 1:  # ids are unique, so that none vanishes
@@ -369,7 +378,7 @@ class _Members:
 
 
 def _read_places(
-    places: Sequence[tuple[_Place | None, _Place | None, str]], resolution: int, masks: bool
+    places: Sequence[tuple[_Place | None, _Place | None, str]], resolution: int, rule: MaskRule
 ) -> Iterator[np.ndarray | Sample | str]:
     """Images at places in shards."""
     with closing(_Members()) as members:
@@ -380,8 +389,8 @@ def _read_places(
             part = ""
             try:
                 data = members.read(image_place)
-                part = "mask: "
-                mask_data = members.read(mask_place) if mask_place is not None else b""
+                part = PREFIX
+                mask = members.read(mask_place) if mask_place is not None else MISSING
             except FileNotFoundError:
                 yield VANISHED
                 continue
@@ -392,8 +401,7 @@ def _read_places(
                 yield UNREADABLE_FILE
                 continue
             image = decode_image(data, resolution)
-            if not masks or isinstance(image, str):
+            if rule and not isinstance(image, str):
+                yield with_mask(image, resolution, rule, mask, data)
+            else:
                 yield image
-                continue
-            mask = decode_mask(mask_data, resolution) if mask_place is not None else NO_MASK
-            yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
