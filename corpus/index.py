@@ -19,6 +19,7 @@ from runtime.artefacts import COMPLETE, fingerprint, plain, read_json, stage, wr
 from runtime.errors import UserError
 from runtime.parallel import cores, in_processes
 from runtime.progress import progress
+from runtime.quiet import native_stderr_closed
 from runtime.versions import versions_of
 
 #: Folder of a corpus stage with the results of its scans.
@@ -280,13 +281,14 @@ class _Chunk:
         images = np.zeros((len(self.rows), size, size, 3), np.uint8)
         masks = np.zeros((len(self.rows), size, size) if self.files.masks else 0, np.uint8)
         problems = {}
-        for position, sample in enumerate(self.reader()):
-            if isinstance(sample, str):
-                problems[int(self.rows[position])] = sample
-            elif isinstance(sample, Sample):
-                images[position], masks[position] = sample
-            else:
-                images[position] = sample
+        with native_stderr_closed():
+            for position, sample in enumerate(self.reader()):
+                if isinstance(sample, str):
+                    problems[int(self.rows[position])] = sample
+                elif isinstance(sample, Sample):
+                    images[position], masks[position] = sample
+                else:
+                    images[position] = sample
         self.files.images.write(self.rows, images)
         if self.files.masks is not None:
             self.files.masks.write(self.rows, masks)
