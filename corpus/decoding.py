@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
@@ -21,11 +21,11 @@ from corpus.raster import (
     missing_codec,
     opened,
     read_pixels,
+    survey_of,
     to_rgb,
 )
 
 EMPTY = "empty file"
-NO_MASK = "missing"
 VANISHED = "vanished"
 NO_PERMISSION = "no permission to read"
 NOT_A_FILE = "not a file"
@@ -35,7 +35,6 @@ DAMAGED = "damaged or truncated"
 NO_DATA = "no data"
 NO_HEIF = "no decoder for HEIF"
 TOO_MANY_PIXELS = "too many pixels"
-TOO_MANY_CLASSES = "class numbers above 255"
 #: Refused before a pixel is decoded; what Pillow, too, calls a decompression bomb.
 MAX_PIXELS = 89_478_485
 #: How a single image is shown where nothing else is said, and what is known of it then.
@@ -45,6 +44,7 @@ _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _GDAL_NO_DATA, _BITS, _SAMPLES, _ORIENTATION = 42113, 258, 277, 274
 #: Files that GDAL may read where Pillow cannot; a PNG that Pillow calls damaged is.
 RASTERS = tuple(start for start, driver in DRIVERS.items() if driver != "PNG")
+_PNG = b"\x89PNG"
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"avif", b"avis"))
 
 
@@ -119,6 +119,13 @@ def image_pixels(data: bytes, options: RasterOptions, resolution: int | None = N
     if found is None or (found in (NOT_AN_IMAGE, DAMAGED) and data.startswith(RASTERS)):
         return _raster_pixels(data, options, turned)
     return NO_HEIF if found == NOT_AN_IMAGE and data[4:12] in _HEIF_BRANDS else found
+
+
+def survey_files(files: Iterable[bytes], options: RasterOptions) -> Survey:
+    """What a sample of a corpus's files says about how all of them are shown; ordinary pictures say nothing."""
+    deep = (data for data in files if data.startswith(RASTERS) or (data.startswith(_PNG) and data[24:25] == b"\x10"))
+    images = (image_pixels(data, options) for data in deep)
+    return survey_of((image for image in images if isinstance(image, Pixels)), options)
 
 
 def _ordinary(image: Image.Image, data: bytes, options: RasterOptions) -> bool:
@@ -207,24 +214,6 @@ def _with_pillow(data: bytes, read: Callable[[Image.Image], np.ndarray]) -> np.n
         return NOT_AN_IMAGE
     except Exception:  # decoders raise whatever they like on damaged files
         return DAMAGED
-
-
-def decode_mask(data: bytes, resolution: int) -> np.ndarray | str:
-    """The central square of a mask of class numbers, uint8 [R, R], nearest pixels; or a reason.
-
-    A palette image gives its indices; of a colour image the first channel counts.
-    """
-    values = _with_pillow(data, np.asarray)
-    if isinstance(values, str):
-        return values
-    values = values[..., 0] if values.ndim == 3 else values
-    if values.max(initial=0) > 255:
-        return TOO_MANY_CLASSES
-    side = min(values.shape)
-    rows, columns = (
-        (length - side) // 2 + (np.arange(resolution) * 2 + 1) * side // (2 * resolution) for length in values.shape
-    )
-    return values[np.ix_(rows, columns)].astype(np.uint8)
 
 
 def square(pixels: np.ndarray, resolution: int) -> np.ndarray:

@@ -7,22 +7,23 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
 from corpus.decoding import NO_PERMISSION, UNREADABLE_FILE, VANISHED
+from corpus.masks import Sample
+from corpus.quarantine import QUARANTINE, announce, announce_masks, quarantined
 from runtime.artefacts import COMPLETE, fingerprint, plain, read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.parallel import cores, in_processes
 from runtime.progress import progress
+from runtime.quiet import native_stderr_closed
 from runtime.versions import versions_of
 
 #: Folder of a corpus stage with the results of its scans.
 SCANNED = "scanned"
-#: id and reason of the images that could not be read; in a corpus stage, and in a selection's.
-QUARANTINE = "quarantine.parquet"
 #: Images that are decoded, scanned and noted as done together.
 CHUNK = 256
 #: Reasons that may be gone when one looks again, though the bytes are the same.
@@ -33,13 +34,6 @@ ROW_GROUP = 65_536
 CHUNKS_PER_WORKER = 2
 
 
-class Sample(NamedTuple):
-    """A decoded image uint8 [R, R, 3] and its mask uint8 [R, R]."""
-
-    image: np.ndarray
-    mask: np.ndarray
-
-
 #: Reads some images in turn: uint8 [R, R, 3], or a `Sample` where the source has masks, or the reason why one cannot
 #: be read.
 Reader = Callable[[], Iterable["np.ndarray | Sample | str"]]
@@ -47,6 +41,8 @@ Reader = Callable[[], Iterable["np.ndarray | Sample | str"]]
 
 class Source(Protocol):
     """What a corpus must offer; see `corpus.sources.bluemarble` and `corpus.sources.folder`.
+
+    One that reads its masks from files has a `mask_rule`, a `corpus.masks.MaskRule`; how many matched is then said.
 
     Attributes:
         workers: processes that decode; None: one a core; 1: in this process, and a reader need not be picklable.
@@ -135,16 +131,25 @@ def index_corpus(source: Source, runs: Path | str, scans: Sequence[Scan] = ()) -
 
     `scans` run in the same pass, while the next images are decoded; a corpus that is there already is not scanned.
     A killed pass goes on from its last finished chunk. Where the source was indexed before and some of its images came,
-    went or changed since, only the new and changed ones are decoded and scanned.
+    went or changed since, only the new and changed ones are decoded and scanned. How many images are quarantined, and
+    why, is one line on stderr, also where the index was there already.
+
+    Raises:
+        UserError: no image can be read.
     """
     inputs = {"source": source, "version": source.version}
     build = lambda directory: _build(source, Path(runs), directory, scans)  # noqa: E731
-    return open_corpus(stage(runs, "corpus", inputs, build, resumable=True))
+    corpus = open_corpus(stage(runs, "corpus", inputs, build, resumable=True))
+    if getattr(source, "mask_rule", None):
+        announce_masks(corpus.manifest, _name(source))
+    announce(corpus.manifest, _name(source), corpus.directory)
+    return corpus
 
 
-def quarantined(manifest: pd.DataFrame) -> pd.DataFrame:
-    """id and reason of every image that could not be read."""
-    return manifest.loc[~manifest["readable"], ["id", "reason"]].reset_index(drop=True)
+def _name(source: Source) -> str:
+    """The source's name and, where it has one, its split: what a message on stderr calls it."""
+    split = getattr(source, "split", "all")
+    return source.name if split == "all" else f"{source.name} ({split})"
 
 
 def scanned(corpus: Corpus, key: str) -> Path | None:
@@ -276,13 +281,14 @@ class _Chunk:
         images = np.zeros((len(self.rows), size, size, 3), np.uint8)
         masks = np.zeros((len(self.rows), size, size) if self.files.masks else 0, np.uint8)
         problems = {}
-        for position, sample in enumerate(self.reader()):
-            if isinstance(sample, str):
-                problems[int(self.rows[position])] = sample
-            elif isinstance(sample, Sample):
-                images[position], masks[position] = sample
-            else:
-                images[position] = sample
+        with native_stderr_closed():
+            for position, sample in enumerate(self.reader()):
+                if isinstance(sample, str):
+                    problems[int(self.rows[position])] = sample
+                elif isinstance(sample, Sample):
+                    images[position], masks[position] = sample
+                else:
+                    images[position] = sample
         self.files.images.write(self.rows, images)
         if self.files.masks is not None:
             self.files.masks.write(self.rows, masks)

@@ -17,6 +17,8 @@ IMAGE_SUFFIXES = (
     ".dib", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf", ".avif", ".avifs", ".heic", ".heif", ".ppm",
     ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".img", ".vrt", ".ntf", ".nitf",
 )  # fmt: skip
+#: Suffixes of images that have 8 bits and nothing but red, green and blue.
+SHALLOW = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".webp", ".bmp", ".dib", ".gif")
 TEXT_SUFFIXES = (".txt", ".caption", ".captions", ".text", ".cap")
 FACTS_SUFFIX, CLASS_SUFFIX = ".json", ".cls"
 #: Lists of the class names 0, 1, ..., a line each.

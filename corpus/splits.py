@@ -27,8 +27,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from corpus.telling import tell
 from runtime.errors import UserError
+from runtime.notices import notice
 
 SPLITS = ("all", "train", "val", "test")
 #: What people call their splits, without case, numbers, separators and the words of `_DECORATION`.
@@ -98,10 +98,10 @@ def assigned(
     known = {name: split_of(name) or "test" for name in set(names) if name}
     unknown = sorted(name for name in known if not split_of(name))
     if unknown:
-        tell(f"{corpus}: no known split is called {', '.join(unknown)}: its images are held out as test")
+        notice(f"{corpus}: no known split is called {', '.join(unknown)}: its images are held out as test")
     nameless = sum(not name for name in names)
     if known and nameless:
-        tell(f"{corpus}: {nameless} of {len(names)} images are named no split, others are: a hash decides about them")
+        notice(f"{corpus}: {nameless} of {len(names)} images are named no split, others are: a hash decides about them")
     carved, shares = _missing(set(known.values()), val_share, test_share)
     firsts = np.arange(len(ids)) if firsts is None else firsts
     of_copies: dict[int, set[str]] = {}
@@ -123,7 +123,7 @@ def assigned(
     taken = [f"{count} as {split}" for split, count in counts.items() if count]
     if taken:
         lacking = " and no ".join(split for split, count in counts.items() if count)
-        tell(
+        notice(
             f"{corpus}: the data set names no {lacking}: of its {carved} images a hash of the id takes "
             f"{' and '.join(taken)}"
         )
@@ -154,7 +154,7 @@ def elsewhere(corpus: str, splits: Sequence[str], firsts: np.ndarray) -> list[st
     shared = Counter(" and ".join(sorted(group, key=order.get)) for group in held.values() if len(group) > 1)
     if shared:
         kinds = ", ".join(f"{names} {count}" for names, count in sorted(shared.items()))
-        tell(
+        notice(
             f"{corpus}: {sum(shared.values())} images have exact copies in more than one split ({kinds}), as the data "
             "set names its splits: what is measured on them was trained on"
         )

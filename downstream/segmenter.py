@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from corpus.index import Corpus
+from corpus.masks import IGNORED
 from downstream.corpora import corpus_of
 from encoders.embedding import device
 from encoders.pixels import to_tensor
@@ -211,7 +212,7 @@ def _batches(
 def _update(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, masks: torch.Tensor) -> float:
     network.train()
     optimizer.zero_grad(set_to_none=True)
-    loss = nn.functional.cross_entropy(class_scores(network, images), masks.to(device()))
+    loss = nn.functional.cross_entropy(class_scores(network, images), masks.to(device()), ignore_index=IGNORED)
     loss.backward()
     optimizer.step()
     return float(loss.detach())

@@ -10,6 +10,8 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 from torchmetrics.functional.image import peak_signal_noise_ratio as image_psnr
 from torchmetrics.functional.image import structural_similarity_index_measure as image_ssim
 
+from corpus.masks import IGNORED
+
 #: Images by the scene that they are of, then by the one that CLIP sees in them.
 Confusion = Mapping[str, Mapping[str, int]]
 #: Rounding to 8 bits alone leaves a mean squared error of 1/12: above this, two images cannot be told apart.
@@ -83,9 +85,11 @@ def mean_intersection_over_union(segmentation: np.ndarray, masks: np.ndarray, cl
     """Mean over the classes that occur of intersection over union of all pixels together (torchmetrics).
 
     Args:
-        segmentation, masks: uint8 [N, H, W], values below `classes`.
+        segmentation, masks: uint8 [N, H, W], values below `classes`; pixels whose mask is `corpus.masks.IGNORED` count
+            nowhere.
     """
-    found, truth = (torch.from_numpy(np.array(x)).long() for x in (segmentation, masks))
+    known = np.asarray(masks) != IGNORED
+    found, truth = (torch.from_numpy(np.asarray(x)[known]).long() for x in (segmentation, masks))
     per_class = multiclass_jaccard_index(found, truth, classes, average="none")
     occurs = (torch.bincount(truth.flatten(), minlength=classes) > 0) | (
         torch.bincount(found.flatten(), minlength=classes) > 0
@@ -94,5 +98,6 @@ def mean_intersection_over_union(segmentation: np.ndarray, masks: np.ndarray, cl
 
 
 def pixel_accuracy(segmentation: np.ndarray, masks: np.ndarray, classes: int) -> float:
-    """Fraction of the pixels whose class is the mask's."""
-    return float((segmentation == masks).mean())
+    """Fraction of the pixels whose class is the mask's, of those that have one in the mask."""
+    known = np.asarray(masks) != IGNORED
+    return float((segmentation[known] == masks[known]).mean())

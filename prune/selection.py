@@ -13,7 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from corpus.index import QUARANTINE, Corpus, index_corpus, quarantined
+from corpus.index import Corpus, index_corpus
+from corpus.quarantine import QUARANTINE, quarantined, reason_counts
 from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
@@ -160,9 +161,7 @@ def summarise(
         "ratio": ratio,
         "images": len(table),
         "unreadable": int((~corpus.readable).sum()),
-        "quarantined": {
-            str(key): int(value) for key, value in quarantined(corpus.manifest)["reason"].value_counts().items()
-        },
+        "quarantined": reason_counts(quarantined(corpus.manifest)["reason"]),
         "kept": int(table["kept"].sum()),
         "seed": int(seed),
         "scenes": _before_after(assigned, table["kept"]),

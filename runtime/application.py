@@ -7,23 +7,18 @@ import ctypes
 import errno
 import functools
 import io
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from runtime.quiet import silence_libraries
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3), in malloc.h
-#: Libraries whose warnings are meant for those who write code with them, not for those who run a command.
-QUIET = (
-    *("torch", "torchvision", "torchmetrics", "torch_fidelity", "timm", "open_clip", "cleanfid"),
-    *("diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub"),
-)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -34,7 +29,6 @@ def prepare_process() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it reports every attempt to reach the hub
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors arrive here instead of as Hydra's own pages
     silence_libraries()
@@ -45,12 +39,6 @@ def prepare_process() -> None:
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
             sys.modules[name].utils.logging.disable_progress_bar()
-
-
-def silence_libraries() -> None:
-    """Drop the UserWarnings and FutureWarnings that the modules of some libraries raise; all others show."""
-    for category in (UserWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(QUIET)})(\.|$)")
 
 
 def keep_freed_memory() -> None:

@@ -16,8 +16,9 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from runtime.application import keep_freed_memory, silence_libraries
+from runtime.application import keep_freed_memory
 from runtime.errors import UserError
+from runtime.quiet import silence_libraries
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -103,7 +104,7 @@ def _single_thread() -> None:
         os.nice(19)  # a network on the same cores must not wait at its barriers for a decoder; it waits for data anyway
     threadpool_limits(1)
     keep_freed_memory()
-    silence_libraries()
     import cv2
 
     cv2.setNumThreads(1)
+    silence_libraries()

@@ -1,10 +1,9 @@
-"""Progress bars and notes on stderr. Bars have an ETA, and are silent for what takes no time."""
+"""Progress bars: to stderr, with ETA, silent for what takes no time and where nobody watches."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from functools import cache
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -24,10 +23,3 @@ def progress(items: Iterable[Item], label: str, **options: object) -> Iterable[I
         items, desc=label, delay=1, mininterval=interval, maxinterval=2 * interval, file=sys.stderr,
         disable=not is_main_process(), **options,
     )  # fmt: skip
-
-
-@cache
-def say(line: str) -> None:
-    """A line on stderr, once, though several parts of a command find the same out."""
-    if is_main_process():
-        tqdm.write(line, file=sys.stderr)

@@ -18,7 +18,8 @@ from PIL import Image
 from test_sources import animation, encoded, texture, tiff
 
 from corpus import decoding
-from corpus.decoding import decode_image, decode_mask, read_bytes, read_image
+from corpus.decoding import decode_image, read_bytes, read_image
+from corpus.masks import decode_mask, mask_rule
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 32
@@ -193,7 +194,7 @@ def test_a_header_that_claims_too_much_is_refused_before_a_pixel(tmp_path: Path)
 @pytest.mark.parametrize("name", [name for name in BOMBS if "GDAL" not in name and "floats" not in name])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_mask_that_claims_too_much_is_refused(name: str) -> None:
-    assert decode_mask(BOMBS[name](), SIDE) == decoding.TOO_MANY_PIXELS
+    assert decode_mask(BOMBS[name](), mask_rule(["a", "b"]), SIDE) == decoding.TOO_MANY_PIXELS
 
 
 # ------------------------------------------------------------------------------------------------- frames and pages
@@ -271,7 +272,8 @@ def test_a_mask_is_the_first_frame_or_page(kind: str) -> None:
     masks = [Image.fromarray(values, mode="P") for values in (classes, classes.T)]
     for mask in masks:
         mask.putpalette([part for grey in range(256) for part in (grey, grey, grey)])
-    found = decode_mask(encoded(masks[0], kind, save_all=True, append_images=masks[1:]), SIDE)
+    rule = mask_rule(list(map(str, range(255))), ignore=255)
+    found = decode_mask(encoded(masks[0], kind, save_all=True, append_images=masks[1:]), rule, SIDE)
     assert (found == classes).all() and (classes != classes.T).any()
 
 

@@ -17,8 +17,8 @@ from corpus.matching import Images
 from corpus.sources.folder import ImageFolder
 from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import WebDataset
-from corpus.telling import tell
 from runtime.errors import UserError
+from runtime.notices import notice
 from train.text_encoder import caption_lengths, clip_tokenizer, tell_cut
 
 NAMES = [f"Beach/{letter}.jpg" for letter in "abcdef"]
@@ -26,7 +26,7 @@ NAMES = [f"Beach/{letter}.jpg" for letter in "abcdef"]
 
 @pytest.fixture(autouse=True)
 def nothing_told() -> None:
-    tell.cache_clear()
+    notice.cache_clear()
 
 
 def images(root: Path, names: list[str] = NAMES) -> Path:

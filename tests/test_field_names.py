@@ -17,15 +17,15 @@ from corpus.names import honest_suffix, image_suffix, kind_of, samples, unique_i
 from corpus.sources.folder import ImageFolder
 from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import DUPLICATE, NO_IMAGE, WebDataset
-from corpus.telling import tell
 from runtime.errors import UserError
+from runtime.notices import notice
 
 SIDE = 32
 
 
 @pytest.fixture(autouse=True)
 def nothing_told() -> None:
-    tell.cache_clear()
+    notice.cache_clear()
 
 
 def jpeg(seed: int) -> bytes:

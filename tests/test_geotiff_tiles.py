@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 from rasterio.transform import from_origin
@@ -192,4 +193,7 @@ def test_what_is_no_data_does_not_stretch_the_rest(holes, tmp_path: Path) -> Non
 def test_a_scene_of_nothing_is_quarantined_tile_by_tile(write: Write, tmp_path: Path) -> None:
     for number, (value, nodata) in enumerate(((np.nan, None), (-1.0, -1.0), (np.nan, np.nan))):
         path = write(f"{number}.tif", np.full((1, 32, 32), value, np.float32), nodata=nodata)
-        assert indexed(path, tmp_path, resolution=16).manifest["reason"].tolist() == [NO_DATA] * 4
+        with pytest.raises(UserError, match=rf"none of 4 images can be read: {NO_DATA} 4 \(table: ") as refused:
+            indexed(path, tmp_path, resolution=16)
+        table = pd.read_parquet(str(refused.value).split("(table: ")[1].split(")")[0])
+        assert table["reason"].tolist() == [NO_DATA] * 4

@@ -27,8 +27,9 @@ from PIL import Image
 from rasterio.transform import from_origin
 
 from corpus import decoding
-from corpus.decoding import decode_image, decode_mask
+from corpus.decoding import decode_image
 from corpus.index import Corpus, Source, index_corpus
+from corpus.masks import decode_mask, mask_rule
 from corpus.names import kind_of
 from corpus.names import samples as grouped
 from corpus.reference import reference_set
@@ -214,7 +215,8 @@ def test_masks_keep_their_class_numbers() -> None:
     classes = np.repeat(np.arange(4, dtype=np.uint8), 8)[:, None].repeat(32, axis=1)
     palette = Image.fromarray(classes, mode="P")
     palette.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 9, 9, 9])
-    for mask in (decode_mask(encoded(palette), 16), decode_mask(encoded(Image.fromarray(classes)), 16)):
+    for image in (palette, Image.fromarray(classes)):
+        mask = decode_mask(encoded(image), mask_rule(list("abcd")), 16)
         assert (mask == np.repeat(np.arange(4), 4)[:, None]).all()
 
 

@@ -28,8 +28,8 @@ from corpus.splits import (
     part_names,
     split_of,
 )
-from corpus.telling import tell
 from runtime.errors import UserError
+from runtime.notices import notice
 
 IDS = [f"images/{number:05d}.png" for number in range(20_000)]
 #: SHA-256 of the held-out ids of `IDS`, a line each, as they were before there was a val split.
@@ -42,7 +42,7 @@ CORPORA = ("bluemarble", "folder", "geotiff", "huggingface", "torchgeo", "webdat
 
 @pytest.fixture(autouse=True)
 def nothing_told() -> None:
-    tell.cache_clear()
+    notice.cache_clear()
 
 
 def place(identifier: str) -> float:

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from corpus.index import Corpus
-from corpus.telling import tell
 from encoders.clip_scores import tokenize
 from encoders.pixels import to_tensor
 from runtime.artefacts import stage
+from runtime.notices import notice
 from runtime.progress import progress
 from train.captions import Captions
 from train.latents import flip, scene_balanced_weights
@@ -136,7 +136,7 @@ def tell_cut(tokenizer: CLIPTokenizer, texts: Sequence[str], lengths: np.ndarray
     whole = tokenizer(full, truncation=False, verbose=False).input_ids if full else []
     cut = sum(len(ids) > tokenizer.model_max_length for ids in whole)
     if cut:
-        tell(
+        notice(
             f"{cut} of {sum(map(bool, texts))} different captions are longer than the {tokenizer.model_max_length} "
             "tokens that the text encoder takes, and are cut: one that is trained here takes more with "
             "text_encoder.max_length"

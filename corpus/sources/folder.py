@@ -30,14 +30,16 @@ from corpus.captions import (
     table_rows,
 )
 from corpus.copies import of_files
-from corpus.decoding import NO_MASK, decode_mask, read_bytes, read_image
-from corpus.index import Sample
+from corpus.decoding import read_bytes, survey_files
+from corpus.masks import MISSING, MaskRule, Sample, beside, mask_rule, matching
+from corpus.masks import SUFFIXES as MASK_SUFFIXES
 from corpus.matching import Images, Rows
 from corpus.names import (
     CLASS_FILES,
     FACTS_SUFFIX,
     HEAD,
     IMAGE_SUFFIXES,
+    SHALLOW,
     counted,
     extra_suffixes,
     honest_suffix,
@@ -45,10 +47,12 @@ from corpus.names import (
     kind_of,
     suffix_of,
 )
+from corpus.raster import Survey, spread
+from corpus.reading import Decoding, Shown
 from corpus.splits import assigned, check, elsewhere, folder_split, split_of, thinned
-from corpus.telling import tell
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
+from runtime.notices import notice
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class _Listing:
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(Shown):
     """Images at any depth below `root`, cropped to their central square and resized.
 
     An image is what has a suffix of `corpus.names.IMAGE_SUFFIXES`, or begins as one. Where `root`, or a folder called
@@ -89,12 +93,14 @@ class ImageFolder:
         resolution: side of the images handed on, in pixels.
         val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many images, evenly spread over the split in id order (None: all).
-        masks: folder of masks, named and placed like the images whatever their suffix, below `root` or a path of its
-            own; None: there are none.
-        classes: names of the mask values 0, 1, …; needed with `masks`.
+        masks: folder of masks, placed and named like the images (`corpus.masks.matching`), below `root` or a path of
+            its own; "." where they lie beside the images; None: there are none.
+        classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); `masks` needs
+            the names of the classes.
         image_suffixes: more suffixes of images.
         class_names: of the scenes that are numbers: a list, or a file of them; None: `corpus.names.CLASS_FILES` in the
             root, if there is one.
+        bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`.
         content_hash: an image has changed if its bytes have, all of which are read for it; otherwise if its size or
             time of change has.
         workers: decoding processes (None: one a core); the result does not depend on it.
@@ -113,6 +119,9 @@ class ImageFolder:
     classes: tuple[str, ...] = ()
     image_suffixes: tuple[str, ...] = ()
     class_names: Any = None
+    mask_ignore: Any = None
+    mask_values: Any = None
+    mask_colours: Any = None
     content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "folder"
@@ -124,12 +133,15 @@ class ImageFolder:
             what = "is not a folder" if self._root.exists() else "does not exist"
             raise UserError(f"corpus.root={self.root} {what}: give a folder of images with corpus.root=DIR")
         check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        _ = self.raster
         if self.masks is not None and not self._mask_root.is_dir():
             raise UserError(
                 f"corpus.masks={self.masks} is no folder: give the folder of masks, below the root or elsewhere"
             )
-        if self.masks is not None and not 0 < len(self.classes) <= 256:
+        if self.masks is not None and not self.mask_rule:
             raise UserError("corpus.masks needs the names of the mask values: corpus.classes=[water,forest,…]")
+        if self.masks is None and any(o is not None for o in (self.mask_ignore, self.mask_values, self.mask_colours)):
+            raise UserError("corpus.mask_… is about masks: say where they are with corpus.masks=DIR")
 
     @property
     def version(self) -> dict[str, str]:
@@ -141,9 +153,15 @@ class ImageFolder:
             digest.update(file_stamp(Path(self.class_names).expanduser(), content_hash=True).encode())
         return {"files": digest.hexdigest()[:16]}
 
+    @cached_property
+    def mask_rule(self) -> MaskRule:
+        if self.masks is None:
+            return MaskRule()
+        return mask_rule(self.classes, self.mask_ignore, self.mask_values, self.mask_colours)
+
     @property
     def mask_classes(self) -> tuple[str, ...]:
-        return tuple(self.classes) if self.masks is not None else ()
+        return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
         """One row an image, sorted by id: id (POSIX path below the root), scene, caption ("" for none), stamp.
@@ -153,14 +171,25 @@ class ImageFolder:
         """
         self._report()
         return pd.DataFrame(
-            [{**self._facts(file), "stamp": self._stamps[file], **self._shared(file)} for file in self._chosen],
+            [
+                {**self._facts(file), "stamp": self._stamps[file] + self.survey.stamp, **self._shared(file)}
+                for file in self._chosen
+            ],
             columns=None if self._chosen else ["id", "scene", "caption", "stamp"],
         )
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
         files = [self._chosen[row] for row in rows]
-        masks = None if self.masks is None else [self._mask_of(file) for file in files]
-        return partial(_read_files, self._root, files, masks, self.resolution)
+        masks = [self._masks.get(file) for file in files]
+        decoding = Decoding(self.resolution, self.raster, self.survey, self.mask_rule)
+        return partial(_read_files, self._root, files, masks, decoding)
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Of files that are spread over the folder, whichever split is read."""
+        files = [file for file in self._files if suffix_of(file) not in SHALLOW]
+        data = (read_bytes(self._root / files[place]) for place in spread(len(files)))
+        return survey_files((part for part in data if isinstance(part, bytes)), self.raster)
 
     def path(self, row: int) -> Path:
         """The file of a manifest row."""
@@ -174,7 +203,7 @@ class ImageFolder:
         """
         for row in rows:
             path = self.path(row)
-            mask = None if self.masks is None else self._mask_of(self._chosen[row])
+            mask = self._masks.get(self._chosen[row])
             parts = [read_bytes(file) for file in (path, mask) if file is not None]
             for part in parts:
                 if isinstance(part, str):
@@ -186,32 +215,34 @@ class ImageFolder:
     def _mask_root(self) -> Path:
         return self._root / Path(str(self.masks)).expanduser()
 
-    def _mask_of(self, file: str) -> Path | None:
-        """The mask whose path without suffix is the image's."""
-        inside = PurePosixPath(file)
-        if inside.parts[0] == "images":
-            inside = inside.relative_to("images")
-        return self._mask_files.get(inside.with_suffix("").as_posix())
-
     @cached_property
-    def _mask_files(self) -> dict[str, Path]:
-        found = {}
-        for folder, _, files in os.walk(self._mask_root):
-            for name in sorted(files):
-                if suffix_of(name) in IMAGE_SUFFIXES:
-                    path = Path(folder) / name
-                    found.setdefault(path.relative_to(self._mask_root).with_suffix("").as_posix(), path)
-        return found
+    def _masks(self) -> dict[str, Path]:
+        """The file of the mask of each image that has one."""
+        if self.masks is None:
+            return {}
+        root, listed = self._mask_root, self._listing.images
+        if root in (self._root, self._root / "images"):
+            return {image: self._root / mask for image, mask in beside(listed).items()}
+        masks = [
+            (Path(folder) / name).relative_to(root).as_posix()
+            for folder, _, names in os.walk(root)
+            for name in names
+            if name.lower().endswith(MASK_SUFFIXES) and not name.startswith(".")
+        ]
+        places = {file.removeprefix("images/"): file for file in listed}
+        found = matching(places, masks)
+        if unused := sorted(set(masks) - set(found.values())):
+            notice(f"{self.name}: masks: {len(unused):,} of {len(masks):,} files match no image (e.g. {unused[0]})")
+        return {places[image]: root / mask for image, mask in found.items()}
 
     @cached_property
     def _stamps(self) -> dict[str, str]:
         """What changes with a file's bytes: a digest of them, or its size and time of change; a mask's with it."""
-        stamps, about = {}, set(self._about)
+        stamps = {}
         for file in (*self._files, *self._about):
             stamps[file] = file_stamp(self._root / file, self.content_hash)
-            mask = None if self.masks is None or file in about else self._mask_of(file)
-            if mask is not None:
-                stamps[file] += "+" + file_stamp(mask, self.content_hash)
+            if file in self._masks:
+                stamps[file] += "+" + file_stamp(self._masks[file], self.content_hash)
         return stamps
 
     @property
@@ -267,9 +298,10 @@ class ImageFolder:
                     yield self._root, _annotations(self._root), True
             yield here, [name for name in names if not name.startswith(".")], only
 
-    @property
+    @cached_property
     def _files(self) -> list[str]:
-        return self._listing.images
+        masks = set(self._masks.values())
+        return [file for file in self._listing.images if not masks or self._root / file not in masks]
 
     @property
     def _about(self) -> list[str]:
@@ -285,7 +317,7 @@ class ImageFolder:
             for name, row in table_rows(str(self._root / file), _data(self._root / file)):
                 found.add(name, row, PurePosixPath(file).parent.as_posix())
             if found.count == before:
-                tell(f"{self.name}: {file} names no images: give it a column or field file_name")
+                notice(f"{self.name}: {file} names no images: give it a column or field file_name")
         return found
 
     @cached_property
@@ -310,13 +342,15 @@ class ImageFolder:
         """What was found beside the images, in a line each."""
         captions = [len(texts) for row in self._rows.values() if (texts := own_captions(row))]
         if captions:
-            tell(f"{self.name}: {len(captions)} of {len(self._files)} images have captions ({sum(captions)} captions)")
+            notice(
+                f"{self.name}: {len(captions)} of {len(self._files)} images have captions ({sum(captions)} captions)"
+            )
         lost, rows = self._tables.lost, self._tables.count
         if lost:
-            tell(f"{self.name}: {len(lost)} of {rows} caption rows match no image, e.g. {lost[0]!r}")
+            notice(f"{self.name}: {len(lost)} of {rows} caption rows match no image, e.g. {lost[0]!r}")
         passed = self._listing.passed_over
         if passed:
-            tell(f"{self.name}: {sum(passed.values())} files passed over: {counted(passed)}")
+            notice(f"{self.name}: {sum(passed.values())} files passed over: {counted(passed)}")
 
     @cached_property
     def _splits(self) -> tuple[list[str], dict[str, str]]:
@@ -404,16 +438,11 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def _read_files(
-    root: Path, files: Sequence[str], masks: Sequence[Path | None] | None, resolution: int
+    root: Path, files: Sequence[str], masks: Sequence[Path | None], decoding: Decoding
 ) -> Iterator[np.ndarray | Sample | str]:
-    for position, file in enumerate(files):
-        image = read_image(root / file, resolution)
-        if masks is None or isinstance(image, str):
-            yield image
-            continue
-        data = NO_MASK if masks[position] is None else read_bytes(masks[position])
-        mask = data if isinstance(data, str) else decode_mask(data, resolution)
-        yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
+    for file, mask in zip(files, masks, strict=True):
+        needed = bool(decoding.masks) and mask is not None
+        yield decoding(read_bytes(root / file), read_bytes(mask) if needed else MISSING)
 
 
 class _Links:

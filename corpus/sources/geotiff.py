@@ -31,11 +31,13 @@ from corpus.raster import (
     survey_of,
     to_rgb,
 )
+from corpus.reading import Shown
 from corpus.splits import check, hashed_split, thinned
 from corpus.stacks import single_bands, stacks
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
-from runtime.progress import progress, say
+from runtime.notices import notice
+from runtime.progress import progress
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 SMALLER = "smaller than a tile"
@@ -73,7 +75,7 @@ class _Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GeoTiff:
+class GeoTiff(Shown):
     """Square tiles of raster scenes below a folder, or of one file; every format that GDAL reads by these suffixes.
 
     A manifest row has lon, lat (degrees, WGS 84, tile centre; NaN without a coordinate system),
@@ -109,11 +111,6 @@ class GeoTiff:
     tile: int | None = None
     overlap: int = 0
     edge: str = "leave"
-    bands: tuple[int | str, ...] | None = None
-    no_data: float | None = None
-    stretch: str = "percentile"
-    low: float = 0.0
-    high: float = 255.0
     most_no_data: float = 0.5
     block: int = 8
     split: str = "all"
@@ -186,10 +183,6 @@ class GeoTiff:
         return self.tile or self.resolution
 
     @cached_property
-    def raster(self) -> RasterOptions:
-        return RasterOptions(self.bands, self.no_data, self.stretch, self.low, self.high)
-
-    @cached_property
     def _groups(self) -> dict[str, tuple[str, ...]]:
         """The files of every scene, by its name."""
         if self._root.is_file():
@@ -205,7 +198,7 @@ class GeoTiff:
         files = self._without_sources(files)
         stacked, others = stacks(files, self.bands or ())
         if stacked:
-            say(
+            notice(
                 f"{self.name}: {len(stacked)} scenes are stacked from files of one band each; {len(others)} other "
                 "files of these scenes are left out"
             )
@@ -232,7 +225,7 @@ class GeoTiff:
                     continue
         kept = [file for file in files if (self._root / file).resolve() not in shown]
         if len(kept) < len(files):
-            say(f"{self.name}: {len(files) - len(kept)} files are left out, which a VRT beside them shows")
+            notice(f"{self.name}: {len(files) - len(kept)} files are left out, which a VRT beside them shows")
         return kept
 
     @cached_property
@@ -267,7 +260,7 @@ class GeoTiff:
                 if self.split == "all" or splits == {self.split}:
                     tiles.append(tile)
         if border and self.split != "all":
-            say(f"{self.name}: {border} tiles lie across the border of two splits and are in none")
+            notice(f"{self.name}: {border} tiles lie across the border of two splits and are in none")
         return [tiles[row] for row in thinned(len(tiles), self.limit)]
 
     def _grid(self, scene: _Scene) -> Iterator[_Tile]:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,25 @@ from corpus.captions import (
     scalars,
 )
 from corpus.copies import by_key
-from corpus.decoding import EMPTY, NO_MASK, decode_image, decode_mask, read_bytes
-from corpus.index import Sample
+from corpus.decoding import EMPTY, read_bytes, survey_files
+from corpus.masks import MISSING, MaskRule, Sample, mask_rule
 from corpus.names import CLASS_FILES, honest_suffix
+from corpus.raster import Survey, spread
+from corpus.reading import Decoding, Shown
 from corpus.splits import assigned, check, elsewhere, part_names, split_of, thinned
-from corpus.telling import tell
 from runtime.errors import UserError
+from runtime.notices import notice
 from runtime.progress import progress
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
 SCENE_COLUMNS = ("scene", "label", "labels", "class", "category")
+#: Images of a stream that are looked at for how deep values are shown.
+STREAMED_SAMPLE = 16
 MASK_COLUMNS = ("mask", "seg", "annotation", "segmentation")
 
 
 @dataclass(frozen=True)
-class HuggingFace:
+class HuggingFace(Shown):
     """Rows of a data set that `datasets` can load; ids are those of a text column `id`, else `<split>/<row>`.
 
     Images stay in the bytes they came in until they are decoded here, so that a broken one is a row with a reason.
@@ -52,9 +56,11 @@ class HuggingFace:
             hash of the id. `corpus.splits` has the names, and the rule for a split that they leave out.
         streaming: read a hub data set row by row instead of downloading it whole; by one process, in two passes.
         image_column, scene_column, caption_column, mask_column: None: the first that is called what it usually is.
-        classes: names of the mask values; empty: masks are left alone.
+        classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); no names of
+            classes: masks are left alone.
         class_names: of the scenes that are numbers without the data set's own names: a list, or a file of them; None:
             `corpus.names.CLASS_FILES` in the data set's folder, if there is one.
+        bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`.
         resolution: side of the images handed on, in pixels.
         val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many images, evenly spread (None: all).
@@ -73,6 +79,9 @@ class HuggingFace:
     mask_column: str | None = None
     classes: tuple[str, ...] = ()
     class_names: Any = None
+    mask_ignore: Any = None
+    mask_values: Any = None
+    mask_colours: Any = None
     resolution: int = 64
     val_share: float = 0.1
     test_share: float = 0.1
@@ -86,6 +95,8 @@ class HuggingFace:
                 "corpus=huggingface reads no data set yet: say which with corpus.path=OWNER/NAME or a folder"
             )
         check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        _ = self.raster
+        _ = self.mask_rule  # refused before anything is read
         if self.streaming and self.workers not in (None, 1):
             raise UserError("corpus.streaming=true reads by one process: leave corpus.workers at null")
         if self.streaming:
@@ -114,9 +125,13 @@ class HuggingFace:
                 f"the hub does not say which version {self.path} has ({_reason(error)}): try again"
             ) from error
 
+    @cached_property
+    def mask_rule(self) -> MaskRule:
+        return mask_rule(self.classes, self.mask_ignore, self.mask_values, self.mask_colours)
+
     @property
     def mask_classes(self) -> tuple[str, ...]:
-        return tuple(self.classes)
+        return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
         """One row an image: id, scene, caption, every column of numbers or texts; a stamp unless it is streamed."""
@@ -129,7 +144,23 @@ class HuggingFace:
         names = list(self._parts)
         parts = {names[number]: self._parts[names[number]] for number in sorted(set(places[:, 0].tolist()))}
         chosen = [(names[number], int(row)) for number, row in places]
-        return partial(_read_rows, parts, chosen, self._pair, self.resolution)
+        return partial(_read_rows, parts, chosen, self._pair, self._decoding)
+
+    @cached_property
+    def _decoding(self) -> Decoding:
+        return Decoding(self.resolution, self.raster, self.survey, self.mask_rule)
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Of images that are spread over the data set, whichever split is read; of a stream, of its first ones."""
+        column = self._columns["image"]
+        if self.streaming:
+            records = islice(next(iter(self._parts.values())), STREAMED_SAMPLE)
+        else:
+            found = [(part, row) for part in self._parts.values() for row in range(len(part))]
+            records = (found[place][0][found[place][1]] for place in spread(len(found)))
+        data = (_bytes(record[column]) for record in records)
+        return survey_files((part for part in data if isinstance(part, bytes)), self.raster)
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         """The bytes and suffix of every image, and those of its mask or None."""
@@ -190,14 +221,14 @@ class HuggingFace:
             raise UserError(
                 f"{self.path} has no column of images: name it with corpus.image_column ({', '.join(names)})"
             )
-        if self.classes and columns["mask"] is None:
+        if self.mask_rule and columns["mask"] is None:
             raise UserError(f"{self.path} has no column of masks: name it with corpus.mask_column ({', '.join(names)})")
         return columns
 
     @property
     def _pair(self) -> tuple[str, str | None]:
         """The columns of the image and, where masks are read, of its mask."""
-        return self._columns["image"], self._columns["mask"] if self.classes else None
+        return self._columns["image"], self._columns["mask"] if self.mask_rule else None
 
     @cached_property
     def _class_names(self) -> tuple[str, ...]:
@@ -227,11 +258,13 @@ class HuggingFace:
                 places.append((number, row))
                 names.append(self._split_name(record, named[name]))
                 found, captions = self._facts(record, part.features)
-                rows.append({"id": identifier, **found, **stamp[0]})
+                rows.append({"id": identifier, **found, **_shown(stamp[0], self.survey)})
                 digests.append(stamp[1])
                 counts.append(captions)
         if any(counts):
-            tell(f"{self.name}: {np.count_nonzero(counts)} of {len(rows)} rows have captions ({sum(counts)} captions)")
+            notice(
+                f"{self.name}: {np.count_nonzero(counts)} of {len(rows)} rows have captions ({sum(counts)} captions)"
+            )
         chosen = np.arange(len(rows))
         if self.split != "all":
             ids = [row["id"] for row in rows]
@@ -262,7 +295,7 @@ class HuggingFace:
 
     def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | Sample | str]:
         for record in self._stream_records(places):
-            yield _decode(record, self._pair, self.resolution)
+            yield _decode(record, self._pair, self._decoding)
 
     def _stream_records(self, places: np.ndarray) -> Iterator[dict]:
         """Rows of a stream in ascending order; a chunk that follows the last one reads on where that ended."""
@@ -329,6 +362,10 @@ def _stamps(part: Any, columns: tuple[str, str | None]) -> Iterator[tuple[dict[s
         yield {"stamp": "" if isinstance(data, str) else digest.hexdigest()}, own
 
 
+def _shown(stamp: dict[str, str], survey: Survey) -> dict[str, str]:
+    return {name: value and value + survey.stamp for name, value in stamp.items()}
+
+
 def _undecoded(part: Any) -> Any:
     import datasets
 
@@ -339,20 +376,15 @@ def _undecoded(part: Any) -> Any:
 
 
 def _read_rows(
-    parts: dict[str, Any], places: list[tuple[str, int]], columns: tuple[str, str | None], resolution: int
+    parts: dict[str, Any], places: list[tuple[str, int]], columns: tuple[str, str | None], decoding: Decoding
 ) -> Iterator[np.ndarray | Sample | str]:
     for name, row in places:
-        yield _decode(parts[name][row], columns, resolution)
+        yield _decode(parts[name][row], columns, decoding)
 
 
-def _decode(record: dict, columns: tuple[str, str | None], resolution: int) -> np.ndarray | Sample | str:
-    data = _bytes(record[columns[0]])
-    image = data if isinstance(data, str) else decode_image(data, resolution)
-    if columns[1] is None or isinstance(image, str):
-        return image
-    data = _bytes(record[columns[1]])
-    mask = NO_MASK if isinstance(data, str) else decode_mask(data, resolution)
-    return f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
+def _decode(record: dict, columns: tuple[str, str | None], decoding: Decoding) -> np.ndarray | Sample | str:
+    mask = _bytes(record[columns[1]]) if columns[1] else MISSING
+    return decoding(_bytes(record[columns[0]]), MISSING if isinstance(mask, str) else mask)
 
 
 def _bytes(value: Any) -> bytes | str:

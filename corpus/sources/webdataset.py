@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -32,11 +33,12 @@ from corpus.captions import (
     scene_name,
 )
 from corpus.copies import by_key, ends, firsts_of
-from corpus.decoding import NO_MASK, UNREADABLE_FILE, VANISHED, decode_image, decode_mask
-from corpus.index import Sample
+from corpus.decoding import UNREADABLE_FILE, VANISHED, survey_files
+from corpus.masks import MISSING, PREFIX, MaskRule, Sample, mask_rule
 from corpus.names import (
     CLASS_FILES,
     HEAD,
+    SHALLOW,
     Group,
     counted,
     extra_suffixes,
@@ -46,9 +48,11 @@ from corpus.names import (
     suffix_of,
     unique_ids,
 )
+from corpus.raster import Survey, spread
+from corpus.reading import Decoding, Shown
 from corpus.splits import assigned, check, elsewhere, thinned
-from corpus.telling import tell
 from runtime.errors import UserError
+from runtime.notices import notice
 from runtime.progress import progress
 
 CUT = "shard cut in the middle"
@@ -107,7 +111,7 @@ class _Item:
 
 
 @dataclass(frozen=True)
-class WebDataset:
+class WebDataset(Shown):
     """Samples of tar shards: members of one key, wherever in the shard they lie (`corpus.names.samples`).
 
     An image, by its last suffix or its first bytes; if there are, captions (`txt`), facts (`json`: id, caption or
@@ -123,10 +127,12 @@ class WebDataset:
         resolution: side of the images handed on, in pixels.
         val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many samples, evenly spread (None: all).
-        classes: names of the mask values; empty: masks are left alone.
+        classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); no names of
+            classes: masks are left alone.
         image_suffixes: more suffixes of images.
         class_names: of the scenes that are numbers: a list, or a file of them; None: `corpus.names.CLASS_FILES` beside
             the first shard, if there is one.
+        bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`.
         content_hash: an image has changed if its bytes have, all of which are read for it, not if its shard has.
         workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
@@ -142,6 +148,9 @@ class WebDataset:
     classes: tuple[str, ...] = ()
     image_suffixes: tuple[str, ...] = ()
     class_names: Any = None
+    mask_ignore: Any = None
+    mask_values: Any = None
+    mask_colours: Any = None
     content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "webdataset"
@@ -150,6 +159,8 @@ class WebDataset:
         if not self.urls:
             raise UserError("corpus=webdataset reads no shards yet: say which with corpus.urls='DIR/{000..009}.tar'")
         check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        _ = self.raster
+        _ = self.mask_rule  # refused before anything is read
 
     @property
     def version(self) -> dict[str, str]:
@@ -158,14 +169,22 @@ class WebDataset:
         names = {"class_names": list(self._class_names)} if self._class_names else {}
         return {"shards": hashlib.sha256(text.encode()).hexdigest()[:16], **names}
 
+    @cached_property
+    def mask_rule(self) -> MaskRule:
+        return mask_rule(self.classes, self.mask_ignore, self.mask_values, self.mask_colours)
+
     @property
     def mask_classes(self) -> tuple[str, ...]:
-        return tuple(self.classes)
+        return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
         """One row a sample in the order of the shards: id, scene, caption, stamp, facts; `copy_in` where images have
         exact copies in other splits."""
-        rows = [{"id": item.id, "scene": "", "caption": "", "stamp": item.stamp, **item.facts} for item in self._chosen]
+        shown = self.survey.stamp
+        rows = [
+            {"id": item.id, "scene": "", "caption": "", "stamp": item.stamp + shown, **item.facts}
+            for item in self._chosen
+        ]
         copies = {} if self.split == "all" else self._splits[1]
         rows = [{**row, "copy_in": copies.get(row["id"], "")} for row in rows] if copies else rows
         return pd.DataFrame(rows, columns=None if rows else ["id", "scene", "caption", "stamp"])
@@ -173,7 +192,14 @@ class WebDataset:
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
         items = [self._chosen[row] for row in rows]
         places = [(item.image, item.mask, item.problem) for item in items]
-        return partial(_read_places, places, self.resolution, bool(self.classes))
+        return partial(_read_places, places, Decoding(self.resolution, self.raster, self.survey, self.mask_rule))
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Of images that are spread over the shards, whichever split is read."""
+        places = [item.image for item in self._items if item.image and item.image_suffix not in SHALLOW]
+        with closing(_Members()) as members:
+            return survey_files(_readable(members, [places[row] for row in spread(len(places))]), self.raster)
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         """The bytes and suffix of every image member, and those of its mask or None.
@@ -240,14 +266,14 @@ class WebDataset:
             for sample in found:
                 while problems and problems[0][0] <= sample.first:
                     items.append(problems.pop(0)[1])
-                items += _rows(sample, places, stamp, bool(self.classes), self._class_names)
+                items += _rows(sample, places, stamp, bool(self.mask_rule), self._class_names)
             items += [problem for _, problem in problems]
             passed += _passed_over(found, places)
         captions = [item.captions for item in items if item.captions]
         if captions:
-            tell(f"{self.name}: {len(captions)} of {len(items)} samples have captions ({sum(captions)} captions)")
+            notice(f"{self.name}: {len(captions)} of {len(items)} samples have captions ({sum(captions)} captions)")
         if passed:
-            tell(f"{self.name}: {sum(passed.values())} members passed over: {counted(passed)}")
+            notice(f"{self.name}: {sum(passed.values())} members passed over: {counted(passed)}")
         return _named(items)
 
     @cached_property
@@ -480,8 +506,14 @@ class _Members:
         self._shard, self._file = "", None
 
 
+def _readable(members: _Members, places: Sequence[_Place]) -> Iterator[bytes]:
+    for place in places:
+        with contextlib.suppress(OSError, tarfile.TarError):  # its row will say so
+            yield members.read(place)
+
+
 def _read_places(
-    places: Sequence[tuple[_Place | None, _Place | None, str]], resolution: int, masks: bool
+    places: Sequence[tuple[_Place | None, _Place | None, str]], decoding: Decoding
 ) -> Iterator[np.ndarray | Sample | str]:
     """Images at places in shards."""
     with closing(_Members()) as members:
@@ -492,20 +524,13 @@ def _read_places(
             part = ""
             try:
                 data = members.read(image_place)
-                part = "mask: "
-                mask_data = members.read(mask_place) if mask_place is not None else b""
+                part = PREFIX
+                mask = members.read(mask_place) if mask_place is not None else MISSING
             except FileNotFoundError:
                 yield VANISHED
-                continue
             except tarfile.TarError:
                 yield part + CUT
-                continue
             except OSError:
                 yield UNREADABLE_FILE
-                continue
-            image = decode_image(data, resolution)
-            if not masks or isinstance(image, str):
-                yield image
-                continue
-            mask = decode_mask(mask_data, resolution) if mask_place is not None else NO_MASK
-            yield f"mask: {mask}" if isinstance(mask, str) else Sample(image, mask)
+            else:
+                yield decoding(data, mask)

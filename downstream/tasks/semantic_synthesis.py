@@ -6,11 +6,16 @@ import numpy as np
 from omegaconf import DictConfig
 
 from corpus.index import Corpus
+from corpus.masks import IGNORED
 from downstream.corpora import corpus_of, training_rows
 from downstream.task import Task, Unsuited
 
 #: Training images whose pixels make the palette.
 PALETTE_IMAGES = 2000
+#: What palette.json calls pixels that have no class.
+NO_CLASS = "no class"
+#: Level of the colour of what never occurs in training.
+GREY = 128.0
 METRICS = (
     *("fd", "kid_x1000", "precision", "recall", "density", "coverage"),  # between the sets
     *("feature_distance", "miou", "pixel_accuracy"),  # image by image
@@ -26,14 +31,16 @@ def make_task(cfg: DictConfig) -> Task:
     settings = cfg.downstream.semantic_synthesis
     corpus = _training_corpus(cfg)
     palette = natural_palette(corpus, cfg.seed, settings.colour_distance)
+    names = (*corpus.mask_classes, *[NO_CLASS] * (len(palette) - len(corpus.mask_classes)))
+    colours = by_value(palette, len(corpus.mask_classes))
     return Task(
         name="semantic_synthesis",
-        condition=lambda source, rows: palette[source.masks[rows]],
+        condition=lambda source, rows: colours[source.masks[rows]],
         facts={"palette": palette.tolist()},
         captioned=bool(settings.captioned),
         metrics=METRICS,
-        inputs=lambda held: {"input": palette[held.masks]},
-        files={"palette.json": dict(zip(corpus.mask_classes, palette.tolist(), strict=True))},
+        inputs=lambda held: {"input": colours[held.masks]},
+        files={"palette.json": dict(zip(names, palette.tolist(), strict=True))},
     )
 
 
@@ -74,12 +81,23 @@ def spread_colours(colours: np.ndarray, distance: float) -> np.ndarray:
 def natural_palette(corpus: Corpus, seed: int, distance: float, images: int = PALETTE_IMAGES) -> np.ndarray:
     """Each class's mean colour over training pixels, told apart: uint8 [K, 3]. A class that never occurs is grey.
 
-    The autoencoder knows such colours, while it would blur the line between two forests of the same green.
+    The autoencoder knows such colours, while it would blur the line between two forests of the same green. Where
+    there are pixels without a class, they have a colour of their own as well, the last of K + 1.
     """
     rows = training_rows(corpus, images, seed)
     pixels, masks = corpus.images[rows], corpus.masks[rows]
-    means = [
-        pixels[masks == index].mean(0) if (masks == index).any() else np.full(3, 128.0)
-        for index in range(len(corpus.mask_classes))
-    ]
+    values = [*range(len(corpus.mask_classes)), *[IGNORED] * bool((masks == IGNORED).any())]
+    means = [pixels[masks == value].mean(0) if (masks == value).any() else np.full(3, GREY) for value in values]
     return spread_colours(np.stack(means), distance).round().astype(np.uint8)
+
+
+def by_value(palette: np.ndarray, classes: int) -> np.ndarray:
+    """The colour of every mask value, uint8 [256, 3]: of a class, of what has none, and grey where neither is known.
+
+    Args:
+        palette: uint8 [K, 3] of the `classes`, or [K + 1, 3] with the colour of pixels without a class at the end.
+    """
+    colours = np.full((256, 3), GREY, np.uint8)
+    colours[:classes] = palette[:classes]
+    colours[IGNORED] = palette[classes] if len(palette) > classes else GREY
+    return colours

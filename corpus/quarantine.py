@@ -1,0 +1,95 @@
+"""What could not be read of a corpus: the table, the reasons grouped and counted, and the line that says so."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from corpus.masks import MISSING, PREFIX
+from runtime.errors import UserError
+from runtime.notices import notice
+
+#: id and reason of the images that could not be read; in a corpus stage, and in a selection's.
+QUARANTINE = "quarantine.parquet"
+#: Groups of reasons that a line names.
+NAMED = 5
+#: Longest reason in a line, in characters.
+LONGEST = 120
+#: The parts of a reason that differ from image to image: a colour, what stands in brackets or quotes, a number.
+VALUE = re.compile(r"#[0-9a-fA-F]{3,8}\b|\([^()]*\)|'[^']*'|(?<![\w.])-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
+
+
+def quarantined(manifest: pd.DataFrame) -> pd.DataFrame:
+    """id and reason of every image that could not be read."""
+    return manifest.loc[~manifest["readable"], ["id", "reason"]].reset_index(drop=True)
+
+
+def reason_counts(reasons: Iterable[str]) -> dict[str, int]:
+    """How many images each reason has, most frequent first.
+
+    Reasons that differ in numbers, colours, brackets or quotes alone are one group. Its name has "…" in the place of a
+    value that is not the same in all of them: `mask: class … of 2`.
+    """
+    counts: dict[str, int] = defaultdict(int)
+    for reason in reasons:
+        counts[str(reason).replace("\0", " ")] += 1
+    groups: dict[str, list[str]] = defaultdict(list)
+    for reason in counts:
+        groups[VALUE.sub("\0", reason)].append(reason)
+    named = {_name(template, group): sum(counts[reason] for reason in group) for template, group in groups.items()}
+    return dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _name(template: str, reasons: list[str]) -> str:
+    """The reason itself, or the template with the values that all reasons of the group share."""
+    values = zip(*(VALUE.findall(reason) for reason in reasons), strict=True)
+    filled = iter([found[0] if len(set(found)) == 1 else "…" for found in values])
+    return re.sub("\0", lambda _: next(filled), template)
+
+
+def counted(counts: dict[str, int]) -> str:
+    """`duplicate key 20, empty file 3 and 2 more reasons`: the `NAMED` most frequent."""
+    named = [f"{_short(reason)} {count:,}" for reason, count in list(counts.items())[:NAMED]]
+    rest = len(counts) - len(named)
+    more = f" and {rest} more reason{'s' if rest > 1 else ''}" if rest else ""
+    return ", ".join(named) + more
+
+
+def _short(reason: str) -> str:
+    reason = " ".join(reason.split())
+    return reason if len(reason) <= LONGEST else reason[: LONGEST - 1] + "…"
+
+
+def announce(manifest: pd.DataFrame, name: str, directory: Path) -> None:
+    """Say on stderr, in one line, how many images of a corpus are quarantined and why; nothing where none are.
+
+    Args:
+        manifest: of the corpus, with `readable` and `reason`.
+        name: of the corpus and its split, for the line.
+        directory: of the corpus stage, which holds the table.
+    Raises:
+        UserError: no image can be read.
+    """
+    found, table = quarantined(manifest), directory / QUARANTINE
+    if found.empty:
+        return
+    reasons = counted(reason_counts(found["reason"]))
+    if len(found) == len(manifest):
+        raise UserError(
+            f"{name}: none of {len(manifest):,} images can be read: {reasons} (table: {table}): mend what the reasons "
+            "name, or give other images"
+        )
+    notice(f"{name}: {len(found):,} of {len(manifest):,} images quarantined: {reasons} (table: {table})")
+
+
+def announce_masks(manifest: pd.DataFrame, name: str) -> None:
+    """Say on stderr, in one line, how many of the images that could be read have a mask."""
+    reasons = manifest["reason"]
+    able = manifest["readable"] | reasons.str.startswith(PREFIX)
+    missing = manifest.loc[reasons == PREFIX + MISSING, "id"]
+    example = f"; {len(missing):,} missing (e.g. {missing.iloc[0]})" if len(missing) else ""
+    notice(f"{name}: masks: {able.sum() - len(missing):,} of {able.sum():,} images have one{example}")

@@ -1,0 +1,15 @@
+"""One-line messages on stderr that a command says once."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+from runtime.artefacts import is_main_process
+
+
+@cache
+def notice(line: str) -> None:
+    """Print a line on stderr, once in the life of the process, by the first process of a launch alone."""
+    if is_main_process():
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
