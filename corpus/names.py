@@ -104,7 +104,7 @@ def kind_of(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
     """
     suffix = suffix_of(name)
     if suffix in IMAGE_SUFFIXES or suffix in extra:
-        return "mask" if _roles(name) & set(MASK_WORDS) else "image"
+        return "mask" if not _roles(name).isdisjoint(MASK_WORDS) else "image"
     if is_companion(name):
         return "companion"
     if suffix in TEXT_SUFFIXES:
@@ -212,7 +212,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _roles(name: str) -> set[str]:
     """The words before the suffix that name a kind, in lower case."""
-    words, roles = name.rpartition("/")[2].split(".")[1:-1], set()
+    words, roles = name.rpartition("/")[2].split(".")[1:-1], set()  # mostly none
     while words and words[-1].lower() in _WORDS:
         roles.add(words.pop().lower())
     return roles
