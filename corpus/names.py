@@ -164,9 +164,12 @@ def _of_key(key: str, members: list[int], names: Sequence[str], kinds: Sequence[
     if "" in pictured or not pictured or (plain and len(pictured) == 1):
         yield _sample(key, members, names, kinds)
         return
-    for stem in dict.fromkeys(stem for stem in stems.values() if stem):
-        own = [position for position in members if stems[position] in (stem, "")]
-        yield _sample(f"{key}.{stem}", own, names, kinds)
+    of_stem: dict[str, list[int]] = {}
+    for position, stem in stems.items():
+        of_stem.setdefault(stem, []).append(position)
+    shared = of_stem.pop("", [])
+    for stem, own in of_stem.items():
+        yield _sample(f"{key}.{stem}", sorted([*own, *shared]), names, kinds)
 
 
 def _sample(key: str, members: list[int], names: Sequence[str], kinds: Sequence[str]) -> Group:
@@ -254,7 +257,8 @@ def counted(suffixes: Mapping[str, int]) -> str:
     """`.csv 2, .mp4 12`: at most eight, the most frequent ones."""
     shown = sorted(suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
     more = [f"others {sum(count for _, count in shown[8:])}"] if len(shown) > 8 else []
-    return ", ".join([*(f"{suffix or 'none'} {count}" for suffix, count in sorted(shown[:8])), *more])
+    named = ((suffix if suffix.isprintable() else ascii(suffix), count) for suffix, count in sorted(shown[:8]))
+    return ", ".join([*(f"{suffix or 'none'} {count}" for suffix, count in named), *more])
 
 
 def normal(name: str) -> str:
