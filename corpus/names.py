@@ -178,7 +178,7 @@ def _sample(key: str, members: list[int], names: Sequence[str], kinds: Sequence[
     for position in members:
         name, kind = names[position], kinds[position]
         ending = name[len(_split(name)[0]) :].lower()
-        sample.met.append(suffix_of(name) or "none")
+        sample.met.append(_printable(suffix_of(name)))
         if ending in taken and kind != "other":
             sample.doubled.append(position)
         else:
@@ -257,8 +257,11 @@ def counted(suffixes: Mapping[str, int]) -> str:
     """`.csv 2, .mp4 12`: at most eight, the most frequent ones."""
     shown = sorted(suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
     more = [f"others {sum(count for _, count in shown[8:])}"] if len(shown) > 8 else []
-    named = ((suffix if suffix.isprintable() else ascii(suffix), count) for suffix, count in sorted(shown[:8]))
-    return ", ".join([*(f"{suffix or 'none'} {count}" for suffix, count in named), *more])
+    return ", ".join([*(f"{_printable(suffix)} {count}" for suffix, count in sorted(shown[:8])), *more])
+
+
+def _printable(suffix: str) -> str:
+    return (suffix or "none") if suffix.isprintable() else ascii(suffix)
 
 
 def normal(name: str) -> str:

@@ -314,7 +314,7 @@ def test_suffixes_that_are_no_unicode_stop_nothing(tmp_path: Path, capsys: pytes
     odd = os.fsdecode(b"a.\xff\n")
     shard(tmp_path / "a.tar", [(odd, b"x"), ("b.jpg", jpeg(0)), (os.fsdecode(b"b.\xfe"), b"y")])
     corpus = index_corpus(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path / "runs")
-    assert corpus.manifest["reason"].tolist() == [f"{NO_IMAGE}: suffixes met .\\xff\n", ""]
+    assert corpus.manifest["reason"].tolist() == [f"{NO_IMAGE}: suffixes met '.\\udcff\\n'", ""]
     (tmp_path / "d").mkdir()
     texture(0).save(tmp_path / "d" / "a.png")
     (tmp_path / "d" / odd).write_bytes(b"x")

@@ -416,7 +416,7 @@ def _rows(
     known = scalars(facts)
     if facts.get("split"):
         known["split"] = str(facts["split"])
-    met = encodable(", ".join(sorted(set(sample.met))[:8]))
+    met = ", ".join(sorted(set(sample.met))[:8])
     yield _Item(
         id=str(facts.get("id") or sample.key),
         shard=shard,
