@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from functools import cache
 from typing import Any
 
 from corpus.names import IMAGE_SUFFIXES, suffix_of
@@ -53,7 +54,7 @@ def caption_facts(row: Mapping[str, Any], scene: str) -> dict[str, Any]:
 
 def own_captions(row: Mapping[str, Any]) -> list[str]:
     """The captions that a row has itself, of the first field that has any."""
-    return next((texts for key in CAPTION_KEYS if (texts := _texts(row.get(key)))), [])
+    return next((texts for key in CAPTION_KEYS if key in row and (texts := _texts(row[key]))), [])
 
 
 def _texts(value: Any) -> list[str]:
@@ -117,6 +118,7 @@ def decoded(data: bytes) -> str:
         return text if sound > text.count("\ufffd") else data.decode("cp1252", "replace")
 
 
+@cache
 def scene_caption(scene: str) -> str:
     """What an image of this scene is called that has no caption of its own: no number is a word for what it shows."""
     if not scene:
@@ -206,6 +208,8 @@ def scalars(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """
     own = ("id", "scene", "label", "caption", "captions", "text", "stamp", "readable", "reason", "file_name", "split")
     own = (*own, "ground", "copy_in")
+    if not row:
+        return {}
     dated = {key: value.isoformat() if isinstance(value, date) else value for key, value in row.items()}
     known = {str(key): value for key, value in dated.items() if isinstance(value, (str, int, float, bool))}
     return {key: _storable(value) for key, value in known.items() if key not in own}

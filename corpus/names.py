@@ -106,7 +106,7 @@ def kind_of(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
     """
     suffix = suffix_of(name)
     if suffix in IMAGE_SUFFIXES or suffix in extra:
-        return "mask" if _roles(name) & set(MASK_WORDS) else "image"
+        return "mask" if not _roles(name).isdisjoint(MASK_WORDS) else "image"
     if is_companion(name):
         return "companion"
     if suffix in TEXT_SUFFIXES:
@@ -166,9 +166,12 @@ def _of_key(key: str, members: list[int], names: Sequence[str], kinds: Sequence[
     if "" in pictured or not pictured or (plain and len(pictured) == 1):
         yield _sample(key, members, names, kinds)
         return
-    for stem in dict.fromkeys(stem for stem in stems.values() if stem):
-        own = [position for position in members if stems[position] in (stem, "")]
-        yield _sample(f"{key}.{stem}", own, names, kinds)
+    of_stem: dict[str, list[int]] = {}
+    for position, stem in stems.items():
+        of_stem.setdefault(stem, []).append(position)
+    shared = of_stem.pop("", [])
+    for stem, own in of_stem.items():
+        yield _sample(f"{key}.{stem}", sorted([*own, *shared]), names, kinds)
 
 
 def _sample(key: str, members: list[int], names: Sequence[str], kinds: Sequence[str]) -> Group:
@@ -177,7 +180,7 @@ def _sample(key: str, members: list[int], names: Sequence[str], kinds: Sequence[
     for position in members:
         name, kind = names[position], kinds[position]
         ending = name[len(_split(name)[0]) :].lower()
-        sample.met.append(suffix_of(name) or "none")
+        sample.met.append(_printable(suffix_of(name)))
         if ending in taken and kind != "other":
             sample.doubled.append(position)
         else:
@@ -214,7 +217,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _roles(name: str) -> set[str]:
     """The words before the suffix that name a kind, in lower case."""
-    words, roles = name.rpartition("/")[2].split(".")[1:-1], set()
+    words, roles = name.rpartition("/")[2].split(".")[1:-1], set()  # mostly none
     while words and words[-1].lower() in _WORDS:
         roles.add(words.pop().lower())
     return roles
@@ -256,7 +259,11 @@ def counted(suffixes: Mapping[str, int]) -> str:
     """`.csv 2, .mp4 12`: at most eight, the most frequent ones."""
     shown = sorted(suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
     more = [f"others {sum(count for _, count in shown[8:])}"] if len(shown) > 8 else []
-    return ", ".join([*(f"{suffix or 'none'} {count}" for suffix, count in sorted(shown[:8])), *more])
+    return ", ".join([*(f"{_printable(suffix)} {count}" for suffix, count in sorted(shown[:8])), *more])
+
+
+def _printable(suffix: str) -> str:
+    return (suffix or "none") if suffix.isprintable() else ascii(suffix)
 
 
 def normal(name: str) -> str:

@@ -23,6 +23,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -57,6 +58,7 @@ def hashed_split(identifier: str, val_share: float, test_share: float) -> str:
     return "val" if number < (test_share + val_share) * 2**64 else "train"
 
 
+@cache
 def split_of(name: str) -> str:
     """The split that is called so (`train2017`, `Testing`, `val_images`, `trainA`, `test-00000-of-00002`), else ""."""
     if name.strip().lower() in NAMES:
@@ -69,7 +71,8 @@ def split_of(name: str) -> str:
     return NAMES.get("".join(kept), "")
 
 
-def folder_split(folders: Sequence[str]) -> tuple[str, str]:
+@cache
+def folder_split(folders: tuple[str, ...]) -> tuple[str, str]:
     """The first of the folders an image lies in that is called as a split, "" for none, and its scene: the first that
     is called neither so nor `images`, "" for none."""
     named = next((folder for folder in folders if split_of(folder)), "")

@@ -209,8 +209,9 @@ def test_a_text_with_a_broken_byte_keeps_its_other_letters() -> None:
     ("value", "expected"),
     [
         ("one", ["one"]), (["one", "two"], ["one", "two"]), ("['one', 'two']", ["one", "two"]),
-        ('["one", "it\'s"]', ["one", "it's"]), ("[sic] one", ["[sic] one"]), ([{"raw": "one"}, {"text": "two"}], ["one", "two"]), (b"one", ["one"]), (7, []),
-        (np.array(["one", "two"], object), ["one", "two"]), (None, []), ("  ", []), ([None, "one"], ["one"]),
+        ('["one", "it\'s"]', ["one", "it's"]), ("[sic] one", ["[sic] one"]), (b"one", ["one"]),
+        ([{"raw": "one"}, {"text": "two"}], ["one", "two"]),
+        (7, []), (np.array(["one", "two"], object), ["one", "two"]), (None, []), ("  ", []), ([None, "one"], ["one"]),
     ],
 )  # fmt: skip
 def test_captions_come_in_many_shapes(value: object, expected: list[str]) -> None:

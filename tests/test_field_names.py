@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -306,3 +307,16 @@ def test_class_numbers_of_a_table(tmp_path: Path) -> None:
     assert HuggingFace(str(tmp_path), class_names=["a", "b"]).manifest()["scene"].tolist() == ["a", "b", "", "class 7"]
     pd.DataFrame({**rows, "label_text": ["sea", "land", "", "ice"]}).to_parquet(tmp_path / "train.parquet")
     assert HuggingFace(str(tmp_path)).manifest()["scene"].tolist() == ["sea", "land", "", "ice"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are no Unicode exist on POSIX alone")
+def test_suffixes_that_are_no_unicode_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    odd = os.fsdecode(b"a.\xff\n")
+    shard(tmp_path / "a.tar", [(odd, b"x"), ("b.jpg", jpeg(0)), (os.fsdecode(b"b.\xfe"), b"y")])
+    corpus = index_corpus(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path / "runs")
+    assert corpus.manifest["reason"].tolist() == [f"{NO_IMAGE}: suffixes met '.\\udcff\\n'", ""]
+    (tmp_path / "d").mkdir()
+    texture(0).save(tmp_path / "d" / "a.png")
+    (tmp_path / "d" / odd).write_bytes(b"x")
+    assert len(index_corpus(ImageFolder(str(tmp_path / "d"), resolution=SIDE), tmp_path / "runs")) == 1
+    assert "folder: 1 files passed over: '.\\udcff\\n' 1\n" in capsys.readouterr().err

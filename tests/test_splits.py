@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -214,17 +213,11 @@ def test_split_and_scene_of_folders(path: str, expected: tuple[str, str]) -> Non
     assert folder_split(tuple(filter(None, path.split("/")))) == expected
 
 
-@pytest.mark.parametrize("kind", ["folder", "rows", "shards", "table", "parts"])
+@pytest.mark.parametrize("kind", ["folder", "rows", "shards", "table"])
 def test_every_source_knows_the_same_names(kind: str, tmp_path: Path) -> None:
     names = ["training"] * 12 + ["Testing"] * 4 + ["val2017"] * 4
     data = [encoded(texture(number)) for number in range(len(names))]
-    sources = {
-        "folder": ImageFolder,
-        "rows": ImageFolder,
-        "shards": WebDataset,
-        "table": HuggingFace,
-        "parts": HuggingFace,
-    }
+    sources = {"folder": ImageFolder, "rows": ImageFolder, "shards": WebDataset, "table": HuggingFace}
     place = tmp_path / "a.tar" if kind == "shards" else tmp_path
     table = pd.DataFrame({"image": [{"bytes": one, "path": None} for one in data], "split": names})
     if kind == "folder" or kind == "rows":
@@ -240,15 +233,16 @@ def test_every_source_knows_the_same_names(kind: str, tmp_path: Path) -> None:
         shard(place, [*((f"{number}.png", one) for number, one in enumerate(data)), *facts])
     elif kind == "table":
         table.to_parquet(tmp_path / "all.parquet")
-    elif kind == "parts":
-        datasets.DatasetDict(
-            {name: datasets.Dataset.from_list([{"image": {"bytes": data[names.index(name)], "path": None}}] * 3)
-             .cast_column("image", datasets.Image()) for name in ("training", "testing")}
-        ).save_to_disk(str(tmp_path / "saved"))  # fmt: skip
-        assert len(HuggingFace(str(tmp_path / "saved"), split="test").manifest()) == 3
-        return
     counts = [len(sources[kind](str(place), split=split).manifest()) for split in ("train", "val", "test")]
     assert counts == [12, 4, 4]
+
+
+def test_parts_of_a_set_are_called_by_the_same_names() -> None:
+    parts = {"Training": 5, "test_a": 3, "validation-1": 2}
+    assert part_names(parts) == {name: name for name in parts}
+    named = [name for name, count in parts.items() for _ in range(count)]
+    found = assigned("photos", [str(number) for number in range(10)], named, 0.1, 0.1)
+    assert found == ["train"] * 5 + ["test"] * 3 + ["val"] * 2
 
 
 def test_images_in_no_split_s_folder_are_counted(capsys: pytest.CaptureFixture) -> None:

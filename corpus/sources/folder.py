@@ -258,14 +258,15 @@ class ImageFolder(Shown):
                 raise UserError(f"{self._root} cannot be listed ({error.strerror}): make it readable") from None
             images.append(Path(error.filename).relative_to(self._root).as_posix())  # a row whose reason says so
 
+        extra = extra_suffixes(self.image_suffixes)
         for folder, names, only in self._folders_below(closed):
+            below = folder.relative_to(self._root).as_posix()
             for name in names:
-                path = folder / name
-                file = path.relative_to(self._root).as_posix()
-                kind = kind_of(name, None, extra_suffixes(self.image_suffixes))
-                if TABLE.fullmatch(path.name.lower()):
+                file = name if below == "." else f"{below}/{name}"
+                kind = kind_of(name, None, extra)
+                if TABLE.fullmatch(name.lower().rpartition("/")[2]):
                     tables.append(file)
-                elif not only and (kind in ("image", "mask") or (kind == "?" and _begins_as_image(path))):
+                elif not only and (kind in ("image", "mask") or (kind == "?" and _begins_as_image(folder / name))):
                     images.append(file)
                 elif kind in ("text", "facts"):
                     others.append(file)
@@ -378,11 +379,11 @@ class ImageFolder(Shown):
     def _split_name(self, file: str) -> str:
         """What an image's row or folder calls its split, or ""."""
         named = self._rows.get(file, {}).get("split")
-        return str(named) if named else folder_split(PurePosixPath(file).parts[:-1])[0]
+        return str(named) if named else folder_split(tuple(file.split("/")[:-1]))[0]
 
     def _facts(self, file: str) -> dict[str, Any]:
         row = self._rows.get(file, {})
-        folder = folder_split(PurePosixPath(file).parts[:-1])[1]
+        folder = folder_split(tuple(file.split("/")[:-1]))[1]
         scene = scene_name(_identifier(folder), self._class_names) or row_scene(row, self._class_names)
         return {"id": _identifier(file), "scene": scene, **caption_facts(row, scene), **scalars(row)}
 

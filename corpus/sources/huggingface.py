@@ -235,6 +235,8 @@ class HuggingFace(Shown):
         if self.class_names is not None:
             return chosen_classes(self.class_names)
         folder = Path(str(self.path)).expanduser()
+        if not folder.is_dir() and not _files(folder):  # of a hub name there is no folder here
+            return ()
         lists = (read_bytes((folder if folder.is_dir() else folder.parent) / name) for name in CLASS_FILES)
         return next((class_list(data) for data in lists if isinstance(data, bytes)), ())
 
