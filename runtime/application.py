@@ -72,6 +72,7 @@ def run(main: Callable) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from runtime.artefacts import is_main_process
+    from runtime.command_line import is_sweep, quote_paths
     from runtime.errors import UserError
     from runtime.launch import check_launch, start_the_others
     from runtime.provenance import command
@@ -93,6 +94,7 @@ def run(main: Callable) -> None:
         start_the_others()
         check_launch()
         prepare_process()
+        sys.argv[1:] = quote_paths(sys.argv[1:], is_sweep(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error))
@@ -106,8 +108,10 @@ def changed_config(*overrides: str) -> DictConfig:
     """The running command's config with further overrides: another method, ratio or seed."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    return compose("config", overrides=[*HydraConfig.get().overrides.task, *overrides])
+    own = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return compose("config", overrides=[*own, *overrides])
 
 
 def _one_line(error: Exception) -> str:
