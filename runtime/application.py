@@ -60,9 +60,13 @@ def run(main: Callable) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from runtime.artefacts import is_main_process
+    from runtime.command_line import is_sweep, quote_paths
     from runtime.errors import UserError
     from runtime.launch import check_launch, start_the_others
     from runtime.provenance import command
+    from runtime.sweep import Cells
+
+    cells = Cells()
 
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
@@ -70,32 +74,58 @@ def run(main: Callable) -> None:
             quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
             with quiet, command(cfg):  # of several processes the first alone prints the result
                 main(cfg)
-        except (UserError, OmegaConfBaseException, HydraException) as error:  # inside, or Hydra prints a page first
-            _fail(str(error) if isinstance(error, UserError) else _one_line(error))
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            _fail(f"no space left on the disk of {cfg.runs}: free some and run the same command again")
+        except Exception as error:  # inside, or Hydra prints a page first
+            message = _explained(error, cfg.runs)
+            if not cells.outlives():
+                if message is None:
+                    raise
+                _fail(message)
+            elif message is None:
+                cells.unforeseen(error, cfg.runs)
+            else:
+                cells.foreseen(message)
 
     try:
         start_the_others()
         check_launch()
         prepare_process()
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(guarded)()
+        sys.argv[1:] = quote_paths(sys.argv[1:], is_sweep(sys.argv[1:]))
+        with cells.composed_alone(_one_line):
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error))
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again to go on")
+    if cells.exit_code:
+        sys.exit(cells.exit_code)
+
+
+def _explained(error: Exception, runs: str) -> str | None:
+    """One line for an error that the user can mend; None for any other."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from runtime.errors import UserError
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, (OmegaConfBaseException, HydraException)):
+        return _one_line(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the disk of {runs}: free some and run the same command again"
+    return None
 
 
 def changed_config(*overrides: str) -> DictConfig:
     """The running command's config with further overrides: another method, ratio or seed."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    return compose("config", overrides=[*HydraConfig.get().overrides.task, *overrides])
+    own = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return compose("config", overrides=[*own, *overrides])
 
 
 def _one_line(error: Exception) -> str:

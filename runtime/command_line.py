@@ -1,0 +1,134 @@
+"""Paths on a command line are quoted for Hydra's grammar, so that they need no quotes but the shell's.
+
+Hydra reads `key=value` with a grammar in which `=`, a comma, brackets, quotes, `#` and others have a meaning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+#: Keys of the config that hold a path, whole, or by their last part (`corpus.root`, `corpus.val.root`, `encoder.path`).
+PATH_KEYS = ("runs", "results", "foundation", "selection", "of", "demo.super_resolution", "demo.semantic_synthesis")
+PATH_NAMES = ("root", "path", "folder", "dir", "masks", "urls", "out", "pretrained", "resume")
+#: Of shards: a brace list, whose commas do not separate the cells of a sweep; several joined by `::`.
+SHARDS = "urls"
+
+_OVERRIDE = re.compile(r"(\+{0,2}[A-Za-z_][\w./@-]*)=(.*)", re.DOTALL)
+_QUOTED = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')\s*""", re.DOTALL)
+_ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")  # what Hydra's grammar takes for escaped
+_SWEEP = re.compile(r"(?:choice|glob|range|interval|shuffle|sort|tag)\s*\(.*\)", re.DOTALL)
+
+
+def is_path(key: str) -> bool:
+    """Whether an override's key, such as `corpus.root` or `+out`, holds a path."""
+    key = key.lstrip("+")
+    return key in PATH_KEYS or key.rpartition(".")[2] in PATH_NAMES
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether Hydra takes the arguments of a command for a sweep (`-m`)."""
+    from hydra._internal.utils import get_args_parser
+
+    options, _ = get_args_parser().parse_known_args(list(arguments))
+    return bool(options.multirun) or "hydra.mode=MULTIRUN" in options.overrides
+
+
+def quote_paths(arguments: Sequence[str], sweep: bool = False) -> list[str]:
+    """Arguments of a command with the values of paths quoted for Hydra; all others stay as they are.
+
+    A value stays as it is that is empty, null or quoted already. Escapes of Hydra's grammar (`a\\,b`) count where no
+    path is called so. A leading `~` is the home directory where no path is called so. `${…}` interpolates where no
+    path is called so. In a sweep, commas separate cells where no path is called so. Of the words into which a shell
+    expands `corpus.urls=DIR/{0..9}.tar`, all shards count.
+
+    Args:
+        sweep: whether the command runs once for every combination of the values (`-m`).
+    """
+    found = []
+    for key, value in _joined(arguments):
+        if key is None or not is_path(key):
+            found.append(value if key is None else f"{key}={value}")
+        else:
+            found.append(f"{key}={_quote_value(value, _is_shards(key), sweep)}")
+    return found
+
+
+def _joined(arguments: Sequence[str]) -> list[tuple[str | None, str]]:
+    """Keys (None: no override) and values of arguments; neighbours that name shards are joined by `::`."""
+    found: list[tuple[str | None, str]] = []
+    for argument in arguments:
+        override = _OVERRIDE.fullmatch(argument)
+        key, value = override.groups() if override else (None, argument)
+        before, others = found[-1] if found else (None, "")
+        if key is not None and key == before and _is_shards(key) and not any(map(_is_quoted, (others, value))):
+            found[-1] = (key, f"{others}::{value}")
+        else:
+            found.append((key, value))
+    return found
+
+
+def _is_quoted(value: str) -> bool:
+    return value[:1] in ("'", '"') and _QUOTED.match(value) is not None
+
+
+def _is_shards(key: str) -> bool:
+    return key.rpartition(".")[2] == SHARDS
+
+
+def _is_there(path: str) -> bool:
+    """Whether the file or folder exists to whose name the last character belongs that may have another meaning."""
+    end = path.find("/", max(path.rfind(mark) for mark in ",$~'\"\\"))
+    return os.path.lexists(path if end < 0 else path[:end])
+
+
+def _quote_value(value: str, shards: bool, sweep: bool) -> str:
+    if value == "" or value.lower() == "null":
+        return value
+    if not sweep or _is_there(value):
+        return _quote(value, shards)
+    return value if _SWEEP.fullmatch(value) else ",".join(_quote(cell, shards) for cell in _cells(value, shards))
+
+
+def _quote(value: str, shards: bool) -> str:
+    """One path, as a string of Hydra's grammar that OmegaConf reads as that path."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    text = value
+    if _is_there(value):
+        if os.path.normpath(value).startswith("~"):  # would be expanded later
+            text = os.path.join(os.getcwd(), value)
+        if "${" in text:  # else an interpolation; OmegaConf unescapes the backslashes before it, and no others
+            text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
+    elif _QUOTED.fullmatch(value) or value.lower() == "null":
+        return value
+    else:
+        text = _ESCAPED.sub(r"\1", value)
+        text = "::".join(map(os.path.expanduser, text.split("::"))) if shards else os.path.expanduser(text)
+    if text == "???":  # a value that OmegaConf misses
+        text = "./???"
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _cells(value: str, shards: bool) -> list[str]:
+    """The values between the commas of a sweep; commas of a path that exists, quoted, escaped or in braces are none."""
+    parts = _parts(value, shards)
+    cells: list[str] = []
+    while parts:
+        joined = (count for count in range(len(parts), 1, -1) if _is_there(",".join(parts[:count])))
+        count = next(joined, 1)
+        cells.append(",".join(parts[:count]))
+        parts = parts[count:]
+    return cells
+
+
+def _parts(value: str, shards: bool) -> list[str]:
+    part = rf"""(?:{_QUOTED.pattern}(?=,|$)|(?:\\.|{r"{[^{}]*}|" if shards else ""}[^,])*)"""
+    parts, start = [], 0
+    while True:
+        end = re.compile(part, re.DOTALL).match(value, start).end()
+        parts.append(value[start:end])
+        if end >= len(value):
+            return parts
+        start = end + 1

@@ -1,0 +1,96 @@
+"""Sweeps (`-m`): a bad cell is one line on stderr and a part of the exit code, and the other cells run."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from runtime.artefacts import fingerprint, process_count
+
+#: Below `runs`: tracebacks of cells that ended in an error nobody foresaw.
+FAILED = "failed_cells"
+
+
+class Cells:
+    """The cells of a command's sweep, and what went wrong in them.
+
+    A cell that cannot be composed is left out. One that fails does not end the sweep where Hydra's own launcher runs
+    one cell after the other in this process; of several processes that train together, the others would wait forever.
+    """
+
+    def __init__(self) -> None:
+        self._foreseen: list[bool] = []
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all cells were good, 2 if the user can mend all that went wrong, else 1."""
+        return 0 if not self._foreseen else 2 if all(self._foreseen) else 1
+
+    def outlives(self) -> bool:
+        """Whether the other cells run if the one that is running now fails."""
+        if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN or process_count() > 1:
+            return False
+        return HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
+
+    def foreseen(self, message: str, overrides: Sequence[str] | None = None) -> None:
+        """Report a cell that the user can mend; `overrides` are those of the running cell if none are given."""
+        self._foreseen.append(True)
+        _report(message, _running() if overrides is None else overrides)
+
+    def unforeseen(self, error: BaseException, runs: Path | str) -> None:
+        """Report the running cell, which ended in an error that nobody foresaw, and keep the traceback in a file."""
+        self._foreseen.append(False)
+        text = "".join(traceback.format_exception(error))
+        path = Path(runs) / FAILED / f"{fingerprint(overrides=_running())}.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{' '.join(sys.argv)}\n{' '.join(_running())}\n\n{text}", encoding="utf-8")
+            where = f"traceback: {path}"
+        except OSError:
+            print(text, file=sys.stderr)
+            where = "traceback: above"
+        _report(f"{type(error).__name__}: {str(error)[:500]} ({where})", _running())
+
+    @contextlib.contextmanager
+    def composed_alone(self, explain: Callable[[Exception], str]) -> Iterator[None]:
+        """Meanwhile a cell that Hydra cannot compose is reported and left out, instead of ending the sweep.
+
+        Args:
+            explain: makes one line of Hydra's and OmegaConf's errors.
+        """
+        before = Sweeper.validate_batch_is_legal
+
+        def keep_legal(sweeper: Sweeper, batch: list[Sequence[str]]) -> None:
+            for cell in list(batch):
+                try:
+                    cfg = sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(cell))
+                    OmegaConf.select(cfg, "hydra.sweep.dir")  # resolved outside of the cell
+                except (HydraException, OmegaConfBaseException) as error:
+                    self.foreseen(explain(error), cell)
+                    batch.remove(cell)
+
+        Sweeper.validate_batch_is_legal = keep_legal
+        try:
+            yield
+        finally:
+            Sweeper.validate_batch_is_legal = before
+
+
+def _running() -> list[str]:
+    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+
+
+def _report(message: str, overrides: Sequence[str]) -> None:
+    own = [override for override in overrides if override not in sys.argv] or overrides
+    line = f"error: cell {' '.join(own)}: {message}"
+    print(" ".join(line.split()), file=sys.stderr, flush=True)

@@ -1,0 +1,136 @@
+"""Sweeps (`-m`): the other cells run, every bad one is a line on stderr, and the exit code says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig
+from PIL import Image
+from tiny_run import NETWORK, tiny_overrides
+
+from runtime.application import run
+from runtime.errors import UserError
+
+
+def main(cfg: DictConfig) -> None:
+    if cfg.ratio > 1:
+        raise UserError(f"ratio={cfg.ratio}\nis no share")
+    if cfg.seed == 6:
+        raise OSError(28, "No space left on device")
+    if cfg.seed == 7:
+        raise ValueError("nobody\nforesaw it")
+    print(f"result: {cfg.prune._target_.rpartition('.')[2]} {cfg.ratio} {cfg.seed}")
+
+
+def sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
+    """The exit code of the command above with these arguments."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["command.py", *arguments])
+    try:
+        run(main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "results", "bad", "code"),
+    [
+        (["ratio=0.5,1.5,0.8"], ["Random 0.5 0", "Random 0.8 0"], ["ratio=1.5: ratio=1.5 is no share"], 2),
+        (["ratio=1.5,0.8", "seed=7,1"], ["Random 0.8 1"],
+         ["ratio=1.5 seed=7: ratio=1.5 is no share", "ratio=1.5 seed=1: ratio=1.5 is no share",
+          "ratio=0.8 seed=7: ValueError: nobody foresaw it (traceback: runs/failed_cells/"], 1),
+        (["prune=no_such,rsprune"], ["RSPrune 0.85 0"], ["prune=no_such: In 'config': Could not find"], 2),
+        (["prune.no_such=1,2"], [], ["prune.no_such=1: Could not", "prune.no_such=2: Could not"], 2),
+        (["seed=6,1"], ["Random 0.85 1"], ["seed=6: no space left on the disk of runs"], 2),
+        (["ratio=1.5"], [], ["prune=random ratio=1.5: ratio=1.5 is no share"], 2),
+    ],
+)  # fmt: skip
+def test_a_bad_cell_does_not_end_a_sweep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture,
+    arguments: list[str], results: list[str], bad: list[str], code: int,
+) -> None:  # fmt: skip
+    assert sweep(monkeypatch, tmp_path, "-m", "prune=random", *arguments) == code
+    output, errors = capsys.readouterr()
+    assert output.splitlines() == [f"result: {result}" for result in results]
+    lines = errors.splitlines()
+    assert len(lines) == len(bad), errors
+    for line, start in zip(lines, bad, strict=True):
+        assert line.startswith(f"error: cell {start}")
+
+
+def test_the_traceback_of_an_unforeseen_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert sweep(monkeypatch, tmp_path, "-m", "seed=7,1") == 1
+    (path,) = (tmp_path / "runs" / "failed_cells").iterdir()
+    text = path.read_text()
+    assert "seed=7" in text and "Traceback" in text and "ValueError: nobody" in text
+
+
+def test_a_single_run_ends_as_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert sweep(monkeypatch, tmp_path, "ratio=1.5") == 2
+    assert capsys.readouterr().err == "error: ratio=1.5 is no share\n"
+    with pytest.raises(ValueError, match="nobody"):
+        sweep(monkeypatch, tmp_path, "seed=7")
+
+
+def test_of_several_processes_none_goes_on_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The others would wait for it in the next collective operation."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sweep(monkeypatch, tmp_path, "-m", "ratio=1.5,0.8") == 2
+    assert capsys.readouterr() == ("", "error: ratio=1.5 is no share\n")
+
+
+def test_an_interrupt_ends_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(cfg: DictConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(globals(), "main", interrupted)
+    assert sweep(monkeypatch, tmp_path, "-m", "seed=1,2") == 2
+    assert capsys.readouterr().err.startswith("error: interrupted")
+
+
+@pytest.mark.slow
+def test_prune_goes_on_after_a_ratio_that_is_none(repository: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for index in range(12):
+        (tmp_path / "images" / "sea").mkdir(parents=True, exist_ok=True)
+        image = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / "images" / "sea" / f"{index}.png")
+    options = [
+        "-m", "corpus=folder", "corpus.root=images", "corpus.workers=0", "corpus.train.split=all",
+        "reference=folder", "reference.root=images", "encoder.input_size=32", "tracker=none", "prune=random",
+        "ratio=0.5,1.5,0.75",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(repository / "prune/run.py"), *options], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert [line for line in done.stderr.splitlines() if "error" in line] == [
+        line for line in done.stderr.splitlines() if line.startswith("error: cell ratio=1.5: ")
+    ]
+    assert done.stderr.count("error: cell") == 1 and "Traceback" not in done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.startswith("selection: ")]) == 2
+
+
+@pytest.mark.slow
+def test_pretraining_goes_on_after_a_cell_that_diverges(repository: Path, tmp_path: Path) -> None:
+    overrides = [*tiny_overrides(tmp_path), *NETWORK, "train.loop.learning_rate=1e30,1e-3"]
+    done = subprocess.run(
+        [sys.executable, str(repository / "train/pretrain.py"), "-m", *overrides],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "error" in line)
+    assert line.startswith("error: cell train.loop.learning_rate=1e+30: pretrain random: the loss is")
+    assert len([line for line in done.stdout.splitlines() if line.startswith("run: ")]) == 1
