@@ -163,10 +163,15 @@ def corpus_points(pool: Pool) -> tuple[np.ndarray, Points]:
     Centred, because features after a ReLU all point the same way and their raw cosines say little.
     """
     rows = np.flatnonzero(pool.readable)
-    total = np.zeros(pool.embeddings.shape[1], dtype=np.float64)
+    return rows, Points(pool.embeddings, mean_embedding(pool.embeddings, rows))
+
+
+def mean_embedding(embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Mean of some rows of a memory map, float32 [D], read part by part; zeros where there are none."""
+    total = np.zeros(embeddings.shape[1], dtype=np.float64)
     for start in range(0, len(rows), CHUNK):
-        total += np.asarray(pool.embeddings[rows[start : start + CHUNK]], dtype=np.float32).sum(axis=0)
-    return rows, Points(pool.embeddings, (total / max(1, len(rows))).astype(np.float32))
+        total += np.asarray(embeddings[rows[start : start + CHUNK]], dtype=np.float32).sum(axis=0)
+    return (total / max(1, len(rows))).astype(np.float32)
 
 
 def corpus_clusters(

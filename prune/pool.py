@@ -17,7 +17,8 @@ class Pool:
         readable: bool [N]; unreadable images count in N and are never kept.
         entropy: float32 [N], bits.
         embeddings: float [N, D], usually a memory map.
-        reference_embeddings: float [M, D] of the labelled reference set.
+        reference_embeddings: float [M, D] of the labelled reference set, or of the strata of a corpus without one; no
+            rows where the method does not say that it `uses_reference`.
         reference_labels: str [M].
         captions: str [N], or None.
     """
@@ -74,7 +75,11 @@ class Selection:
 
 
 class Method(Protocol):
-    """A pruning method: a frozen dataclass with one method, no I/O."""
+    """A pruning method: a frozen dataclass with one method, no I/O.
+
+    A method that reads the pool's reference says so with an attribute `uses_reference = True`, which is no field; the
+    others get none, and need no labelled images anywhere.
+    """
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         """Keep `budget` images of the pool (fewer only where fewer are readable)."""

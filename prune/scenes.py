@@ -6,9 +6,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune.clusters import CHUNK, Points, kmeans, nearest_centroid
+from prune.clusters import (
+    CHUNK,
+    Clustering,
+    Points,
+    corpus_points,
+    kmeans,
+    mean_embedding,
+    members_of,
+    nearest_centroid,
+)
+from prune.pool import Pool
 
 OPEN_SCENE = "open"
+#: Most strata of a corpus without labels; docs/method.md says what other numbers gave.
+MOST_STRATA = 12
 
 
 @dataclass(frozen=True)
@@ -80,3 +92,23 @@ def assign_scenes(embeddings: np.ndarray, prototypes: Prototypes) -> tuple[np.nd
         scene[rows], similarity[rows] = prototypes.classes[nearest], 1 - distance
     scene[similarity < prototypes.floor] = len(prototypes.names)
     return scene, similarity
+
+
+def corpus_strata(pool: Pool, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A reference for a corpus without labels: one mean embedding for each of its k-means clusters, and their names.
+
+    There are min(`MOST_STRATA`, sqrt(n / 2)) clusters of the n readable images, at least one (sqrt(n / 2): Mardia, Kent
+    and Bibby 1979, p. 365). With one embedding a class the prototypes are these means, and no image is of an unknown
+    scene.
+
+    Returns:
+        float32 [S, D], not centred, and "stratum 00", ... as object [S]; both empty where no image is readable.
+    """
+    rows, points = corpus_points(pool)
+    if len(rows) == 0:
+        return np.empty((0, pool.embeddings.shape[1]), np.float32), np.empty(0, dtype=object)
+    wanted = max(1, min(MOST_STRATA, round((len(rows) / 2) ** 0.5)))
+    labels, _ = Clustering(wanted, hierarchical=False)(points, rows, wanted, generator)
+    groups = [rows[group] for group in members_of(labels, int(labels.max()) + 1)]
+    means = np.stack([mean_embedding(pool.embeddings, group) for group in groups])
+    return means, np.array([f"stratum {number:02d}" for number in range(len(groups))], dtype=object)

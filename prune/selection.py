@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,15 @@ from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.library import budget_of, refuse_not_finite
-from prune.pool import Pool, Selection
+from prune.pool import Method, Pool, Selection
+from prune.scenes import corpus_strata
 from report.prune_report import write_prune_report
-from runtime.artefacts import COMPLETE, plain, stage, write_json
+from runtime.artefacts import COMPLETE, is_main_process, plain, read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.tracking import track
+
+#: Where the scenes of a selection come from: a labelled reference set, or strata of the corpus itself.
+REFERENCE, CORPUS = "reference", "corpus"
 
 
 def method_name() -> str:
@@ -37,10 +44,22 @@ def reference_rows(corpus: Corpus, per_scene: int, generator: np.random.Generato
     usable = corpus.readable & (labels != "")
     if not usable.any():
         raise UserError(
-            f"the reference set {corpus.name} has no labels: give one with a sub-folder a class (reference=…)"
+            f"the reference set {corpus.name} has no labels: give one with a sub-folder a class (reference=…), or take "
+            "reference=none, which makes strata of the corpus itself"
         )
     groups = [np.flatnonzero(usable & (labels == name)) for name in sorted(set(labels[usable]))]
     return np.sort(np.concatenate([generator.permutation(group)[:per_scene] for group in groups]))
+
+
+def scene_source(cfg: DictConfig, corpus: Corpus, method: Method) -> str | None:
+    """`REFERENCE`, or `CORPUS` where no set is named that has labels; None: the method takes no scenes."""
+    if not getattr(method, "uses_reference", False):
+        return None
+    if cfg.reference.source is None:
+        return CORPUS
+    labelled = corpus.readable & (corpus.manifest["scene"] != "").to_numpy()
+    itself = plain(cfg.reference.source) == plain(cfg.corpus.train)
+    return CORPUS if itself and not labelled.any() else REFERENCE
 
 
 def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
@@ -60,15 +79,21 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         "seed": cfg.seed,
         "entropy": cfg.entropy,
         "encoder": cfg.encoder,
-        "reference": cfg.reference,
     }
+    scenes = scene_source(cfg, corpus, method)
+    if scenes is not None:
+        inputs["reference"] = cfg.reference if scenes == REFERENCE else None
 
     def build(directory: Path) -> None:
         pool = corpus_pool(cfg, corpus, measure, encoder, clock)
+        if scenes is not None:
+            with clock("reference"):
+                pool = with_reference(cfg, pool, scenes, encoder)
         with clock("selection"):
             selection = method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([cfg.seed, 2]))
         table = selection_table(pool, selection)
         summary = summarise(table, corpus, selection, name, ratio, cfg.seed, clock.seconds)
+        summary["strata"] = scenes and {"source": scenes, "count": len(set(pool.reference_labels.tolist()))}
         if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run, whose time we have not
             summary["images_per_second"] = None
         write_selection(directory, table, summary, corpus, pool.embeddings)
@@ -76,35 +101,62 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
             tracker.summary({key: value for key, value in summary.items() if not isinstance(value, dict)})
             tracker.table("scenes", _scene_frame(summary["true_scenes"]))
 
-    return stage(cfg.runs, "selection", inputs, build), corpus
+    directory = stage(cfg.runs, "selection", inputs, build)
+    if scenes == CORPUS:
+        _tell_of_strata(read_json(directory / "summary.json")["strata"]["count"])
+    return directory, corpus
+
+
+@cache
+def _tell_of_strata(count: int) -> None:
+    """Once, though a sweep selects many times."""
+    if is_main_process():
+        print(
+            f"no reference: strata were made from the corpus itself ({count} of them); give labelled scenes with "
+            "reference=folder reference.root=DIR",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def corpus_pool(
     cfg: DictConfig, corpus: Corpus, measure: LocalEntropy, encoder: EfficientNetLite0, clock: _Clock
 ) -> Pool:
-    """The pool of an indexed corpus: its features, and those of the reference set that the config names.
+    """The pool of an indexed corpus, without a reference.
 
     Raises:
-        UserError: an embedding is not finite, or the reference set has no labels.
+        UserError: an embedding is not finite.
     """
     with clock("entropy"):
         entropy = corpus_entropy(corpus, measure, cfg.runs)
     with clock("embedding"):
         embeddings = corpus_embeddings(corpus, encoder, cfg.runs)
-    with clock("reference"):
-        reference = index_corpus(instantiate(cfg.reference.source), cfg.runs)
-        rows = reference_rows(reference, cfg.reference.per_scene, np.random.default_rng([cfg.seed, 1]))
-        reference_embeddings = corpus_embeddings(reference, encoder, cfg.runs)[rows]
     refuse_not_finite(embeddings, corpus.readable, f"the embeddings of corpus {corpus.name}")
     return Pool(
         ids=corpus.manifest["id"].to_numpy(),
         readable=corpus.readable,
         entropy=entropy,
         embeddings=embeddings,
-        reference_embeddings=reference_embeddings,
-        reference_labels=reference.manifest["scene"].to_numpy(dtype=object)[rows],
+        reference_embeddings=np.empty((0, embeddings.shape[1]), np.float32),
+        reference_labels=np.empty(0, dtype=object),
         captions=corpus.manifest["caption"].to_numpy(),
     )
+
+
+def with_reference(cfg: DictConfig, pool: Pool, scenes: str, encoder: EfficientNetLite0) -> Pool:
+    """The pool with what `scene_source` says: a labelled set's images, or strata of its own.
+
+    Raises:
+        UserError: the reference set has no labels.
+    """
+    if scenes == CORPUS:
+        embeddings, labels = corpus_strata(pool, np.random.default_rng([cfg.seed, 4]))
+    else:
+        reference = index_corpus(instantiate(cfg.reference.source), cfg.runs)
+        rows = reference_rows(reference, cfg.reference.per_scene, np.random.default_rng([cfg.seed, 1]))
+        embeddings = corpus_embeddings(reference, encoder, cfg.runs)[rows]
+        labels = reference.manifest["scene"].to_numpy(dtype=object)[rows]
+    return replace(pool, reference_embeddings=embeddings, reference_labels=labels)
 
 
 def write_selection(

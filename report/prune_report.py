@@ -190,6 +190,9 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
         "ratio removed": f"{summary['ratio']:g}",
         "seed": str(summary["seed"]),
     }
+    if strata := summary.get("strata"):
+        origin = "of the reference set" if strata["source"] == "reference" else "made from the corpus, no reference"
+        facts["scenes"] = f"{strata['count']:,}, {origin}"
     if threshold is not None:
         facts["entropy threshold"] = f"{threshold:.2f} bits"
     counts = summary.get("facts") or {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from runtime.artefacts import fingerprint, plain, provenance
+from runtime.artefacts import fingerprint, finite, plain, provenance
 from runtime.errors import UserError
 
 Row = Mapping[str, Any]
@@ -52,7 +51,7 @@ def append_result(path: Path | str, row: Row) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = _finite(plain(row))
+    new = finite(plain(row))
     with _locked(path.parent):
         rows = [old for old in read_results(path) if _key(old) != _key(new)]
         write_text(path, "".join(json.dumps(item, allow_nan=False) + "\n" for item in [*rows, new]))
@@ -67,14 +66,6 @@ def write_text(path: Path, text: str) -> None:
 
 def _key(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in KEY)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -45,6 +46,15 @@ def plain(value: Any) -> Any:
     return value
 
 
+def finite(value: Any) -> Any:
+    """A copy of JSON-ready values in which None stands for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def class_name(kind: type) -> str:
     """Module and name of a class, the same whether its module is imported or is the program that runs."""
     module, program = kind.__module__, Path(getattr(sys.modules["__main__"], "__file__", None) or ROOT).resolve()
@@ -75,9 +85,9 @@ def provenance(directory: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    """Write JSON so that a reader sees the old file or the new one, never half of one; no number is NaN or infinite."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plain(value), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(finite(plain(value)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

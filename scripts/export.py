@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import re
 import shutil
+import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import rasterio
 from omegaconf import DictConfig
 from PIL import Image
 
-from corpus.index import Corpus, open_corpus, subset_fingerprint
+from corpus.index import Corpus, Sample, open_corpus, subset_fingerprint
 from corpus.sources.folder import ImageFolder
 from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import WebDataset
+from corpus.splits import NAMES
 from runtime.application import run
-from runtime.artefacts import COMPLETE, class_name, plain, read_json
+from runtime.artefacts import COMPLETE, class_name, finite, plain, read_json
 from runtime.errors import UserError
 from runtime.progress import progress
 
@@ -32,6 +38,24 @@ WITH_ORIGINALS = {class_name(kind): kind for kind in (ImageFolder, WebDataset, H
 #: Columns that say how an image was read and where copies of it are, not what it shows.
 OWN_COLUMNS = ("readable", "reason", "stamp", "copy_in")
 LONGEST_NAME = 100
+#: What files begin with, and the suffixes that say so, the usual one first.
+SIGNATURES = (
+    (b"\xff\xd8\xff", (".jpg", ".jpeg")),
+    (b"\x89PNG\r\n\x1a\n", (".png",)),
+    (b"RIFF....WEBP", (".webp",)),
+    (b"GIF8", (".gif",)),
+    (b"BM", (".bmp",)),
+    (b"II[*+]\0|MM\0[*+]", (".tif", ".tiff")),
+    (b"\0\0\0\x0cjP  |\xff\x4f\xff\x51", (".jp2", ".j2k")),
+    (b"....ftypavi[fs]", (".avif",)),
+    (b"P[1-6]\\s", (".ppm", ".pgm", ".pbm", ".pnm")),
+)
+#: The images that open_clip's training and readers like it look for in shards; a sample of another kind is passed over.
+SEEN = (".png", ".jpg", ".jpeg", ".webp")
+#: Words by which `datasets` takes files and folders for splits, where no other letter stands beside them.
+SPLIT_WORD = re.compile(
+    r"(?<![A-Za-z])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?![A-Za-z])"
+)
 #: What tables give for numbers and for lists; JSON wants Python's own.
 GENERIC = (np.generic, np.ndarray)
 
@@ -55,23 +79,46 @@ class Item:
 
 @dataclass(frozen=True)
 class Subset:
-    """The kept rows of a corpus, int64, ascending, and the source of their bytes or None."""
+    """The kept rows of a corpus, int64, ascending, and the source of their bytes or None.
+
+    Attributes:
+        reencode: images that are not in one of the formats `SEEN` leave as PNG: the central square, as the corpus reads
+            it, at the image's own size.
+    """
 
     corpus: Corpus
     rows: np.ndarray
     source: ImageFolder | WebDataset | HuggingFace | None
+    reencode: bool = False
 
     def items(self) -> Iterator[Item]:
         """Every kept image, in corpus order."""
         table = self.corpus.manifest.drop(columns=list(OWN_COLUMNS), errors="ignore")
         names = safe_names(table["id"].iloc[self.rows])
-        originals = self._decoded() if self.source is None else self.source.originals(self.rows)
+        originals = self._decoded() if self.source is None else self._originals()
         for row, name, (image, suffix, mask) in zip(
             progress(self.rows, "export", unit="image"), names, originals, strict=True
         ):
             record = table.iloc[int(row)].dropna().to_dict()
             facts = {key: value.tolist() if isinstance(value, GENERIC) else value for key, value in record.items()}
-            yield Item(name, image, suffix, facts, mask)
+            yield Item(name, image, suffix, finite(facts), mask)
+
+    def _originals(self) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
+        """Bytes, the suffix that they call for, and the mask."""
+        readers: dict[int, Any] = {}
+        for row, (image, suffix, mask) in zip(self.rows, self.source.originals(self.rows), strict=True):
+            suffix = content_suffix(image, suffix)
+            if not self.reencode or suffix in SEEN:
+                yield image, suffix, mask
+                continue
+            side = own_side(image) or self.corpus.resolution
+            reader = readers.setdefault(side, replace(self.source, resolution=side))
+            [sample] = reader.reader(np.array([row]))()
+            if isinstance(sample, str):
+                identifier = self.corpus.manifest["id"].iloc[int(row)]
+                raise UserError(f"{identifier} cannot be read at its own size ({sample}): export without reencode")
+            pixels, classes = sample if isinstance(sample, Sample) else (sample, None)
+            yield png(pixels), ".png", None if classes is None else (png(classes), ".png")
 
     def _decoded(self) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         for row in self.rows:
@@ -104,6 +151,23 @@ def open_subset(selection: Path) -> Subset:
     return Subset(corpus, np.flatnonzero(kept["kept"].to_numpy()), source)
 
 
+def content_suffix(data: bytes, suffix: str) -> str:
+    """The suffix of a file's format: its own where that fits or the format is unknown, ".img" where there is none."""
+    for start, suffixes in SIGNATURES:
+        if re.match(start, data, re.DOTALL):
+            return suffix if suffix in suffixes else suffixes[0]
+    return suffix or ".img"
+
+
+def own_side(data: bytes) -> int | None:
+    """The shorter side of an encoded image in pixels, None where its header cannot be read."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
+        return min(image.size)
+    with contextlib.suppress(Exception), rasterio.io.MemoryFile(data) as memory, memory.open() as raster:
+        return min(raster.width, raster.height)
+    return None
+
+
 def png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
@@ -111,13 +175,12 @@ def png(image: np.ndarray) -> bytes:
 
 
 def safe_names(identifiers: pd.Series) -> Iterator[str]:
-    """A file name without suffix for every id: ASCII, no separators or dots, unique whatever the case."""
+    """A file name without suffix for every id: ASCII, no separators or dots, no split, unique whatever the case."""
     taken: dict[str, int] = {}
     for identifier in identifiers:
         stem = str(PurePosixPath(identifier).with_suffix("")) if identifier.strip("/.") else identifier
-        base = (
-            "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in stem)[-LONGEST_NAME:] or "image"
-        )
+        safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in stem)
+        base = no_split(safe[-LONGEST_NAME:] or "image")
         name, number = base, taken.get(base.lower(), 0)
         while name.lower() in taken:
             number += 1
@@ -127,15 +190,22 @@ def safe_names(identifiers: pd.Series) -> Iterator[str]:
         yield name
 
 
+def no_split(name: str) -> str:
+    """`train_01` to `trainx_01`: `datasets` would take it for a split, and drop all that is called otherwise."""
+    return SPLIT_WORD.sub(r"\1x", name)
+
+
 def folder_name(scene: str) -> str:
     """A scene as a folder's name; "" where there is no scene."""
-    return "".join(c if c.isalnum() or c in "-_ " else "_" for c in scene).strip()[:60]
+    name = no_split("".join(c if c.isalnum() or c in "-_ " else "_" for c in scene).strip()[:60])
+    return f"{name}x" if name.lower() in NAMES else name
 
 
 def to_folder(subset: Subset, target: Path, links: bool = False) -> None:
     """`images/<scene>/<name>.<suffix>`, `masks/<scene>/<name>.png` and `images/metadata.jsonl`, a row an image.
 
-    The convention of Hugging Face's ImageFolder; `corpus=folder` reads it back with labels, captions and masks.
+    The convention of Hugging Face's ImageFolder, which gives all rows in one split whatever the images are called
+    (`no_split`); `corpus=folder` reads it back with labels, captions and masks.
     """
     if links and not isinstance(subset.source, ImageFolder):
         raise UserError("to=symlinks needs a corpus=folder, whose files can be linked to: take to=folder")
@@ -158,26 +228,39 @@ def to_folder(subset: Subset, target: Path, links: bool = False) -> None:
 
 
 def to_webdataset(subset: Subset, target: Path, shard_size: int) -> None:
-    """`subset-000000.tar`, ... with `<name>.<suffix>`, `<name>.json` and `<name>.mask.<suffix>`; the same bytes always.
+    """`subset-000000.tar`, ... of `<name>.<suffix>`, `.txt`, `.json` and `.mask.<suffix>`; the same bytes always.
 
-    Shards differ by at most one image in size.
+    Shards differ by at most one image in size. The text is the first caption, empty where there is none; all captions
+    are in the JSON. How many images are in formats that common readers pass over is said on stderr.
     """
     if shard_size < 1:
         raise UserError(f"export.shard_size={shard_size}: give at least 1")
     count = len(subset.rows)
     shards = max(1, -(-count // shard_size))
-    items = subset.items()
+    items, unseen = subset.items(), Counter()
     for shard in range(shards):
         with tarfile.open(target / f"subset-{shard:06d}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
             for _ in range(count * shard // shards, count * (shard + 1) // shards):
                 item = next(items)
-                members = {item.suffix: item.image, ".json": json.dumps(item.facts, ensure_ascii=False).encode()}
+                members = {
+                    item.suffix: item.image,
+                    ".txt": str(item.facts.get("caption", "")).encode(),
+                    ".json": json.dumps(item.facts, ensure_ascii=False).encode(),
+                }
+                unseen[item.suffix] += item.suffix not in SEEN
                 if item.mask is not None:
                     members[f".mask{item.mask[1]}"] = item.mask[0]
                 for suffix, data in members.items():
                     header = tarfile.TarInfo(item.name + suffix)  # its time, owner and mode: no clock, no user
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
+    if unseen.total():
+        formats = ", ".join(f"{suffix} {number}" for suffix, number in sorted(unseen.items()) if number)
+        print(
+            f"{unseen.total()} of {count} images ({formats}) will not be seen by open_clip and other readers that look "
+            f"for {', '.join(SEEN)} alone: export.reencode=png turns them into PNG",
+            file=sys.stderr,
+        )
 
 
 def to_huggingface(subset: Subset, target: Path, scratch: Path) -> None:
@@ -231,8 +314,19 @@ def main(cfg: DictConfig) -> None:
         raise UserError("no selection given: selection=DIR, the directory that prune/run.py prints")
     if cfg.to not in FORMS:
         raise UserError(f"to={cfg.to} is unknown: choose from {', '.join(FORMS)}")
+    reencode = cfg.export.get("reencode")
+    if reencode not in (None, "png"):
+        raise UserError(f"export.reencode={reencode} is unknown: give png, or null to keep all files as they are")
+    if reencode and cfg.to == "symlinks":
+        raise UserError("export.reencode=png makes new files, to=symlinks none: take to=folder")
     selection = Path(cfg.selection).expanduser()
-    subset = open_subset(selection)
+    subset = replace(open_subset(selection), reencode=reencode is not None)
+    if len(subset.rows) == 0:
+        unreadable = int((~subset.corpus.readable).sum())
+        raise UserError(
+            f"{selection} keeps none of its {len(subset.corpus)} images ({unreadable} unreadable): nothing to export, "
+            "prune again with a lower ratio or readable images"
+        )
     target = Path(cfg.export.out or Path(cfg.results) / "export" / f"{selection.resolve().name}-{cfg.to}").expanduser()
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise UserError(f"export.out={target} is not empty: name another, or remove it")

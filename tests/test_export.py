@@ -28,7 +28,7 @@ from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import WebDataset
 from runtime.artefacts import stage
 from runtime.errors import UserError
-from scripts.export import FORMS, main, open_subset, safe_names
+from scripts.export import FORMS, content_suffix, main, open_subset, safe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = [0, 2, 3, 7, 8]
@@ -202,6 +202,7 @@ def read_shards(out: Path) -> tuple[list[dict[str, Any]], list[tuple[bytes, str]
                 name, _, suffix = member.name.partition(".")
                 samples.setdefault(name, {})[f".{suffix}"] = tar.extractfile(member).read()
     rows = [json.loads(sample.pop(".json")) for sample in samples.values()]
+    assert [sample.pop(".txt").decode() for sample in samples.values()] == [row["caption"] for row in rows]
     masks = [sample.pop(".mask.png") for sample in samples.values() if ".mask.png" in sample]
     return rows, [(data, suffix) for sample in samples.values() for suffix, data in sample.items()], masks
 
@@ -302,6 +303,131 @@ def test_bluemarble_goes_out_with_its_places(tmp_path: Path) -> None:
     for row, image in zip(rows, subset.corpus.images[KEPT], strict=True):
         assert (np.asarray(Image.open(tmp_path / "out" / "images" / row["file_name"])) == image).all()
     assert "corpus=folder" in export(selection, "symlinks", tmp_path / "links", fails=True)
+
+
+def written(selection: Path, form: str, out: Path, **options: Any) -> Path:
+    """As `export`, in this process."""
+    export_options = {"out": str(out), "shard_size": 100, "reencode": None, **options}
+    main(OmegaConf.create({"selection": str(selection), "to": form, "export": export_options}))
+    return out
+
+
+def picture(seed: int = 0, side: int = 24) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def as_open_clip_sees(shard: Path) -> list[dict[str, Any]]:
+    """The samples that open_clip trains on: webdataset's reader, then open_clip's own filter where it is installed."""
+    webdataset = pytest.importorskip("webdataset", reason="webdataset, whose reader is asked, is not installed")
+
+    def keeps(sample: dict[str, Any]) -> bool:  # filter_no_caption_or_no_image of open_clip 3.3.0
+        return "txt" in sample and any(suffix in sample for suffix in ("png", "jpg", "jpeg", "webp"))
+
+    return [
+        sample for sample in webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False) if keeps(sample)
+    ]
+
+
+def test_open_clip_sees_every_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "corpus"
+    root.mkdir()
+    kinds = {"a.jfif": "JPEG", "b.jpe": "JPEG", "c.JPG": "JPEG", "d.jpeg": "JPEG", "e.png": "PNG", "f.webp": "WEBP"}
+    kinds |= {"g.png": "JPEG"}  # a suffix that is wrong
+    for number, (name, kind) in enumerate(kinds.items()):
+        picture(number).save(root / name, kind)
+    rows = [{"file_name": "a.jfif", "captions": ["a wood", "trees"]}, {"file_name": "b.jpe", "text": "a lake"}]
+    (root / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = written(
+        select(ImageFolder(str(root), resolution=24), tmp_path / "runs", list(range(7))), "webdataset", tmp_path / "out"
+    )
+    seen = as_open_clip_sees(out / "subset-000000.tar")
+    assert [sample["txt"].decode() for sample in seen] == ["a wood", "a lake", "", "", "", "", ""]
+    assert json.loads(seen[0]["json"])["captions"] == ["a wood", "trees"]
+    assert [next(key for key in sample if key in ("jpg", "jpeg", "png", "webp")) for sample in seen] == [
+        "jpg", "jpg", "jpg", "jpeg", "png", "webp", "jpg",
+    ]  # fmt: skip
+    assert "will not be seen" not in capsys.readouterr().err
+    back = index_corpus(WebDataset(str(out / "subset-000000.tar"), resolution=24), tmp_path / "back")
+    assert back.readable.all() and back.manifest["caption"].tolist() == ["a wood", "a lake", "", "", "", "", ""]
+    assert back.manifest["id"].tolist() == list(kinds)
+
+
+def test_formats_that_readers_of_shards_pass_over_are_counted_or_made_png(tmp_path: Path, capsys) -> None:
+    root = tmp_path / "corpus"
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    for number, name in enumerate(("a.tif", "b.bmp", "c.png", "d.gif")):
+        Image.fromarray(np.asarray(picture(number, 32))[:, :24]).save(root / "images" / name)
+        classes = np.random.default_rng(number).integers(0, 2, (32, 24), dtype=np.uint8)
+        Image.fromarray(classes).save(root / "masks" / f"{name[0]}.png")
+    source = ImageFolder(str(root), resolution=8, masks="masks", classes=("land", "sea"))
+    selection = select(source, tmp_path / "runs", [0, 1, 2, 3])
+    out = written(selection, "webdataset", tmp_path / "as-they-are")
+    assert len(as_open_clip_sees(out / "subset-000000.tar")) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "will not be seen" in line]
+    assert line.startswith("3 of 4 images (.bmp 1, .gif 1, .tif 1)") and "export.reencode=png" in line
+
+    out = written(selection, "webdataset", tmp_path / "png", reencode="png")
+    seen = as_open_clip_sees(out / "subset-000000.tar")
+    assert len(seen) == 4 and "will not be seen" not in capsys.readouterr().err
+    for number, sample in enumerate(seen[:2]):  # the central square at its own size, not the corpus's 8 px
+        found, mask = (np.asarray(Image.open(io.BytesIO(sample[key]))) for key in ("png", "mask.png"))
+        assert (found == np.asarray(picture(number, 32))[4:28, :24]).all()
+        assert (mask == np.random.default_rng(number).integers(0, 2, (32, 24), dtype=np.uint8)[4:28]).all()
+    with pytest.raises(UserError, match="to=folder"):
+        written(selection, "symlinks", tmp_path / "links", reencode="png")
+    with pytest.raises(UserError, match=r"export\.reencode=tga is unknown"):
+        written(selection, "folder", tmp_path / "tga", reencode="tga")
+
+
+SPLIT_NAMES = ["train_01.png", "test-3.png", "val.png", "eval/1.png", "site_test_2/dev.png", "plain.png", "Test/x.png"]
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_imagefolder_gives_every_row_in_one_split(masks: bool, tmp_path: Path) -> None:
+    import datasets
+
+    root, rows = tmp_path / "corpus", []
+    for number, name in enumerate(SPLIT_NAMES):
+        for kind in ("images", "masks"):
+            (root / kind / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(root / "images" / name)
+        Image.fromarray(np.full((24, 24), number % 2, np.uint8)).save(root / "masks" / name)
+        rows.append({"file_name": name, "text": f"caption of {name}"})
+    (root / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"masks": "masks", "classes": ("land", "sea")} if masks else {}
+    selection = select(ImageFolder(str(root), resolution=24, **options), tmp_path / "runs", list(range(7)))
+    out = written(selection, "folder", tmp_path / "train" / "out")
+    for place in (out / "images", out):
+        found = datasets.load_dataset("imagefolder", data_dir=str(place), cache_dir=str(tmp_path / "cache"))
+        assert list(found) == ["train"]
+        assert sorted(found["train"]["caption"]) == sorted(f"caption of {name}" for name in SPLIT_NAMES)
+        assert sorted(found["train"]["id"]) == sorted(f"images/{name}" for name in SPLIT_NAMES)
+        by_caption = {row["caption"]: np.asarray(row["image"]) for row in found["train"]}
+        for number, name in enumerate(SPLIT_NAMES):
+            assert (by_caption[f"caption of {name}"] == np.asarray(picture(number))).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_export_of_nothing_is_refused_and_leaves_nothing(form: str, tmp_path: Path) -> None:
+    root = tmp_path / "corpus"
+    root.mkdir()
+    picture().save(root / "a.png")
+    (root / "b.png").write_bytes(b"no image")
+    selection = select(ImageFolder(str(root), resolution=24), tmp_path / "runs", [])
+    with pytest.raises(UserError, match=r"keeps none of its 2 images \(1 unreadable\)") as caught:
+        written(selection, form, tmp_path / "out" / "here")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_suffixes_follow_the_content() -> None:
+    assert content_suffix(encoded(picture(), "JPEG"), ".jfif") == ".jpg"
+    assert content_suffix(encoded(picture(), "JPEG"), ".jpeg") == ".jpeg"
+    assert content_suffix(encoded(picture(), "PNG"), ".jpg") == ".png"
+    for kind, suffix in (("WEBP", ".webp"), ("GIF", ".gif"), ("BMP", ".bmp"), ("TIFF", ".tif"), ("PPM", ".ppm")):
+        assert content_suffix(encoded(picture(), kind), "") == suffix
+    assert content_suffix(encoded(picture(), "TIFF"), ".tiff") == ".tiff"
+    assert content_suffix(b"nothing known", ".tga") == ".tga" and content_suffix(b"nothing known", "") == ".img"
 
 
 def test_export_refuses_in_one_line(folder: ImageFolder, tmp_path: Path) -> None:

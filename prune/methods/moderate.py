@@ -22,6 +22,8 @@ class ModerateCoreset:
         prototypes_per_class: k-means prototypes of each reference class.
     """
 
+    uses_reference = True
+
     prototypes_per_class: int = 8
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:

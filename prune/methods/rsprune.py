@@ -56,6 +56,10 @@ class RSPrune:
     representativeness: float = 0.5
     duplicate_similarity: float = 0.98
 
+    @property
+    def uses_reference(self) -> bool:
+        return self.scenes
+
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         budget = min(budget, int(pool.readable.sum()))
         step = self._entropy_step(pool, budget)

@@ -24,6 +24,8 @@ class SceneRandom:
         floor_quantile: as in `RSPrune`.
     """
 
+    uses_reference = True
+
     prototypes_per_class: int = 8
     floor_quantile: float = 0.01
 
