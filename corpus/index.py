@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,6 +80,7 @@ class Corpus:
         manifest: N rows with id, scene, caption, readable, reason and the source's own columns.
         masks: uint8 [N, R, R], memory-mapped, or None.
         mask_classes: names of the mask values.
+        facts: what the source says about itself, for the summary.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Corpus:
     manifest: pd.DataFrame
     masks: np.ndarray | None
     mask_classes: tuple[str, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -169,6 +171,7 @@ def open_corpus(directory: Path) -> Corpus:
         manifest=pd.read_parquet(directory / "manifest.parquet"),
         masks=np.load(masks, mmap_mode="r") if masks.exists() else None,
         mask_classes=tuple(facts["mask_classes"]),
+        facts=facts["facts"],
     )
 
 
@@ -340,8 +343,8 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     manifest["reason"] = reasons
     manifest.to_parquet(directory / "manifest.parquet", index=False, row_group_size=ROW_GROUP)
     quarantined(manifest).to_parquet(directory / QUARANTINE, index=False)
-    facts = {"name": source.name, "mask_classes": list(source.mask_classes)}
-    write_json(directory / "corpus.json", facts)
+    about = {"name": source.name, "mask_classes": list(source.mask_classes), "facts": getattr(source, "facts", {})}
+    write_json(directory / "corpus.json", about)
     state.unlink()  # first: without it a killed run starts anew, with it the reasons must be there
     noted.unlink()
 
