@@ -207,13 +207,25 @@ def test_a_command_on_nothing_readable_ends_with_one_line(tmp_path: Path, forked
     assert not list((tmp_path / "runs").glob("selection/*/stage.json"))
 
 
+def broken_in(root: Path, split: str) -> Path:
+    for name in ("train", "val", "test"):
+        folder(root / name, whole=0 if name == split else 12, html=2 if name == split else 0)
+    return root
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_of_which_nothing_can_be_read_is_refused(split: str, tmp_path: Path) -> None:
+    source = ImageFolder(str(broken_in(tmp_path / "corpus", split)), split=split, resolution=SIDE)
+    with pytest.raises(UserError, match=rf"folder \({split}\): none of 3 images can be read: not an image 2, empty"):
+        index_corpus(source, tmp_path / "runs")
+
+
 @pytest.mark.slow
-def test_held_out_images_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
-    for split in ("train", "val", "test"):
-        folder(tmp_path / "corpus" / split, whole=0 if split == "test" else 12, html=2 if split == "test" else 0)
+def test_held_out_images_of_which_none_can_be_read_end_a_training(tmp_path: Path) -> None:
+    root = broken_in(tmp_path / "corpus", "val")
     done = call(
-        "train/pretrain.py", "profile=smoke", "corpus=folder", f"corpus.root={tmp_path}/corpus", "prune=random",
-        "ratio=0.5", "tracker=none", cwd=tmp_path,
+        "train/pretrain.py", "profile=smoke", "corpus=folder", f"corpus.root={root}", "prune=random", "ratio=0.5",
+        "tracker=none", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "folder (test): none of 3 images can be read: not an image 2, empty file 1" in done.stderr
+    assert "error: folder (val): none of 3 images can be read: not an image 2, empty file 1" in done.stderr
