@@ -74,6 +74,11 @@ def write_results(results: Path, target: Path) -> None:
     known = {
         "Every method, judged without training": results / "quality" / "subset_quality.md",
         "RS-Prune with one choice changed at a time": results / "ablation" / "ablation.md",
+        "An outer reference set: the scenes of AID's aerial photographs": results.parent
+        / "aid_reference"
+        / results.name
+        / "quality"
+        / "subset_quality.md",
     }
     for title, path in known.items():
         if path.is_file():
