@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from runtime.errors import UserError
+from runtime.quiet import native_stderr_closed
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -133,11 +134,12 @@ def survey_of(images: Iterable[Pixels], options: RasterOptions) -> Survey:
     """Levels of a corpus from a sample of its images, every image with the same weight."""
     values: dict[str, list[np.ndarray]] = {}
     alphas: dict[str, list[np.ndarray]] = {}
-    for image in images:
-        if options.stretch == "percentile" and is_deep(image.values.dtype):
-            values.setdefault(image.kind, []).append(_sample(image))
-        if image.alpha is not None:
-            alphas.setdefault(image.kind, []).append(image.alpha[:: max(1, len(image.alpha) // 64)].ravel())
+    with native_stderr_closed():
+        for image in images:
+            if options.stretch == "percentile" and is_deep(image.values.dtype):
+                values.setdefault(image.kind, []).append(_sample(image))
+            if image.alpha is not None:
+                alphas.setdefault(image.kind, []).append(image.alpha[:: max(1, len(image.alpha) // 64)].ravel())
     levels = {kind: _levels(np.concatenate(parts)) for kind, parts in values.items()}
     return Survey(levels, {kind: _is_alpha(np.concatenate(parts)) for kind, parts in alphas.items()})
 
