@@ -34,6 +34,6 @@ def reference_set(name: str, hub: str, resolution: int, root: str | None = None,
         raise UserError(
             f"reference={name} is not here and the hub's {hub} could not be loaded ({reason}): where there is a "
             f"network, run `hf download {hub} --repo-type dataset{only} --local-dir DIR`, and give reference.root=DIR; "
-            "or give a folder of images with one sub-folder a class"
+            "or give a folder of images with one sub-folder a class, or take reference=corpus, its own labels or strata"
         ) from error
     return source

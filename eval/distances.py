@@ -9,6 +9,9 @@ import torch
 from scipy.stats import t as student_t
 from torchmetrics.image.kid import poly_kernel
 
+#: With fewer images no distance is defined: a jackknife needs two blocks of two, a third neighbour four.
+FEWEST = 4
+
 
 class Interval(NamedTuple):
     """A value and the ends of its 95 % interval."""
@@ -16,6 +19,15 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+#: Of sets that are too small.
+UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
+
+
+def too_few(*sets: np.ndarray) -> bool:
+    """Whether one of the sets has fewer than `FEWEST` images; a distance between them is NaN then."""
+    return min(map(len, sets)) < FEWEST
 
 
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
@@ -28,6 +40,8 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     Args:
         features: float [N, D]; reference: float [M, D].
     """
+    if too_few(features, reference):
+        return float("nan")
     first, second = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (features, reference))
     mean_first, mean_second = first.mean(0), second.mean(0)
     first = (first - mean_first) / (len(first) - 1) ** 0.5
@@ -45,9 +59,11 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, *, blocks: int 
     The interval is the delete-one-block jackknife over both sets. The larger set is cut to the smaller one's size.
 
     Args:
-        features: float [N, D]; reference: float [M, D]; N and M at least 4.
+        features: float [N, D]; reference: float [M, D].
         blocks: of the jackknife; a prime, so that no period in the order of the images falls in with it.
     """
+    if too_few(features, reference):
+        return UNDEFINED
     size = min(len(features), len(reference))
     blocks = min(blocks, size // 2)
     return _jackknife(_estimates(_block_sums(features[:size], reference[:size], blocks)))
@@ -69,6 +85,8 @@ def kernel_distance_difference(
     """
     if not len(features) == len(other) == len(reference):
         raise ValueError(f"paired sets differ in size: {len(features)}, {len(other)}, {len(reference)}")
+    if too_few(reference):
+        return UNDEFINED
     blocks = min(blocks, len(reference) // 2)
     first, second = (_estimates(_block_sums(x, reference, blocks)) for x in (features, other))
     return _jackknife(first - second)
@@ -124,6 +142,8 @@ def _jackknife(estimates: np.ndarray) -> Interval:
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019): share of one set inside the other's k-NN balls."""
+    if too_few(features, reference):
+        return float("nan"), float("nan")
     first, second = (torch.from_numpy(np.asarray(x, dtype=np.float32)) for x in (features, reference))
     between = torch.cdist(first, second)
 
@@ -152,8 +172,10 @@ def density_coverage(features: np.ndarray, reference: np.ndarray, neighbours: in
     Coverage: share of reference balls with at least one image inside.
 
     Args:
-        features: float [N, D]; reference: float [M, D], M at least 2.
+        features: float [N, D]; reference: float [M, D].
     """
+    if too_few(reference):
+        return float("nan"), float("nan")
     features, reference = (np.ascontiguousarray(x, dtype=np.float32) for x in (features, reference))
     neighbours = min(neighbours, len(reference) - 1)
     # with float64 sums, so that an image equal to a reference image lies at distance zero

@@ -11,6 +11,7 @@ import numpy as np
 
 from corpus.index import Corpus
 from encoders.embedding import Encoder, embed
+from eval.distances import FEWEST
 from eval.metrics import SETS
 from runtime.artefacts import stage
 from runtime.errors import UserError
@@ -121,8 +122,10 @@ def held_out_sets(
     Args:
         half: 0, or 1 for the second set of `real_held_out`, which may be smaller or empty.
     Raises:
-        UserError: the split is too small.
+        UserError: the split is too small, or `size` is below `FEWEST`.
     """
+    if size < FEWEST:
+        raise UserError(f"eval.images={size} (or eval.convergence_images) is too few: give at least {FEWEST}")
     usable = usable_images(corpus, size, seed)[half]
     sets = {}
     for index, (name, draw) in enumerate(DRAWS.items()):
@@ -130,7 +133,8 @@ def held_out_sets(
         if len(rows) < size and half == 0:
             raise UserError(
                 f"the held-out corpus {corpus.name} has {len(rows)} usable images, eval.images={size} are asked for: "
-                "lower eval.images or hold out more images"
+                "lower eval.images (eval.convergence_images of snapshots) or hold out more images (corpus.test_share, "
+                "corpus.val_share)"
             )
         features = {encoder.name: _features(corpus, rows, encoder, name, runs) for encoder in encoders}
         captions = corpus.manifest["caption"].iloc[rows].tolist()

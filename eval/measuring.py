@@ -180,8 +180,11 @@ def compare(features: Mapping[str, np.ndarray], held: HeldOut) -> dict[str, floa
 def judge_captions(
     images: np.ndarray, held: HeldOut, judges: Judges
 ) -> tuple[dict[str, float | None], Confusion | None]:
-    """What CLIP says of images of the held-out captions, and what it sees in those of each scene."""
-    if judges.clip is None:
+    """What CLIP says of images of the held-out captions, and what it sees in those of each scene.
+
+    Nothing without a CLIP model, or where no held-out image has a caption: a score against no words says nothing.
+    """
+    if judges.clip is None or not any(held.captions):
         return {}, None
     inputs = {"clip_scores": judges.clip.scores(images, held.captions)}
     confusion = scene_confusion(judges, held, images)

@@ -14,15 +14,24 @@ from eval.subset_quality import subset_quality
 from prune.features import corpus_embeddings
 from prune.selection import select
 from runtime.artefacts import stage, write_json
+from runtime.errors import UserError
 
 
 def measured_subset(cfg: DictConfig, method: str) -> Path:
-    """Select with a method and measure the selected images on `eval.split`; a directory with metrics.json, cached."""
+    """Select with a method and measure the selected images on `eval.split`; a directory with metrics.json, cached.
+
+    Raises:
+        UserError: nothing was selected.
+    """
     selection, corpus = select(cfg, method)
     sets, encoders = evaluation_sets(cfg), encoders_of(cfg)
 
     def build(directory: Path) -> None:
         rows = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
+        if len(rows) == 0:
+            raise UserError(
+                f"{selection} keeps none of its {len(corpus)} images: lower ratio={cfg.ratio} to measure some"
+            )
         embeddings = {encoder.name: corpus_embeddings(corpus, encoder, cfg.runs) for encoder in encoders}
         metrics = subset_quality(rows, sets, corpus, embeddings, cfg.seed)
         write_json(directory / "metrics.json", metrics)

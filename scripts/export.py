@@ -309,7 +309,12 @@ def to_list(subset: Subset, target: Path) -> None:
     table.to_json(target / "kept.jsonl", orient="records", lines=True, force_ascii=False)
 
 
-def main(cfg: DictConfig) -> None:
+def chosen_subset(cfg: DictConfig) -> Subset:
+    """What the options name.
+
+    Raises:
+        UserError: an option is unknown or missing, or nothing is kept; see also `open_subset`.
+    """
     if cfg.selection is None:
         raise UserError("no selection given: selection=DIR, the directory that prune/run.py prints")
     if cfg.to not in FORMS:
@@ -319,15 +324,20 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"export.reencode={reencode} is unknown: give png, or null to keep all files as they are")
     if reencode and cfg.to == "symlinks":
         raise UserError("export.reencode=png makes new files, to=symlinks none: take to=folder")
-    selection = Path(cfg.selection).expanduser()
-    subset = replace(open_subset(selection), reencode=reencode is not None)
+    subset = replace(open_subset(Path(cfg.selection).expanduser()), reencode=reencode is not None)
     if len(subset.rows) == 0:
         unreadable = int((~subset.corpus.readable).sum())
         raise UserError(
-            f"{selection} keeps none of its {len(subset.corpus)} images ({unreadable} unreadable): nothing to export, "
-            "prune again with a lower ratio or readable images"
+            f"{cfg.selection} keeps none of its {len(subset.corpus)} images ({unreadable} unreadable): nothing to "
+            "export, prune again with a lower ratio or readable images"
         )
-    target = Path(cfg.export.out or Path(cfg.results) / "export" / f"{selection.resolve().name}-{cfg.to}").expanduser()
+    return subset
+
+
+def main(cfg: DictConfig) -> None:
+    subset = chosen_subset(cfg)
+    name = f"{Path(cfg.selection).expanduser().resolve().name}-{cfg.to}"
+    target = Path(cfg.export.out or Path(cfg.results) / "export" / name).expanduser()
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise UserError(f"export.out={target} is not empty: name another, or remove it")
     partial = target.with_name(target.name + ".partial")

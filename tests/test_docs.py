@@ -60,6 +60,21 @@ def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_first_example_runs_as_written(repository: Path, tmp_path: Path) -> None:
+    """README.md: an unlabelled folder is made, pruned and exported."""
+    environment = checkout(repository, tmp_path)
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    first = [re.search(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)[1] for kind in ("python", "sh")]
+    for shell in ([sys.executable, "-c", first[0]], ["bash", "-euo", "pipefail", "-c", first[1]]):
+        done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "no reference: strata were made from the corpus itself (12 of them)" in done.stderr
+    assert len(list((tmp_path / "best" / "images").rglob("*.png"))) == 150
+    [report] = (tmp_path / "runs" / "selection").glob("*/report.html")
+    assert "150 of 1,000 images kept" in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_the_torchgeo_example_runs_as_written(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchgeo", reason="torchgeo is the extra `geo`, which is not installed")
     environment = checkout(repository, tmp_path)

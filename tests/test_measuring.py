@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from eval.measuring_any import FEWEST_IMAGES, measure_any, sample_rows
 from eval.metrics import METRICS, Metric
 from eval.models import SNAPSHOT, Model, find_model, snapshots_of
 from eval.reference_rows import Rebuild, reference_rows
+from eval.subset_quality import subset_quality
 from runtime.artefacts import read_json, write_json
 from runtime.errors import UserError
 from train.networks import text_to_image_pipeline
@@ -228,6 +230,51 @@ def test_too_few_images_are_refused(cfg, tmp_path: Path, count: int) -> None:
     with pytest.raises(UserError, match=r"readable images|no images") as error:
         measure_any(cfg)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_too_few_held_out_images_are_refused(cfg, tmp_path: Path, images: int) -> None:
+    cfg.of, cfg.eval.images = str(write_folder(tmp_path / "many", 30)), images
+    with pytest.raises(UserError, match=rf"eval\.images={images} .* too few: give at least 4"):
+        measure_any(cfg)
+
+
+def test_a_broken_folder_is_refused(cfg, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    cfg.of = str(tmp_path / "broken")
+    with pytest.raises(UserError) as caught:
+        measure_any(cfg)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_metric_of_a_few_kept_images_is_a_number_or_null(tmp_path: Path) -> None:
+    """One to four images, and four that are all alike: nothing is NaN, and what is undefined is null."""
+    corpus = made_corpus(60)
+    held = made_held_out(made_corpus(40, seed=1), np.arange(40))
+    features = Moments()(corpus.images)
+    for rows in ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 0, 0, 0]):
+        found = subset_quality(np.array(rows), {"balanced": held}, corpus, {"moments": features}, seed=0)
+        write_json(tmp_path / "metrics.json", found)
+        json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+        undefined = {name for name, value in found.items() if value is None}
+        kids = {f"balanced_kid_x1000_moments{part}" for part in ("", "_low", "_high")}
+        assert (kids <= undefined) == (len(rows) < 4) and ("balanced_precision_moments" in undefined) == (len(rows) < 4)
+
+
+def test_json_files_hold_null_for_what_is_no_number(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"floor": -np.inf, "list": [np.float32("nan"), 1.5], "deep": {"x": float("inf")}})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "floor": None, "list": [None, 1.5], "deep": {"x": None},
+    }  # fmt: skip
+
+
+def test_images_without_captions_are_not_scored_against_empty_words() -> None:
+    held = made_held_out(made_corpus(40), np.arange(40))
+    blank = replace(held, captions=[""] * 40)
+    judges = Judges((Moments(),), Clip())
+    assert "clip_made" in measure(held.images, held, judges).metrics
+    assert "clip_made" not in measure(held.images, blank, judges).metrics
 
 
 def test_a_sample_does_not_favour_the_first_names() -> None:

@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
     directory = pretrain(cfg, method_name())
     metrics = read_json(directory / "summary.json")["metrics"]
     for key in sorted(metrics):
-        print(f"{key}: {metrics[key]:.4g}")
+        print(f"{key}: {'undefined' if metrics[key] is None else format(metrics[key], '.4g')}")
     if cfg.push_to_hub is not None and is_main_process():
         push(directory / "pipeline", str(cfg.push_to_hub))
     print(f"seconds: {time.perf_counter() - start:.0f}")
