@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,12 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from runtime.artefacts import fingerprint, is_main_process, plain
+from runtime.provenance import SECRET, resolved
+
+#: How long W&B's own process, once it has failed, may take to end.
+STOP_SECONDS = 10
+#: Modes of W&B that failed in this process: the stages and cells after it do not wait for them again.
+_failed_modes: set[str] = set()
 
 
 class Tracker:
@@ -27,8 +35,8 @@ class Tracker:
     """
 
     def __init__(self, wandb_run: Any = None, events: Any = None) -> None:
-        self._run = wandb_run
-        self._events = events
+        self._run = _Service("Weights & Biases", wandb_run)
+        self._events = _Service("TensorBoard", events)
 
     def log(self, values: Mapping[str, float], step: int | None = None) -> None:
         def scalars(events: Any) -> None:
@@ -75,26 +83,62 @@ class Tracker:
         self._tell(lambda run: run.summary.update(plain(values)))
 
     def _tell(self, to_run: Callable[[Any], Any], to_events: Callable[[Any], Any] | None = None) -> None:
-        if self._run is not None:
-            run, self._run = self._run, None
-            with _spared("Weights & Biases"):
-                to_run(run)
-                self._run = run
-        if self._events is not None and to_events is not None:
-            events, self._events = self._events, None
-            with _spared("TensorBoard"):
-                to_events(events)
-                self._events = events
+        self._run.tell(to_run)
+        if to_events is not None:
+            self._events.tell(to_events)
+
+    def close(self) -> None:
+        """End the run and the event files. One that has failed already does so in silence."""
+        self._events.close(lambda events: events.close())
+        if self._run.client is not None:
+            self._run.close(lambda run: run.finish())
+            if self._run.failed:
+                _stop_wandb()
 
 
-@contextmanager
-def _spared(service: str) -> Iterator[None]:
-    """A service's failure becomes one line."""
-    try:
-        yield
-    except Exception as error:  # whatever it comes up with
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        print(f"warning: {service} failed ({reason}): the stage goes on without it", file=sys.stderr, flush=True)
+class _Service:
+    """What is told to a service, until it fails."""
+
+    def __init__(self, name: str, client: Any) -> None:
+        self.name, self.client, self.failed = name, client, False
+
+    def tell(self, action: Callable[[Any], Any]) -> None:
+        if self.client is not None and not self.failed:
+            self.close(action)
+
+    def close(self, action: Callable[[Any], Any]) -> None:
+        """The same, of a service that has failed too, which then says nothing."""
+        if self.client is None:
+            return
+        try:
+            action(self.client)
+        except Exception as error:  # whatever it comes up with
+            if not self.failed:
+                _warn(self.name, error, "the stage goes on without it")
+            self.failed = True
+
+
+def _warn(service: str, error: Exception, then: str) -> None:
+    """A service's failure is one line, without keys that the environment holds."""
+    reason = " ".join(str(error).split()).partition(" Consider increasing")[0] or type(error).__name__
+    for name, value in os.environ.items():
+        if SECRET.search(name) and value:
+            reason = reason.replace(value, "…")
+    print(f"warning: {service} failed ({reason[:200]}): {then}", file=sys.stderr, flush=True)
+
+
+def _stop_wandb() -> None:
+    """End W&B's own process now: at the end of this one it would be waited for, and its failure printed."""
+
+    def stop() -> None:
+        with suppress(Exception):
+            import wandb
+
+            wandb.teardown()
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    thread.join(STOP_SECONDS)
 
 
 @contextmanager
@@ -107,37 +151,61 @@ def track(cfg: DictConfig, stage: str, name: str) -> Iterator[Tracker]:
     if not is_main_process():
         yield Tracker()
         return
-    events = run = None
+    events = None
     if cfg.tracker.tensorboard:
-        with _spared("TensorBoard"):
+        try:
             events = _event_files(cfg, stage, name)
-    if cfg.tracker.kind == "wandb":
-        mode = cfg.tracker.mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-        for choice in dict.fromkeys((mode, "offline")):
-            with _spared(f"Weights & Biases, {choice},"):
-                run = _wandb_run(cfg, stage, name, choice)
-                break
+        except Exception as error:
+            _warn("TensorBoard", error, "the stage goes on without it")
+    run = _started(cfg, stage, name) if cfg.tracker.kind == "wandb" else None
+    tracker = Tracker(run, events)
     try:
-        yield Tracker(run, events)
+        yield tracker
     finally:
-        if events is not None:
-            with _spared("TensorBoard"):
-                events.close()
-        if run is not None:
-            with _spared("Weights & Biases"):
-                run.finish()
+        tracker.close()
+
+
+def _started(cfg: DictConfig, stage: str, name: str) -> Any:
+    """A W&B run in the mode that is asked for, else offline, else None; who failed once online stays offline."""
+    mode = cfg.tracker.mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    modes = dict.fromkeys(("offline",) if mode in _failed_modes else (mode, "offline"))
+    for choice in modes:
+        try:
+            return _wandb_run(cfg, stage, name, choice)
+        except Exception as error:
+            _failed_modes.add(choice)
+            folder = Path(cfg.runs) / "wandb"
+            offline = f"this run and those after it are written to {folder}, for `wandb sync`"
+            _warn(
+                f"Weights & Biases, {choice},",
+                error,
+                "the stage goes on without it" if choice == "offline" else offline,
+            )
+    _stop_wandb()
+    return None
+
+
+def _but_for_event_files(args: threading.ExceptHookArgs) -> None:
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 def _event_files(cfg: DictConfig, stage: str, name: str) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
+    threading.excepthook = _but_for_event_files  # its thread raises what the next call raises again
     return SummaryWriter(str(Path(cfg.runs) / "tensorboard" / f"{stage}-{name}-{fingerprint(cfg=cfg)[:8]}"))
 
 
 def _wandb_run(cfg: DictConfig, stage: str, name: str, mode: str) -> Any:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # reports to an absent server are waited for, and said
+    logging.raiseExceptions = False  # else its log prints a traceback for every line that a full disk does not take
     import wandb
 
     Path(cfg.runs).mkdir(parents=True, exist_ok=True)
+    seconds = float(cfg.tracker.timeout)
+    patience = {"init_timeout": seconds, "login_timeout": seconds, "finish_timeout": seconds}
+    patience = {**patience, "finish_timeout_raises": True} if mode == "online" else {}
     run = wandb.init(
         project=cfg.tracker.project,
         name=f"{stage}-{name}",
@@ -145,8 +213,8 @@ def _wandb_run(cfg: DictConfig, stage: str, name: str, mode: str) -> Any:
         job_type=stage,
         dir=str(cfg.runs),
         mode=mode,
-        config=plain(cfg),
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+        config=resolved(cfg),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, **patience),
     )
     for metric in ("balanced_*", "natural_*"):  # curves of runs with other batches meet on this axis
         run.define_metric(metric, step_metric="images_seen")

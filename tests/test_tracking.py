@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import STEPS, tiny_config
 
 from eval.convergence import CONVERGENCE
+from runtime import tracking
 from runtime.application import CONFIGS
 from runtime.artefacts import read_json
 from runtime.tracking import track
@@ -77,6 +84,7 @@ def recorder(runs: list[Run]) -> ModuleType:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     found: list[Run] = []
+    monkeypatch.setattr(tracking, "_failed_modes", set())
     monkeypatch.setitem(sys.modules, "wandb", recorder(found))
     return found
 
@@ -186,9 +194,157 @@ def test_wandb_that_fails_on_the_way_ends_no_stage_and_spares_tensorboard(
     with track(config(tmp_path, "tracker=wandb", "tracker.tensorboard=true"), "prune", "name") as tracker:
         for step in range(3):
             tracker.log({"loss": 1.0}, step)
-    assert capsys.readouterr().err.count("warning: Weights & Biases failed") == 2  # of logging, and of the end
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: Weights & Biases failed (no connection to the server): the stage goes on without it"
+    ]
     (folder,) = (tmp_path / "runs" / "tensorboard").iterdir()
     assert [event.step for event in read(folder).Scalars("loss")] == [0, 1, 2]
+
+
+def test_a_server_that_failed_once_is_not_waited_for_again(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked, init = [], sys.modules["wandb"].init
+
+    def start(**options: Any) -> Run:
+        asked.append(options["mode"])
+        return init(**options) if options["mode"] == "offline" else broken()
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", start)
+    for stage in ("prune", "pretrain", "prune"):
+        with track(config(tmp_path, "tracker=wandb", "tracker.mode=online"), stage, "name"):
+            pass
+    assert asked == ["online", "offline", "offline", "offline"]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_no_secret_reaches_a_service_or_a_log(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("SECRET_PLACE", "s3cr3t-bucket")
+    cfg = config(tmp_path, "tracker=wandb", "+bucket=${oc.env:SECRET_PLACE}", "+hub_token=0123456789abcdef")
+    with track(cfg, "prune", "name"):
+        pass
+    assert "s3cr3t" not in str(runs[0].options) and "0123456789abcdef" not in str(runs[0].options)
+    assert runs[0].options["mode"] == "online"
+
+    def refused(**_: object) -> None:
+        raise RuntimeError(f"key {'0123456789' * 4} is refused")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refused)
+    with track(cfg, "prune", "name"):
+        pass
+    errors = capsys.readouterr().err
+    assert errors.count("key … is refused") == 2 and "0123" not in errors
+
+
+def test_event_files_on_a_full_disk_end_no_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with track(config(tmp_path, "tracker=tensorboard"), "prune", "name") as tracker:
+        monkeypatch.setattr(RecordWriter, "write", full)
+        for step in range(200):
+            tracker.log({"loss": 1.0}, step)
+            time.sleep(0.001)  # it writes in a thread
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: TensorBoard failed ([Errno 28] No space left on device)")
+
+
+# ---------------------------------------------------------------- the real wandb and servers that fail
+
+TRACKED = """
+import sys
+from hydra import compose, initialize_config_dir
+from runtime.application import CONFIGS
+from runtime.tracking import track
+with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    cfg = compose("config", ["tracker=wandb", "tracker.timeout=2", *sys.argv[1:]])
+for stage in ("prune", "pretrain"):
+    with track(cfg, stage, "name") as tracker:
+        tracker.log({"loss": 1.0}, 1)
+        tracker.summary({"kid": 1.0})
+print("went on")
+"""
+KEY = "0123456789" * 4
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Refuses every request with a status."""
+
+    status = 401
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(b'{"errors":[{"message":"refused"}]}')
+
+    do_GET = do_POST
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of a server that is not there, accepts and never answers, or refuses with a status."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        if request.param == "silent":
+            listener.listen(100)  # the system accepts, and nobody reads
+            yield f"http://127.0.0.1:{port}"
+            return
+    if request.param == "absent":
+        yield f"http://127.0.0.1:{port}"
+        return
+    handler = type("Handler", (Answer,), {"status": request.param})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as refusing:
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{refusing.server_port}"
+        refusing.shutdown()
+
+
+def tracked(repository: Path, folder: Path, address: str, *overrides: str) -> subprocess.CompletedProcess:
+    """Two stages with the real wandb, logged in at that server."""
+    pytest.importorskip("wandb")
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    variables |= {
+        "WANDB_API_KEY": KEY,
+        "WANDB_BASE_URL": address,
+        "WANDB_SILENT": "true",
+        "PYTHONPATH": str(repository),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", TRACKED, f"runs={folder}/runs", *overrides],
+        cwd=folder, capture_output=True, text=True, env=variables, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["absent", "silent", 401, 500], indirect=True)
+def test_a_server_that_fails_costs_seconds_and_one_line(repository: Path, tmp_path: Path, server: str) -> None:
+    done = tracked(repository, tmp_path, server)
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: Weights & Biases, online, failed (") and "wandb sync" in line and KEY not in line
+    assert len(list((tmp_path / "runs" / "wandb").glob("offline-run-*"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["absent"], indirect=True)
+def test_a_folder_that_wandb_cannot_write_ends_no_stage(repository: Path, tmp_path: Path, server: str) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "wandb").write_text("a file where the folder should be")
+    done = tracked(repository, tmp_path, server, "tracker.mode=offline")
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+    assert all(line.startswith("warning: Weights & Biases, offline, failed (") for line in done.stderr.splitlines())
 
 
 @pytest.mark.slow
