@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from corpus.raster import (
     DRIVERS,
+    Bands,
     Pixels,
     RasterOptions,
     Survey,
@@ -20,7 +22,9 @@ from corpus.raster import (
     has_data,
     missing_codec,
     opened,
+    quiet_gdal,
     read_pixels,
+    read_stack,
     survey_of,
     to_rgb,
 )
@@ -83,12 +87,64 @@ def decode_image(
         pixels = decode_jpeg(data, resolution)
         if pixels is not None:
             return square(pixels, resolution)
-    image = image_pixels(data, options, resolution)
+    return _squared(image_pixels(data, options, resolution), resolution, options, facts)
+
+
+def decode_stack(
+    parts: Sequence[bytes], resolution: int, options: RasterOptions = SHOWN, facts: Survey = ALONE
+) -> np.ndarray | str:
+    """`decode_image` of one file a band, of red, green and blue, or of grey."""
+    return _squared(stack_pixels(parts, options), resolution, options, facts)
+
+
+def _squared(image: Pixels | str, resolution: int, options: RasterOptions, facts: Survey) -> np.ndarray | str:
     if isinstance(image, str):
         return image
     if image.valid is not None and not image.valid.any():
         return NO_DATA
     return square(to_rgb(image, options, facts), resolution)
+
+
+def stack_pixels(parts: Sequence[bytes], options: RasterOptions) -> Pixels | str:
+    """The first bands of several files as one image, over the ground and at the pixel size of the first; or why not."""
+    if not all(part.startswith(tuple(DRIVERS)) for part in parts):
+        return NOT_AN_IMAGE
+    try:
+        with ExitStack() as files:
+            rasters = [files.enter_context(opened(part)) for part in parts]
+            if any(raster.width * raster.height > MAX_PIXELS for raster in rasters):
+                return TOO_MANY_PIXELS
+            bands = Bands(tuple(range(1, len(rasters) + 1)), None)
+            return read_stack(rasters, bands, options, None, None)
+    except Exception as error:  # GDAL raises whatever it likes on damaged files
+        lacking = missing_codec(error)
+        return f"no decoder: {lacking}" if lacking else DAMAGED
+
+
+def stacked_tiff(parts: Sequence[bytes], options: RasterOptions) -> bytes | str:
+    """One GeoTIFF of the first bands of several files, in their own values and at the first one's place; or a reason.
+
+    Pixels that have no data hold what the first file or the options say stands for that, 0 where nothing does.
+    """
+    import rasterio
+
+    pixels = stack_pixels(parts, options)
+    if isinstance(pixels, str):
+        return pixels
+    with opened(parts[0]) as first:
+        place = {"crs": first.crs, "transform": first.transform}
+        empty = first.nodata if options.no_data is None else options.no_data
+    values = np.moveaxis(pixels.values, -1, 0)
+    if pixels.valid is not None and not pixels.valid.all():
+        empty = 0 if empty is None else empty
+        values = np.where(pixels.valid, values, np.array(empty, values.dtype))
+    count, height, width = values.shape
+    shape = {"count": count, "height": height, "width": width, "dtype": values.dtype.name, "nodata": empty}
+    colours = {"photometric": "rgb"} if count == 3 else {}
+    with quiet_gdal(), rasterio.MemoryFile() as memory:
+        with memory.open(driver="GTiff", compress="deflate", **shape, **place, **colours) as raster:
+            raster.write(values)
+        return memory.read()
 
 
 def image_pixels(data: bytes, options: RasterOptions, resolution: int | None = None) -> Pixels | str:
@@ -121,11 +177,20 @@ def image_pixels(data: bytes, options: RasterOptions, resolution: int | None = N
     return NO_HEIF if found == NOT_AN_IMAGE and data[4:12] in _HEIF_BRANDS else found
 
 
-def survey_files(files: Iterable[bytes], options: RasterOptions) -> Survey:
-    """What a sample of a corpus's files says about how all of them are shown; ordinary pictures say nothing."""
-    deep = (data for data in files if data.startswith(RASTERS) or (data.startswith(_PNG) and data[24:25] == b"\x10"))
-    images = (image_pixels(data, options) for data in deep)
-    return survey_of((image for image in images if isinstance(image, Pixels)), options)
+def survey_files(files: Iterable[bytes | Sequence[bytes]], options: RasterOptions) -> Survey:
+    """What a sample of a corpus says about how all of it is shown; ordinary pictures say nothing.
+
+    Args:
+        files: of each image the bytes, or those of its bands.
+    """
+
+    def pixels(data: bytes | Sequence[bytes]) -> Pixels | str:
+        if not isinstance(data, bytes):
+            return stack_pixels(data, options)
+        deep = data.startswith(RASTERS) or (data.startswith(_PNG) and data[24:25] == b"\x10")
+        return image_pixels(data, options) if deep else NOT_AN_IMAGE
+
+    return survey_of((image for image in map(pixels, files) if isinstance(image, Pixels)), options)
 
 
 def _ordinary(image: Image.Image, data: bytes, options: RasterOptions) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from corpus.decoding import decode_image
+from corpus.decoding import decode_image, decode_stack
 from corpus.masks import MISSING, MaskRule, Sample, with_mask
 from corpus.raster import RasterOptions, Survey
 
@@ -42,13 +43,17 @@ class Decoding:
     survey: Survey
     masks: MaskRule
 
-    def __call__(self, data: bytes | str, mask: bytes | str = MISSING) -> np.ndarray | Sample | str:
+    def __call__(self, data: bytes | Sequence[bytes] | str, mask: bytes | str = MISSING) -> np.ndarray | Sample | str:
         """An image, with its mask where the corpus has masks, or the reason why there is none.
 
         Args:
-            data, mask: the bytes of the files, or the reasons why there are none.
+            data, mask: the bytes of the files, or the reasons why there are none; of an image of one file a band, those
+                of all its bands.
         """
-        image = data if isinstance(data, str) else decode_image(data, self.resolution, self.raster, self.survey)
+        if isinstance(data, str):
+            return data
+        decode = decode_image if isinstance(data, bytes) else decode_stack
+        image = decode(data, self.resolution, self.raster, self.survey)
         if isinstance(image, str) or not self.masks:
             return image
-        return with_mask(image, self.resolution, self.masks, mask, data)
+        return with_mask(image, self.resolution, self.masks, mask, data if isinstance(data, bytes) else data[0])

@@ -9,6 +9,9 @@ whatever images come or go:
 - train and val: half of val is test, for who tunes on held-out images has none left to measure on;
 - a name that `NAMES` does not have is held out as test.
 
+Where images have a place on Earth, the hash is of their cell of the ground instead, so that overlapping images and
+other dates of one place are not split apart.
+
 The parts of a data set of a hub or of torchgeo name splits only where one of them is to train on (`part_names`): else
 the hash decides about all images. Otherwise no image that is named val or test is ever trained on.
 
@@ -87,16 +90,21 @@ def assigned(
     val_share: float,
     test_share: float,
     firsts: np.ndarray | None = None,
+    grounds: Sequence[tuple[str, ...]] | None = None,
 ) -> list[str]:
     """The split of every image, by the rules above; what is not as named is said on stderr, in one line.
+
+    Where an image has a place, its cell of the ground is hashed instead of its id, and an image across the border of
+    two splits is in none, "". Too few cells to fill the splits are no reason for an empty one: then the ids are hashed.
 
     Args:
         corpus: its name, for the line.
         names: what the data set calls each image's split, "" where it says nothing.
         firsts: of each image the position of the first by id of those with the same bytes, int64 [N]; None: no two
             are the same.
+        grounds: the cells of a common grid that each image touches, () for one without a place; None: there are none.
     Returns:
-        "train", "val" or "test" for every id.
+        "train", "val" or "test" for every id, or "".
     """
     known = {name: split_of(name) or "test" for name in set(names) if name}
     unknown = sorted(name for name in known if not split_of(name))
@@ -107,22 +115,23 @@ def assigned(
         notice(f"{corpus}: {nameless} of {len(names)} images are named no split, others are: a hash decides about them")
     carved, shares = _missing(set(known.values()), val_share, test_share)
     firsts = np.arange(len(ids)) if firsts is None else firsts
-    of_copies: dict[int, set[str]] = {}
-    for first, name in zip(firsts.tolist(), names, strict=True):
-        of_copies.setdefault(first, set()).update([known[name]] if name else [])
-    splits, counts = [], {"val": 0, "test": 0}
-    for first, name in zip(firsts.tolist(), names, strict=True):
-        identifier, named = ids[first], of_copies[first]
-        if not name and named - {carved}:
-            splits.append(next(split for split in ("test", "val", "train") if split in named))
-        elif not name and not named:
-            splits.append(hashed_split(identifier, val_share, test_share))
-        elif not name or known[name] == carved:
-            splits.append(hashed_split(identifier, *shares))
-            if splits[-1] != carved:
-                counts[splits[-1]] += 1
-        else:
-            splits.append(known[name])
+    named = [known[name] if name else "" for name in names]
+    alone = [(identifier,) for identifier in ids]
+    hashed = alone if grounds is None else [cells or own for cells, own in zip(grounds, alone, strict=True)]
+    splits = _divided(hashed, named, firsts, carved, (val_share, test_share), shares)
+    if hashed != alone:
+        by_id = _divided(alone, named, firsts, carved, (val_share, test_share), shares)
+        if lost := sorted(set(by_id) - set(splits)):
+            cells = len({cell for touched in grounds for cell in touched})
+            notice(
+                f"{corpus}: the images lie in {cells} cells of ground, which leave nothing for {' and '.join(lost)}: a "
+                "hash of the id splits them, so that splits may share ground"
+            )
+            splits = by_id
+    if border := splits.count(""):
+        notice(f"{corpus}: {border} images lie across the border of two splits' ground and are in none")
+    counts = Counter(split for split, name in zip(splits, named, strict=True) if name == carved != "" and split)
+    counts = {split: counts[split] for split in ("val", "test") if split != carved}
     taken = [f"{count} as {split}" for split, count in counts.items() if count]
     if taken:
         lacking = " and no ".join(split for split, count in counts.items() if count)
@@ -130,6 +139,36 @@ def assigned(
             f"{corpus}: the data set names no {lacking}: of its {carved} images a hash of the id takes "
             f"{' and '.join(taken)}"
         )
+    return splits
+
+
+def _divided(
+    hashed: Sequence[tuple[str, ...]],
+    named: Sequence[str],
+    firsts: np.ndarray,
+    carved: str,
+    all_shares: tuple[float, float],
+    shares: tuple[float, float],
+) -> list[str]:
+    """The split of every image: as named, or by what is hashed, "" where that falls into several splits.
+
+    Args:
+        named: "" where nothing is.
+        carved: the named split of which the hash gives `shares` to val and test; `all_shares` of what has no name.
+    """
+    of_copies: dict[int, set[str]] = {}
+    for first, name in zip(firsts.tolist(), named, strict=True):
+        of_copies.setdefault(first, set()).update([name] if name else [])
+    splits = []
+    for first, name in zip(firsts.tolist(), named, strict=True):
+        of_them = of_copies[first]
+        if not name and of_them - {carved}:
+            splits.append(next(split for split in ("test", "val", "train") if split in of_them))
+        elif name and name != carved:
+            splits.append(name)
+        else:
+            by_hash = {hashed_split(key, *(shares if of_them else all_shares)) for key in hashed[first]}
+            splits.append(by_hash.pop() if len(by_hash) == 1 else "")
     return splits
 
 
@@ -150,6 +189,8 @@ def elsewhere(corpus: str, splits: Sequence[str], firsts: np.ndarray) -> list[st
     for first, split in zip(firsts.tolist(), splits, strict=True):
         held.setdefault(first, set()).add(split)
     order = {split: position for position, split in enumerate(SPLITS)}
+    for group in held.values():
+        group.discard("")
     found = [
         ", ".join(sorted(held[first] - {split}, key=order.get))
         for first, split in zip(firsts.tolist(), splits, strict=True)

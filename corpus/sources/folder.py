@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -30,7 +30,8 @@ from corpus.captions import (
     table_rows,
 )
 from corpus.copies import of_files
-from corpus.decoding import read_bytes, survey_files
+from corpus.decoding import read_bytes, stacked_tiff, survey_files
+from corpus.footprints import grounds_of
 from corpus.masks import MISSING, MaskRule, Sample, beside, mask_rule, matching
 from corpus.masks import SUFFIXES as MASK_SUFFIXES
 from corpus.matching import Images, Rows
@@ -50,6 +51,7 @@ from corpus.names import (
 from corpus.raster import Survey, spread
 from corpus.reading import Decoding, Shown
 from corpus.splits import assigned, check, elsewhere, folder_split, split_of, thinned
+from corpus.stacks import grouped, place_of, scene_folders
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
 from runtime.notices import notice
@@ -62,6 +64,8 @@ class _Listing:
     Attributes:
         beside: texts and facts by the image that they lie beside.
         passed_over: files that are nothing of this, by suffix.
+        stacked: the files of images of one file a band; `images` has their places.
+        left_out: further files of these places.
     """
 
     images: list[str]
@@ -69,6 +73,8 @@ class _Listing:
     beside: dict[str, list[str]]
     classes: list[str]
     passed_over: Counter[str]
+    stacked: dict[str, tuple[str, ...]]
+    left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,9 @@ class ImageFolder(Shown):
     Args:
         root: the folder.
         split: "all", "train", "val" or "test". An image is of the split that its caption row names (`split`), else of
-            the folder it lies in if that is called as a split, else of the one that a hash of its id gives;
-            `corpus.splits` has the names, and the rule for a split that they leave out.
+            the folder it lies in if that is called as a split, else of the one that a hash gives, of its cell of the
+            ground where its file says where on Earth it lies (`corpus.footprints`), else of its id; `corpus.splits` has
+            the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
         val_share, test_share: shares of the images that the hash holds out.
         limit: keep at most so many images, evenly spread over the split in id order (None: all).
@@ -100,13 +107,14 @@ class ImageFolder(Shown):
         image_suffixes: more suffixes of images.
         class_names: of the scenes that are numbers: a list, or a file of them; None: `corpus.names.CLASS_FILES` in the
             root, if there is one.
-        bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`.
+        bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`. Bands by name (B04) also
+            stack files of one band each (`corpus.stacks`); the id is their path without the band.
         content_hash: an image has changed if its bytes have, all of which are read for it; otherwise if its size or
             time of change has.
         workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
         UserError: no root given, not a folder, unknown split, no images, a caption table or a file of class names that
-            cannot be read, or masks without a folder or names.
+            cannot be read, masks without a folder or names, or files of one band each and no `bands`.
     """
 
     root: str | None = None
@@ -166,8 +174,9 @@ class ImageFolder(Shown):
     def manifest(self) -> pd.DataFrame:
         """One row an image, sorted by id: id (POSIX path below the root), scene, caption ("" for none), stamp.
 
-        Also `captions` where an image has several, the numbers and texts of its row or JSON file, and `copy_in` where
-        images have exact copies in other splits. What was found about the images is said on stderr.
+        Also `captions` where an image has several, the numbers and texts of its row or JSON file, `ground` where most
+        images have a place on Earth, and `copy_in` where images have exact copies in other splits. What was found about
+        the images is said on stderr.
         """
         self._report()
         return pd.DataFrame(
@@ -180,35 +189,50 @@ class ImageFolder(Shown):
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
         files = [self._chosen[row] for row in rows]
+        parts = [self._listing.stacked.get(file, file) for file in files]
         masks = [self._masks.get(file) for file in files]
         decoding = Decoding(self.resolution, self.raster, self.survey, self.mask_rule)
-        return partial(_read_files, self._root, files, masks, decoding)
+        return partial(_read_files, self._root, parts, masks, decoding)
 
     @cached_property
     def survey(self) -> Survey:
         """Of files that are spread over the folder, whichever split is read."""
-        files = [file for file in self._files if suffix_of(file) not in SHALLOW]
-        data = (read_bytes(self._root / files[place]) for place in spread(len(files)))
-        return survey_files((part for part in data if isinstance(part, bytes)), self.raster)
+        stacked = self._listing.stacked
+        files = [file for file in self._files if file in stacked or suffix_of(file) not in SHALLOW]
+        data = (_bytes_of(self._root, stacked.get(files[place], files[place])) for place in spread(len(files)))
+        return survey_files((part for part in data if not isinstance(part, str)), self.raster)
 
     def path(self, row: int) -> Path:
-        """The file of a manifest row."""
+        """The file of a manifest row.
+
+        Raises:
+            UserError: the image has one file a band.
+        """
+        if self._chosen[row] in self._listing.stacked:
+            raise UserError(f"{self._chosen[row]} has one file a band, none that could be linked to: take to=folder")
         return self._root / self._chosen[row]
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         """The bytes and suffix of every image file, and those of its mask or None.
 
+        An image of one file a band is handed on as a GeoTIFF of the bands that are shown, in the files' own values.
+
         Raises:
             UserError: a file is no longer there.
         """
         for row in rows:
-            path = self.path(row)
-            mask = self._masks.get(self._chosen[row])
-            parts = [read_bytes(file) for file in (path, mask) if file is not None]
+            file = self._chosen[row]
+            mask = self._masks.get(file)
+            image = _bytes_of(self._root, self._listing.stacked.get(file, file))
+            parts = [image, *(() if mask is None else (read_bytes(mask),))]
+            if not isinstance(image, (bytes, str)):
+                parts[0] = stacked_tiff(image, self.raster)
             for part in parts:
                 if isinstance(part, str):
-                    raise UserError(f"{path} cannot be read any more ({part}): prune again, or put it back")
-            suffix = honest_suffix(parts[0], path.suffix.lower())
+                    raise UserError(
+                        f"{self._root / file} cannot be read any more ({part}): prune again, or put it back"
+                    )
+            suffix = ".tif" if file in self._listing.stacked else honest_suffix(parts[0], Path(file).suffix.lower())
             yield parts[0], suffix, None if mask is None else (parts[1], mask.suffix.lower())
 
     @property
@@ -222,7 +246,8 @@ class ImageFolder(Shown):
             return {}
         root, listed = self._mask_root, self._listing.images
         if root in (self._root, self._root / "images"):
-            return {image: self._root / mask for image, mask in beside(listed).items()}
+            pairs = beside([*listed, *self._listing.left_out]).items()
+            return {image: self._root / mask for image, mask in pairs if image in set(listed)}
         masks = [
             (Path(folder) / name).relative_to(root).as_posix()
             for folder, _, names in os.walk(root)
@@ -240,7 +265,8 @@ class ImageFolder(Shown):
         """What changes with a file's bytes: a digest of them, or its size and time of change; a mask's with it."""
         stamps = {}
         for file in (*self._files, *self._about):
-            stamps[file] = file_stamp(self._root / file, self.content_hash)
+            parts = self._listing.stacked.get(file, (file,))
+            stamps[file] = "+".join(file_stamp(self._root / part, self.content_hash) for part in parts)
             if file in self._masks:
                 stamps[file] += "+" + file_stamp(self._masks[file], self.content_hash)
         return stamps
@@ -277,11 +303,17 @@ class ImageFolder(Shown):
                 f"corpus.root={self.root} has no images ({', '.join(IMAGE_SUFFIXES)}) at any depth: give another folder"
                 + (f"; {sum(passed.values())} files are something else: {counted(passed)}" if passed else "")
             )
-        beside = _beside(images, others)
+        stacked, left_out = grouped(self.name, self._root, sorted(images), self.bands)
+        if stacked:
+            gone = left_out | {file for files in stacked.values() for file in files}
+            images = [*stacked, *(file for file in images if file not in gone)]
+        beside = _beside(images, others, stacked)
         classes = [file for file in others if file.lower() in CLASS_FILES]
         known = {*classes, *(file for files in beside.values() for file in files)}
         passed.update(suffix_of(file) for file in others if file not in known)
-        return _Listing(sorted(images), sorted(tables), beside, sorted(classes), passed)
+        return _Listing(
+            sorted(images), sorted(tables), beside, sorted(classes), passed, stacked=stacked, left_out=sorted(left_out)
+        )
 
     def _folders_below(self, closed: Callable[[OSError], None]) -> Iterator[tuple[Path, list[str], bool]]:
         """Every folder with the names of its files, and whether only tables and class names count among them."""
@@ -353,13 +385,29 @@ class ImageFolder(Shown):
         if passed:
             notice(f"{self.name}: {sum(passed.values())} files passed over: {counted(passed)}")
 
+    @property
+    def _paths(self) -> list[Path]:
+        """The file of every image; of one in a file a band, the first."""
+        return [self._root / self._listing.stacked.get(file, (file,))[0] for file in self._files]
+
+    @cached_property
+    def _grounds(self) -> list[tuple[str, ...]]:
+        """The cells of ground that every file touches, () where it has no place."""
+        return grounds_of(self.name, self._paths, (str(self._root), self.version["files"]))
+
+    @cached_property
+    def _cell(self) -> dict[str, str]:
+        """The cell of ground of every file, "" across a border; empty where most have no place."""
+        placed = sum(cells != () for cells in self._grounds)
+        cells = (touched[0] if len(touched) == 1 else "" for touched in self._grounds)
+        return dict(zip(self._files, cells, strict=True)) if 2 * placed > len(self._files) else {}
+
     @cached_property
     def _splits(self) -> tuple[list[str], dict[str, str]]:
         """The split of every file, and the other splits in which some of them have copies."""
         ids, names = [_identifier(file) for file in self._files], [self._split_name(file) for file in self._files]
-        paths = [self._root / file for file in self._files]
-        firsts = of_files(self.name, ids, paths, (str(self._root), self.version["files"]))
-        splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts)
+        firsts = of_files(self.name, ids, self._paths, (str(self._root), self.version["files"]))
+        splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts, self._grounds)
         copies = zip(self._files, elsewhere(self.name, splits, firsts), strict=True)
         return splits, {file: others for file, others in copies if others}
 
@@ -372,9 +420,10 @@ class ImageFolder(Shown):
         return [files[row] for row in thinned(len(files), self.limit)]
 
     def _shared(self, file: str) -> dict[str, str]:
-        """In which other splits an image lies, too: a column of all or of none."""
+        """The ground of an image, and in which other splits it lies, too: columns of all or of none."""
         copies = {} if self.split == "all" else self._splits[1]
-        return {"copy_in": copies.get(file, "")} if copies else {}
+        ground = {"ground": self._cell[file]} if self._cell else {}
+        return {**ground, **({"copy_in": copies.get(file, "")} if copies else {})}
 
     def _split_name(self, file: str) -> str:
         """What an image's row or folder calls its split, or ""."""
@@ -383,7 +432,8 @@ class ImageFolder(Shown):
 
     def _facts(self, file: str) -> dict[str, Any]:
         row = self._rows.get(file, {})
-        folder = folder_split(tuple(file.split("/")[:-1]))[1]
+        folders = scene_folders(file) if file in self._listing.stacked else tuple(file.split("/")[:-1])
+        folder = folder_split(folders)[1]
         scene = scene_name(_identifier(folder), self._class_names) or row_scene(row, self._class_names)
         return {"id": _identifier(file), "scene": scene, **caption_facts(row, scene), **scalars(row)}
 
@@ -407,13 +457,15 @@ def _annotations(root: Path) -> list[str]:
     return [f"annotations/{name}" for name in names if TABLE.fullmatch(name.lower())]
 
 
-def _beside(images: Sequence[str], others: Sequence[str]) -> dict[str, list[str]]:
-    """Texts and facts by the image of their name, with or without its suffix."""
+def _beside(images: Sequence[str], others: Sequence[str], places: Collection[str]) -> dict[str, list[str]]:
+    """Texts and facts by the image of their name, with or without its suffix; facts by the place of their name, too."""
     stems = {file[: -len(suffix_of(file))] if suffix_of(file) else file: file for file in reversed(images)}
     stems.update({file: file for file in images})
     found: dict[str, list[str]] = {}
     for file in sorted(others):
         image = stems.get(file[: -len(suffix_of(file))])
+        if image is None and places and suffix_of(file) == FACTS_SUFFIX:
+            image = place_of(file, places)
         if image is not None:
             found.setdefault(image, []).append(file)
     return found
@@ -438,12 +490,20 @@ def _object(data: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _bytes_of(root: Path, file: str | tuple[str, ...]) -> bytes | list[bytes] | str:
+    """The bytes of a file, or of each of several, or the reason why there are none."""
+    if isinstance(file, str):
+        return read_bytes(root / file)
+    parts = [read_bytes(root / part) for part in file]
+    return next((part for part in parts if isinstance(part, str)), parts)
+
+
 def _read_files(
-    root: Path, files: Sequence[str], masks: Sequence[Path | None], decoding: Decoding
+    root: Path, files: Sequence[str | tuple[str, ...]], masks: Sequence[Path | None], decoding: Decoding
 ) -> Iterator[np.ndarray | Sample | str]:
     for file, mask in zip(files, masks, strict=True):
         needed = bool(decoding.masks) and mask is not None
-        yield decoding(read_bytes(root / file), read_bytes(mask) if needed else MISSING)
+        yield decoding(_bytes_of(root, file), read_bytes(mask) if needed else MISSING)
 
 
 class _Links:

@@ -33,7 +33,7 @@ from corpus.raster import (
 )
 from corpus.reading import Shown
 from corpus.splits import check, hashed_split, thinned
-from corpus.stacks import single_bands, stacks
+from corpus.stacks import grouped, scene_folders
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
 from runtime.notices import notice
@@ -196,18 +196,7 @@ class GeoTiff(Shown):
         if not files:
             raise UserError(f"corpus.root={self.root} has no scenes ({', '.join(SUFFIXES)}): give another folder")
         files = self._without_sources(files)
-        stacked, others = stacks(files, self.bands or ())
-        if stacked:
-            notice(
-                f"{self.name}: {len(stacked)} scenes are stacked from files of one band each; {len(others)} other "
-                "files of these scenes are left out"
-            )
-        elif self.bands is None and (single := single_bands(files)):
-            names = ", ".join(Path(file).name for file in single[:3])
-            raise UserError(
-                f"corpus.root={self.root} has one file a band ({names}, …): say which are red, green and blue, such as "
-                "corpus.bands=[B04,B03,B02]"
-            )
+        stacked, others = grouped(self.name, self._root, files, self.bands)
         used = {file for group in stacked.values() for file in group} | others
         return dict(sorted({**stacked, **{file: (file,) for file in files if file not in used}}.items()))
 
@@ -305,8 +294,8 @@ class GeoTiff(Shown):
         stamp = "+".join(file_stamp(self._folder / file, self.content_hash) for file in files)
         try:
             with quiet_gdal(), rasterio.open(self._folder / files[0]) as raster:
-                stacked = len(files) > 1
-                bands = Bands(tuple(range(1, len(files) + 1)), None) if stacked else choose_bands(raster, self.raster)
+                one = files == (name,)
+                bands = choose_bands(raster, self.raster) if one else Bands(tuple(range(1, len(files) + 1)), None)
                 if min(raster.height, raster.width) < self._side:
                     return _Scene(name, files, stamp, problem=SMALLER)
                 if isinstance(bands, str):
@@ -425,7 +414,7 @@ def _read_tiles(folder: Path, tiles: Sequence[_Tile], rule: _Rule) -> Iterator[n
 def _row(tile: _Tile, scale: float, shown: str) -> dict[str, Any]:
     """A tile's row; its place on Earth comes later, for all tiles at once."""
     scene, x, y, cells = tile
-    folders = Path(scene.name).parts[:-1]
+    folders = Path(scene.name).parts[:-1] if scene.files == (scene.name,) else scene_folders(scene.name)
     identifier = _text(scene.name)
     own = ()
     if not scene.problem:
