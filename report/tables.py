@@ -112,23 +112,19 @@ def _frame(name: str, measured: list[dict[str, Any]], references: list[dict[str,
     compared = {key for key in metrics if _is_distance(key)}
     corpora = {record["corpus"] for record in measured}
     references = [record for record in references if record["corpus"] in corpora and compared & set(record)]
-    own = {key for record in references for key in record if key.startswith("metric:")} if name == "generation" else []
-    metrics = sorted({*metrics, *own}, key=_column_order)
+    sets = {_held_out(key) for key in metrics}
+    known = {key for record in references for key in record if key.startswith("metric:") and _held_out(key) in sets}
+    metrics = sorted({*metrics, *(known if name == "generation" else ())}, key=_column_order)
     fields = sorted({key for record in measured for key in record if key.startswith("field:")})
     cell = ["kind", *_CELL, *fields]
     newest = {tuple(record.get(key) for key in (*cell, "seed")): record for record in [*measured, *references]}
     frame = pd.DataFrame(list(newest.values())).reindex(columns=[*cell, "seed", *metrics])
     frame[metrics] = frame[metrics].astype("float64")
     groups = frame.groupby(cell, dropna=False, sort=False)
-    table = groups[metrics].mean()
-    table.insert(0, "seeds", groups.size())
-    spread = groups[metrics].std()
-    for key in metrics:
-        ends = Quantity.parse(key.removeprefix("metric:"))
-        if ends is None or not ends.part:
-            table[key + _SPREAD] = spread[key]
-        else:  # intervals are of one seed's images
-            table[key] = table[key].where(table["seeds"] == 1)
+    ends = [key for key in metrics if (quantity := Quantity.parse(key.removeprefix("metric:"))) and quantity.part]
+    spread = groups[metrics].std().drop(columns=ends).add_suffix(_SPREAD)
+    table = pd.concat([groups.size().rename("seeds"), groups[metrics].mean(), spread], axis=1)
+    table[ends] = table[ends].where(table["seeds"] == 1)  # intervals are of one seed's images
     order = [column for key in metrics for column in (key, key + _SPREAD) if column in table]
     table = table.dropna(axis=1, how="all").reset_index()
     table = table[[column for column in [*cell, "seeds", *order] if column in table or column in cell]]
@@ -147,6 +143,12 @@ def _row_order(name: str, record: dict[str, Any]) -> tuple[Any, ...]:
     early, late = (step, 0) if name == "convergence" and measured else (0, step)
     fields = sorted((key, str(value)) for key, value in record.items() if key.startswith("field:"))
     return not measured, str(record["corpus"]), early, rank, ratio, late, fields
+
+
+def _held_out(column: str) -> str | None:
+    """The held-out set that a metric is about; None: no metric."""
+    quantity = Quantity.parse(column.removeprefix("metric:"))
+    return None if quantity is None else quantity.held_out
 
 
 def _is_distance(column: str) -> bool:
@@ -197,6 +199,12 @@ class Shown:
             any(cell.number for cell in column) and all(cell.number or cell.value == _NOTHING for cell in column)
             for column in columns
         )
+
+
+def metric_of(column: str) -> str | None:
+    """The metric that a column of a table of `build_tables` is about; None: it is about none."""
+    quantity = Quantity.parse(column.removesuffix(_SPREAD))
+    return None if quantity is None else quantity.metric
 
 
 def show(table: pd.DataFrame) -> Shown:
