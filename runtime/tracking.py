@@ -93,6 +93,7 @@ class Tracker:
         if self._run.client is not None:
             self._run.close(lambda run: run.finish())
             if self._run.failed:
+                _failed_modes.add("online")
                 _stop_wandb()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from encoders.pixels import to_tensor, to_uint8
 from eval.pairs import peak_signal_noise_ratio
+from runtime.artefacts import read_json
 from runtime.errors import UserError
 from train.autoencoder import start_from_pca
 from train.latents import PatchPCA, encode, symmetric
@@ -227,3 +229,94 @@ def test_divergence_names_the_last_good_checkpoint(tmp_path):
 def test_learning_rate_rises_and_falls():
     rates = [OPTIONS.rate(step) for step in range(12)]
     assert rates[0] == pytest.approx(5e-3) and max(rates) == 1e-2 and rates[-1] < 3e-3
+
+
+# ---------------------------------------------------------------- taken up from a checkpoint of another training
+
+
+def flat(**changes: object) -> LoopOptions:
+    """Options whose learning rate does not depend on the number of steps."""
+    return replace(OPTIONS, decay=0.0, **changes)
+
+
+def take_up(directory: Path, start: Path, options: LoopOptions, width: int = 5, **given: object) -> dict:
+    """As `fit`, from a checkpoint; also returns the steps' learning rates and the snapshots' steps."""
+    torch.manual_seed(1)  # other weights than those of `fit`
+    module = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 1))
+    drawn, seen = [], []
+
+    def draw(random, rows):
+        drawn.append(random.standard_normal((4, 6), dtype=np.float32))
+        return (torch.from_numpy(drawn[-1])[rows],)
+
+    def loss(modules, batch):
+        return (modules["net"](batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
+
+    best = train_loop(
+        Accelerator(cpu=True), {"net": module}, draw, loss, options, directory, label="t", snapshots=[6, 12, 18],
+        on_snapshot=lambda step, *_: seen.append(step), start=start, **given,
+    )  # fmt: skip
+    return {"weights": best["net"].state_dict(), "drawn": len(drawn), "seen": seen}
+
+
+def test_a_finished_training_goes_on_as_if_it_had_been_longer(tmp_path):
+    whole, _ = fit(tmp_path / "whole", options=flat(steps=18))
+    fit(tmp_path / "short", options=flat(steps=12))
+    longer = take_up(tmp_path / "long", tmp_path / "short" / "checkpoints" / "00000012", flat(steps=18))
+    assert longer["drawn"] == 6 and longer["seen"] == [18]
+    for key, value in whole.items():
+        torch.testing.assert_close(longer["weights"][key], value, rtol=0, atol=0)
+    facts = read_json(tmp_path / "long" / "checkpoints" / "00000018" / "state.json")
+    assert (facts["step"], facts["images"]) == (18, 72)
+
+
+def test_other_options_count_from_the_checkpoint_on(tmp_path):
+    fit(tmp_path / "short", options=flat(steps=12))
+    start = tmp_path / "short" / "checkpoints" / "00000012"
+    before = load_file(start / "net.safetensors")
+    still = take_up(tmp_path / "still", start, flat(steps=13, learning_rate=0.0, ema_halflife=0.0))
+    torch.testing.assert_close(still["weights"]["0.weight"], before["0.weight"], rtol=0, atol=0)
+    rates = []
+    options = replace(OPTIONS, steps=40, learning_rate=5e-3)
+    log = lambda values, step: rates.append((step, values["learning_rate"]))  # noqa: E731
+    take_up(tmp_path / "slow", start, options, log=log)
+    assert rates == [(20, pytest.approx(options.rate(19))), (40, pytest.approx(options.rate(39)))]
+
+
+def test_an_interrupted_training_goes_on_from_its_own_checkpoint(tmp_path):
+    fit(tmp_path / "short", options=flat(steps=12))
+    start = tmp_path / "short" / "checkpoints" / "00000012"
+    whole = take_up(tmp_path / "whole", start, flat(steps=18))
+    take_up(tmp_path / "cut", start, flat(steps=15))
+    again = take_up(tmp_path / "cut", start, flat(steps=18))
+    assert again["drawn"] == 3
+    torch.testing.assert_close(again["weights"]["0.weight"], whole["weights"]["0.weight"], rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    fit(tmp_path / "short")
+    start = tmp_path / "short" / "checkpoints" / "00000012"
+    with pytest.raises(UserError, match=r"00000012 does not fit these networks \(.*size mismatch.*\): train with") as e:
+        take_up(tmp_path / "wide", start, flat(steps=18), width=7)
+    assert "\n" not in str(e.value) and not (tmp_path / "wide" / "checkpoints").exists()
+    (start / "net.safetensors").rename(start / "other.safetensors")
+    with pytest.raises(UserError, match=r"does not fit these networks \(it has net_average, optimizer, other\)"):
+        take_up(tmp_path / "named", start, flat(steps=18))
+
+
+def test_divergence_names_the_command_that_goes_on(tmp_path):
+    def take(checkpoint: Path) -> str:
+        return f"train.resume={checkpoint.name}"
+
+    def explode(modules, batch):
+        return modules["net"](batch[0]).sum() * float("nan")
+
+    def draw(random, rows):
+        return (torch.ones(4, 6)[rows],)
+
+    fit(tmp_path / "short", options=flat(steps=12))
+    start = tmp_path / "short" / "checkpoints" / "00000012"
+    module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+    arguments = (Accelerator(cpu=True), {"net": module}, draw, explode, flat(steps=18), tmp_path / "bad")
+    with pytest.raises(UserError, match=r"at step 13; go on from .* with train\.resume=00000012, or"):
+        train_loop(*arguments, label="t", start=start, take_up=take)

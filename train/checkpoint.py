@@ -23,10 +23,15 @@ class Checkpoints:
     Args:
         folder: need not exist.
         keep: the newest ones that stay when another is saved.
+        start: a checkpoint of another training, which is read while this one has none of its own.
     """
 
-    def __init__(self, folder: Path, keep: int = 1) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int = 1, start: Path | None = None) -> None:
+        self._folder, self._keep, self.start = folder, keep, start
+
+    def latest(self) -> Path | None:
+        """The newest, else the one of another training that this one starts from."""
+        return self.newest() or self.start
 
     def newest(self) -> Path | None:
         """The last whole one, if there is any."""
@@ -53,13 +58,18 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """A file of the newest checkpoint, on the CPU."""
-        return load_file(_file(self.newest(), name))
+        """A file of the latest checkpoint, on the CPU."""
+        return load_file(_file(self.latest(), name))
+
+    def names(self) -> set[str]:
+        """Names of the files with tensors of the latest checkpoint."""
+        latest = self.latest()
+        return set() if latest is None else {path.stem for path in latest.glob("*.safetensors")}
 
     def facts(self) -> dict[str, Any]:
-        """What was saved beside the tensors of the newest checkpoint; empty if there is none."""
-        newest = self.newest()
-        return {} if newest is None else read_json(newest / FACTS)
+        """What was saved beside the tensors of the latest checkpoint; empty if there is none."""
+        latest = self.latest()
+        return {} if latest is None else read_json(latest / FACTS)
 
     def _whole(self) -> list[Path]:
         return [path for path in self._folder.glob("*[0-9]") if (path / FACTS).is_file()]

@@ -48,6 +48,7 @@ from train.networks import (
     text_to_image_pipeline,
 )
 from train.objective import Objective
+from train.resume import Start, inherit_snapshots, start_of, take_up, training_inputs
 from train.utilisation import compute_dtype, peak_flops, training_flops
 
 
@@ -59,6 +60,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     """
     frozen = _load_frozen(cfg)
     objective_of(cfg)
+    start = start_of(cfg)
     selection, corpus = select(cfg, name)
     scorer = load_text_parts(cfg, corpus)
     fields = {key: MetadataField(**plain(field)) for key, field in cfg.metadata.fields.items()}
@@ -70,7 +72,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
         "text_encoder": (frozen.text or scorer).fingerprint,
         "autoencoder": frozen.key,
         "model": cfg.model,
-        "train": cfg.train,
+        **training_inputs(cfg, start),
         "seed": cfg.seed,
         **({"metadata": cfg.metadata} if fields else {}),
     }
@@ -78,7 +80,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     def build(directory: Path) -> None:
         with track(cfg, "pretrain", f"{name}-{cfg.ratio}") as tracker:
             text = frozen.text or scorer
-            _train(_Run(cfg, name, selection, corpus, text, frozen, fields, evaluation, directory, tracker))
+            _train(_Run(cfg, name, selection, corpus, text, frozen, fields, evaluation, directory, tracker, start))
             measure_run(cfg, directory, corpus, scorer, evaluation, tracker)
 
     directory = stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_says(cfg))
@@ -149,6 +151,7 @@ class _Run:
     evaluation: Evaluation
     directory: Path
     tracker: Tracker
+    start: Start
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         text, scheduler = self.text, objective_of(self.cfg).scheduler(self.cfg.train.flow_shift)
@@ -164,6 +167,8 @@ def _train(run: _Run) -> None:
     rows = np.flatnonzero(pd.read_parquet(run.selection / "selection.parquet")["kept"].to_numpy())
     run.tracker.artifact("selection", run.selection.name, run.selection / "selection.parquet")
     options = LoopOptions(**cfg.train.loop, seed=cfg.seed)
+    if accelerator.is_main_process:
+        inherit_snapshots(run.start, run.directory)
     subset = _encoded(run, rows)
     modules = _modules(run, subset, accelerator)
     hide = masks_padding(modules[NETWORK])
@@ -178,6 +183,8 @@ def _train(run: _Run) -> None:
         "selection": run.selection.name,
         "seed": cfg.seed,
     }
+    if run.start.checkpoint is not None:
+        training["resumed"] = {"checkpoint": str(run.start.checkpoint), "step": run.start.step}
     best = train_loop(
         accelerator,
         modules,
@@ -189,6 +196,8 @@ def _train(run: _Run) -> None:
         snapshots=snapshot_steps(cfg, options),
         on_snapshot=partial(_on_snapshot, run, options.batch_size, accelerator),
         log=partial(_log, run, accelerator, flops),
+        start=run.start.checkpoint,
+        take_up=partial(take_up, cfg),
     )
     if accelerator.is_main_process:
         _finish(run, best, training)
@@ -258,7 +267,7 @@ def _on_snapshot(
     run: _Run, batch_size: int, accelerator: Accelerator, step: int, mean_loss: float, seconds: float, modules: Modules
 ) -> None:
     """Keep the averaged networks as a snapshot, and measure it at once if `eval.while_training`."""
-    images_seen = step * batch_size
+    images_seen = run.start.images_seen(step, batch_size)
     folder = run.directory / SNAPSHOTS / f"{images_seen:012d}"
     if accelerator.is_main_process:
         progress = {"step": step, "images_seen": images_seen, "seconds": round(seconds, 2), "loss": mean_loss}

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -91,6 +92,8 @@ def train_loop(
     snapshots: Sequence[int] = (),
     on_snapshot: OnSnapshot | None = None,
     log: Callable[[dict[str, float], int], None] | None = None,
+    start: Path | None = None,
+    take_up: Callable[[Path], str] | None = None,
 ) -> Modules:
     """Train `modules` and return copies with the weights to use: their average where `ema_halflife` is set.
 
@@ -106,10 +109,16 @@ def train_loop(
             averaged modules)`. Each process has whole averaged modules, but under FSDP, where the main process alone
             has them; so it is with what is returned.
         log: takes loss, learning rate and images a second every `REPORT_EVERY` steps, on the main process.
+        start: a checkpoint of another training, whose step, weights, averages and optimizer states this one begins
+            with; the options are this one's.
+        take_up: the overrides that make the same command start from a checkpoint, for the message of a training that
+            has diverged.
     Raises:
-        UserError: the batch does not divide over the processes, or the loss is no longer finite or has run away.
+        UserError: the batch does not divide over the processes, the loss is no longer finite or has run away, or
+            `start` is a checkpoint of other networks.
     """
-    run = _begin(accelerator, modules, options, Checkpoints(directory / "checkpoints", options.keep_checkpoints))
+    checkpoints = Checkpoints(directory / "checkpoints", options.keep_checkpoints, start)
+    run = _begin(accelerator, modules, options, checkpoints, take_up)
     steps = range(run.state.step, options.steps)
     bar = progress(steps, label, initial=run.state.step, total=options.steps, unit="step")
     clock, losses = _Clock(run.state.seconds), []
@@ -118,6 +127,7 @@ def train_loop(
         torch.manual_seed(np.random.SeedSequence([options.seed, step, accelerator.process_index]).generate_state(1)[0])
         losses.append(_update(run, compute_loss, batch, options.rate(step)))
         done = step + 1
+        run.state.images += options.batch_size
         run.average.update(done)
         at_report, at_snapshot = done % REPORT_EVERY == 0, on_snapshot is not None and done in snapshots
         at_checkpoint = done % options.checkpoint_every == 0 or done == options.steps
@@ -166,6 +176,7 @@ class _State:
     """How far the training is: beside tensors, all that a checkpoint needs."""
 
     step: int = 0
+    images: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     lowest: float = math.inf
@@ -188,10 +199,17 @@ class _Run:
     average: Average
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    take_up: Callable[[Path], str] | None
 
 
-def _begin(accelerator: Accelerator, modules: Modules, options: LoopOptions, checkpoints: Checkpoints) -> _Run:
-    """Take up the newest checkpoint, if there is one, and let Accelerate prepare the networks and the optimizer."""
+def _begin(
+    accelerator: Accelerator,
+    modules: Modules,
+    options: LoopOptions,
+    checkpoints: Checkpoints,
+    take_up: Callable[[Path], str] | None,
+) -> _Run:
+    """Take up the latest checkpoint, if there is one, and let Accelerate prepare the networks and the optimizer."""
     if options.batch_size % accelerator.num_processes:
         raise UserError(
             f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
@@ -199,9 +217,8 @@ def _begin(accelerator: Accelerator, modules: Modules, options: LoopOptions, che
         )
     average = Average(modules, options.ema_halflife, options.batch_size)
     facts = checkpoints.facts()
-    for name, module in modules.items() if facts else ():
-        module.load_state_dict(checkpoints.tensors(name))
-        average.modules[name].load_state_dict(checkpoints.tensors(f"{name}_average"))
+    if facts:
+        _load(modules, average, checkpoints)
     for module in modules.values() if options.compile else ():
         module.compile()
     new_optimizer = partial(
@@ -215,8 +232,34 @@ def _begin(accelerator: Accelerator, modules: Modules, options: LoopOptions, che
         scaler = facts.pop("scaler")
         if accelerator.scaler is not None and scaler:
             accelerator.scaler.load_state_dict(scaler)
-        state = _State(**{**facts, "lowest": math.inf if facts["lowest"] is None else facts["lowest"]})
-    return _Run(accelerator, modules, options, checkpoints, state, average, model, optimizer)
+        images = facts.get("images", facts["step"] * options.batch_size)
+        # another training's lowest loss says little of this one's
+        lowest = math.inf if facts["lowest"] is None or checkpoints.newest() is None else facts["lowest"]
+        state = _State(**{**facts, "images": images, "lowest": lowest})
+    return _Run(accelerator, modules, options, checkpoints, state, average, model, optimizer, take_up)
+
+
+def _load(modules: Modules, average: Average, checkpoints: Checkpoints) -> None:
+    """Weights and their averages of the latest checkpoint.
+
+    Raises:
+        UserError: it is another training's, and of other networks.
+    """
+    files = {f"{name}{kind}" for name in modules for kind in ("", "_average")}
+    try:
+        if checkpoints.names() != {*files, "optimizer"}:
+            raise OSError(f"it has {', '.join(sorted(checkpoints.names()))}")
+        for name, module in modules.items():
+            module.load_state_dict(checkpoints.tensors(name))
+            average.modules[name].load_state_dict(checkpoints.tensors(f"{name}_average"))
+    except (RuntimeError, OSError, SafetensorError) as error:
+        if checkpoints.newest() is not None:
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the checkpoint {checkpoints.start} does not fit these networks ({reason}): train with the model, "
+            "metadata, autoencoder and text encoder of the run that it comes from"
+        ) from error
 
 
 def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: Accelerator) -> Iterator[Batch]:
@@ -268,9 +311,7 @@ def _judge(run: _Run, losses: Sequence[float], done: int, label: str) -> None:
     """Take in the last steps' losses; stop a training whose loss is not finite or has run away (UserError)."""
     state, divergence = run.state, run.options.divergence
     state.losses = [*state.losses, *losses][-100:]
-    newest = run.checkpoints.newest()
-    kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-    advice = f"{kept}: lower learning_rate or gradient_clip, raise warmup, or use mixed_precision=no, and run again"
+    advice = _advice(run)
     bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
     if bad is not None:
         raise UserError(f"{label}: the loss is {losses[bad]} at step {done - len(losses) + bad + 1}; {advice}")
@@ -282,6 +323,19 @@ def _judge(run: _Run, losses: Sequence[float], done: int, label: str) -> None:
                 f"lowest ({state.lowest:.3g}); {advice}"
             )
         state.lowest = min(state.lowest, recent)
+
+
+def _advice(run: _Run) -> str:
+    """What to do about a training that has diverged."""
+    latest, change = run.checkpoints.latest(), "lower learning_rate or gradient_clip, raise warmup, or use"
+    if latest is None:
+        return f"there is no checkpoint yet: {change} mixed_precision=no, and run again"
+    if run.take_up is None:
+        return f"the last good checkpoint is {latest}: {change} mixed_precision=no, and run again"
+    return (
+        f"go on from the last good checkpoint by the same command with {run.take_up(latest)}, or {change} "
+        "mixed_precision=no"
+    )
 
 
 def _save(run: _Run, done: int, seconds: float) -> None:

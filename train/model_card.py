@@ -70,7 +70,7 @@ image = pipeline({arguments},
 ## Training
 
 - {summary["parameters"]:,} parameters, {summary["steps"]:,} steps of {cfg.train.loop.batch_size} images,
-  {summary["seconds"]:.0f} s, {summary["training_flops_per_image"] / 1e9:.3g} GFLOP an image
+  {_resumed(summary)}{summary["seconds"]:.0f} s, {summary["training_flops_per_image"] / 1e9:.3g} GFLOP an image
 - objective: {cfg.train.objective.prediction}; captions dropped: {cfg.train.objective.caption_dropout:.0%}; weights
   averaged with a half-life of {cfg.train.loop.ema_halflife:,} images; precision: {cfg.train.mixed_precision}
 
@@ -85,6 +85,10 @@ features; `fid` is on InceptionV3's alone.
 | --- | --- |
 {metrics}
 """
+
+
+def _resumed(summary: Mapping[str, Any]) -> str:
+    return f"the first {summary['resumed']['step']:,} of them in another run, " if "resumed" in summary else ""
 
 
 def _side(cfg: DictConfig) -> int:

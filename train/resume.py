@@ -1,0 +1,91 @@
+"""Taking up a training from a checkpoint of another run, under other options or for longer: `train.resume=DIR`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from eval.models import SNAPSHOT, SNAPSHOTS, snapshots_of
+from runtime.artefacts import file_digest, fingerprint, plain, read_json
+from runtime.errors import UserError
+from train.checkpoint import FACTS, Checkpoints
+
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins.
+
+    Attributes:
+        checkpoint: folder of the checkpoint of another run; None for a training from its own beginning.
+        step: steps that were done by then.
+        images: training images that were seen by then.
+    """
+
+    checkpoint: Path | None = None
+    step: int = 0
+    images: int = 0
+
+    def images_seen(self, step: int, batch_size: int) -> int:
+        """Training images seen after a step, at this run's batch size from its beginning on."""
+        return self.images + (step - self.step) * batch_size
+
+
+def start_of(cfg: DictConfig) -> Start:
+    """The checkpoint that `train.resume` names: a run's newest, one of them, or the folder of them.
+
+    Raises:
+        UserError: there is none, or it is past the steps that are asked for.
+    """
+    if cfg.train.get("resume") is None:
+        return Start()
+    named = Path(str(cfg.train.resume)).expanduser()
+    choices = (named, Checkpoints(named / FOLDER).newest(), Checkpoints(named).newest())
+    found = next((path for path in choices if path is not None and (path / FACTS).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"train.resume={named} holds no checkpoint: give a directory of runs/pretrain, or a folder in its "
+            f"{FOLDER}/ with {FACTS}"
+        )
+    facts = read_json(found / FACTS)
+    if facts["step"] >= cfg.train.loop.steps:
+        raise UserError(
+            f"train.resume={found} has done {facts['step']} steps already: give train.loop.steps more than that"
+        )
+    return Start(found, facts["step"], facts.get("images", facts["step"] * cfg.train.loop.batch_size))
+
+
+def training_inputs(cfg: DictConfig, start: Start) -> dict[str, Any]:
+    """What `cfg.train` adds to a run's fingerprint; of a checkpoint its content, wherever it lies."""
+    train = {key: value for key, value in plain(cfg.train).items() if key != "resume"}
+    if start.checkpoint is None:
+        return {"train": train}
+    files = {path.name: file_digest(path) for path in sorted(start.checkpoint.iterdir())}
+    return {"train": train, "resume": fingerprint(files=files)}
+
+
+def inherit_snapshots(start: Start, directory: Path) -> None:
+    """Copy the snapshots that the other run kept up to the checkpoint: the curve begins with its history."""
+    if start.checkpoint is None:
+        return
+    for snapshot in snapshots_of(start.checkpoint.parent.parent):
+        target = directory / SNAPSHOTS / snapshot.name
+        if target.exists() or read_json(snapshot / SNAPSHOT)["step"] > start.step:
+            continue
+        beside = target.with_name(target.name + ".partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(snapshot, beside)
+        os.rename(beside, target)
+
+
+def take_up(cfg: DictConfig, checkpoint: Path) -> str:
+    """Overrides that make the same command go on from a checkpoint, at a tenth of the learning rate."""
+    rate = float(f"{cfg.train.loop.learning_rate / 10:.3g}")
+    return f"train.resume={shlex.quote(str(checkpoint))} train.loop.learning_rate={rate}"
