@@ -35,7 +35,7 @@ from eval.measuring_any import SCORER
 from eval.models import SNAPSHOT, Model, snapshots_of
 from eval.pairs import scene_accuracy
 from report.figures import contact_sheet
-from runtime.artefacts import is_main_process, plain, read_json, write_json
+from runtime.artefacts import finite, is_main_process, plain, read_json, write_json
 from runtime.tracking import Tracker
 from train.components import TextParts
 from train.metadata import FOLDER, MetadataEncoder
@@ -159,5 +159,7 @@ def _relative(place: Mapping[str, Any], run: Path) -> dict[str, str]:
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """JSON lines, written so that a reader sees the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(plain(line)) + "\n" for line in lines), encoding="utf-8")
+    partial.write_text(
+        "".join(json.dumps(finite(plain(line)), allow_nan=False) + "\n" for line in lines), encoding="utf-8"
+    )
     os.replace(partial, path)
