@@ -186,7 +186,7 @@ def shards(root: Path, rng: Generator, count: int) -> Put:
         urls.append(str(path))
         number += size
     overrides = ["corpus=webdataset", f'corpus.urls="{"::".join(urls)}"', *shown(rng)]
-    if rng.random() < 0.3:
+    if rng.random() < 0.1:
         overrides += ["corpus.classes=[a,b,c]"]
     return Put(overrides, lambda manifest, said: check_shards(rows, passed, cut, manifest, said))
 
@@ -488,6 +488,7 @@ def run(root: Path, source: str, seed: int, count: int) -> dict[str, object]:
     except UserError as error:
         facts |= {"refused": str(error)}
         facts["problem"] = "a message of several lines" if "\n" in str(error) or not str(error).strip() else ""
+        facts["problem"] = facts["problem"] or account_of_refused(root, put, said.getvalue())
     except AssertionError as error:
         facts["problem"] = f"account: {error}"
     except Exception:
@@ -501,6 +502,16 @@ def run(root: Path, source: str, seed: int, count: int) -> dict[str, object]:
     facts["seconds"] = round(time.monotonic() - started, 2)
     facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return facts
+
+
+def account_of_refused(root: Path, put: Put, said: str) -> str:
+    """The account of an index of which no image can be read; the command then ends after it."""
+    for manifest in root.glob("runs/corpus/*/manifest.parquet"):
+        try:
+            put.check(pd.read_parquet(manifest), said)
+        except AssertionError as error:
+            return f"account: {error}"
+    return ""
 
 
 def through(root: Path, put: Put, said: io.StringIO, rng: Generator) -> dict[str, object]:

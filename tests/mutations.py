@@ -103,7 +103,7 @@ def odd_shape(rng: Generator) -> File:
 
 def huge_claim(rng: Generator) -> File:
     """A few bytes that say they are a picture of many millions of pixels."""
-    side = int(rng.choice([9_000, 30_000, 65_535, 100_000, 2**31 - 1]))
+    side = int(rng.choice([400, 30_000, 65_535, 100_000, 2**31 - 1]))
     short = min(side, 65_535)
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))

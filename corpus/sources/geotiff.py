@@ -44,9 +44,9 @@ from runtime.progress import progress
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 SMALLER = "smaller than a tile"
 NOT_A_SCENE = "cannot be opened as a scene"
-TOO_MANY_TILES = "more than 4,194,304 tiles"
+TOO_MANY_TILES = "more than 1,048,576 tiles: raise corpus.tile"
 #: Of one scene; a file of a few bytes can claim any size, and every tile is a row.
-MOST_TILES = 2**22
+MOST_TILES = 2**20
 #: Side of the reduced picture of a scene from which its stretch is measured, in pixels.
 OVERVIEW = 512
 EDGES = ("leave", "shift")
