@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import cache
@@ -35,6 +36,10 @@ TABLE = re.compile(
     r"|(captions|metadata|dataset)((?!_infos?|_dict|_description)[_-].*)?\.json"
 )
 PLAIN = "a satellite image"
+#: Lists in lists in which captions are looked for.
+DEEPEST = 8
+#: Characters of the longest name of a scene.
+LONGEST_SCENE = 255
 _NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
 _DECIMAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?")
 _BOMS = (
@@ -52,13 +57,18 @@ def caption_facts(row: Mapping[str, Any], scene: str) -> dict[str, Any]:
     return {"caption": texts[0], **({"captions": texts} if len(texts) > 1 else {})}
 
 
-def own_captions(row: Mapping[str, Any]) -> list[str]:
+def own_captions(row: Mapping[str, Any], depth: int = 0) -> list[str]:
     """The captions that a row has itself, of the first field that has any."""
-    return next((texts for key in CAPTION_KEYS if key in row and (texts := _texts(row[key]))), [])
+    return next((texts for key in CAPTION_KEYS if key in row and (texts := _texts(row[key], depth))), [])
 
 
-def _texts(value: Any) -> list[str]:
-    """Texts in a value: one, a list of them, a list as text ("['a', 'b']"), or of objects that have one each."""
+def _texts(value: Any, depth: int = 0) -> list[str]:
+    """Texts in a value: one, a list of them, a list as text ("['a', 'b']"), or of objects that have one each.
+
+    What is nested deeper than `DEEPEST` is no caption.
+    """
+    if depth > DEEPEST:
+        return []
     if isinstance(value, bytes):
         value = decoded(value)
     if isinstance(value, str):
@@ -66,16 +76,18 @@ def _texts(value: Any) -> list[str]:
         listed = _list_in(text) if text[:1] == "[" else None
         return ([encodable(text)] if text else []) if listed is None else listed
     if isinstance(value, Mapping):
-        return own_captions(value)
+        return own_captions(value, depth + 1)
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return [text for one in value for text in _texts(one)] if isinstance(value, (list, tuple)) else []
+    return [text for one in value for text in _texts(one, depth + 1)] if isinstance(value, (list, tuple)) else []
 
 
 def _list_in(text: str) -> list[str] | None:
     for parse in (json.loads, ast.literal_eval):
         try:
-            found = parse(text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Python about a text that was never meant to be code
+                found = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(found, list) and all(isinstance(one, str) for one in found):
@@ -127,9 +139,12 @@ def scene_caption(scene: str) -> str:
 
 
 def scene_name(value: Any, names: Sequence[str] = ()) -> str:
-    """The scene that a label names: a number is a position in `names`, else "class 3"; below 0 it is none."""
+    """The scene that a label names: a number is a position in `names`, else "class 3"; below 0 it is none.
+
+    A text longer than `LONGEST_SCENE` is no name.
+    """
     text = "" if value is None or isinstance(value, (list, dict)) else encodable(str(value).strip())
-    if text.lower() in ("nan", "none", "null"):
+    if text.lower() in ("nan", "none", "null") or len(text) > LONGEST_SCENE:
         return ""
     if not _NUMBER.fullmatch(text):
         return text
@@ -211,13 +226,18 @@ def scalars(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     if not row:
         return {}
     dated = {key: value.isoformat() if isinstance(value, date) else value for key, value in row.items()}
-    known = {str(key): value for key, value in dated.items() if isinstance(value, (str, int, float, bool))}
+    known = {_column(str(key)): value for key, value in dated.items() if isinstance(value, (str, int, float, bool))}
     return {key: _storable(value) for key, value in known.items() if key not in own}
 
 
 def encodable(text: str) -> str:
     """Halves of characters, as cut emojis leave them, escaped: no file could hold them."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _column(key: str) -> str:
+    """A key as the name of a column: without the bytes of zero at which other libraries end it."""
+    return encodable(key).replace("\0", "\\0")
 
 
 def _storable(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from corpus.decoding import LARGEST_FILE
 from runtime.progress import progress
 
 #: Bytes of either end that are compared before the whole.
@@ -91,6 +92,7 @@ def of_files(corpus: str, ids: Sequence[str], files: Sequence[Path | None], key:
 
 def _size(file: Path) -> int:
     try:
-        return file.stat().st_size if file.is_file() else 0
+        size = file.stat().st_size if file.is_file() else 0
     except OSError:
         return 0
+    return 0 if size > LARGEST_FILE else size  # its row says that it is too large

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,12 +35,15 @@ EMPTY = "empty file"
 VANISHED = "vanished"
 NO_PERMISSION = "no permission to read"
 NOT_A_FILE = "not a file"
+TOO_LARGE = "file above 1 GiB"
 UNREADABLE_FILE = "cannot be read from the disk"
 NOT_AN_IMAGE = "not an image"
 DAMAGED = "damaged or truncated"
 NO_DATA = "no data"
 NO_HEIF = "no decoder for HEIF"
 TOO_MANY_PIXELS = "too many pixels"
+#: Larger files are not read into memory; one with a hole can claim any size.
+LARGEST_FILE = 2**30
 #: Refused before a pixel is decoded; what Pillow, too, calls a decompression bomb.
 MAX_PIXELS = 89_478_485
 #: How a single image is shown where nothing else is said, and what is known of it then.
@@ -55,9 +60,14 @@ _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"
 def read_bytes(path: Path | str) -> bytes | str:
     """The bytes of a file, or the reason why there are none."""
     try:
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):  # a pipe or a device may have no end
+            return NOT_A_FILE
+        if facts.st_size > LARGEST_FILE:
+            return TOO_LARGE
         with open(path, "rb") as file:
             return file.read() or EMPTY
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a name with a zero byte names nothing
         return VANISHED
     except PermissionError:
         return NO_PERMISSION

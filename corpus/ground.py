@@ -10,6 +10,8 @@ import numpy as np
 
 #: Metres of a degree of latitude, and of longitude at the equator.
 DEGREE = 111_320.0
+#: Metres around the equator: no pixel is larger.
+EARTH = 360 * DEGREE
 
 
 def cells(lon: np.ndarray, lat: np.ndarray, side: float) -> np.ndarray:

@@ -30,6 +30,7 @@ MISSING = "missing"
 #: What a reason begins with where the image is fine and its mask is not.
 PREFIX = "mask: "
 NOTHING = "nothing but ignored pixels"
+NO_PIXELS = "no pixels"
 NOT_WHOLE = "values that are no whole numbers"
 NO_COLOURS = "colours, but no corpus.mask_colours"
 NO_NUMBERS = "numbers deeper than 8 bits, but corpus.mask_colours asks for colours"
@@ -211,6 +212,8 @@ def decode_mask(data: bytes, rule: MaskRule, resolution: int, image: bytes | Non
     if isinstance(read, str):
         return read
     values, own = read
+    if not values.size:
+        return NO_PIXELS
     classes = _classes(values, rule)
     if isinstance(classes, str):
         return classes

@@ -25,6 +25,8 @@ from eval.metrics import Quantity
 from report.tables import PLAIN, method_order
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e3e8ee"
+#: Characters of the longest name that is drawn.
+LONGEST_LABEL = 40
 BEFORE, AFTER, ACCENT = "#b4bdc9", "#0072b2", "#d55e00"
 _COLOURS = {"full": "#3d3d3d", "random": "#e69f00", "rsprune": "#0072b2", "scratch": "#cc79a7"}
 _OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#8c6d1f", "#7a4fb5")
@@ -171,6 +173,13 @@ def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.nda
     return figure
 
 
+def _label(name: str) -> str:
+    """A scene's name as it is drawn: on one line, of at most `LONGEST_LABEL` characters, and nothing of it a formula."""
+    text = " ".join(name.split())
+    text = text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+    return text.replace("$", r"\$").replace("_", " _", 1) if text.startswith("_") else text.replace("$", r"\$")
+
+
 def map_figure(places: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most: int = 10) -> Figure:
     """A 2-D map of images: by scene, and what was kept.
 
@@ -186,7 +195,7 @@ def map_figure(places: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most
     for index, name in enumerate(names[:most]):
         inside = scenes.astype(str) == name
         left.scatter(
-            *places[inside].T, s=3, color=palette(index % 10), label=name or "no scene", linewidths=0, zorder=3
+            *places[inside].T, s=3, color=palette(index % 10), label=_label(name) or "no scene", linewidths=0, zorder=3
         )
     rest = np.isin(scenes.astype(str), names[most:])
     if rest.any():
@@ -287,7 +296,7 @@ def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int
         most: scenes drawn singly; the smaller ones are summed up as one bar.
     """
     names = sorted(before.keys() | after.keys(), key=lambda name: (-before.get(name, 0), name))
-    pairs = [(name or "(none)", before.get(name, 0), after.get(name, 0)) for name in names]
+    pairs = [(_label(name) or "(none)", before.get(name, 0), after.get(name, 0)) for name in names]
     if len(pairs) > most:
         rest = pairs[most - 1 :]
         pairs = [*pairs[: most - 1], (f"{len(rest)} more", sum(p[1] for p in rest), sum(p[2] for p in rest))]
@@ -337,8 +346,9 @@ def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]], 
         drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="equal", interpolation="nearest")
         _dress(axes, title, "scene that CLIP sees", "", grid="y")
         axes.grid(visible=False)
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+        labels = [_label(name) for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=90)
+        axes.set_yticks(range(len(names)), labels)
         axes.tick_params(labelsize=9 if len(names) > 12 else 11)
     panels[0].set_ylabel("scene asked for", fontsize=12, color=MUTED)
     bar = figure.colorbar(drawn, ax=panels, shrink=0.7, format=PercentFormatter(1, decimals=0))

@@ -23,6 +23,8 @@ QUIET = (
 READERS = ("PIL", "tifffile", "imagecodecs", "rasterio", "fiona", "pyogrio", "imageio")
 #: Loggers of other libraries that report what a reason or an error of ours says as well.
 LOGGERS = (*READERS, "huggingface_hub", "datasets", "fsspec")
+#: Of Matplotlib, of letters that its font lacks: it draws boxes in their place.
+NO_GLYPH = r"Glyph \d+ .* missing from"
 #: Of rasterio, whose compiled code warns in the name of the module that calls it.
 NO_PLACE = "Dataset has no geotransform"
 
@@ -33,7 +35,8 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(QUIET)})(\.|$)")
     for category in (UserWarning, FutureWarning, RuntimeWarning):
         warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(READERS)})(\.|$)")
-    warnings.filterwarnings("ignore", category=UserWarning, message=NO_PLACE)
+    for message in (NO_PLACE, NO_GLYPH):
+        warnings.filterwarnings("ignore", category=UserWarning, message=message)
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")

@@ -30,7 +30,7 @@ from corpus.captions import (
     table_rows,
 )
 from corpus.copies import of_files
-from corpus.decoding import read_bytes, stacked_tiff, survey_files
+from corpus.decoding import EMPTY, read_bytes, stacked_tiff, survey_files
 from corpus.footprints import grounds_of
 from corpus.masks import MISSING, MaskRule, Sample, beside, mask_rule, matching
 from corpus.masks import SUFFIXES as MASK_SUFFIXES
@@ -476,10 +476,12 @@ def _data(path: Path) -> bytes:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or remove it") from None
+    data = read_bytes(path)
+    if isinstance(data, bytes):
+        return data
+    if data != EMPTY:
+        raise UserError(f"{path} cannot be read ({data}): make it readable, or remove it")
+    return b""
 
 
 def _object(data: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from corpus.decoding import DAMAGED, NO_DATA, square
-from corpus.ground import DEGREE, touched
+from corpus.decoding import DAMAGED, NO_DATA, NOT_A_FILE, square
+from corpus.ground import DEGREE, EARTH, touched
+from corpus.names import counted, is_companion, suffix_of
 from corpus.raster import (
     Bands,
     Pixels,
@@ -42,6 +44,9 @@ from runtime.progress import progress
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 SMALLER = "smaller than a tile"
 NOT_A_SCENE = "cannot be opened as a scene"
+TOO_MANY_TILES = "more than 1,048,576 tiles: raise corpus.tile"
+#: Of one scene; a file of a few bytes can claim any size, and every tile is a row.
+MOST_TILES = 2**20
 #: Side of the reduced picture of a scene from which its stretch is measured, in pixels.
 OVERVIEW = 512
 EDGES = ("leave", "shift")
@@ -187,14 +192,18 @@ class GeoTiff(Shown):
         """The files of every scene, by its name."""
         if self._root.is_file():
             return {self._root.name: (self._root.name,)}
-        files = sorted(
+        found = [
             (Path(folder) / name).relative_to(self._root).as_posix()
             for folder, _, names in os.walk(self._root)
             for name in names
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        )
+            if not name.startswith(".")
+        ]
+        files = sorted(file for file in found if file.lower().endswith(SUFFIXES))
         if not files:
             raise UserError(f"corpus.root={self.root} has no scenes ({', '.join(SUFFIXES)}): give another folder")
+        passed = Counter(suffix_of(file) for file in set(found) - set(files) if not is_companion(file))
+        if passed:
+            notice(f"{self.name}: {sum(passed.values()):,} files passed over: {counted(passed)}")
         files = self._without_sources(files)
         stacked, others = grouped(self.name, self._root, files, self.bands)
         used = {file for group in stacked.values() for file in group} | others
@@ -204,15 +213,15 @@ class GeoTiff(Shown):
         """Files but for those that a VRT among them shows."""
         import rasterio
 
-        shown: set[Path] = set()
+        shown: set[str] = set()
         for file in files:
-            if file.lower().endswith(".vrt"):
+            if file.lower().endswith(".vrt") and (self._root / file).is_file():
                 try:
                     with quiet_gdal(), rasterio.open(self._root / file) as mosaic:
-                        shown |= {Path(source).resolve() for source in mosaic.files[1:]}
+                        shown |= {os.path.realpath(source) for source in mosaic.files[1:]}
                 except Exception:  # its own row says that it cannot be opened
                     continue
-        kept = [file for file in files if (self._root / file).resolve() not in shown]
+        kept = [file for file in files if os.path.realpath(self._root / file) not in shown]
         if len(kept) < len(files):
             notice(f"{self.name}: {len(files) - len(kept)} files are left out, which a VRT beside them shows")
         return kept
@@ -292,12 +301,16 @@ class GeoTiff(Shown):
         import rasterio
 
         stamp = "+".join(file_stamp(self._folder / file, self.content_hash) for file in files)
+        if not all((self._folder / file).is_file() for file in files):  # a pipe has no end
+            return _Scene(name, files, stamp, problem=NOT_A_FILE if (self._folder / files[0]).exists() else NOT_A_SCENE)
         try:
             with quiet_gdal(), rasterio.open(self._folder / files[0]) as raster:
                 one = files == (name,)
                 bands = choose_bands(raster, self.raster) if one else Bands(tuple(range(1, len(files) + 1)), None)
                 if min(raster.height, raster.width) < self._side:
                     return _Scene(name, files, stamp, problem=SMALLER)
+                if raster.height * raster.width > MOST_TILES * (self._side - self.overlap) ** 2:
+                    return _Scene(name, files, stamp, problem=TOO_MANY_TILES)
                 if isinstance(bands, str):
                     return _Scene(name, files, stamp, problem=bands)
                 return _Scene(
@@ -330,7 +343,8 @@ def _metres(raster: Any) -> float:
         return 0.0
     side = math.sqrt(abs(raster.transform.determinant))
     try:
-        return side * (DEGREE if raster.crs.is_geographic else raster.crs.linear_units_factor[1])
+        metres = side * (DEGREE if raster.crs.is_geographic else raster.crs.linear_units_factor[1])
+        return metres if metres < EARTH else 0.0  # NaN and infinity are no size either
     except Exception:  # a local coordinate system
         return 0.0
 

@@ -261,7 +261,7 @@ class WebDataset(Shown):
             stamp = "" if self.content_hash else self._shard_stamp(shard)
             digests = self.content_hash or (self.split != "all" and not _is_local(shard))
             problems: list[tuple[int, _Item]] = []
-            places = list(_members(shard, problems, digests, extra_suffixes(self.image_suffixes)))
+            places = list(_members(shard, problems, passed, digests, extra_suffixes(self.image_suffixes)))
             found = samples([place.name for place in places], [place.kind for place in places])
             for sample in found:
                 while problems and problems[0][0] <= sample.first:
@@ -351,13 +351,16 @@ def _passed_over(found: Sequence[Group], places: Sequence[_Place]) -> Counter[st
     return grouped + Counter(suffix_of(place.name) for place in bare)
 
 
-def _members(shard: str, problems: list[tuple[int, _Item]], digests: bool, extra: Sequence[str]) -> Iterator[_Place]:
+def _members(
+    shard: str, problems: list[tuple[int, _Item]], passed: Counter[str], digests: bool, extra: Sequence[str]
+) -> Iterator[_Place]:
     """Where the files of one shard lie, by its headers: they are read later, by many processes and more than once.
 
     A shard that is cut may lack members of its last sample; the image, if it has all its bytes, is read all the same.
 
     Args:
         problems: what is wrong is added here, with the number of members before it.
+        passed: suffixes of members that hold no bytes are counted here.
         digests: also of the bytes of images and masks.
         extra: suffixes of images.
     """
@@ -374,6 +377,8 @@ def _members(shard: str, problems: list[tuple[int, _Item]], digests: bool, extra
                     kind = kind_of(member.name, None, extra)
                     if (member.islnk() or member.issym()) and kind in ("image", "mask"):
                         wrong(f"{shard}:{member.name}", LINK)
+                    elif not (member.isfile() or member.isdir()) and kind != "companion":
+                        passed[suffix_of(member.name)] += 1  # a link, a pipe or a device
                     if not member.isfile() or name.name.startswith("."):
                         continue
                     if name.is_absolute() or ".." in name.parts:
@@ -393,7 +398,7 @@ def _members(shard: str, problems: list[tuple[int, _Item]], digests: bool, extra
                     size = 0 if member.issparse() or kind != "image" else member.size
                     yield _Place(shard, member.name, *place, text, digest, kind, member.offset_data, size)
                 whole = _ends_whole(file, tar)
-        except (tarfile.TarError, EOFError, OSError):
+        except Exception:  # `tarfile` raises whatever it likes on broken headers
             whole = False
     if not whole and not count:
         wrong(shard, COMPRESSED if _compressed(shard) else BROKEN)
@@ -485,13 +490,18 @@ class _Members:
             tarfile.ReadError: the shard ends before the member does, or is another one by now.
         """
         file = self.opened(place.shard)
+        if place.end - place.start > LARGEST_MEMBER + LARGEST_TEXT:  # a broken header; memory for it would be taken
+            raise tarfile.ReadError(f"{place.name} is too large")
         file.seek(place.start)
         stretch = io.BytesIO(file.read(place.end - place.start))
-        with tarfile.open(fileobj=stretch, mode="r:") as tar:
-            member = tar.next()
-            if member is None or member.name != place.name or not member.isfile():
-                raise tarfile.ReadError(f"no member {place.name} at byte {place.start}")
-            return tar.extractfile(member).read()
+        try:
+            with tarfile.open(fileobj=stretch, mode="r:") as tar:
+                member = tar.next()
+                if member is None or member.name != place.name or not member.isfile():
+                    raise tarfile.ReadError(f"no member {place.name} at byte {place.start}")
+                return tar.extractfile(member).read()
+        except (ValueError, TypeError, ArithmeticError, LookupError, MemoryError) as error:  # of a broken header
+            raise tarfile.ReadError(f"the header of {place.name} is broken") from error
 
     def opened(self, shard: str) -> Any:
         if self._shard != shard:
