@@ -61,7 +61,7 @@ def read_bytes(path: Path | str) -> bytes | str:
     """The bytes of a file, or the reason why there are none."""
     try:
         facts = os.stat(path)
-        if not stat.S_ISREG(facts.st_mode):  # a pipe or a device may have no end
+        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):  # a pipe or a device may have no end
             return NOT_A_FILE
         if facts.st_size > LARGEST_FILE:
             return TOO_LARGE

@@ -122,9 +122,10 @@ def _frame(name: str, measured: list[dict[str, Any]], references: list[dict[str,
     frame[metrics] = frame[metrics].astype("float64")
     groups = frame.groupby(cell, dropna=False, sort=False)
     ends = [key for key in metrics if (quantity := Quantity.parse(key.removeprefix("metric:"))) and quantity.part]
-    spread = groups[metrics].std().drop(columns=ends).add_suffix(_SPREAD)
-    table = pd.concat([groups.size().rename("seeds"), groups[metrics].mean(), spread], axis=1)
-    table[ends] = table[ends].where(table["seeds"] == 1)  # intervals are of one seed's images
+    mean, spread = groups[metrics].mean(), groups[metrics].std().drop(columns=ends).add_suffix(_SPREAD)
+    columns = {name: part[name].to_numpy() for part in (mean, spread) for name in part}
+    table = pd.DataFrame({"seeds": groups.size().to_numpy(), **columns}, index=mean.index)
+    table.loc[table["seeds"] > 1, ends] = np.nan  # intervals are of one seed's images
     order = [column for key in metrics for column in (key, key + _SPREAD) if column in table]
     table = table.dropna(axis=1, how="all").reset_index()
     table = table[[column for column in [*cell, "seeds", *order] if column in table or column in cell]]

@@ -37,8 +37,8 @@ GENERATION = [
     row("generation", "random", kid(310.9, balanced_precision_geoembed=0.5996)),
 ]
 REFERENCES = [
-    row("reference", "pca", kid(46.2, psnr=30.2), step=None),
-    row("reference", "real_train", kid(8.46, psnr=None), step=None),
+    row("reference", "pca", kid(46.2, balanced_psnr=30.2), step=None),
+    row("reference", "real_train", kid(8.46, balanced_psnr=None), step=None),
 ]
 
 
@@ -79,7 +79,7 @@ def test_markdown_shows_rounded_values_intervals_and_the_best_measured_one():
     distance = column["balanced FD geoembed ↓"]
     assert cells["rsprune"][distance] == "**140.1**"
     assert cells["scratch"][distance] == "–"
-    assert cells["pca"][column["PSNR (dB) ↑"]] == "30.20"
+    assert cells["pca"][column["balanced PSNR (dB) ↑"]] == "30.20"
     assert cells["pca"][column["kind"]] == "reference"
 
 
@@ -137,7 +137,7 @@ def test_references_join_only_tables_with_the_same_distance():
     assert set(tables) == {"super_resolution", "subset_quality"}
     assert tables["super_resolution"]["kind"].tolist() == ["measured"]
     assert tables["subset_quality"]["kind"].tolist() == ["measured", "reference", "reference"]
-    assert "psnr" not in tables["subset_quality"]
+    assert "balanced_psnr" not in tables["subset_quality"]
 
 
 def test_the_newest_row_of_a_cell_counts_and_ablations_keep_their_fields():
