@@ -174,7 +174,7 @@ def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.nda
 
 
 def _label(name: str) -> str:
-    """A scene's name as it is drawn: on one line, of at most `LONGEST_LABEL` characters, and nothing of it a formula."""
+    """A scene's name as it is drawn: in a line of at most `LONGEST_LABEL` characters, and nothing of it a formula."""
     text = " ".join(name.split())
     text = text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
     return text.replace("$", r"\$").replace("_", " _", 1) if text.startswith("_") else text.replace("$", r"\$")

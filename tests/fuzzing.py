@@ -1,6 +1,6 @@
 """Corpora of mutated files through index, prune and export, in one process whose memory is bounded.
 
-`python tests/fuzzing.py FOLDER SEED SOURCE COUNT …` writes a JSON line for every corpus. Each kind of corpus has its own
+`python tests/fuzzing.py FOLDER SEED SOURCE COUNT …` writes a JSON line for every corpus. Each kind of corpus has an
 account of what was put in: every file, member and row must be a row of the manifest, or be counted on stderr, or lie
 beside an image. The account is kept here by the names alone, apart from what the sources do.
 """
@@ -47,7 +47,6 @@ from mutations import (
 from omegaconf import DictConfig, OmegaConf
 
 from corpus.index import index_corpus
-from corpus.names import kind_of
 from corpus.sources.folder import ImageFolder
 from corpus.sources.webdataset import WebDataset
 from prune.selection import select
@@ -245,7 +244,6 @@ def odd_shard(path: Path, rng: Generator, shard: int, size: int) -> tuple[int, i
                     mask = odd_mask(rng)
                     add(f"{key}.mask{mask.suffix}", mask.data)
                     rows += 1
-                    passed += mask.suffix == ".npy"  # masks in shards are images
                 case 7:
                     add(f"{key}.csv", b"1,2")
                     rows += 1
@@ -299,7 +297,12 @@ def broken_shard(path: Path, rng: Generator, shard: int, size: int) -> int:
             at, claim = int(rng.integers(size)), int(rng.choice([2**20, 2**30, 2**33 - 1, 0]))
             data = claimed(data, offsets[at], claim)
         case 3:
-            data = claimed(data, offsets[rng.integers(size)], 2**33 - 1, bytes(rng.choice([b"L", b"K", b"x", b"g", b"S", b"V", b"D"])))
+            data = claimed(
+                data,
+                offsets[rng.integers(size)],
+                2**33 - 1,
+                bytes(rng.choice([b"L", b"K", b"x", b"g", b"S", b"V", b"D"])),
+            )
         case 4:
             import bz2
             import gzip
@@ -330,7 +333,9 @@ def check_shards(rows: int, passed: int, cut: dict[str, int], manifest: pd.DataF
         number = re.search(r"shard(\d+)\.tar$", shard)[1]
         of_shard = manifest["id"].str.contains(rf"(?:^|[^0-9])cut{number}_\d+", regex=True)
         end = manifest["id"].str.startswith(shard)
-        assert of_shard.sum() >= size or end.any(), f"{shard} had {size} images, has {of_shard.sum()} rows, and no reason"
+        assert of_shard.sum() >= size or end.any(), (
+            f"{shard} had {size} images, has {of_shard.sum()} rows, and no reason"
+        )
     whole = manifest[~broken_rows & ~manifest["id"].str.startswith(tuple(cut) or ("\0",))]
     strange = [row for row in whole["id"] if row in ("s.jpg", "s")]  # names that a broken header gave
     assert len(whole) - len(strange) == rows, f"{len(whole)} rows of {rows}: {sorted(whole['id'])[:40]}"
@@ -380,7 +385,9 @@ def check_scenes(root: Path, manifest: pd.DataFrame, said: str) -> None:
     assert len(missing) == (int(left[1]) if left else 0), f"no rows of {sorted(missing)[:5]}: {said}"
     others = {file for file in others if not file.endswith(".tfw")}
     found = re.search(r"geotiff: ([\d,]+) files passed over", said)
-    assert (int(found[1].replace(",", "")) if found else 0) == len(others), f"{sorted(others)[:5]} are not counted: {said}"
+    assert (int(found[1].replace(",", "")) if found else 0) == len(others), (
+        f"{sorted(others)[:5]} are not counted: {said}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -465,7 +472,14 @@ SOURCES = {"folder": folder, "webdataset": shards, "geotiff": scenes, "huggingfa
 
 
 def config(root: Path, overrides: list[str]) -> DictConfig:
-    options = ["tracker=none", "prune=random", "reference=none", f"ratio={RATIO}", f"runs={root}/runs", f"results={root}/results"]
+    options = [
+        "tracker=none",
+        "prune=random",
+        "reference=none",
+        f"ratio={RATIO}",
+        f"runs={root}/runs",
+        f"results={root}/results",
+    ]
     options += ["corpus.train.split=all", "corpus.train.resolution=16", "corpus.val.resolution=16"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         found = compose("config", [*overrides, *options])
@@ -479,7 +493,7 @@ def run(root: Path, source: str, seed: int, count: int) -> dict[str, object]:
     rng = np.random.default_rng([seed, sorted(SOURCES).index(source)])
     (root / "corpus").mkdir(parents=True)
     put = SOURCES[source](root / "corpus", rng, count)
-    facts: dict[str, object] = {"source": source, "seed": seed, "count": count, "overrides": put.overrides}
+    facts: dict[str, object] = {"source": source, "seed": seed, "overrides": put.overrides, "problem": ""}
     said, started = io.StringIO(), time.monotonic()
     notice.cache_clear()
     try:
@@ -538,10 +552,17 @@ def through(root: Path, put: Put, said: io.StringIO, rng: Generator) -> dict[str
                 f"{kept} exported to {form}, {again.readable.sum()} of {len(again)} read back: "
                 f"{again.manifest.loc[~again.readable, ['id', 'reason']].to_dict('records')[:4]}"
             )
-    return {"rows": total, "readable": readable, "kept": kept, "reasons": corpus.manifest["reason"].value_counts().to_dict()}
+    return {
+        "rows": total,
+        "readable": readable,
+        "kept": kept,
+        "reasons": corpus.manifest["reason"].value_counts().to_dict(),
+    }
 
 
-def read_back(target: Path, form: str, options: dict, classes: tuple[str, ...], source: object) -> ImageFolder | WebDataset:
+def read_back(
+    target: Path, form: str, options: dict, classes: tuple[str, ...], source: object
+) -> ImageFolder | WebDataset:
     if form == "folder":
         back = ImageFolder(root=str(target), **options)
         return replace(back, masks="masks", classes=classes) if classes else back
@@ -563,4 +584,8 @@ def main(folder: Path, seed: int, plan: list[tuple[str, int]]) -> None:
 
 if __name__ == "__main__":
     pairs = sys.argv[3:]
-    main(Path(sys.argv[1]), int(sys.argv[2]), [(source, int(count)) for source, count in zip(pairs[::2], pairs[1::2], strict=True)])
+    main(
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        [(source, int(count)) for source, count in zip(pairs[::2], pairs[1::2], strict=True)],
+    )

@@ -1,4 +1,4 @@
-"""What goes wrong with files, drawn from a seeded generator: broken bytes, odd pictures, tags, names, texts and tables."""
+"""What goes wrong with files, from a seeded generator: broken bytes, odd pictures, tags, names, texts and tables."""
 
 from __future__ import annotations
 
@@ -299,9 +299,31 @@ def broken(rng: Generator, data: bytes) -> bytes:
             for place in rng.integers(0, min(size, 200), int(rng.choice([1, 3, 10]))):
                 found[place] = int(rng.integers(256))
         case 3:
-            heads = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"GIF89a", b"BM", b"P6 9 9 255 "]
-            heads += [b"\0\0\0\x0cjP  \r\n\x87\n", b"RIFF\x10\0\0\0WEBP", b"EHFA_HEADER_TAG", b"NITF02.10", b"<VRTDataset"]
-            heads += [b"\x93NUMPY\x01\0", b"\0\0\0\x20ftypavif", b"\xff\x4f\xff\x51", b"%PDF-1.4", b"SIMPLE  =", b"\0\0\0\0"]
+            heads = [
+                b"\xff\xd8\xff",
+                b"\x89PNG\r\n\x1a\n",
+                b"II*\0",
+                b"MM\0*",
+                b"II+\0",
+                b"GIF89a",
+                b"BM",
+                b"P6 9 9 255 ",
+            ]
+            heads += [
+                b"\0\0\0\x0cjP  \r\n\x87\n",
+                b"RIFF\x10\0\0\0WEBP",
+                b"EHFA_HEADER_TAG",
+                b"NITF02.10",
+                b"<VRTDataset",
+            ]
+            heads += [
+                b"\x93NUMPY\x01\0",
+                b"\0\0\0\x20ftypavif",
+                b"\xff\x4f\xff\x51",
+                b"%PDF-1.4",
+                b"SIMPLE  =",
+                b"\0\0\0\0",
+            ]
             head = heads[rng.integers(len(heads))]
             found[: len(head)] = head
         case 4:
@@ -412,12 +434,17 @@ def table(rng: Generator, files: list[str]) -> File:
         case 0:
             found = File(".jsonl", "\n".join(json.dumps(row) for row in rows).encode())
         case 1:
-            found = File(".json", json.dumps(rows if rng.random() < 0.5 else {"images": rows, "annotations": rows}).encode())
+            found = File(
+                ".json", json.dumps(rows if rng.random() < 0.5 else {"images": rows, "annotations": rows}).encode()
+            )
         case 2:
             lines = [["file_name", "caption", "lon"]] + [[str(row["file_name"]), odd_text(rng), "1.5"] for row in rows]
             found = File(".csv", "\n".join(",".join(line) for line in lines).encode("utf-8", "replace"))
         case _:
-            found = File(".txt", "\n".join(f"{row['file_name']}\t{odd_text(rng)[:50]}" for row in rows).encode("utf-8", "replace"))
+            found = File(
+                ".txt",
+                "\n".join(f"{row['file_name']}\t{odd_text(rng)[:50]}" for row in rows).encode("utf-8", "replace"),
+            )
     return File(found.suffix, broken(rng, found.data)) if rng.random() < 0.3 else found
 
 

@@ -481,7 +481,8 @@ def _places(crs: str, transforms: np.ndarray, resolution: int) -> np.ndarray:
         centre = at(half, half)
     except Exception:  # a local coordinate system, which has no place on Earth
         return np.full((len(transforms), 3), np.nan)
-    shrink = np.stack([np.cos(np.radians(centre[1])), np.ones(len(transforms))])  # of a degree of longitude
-    metres = [np.hypot(*((other - centre) * shrink)) * DEGREE for other in (at(half + 1, half), at(half, half + 1))]
-    longitude = (centre[0] + 180) % 360 - 180
+    with np.errstate(over="ignore", invalid="ignore"):  # of a transform that leads nowhere
+        shrink = np.stack([np.cos(np.radians(centre[1])), np.ones(len(transforms))])  # of a degree of longitude
+        metres = [np.hypot(*((other - centre) * shrink)) * DEGREE for other in (at(half + 1, half), at(half, half + 1))]
+        longitude = (centre[0] + 180) % 360 - 180
     return np.stack([longitude, centre[1], np.sqrt(metres[0] * metres[1])], axis=1)
