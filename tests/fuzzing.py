@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import io
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -510,9 +509,6 @@ def run(root: Path, source: str, seed: int, count: int) -> dict[str, object]:
     noise = [line for line in said.getvalue().splitlines() if re.search("Warning|Traceback|warn\\(", line)]
     if noise and not facts.get("problem"):
         facts["problem"] = f"noise on stderr: {noise[:3]}"
-    children = [child.pid for child in multiprocessing.active_children()]
-    if children and not facts.get("problem"):
-        facts["problem"] = f"processes are left: {children}"
     facts["seconds"] = round(time.monotonic() - started, 2)
     facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return facts

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,30 @@ def fuzzed(folder: Path, seed: int, plan: list[tuple[str, int]]) -> list[dict]:
     arguments = [str(part) for pair in plan for part in pair]
     variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "fuzzing.py"), str(folder), str(seed), *arguments],
-        env={**os.environ, **variables, "PYTHONPATH": path}, capture_output=True, text=True, errors="replace",
-    )  # fmt: skip
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    last = lines[-1] if lines else "nothing"
-    assert done.returncode == 0, f"ended with {done.returncode} in {last}: {done.stderr[-3000:]}"
-    noise = [line for line in done.stderr.splitlines() if any(word in line for word in NOISE)]
+    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
+        process = subprocess.Popen(
+            [sys.executable, str(TESTS / "fuzzing.py"), str(folder), str(seed), *arguments],
+            env={**os.environ, **variables, "PYTHONPATH": path}, stdout=out, stderr=err, start_new_session=True,
+        )  # fmt: skip
+        code = process.wait()
+    said = (folder / "stderr").read_text(errors="replace")
+    lines = [json.loads(line) for line in (folder / "stdout").read_text().splitlines()]
+    assert code == 0, f"ended with {code} in {lines[-1] if lines else 'nothing'}: {said[-3000:]}"
+    assert ended(process.pid), "a worker process is left"
+    noise = [line for line in said.splitlines() if any(word in line for word in NOISE)]
     assert not noise, noise[:5]
     return [line for line in lines if "starts" not in line]
+
+
+def ended(group: int) -> bool:
+    """Whether all processes of a group end within a few seconds."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def judged(found: list[dict]) -> None:

@@ -40,6 +40,7 @@ from runtime.artefacts import file_stamp
 from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.progress import progress
+from runtime.quiet import native_stderr_closed
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 SMALLER = "smaller than a tile"
@@ -240,13 +241,16 @@ class GeoTiff(Shown):
     @cached_property
     def _scenes(self) -> list[_Scene]:
         groups = progress(self._groups.items(), f"open {self.name}", unit="scene", total=len(self._groups))
-        return [self._open(name, files) for name, files in groups]
+        with native_stderr_closed():
+            return [self._open(name, files) for name, files in groups]
 
     @cached_property
     def survey(self) -> Survey:
         """Of reduced pictures of scenes that are spread over the corpus, whichever split is read."""
         deep = [scene for scene in self._scenes if scene.sampled]
-        return survey_of((_overview(self._folder, deep[row], self.raster) for row in spread(len(deep))), self.raster)
+        pictures = (_overview(self._folder, deep[row], self.raster) for row in spread(len(deep)))
+        with native_stderr_closed():
+            return survey_of(pictures, self.raster)
 
     @cached_property
     def _cell(self) -> float:
