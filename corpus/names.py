@@ -19,6 +19,8 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 #: Suffixes of images that have 8 bits and nothing but red, green and blue.
 SHALLOW = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".webp", ".bmp", ".dib", ".gif")
+#: Of arrays of NumPy, which hold masks.
+ARRAY_SUFFIX = ".npy"
 TEXT_SUFFIXES = (".txt", ".caption", ".captions", ".text", ".cap")
 FACTS_SUFFIX, CLASS_SUFFIX = ".json", ".cls"
 #: Lists of the class names 0, 1, ..., a line each.
@@ -116,6 +118,12 @@ def kind_of(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
     if head is None:
         return "?"
     return "image" if image_suffix(head) else "other"
+
+
+def member_kind(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
+    """`kind_of` a member of a shard, where an array that is called a mask is one (`a.mask.npy`)."""
+    array = suffix_of(name) == ARRAY_SUFFIX and not _roles(name).isdisjoint(MASK_WORDS)
+    return "mask" if array else kind_of(name, head, extra)
 
 
 @dataclass

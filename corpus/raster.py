@@ -166,7 +166,8 @@ def to_rgb(image: Pixels, options: RasterOptions, facts: Survey) -> np.ndarray:
         else:
             levels = facts.levels.get(image.kind) or _levels(_sample(image))
         low, high = np.array(levels, dtype=np.float64).T
-        values = (_finite(values) - low) * (255 / np.where(high > low, high - low, np.inf))
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest that there are
+            values = (_finite(values) - low) * (255 / np.where(high > low, high - low, np.inf))
     if values.dtype != np.uint8:
         values = np.clip(_finite(values).round(), 0, 255).astype(np.uint8)
     if values.shape[-1] == 1:
@@ -271,7 +272,8 @@ def read_pixels(
 def _shown(raster: DatasetReader, bands: Bands, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Magnitudes of complex values, colours of a palette (and where it is clear), full range of less than 8 bits."""
     if np.iscomplexobj(values):
-        return np.abs(values), None
+        with np.errstate(over="ignore"):
+            return np.abs(values), None
     if len(bands.shown) == 1 and raster.colorinterp[bands.shown[0] - 1].name == "palette":
         table = np.zeros((256, 4), np.uint8)
         for index, colour in raster.colormap(bands.shown[0]).items():
@@ -363,7 +365,8 @@ def _sample(image: Pixels) -> np.ndarray:
 def _levels(values: np.ndarray) -> tuple[tuple[float, float], ...]:
     if not len(values):
         return ((0.0, 1.0),) * values.shape[-1]
-    low, high = np.percentile(values.astype(np.float64), PERCENTILES, axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = np.percentile(values.astype(np.float64), PERCENTILES, axis=0)
     return tuple((float(start), float(end)) for start, end in zip(low, high, strict=True))
 
 
@@ -390,4 +393,5 @@ def _as_type(value: float, dtype: np.dtype) -> Any:
         limits = np.iinfo(dtype)
         whole = np.isfinite(value) and float(value).is_integer() and limits.min <= value <= limits.max
         return dtype.type(int(value)) if whole else np.nan
-    return dtype.type(value)
+    with np.errstate(over="ignore"):
+        return dtype.type(value)

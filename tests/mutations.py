@@ -1,4 +1,4 @@
-"""What goes wrong with files, drawn from a seeded generator: broken bytes, odd pictures, tags, names, texts and tables."""
+"""What goes wrong with files, from a seeded generator: broken bytes, odd pictures, tags, names, texts and tables."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ from runtime.artefacts import file_stamp
 from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.progress import progress
+from runtime.quiet import native_stderr_closed
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 SMALLER = "smaller than a tile"
@@ -229,13 +230,16 @@ class GeoTiff(Shown):
     @cached_property
     def _scenes(self) -> list[_Scene]:
         groups = progress(self._groups.items(), f"open {self.name}", unit="scene", total=len(self._groups))
-        return [self._open(name, files) for name, files in groups]
+        with native_stderr_closed():
+            return [self._open(name, files) for name, files in groups]
 
     @cached_property
     def survey(self) -> Survey:
         """Of reduced pictures of scenes that are spread over the corpus, whichever split is read."""
         deep = [scene for scene in self._scenes if scene.sampled]
-        return survey_of((_overview(self._folder, deep[row], self.raster) for row in spread(len(deep))), self.raster)
+        pictures = (_overview(self._folder, deep[row], self.raster) for row in spread(len(deep)))
+        with native_stderr_closed():
+            return survey_of(pictures, self.raster)
 
     @cached_property
     def _cell(self) -> float:
@@ -470,7 +474,8 @@ def _places(crs: str, transforms: np.ndarray, resolution: int) -> np.ndarray:
         centre = at(half, half)
     except Exception:  # a local coordinate system, which has no place on Earth
         return np.full((len(transforms), 3), np.nan)
-    shrink = np.stack([np.cos(np.radians(centre[1])), np.ones(len(transforms))])  # of a degree of longitude
-    metres = [np.hypot(*((other - centre) * shrink)) * DEGREE for other in (at(half + 1, half), at(half, half + 1))]
-    longitude = (centre[0] + 180) % 360 - 180
+    with np.errstate(over="ignore", invalid="ignore"):  # of a transform that leads nowhere
+        shrink = np.stack([np.cos(np.radians(centre[1])), np.ones(len(transforms))])  # of a degree of longitude
+        metres = [np.hypot(*((other - centre) * shrink)) * DEGREE for other in (at(half + 1, half), at(half, half + 1))]
+        longitude = (centre[0] + 180) % 360 - 180
     return np.stack([longitude, centre[1], np.sqrt(metres[0] * metres[1])], axis=1)

@@ -43,7 +43,7 @@ from corpus.names import (
     counted,
     extra_suffixes,
     honest_suffix,
-    kind_of,
+    member_kind,
     samples,
     suffix_of,
     unique_ids,
@@ -78,7 +78,7 @@ class _Place:
     Attributes:
         text: the bytes of a short one that is no picture.
         digest: of the bytes, where they are asked for.
-        kind: of `corpus.names.kind_of`.
+        kind: of `corpus.names.member_kind`.
         data, size: where its bytes begin, and how many they are; 0: they do not lie in one piece.
     """
 
@@ -374,7 +374,7 @@ def _members(
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     name = PurePosixPath(member.name)
-                    kind = kind_of(member.name, None, extra)
+                    kind = member_kind(member.name, None, extra)
                     if (member.islnk() or member.issym()) and kind in ("image", "mask"):
                         wrong(f"{shard}:{member.name}", LINK)
                     elif not (member.isfile() or member.isdir()) and kind != "companion":
@@ -389,7 +389,7 @@ def _members(
                         continue
                     count += 1
                     if kind == "?":
-                        kind = kind_of(member.name, tar.extractfile(member).read(HEAD), extra)
+                        kind = member_kind(member.name, tar.extractfile(member).read(HEAD), extra)
                     short = kind in ("text", "facts", "class") and member.size <= LARGEST_TEXT
                     hashed = digests and kind in ("image", "mask") and member.size <= LARGEST_MEMBER
                     data = tar.extractfile(member).read() if short or hashed else b""

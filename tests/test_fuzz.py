@@ -1,0 +1,72 @@
+"""A thousand mutated files over all sources through index, prune and export: exit 0 or one line, nothing lost.
+
+The corpora are made and judged by `fuzzing.py` in processes of their own, whose memory is bounded, so that a decoder
+that crashes, hangs or takes all memory is seen as such.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+#: What C code and other libraries would print: nobody who runs a command can do anything about it.
+NOISE = ("Traceback", "Warning", "libpng", "TIFF", "Fax", "JPEG datastream", "Exception ignored", "resource_tracker")
+
+
+def fuzzed(folder: Path, seed: int, plan: list[tuple[str, int]]) -> list[dict]:
+    """What became of the corpora of a plan, (source, mutations) each."""
+    arguments = [str(part) for pair in plan for part in pair]
+    variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
+        process = subprocess.Popen(
+            [sys.executable, str(TESTS / "fuzzing.py"), str(folder), str(seed), *arguments],
+            env={**os.environ, **variables, "PYTHONPATH": path}, stdout=out, stderr=err, start_new_session=True,
+        )  # fmt: skip
+        code = process.wait()
+    said = (folder / "stderr").read_text(errors="replace")
+    lines = [json.loads(line) for line in (folder / "stdout").read_text().splitlines()]
+    assert code == 0, f"ended with {code} in {lines[-1] if lines else 'nothing'}: {said[-3000:]}"
+    assert ended(process.pid), "a worker process is left"
+    noise = [line for line in said.splitlines() if any(word in line for word in NOISE)]
+    assert not noise, noise[:5]
+    return [line for line in lines if "starts" not in line]
+
+
+def ended(group: int) -> bool:
+    """Whether all processes of a group end within a few seconds."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def judged(found: list[dict]) -> None:
+    """No corpus has a problem, and so many went through to the end that the test says something."""
+    problems = [
+        f"seed {one['seed']} {one['source']} {one['overrides']}: {one['problem']}" for one in found if one["problem"]
+    ]
+    assert not problems, "\n\n".join(problems)
+    through = [one for one in found if "kept" in one]
+    assert len(through) >= len(found) / 2, [one["refused"] for one in found if "refused" in one]
+    assert all(0 < one["readable"] <= one["rows"] for one in through)
+
+
+def test_a_few_mutations_of_each_source(tmp_path: Path) -> None:
+    judged(fuzzed(tmp_path, 5, [("folder", 12), ("webdataset", 12), ("geotiff", 10), ("huggingface", 10)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["folder", "webdataset", "geotiff", "huggingface"])
+def test_a_thousand_mutations(tmp_path: Path, source: str) -> None:
+    judged(fuzzed(tmp_path, 1000, [(source, 50)] * 5))
