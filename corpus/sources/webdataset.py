@@ -201,6 +201,11 @@ class WebDataset(Shown):
         with closing(_Members()) as members:
             return survey_files(_readable(members, [places[row] for row in spread(len(places))]), self.raster)
 
+    @property
+    def files(self) -> list[str]:
+        """The shards."""
+        return list(self._shards)
+
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         """The bytes and suffix of every image member, and those of its mask or None.
 
