@@ -36,7 +36,8 @@ def leaks(corpus: Corpus, held_out: Mapping[str, Source], most: int, runs: Path 
         most: images of each that are looked at, evenly spread.
     Returns:
         `exact_copies`: images of the split whose bytes lie in another split, too; by split `looked_at` and
-        `near_duplicates`: held-out images that were compared, and those of them that look like one of the corpus.
+        `near_duplicates`: held-out images that were compared, and those of them that look like one of the corpus, and
+        `pairs`: the table of these, below `runs`.
     """
     found: dict[str, Any] = {"exact_copies": copies_across_splits(corpus.manifest), "held_out": {}}
     for name, source in held_out.items():
@@ -48,7 +49,7 @@ def leaks(corpus: Corpus, held_out: Mapping[str, Source], most: int, runs: Path 
             write_json(directory / "leaks.json", {"looked_at": looked, "near_duplicates": len(pairs)})
 
         directory = stage(runs, "leaks", inputs, build, code="selection")
-        found["held_out"][name] = {**read_json(directory / "leaks.json"), "pairs": str(directory / PAIRS)}
+        found["held_out"][name] = {**read_json(directory / "leaks.json"), "pairs": f"leaks/{directory.name}/{PAIRS}"}
     return found
 
 
