@@ -145,7 +145,7 @@ def _raster(raster: Any) -> str:
 def levels(facts: Survey) -> list[str]:
     """How each kind of deep pixels is stretched, one line a kind."""
     return [
-        f"{kind}: " + ", ".join(f"{low:g} to {high:g}" for low, high in ends) for kind, ends in facts.levels.items()
+        f"{kind}: " + ", ".join(f"{low:.4g} to {high:.4g}" for low, high in ends) for kind, ends in facts.levels.items()
     ]
 
 

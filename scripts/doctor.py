@@ -35,7 +35,7 @@ from runtime.errors import UserError
 SPLITS = ("train", "val", "test")
 #: Scenes and kinds that are named.
 NAMED = 8
-#: Below this share a scene's cover is told.
+#: A scene of whose pixels fewer are in tiles is told of.
 COVERED = 0.95
 
 
@@ -85,9 +85,12 @@ def look_lines(source: Source, found: Inspection) -> list[str]:
         lines.append(
             f"masks      {len(found.images)} of {looked} images have one that fits" + (f": {shares}" * bool(shares))
         )
-    for name, share in getattr(source, "facts", {}).get("covered", {}).items():
-        if share < COVERED:
-            lines.append(f"covered    {share:.0%} of {name}; corpus.edge=shift covers all of it")
+    covered = getattr(source, "facts", {}).get("covered", {})
+    if partly := sorted((share, name) for name, share in covered.items() if share < COVERED):
+        lines.append(
+            f"covered    {len(partly):,} of {len(covered):,} scenes to less than {COVERED:.0%}, {partly[0][1]} to "
+            f"{partly[0][0]:.0%}; corpus.edge=shift covers all of them"
+        )
     bad = sum(found.reasons.values())
     why = f": {counted(reason_counts(found.reasons.elements()))}" if bad else ""
     return [*lines, f"quarantine {bad} of the {found.looked_at} images that were looked at{why}"]

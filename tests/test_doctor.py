@@ -138,7 +138,7 @@ def test_scenes_and_their_cover(tmp_path: Path, diagnose) -> None:
     assert said["formats"] == [
         "1 x GTiff uint8, 3 bands (red, green, blue; shown: 1, 2, 3), with a place, 150 x 150 px"
     ]
-    assert said["covered"] == ["73% of s.tif; corpus.edge=shift covers all of it"]
+    assert said["covered"] == ["1 of 1 scenes to less than 95%, s.tif to 73%; corpus.edge=shift covers all of them"]
 
 
 def test_shards(tmp_path: Path, diagnose) -> None:

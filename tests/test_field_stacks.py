@@ -255,7 +255,7 @@ def test_ground_decides_where_the_data_set_names_no_split(capsys) -> None:
 
 
 def test_few_places_fill_the_splits_and_stay_whole(capsys) -> None:
-    """Ten places at three dates: a hash of ten cells may leave a split empty, a hash of the ids would part the dates."""
+    """Ten places at three dates: a hash of ten cells may leave a split empty, one of the ids would part the dates."""
     for seed in range(40):
         places = [f"{seed},{number}" for number in range(10) for _ in range(3)]
         ids = [f"{place}_{date}" for place, date in zip(places, (0, 1, 2) * 10, strict=True)]
