@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import cv2
@@ -57,8 +57,31 @@ _PNG = b"\x89PNG"
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"avif", b"avis"))
 
 
+#: What `read_bytes` gave while `reading_once` lasts.
+_remembered: dict[str, bytes | str] | None = None
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """While this lasts, `read_bytes` keeps what it reads: for a look at a sample, from several sides."""
+    global _remembered  # one process, one look
+    _remembered = {}
+    try:
+        yield
+    finally:
+        _remembered = None
+
+
 def read_bytes(path: Path | str) -> bytes | str:
     """The bytes of a file, or the reason why there are none."""
+    if _remembered is None:
+        return _read_bytes(path)
+    if str(path) not in _remembered:
+        _remembered[str(path)] = _read_bytes(path)
+    return _remembered[str(path)]
+
+
+def _read_bytes(path: Path | str) -> bytes | str:
     try:
         facts = os.stat(path)
         if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):  # a pipe or a device may have no end
@@ -134,6 +157,8 @@ def stack_pixels(parts: Sequence[bytes], options: RasterOptions) -> Pixels | str
 def stacked_tiff(parts: Sequence[bytes], options: RasterOptions) -> bytes | str:
     """One GeoTIFF of the first bands of several files, in their own values and at the first one's place; or a reason.
 
+    Its bands are called as the options name them, so that these options show it, too.
+
     Pixels that have no data hold what the first file or the options say stands for that, 0 where nothing does.
     """
     import rasterio
@@ -154,6 +179,8 @@ def stacked_tiff(parts: Sequence[bytes], options: RasterOptions) -> bytes | str:
     with quiet_gdal(), rasterio.MemoryFile() as memory:
         with memory.open(driver="GTiff", compress="deflate", **shape, **place, **colours) as raster:
             raster.write(values)
+            for number, band in enumerate(options.bands or (), start=1):
+                raster.set_band_description(number, str(band))
         return memory.read()
 
 

@@ -14,8 +14,9 @@ from corpus.ground import DEGREE, touched
 from corpus.raster import quiet_gdal
 from runtime.progress import progress
 
-#: A cell of the grid has this many of the largest footprint's sides.
-CELL_SIDES = 8
+#: A cell of the grid has so many of the largest footprint's sides: the first that gives `ENOUGH` cells, else the first.
+CELL_SIDES = (8, 4, 2)
+ENOUGH = 20
 #: Suffixes of files that may carry a coordinate system.
 PLACED = (".tif", ".tiff", ".jp2", ".j2k")
 #: The tag of a TIFF that has a coordinate system: the directory of its keys.
@@ -38,7 +39,7 @@ class Footprint(NamedTuple):
 def grounds_of(corpus: str, files: Sequence[Path | None], key: Hashable) -> list[tuple[str, ...]]:
     """The cells of a common grid that each image touches, its centre's first; () where it has no place on Earth.
 
-    A cell's side is `CELL_SIDES` times the longest side of an image, so that no image touches more than four.
+    A cell's side is a multiple of the longest side of an image (`CELL_SIDES`), so that no image touches more than four.
 
     Args:
         files: None: an image without a file.
@@ -61,9 +62,11 @@ def _grounds(corpus: str, files: Sequence[Path | None]) -> list[tuple[str, ...]]
             found[at] = footprint
     if not found:
         return cells
-    side = CELL_SIDES * max(footprint.side for footprint in found.values())
+    side = max(footprint.side for footprint in found.values())
     lon, lat = (np.stack([footprint[axis] for footprint in found.values()]) for axis in (0, 1))
-    for at, touching in zip(found, touched(lon, lat, float(max(round(side), 1))), strict=True):
+    grids = [touched(lon, lat, float(max(round(times * side), 1))) for times in CELL_SIDES]
+    enough = (grid for grid in grids if len({touching[0] for touching in grid}) >= ENOUGH)
+    for at, touching in zip(found, next(enough, grids[0]), strict=True):
         cells[at] = touching
     return cells
 

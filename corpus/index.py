@@ -356,7 +356,13 @@ def _checked_manifest(source: Source) -> pd.DataFrame:
     """
     manifest = _storable(source.manifest())
     if manifest.empty:
-        raise UserError(f"corpus {source.name} has no images: check its root, split and limit")
+        split = getattr(source, "split", "all")
+        if split != "all":
+            raise UserError(
+                f"corpus {source.name} has no images in its split {split}: give a corpus that has, or take "
+                f"corpus.{split}.split=all, which is every image whatever its split"
+            )
+        raise UserError(f"corpus {source.name} has no images: check its root and its limit")
     if not manifest["id"].is_unique:
         twice = manifest.loc[manifest["id"].duplicated(), "id"].iloc[0]
         raise UserError(f"corpus {source.name} has the id {twice!r} twice: ids must be unique")

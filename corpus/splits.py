@@ -25,8 +25,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,8 @@ import pandas as pd
 from runtime.errors import UserError
 from runtime.notices import notice
 
+#: Cells of ground from which splits that share none can be made.
+FEWEST_CELLS = 5
 SPLITS = ("all", "train", "val", "test")
 #: What people call their splits, without case, numbers, separators and the words of `_DECORATION`.
 NAMES = {
@@ -55,10 +57,14 @@ def hashed_split(identifier: str, val_share: float, test_share: float) -> str:
 
     The test ids do not depend on `val_share`, and a larger share holds out the ids of a smaller one too.
     """
-    number = int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big")
+    number = _number(identifier)
     if number < test_share * 2**64:
         return "test"
     return "val" if number < (test_share + val_share) * 2**64 else "train"
+
+
+def _number(identifier: str) -> int:
+    return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big")
 
 
 @cache
@@ -95,7 +101,8 @@ def assigned(
     """The split of every image, by the rules above; what is not as named is said on stderr, in one line.
 
     Where an image has a place, its cell of the ground is hashed instead of its id, and an image across the border of
-    two splits is in none, "". Too few cells to fill the splits are no reason for an empty one: then the ids are hashed.
+    two splits is in none, "". Where that leaves a split empty, the cells of the lowest hashes are test, the next ones
+    val; where there are too few cells for that (`FEWEST_CELLS`), the ids are hashed.
 
     Args:
         corpus: its name, for the line.
@@ -118,14 +125,18 @@ def assigned(
     named = [known[name] if name else "" for name in names]
     alone = [(identifier,) for identifier in ids]
     hashed = alone if grounds is None else [cells or own for cells, own in zip(grounds, alone, strict=True)]
-    splits = _divided(hashed, named, firsts, carved, (val_share, test_share), shares)
+    divide = partial(_divided, named=named, firsts=firsts, carved=carved)
+    splits = divide(hashed, split_for=hashed_split, all_shares=(val_share, test_share), shares=shares)
     if hashed != alone:
-        by_id = _divided(alone, named, firsts, carved, (val_share, test_share), shares)
-        if lost := sorted(set(by_id) - set(splits)):
-            cells = len({cell for touched in grounds for cell in touched})
+        by_id = divide(alone, split_for=hashed_split, all_shares=(val_share, test_share), shares=shares)
+        cells = sorted({cell for touched in grounds for cell in touched})
+        if len(cells) >= FEWEST_CELLS and set(by_id) - set(splits):
+            ranked = partial(_ranked_split, sorted(cells, key=_number))
+            splits = divide(hashed, split_for=ranked, all_shares=(val_share, test_share), shares=shares)
+        if len(cells) < FEWEST_CELLS or set(by_id) - set(splits):
             notice(
-                f"{corpus}: the images lie in {cells} cells of ground, which leave nothing for {' and '.join(lost)}: a "
-                "hash of the id splits them, so that splits may share ground"
+                f"{corpus}: the images with a place lie in {len(cells)} cells of ground, too few for the splits: a "
+                "hash of the id splits them, and the splits may share ground"
             )
             splits = by_id
     if border := splits.count(""):
@@ -142,11 +153,24 @@ def assigned(
     return splits
 
 
+def _ranked_split(cells: Sequence[str], key: str, val_share: float, test_share: float) -> str:
+    """`hashed_split`, but of the cells, sorted by their number, at least the first is test and the next one val."""
+    if key not in cells:
+        return hashed_split(key, val_share, test_share)
+    splits = [hashed_split(cell, val_share, test_share) for cell in cells]
+    tests = max(splits.count("test"), int(test_share > 0))
+    held_out = tests + max(splits.count("val"), int(val_share > 0))
+    position = cells.index(key)
+    return "test" if position < tests else "val" if position < held_out else "train"
+
+
 def _divided(
     hashed: Sequence[tuple[str, ...]],
+    *,
     named: Sequence[str],
     firsts: np.ndarray,
     carved: str,
+    split_for: Callable[[str, float, float], str],
     all_shares: tuple[float, float],
     shares: tuple[float, float],
 ) -> list[str]:
@@ -155,6 +179,7 @@ def _divided(
     Args:
         named: "" where nothing is.
         carved: the named split of which the hash gives `shares` to val and test; `all_shares` of what has no name.
+        split_for: (key, share of val, share of test) -> the split of what is hashed.
     """
     of_copies: dict[int, set[str]] = {}
     for first, name in zip(firsts.tolist(), named, strict=True):
@@ -167,7 +192,7 @@ def _divided(
         elif name and name != carved:
             splits.append(name)
         else:
-            by_hash = {hashed_split(key, *(shares if of_them else all_shares)) for key in hashed[first]}
+            by_hash = {split_for(key, *(shares if of_them else all_shares)) for key in hashed[first]}
             splits.append(by_hash.pop() if len(by_hash) == 1 else "")
     return splits
 

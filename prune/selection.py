@@ -21,6 +21,7 @@ from corpus.quarantine import QUARANTINE, quarantined, reason_counts
 from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
+from prune.leaks import announce_leaks, leaks
 from prune.library import budget_of, refuse_not_finite
 from prune.pool import Method, Pool, Selection
 from prune.scenes import corpus_strata
@@ -93,6 +94,9 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
             selection = method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([cfg.seed, 2]))
         table = selection_table(pool, selection)
         summary = summarise(table, corpus, selection, name, ratio, cfg.seed, clock.seconds)
+        summary["source"] = dict(corpus.facts)
+        with clock("leaks"):
+            summary["leaks"] = found_leaks(cfg, corpus)
         summary["strata"] = scenes and {"source": scenes, "count": len(set(pool.reference_labels.tolist()))}
         if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run, whose time we have not
             summary["images_per_second"] = None
@@ -102,9 +106,27 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
             tracker.table("scenes", _scene_frame(summary["true_scenes"]))
 
     directory = stage(cfg.runs, "selection", inputs, build)
+    found = read_json(directory / "summary.json").get("leaks")
+    if found and is_main_process():
+        announce_leaks(found, corpus.name)
     if scenes == CORPUS:
         _tell_of_strata(read_json(directory / "summary.json")["strata"]["count"])
     return directory, corpus
+
+
+def found_leaks(cfg: DictConfig, corpus: Corpus) -> dict[str, Any] | None:
+    """What the pruned split shares with val and test; None where `leaks` is 0 or all splits are pruned at once.
+
+    A split that is empty or has no images of its own is left out.
+    """
+    if not cfg.leaks or cfg.corpus.train.get("split", "train") != "train":
+        return None
+    held_out = {}
+    for name in ("val", "test"):
+        source = instantiate(cfg.corpus[name])
+        if not source.manifest().empty:
+            held_out[name] = source
+    return leaks(corpus, held_out, int(cfg.leaks), cfg.runs)
 
 
 @cache

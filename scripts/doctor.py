@@ -1,88 +1,135 @@
-"""What would become of a corpus, told in a minute and without an index: `python scripts/doctor.py corpus=…`."""
+"""What would become of a corpus, told in a minute and without an index: `python scripts/doctor.py corpus=…`.
+
+It looks at a sample of the images, writes a picture of eight of them and nothing else.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from corpus.captions import scene_caption
+from corpus.decoding import reading_once
 from corpus.index import Source
-from corpus.inspection import Inspection, inspect, levels, shared_ground, thumbnails
+from corpus.inspection import (
+    Inspection,
+    class_shares,
+    describe_scenes,
+    inspect,
+    levels,
+    shared_ground,
+    thumbnails,
+)
+from corpus.masks import PREFIX
+from corpus.quarantine import counted, reason_counts
 from corpus.raster import Survey
-from corpus.splits import thinned
+from corpus.splits import copies_across_splits, thinned
 from runtime.application import run
 from runtime.errors import UserError
 
 SPLITS = ("train", "val", "test")
+#: Scenes and kinds that are named.
+NAMED = 8
+#: A scene of whose pixels fewer are in tiles is told of.
+COVERED = 0.95
 
 
-def files_by_kind(ids: pd.Series) -> str:
-    """Suffixes of the ids and how many have each, the most frequent first."""
-    counts = Counter(PurePosixPath(identifier).suffix.lower() or "no suffix" for identifier in ids)
-    return ", ".join(f"{suffix} {count:,}" for suffix, count in counts.most_common(8))
+def file_lines(source: Source) -> list[str]:
+    """The files that the images lie in, by suffix; none where the source does not list them."""
+    suffixes = Counter(PurePosixPath(file).suffix.lower() or "no suffix" for file in getattr(source, "files", ()))
+    named = ", ".join(f"{suffix} {count:,}" for suffix, count in suffixes.most_common(NAMED))
+    return [f"files      {named}"] if suffixes else []
 
 
-def split_lines(tables: dict[str, pd.DataFrame]) -> list[str]:
+def split_lines(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """Sizes of the splits, and what they share."""
     total = max(1, sum(len(table) for table in tables.values()))
     sizes = ", ".join(f"{name} {len(table):,} ({len(table) / total:.0%})" for name, table in tables.items())
-    shared = shared_ground(tables)
-    ground = any("ground" in table and (table["ground"] != "").any() for table in tables.values())
-    known = "no cell of ground in two splits" if ground else "places unknown, so a hash of the id splits"
-    return [f"splits     {sizes}", f"overlap    {'; '.join(f'{k}: {v} cells' for k, v in shared.items()) or known}"]
+    shared = [f"{count} cells of ground in {names}" for names, count in shared_ground(tables).items()]
+    placed = any("ground" in table and (table["ground"] != "").any() for table in tables.values())
+    copies = sum(copies_across_splits(table) for table in tables.values())
+    if copies:
+        shared.append(f"{copies:,} images have exact copies in another split")
+    unshared = "no cell of ground in two splits" if placed else "no exact copies; where the images lie is not known"
+    return [f"splits     {sizes}", f"overlap    {'; '.join(shared) or unshared}"]
 
 
 def text_lines(table: pd.DataFrame) -> list[str]:
-    """Scenes and captions that the rows have."""
-    scenes = table["scene"].replace("", np.nan).dropna()
-    names = ", ".join(f"{name} {count:,}" for name, count in scenes.value_counts().head(8).items())
-    captions = int((table["caption"] != "").sum())
-    return [
-        f"scenes     {scenes.nunique()} on {len(scenes):,} images{': ' + names if names else ' (unlabelled)'}",
-        f"captions   {captions:,} of {len(table):,} images have one"
-        + (f", e.g. {table.loc[table['caption'] != '', 'caption'].iloc[0]!r}" if captions else ""),
-    ]
+    """Scenes, and captions that are the images' own."""
+    scenes = table.loc[table["scene"] != "", "scene"]
+    named = ", ".join(f"{name} {count:,}" for name, count in scenes.value_counts().head(NAMED).items())
+    more = f" and {scenes.nunique() - NAMED} more" if scenes.nunique() > NAMED else ""
+    about = f"{scenes.nunique():,} on {len(scenes):,} images: {named}{more}" if len(scenes) else "none: unlabelled"
+    own = table["caption"] != table["scene"].map(scene_caption)
+    example = f", e.g. {table.loc[own, 'caption'].iloc[0][:80]!r}" if own.any() else ""
+    return [f"scenes     {about}", f"captions   {own.sum():,} of {len(table):,} images have one of their own{example}"]
 
 
-def look_lines(source: Source, found: Inspection, looked: int) -> list[str]:
-    """What the sample showed: formats, values and how they are stretched, and what will be quarantined."""
-    lines = [f"formats    {count} x {what}" for what, count in found.formats.most_common(8)]
+def look_lines(source: Source, found: Inspection) -> list[str]:
+    """What the sample showed: formats, values and how they are stretched, masks, and what will be quarantined."""
+    formats = found.formats or describe_scenes(getattr(source, "files", ()))
+    lines = [f"formats    {count} x {what}" for what, count in formats.most_common(NAMED)]
     lines += [f"values     {kind}: {low:g} to {high:g}" for kind, (low, high) in found.values.items()]
-    facts = getattr(source, "survey", Survey())
-    lines += [f"stretch    {line} becomes 0 to 255" for line in levels(facts)] or ["stretch    none: 8 bits"]
-    lines += [f"alpha      {kind}: {'alpha' if true else 'other data'}" for kind, true in facts.alpha.items()]
+    facts: Survey = getattr(source, "survey", Survey())
+    lines += stretch_lines(source, facts)
+    lines += [f"alpha      {kind}: {'alpha' if true else 'not alpha: left out'}" for kind, true in facts.alpha.items()]
     if source.mask_classes:
-        lines.append(f"masks      classes {', '.join(source.mask_classes)}")
-    for name, share in getattr(source, "facts", {}).get("covered", {}).items():
-        if share < 0.95:
-            lines.append(f"covered    {share:.0%} of {name}; corpus.edge=shift covers all of it")
+        unfit = sum(count for reason, count in found.reasons.items() if reason.startswith(PREFIX))
+        shares = class_shares(found.classes, source.mask_classes)
+        looked = len(found.images) + unfit
+        lines.append(
+            f"masks      {len(found.images)} of {looked} images have one that fits" + (f": {shares}" * bool(shares))
+        )
+    covered = getattr(source, "facts", {}).get("covered", {})
+    if partly := sorted((share, name) for name, share in covered.items() if share < COVERED):
+        lines.append(
+            f"covered    {len(partly):,} of {len(covered):,} scenes to less than {COVERED:.0%}, {partly[0][1]} to "
+            f"{partly[0][0]:.0%}; corpus.edge=shift covers all of them"
+        )
     bad = sum(found.reasons.values())
-    why = ", ".join(f"{reason} {count}" for reason, count in found.reasons.most_common(5))
-    return [*lines, f"quarantine {bad} of the {looked} images looked at{': ' + why if why else ''}"]
+    why = f": {counted(reason_counts(found.reasons.elements()))}" if bad else ""
+    return [*lines, f"quarantine {bad} of the {found.looked_at} images that were looked at{why}"]
+
+
+def stretch_lines(source: Source, facts: Survey) -> list[str]:
+    """Which values become 0 and 255."""
+    options = getattr(source, "raster", None)
+    if options is not None and options.stretch == "range":
+        return [f"stretch    {options.low:g} to {options.high:g} becomes 0 to 255"]
+    return [f"stretch    {line} becomes 0 to 255" for line in levels(facts)] or ["stretch    none: values are 0 to 255"]
 
 
 def main(cfg: DictConfig) -> None:
-    tables = {name: instantiate(cfg.corpus[name]).manifest() for name in SPLITS}
-    source = instantiate(cfg.corpus.train, split="all", limit=None)
-    table = source.manifest()
-    if table.empty:
-        raise UserError(f"corpus {source.name} has no images: check its root")
-    rows = thinned(len(table), int(cfg.doctor.images))
-    found = inspect(source, rows)
-    print(f"corpus     {source.name}: {len(table):,} images")
-    print(f"files      {files_by_kind(table['id'])}")
-    for line in (*split_lines(tables), *text_lines(table), *look_lines(source, found, len(rows))):
-        print(line)
-    if len(found.images):
-        picture = Path(cfg.doctor.picture)
+    most, picture, found = int(cfg.doctor.images), Path(cfg.doctor.picture).expanduser(), Inspection()
+    if most < 1 or picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError("doctor.images: give at least 1; doctor.picture: give a file called .png or .jpg")
+    names = SPLITS if cfg.corpus.train.get("split", "train") == "train" else ("train",)
+    with reading_once():
+        sources = {name: instantiate(cfg.corpus[name]) for name in names}
+        tables = {name: source.manifest() for name, source in sources.items()}
+        source, table = sources["train"], pd.concat(tables.values(), ignore_index=True)
+        if table.empty:
+            raise UserError(f"corpus {source.name} has no images: check its root, its splits and its limit")
+        chosen, start = thinned(len(table), most), 0
+        for name, part in tables.items():
+            rows = chosen[(chosen >= start) & (chosen < start + len(part))] - start
+            inspect(sources[name], rows, found)
+            start += len(part)
+        print(f"corpus     {source.name}: {len(table):,} images")
+        for line in (*file_lines(source), *split_lines(tables), *text_lines(table), *look_lines(source, found)):
+            print(line)
+    if not found.images:
+        raise UserError(f"none of the {found.looked_at} images that were looked at can be read: see the reasons above")
+    try:
         thumbnails(found.images).save(picture)
-        print(f"picture    {picture}")
-    else:
-        raise UserError(f"none of the {len(rows)} images that were looked at can be read: see the reasons above")
+    except OSError as error:
+        raise UserError(f"doctor.picture={picture} cannot be written ({error.strerror}): name another file") from None
+    print(f"picture    {picture}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from field_inputs import make_inputs
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
@@ -38,18 +39,56 @@ def checkout(repository: Path, folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+#: Sections of docs/corpora.md that begin with what somebody has, and the kind of corpus of each.
+SECTIONS = {
+    "A folder of tiles without labels": "folder",
+    "Class folders": "folder",
+    "A folder of NAIP tiles": "folder",
+    "Sentinel-2 SAFE": "geotiff",
+    "Landsat": "geotiff",
+    "BigEarthNet patches": "folder",
+    "img2dataset shards": "webdataset",
+    "A hub data set / Parquet": "huggingface",
+    "GeoTIFF scenes": "geotiff",
+    "torchgeo": "torchgeo",
+    "Masks from QGIS": "folder",
+    "Captions": "folder",
+}
+
+
+def sections(text: str) -> dict[str, list[tuple[str, str]]]:
+    """The blocks of every section, by its heading, with their languages."""
+    parts = re.split(r"^##? (.+)\n", text, flags=re.M)
+    found = {}
+    for heading, body in zip(parts[1::2], parts[2::2], strict=True):
+        found[heading] = re.findall(r"^```(\w*)\n(.*?)^```", body, re.M | re.S)
+    return found
+
+
+def test_every_section_begins_with_the_doctor(repository: Path) -> None:
+    found = sections((repository / "docs" / "corpora.md").read_text())
+    assert list(found)[1 : len(SECTIONS) + 1] == list(SECTIONS)
+    for heading, kind in SECTIONS.items():
+        first = found[heading][0][1].splitlines()
+        assert first[0].startswith(f"python scripts/doctor.py corpus={kind} "), heading
+        assert all(line.startswith(("python ", "    ")) for line in first), heading
+
+
 @pytest.mark.slow
 def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
     environment = checkout(repository, tmp_path)
-    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", (repository / "docs" / "corpora.md").read_text(), re.M | re.S)
-    examples = [(kind, text) for kind, text in blocks if not text.startswith("# corpus/")]
-    assert len(examples) == 7
-    for kind, text in examples:
-        shell = ["bash", "-euo", "pipefail", "-c", text] if kind == "sh" else [sys.executable, "-c", text]
+    make_inputs(tmp_path)
+    found = sections((repository / "docs" / "corpora.md").read_text())
+    examples = [text for blocks in found.values() for kind, text in blocks if kind == "sh"]
+    assert len(examples) == len(SECTIONS) - 1 + 2  # but for torchgeo's; "Out, and in again" has two
+    for text in examples:
+        shell = ["bash", "-euo", "pipefail", "-c", text]
         done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, text + done.stderr[-2000:]
+        assert "quarantine 0 of" in done.stdout or "doctor" not in text, text + done.stdout
     selections = list((tmp_path / "runs" / "selection").glob("*/selection.parquet"))
-    assert len(selections) == 6 and all(pd.read_parquet(path)["kept"].any() for path in selections)
+    assert len(selections) == "\n".join(examples).count("prune/run.py")
+    assert all(pd.read_parquet(path)["kept"].any() for path in selections)
     for path in selections:
         corpus = tmp_path / "runs" / "corpus" / read_json(path.with_name("stage.json"))["inputs"]["corpus"]
         if read_json(corpus / "corpus.json")["name"] == "geotiff":  # its tiles know their place

@@ -237,7 +237,7 @@ def test_one_place_alone_is_split_by_the_id_and_said(write: Write, capsys) -> No
     for split in ("train", "val", "test"):
         table = ImageFolder(str(root), split=split).manifest()
         assert len(table) and {hashed_split(name, 0.1, 0.1) for name in table["id"]} == {split}
-    assert "1 cells of ground" in capsys.readouterr().err
+    assert "lie in 1 cells of ground, too few" in capsys.readouterr().err
 
 
 def test_ground_decides_where_the_data_set_names_no_split(capsys) -> None:
@@ -252,3 +252,14 @@ def test_ground_decides_where_the_data_set_names_no_split(capsys) -> None:
     edge = assigned("c", ids, [""] * 200, 0.1, 0.1, None, across)
     expected = [{hashed_split(cell, 0.1, 0.1) for cell in cells} for cells in across]
     assert edge == [splits.pop() if len(splits) == 1 else "" for splits in expected] and "" in edge
+
+
+def test_few_places_fill_the_splits_and_stay_whole(capsys) -> None:
+    """Ten places at three dates: a hash of ten cells may leave a split empty, one of the ids would part the dates."""
+    for seed in range(40):
+        places = [f"{seed},{number}" for number in range(10) for _ in range(3)]
+        ids = [f"{place}_{date}" for place, date in zip(places, (0, 1, 2) * 10, strict=True)]
+        splits = assigned("c", ids, [""] * 30, 0.1, 0.1, None, [(place,) for place in places])
+        assert len(set(zip(places, splits, strict=True))) == 10
+        by_id = {hashed_split(identifier, 0.1, 0.1) for identifier in ids}
+        assert by_id <= set(splits)

@@ -202,6 +202,12 @@ class ImageFolder(Shown):
         data = (_bytes_of(self._root, stacked.get(files[place], files[place])) for place in spread(len(files)))
         return survey_files((part for part in data if not isinstance(part, str)), self.raster)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of all images, masks left out."""
+        stacked = self._listing.stacked
+        return [self._root / part for file in self._files for part in stacked.get(file, (file,))]
+
     def path(self, row: int) -> Path:
         """The file of a manifest row.
 

@@ -177,6 +177,11 @@ class GeoTiff(Shown):
         return partial(_read_tiles, self._folder, tiles, rule)
 
     @property
+    def files(self) -> list[Path]:
+        """The files of all scenes."""
+        return [self._folder / file for group in self._groups.values() for file in group]
+
+    @property
     def _root(self) -> Path:
         return Path(str(self.root)).expanduser()
 
@@ -251,7 +256,7 @@ class GeoTiff(Shown):
     def _chosen(self) -> list[_Tile]:
         """Tiles of the split, thinned to the limit."""
         tiles: list[_Tile] = []
-        border = 0
+        border, seen = 0, set()
         for scene in self._scenes:
             if scene.problem:
                 tiles.append(_Tile(scene, 0, 0, ()))
@@ -259,10 +264,16 @@ class GeoTiff(Shown):
             for tile in self._grid(scene):
                 splits = {hashed_split(cell, self.val_share, self.test_share) for cell in tile.cells}
                 border += len(splits) > 1
+                seen.update(tile.cells)
                 if self.split == "all" or splits == {self.split}:
                     tiles.append(tile)
         if border and self.split != "all":
             notice(f"{self.name}: {border} tiles lie across the border of two splits and are in none")
+        if seen and not tiles:
+            notice(
+                f"{self.name}: the scenes lie in {len(seen)} cells of ground, none of which falls to {self.split}: "
+                f"make them smaller with corpus.block (now {self.block} tiles)"
+            )
         return [tiles[row] for row in thinned(len(tiles), self.limit)]
 
     def _grid(self, scene: _Scene) -> Iterator[_Tile]:

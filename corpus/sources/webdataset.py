@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -121,7 +122,8 @@ class WebDataset(Shown):
     then read from there. Nothing is unpacked to disk. Members that are no part of a sample are counted on stderr.
 
     Args:
-        urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::".
+        urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::"; or a folder of
+            .tar files on this machine, or a pattern with * or ?.
         split: "all", "train", "val" or "test"; an image is of the split that its facts name, else of its hash's;
             `corpus.splits` has the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
@@ -201,6 +203,11 @@ class WebDataset(Shown):
         with closing(_Members()) as members:
             return survey_files(_readable(members, [places[row] for row in spread(len(places))]), self.raster)
 
+    @property
+    def files(self) -> list[str]:
+        """The shards."""
+        return list(self._shards)
+
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         """The bytes and suffix of every image member, and those of its mask or None.
 
@@ -223,7 +230,8 @@ class WebDataset(Shown):
     @cached_property
     def _shards(self) -> list[str]:
         try:
-            shards = [shard for urls in str(self.urls).split("::") for shard in braceexpand(urls)]
+            listed = [url for urls in str(self.urls).split("::") for url in braceexpand(urls)]
+            shards = [shard for url in listed for shard in _shards_at(url)]
         except UnbalancedBracesError:
             raise UserError(
                 f"corpus.urls={self.urls} is no list of shards: close its braces, as in {{000..099}}"
@@ -311,6 +319,16 @@ class WebDataset(Shown):
 
 def _is_local(shard: str) -> bool:
     return "://" not in shard or shard.startswith("file://")
+
+
+def _shards_at(url: str) -> list[str]:
+    """The shards of a local folder, or of a pattern with * or ?, sorted; the URL itself where it is neither."""
+    if not _is_local(url) or Path(url).is_file():
+        return [url]
+    if Path(url).is_dir():
+        return sorted(str(path) for path in Path(url).glob("*.tar")) or [url]
+    found = sorted(glob.glob(url)) if "*" in url or "?" in url else []
+    return found or [url]
 
 
 def _classes_beside(shards: Sequence[str]) -> tuple[str, ...]:
