@@ -171,7 +171,7 @@ def open_corpus(directory: Path) -> Corpus:
         manifest=pd.read_parquet(directory / "manifest.parquet"),
         masks=np.load(masks, mmap_mode="r") if masks.exists() else None,
         mask_classes=tuple(facts["mask_classes"]),
-        facts=facts["facts"],
+        facts=facts.get("facts", {}),  # absent from an older index
     )
 
 
