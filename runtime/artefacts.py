@@ -104,7 +104,7 @@ def file_digest(path: Path) -> str:
 def file_stamp(path: Path, content_hash: bool = False) -> str:
     """What changes with a file: its size and time of change, or its bytes; empty if it cannot be looked at."""
     try:
-        if content_hash:
+        if content_hash and path.is_file():  # a pipe or a device may have no end
             return file_digest(path)
         facts = path.stat()
         return f"{facts.st_size}-{facts.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else "-shut")

@@ -287,7 +287,7 @@ def odd_picture(rng: Generator) -> File:
 
 def broken(rng: Generator, data: bytes) -> bytes:
     """The bytes cut, flipped, overwritten, doubled, or led by what they are not."""
-    found, size = bytearray(data), max(1, len(data))
+    found, size = bytearray(data or b"\0"), max(1, len(data))
     at = int(rng.integers(size))
     match int(rng.integers(9)):
         case 0:

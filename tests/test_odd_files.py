@@ -107,7 +107,7 @@ def test_a_scene_whose_transform_leads_nowhere_keeps_its_tiles(tmp_path: Path, n
         with rasterio.open(root / name, "w", transform=transform, **profile) as raster:
             raster.write(np.random.default_rng(0).integers(1, 256, (3, 32, 32), dtype=np.uint8))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         corpus = indexed(GeoTiff(str(root), resolution=16), tmp_path)
     assert corpus.readable.all() and len(corpus) == 8
     assert np.isfinite(corpus.manifest.loc[corpus.manifest["id"].str.startswith("b"), ["lon", "lat"]]).all(axis=None)
@@ -171,10 +171,10 @@ def write(path: Path, members: dict[str, bytes], **headers: str) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-@pytest.mark.parametrize("headers", [{"size": "x"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}])
+@pytest.mark.parametrize("headers", [{"GNU.sparse.realsize": "x"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}])
 def test_a_header_that_tarfile_cannot_read_cuts_its_shard_alone(tmp_path: Path, headers: dict[str, str]) -> None:
     write(tmp_path / "a.tar", {"first.png": png(), "bad.png": png(1), "last.png": png(2)}, **headers)
-    write(tmp_path / "b.tar", {"bad0.png": png(3)}, size="x")
+    write(tmp_path / "b.tar", {"bad0.png": png(3)}, **{"GNU.sparse.realsize": "x"})
     write(tmp_path / "c.tar", {"whole.png": png(4)})
     urls = "::".join(str(tmp_path / f"{name}.tar") for name in "abc")
     found = reasons(indexed(WebDataset(urls=urls, resolution=8), tmp_path))
@@ -204,7 +204,7 @@ def test_members_without_bytes_are_counted(tmp_path: Path, capsys: pytest.Captur
             member.type = kind
             tar.addfile(member)
     indexed(WebDataset(urls=str(tmp_path / "a.tar"), resolution=8), tmp_path)
-    assert "webdataset: 2 members passed over: .png 1, none 1" in capsys.readouterr().err
+    assert "webdataset: 2 members passed over: none 1, .png 1" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------------- texts
@@ -251,3 +251,10 @@ def test_a_warning_of_a_missing_letter_is_not_shown() -> None:
         silence_libraries()
         warnings.warn("Glyph 28450 (\\N{CJK}) missing from font(s) DejaVu Sans.", UserWarning, stacklevel=1)
     assert not caught
+
+
+def test_a_shard_of_zeros_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path / "a.tar", {"a.png": png()})
+    (tmp_path / "b.tar").write_bytes(bytes(10_240))
+    indexed(WebDataset(urls=f"{tmp_path / 'a.tar'}::{tmp_path / 'b.tar'}", resolution=8), tmp_path)
+    assert f"webdataset: 1 of 2 shards hold nothing, e.g. {tmp_path / 'b.tar'}" in capsys.readouterr().err

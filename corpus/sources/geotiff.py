@@ -50,6 +50,8 @@ TOO_MANY_TILES = "more than 1,048,576 tiles: raise corpus.tile"
 MOST_TILES = 2**20
 #: Side of the reduced picture of a scene from which its stretch is measured, in pixels.
 OVERVIEW = 512
+#: Units of a coordinate system: no number of a transform on Earth is larger.
+FARTHEST = 1e12
 EDGES = ("leave", "shift")
 NO_BANDS = Bands((), None)
 
@@ -166,6 +168,8 @@ class GeoTiff(Shown):
         for crs, tiles in rows.groupby("crs"):
             if crs:
                 transforms = np.array([json.loads(text) for text in tiles["transform"]])
+                near = (np.abs(transforms) < FARTHEST).all(axis=1)  # one that is not spoils all that are asked with it
+                tiles, transforms = tiles[near], transforms[near]
                 rows.loc[tiles.index, ["lon", "lat", "ground_sampling_distance"]] = _places(
                     str(crs), transforms, self.resolution
                 )

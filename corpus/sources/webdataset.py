@@ -264,12 +264,13 @@ class WebDataset(Shown):
     @cached_property
     def _items(self) -> list[_Item]:
         """Every sample and everything that is wrong, under ids of their own."""
-        items, passed = [], Counter()
+        items, passed, hollow = [], Counter(), []
         for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
             stamp = "" if self.content_hash else self._shard_stamp(shard)
             digests = self.content_hash or (self.split != "all" and not _is_local(shard))
             problems: list[tuple[int, _Item]] = []
             places = list(_members(shard, problems, passed, digests, extra_suffixes(self.image_suffixes)))
+            hollow += [] if places or problems else [shard]
             found = samples([place.name for place in places], [place.kind for place in places])
             for sample in found:
                 while problems and problems[0][0] <= sample.first:
@@ -280,6 +281,8 @@ class WebDataset(Shown):
         captions = [item.captions for item in items if item.captions]
         if captions:
             notice(f"{self.name}: {len(captions)} of {len(items)} samples have captions ({sum(captions)} captions)")
+        if hollow:
+            notice(f"{self.name}: {len(hollow)} of {len(self._shards)} shards hold nothing, e.g. {hollow[0]}")
         if passed:
             notice(f"{self.name}: {sum(passed.values())} members passed over: {counted(passed)}")
         return _named(items)
