@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -320,3 +321,31 @@ def test_suffixes_that_are_no_unicode_stop_nothing(tmp_path: Path, capsys: pytes
     (tmp_path / "d" / odd).write_bytes(b"x")
     assert len(index_corpus(ImageFolder(str(tmp_path / "d"), resolution=SIDE), tmp_path / "runs")) == 1
     assert "folder: 1 files passed over: '.\\udcff\\n' 1\n" in capsys.readouterr().err
+
+
+def test_shards_of_a_folder_or_of_a_pattern(tmp_path: Path) -> None:
+    """img2dataset leaves a folder; its statistics lie beside the shards. Spaces and commas are no separators."""
+    folder = tmp_path / "laion, part (1)"
+    folder.mkdir()
+    for part in range(2):
+        with tarfile.open(folder / f"{part:05d}.tar", "w") as tar:
+            for number in range(3):
+                info, data = tarfile.TarInfo(f"{part:05d}{number:04d}.jpg"), jpeg(10 * part + number)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        (folder / f"{part:05d}_stats.json").write_text("{}")
+    expected = [f"{part:05d}{number:04d}" for part in range(2) for number in range(3)]
+    for urls in (str(folder), f"{folder}/*.tar", f"{folder}/0000?.tar", f"{folder}/{{00000..00001}}.tar"):
+        assert WebDataset(urls=urls).manifest()["id"].tolist() == expected, urls
+    for urls in (str(tmp_path), f"{folder}/*.tgz"):
+        with pytest.raises(UserError, match="there is no shard"):
+            WebDataset(urls=urls).manifest()
+
+
+def test_a_split_without_images_says_whose_they_are(tmp_path: Path) -> None:
+    for number in range(4):
+        path = tmp_path / "data" / ("validation", "test")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 40 * number, np.uint8)).save(path)
+    with pytest.raises(UserError, match=r"no images in its split train: .*corpus\.train\.split=all"):
+        index_corpus(ImageFolder(str(tmp_path / "data"), split="train"), tmp_path / "runs")
