@@ -267,7 +267,7 @@ def test_a_finished_training_goes_on_as_if_it_had_been_longer(tmp_path):
     for key, value in whole.items():
         torch.testing.assert_close(longer["weights"][key], value, rtol=0, atol=0)
     facts = read_json(tmp_path / "long" / "checkpoints" / "00000018" / "state.json")
-    assert (facts["step"], facts["images"]) == (18, 72)
+    assert (facts["step"], facts["images"], len(facts["losses"])) == (18, 72, 6)
 
 
 def test_other_options_count_from_the_checkpoint_on(tmp_path):

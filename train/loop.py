@@ -233,9 +233,9 @@ def _begin(
         if accelerator.scaler is not None and scaler:
             accelerator.scaler.load_state_dict(scaler)
         images = facts.get("images", facts["step"] * options.batch_size)
-        # another training's lowest loss says little of this one's
-        lowest = math.inf if facts["lowest"] is None or checkpoints.newest() is None else facts["lowest"]
-        state = _State(**{**facts, "images": images, "lowest": lowest})
+        own = checkpoints.newest() is not None  # another training's losses, perhaps on its way to infinity, say little
+        lowest = facts["lowest"] if own and facts["lowest"] is not None else math.inf
+        state = _State(facts["step"], images, facts["seconds"], facts["losses"] if own else [], lowest)
     return _Run(accelerator, modules, options, checkpoints, state, average, model, optimizer, take_up)
 
 
