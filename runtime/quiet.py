@@ -20,7 +20,7 @@ QUIET = (
     *("diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub"),
 )
 #: Libraries that read images: they warn and log of every file that is not as they like it.
-READERS = ("PIL", "tifffile", "imagecodecs", "rasterio", "fiona", "pyogrio", "imageio")
+READERS = ("PIL", "tifffile", "imagecodecs", "rasterio", "affine", "fiona", "pyogrio", "imageio")
 #: Loggers of other libraries that report what a reason or an error of ours says as well.
 LOGGERS = (*READERS, "huggingface_hub", "datasets", "fsspec")
 #: Of Matplotlib, of letters that its font lacks: it draws boxes in their place.

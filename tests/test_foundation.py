@@ -302,7 +302,7 @@ def test_prompts_are_encoded_once(parts, tmp_path) -> None:
     prompts, lengths = cached_prompts(parts.text_encoder, parts.tokenizer, "key", texts, tmp_path)
     assert torch.equal(torch.from_numpy(np.array(prompts)), encode_prompts(parts.text_encoder, parts.tokenizer, texts))
     assert lengths.tolist() == [3, 8, 2]  # with start and end; cut at the tokenizer's longest
-    again, _ = cached_prompts(None, None, "key", texts, tmp_path)
+    again, _ = cached_prompts(None, parts.tokenizer, "key", texts, tmp_path)
     np.testing.assert_array_equal(again, prompts)
 
 
