@@ -19,12 +19,12 @@ from runtime.errors import UserError
 
 #: What the tables say of the method, the unfavourable included.
 FINDINGS = (
-    "In plain sentences: on Blue Marble `rsprune` is nearest to scene-balanced images and among the farthest from images "
-    "in nature's proportions, before training and after. As a subset it cannot be told from `scene_random`, which takes "
-    "images at random inside the same scenes. As a start for the downstream tasks its model is no better than the "
-    "others' beyond the intervals, and training from scratch for as many steps in all is better at super-resolution and "
-    "follows masks better. Results on AID's photographs are missing here until they are computed with the evaluation "
-    "encoder."
+    "In plain sentences: on Blue Marble `rsprune` is nearest to scene-balanced images and among the farthest from "
+    "images in nature's proportions, before training and after. As a subset it cannot be told from "
+    "`scene_random`, which takes images at random inside the same scenes. As a start for the downstream tasks its "
+    "model is no better than the others' beyond the intervals, and training from scratch for as many steps in all "
+    "is better at super-resolution and follows masks better. Results on AID's photographs are missing here until "
+    "they are computed with the evaluation encoder."
 )
 #: Directories of results on AID's photographs, how they are called and what they were made with.
 AID = {
