@@ -90,6 +90,7 @@ def test_a_file_whose_disk_fails_halfway_has_a_reason(tmp_path: Path, monkeypatc
         def read(self, *_: object) -> bytes:
             raise OSError(errno.EIO, "input/output error")
 
+    texture().save(tmp_path / "a.png")
     monkeypatch.setattr(decoding, "open", lambda *_, **__: Failing(), raising=False)
     assert read_image(tmp_path / "a.png", SIDE) == decoding.UNREADABLE_FILE
 
