@@ -62,7 +62,15 @@ STAGES = {
     "autoencoder": Stage(version=1, modules=("train.autoencoder", "train.latents", "encoders", *_NETWORKS)),
     "pretrain": Stage(
         version=1,
-        modules=("train.foundation", "train.data", "train.captions", "train.latents", "train.metadata", *_NETWORKS),
+        modules=(
+            "train.foundation",
+            "train.resume",
+            "train.data",
+            "train.captions",
+            "train.latents",
+            "train.metadata",
+            *_NETWORKS,
+        ),
         after=("latents", "prompts"),
     ),
     "held_out": Stage(version=1, modules=("eval.held_out", "encoders")),

@@ -343,7 +343,7 @@ def _files(folder: Path) -> list[str]:
     if folder.is_dir():
         found = sorted(str(path) for path in folder.rglob("*.parquet")) or sorted(map(str, folder.rglob("*.arrow")))
     else:
-        found = sorted(glob.glob(str(folder)))
+        found = [str(folder)] if folder.exists() else sorted(glob.glob(str(folder)))
     return [path for path in found if path.endswith((".parquet", ".arrow"))]
 
 
