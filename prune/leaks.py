@@ -23,6 +23,9 @@ CANDIDATES = 8
 #: Two images are near-duplicates where their brightness correlates at least so. Two dates of a place stay below, and
 #: so do two patches of one sea; a copy in another format, size or stretch does not.
 CORRELATION = 0.95
+#: Images of the corpus that are compared, evenly spread: hashing all of millions would take hours.
+MOST_OF_CORPUS = 50_000
+_last_hashes: dict[tuple[str, int], np.ndarray] = {}
 #: Levels of 255 by which brightness must vary for it to say anything.
 LEAST_CONTRAST = 1.0
 
@@ -33,7 +36,7 @@ def leaks(corpus: Corpus, held_out: Mapping[str, Source], most: int, runs: Path 
     Args:
         corpus: the split that is pruned.
         held_out: val and test, by name.
-        most: images of each that are looked at, evenly spread.
+        most: images of each that are looked at, evenly spread; of the corpus `MOST_OF_CORPUS`.
     Returns:
         `exact_copies`: images of the split whose bytes lie in another split, too; by split `looked_at` and
         `near_duplicates`: held-out images that were compared, and those of them that look like one of the corpus, and
@@ -63,15 +66,11 @@ def near_duplicates(corpus: Corpus, source: Source, most: int) -> tuple[pd.DataF
     rows = thinned(len(table), most)
     images = [(row, image) for row, image in zip(rows, _images(source, rows), strict=True) if image is not None]
     usable = np.flatnonzero(corpus.readable)
+    usable = usable[thinned(len(usable), MOST_OF_CORPUS)]
     if not images or not len(usable):
         return pd.DataFrame({"held_out": [], "image": [], "correlation": []}), len(images)
     held = np.stack([image for _, image in images])
-    known = np.concatenate(
-        [
-            perceptual_hashes(corpus.images[usable[start : start + BLOCK]])
-            for start in progress(range(0, len(usable), BLOCK), "look for leaks", unit="block")
-        ]
-    )
+    known = _hashes(corpus, usable)
     found = []
     for (row, image), hashed in zip(images, perceptual_hashes(held), strict=True):
         distances = np.bitwise_count(known ^ hashed)
@@ -84,6 +83,17 @@ def near_duplicates(corpus: Corpus, source: Source, most: int) -> tuple[pd.DataF
             best = near[int(np.argmax(likeness))]
             found.append((table["id"].iloc[int(row)], corpus.manifest["id"].iloc[int(best)], max(likeness)))
     return pd.DataFrame(found, columns=["held_out", "image", "correlation"]), len(images)
+
+
+def _hashes(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
+    """Perceptual hashes of rows of a corpus, uint64 [K]; kept for the next held-out split of the same corpus."""
+    key = (str(corpus.directory), len(rows))
+    if key not in _last_hashes:
+        blocks = progress(range(0, len(rows), BLOCK), "look for leaks", unit="block")
+        parts = [perceptual_hashes(corpus.images[rows[start : start + BLOCK]]) for start in blocks]
+        _last_hashes.clear()
+        _last_hashes[key] = np.concatenate(parts)
+    return _last_hashes[key]
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
