@@ -26,7 +26,7 @@ from corpus.index import Corpus, Source, index_corpus
 from corpus.masks import NO_PIXELS, decode_mask, mask_rule
 from corpus.raster import Pixels, RasterOptions, Survey, to_rgb
 from corpus.sources.folder import ImageFolder
-from corpus.sources.geotiff import TOO_MANY_TILES, GeoTiff
+from corpus.sources.geotiff import HOLLOW, TOO_MANY_TILES, GeoTiff
 from corpus.sources.webdataset import BROKEN, CUT, WebDataset
 from report.figures import LONGEST_LABEL, scene_bars
 from report.page import figure_bytes
@@ -121,6 +121,15 @@ def test_a_scene_of_a_few_bytes_that_claims_millions_of_tiles_is_one_row(tmp_pat
     (tmp_path / "scenes" / "b.vrt").write_text(vrt)
     corpus = indexed(GeoTiff(str(tmp_path / "scenes"), resolution=16), tmp_path)
     assert reasons(corpus) == {"a.tif/000000_000000": "", "b.vrt": TOO_MANY_TILES}
+
+
+@pytest.mark.parametrize("size", [2_000, 19_000])
+def test_a_picture_that_claims_more_than_its_bytes_can_be_is_one_row(tmp_path: Path, size: int) -> None:
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "a.tif").write_bytes(png())
+    (tmp_path / "scenes" / "b.tif").write_bytes(f"P6 {size} {size} 255\n".encode())
+    corpus = indexed(GeoTiff(str(tmp_path / "scenes"), tile=20, resolution=16), tmp_path)
+    assert reasons(corpus)["b.tif"] == HOLLOW
 
 
 def test_numbers_near_the_largest_are_shown_without_a_warning() -> None:

@@ -46,6 +46,9 @@ SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 SMALLER = "smaller than a tile"
 NOT_A_SCENE = "cannot be opened as a scene"
 TOO_MANY_TILES = "more than 1,048,576 tiles: raise corpus.tile"
+HOLLOW = "claims more pixels than its file can hold"
+#: No compression is stronger: that of one repeated byte by Zstandard, the strongest here, reaches half of it.
+PIXELS_A_BYTE = 2**16
 #: Of one scene; a file of a few bytes can claim any size, and every tile is a row.
 MOST_TILES = 2**20
 #: Side of the reduced picture of a scene from which its stretch is measured, in pixels.
@@ -330,6 +333,9 @@ class GeoTiff(Shown):
                     return _Scene(name, files, stamp, problem=SMALLER)
                 if raster.height * raster.width > MOST_TILES * (self._side - self.overlap) ** 2:
                     return _Scene(name, files, stamp, problem=TOO_MANY_TILES)
+                size = (self._folder / files[0]).stat().st_size
+                if raster.driver != "VRT" and raster.height * raster.width > PIXELS_A_BYTE * size:
+                    return _Scene(name, files, stamp, problem=HOLLOW)
                 if isinstance(bands, str):
                     return _Scene(name, files, stamp, problem=bands)
                 return _Scene(
