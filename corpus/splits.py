@@ -123,22 +123,12 @@ def assigned(
     carved, shares = _missing(set(known.values()), val_share, test_share)
     firsts = np.arange(len(ids)) if firsts is None else firsts
     named = [known[name] if name else "" for name in names]
+    divide = partial(
+        _divided, named=named, firsts=firsts, carved=carved, all_shares=(val_share, test_share), shares=shares
+    )
     alone = [(identifier,) for identifier in ids]
-    hashed = alone if grounds is None else [cells or own for cells, own in zip(grounds, alone, strict=True)]
-    divide = partial(_divided, named=named, firsts=firsts, carved=carved)
-    splits = divide(hashed, split_for=hashed_split, all_shares=(val_share, test_share), shares=shares)
-    if hashed != alone:
-        by_id = divide(alone, split_for=hashed_split, all_shares=(val_share, test_share), shares=shares)
-        cells = sorted({cell for touched in grounds for cell in touched})
-        if len(cells) >= FEWEST_CELLS and set(by_id) - set(splits):
-            ranked = partial(_ranked_split, sorted(cells, key=_number))
-            splits = divide(hashed, split_for=ranked, all_shares=(val_share, test_share), shares=shares)
-        if len(cells) < FEWEST_CELLS or set(by_id) - set(splits):
-            notice(
-                f"{corpus}: the images with a place lie in {len(cells)} cells of ground, too few for the splits: a "
-                "hash of the id splits them, and the splits may share ground"
-            )
-            splits = by_id
+    placed = grounds is not None and any(grounds)
+    splits = _by_ground(corpus, divide, alone, grounds) if placed else divide(alone, split_for=hashed_split)
     if border := splits.count(""):
         notice(f"{corpus}: {border} images lie across the border of two splits' ground and are in none")
     counts = Counter(split for split, name in zip(splits, named, strict=True) if name == carved != "" and split)
@@ -153,15 +143,50 @@ def assigned(
     return splits
 
 
-def _ranked_split(cells: Sequence[str], key: str, val_share: float, test_share: float) -> str:
+def _by_ground(
+    corpus: str,
+    divide: Callable[..., list[str]],
+    alone: Sequence[tuple[str, ...]],
+    grounds: Sequence[tuple[str, ...]],
+) -> list[str]:
+    """Splits by the cells that images touch, by their ids where an image has no place or there are too few cells.
+
+    Args:
+        divide: `_divided`, but for what is hashed and how.
+        alone: of every image its id.
+    """
+    hashed = [cells or own for cells, own in zip(grounds, alone, strict=True)]
+    splits, by_id = divide(hashed, split_for=hashed_split), divide(alone, split_for=hashed_split)
+    cells = sorted({cell for touched in grounds for cell in touched}, key=_number)
+    enough = len(cells) >= FEWEST_CELLS
+    if enough and set(by_id) - set(splits):
+        splits = divide(hashed, split_for=_ranked(cells))
+    if enough and not set(by_id) - set(splits):
+        return splits
+    notice(
+        f"{corpus}: the images with a place lie in {len(cells)} cells of ground, too few for the splits: a hash of the "
+        "id splits them, and the splits may share ground"
+    )
+    return by_id
+
+
+def _ranked(cells: Sequence[str]) -> Callable[[str, float, float], str]:
     """`hashed_split`, but of the cells, sorted by their number, at least the first is test and the next one val."""
-    if key not in cells:
-        return hashed_split(key, val_share, test_share)
-    splits = [hashed_split(cell, val_share, test_share) for cell in cells]
-    tests = max(splits.count("test"), int(test_share > 0))
-    held_out = tests + max(splits.count("val"), int(val_share > 0))
-    position = cells.index(key)
-    return "test" if position < tests else "val" if position < held_out else "train"
+
+    @cache
+    def table(val_share: float, test_share: float) -> dict[str, str]:
+        splits = [hashed_split(cell, val_share, test_share) for cell in cells]
+        tests = max(splits.count("test"), int(test_share > 0))
+        held_out = tests + max(splits.count("val"), int(val_share > 0))
+        return {
+            cell: "test" if position < tests else "val" if position < held_out else "train"
+            for position, cell in enumerate(cells)
+        }
+
+    def split_for(key: str, val_share: float, test_share: float) -> str:
+        return table(val_share, test_share).get(key) or hashed_split(key, val_share, test_share)
+
+    return split_for
 
 
 def _divided(
