@@ -28,6 +28,8 @@ FILE_KEYS = (
     "image", "img", "path", "name",
 )  # fmt: skip
 SCENE_KEYS = ("scene", "label", "class", "category")
+#: Where several labels of one image are listed.
+LABEL_KEYS = ("labels", "label", "classes", "categories")
 #: Names of the class whose number the scene is.
 NAME_KEYS = ("label_text", "label_name", "class_name", "scene_name", "category_name")
 #: Files of captions for many images.
@@ -48,12 +50,12 @@ _BOMS = (
 )  # fmt: skip
 
 
-def caption_facts(row: Mapping[str, Any], scene: str) -> dict[str, Any]:
+def caption_facts(row: Mapping[str, Any], scene: str, labels: Sequence[str] = ()) -> dict[str, Any]:
     """`caption`, the first that a row has (`CAPTION_KEYS`), and `captions` if it has several.
 
-    A row without one is called after its scene, and by "" where there is none.
+    A row without one is called after its scene or its several labels, and by "" where there is none.
     """
-    texts = own_captions(row) or [scene_caption(scene)]
+    texts = own_captions(row) or [scene_caption(scene or ", ".join(labels))]
     return {"caption": texts[0], **({"captions": texts} if len(texts) > 1 else {})}
 
 
@@ -160,6 +162,14 @@ def row_scene(row: Mapping[str, Any], names: Sequence[str] = (), keys: Sequence[
     scene = next((found for key in keys if (found := scene_name(row.get(key), names))), "")
     named = next((scene_name(row[key]) for key in NAME_KEYS if isinstance(row.get(key), str)), "")
     return named if named and re.fullmatch(r"class \d+", scene) else scene
+
+
+def label_list(row: Mapping[str, Any], names: Sequence[str] = ()) -> list[str]:
+    """The names in the first field that lists several labels of one image, as BigEarthNet's do; numbers without names
+    are left out."""
+    listed = next((value for key in LABEL_KEYS if isinstance(value := row.get(key), (list, tuple))), ())
+    found = [scene_name(value, names) for value in listed]
+    return [name for name in found if name and not re.fullmatch(r"class \d+", name)]
 
 
 def class_list(data: bytes) -> tuple[str, ...]:

@@ -269,7 +269,8 @@ def _raster_pixels(data: bytes, options: RasterOptions, turned: int) -> Pixels |
     except Exception as error:  # GDAL raises whatever it likes on damaged files
         lacking = missing_codec(error)
         return f"no decoder: {lacking}" if lacking else DAMAGED
-    return Pixels(*(part if part is None else _upright(part, turned) for part in found))
+    turn = lambda part: None if part is None else _upright(part, turned)  # noqa: E731
+    return found._replace(values=turn(found.values), valid=turn(found.valid), alpha=turn(found.alpha))
 
 
 def _upright(values: np.ndarray, turned: int) -> np.ndarray:

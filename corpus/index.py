@@ -17,6 +17,7 @@ from corpus.masks import Sample
 from corpus.quarantine import QUARANTINE, announce, announce_masks, quarantined
 from runtime.artefacts import COMPLETE, fingerprint, plain, read_json, stage, write_json
 from runtime.errors import UserError
+from runtime.notices import notice
 from runtime.parallel import cores, in_processes
 from runtime.progress import progress
 from runtime.quiet import native_stderr_closed
@@ -43,6 +44,7 @@ class Source(Protocol):
     """What a corpus must offer; see `corpus.sources.bluemarble` and `corpus.sources.folder`.
 
     One that reads its masks from files has a `mask_rule`, a `corpus.masks.MaskRule`; how many matched is then said.
+    One that shows rasters has a `survey`, a `corpus.raster.Survey`, whose notes are said.
 
     Attributes:
         workers: processes that decode; None: one a core; 1: in this process, and a reader need not be picklable.
@@ -142,6 +144,8 @@ def index_corpus(source: Source, runs: Path | str, scans: Sequence[Scan] = ()) -
     inputs = {"source": source, "version": source.version}
     build = lambda directory: _build(source, Path(runs), directory, scans)  # noqa: E731
     corpus = open_corpus(stage(runs, "corpus", inputs, build, resumable=True))
+    for note in getattr(getattr(source, "survey", None), "notes", ()):
+        notice(f"{source.name}: {note}")
     if getattr(source, "mask_rule", None):
         announce_masks(corpus.manifest, _name(source))
     announce(corpus.manifest, _name(source), corpus.directory)

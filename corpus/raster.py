@@ -97,11 +97,13 @@ class Pixels(NamedTuple):
         values: [H, W, 1 or 3] of the file's type; complex values as magnitudes.
         valid: bool [H, W], or None where all are.
         alpha: a declared alpha band, uint8 [H, W], or None.
+        guess: which bands were taken of a file that names none, for the user to check; "" where there is no doubt.
     """
 
     values: np.ndarray
     valid: np.ndarray | None = None
     alpha: np.ndarray | None = None
+    guess: str = ""
 
     @property
     def kind(self) -> str:
@@ -116,10 +118,12 @@ class Survey:
     Attributes:
         levels: by kind, the values of each band that become 0 and 255.
         alpha: by kind, whether a declared alpha band is one; GDAL calls near infrared alpha, too.
+        notes: sentences about what a user should check, for stderr.
     """
 
     levels: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     alpha: Mapping[str, bool] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def stamp(self) -> str:
@@ -134,14 +138,24 @@ def survey_of(images: Iterable[Pixels], options: RasterOptions) -> Survey:
     """Levels of a corpus from a sample of its images, every image with the same weight."""
     values: dict[str, list[np.ndarray]] = {}
     alphas: dict[str, list[np.ndarray]] = {}
+    guesses: set[str] = set()
     with native_stderr_closed():
         for image in images:
+            guesses |= {image.guess} - {""}
             if options.stretch == "percentile" and is_deep(image.values.dtype):
                 values.setdefault(image.kind, []).append(_sample(image))
             if image.alpha is not None:
                 alphas.setdefault(image.kind, []).append(image.alpha[:: max(1, len(image.alpha) // 64)].ravel())
     levels = {kind: _levels(np.concatenate(parts)) for kind, parts in values.items()}
-    return Survey(levels, {kind: _is_alpha(np.concatenate(parts)) for kind, parts in alphas.items()})
+    doubt = "since their files name no colours: corpus.bands=[…] chooses others"
+    notes = [f"{guess}, {doubt}" for guess in sorted(guesses)]
+    notes += [
+        f"images of {kind} are black: all that were sampled hold {found[0][0]:g}; corpus.stretch=range sets the levels"
+        for kind, found in levels.items()
+        if all(low == high for low, high in found)
+    ]
+    alpha = {kind: _is_alpha(np.concatenate(parts)) for kind, parts in alphas.items()}
+    return Survey(levels, alpha, tuple(notes))
 
 
 def spread(count: int, most: int = SAMPLE_IMAGES) -> list[int]:
@@ -205,10 +219,14 @@ def has_data(values: np.ndarray, no_data: Sequence[float | None]) -> np.ndarray:
 
 
 class Bands(NamedTuple):
-    """Bands of a raster, counted from 1: those that are shown, and the one that is declared to be alpha or None."""
+    """Bands of a raster, counted from 1: those that are shown, and the one that is declared to be alpha or None.
+
+    `guess` is as in `Pixels`.
+    """
 
     shown: tuple[int, ...]
     alpha: int | None
+    guess: str = ""
 
 
 @contextmanager
@@ -242,10 +260,12 @@ def choose_bands(raster: DatasetReader, options: RasterOptions) -> Bands | str:
         for where in (uses, names):
             if set(wanted) <= set(where):
                 return Bands(tuple(where.index(colour) + 1 for colour in wanted), alpha)
+    others = raster.count - (alpha is not None)
     if raster.count <= 2:
-        return Bands((1,), alpha)
+        return Bands((1,), alpha, "band 1 of 2 is shown in grey" if others == 2 else "")
     if raster.count <= 4:
-        return Bands((1, 2, 3), alpha)
+        guess = "bands 1, 2, 3 of 4 are shown as red, green, blue" if others == 4 else ""
+        return Bands((1, 2, 3), alpha, guess)
     return f"has {raster.count} bands: choose three with corpus.bands"
 
 
@@ -266,7 +286,8 @@ def read_pixels(
         valid &= raster.read_masks(bands.shown[0], **where) > 0
     alpha = None if bands.alpha is None else _eight_bits(raster.read(bands.alpha, **where))
     values, clear = _shown(raster, bands, values)
-    return Pixels(values, None if clear is None and valid.all() else valid & (True if clear is None else ~clear), alpha)
+    whole = clear is None and valid.all()
+    return Pixels(values, None if whole else valid & (True if clear is None else ~clear), alpha, bands.guess)
 
 
 def _shown(raster: DatasetReader, bands: Bands, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

@@ -38,7 +38,7 @@ _NETWORKS = (
     "train.processes",
 )
 STAGES = {
-    "corpus": Stage(version=3, modules=("corpus",)),
+    "corpus": Stage(version=4, modules=("corpus",)),
     "entropy": Stage(version=1, modules=("prune.entropy", "prune.features")),
     "embedding": Stage(version=1, modules=("encoders", "prune.features")),
     "selection": Stage(

@@ -77,6 +77,7 @@ def look_lines(source: Source, found: Inspection) -> list[str]:
     lines += [f"values     {kind}: {low:g} to {high:g}" for kind, (low, high) in found.values.items()]
     facts: Survey = getattr(source, "survey", Survey())
     lines += stretch_lines(source, facts)
+    lines += [f"check      {note}" for note in facts.notes]
     lines += [f"alpha      {kind}: {'alpha' if true else 'not alpha: left out'}" for kind, true in facts.alpha.items()]
     if source.mask_classes:
         unfit = sum(count for reason, count in found.reasons.items() if reason.startswith(PREFIX))

@@ -12,7 +12,16 @@ import pandas as pd
 import pytest
 from test_sources import encoded, shard, texture
 
-from corpus.captions import captions_in, class_list, decoded, own_captions, row_scene, scene_caption, scene_name
+from corpus.captions import (
+    captions_in,
+    class_list,
+    decoded,
+    label_list,
+    own_captions,
+    row_scene,
+    scene_caption,
+    scene_name,
+)
 from corpus.matching import Images
 from corpus.sources.folder import ImageFolder
 from corpus.sources.huggingface import HuggingFace
@@ -286,3 +295,35 @@ def test_captions_that_are_cut_are_counted(capsys: pytest.CaptureFixture) -> Non
     exact = tokenizer(texts[1], truncation=False).input_ids
     fitting = clip_tokenizer(len(exact))
     assert tell_cut(fitting, texts, caption_lengths(fitting, texts)) == 0
+
+
+# ------------------------------------------------------------------------------------------------------ several labels
+
+
+def test_several_labels_of_one_image_are_its_caption(tmp_path: Path) -> None:
+    """BigEarthNet has up to a dozen: no scene, but words; a caption of the image's own goes first."""
+    labels = ["Pastures", "Mixed forest"]
+    images(tmp_path / "folder", ["a.jpg", "b.jpg"])
+    rows = [{"file_name": "a.jpg", "labels": labels}, {"file_name": "b.jpg", "labels": labels, "text": "A pasture."}]
+    lines(tmp_path / "folder" / "metadata.jsonl", rows)
+    expected = {"a": ["a satellite image of pastures, mixed forest"], "b": ["A pasture."]}
+    assert captions(tmp_path / "folder") == {f"{name}.jpg": texts for name, texts in expected.items()}
+
+    data = {letter: encoded(texture(number)) for number, letter in enumerate("ab")}
+    facts = {row["file_name"][0]: json.dumps(row).encode() for row in rows}
+    members = [[(f"{key}.png", data[key]), (f"{key}.json", facts[key])] for key in "ab"]
+    shard(tmp_path / "s.tar", [member for pair in members for member in pair])
+    shards = WebDataset(str(tmp_path / "s.tar"), split="all").manifest()
+    assert shards["caption"].tolist() == [texts[0] for texts in expected.values()]
+    assert set(shards["scene"]) == {""}
+
+    datasets = pytest.importorskip("datasets")
+    names = datasets.Sequence(datasets.ClassLabel(names=["Sea", *labels]))
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": data["a"], "path": None}], "labels": [[1, 2]]},
+        features=datasets.Features({"image": datasets.Image(), "labels": names}),
+    )
+    table.save_to_disk(str(tmp_path / "hub"))
+    loaded = HuggingFace(path=str(tmp_path / "hub"), split="all").manifest()
+    assert loaded["caption"].tolist() == expected["a"]
+    assert label_list({"labels": [3, 4]}) == [] and label_list({"label": 3}) == []

@@ -49,10 +49,10 @@ class Hub:
     asked: list[str]
 
 
-def write_tiles(folder: Path, count: int, split: str = "train") -> None:
-    """A repository of one Parquet file, as the hub keeps image data sets."""
+def write_tiles(folder: Path, count: int, split: str = "train", first: int = 0) -> None:
+    """A repository of one Parquet file, as the hub keeps image data sets; equal `first`, equal images."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(SCENES))})
-    images = [{"bytes": encoded(texture(row)), "path": None} for row in range(count)]
+    images = [{"bytes": encoded(texture(first + row)), "path": None} for row in range(count)]
     table = datasets.Dataset.from_dict({"image": images, "label": [row % 3 for row in range(count)]}, features=features)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
@@ -63,7 +63,7 @@ def hub(tmp_path_factory, networks: Path) -> Iterator[Hub]:  # noqa: F811
     """The names that the configs give, small and random."""
     folder = tmp_path_factory.mktemp("hub")
     write_tiles(folder / "datasets/owner/tiles/data", 30)
-    write_tiles(folder / "datasets/owner/tiles/data", 9, "test")
+    write_tiles(folder / "datasets/owner/tiles/data", 9, "test", first=1000)
     for name in REFERENCES.values():
         below = "RSSCN7" if name.endswith("SATIN") else "data"
         write_tiles(folder / "datasets" / name / below, 12)
@@ -116,8 +116,9 @@ def test_a_corpus_and_a_reference_by_hub_name(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_docs_runs_as_written(hub: Hub, tmp_path: Path) -> None:
-    [example] = re.findall(r"^```hub\npython (.*?)^```", (ROOT / "docs" / "corpora.md").read_text(), re.M | re.S)
-    done = hub.run(*shlex.split(example), f"runs={tmp_path}", f"results={tmp_path}", "tracker=none")
+    [example] = re.findall(r"^```hub\n(.*?)^```", (ROOT / "docs" / "corpora.md").read_text(), re.M | re.S)
+    for line in example.replace("\\\n", " ").splitlines():
+        done = hub.run(*shlex.split(line)[1:], f"runs={tmp_path}", f"results={tmp_path}", "tracker=none")
     assert pd.read_parquet(result(done) / "selection.parquet")["kept"].sum() == 15
 
 
@@ -158,7 +159,7 @@ def test_the_paper_profile_trains_with_networks_by_hub_name(hub: Hub, tmp_path: 
     """The names are the profile's own; what the hub sends under them is small and random."""
     done = hub.run(
         "train/pretrain.py", "profile=paper", "corpus=huggingface", "corpus.path=owner/tiles",
-        "corpus.train.resolution=32", "corpus.test.resolution=32", "reference=resisc45", "prune=rsprune", "ratio=0.5",
+        "corpus.train.resolution=32", "corpus.test.resolution=32", "corpus.val_share=0.3", "reference=resisc45", "prune=rsprune", "ratio=0.5",
         f"encoder.input_size={DINO_SIDE}", "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32",
         "train.loop.steps=2", "train.loop.batch_size=4", "train.snapshots=1", "eval.images=9",
         "eval.convergence_images=4", "eval.steps=2", *SMALL_UNET,

@@ -14,7 +14,9 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 
 from corpus.decoding import DAMAGED, NO_DATA, decode_image, image_pixels
+from corpus.index import index_corpus
 from corpus.raster import ALPHA_SHARE, Pixels, RasterOptions, Survey, has_data, spread, survey_of, to_rgb
+from corpus.sources.folder import ImageFolder
 from corpus.sources.geotiff import GeoTiff
 from runtime.errors import UserError
 
@@ -105,6 +107,31 @@ def test_many_bands_without_names_ask_for_a_choice() -> None:
     assert found == "has no band B04, but 13 without names"
     chosen = decode_image(geotiff(values), SIDE, RasterOptions(bands=(4, 3, 2), stretch="range", low=0, high=3000))
     assert np.abs(chosen - shown(values[[3, 2, 1]]) / 3000 * 255).max() <= 0.51
+
+
+def test_bands_that_no_file_names_are_a_guess_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Four bands may be blue, green, red, infrared as well; two of a radar are two polarisations."""
+    options = RasterOptions()
+    named = geotiff(colours(bands=4, high=3000, kind="uint16"), ("blue", "green", "red", "nir"))
+    assert survey_of([image_pixels(named, options)], options).notes == ()
+    for count, words in ((4, "bands 1, 2, 3 of 4 are shown as red, green, blue"), (2, "band 1 of 2 is shown in grey")):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(3):
+            data = geotiff(colours(bands=count, high=3000, kind="uint16"))
+            (folder / f"{number}.tif").write_bytes(data)
+        index_corpus(ImageFolder(str(folder), resolution=SIDE, split="all"), tmp_path / "runs")
+        said = f"folder: {words}, since their files name no colours: corpus.bands=[…] chooses others\n"
+        assert capsys.readouterr().err.count(said) == 1
+        index_corpus(ImageFolder(str(folder), resolution=SIDE, split="all", bands=(1,)), tmp_path / "runs")
+        assert words not in capsys.readouterr().err
+
+
+def test_deep_images_of_one_value_are_black_and_that_is_said() -> None:
+    options = RasterOptions()
+    constant = image_pixels(geotiff(np.full((1, SIDE, SIDE), 700, np.uint16)), options)
+    assert "all that were sampled hold 700" in survey_of([constant], options).notes[0]
+    assert survey_of([constant, image_pixels(geotiff(colours(0, 900, 1, "uint16")), options)], options).notes == ()
 
 
 def test_bands_of_an_ordinary_picture_can_be_chosen() -> None:

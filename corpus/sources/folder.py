@@ -22,6 +22,7 @@ from corpus.captions import (
     chosen_classes,
     class_list,
     decoded,
+    label_list,
     own_captions,
     row_scene,
     sample_captions,
@@ -441,7 +442,8 @@ class ImageFolder(Shown):
         folders = scene_folders(file) if file in self._listing.stacked else tuple(file.split("/")[:-1])
         folder = folder_split(folders)[1]
         scene = scene_name(_identifier(folder), self._class_names) or row_scene(row, self._class_names)
-        return {"id": _identifier(file), "scene": scene, **caption_facts(row, scene), **scalars(row)}
+        captions = caption_facts(row, scene, label_list(row, self._class_names))
+        return {"id": _identifier(file), "scene": scene, **captions, **scalars(row)}
 
 
 def _begins_as_image(path: Path) -> bool:

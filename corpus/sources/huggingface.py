@@ -20,6 +20,7 @@ from corpus.captions import (
     caption_facts,
     chosen_classes,
     class_list,
+    label_list,
     own_captions,
     row_scene,
     scalars,
@@ -269,6 +270,8 @@ class HuggingFace(Shown):
             )
         chosen = np.arange(len(rows))
         if self.split != "all":
+            if self.streaming:
+                notice(f"{self.name}: rows are streamed, so copies of one image in two splits are not looked for")
             ids = [row["id"] for row in rows]
             firsts = by_key(ids, digests)
             splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts)
@@ -288,12 +291,14 @@ class HuggingFace(Shown):
         """A row's scene, caption and facts, and how many captions it has itself."""
         column = self._columns["scene"]
         value = record.get(column) if column else None
-        names = getattr(features.get(column), "names", None) if features and value is not None else None
+        feature = features.get(column) if features and value is not None else None
+        names = getattr(getattr(feature, "feature", feature), "names", None)  # of a label, or of a list of them
         own = [self.caption_column] if self.caption_column else [name for name in CAPTION_KEYS if name in record]
         scene = row_scene({**record, "scene": value}, names or self._class_names, ("scene",))
         row = {"captions": next((texts for name in own if (texts := own_captions({"text": record[name]}))), None)}
         known = {key: value for key, value in scalars(record).items() if key not in (column, *own)}
-        return {**known, "scene": scene, **caption_facts(row, scene)}, len(own_captions(row))
+        labels = label_list(record, names or self._class_names)
+        return {**known, "scene": scene, **caption_facts(row, scene, labels)}, len(own_captions(row))
 
     def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | Sample | str]:
         for record in self._stream_records(places):

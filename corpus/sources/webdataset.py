@@ -27,6 +27,7 @@ from corpus.captions import (
     class_list,
     decoded,
     encodable,
+    label_list,
     own_captions,
     row_scene,
     sample_captions,
@@ -480,7 +481,7 @@ def _rows(
         mask_suffix=suffix_of(mask.name) if mask else "",
         problem="" if image else f"{NO_IMAGE}: suffixes met {met}",
         captions=len(own_captions(row)),
-        facts={**known, "scene": scene, **caption_facts(row, scene)},
+        facts={**known, "scene": scene, **caption_facts(row, scene, label_list(facts, class_names))},
     )
     for _ in sample.doubled:
         yield _Item(id="", shard=shard, problem=DUPLICATE)
