@@ -10,6 +10,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 UNFINISHED := .venv/.unfinished
+# Test files side by side; each process computes in one thread, so that two do not wait for each other's.
+TEST_PROCESSES ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 help:  ## list the commands
 	@echo "make COMMAND [PROFILE=smoke|local|paper]"; echo
@@ -40,10 +43,10 @@ reproduce: $(READY)  ## the whole chain: results/PROFILE/report.html, tables, fi
 	$(BIN)/python scripts/reproduce.py profile=$(PROFILE)
 
 test: $(READY)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

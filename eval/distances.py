@@ -69,6 +69,23 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, *, blocks: int 
     return _jackknife(_estimates(_block_sums(features[:size], reference[:size], blocks)))
 
 
+def weighted_kernel_distance(
+    features: np.ndarray, weights: np.ndarray, reference: np.ndarray, *, blocks: int = 23
+) -> Interval:
+    """`kernel_distance` of a weighted set: what images drawn in proportion to their weights have.
+
+    Unbiased: sum over i != j of w_i w_j k_ij / ((sum w)^2 - sum w^2) is the mean kernel of two different images. All of
+    both sets count, since the estimate does not depend on their sizes.
+
+    Args:
+        features: float [N, D]; weights: float [N], at least 0, not all in one image; reference: float [M, D].
+    """
+    if too_few(features, reference):
+        return UNDEFINED
+    blocks = min(blocks, len(features) // 2, len(reference) // 2)
+    return _jackknife(_estimates(_block_sums(features, reference, blocks, weights)))
+
+
 def kernel_distance_difference(
     features: np.ndarray, other: np.ndarray, reference: np.ndarray, *, blocks: int = 23
 ) -> Interval:
@@ -93,30 +110,36 @@ def kernel_distance_difference(
 
 
 class _BlockSums(NamedTuple):
-    """Sums of the kernel over pairs of blocks, float64 [B, B] each, and the images of each block, int [B].
+    """Weighted sums of the kernel over pairs of blocks, float64 [B, B] each, and of the weights of each block.
 
     Block b holds every B-th row, so that sets ordered by scene leave out all scenes alike. The sums within a set leave
-    out the diagonal.
+    out the diagonal. Of each set, `mass` [2, B] is the sum of the weights and `squares` [2, B] that of their squares.
     """
 
     first: np.ndarray
     between: np.ndarray
     second: np.ndarray
-    sizes: np.ndarray
+    mass: np.ndarray
+    squares: np.ndarray
 
 
-def _block_sums(features: np.ndarray, reference: np.ndarray, blocks: int) -> _BlockSums:
-    first, second = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (features, reference))
-    member = torch.nn.functional.one_hot(torch.arange(len(first)) % blocks, blocks).double()
+def _block_sums(
+    features: np.ndarray, reference: np.ndarray, blocks: int, weights: np.ndarray | None = None
+) -> _BlockSums:
+    sets = [torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (features, reference)]
+    members = [torch.nn.functional.one_hot(torch.arange(len(x)) % blocks, blocks).double() for x in sets]
+    if weights is not None:
+        members[0] = members[0] * torch.from_numpy(np.asarray(weights, dtype=np.float64))[:, None]
 
-    def summed(x: torch.Tensor, y: torch.Tensor, diagonal: bool) -> np.ndarray:
-        kernel = poly_kernel(x, y)
-        if not diagonal:
+    def summed(one: int, other: int) -> np.ndarray:
+        kernel = poly_kernel(sets[one], sets[other])
+        if one == other:
             kernel.fill_diagonal_(0)
-        return (member.T @ kernel @ member).numpy()
+        return (members[one].T @ kernel @ members[other]).numpy()
 
-    sums = summed(first, first, False), summed(first, second, True), summed(second, second, False)
-    return _BlockSums(*sums, member.sum(0).numpy())
+    mass = np.stack([member.sum(0).numpy() for member in members])
+    squares = np.stack([member.square().sum(0).numpy() for member in members])
+    return _BlockSums(summed(0, 0), summed(0, 1), summed(1, 1), mass, squares)
 
 
 def _estimates(sums: _BlockSums) -> np.ndarray:
@@ -126,9 +149,12 @@ def _estimates(sums: _BlockSums) -> np.ndarray:
         left_out = pairs.sum(0) + pairs.sum(1) - np.diag(pairs)
         return pairs.sum() - np.concatenate([[0.0], left_out])
 
-    size = sums.sizes.sum() - np.concatenate([[0.0], sums.sizes])
-    within = (without(sums.first) + without(sums.second)) / (size * (size - 1))
-    return 1000 * (within - 2 * without(sums.between) / size**2)
+    def rest(values: np.ndarray) -> np.ndarray:
+        return values.sum(1, keepdims=True) - np.concatenate([np.zeros((2, 1)), values], axis=1)
+
+    mass, pairs = rest(sums.mass), rest(sums.mass) ** 2 - rest(sums.squares)
+    within = without(sums.first) / pairs[0] + without(sums.second) / pairs[1]
+    return 1000 * (within - 2 * without(sums.between) / (mass[0] * mass[1]))
 
 
 def _jackknife(estimates: np.ndarray) -> Interval:

@@ -52,6 +52,15 @@ _TWO_SETS = ("features", "reference")
 METRICS: dict[str, Metric] = {
     "fd": Metric("FD", "lower", 1, _TWO_SETS, distances.frechet_distance, "encoder", biased=True),
     "kid_x1000": Metric("KID×10³", "lower", 1, _TWO_SETS, distances.kernel_distance, "encoder", shown="both"),
+    "weighted_kid_x1000": Metric(
+        "weighted KID×10³",
+        "lower",
+        1,
+        ("weighted_features", "weights", "reference"),
+        distances.weighted_kernel_distance,
+        "encoder",
+        shown="both",
+    ),
     "precision": Metric("precision", "higher", 3, _TWO_SETS, distances.precision, "encoder", biased=True),
     "recall": Metric("recall", "higher", 3, _TWO_SETS, distances.recall, "encoder", biased=True),
     "density": Metric("density", "higher", 3, _TWO_SETS, distances.density, "encoder", biased=True, shown="file"),

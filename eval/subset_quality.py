@@ -15,17 +15,24 @@ from eval.waste import ImageRows
 
 #: Images of a subset on which the quadratic measures run, and of the corpus that a subset is compared with.
 SAMPLE = 2000
+#: Images on which weighted distances run: more than the others take, since weights leave fewer effective ones.
+WEIGHTED_SAMPLE = 4000
 
 
 def subset_quality(
-    rows: np.ndarray, sets: Mapping[str, HeldOut], corpus: Corpus, embeddings: Mapping[str, np.ndarray], seed: int
+    rows: np.ndarray,
+    weights: np.ndarray,
+    sets: Mapping[str, HeldOut],
+    corpus: Corpus,
+    embeddings: Mapping[str, np.ndarray],
+    seed: int,
 ) -> dict[str, float | None]:
     """Everything about the selected real images themselves, without training.
 
     Distances compare as many of them as a held-out set has; the rest is of the subset alone, by the evaluation encoder.
 
     Args:
-        rows: int64 [K], the selection.
+        rows: int64 [K], the selection; weights: float32 [K], images of the corpus that each stands for.
         sets: held-out sets, by name.
         embeddings: float [N, D] of the whole corpus by every encoder that judges, the evaluation encoder's first.
     """
@@ -34,6 +41,7 @@ def subset_quality(
         picked = np.sort(np.random.default_rng([seed, 300 + index]).permutation(rows)[: len(held)])
         features = {encoder: np.asarray(values[picked], dtype=np.float32) for encoder, values in embeddings.items()}
         metrics |= with_set(name, compare(features, held))
+    metrics |= _weighted_distances(rows, weights, sets, embeddings, seed)
     encoder, values = next(iter(embeddings.items()))
     sample = np.sort(np.random.default_rng([seed, 310]).permutation(rows)[:SAMPLE])
     readable = np.flatnonzero(corpus.readable)
@@ -48,3 +56,21 @@ def subset_quality(
     if (scenes != "").any():
         inputs |= {"subset_scenes": scenes[rows], "scene_count": len(set(scenes[scenes != ""].tolist()))}
     return metrics | compute(inputs, of={"encoder": encoder})
+
+
+def _weighted_distances(
+    rows: np.ndarray,
+    weights: np.ndarray,
+    sets: Mapping[str, HeldOut],
+    embeddings: Mapping[str, np.ndarray],
+    seed: int,
+) -> dict[str, float | None]:
+    """The weighted distance of the selection to every held-out set, by every encoder."""
+    picked = np.sort(np.random.default_rng([seed, 312]).permutation(len(rows))[:WEIGHTED_SAMPLE])
+    metrics: dict[str, float | None] = {}
+    for name, held in sets.items():
+        for encoder, values in embeddings.items():
+            features = np.asarray(values[rows[picked]], dtype=np.float32)
+            inputs = {"weighted_features": features, "weights": weights[picked], "reference": held.features[encoder]}
+            metrics |= with_set(name, compute(inputs, of={"encoder": encoder}))
+    return metrics

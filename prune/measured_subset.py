@@ -27,13 +27,15 @@ def measured_subset(cfg: DictConfig, method: str) -> Path:
     sets, encoders = evaluation_sets(cfg), encoders_of(cfg)
 
     def build(directory: Path) -> None:
-        rows = np.flatnonzero(pd.read_parquet(selection / "selection.parquet")["kept"].to_numpy())
+        table = pd.read_parquet(selection / "selection.parquet", columns=["kept", "weight"])
+        rows = np.flatnonzero(table["kept"].to_numpy())
         if len(rows) == 0:
             raise UserError(
                 f"{selection} keeps none of its {len(corpus)} images: lower ratio={cfg.ratio} to measure some"
             )
         embeddings = {encoder.name: corpus_embeddings(corpus, encoder, cfg.runs) for encoder in encoders}
-        metrics = subset_quality(rows, sets, corpus, embeddings, cfg.seed)
+        weights = table["weight"].to_numpy()[rows]
+        metrics = subset_quality(rows, weights, sets, corpus, embeddings, cfg.seed)
         write_json(directory / "metrics.json", metrics)
 
     inputs = {"selection": selection.name, "held_out": [held.key for held in sets.values()]}

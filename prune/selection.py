@@ -25,6 +25,7 @@ from prune.leaks import announce_leaks, leaks
 from prune.library import budget_of, refuse_not_finite
 from prune.pool import Method, Pool, Selection
 from prune.scenes import corpus_strata
+from prune.weights import effective_size, images_represented
 from report.prune_report import write_prune_report
 from runtime.artefacts import COMPLETE, is_main_process, plain, read_json, stage, write_json
 from runtime.errors import UserError
@@ -92,7 +93,10 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
                 pool = with_reference(cfg, pool, scenes, encoder)
         with clock("selection"):
             selection = method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([cfg.seed, 2]))
-        table = selection_table(pool, selection)
+        with clock("weights"):
+            generator = np.random.default_rng([cfg.seed, 5])
+            weights = images_represented(pool.embeddings, pool.readable, selection.kept, generator)
+        table = selection_table(pool, selection, weights)
         summary = summarise(table, corpus, selection, name, ratio, cfg.seed, clock.seconds)
         summary["source"] = dict(corpus.facts)
         with clock("leaks"):
@@ -199,8 +203,8 @@ def write_selection(
     )
 
 
-def selection_table(pool: Pool, selection: Selection) -> pd.DataFrame:
-    """The contract's table: one row an image, in corpus order."""
+def selection_table(pool: Pool, selection: Selection, weights: np.ndarray) -> pd.DataFrame:
+    """The contract's table: one row an image, in corpus order; `weights` are those of `prune.weights`."""
     kept = np.zeros(len(pool), dtype=bool)
     kept[selection.kept] = True
     return pd.DataFrame(
@@ -213,6 +217,7 @@ def selection_table(pool: Pool, selection: Selection) -> pd.DataFrame:
             "scene_similarity": selection.scene_similarity.astype(np.float32),
             "cluster": selection.cluster.astype(np.int32),
             "centroid_distance": selection.centroid_distance.astype(np.float32),
+            "weight": weights,
         }
     )
 
@@ -241,6 +246,7 @@ def summarise(
         "scenes": _before_after(assigned, table["kept"]),
         "true_scenes": _before_after(true_scenes, table["kept"]),
         "reasons": {str(key): int(value) for key, value in table["reason"].value_counts().items()},
+        "weights": {"largest": float(table["weight"].max()), "effective_size": effective_size(table["weight"])},
         "entropy_threshold": selection.facts.get("entropy_threshold"),
         "facts": plain(selection.facts),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},

@@ -42,7 +42,7 @@ STAGES = {
     "entropy": Stage(version=1, modules=("prune.entropy", "prune.features")),
     "embedding": Stage(version=1, modules=("encoders", "prune.features")),
     "selection": Stage(
-        version=2,
+        version=3,
         modules=(
             "prune.allocation",
             "prune.clusters",
@@ -53,6 +53,7 @@ STAGES = {
             "prune.ranks",
             "prune.scenes",
             "prune.selection",
+            "prune.weights",
         ),
         after=("entropy", "embedding"),
     ),
@@ -86,7 +87,7 @@ STAGES = {
         version=1, modules=("eval.reference_rows", "eval.subsets", "train.latents"), after=("measured",)
     ),
     "subset": Stage(
-        version=1,
+        version=2,
         modules=("eval.subset_quality", "eval.subsets", "eval.waste", "prune.measured_subset"),
         after=("embedding", "measured"),
     ),

@@ -81,6 +81,8 @@ class Item:
 class Subset:
     """The kept rows of a corpus, int64, ascending, and the source of their bytes or None.
 
+    The manifest has the selection's `weight`, so every form of export carries it.
+
     Attributes:
         reencode: images that are not in one of the formats `SEEN` leave as PNG: the central square, as the corpus reads
             it, at the image's own size.
@@ -139,7 +141,9 @@ def open_subset(selection: Path) -> Subset:
     if not (directory / COMPLETE).is_file():
         raise UserError(f"the corpus of {selection} is not in {directory}: prune again")
     corpus = open_corpus(directory)
-    kept = pd.read_parquet(selection / "selection.parquet", columns=["id", "kept"])
+    kept = pd.read_parquet(selection / "selection.parquet")
+    if "weight" not in kept:
+        raise UserError(f"{selection} has no weights, since an earlier version made it: prune again")
     if kept["id"].tolist() != corpus.manifest["id"].tolist():
         raise UserError(f"{selection} does not belong to {directory}: prune again")
     inputs = read_json(directory / COMPLETE)["inputs"]
@@ -148,7 +152,8 @@ def open_subset(selection: Path) -> Subset:
     source = None if kind is None else kind(**fields)
     if source is not None and plain(source.version) != inputs["version"]:
         raise UserError(f"the images of {selection} changed since they were pruned: prune again, then export")
-    return Subset(corpus, np.flatnonzero(kept["kept"].to_numpy()), source)
+    weighted = replace(corpus, manifest=corpus.manifest.assign(weight=kept["weight"]))
+    return Subset(weighted, np.flatnonzero(kept["kept"].to_numpy()), source)
 
 
 def content_suffix(data: bytes, suffix: str) -> str:

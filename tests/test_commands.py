@@ -235,10 +235,13 @@ def test_prune_leaves_the_contract_behind(home):
     table = pd.read_parquet(directory / "selection.parquet")
     assert list(table.columns) == [
         "id", "kept", "reason", "entropy", "scene", "scene_similarity", "cluster", "centroid_distance",
+        "weight",
     ]  # fmt: skip
     assert table["kept"].sum() == len(table) - round(0.85 * len(table)) == 72
     assert table["entropy"].dtype == table["scene_similarity"].dtype == np.float32
     assert table["cluster"].dtype == np.int32 and table["kept"].dtype == bool
+    assert table["weight"].dtype == np.float32 and table["weight"].sum() == 480
+    assert ((table["weight"] >= 1) == table["kept"]).all()
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["kept"] == 72 and summary["images"] == 480 and summary["unreadable"] == 0
     assert sum(counts["after"] for counts in summary["true_scenes"].values()) == 72

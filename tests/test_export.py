@@ -39,7 +39,9 @@ def select(source: Source, runs: Path, kept: list[int] = KEPT) -> Path:
     corpus = index_corpus(source, runs)
 
     def build(directory: Path) -> None:
-        table = pd.DataFrame({"id": corpus.manifest["id"], "kept": np.isin(np.arange(len(corpus)), kept)})
+        rows = np.arange(len(corpus))
+        weight = np.where(np.isin(rows, kept), rows + 1, 0).astype(np.float32)
+        table = pd.DataFrame({"id": corpus.manifest["id"], "kept": np.isin(rows, kept), "weight": weight})
         table.to_parquet(directory / "selection.parquet", index=False)
 
     return stage(runs, "selection", {"corpus": corpus.fingerprint, "kept": kept}, build)
@@ -95,7 +97,9 @@ def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> Non
         several = [None if value is None else list(value) for value in corpus.manifest["captions"].to_numpy()[order]]
         assert several == [None if value is None else list(value) for value in table["captions"].to_numpy()[expected]]
         assert several[1] is None or len(several[1]) == 2
-        assert corpus.manifest["lon"].to_numpy()[order].tolist() == table["lon"].to_numpy()[expected].tolist()
+        for column in ("lon", "weight"):
+            found = corpus.manifest[column].to_numpy()[order].tolist()
+            assert found == table[column].to_numpy()[expected].tolist()
 
     for form in ("folder", "symlinks"):
         back = ImageFolder(str(tmp_path / form), masks="masks", classes=("sand", "leaf"), resolution=16)
@@ -116,6 +120,7 @@ def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> Non
     assert [line.replace("\\n", "\n") for line in lines] == table["id"].tolist()
     rows = [json.loads(line) for line in (tmp_path / "list" / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["caption"] for row in rows] == table["caption"].tolist()
+    assert [row["weight"] for row in rows] == [row + 1 for row in KEPT]
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,8 @@ def test_the_paper_profile_trains_with_networks_by_hub_name(hub: Hub, tmp_path: 
     """The names are the profile's own; what the hub sends under them is small and random."""
     done = hub.run(
         "train/pretrain.py", "profile=paper", "corpus=huggingface", "corpus.path=owner/tiles",
-        "corpus.train.resolution=32", "corpus.test.resolution=32", "corpus.val_share=0.3", "reference=resisc45", "prune=rsprune", "ratio=0.5",
+        "corpus.train.resolution=64", "corpus.test.resolution=64", "corpus.val_share=0.3",
+        "reference=resisc45", "prune=rsprune", "ratio=0.5",
         f"encoder.input_size={DINO_SIDE}", "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32",
         "train.loop.steps=2", "train.loop.batch_size=4", "train.snapshots=1", "eval.images=9",
         "eval.convergence_images=4", "eval.steps=2", *SMALL_UNET,

@@ -254,7 +254,9 @@ def test_every_metric_of_a_few_kept_images_is_a_number_or_null(tmp_path: Path) -
     held = made_held_out(made_corpus(40, seed=1), np.arange(40))
     features = Moments()(corpus.images)
     for rows in ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 0, 0, 0]):
-        found = subset_quality(np.array(rows), {"balanced": held}, corpus, {"moments": features}, seed=0)
+        found = subset_quality(
+            np.array(rows), np.ones(len(rows)), {"balanced": held}, corpus, {"moments": features}, seed=0
+        )
         write_json(tmp_path / "metrics.json", found)
         json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
         undefined = {name for name, value in found.items() if value is None}

@@ -222,6 +222,7 @@ def test_no_secret_reaches_a_service_or_a_log(
     runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("SECRET_PLACE", "s3cr3t-bucket")
     cfg = config(tmp_path, "tracker=wandb", "+bucket=${oc.env:SECRET_PLACE}", "+hub_token=0123456789abcdef")
     with track(cfg, "prune", "name"):

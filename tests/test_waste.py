@@ -191,6 +191,6 @@ def test_the_waste_of_a_subset_is_seen_on_its_pixels(images: np.ndarray, alike: 
     corpus = SimpleNamespace(images=images, readable=np.ones(40, dtype=bool), manifest=manifest)
     features = {"some_encoder": random.standard_normal((30, 6)).astype(np.float32)}
     held = HeldOut("balanced", corpus, np.arange(30), features, [""] * 30)
-    found = subset_quality(np.arange(40), {"balanced": held}, corpus, {"some_encoder": embeddings}, seed=0)
+    found = subset_quality(np.arange(40), np.ones(40), {"balanced": held}, corpus, {"some_encoder": embeddings}, seed=0)
     assert found["near_duplicates"] == waste
     assert found["low_information"] == pytest.approx(0.2)

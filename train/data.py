@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from corpus.index import Corpus
+from runtime.errors import UserError
 from train.captions import Captions, caption_mask
 from train.components import TextParts
 from train.latents import Views, cached_latents
@@ -34,6 +35,7 @@ class Subset:
         prompts: [T, L, D] hidden states of the captions' texts.
         lengths: int64 [T], tokens of the texts.
         metadata: float32 [K, F], NaN where an image lacks a field.
+        shares: float64 [K], how often each image is drawn, sum 1; None: all alike.
     """
 
     latents: np.ndarray
@@ -42,6 +44,7 @@ class Subset:
     prompts: np.ndarray
     lengths: np.ndarray
     metadata: np.ndarray
+    shares: np.ndarray | None = None
 
 
 def encode_subset(
@@ -56,8 +59,9 @@ def encode_subset(
     fields: Mapping[str, MetadataField],
     seed: int,
     half: bool,
+    shares: np.ndarray | None = None,
 ) -> Subset:
-    """Latents and captions of rows of a corpus, encoded once; `half` stores them as float16."""
+    """Latents and captions of rows of a corpus, encoded once; `half`: as float16; `shares`: as in `Subset`."""
     latents = cached_latents(autoencoder, autoencoder_key, corpus, rows, runs, views=views, seed=seed, half=half)
     kept = corpus.manifest.iloc[rows]
     captions = Captions.of(kept)
@@ -65,7 +69,24 @@ def encode_subset(
         text.text_encoder, text.tokenizer, text.fingerprint, captions.texts, runs, half=half
     )
     shape = (autoencoder.config.latent_channels, *latents.shape[3:])
-    return Subset(latents, shape, captions, prompts, lengths, metadata_values(kept, fields))
+    return Subset(latents, shape, captions, prompts, lengths, metadata_values(kept, fields), shares)
+
+
+def sampling_shares(weights: np.ndarray, weighting: float) -> np.ndarray | None:
+    """How often each kept image is drawn: in proportion to its weight to the power `weighting`; None where all alike.
+
+    Args:
+        weights: float [K], the images of the corpus that each stands for, at least 1.
+        weighting: 0 (uniform: the selection's own distribution) to 1 (natural: the corpus's).
+    Raises:
+        UserError: `weighting` is outside [0, 1].
+    """
+    if not 0 <= weighting <= 1:
+        raise UserError(f"train.weighting={weighting}: give 0 (every kept image alike) to 1 (as the corpus has them)")
+    if weighting == 0:
+        return None
+    powers = np.asarray(weights, dtype=np.float64) ** weighting
+    return powers / powers.sum()
 
 
 def subset_batches(
@@ -79,9 +100,13 @@ def subset_batches(
     """
     width = subset.prompts.shape[1]
     varies = subset.latents.shape[2] > subset.latent_shape[0]
+    steps = None if subset.shares is None else np.cumsum(subset.shares)
 
     def draw(random: np.random.Generator, part: slice) -> Batch:
-        picked = random.integers(subset.latents.shape[1], size=size)
+        if steps is None:
+            picked = random.integers(subset.latents.shape[1], size=size)
+        else:
+            picked = np.searchsorted(steps, random.random(size) * steps[-1], side="right")
         view = random.integers(len(subset.latents), size=size)
         noise, times, dropped = objective.draw(random, (size, *subset.latent_shape))
         caption = subset.captions.pick(picked, random)

@@ -32,7 +32,7 @@ from train.components import (
     load_text_parts,
     make_accelerator,
 )
-from train.data import NETWORK, Subset, encode_subset, subset_batches, subset_loss
+from train.data import NETWORK, Subset, encode_subset, sampling_shares, subset_batches, subset_loss
 from train.latents import Views
 from train.loop import LoopOptions, Modules, train_loop
 from train.measured_run import TRAINING, Evaluation, measure_run, measure_snapshot
@@ -60,6 +60,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     """
     frozen = _load_frozen(cfg)
     objective_of(cfg)
+    sampling_shares(np.ones(1), cfg.train.weighting)
     start = start_of(cfg)
     selection, corpus = select(cfg, name)
     scorer = load_text_parts(cfg, corpus)
@@ -164,12 +165,14 @@ def _train(run: _Run) -> None:
     for part in (run.frozen.autoencoder, run.text.text_encoder, run.evaluation.judges.clip):
         if part is not None:
             getattr(part, "model", part).to(accelerator.device)
-    rows = np.flatnonzero(pd.read_parquet(run.selection / "selection.parquet")["kept"].to_numpy())
+    table = pd.read_parquet(run.selection / "selection.parquet", columns=["kept", "weight"])
+    rows = np.flatnonzero(table["kept"].to_numpy())
+    shares = sampling_shares(table["weight"].to_numpy()[rows], cfg.train.weighting)
     run.tracker.artifact("selection", run.selection.name, run.selection / "selection.parquet")
     options = LoopOptions(**cfg.train.loop, seed=cfg.seed)
     if accelerator.is_main_process:
         inherit_snapshots(run.start, run.directory)
-    subset = _encoded(run, rows)
+    subset = _encoded(run, rows, shares)
     modules = _modules(run, subset, accelerator)
     hide = masks_padding(modules[NETWORK])
     text = torch.from_numpy(np.array(subset.prompts[:1])).float()
@@ -203,7 +206,7 @@ def _train(run: _Run) -> None:
         _finish(run, best, training)
 
 
-def _encoded(run: _Run, rows: np.ndarray) -> Subset:
+def _encoded(run: _Run, rows: np.ndarray, shares: np.ndarray | None) -> Subset:
     cfg = run.cfg
     return encode_subset(
         run.corpus,
@@ -216,6 +219,7 @@ def _encoded(run: _Run, rows: np.ndarray) -> Subset:
         fields=run.fields,
         seed=cfg.seed,
         half=str(cfg.train.mixed_precision) != "no",
+        shares=shares,
     )
 
 

@@ -1,0 +1,145 @@
+"""How many images of the corpus a kept image stands for, and what training and distances make of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torchmetrics.image.kid import poly_kernel
+
+from eval.distances import kernel_distance, weighted_kernel_distance
+from prune import weights
+from prune.weights import effective_size, images_represented
+from runtime.errors import UserError
+from train.captions import Captions
+from train.data import Subset, sampling_shares, subset_batches
+from train.objective import Objective
+
+
+def clustered(count: int = 600, dimensions: int = 96, kinds: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings float16 of kinds whose sizes fall by a power law, and the kinds."""
+    generator = np.random.default_rng(4)
+    sizes = np.arange(1, kinds + 1) ** -1.0
+    kind = generator.choice(kinds, count, p=sizes / sizes.sum())
+    centres = generator.standard_normal((kinds, dimensions))
+    return (centres[kind] + 0.3 * generator.standard_normal((count, dimensions))).astype(np.float16), kind
+
+
+def by_hand(embeddings: np.ndarray, readable: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    values = embeddings.astype(np.float64)
+    values -= values[readable].mean(axis=0)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    found = np.zeros(len(values))
+    for row in np.flatnonzero(readable):
+        found[row if row in kept else kept[(values[kept] @ values[row]).argmax()]] += 1
+    return found
+
+
+def test_weights_count_the_images_that_are_nearest() -> None:
+    embeddings, _ = clustered()
+    generator = np.random.default_rng(0)
+    readable = generator.random(len(embeddings)) < 0.9
+    embeddings[~readable] = 0
+    kept = np.sort(generator.permutation(np.flatnonzero(readable))[:60])
+    embeddings[kept[1]] = embeddings[kept[0]]  # two equal ones: each represents itself
+    found = images_represented(embeddings, readable, kept, generator)
+    assert found.dtype == np.float32 and found.sum() == readable.sum() and (found[kept] >= 1).all()
+    assert found[np.setdiff1d(np.arange(len(found)), kept)].sum() == 0
+    np.testing.assert_array_equal(found, by_hand(embeddings, readable, kept))
+
+
+def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, kind = clustered(4000)
+    readable = np.ones(len(embeddings), bool)
+    kept = np.arange(0, len(embeddings), 7)
+    exact = images_represented(embeddings, readable, kept, np.random.default_rng(0))
+    monkeypatch.setattr(weights, "EXACT", 0)
+    found = images_represented(embeddings, readable, kept, np.random.default_rng(0))
+    again = images_represented(embeddings, readable, kept, np.random.default_rng(0))
+    np.testing.assert_array_equal(found, again)
+    assert found.sum() == len(embeddings) and not np.array_equal(found, exact)
+    by_kind = [np.bincount(kind, weights=values, minlength=12) for values in (found, exact)]
+    np.testing.assert_allclose(*by_kind, rtol=0.02, atol=2)
+    assert np.corrcoef(found[kept], exact[kept])[0, 1] > 0.8
+
+
+def test_lists_without_images_hide_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every list but one is empty where all kept images are alike."""
+    embeddings = np.random.default_rng(1).standard_normal((200, 8)).astype(np.float32)
+    kept = np.arange(50)
+    embeddings[kept] = embeddings[0]
+    monkeypatch.setattr(weights, "EXACT", 0)
+    monkeypatch.setattr(weights, "PROBES", 1)
+    assert images_represented(embeddings, np.ones(200, bool), kept, np.random.default_rng(0)).sum() == 200
+
+
+def test_nothing_kept_and_everything_kept() -> None:
+    embeddings, _ = clustered(50)
+    readable = np.ones(50, bool)
+    assert not images_represented(embeddings, readable, np.empty(0, np.int64), np.random.default_rng(0)).any()
+    assert (images_represented(embeddings, readable, np.arange(50), np.random.default_rng(0)) == 1).all()
+
+
+def test_effective_size() -> None:
+    assert effective_size(np.array([0, 2, 2, 2], np.float32)) == 3
+    assert effective_size(np.zeros(3, np.float32)) == 0
+    assert effective_size(np.array([9, 1], np.float32)) == pytest.approx(100 / 82)
+
+
+def test_the_weighted_distance_is_the_mean_over_pairs_of_different_images() -> None:
+    generator = np.random.default_rng(2)
+    first, second = generator.standard_normal((30, 5)), generator.standard_normal((41, 5)) + 0.3
+    weight = generator.integers(1, 9, 30).astype(float)
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return poly_kernel(torch.from_numpy(x), torch.from_numpy(y)).numpy()
+
+    pairs = np.outer(weight, weight) - np.diag(weight**2)
+    within = (kernel(first, first) * pairs).sum() / pairs.sum()
+    other = kernel(second, second)
+    within += (other.sum() - np.trace(other)) / (41 * 40)
+    between = (kernel(first, second) * weight[:, None]).sum() / (41 * weight.sum())
+    found = weighted_kernel_distance(first, weight, second)
+    assert found.value == pytest.approx(1000 * (within - 2 * between))
+    assert found.low < found.value < found.high
+    even = weighted_kernel_distance(first, np.full(30, 7.0), second[:30])
+    assert even == pytest.approx(kernel_distance(first, second[:30]))
+
+
+def test_weights_undo_an_uneven_draw() -> None:
+    """A subset with as many of the rare kind as of the common one, weighted, is the corpus again."""
+    generator = np.random.default_rng(3)
+    draw = lambda common, rare: np.concatenate(  # noqa: E731
+        [generator.standard_normal((common, 6)), generator.standard_normal((rare, 6)) + 2]
+    )
+    corpus, subset = draw(1800, 200), draw(200, 200)
+    weight = np.repeat([9.0, 1.0], 200)
+    plain = weighted_kernel_distance(subset, np.ones(400), corpus)
+    mended = weighted_kernel_distance(subset, weight, corpus)
+    assert plain.low > 100 and mended.low < 0 < mended.high and mended.high < 0.2 * plain.value
+
+
+def test_shares_go_from_uniform_to_natural() -> None:
+    weight = np.array([1, 4, 16], np.float32)
+    assert sampling_shares(weight, 0) is None
+    np.testing.assert_allclose(sampling_shares(weight, 0.5), np.array([1, 2, 4]) / 7)
+    np.testing.assert_allclose(sampling_shares(weight, 1), weight / 21)
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(UserError, match=r"train\.weighting"):
+            sampling_shares(weight, wrong)
+
+
+def test_training_draws_as_often_as_the_shares_say() -> None:
+    """The latents of image i are all i, so that a batch says which images it holds."""
+    latents = np.broadcast_to(np.arange(4, dtype=np.float32)[:, None, None, None], (1, 4, 1, 2, 2))
+    captions = Captions.of(pd.DataFrame({"caption": [""] * 4}))
+    texts = np.zeros((len(captions.texts), 2, 3), np.float32)
+
+    def drawn(shares: np.ndarray | None, size: int = 20_000) -> np.ndarray:
+        subset = Subset(latents, (1, 2, 2), captions, texts, np.ones(len(texts), np.int64), np.empty((4, 0)), shares)
+        return subset_batches(subset, Objective(), size)(np.random.default_rng(0), slice(None))[0][:, 0, 0, 0].numpy()
+
+    shares = sampling_shares(np.array([1, 2, 3, 10]), 1)
+    np.testing.assert_allclose(np.bincount(drawn(shares).astype(int)) / 20_000, shares, atol=0.015)
+    np.testing.assert_array_equal(drawn(None, 50), np.random.default_rng(0).integers(4, size=50))
