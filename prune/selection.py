@@ -246,7 +246,10 @@ def summarise(
         "scenes": _before_after(assigned, table["kept"]),
         "true_scenes": _before_after(true_scenes, table["kept"]),
         "reasons": {str(key): int(value) for key, value in table["reason"].value_counts().items()},
-        "weights": {"largest": float(table["weight"].max()), "effective_size": effective_size(table["weight"].to_numpy())},
+        "weights": {
+            "largest": float(table["weight"].max()),
+            "effective_size": effective_size(table["weight"].to_numpy()),
+        },
         "entropy_threshold": selection.facts.get("entropy_threshold"),
         "facts": plain(selection.facts),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
