@@ -1,10 +1,13 @@
-"""Scene prototypes from a labelled reference set, and each image's nearest one."""
+"""Every image's scene, by a labelled reference: the nearest prototype or a classifier, and strata of the unknown."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
 
 from prune.clusters import (
     CHUNK,
@@ -17,10 +20,81 @@ from prune.clusters import (
     nearest_centroid,
 )
 from prune.pool import Pool
+from runtime.errors import UserError
 
 OPEN_SCENE = "open"
+CLASSIFIERS = ("prototypes", "lda", "logistic")
 #: Most strata of a corpus without labels; docs/method.md says what other numbers gave.
 MOST_STRATA = 12
+#: Most strata of the open scene, fewest images of one on average, and images by which their number is found.
+MOST_OPEN_STRATA, OPEN_STRATUM_IMAGES, OPEN_SAMPLE = 256, 40, 16_384
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The scenes of a corpus.
+
+    Attributes:
+        names: of the scenes; the last ones are open.
+        scene: int64 [N], index into `names`.
+        similarity: float32 [N], cosine to the nearest prototype; NaN where there are no prototypes.
+        centre: float32 [D] of the embedding space.
+        floor: cosine below which an image is in an open scene; None where there are no prototypes.
+        accuracy: fraction of labelled images, each half by what was fitted to the other, that get their own scene; None
+            where no class has two.
+        open: how many of the names are open.
+    """
+
+    names: tuple[str, ...]
+    scene: np.ndarray
+    similarity: np.ndarray
+    centre: np.ndarray
+    floor: float | None = None
+    accuracy: float | None = None
+    open: int = 1
+
+
+@dataclass(frozen=True)
+class SceneRule:
+    """How images get their scene from a reference.
+
+    Args:
+        prototypes_per_class: k-means prototypes of each reference class.
+        floor_quantile: images less similar to every prototype than this quantile of the reference are open.
+        classifier: of the images above the floor: "prototypes" (the nearest one's class), "lda" (linear discriminant
+            analysis with Ledoit and Wolf's shrinkage, classes alike) or "logistic" (L2-regularised regression).
+        split_open: strata of the open images as tight as the known scenes, instead of one.
+    """
+
+    prototypes_per_class: int = 8
+    floor_quantile: float = 0.01
+    classifier: str = "prototypes"
+    split_open: bool = False
+
+    def __post_init__(self) -> None:
+        if self.classifier not in CLASSIFIERS:
+            raise UserError(f"prune.scene_classifier={self.classifier} is unknown: take {', '.join(CLASSIFIERS)}")
+
+    def __call__(self, pool: Pool, seed: int) -> Scenes:
+        """The scenes of a pool with a reference."""
+        reference, labels = pool.reference_embeddings, pool.reference_labels
+        prototypes = fit_prototypes(reference, labels, self.prototypes_per_class, self.floor_quantile, seed)
+        names, accuracy = prototypes.names, prototypes.accuracy
+        classify = None
+        if self.classifier != "prototypes" and len(names) > 1:
+            points, classes = Points(reference, prototypes.centre)[:], np.searchsorted(names, labels.astype(str))
+            classify = fit_classifier(points, classes, self.classifier)
+            accuracy = held_out_accuracy(points, classes, self.classifier, seed)
+        scene, similarity = assign_scenes(pool.embeddings, prototypes, classify)
+        strata = (OPEN_SCENE,)
+        is_open = np.flatnonzero((scene == len(names)) & pool.readable)
+        if self.split_open and len(is_open):
+            points = Points(pool.embeddings, prototypes.centre)
+            target = tightness(Points(reference, prototypes.centre)[:], labels)
+            labels_of_open = open_strata(points, is_open, target, np.random.default_rng([seed, 2]))
+            scene[is_open] += labels_of_open
+            strata = tuple(f"{OPEN_SCENE} {number:03d}" for number in range(int(labels_of_open.max()) + 1))
+        return Scenes((*names, *strata), scene, similarity, prototypes.centre, prototypes.floor, accuracy, len(strata))
 
 
 @dataclass(frozen=True)
@@ -33,6 +107,7 @@ class Prototypes:
         classes: int64 [P], index into `names`.
         names: class names, sorted.
         floor: cosine below which an image belongs to no known scene.
+        accuracy: of the nearest prototype, as in `Scenes`.
     """
 
     centre: np.ndarray
@@ -40,6 +115,7 @@ class Prototypes:
     classes: np.ndarray
     names: tuple[str, ...]
     floor: float
+    accuracy: float | None = None
 
 
 def fit_prototypes(
@@ -61,23 +137,121 @@ def fit_prototypes(
     fitted = [kmeans(points[rows], per_class, seed) for rows in groups]
     vectors = np.concatenate(fitted)
     classes = np.repeat(np.arange(len(names)), [len(part) for part in fitted])
-    floor = _open_floor(points, groups, per_class, floor_quantile, seed) if floor_quantile > 0 else -np.inf
-    return Prototypes(centre, vectors, classes, names, floor)
+    nearest, right = _across_halves(points, groups, per_class, seed)
+    floor = float(np.quantile(nearest, floor_quantile)) if floor_quantile > 0 and len(nearest) else -np.inf
+    return Prototypes(centre, vectors, classes, names, floor, float(right.mean()) if len(right) else None)
 
 
-def _open_floor(points: np.ndarray, groups: list[np.ndarray], per_class: int, quantile: float, seed: int) -> float:
-    """Quantile of every image's cosine to the prototypes of the half it is not in; -inf where no class has two."""
-    generator = np.random.default_rng([seed, 1])
-    halves = [np.array_split(generator.permutation(rows), 2) for rows in groups if len(rows) > 1]
-    nearest = []
+def _across_halves(
+    points: np.ndarray, groups: list[np.ndarray], per_class: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of labelled images the cosine to the nearest prototype of the half they are not in, and whether it is of their
+    class; both empty where no class has two."""
+    halves = _halves(groups, seed)
+    nearest, right = [np.empty(0, np.float32)], [np.empty(0, bool)]
     for fit, measure in ((0, 1), (1, 0)):
         vectors = [kmeans(points[half[fit]], per_class, seed) for half in halves]
-        nearest += [(points[half[measure]] @ np.concatenate(vectors).T).max(axis=1) for half in halves]
-    return float(np.quantile(np.concatenate(nearest), quantile)) if nearest else -np.inf
+        classes = np.repeat(np.arange(len(vectors)), [len(part) for part in vectors])
+        for number, half in enumerate(halves):
+            cosines = points[half[measure]] @ np.concatenate(vectors).T
+            nearest.append(cosines.max(axis=1))
+            right.append(classes[cosines.argmax(axis=1)] == number)
+    return np.concatenate(nearest), np.concatenate(right)
 
 
-def assign_scenes(embeddings: np.ndarray, prototypes: Prototypes) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest prototype of every image, streamed.
+def _halves(groups: list[np.ndarray], seed: int) -> list[list[np.ndarray]]:
+    """Two random halves of every class that has two images."""
+    generator = np.random.default_rng([seed, 1])
+    return [np.array_split(generator.permutation(rows), 2) for rows in groups if len(rows) > 1]
+
+
+def fit_classifier(points: np.ndarray, classes: np.ndarray, kind: str) -> Callable[[np.ndarray], np.ndarray]:
+    """A linear classifier of unit vectors float32 [M, D]; returns (float32 [n, D]) -> int64 [n]."""
+    if kind == "lda":
+        count = int(classes.max()) + 1
+        model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=np.full(count, 1 / count))
+    else:
+        model = LogisticRegression(C=100.0, max_iter=200, class_weight="balanced")
+    return model.fit(points, classes).predict
+
+
+def held_out_accuracy(points: np.ndarray, classes: np.ndarray, kind: str, seed: int) -> float | None:
+    """Fraction of labelled images that a classifier fitted to the half they are not in puts into their class."""
+    groups = [np.flatnonzero(classes == number) for number in range(int(classes.max()) + 1)]
+    halves = _halves(groups, seed)
+    if len(halves) < 2:
+        return None
+    right = []
+    for fit, measure in ((0, 1), (1, 0)):
+        codes = [np.repeat(np.arange(len(halves)), [len(half[part]) for half in halves]) for part in (fit, measure)]
+        rows = [np.concatenate([half[part] for half in halves]) for part in (fit, measure)]
+        right.append(fit_classifier(points[rows[0]], codes[0], kind)(points[rows[1]]) == codes[1])
+    return float(np.concatenate(right).mean())
+
+
+def tightness(points: np.ndarray, labels: np.ndarray) -> float:
+    """How alike the images of one class are: the median over classes of their mean cosine to the mean of the others.
+
+    Args:
+        points: float32 [M, D], unit length; labels: str [M].
+    Returns:
+        the cosine; 1 where no class has two images.
+    """
+    found = []
+    for name in sorted(set(labels.tolist())):
+        members = points[labels == name]
+        if len(members) > 1:
+            others = members.sum(axis=0) - members
+            others /= np.maximum(np.linalg.norm(others, axis=1, keepdims=True), 1e-12)
+            found.append(float((members * others).sum(axis=1).mean()))
+    return float(np.median(found)) if found else 1.0
+
+
+def open_strata(points: Points, rows: np.ndarray, target: float, generator: np.random.Generator) -> np.ndarray:
+    """Strata of images that no known scene claims: the fewest clusters that are as tight as a known scene.
+
+    The number is found by bisection of k-means on a sample; there are at most `MOST_OPEN_STRATA`, and on average no
+    fewer than `OPEN_STRATUM_IMAGES` images in each.
+
+    Args:
+        points: unit vectors; rows: int64 [n], at least one.
+        target: mean cosine of an image to the mean of its stratum (`tightness` of the known scenes).
+    Returns:
+        int64 [n], 0..s-1, none empty.
+    """
+    sample = rows[np.sort(generator.permutation(len(rows))[:OPEN_SAMPLE])]
+    vectors, seed = points[sample], int(generator.integers(2**31))
+
+    def fitted(count: int) -> tuple[np.ndarray, float]:
+        centroids = kmeans(vectors, count, seed, iterations=10)
+        return centroids, float(1 - nearest_centroid(vectors, centroids)[1].mean())
+
+    low, high = 1, max(1, min(MOST_OPEN_STRATA, len(rows) // OPEN_STRATUM_IMAGES))
+    centroids, cosine = fitted(low)
+    while cosine < target and low < high:  # double, then halve the last step
+        step = min(2 * low, high)
+        found, cosine = fitted(step)
+        if cosine >= target:
+            high = step
+            break
+        low, centroids = step, found
+    while cosine >= target and high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        found = fitted(middle)
+        low, high = (low, middle) if found[1] >= target else (middle, high)
+    if low < high:
+        centroids, _ = fitted(high)
+    labels = np.empty(len(rows), np.int64)
+    for start in range(0, len(rows), CHUNK):
+        part = slice(start, start + CHUNK)
+        labels[part] = nearest_centroid(points[rows[part]], centroids)[0]
+    return np.unique(labels, return_inverse=True)[1]
+
+
+def assign_scenes(
+    embeddings: np.ndarray, prototypes: Prototypes, classify: Callable[[np.ndarray], np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scene of every image, by its nearest prototype or, above the floor, by a classifier; streamed.
 
     Returns:
         scene: int64 [N], index into `names`, or len(names) for the open scene.
@@ -88,8 +262,10 @@ def assign_scenes(embeddings: np.ndarray, prototypes: Prototypes) -> tuple[np.nd
     points = Points(embeddings, prototypes.centre)
     for start in range(0, len(embeddings), CHUNK):
         rows = slice(start, start + CHUNK)
-        nearest, distance = nearest_centroid(points[rows], prototypes.vectors)
-        scene[rows], similarity[rows] = prototypes.classes[nearest], 1 - distance
+        vectors = points[rows]
+        nearest, distance = nearest_centroid(vectors, prototypes.vectors)
+        scene[rows] = prototypes.classes[nearest] if classify is None else classify(vectors)
+        similarity[rows] = 1 - distance
     scene[similarity < prototypes.floor] = len(prototypes.names)
     return scene, similarity
 

@@ -12,7 +12,7 @@ from prune.allocation import allocate
 from prune.clusters import Clustering, Points, members_of, normalise
 from prune.pool import Pool, Selection
 from prune.ranks import ascending, below_quantile
-from prune.scenes import OPEN_SCENE, assign_scenes, fit_prototypes
+from prune.scenes import OPEN_SCENE, SceneRule, Scenes
 from runtime.parallel import cores, in_threads
 
 
@@ -28,6 +28,7 @@ class RSPrune:
         scenes: cluster inside the scenes of the reference set; False, or an empty reference: in the whole corpus.
         prototypes_per_class: k-means prototypes of each reference class.
         floor_quantile: images less similar to every prototype than this quantile of the reference form the open scene.
+        scene_classifier: of the other images, and `split_open`: strata in the open scene; see `prune.scenes.SceneRule`.
         images_per_cluster: clusters of a scene = its images / this, at least one.
         clusters_per_scene: a number of clusters for every scene instead of the rule.
         max_clusters: most clusters of one k-means; beyond it a scene is split level by level if `hierarchical`,
@@ -46,6 +47,8 @@ class RSPrune:
     scenes: bool = True
     prototypes_per_class: int = 8
     floor_quantile: float = 0.01
+    scene_classifier: str = "prototypes"
+    split_open: bool = False
     images_per_cluster: int = 40
     clusters_per_scene: int | None = None
     max_clusters: int = 64
@@ -56,9 +59,16 @@ class RSPrune:
     representativeness: float = 0.5
     duplicate_similarity: float = 0.98
 
+    def __post_init__(self) -> None:
+        _ = self._scene_rule  # refuses what it does not know
+
     @property
     def uses_reference(self) -> bool:
         return self.scenes
+
+    @property
+    def _scene_rule(self) -> SceneRule:
+        return SceneRule(self.prototypes_per_class, self.floor_quantile, self.scene_classifier, self.split_open)
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         budget = min(budget, int(pool.readable.sum()))
@@ -86,6 +96,8 @@ class RSPrune:
                 "skipped_as_duplicate": clusters.skipped,
                 "clusters": clusters.count,
                 "open_floor": scenes.floor,
+                "open_strata": scenes.open,
+                "scene_accuracy": scenes.accuracy,
             },
         )
 
@@ -106,25 +118,21 @@ class RSPrune:
         informative[rows[ascending(entropy)[: dropped - returned]]] = False
         return _EntropyStep(informative, float(threshold), dropped, returned)
 
-    def _scenes(self, pool: Pool, generator: np.random.Generator) -> _Scenes:
+    def _scenes(self, pool: Pool, generator: np.random.Generator) -> Scenes:
         """Step 2, first half: every image's scene."""
         seed = int(generator.integers(2**31))
         if self.scenes and len(pool.reference_embeddings):
-            prototypes = fit_prototypes(
-                pool.reference_embeddings, pool.reference_labels, self.prototypes_per_class, self.floor_quantile, seed
-            )
-            scene, similarity = assign_scenes(pool.embeddings, prototypes)
-            return _Scenes((*prototypes.names, OPEN_SCENE), scene, similarity, prototypes.centre, prototypes.floor)
+            return self._scene_rule(pool, seed)
         usable = np.flatnonzero(pool.readable)
         sample = np.sort(np.random.default_rng(seed).permutation(usable)[:10_000])
         centre = np.zeros(pool.embeddings.shape[1], np.float32)
         if len(sample):
             centre = np.asarray(pool.embeddings[sample], dtype=np.float32).mean(axis=0)
         nowhere = np.full(len(pool), np.nan, dtype=np.float32)
-        return _Scenes((OPEN_SCENE,), np.zeros(len(pool), dtype=np.int64), nowhere, centre, None)
+        return Scenes((OPEN_SCENE,), np.zeros(len(pool), dtype=np.int64), nowhere, centre)
 
     def _clusters(
-        self, pool: Pool, scenes: _Scenes, rows: np.ndarray, budget: int, generator: np.random.Generator
+        self, pool: Pool, scenes: Scenes, rows: np.ndarray, budget: int, generator: np.random.Generator
     ) -> _Clusters:
         """Step 2, second half, and step 3: clusters of each scene's share of `rows`, int64 [n], and picks in them."""
         points = Points(pool.embeddings, scenes.centre, self.spherical)
@@ -196,25 +204,6 @@ class _EntropyStep:
     threshold: float | None
     dropped: int
     returned: int
-
-
-@dataclass(frozen=True)
-class _Scenes:
-    """The scenes of a corpus.
-
-    Attributes:
-        names: of the scenes; the last one is the open scene.
-        scene: int64 [N], index into `names`.
-        similarity: float32 [N], cosine to the nearest prototype; NaN where there are no prototypes.
-        centre: float32 [D] of the embedding space.
-        floor: cosine below which an image is in the open scene; None where there are no prototypes.
-    """
-
-    names: tuple[str, ...]
-    scene: np.ndarray
-    similarity: np.ndarray
-    centre: np.ndarray
-    floor: float | None
 
 
 @dataclass(frozen=True)

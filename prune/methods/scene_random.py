@@ -9,7 +9,7 @@ import numpy as np
 from prune.allocation import water_fill
 from prune.clusters import members_of
 from prune.pool import Pool, Selection
-from prune.scenes import OPEN_SCENE, assign_scenes, fit_prototypes
+from prune.scenes import SceneRule
 from runtime.errors import UserError
 
 
@@ -20,32 +20,35 @@ class SceneRandom:
     Raises a UserError without a reference.
 
     Args:
-        prototypes_per_class: k-means prototypes of each reference class.
-        floor_quantile: as in `RSPrune`.
+        prototypes_per_class, floor_quantile, scene_classifier, split_open: as in `RSPrune`.
     """
 
     uses_reference = True
 
     prototypes_per_class: int = 8
     floor_quantile: float = 0.01
+    scene_classifier: str = "prototypes"
+    split_open: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self._scene_rule  # refuses what it does not know
+
+    @property
+    def _scene_rule(self) -> SceneRule:
+        return SceneRule(self.prototypes_per_class, self.floor_quantile, self.scene_classifier, self.split_open)
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         if len(pool.reference_embeddings) == 0:
             raise UserError("scene_random needs a labelled reference: give reference and labels, or use random")
-        prototypes = fit_prototypes(
-            pool.reference_embeddings,
-            pool.reference_labels,
-            self.prototypes_per_class,
-            self.floor_quantile,
-            int(generator.integers(2**31)),
-        )
-        scene, similarity = assign_scenes(pool.embeddings, prototypes)
-        names = np.array([*prototypes.names, OPEN_SCENE], dtype=object)
+        scenes = self._scene_rule(pool, int(generator.integers(2**31)))
+        names = np.array(scenes.names, dtype=object)
         rows = np.flatnonzero(pool.readable)
-        groups = [rows[group] for group in members_of(scene[rows], len(names))]
+        groups = [rows[group] for group in members_of(scenes.scene[rows], len(names))]
         budgets = water_fill(np.array([len(group) for group in groups]), min(budget, len(rows)))
         kept = [generator.permutation(group)[:count] for group, count in zip(groups, budgets, strict=True)]
-        scene_names = names[scene]
-        scene_names[~pool.readable] = ""
-        similarity[~pool.readable] = np.nan
-        return Selection.of(pool, np.concatenate(kept), "not_drawn", scene=scene_names, scene_similarity=similarity)
+        scene_names = np.where(pool.readable, names[scenes.scene], "")
+        similarity = np.where(pool.readable, scenes.similarity, np.float32(np.nan))
+        facts = {"scene_accuracy": scenes.accuracy}
+        return Selection.of(
+            pool, np.concatenate(kept), "not_drawn", scene=scene_names, scene_similarity=similarity, facts=facts
+        )

@@ -1,0 +1,114 @@
+"""How images get their scene: classifiers beside prototypes, and strata of what no known scene claims."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.neighbors import NearestCentroid
+
+from prune.library import select_from_arrays
+from prune.methods.rsprune import RSPrune
+from prune.methods.scene_random import SceneRandom
+from prune.scenes import CLASSIFIERS, SceneRule, fit_prototypes, held_out_accuracy, tightness
+from runtime.errors import UserError
+
+
+def stretched(count: int, seed: int, classes: int = 4, dimensions: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    """Classes that differ in quiet dimensions and vary in loud ones, where the nearest prototype errs; and labels."""
+    generator = np.random.default_rng(seed)
+    label = generator.integers(classes, size=count)
+    points = generator.standard_normal((count, dimensions)) * np.where(np.arange(dimensions) < 12, 0.3, 2.0)
+    points[:, :classes] += 1.2 * np.eye(classes)[label]
+    return points.astype(np.float32), np.char.add("class ", label.astype(str))
+
+
+def kinds_of(known: int, count: int = 8000, kinds: int = 60, dimensions: int = 48) -> tuple[np.ndarray, ...]:
+    """Embeddings of kinds in groups of three, their kinds, and a reference of the first `known` kinds by group."""
+    generator = np.random.default_rng(0)
+    group = np.arange(kinds) // 3
+    centres = generator.standard_normal((kinds // 3, dimensions))[group] + 0.7 * generator.standard_normal(
+        (kinds, dimensions)
+    )
+    sizes = generator.permutation(np.arange(1, kinds + 1) ** -0.8)
+    kind = generator.choice(kinds, count, p=sizes / sizes.sum())
+    shown = np.repeat(np.arange(known), 12)
+    noise = lambda n: 0.4 * generator.standard_normal((n, dimensions))  # noqa: E731
+    embeddings, reference = centres[kind] + noise(count), centres[shown] + noise(len(shown))
+    return embeddings.astype(np.float32), kind, reference.astype(np.float32), group[shown]
+
+
+def evenness(kinds: np.ndarray, count: int) -> float:
+    shares = np.bincount(kinds, minlength=count) / len(kinds)
+    shares = shares[shares > 0]
+    return float(-(shares * np.log(shares)).sum() / np.log(count))
+
+
+def test_a_classifier_is_right_where_the_nearest_prototype_is_not() -> None:
+    reference, labels = stretched(600, 0)
+    embeddings, truth = stretched(2000, 1)
+    accuracy, said = {}, {}
+    for classifier in CLASSIFIERS:
+        method = SceneRandom(floor_quantile=0.0, scene_classifier=classifier)
+        found = select_from_arrays(method, embeddings, ratio=0.5, reference=reference, labels=labels)
+        accuracy[classifier] = (found.scene == truth).mean()
+        said[classifier] = found.facts["scene_accuracy"]
+    assert min(accuracy["lda"], accuracy["logistic"]) > accuracy["prototypes"] + 0.1
+    for classifier in CLASSIFIERS:  # measured on halves, so on fewer images than it is used with
+        assert said[classifier] == pytest.approx(accuracy[classifier], abs=0.06)
+
+
+def test_the_held_out_accuracy_is_that_of_images_it_was_not_fitted_to() -> None:
+    """Labels drawn at random can be learned by heart, but not foretold."""
+    generator = np.random.default_rng(2)
+    points, labels = generator.standard_normal((300, 40)).astype(np.float32), generator.integers(3, size=300)
+    for classifier in ("lda", "logistic"):
+        assert held_out_accuracy(points, labels, classifier, seed=0) == pytest.approx(1 / 3, abs=0.1)
+    assert fit_prototypes(points, labels.astype(str), 8, 0.0, seed=0).accuracy == pytest.approx(1 / 3, abs=0.1)
+    apart = np.eye(3, 40, dtype=np.float32)[labels] + 0.01 * points
+    by_library = NearestCentroid().fit(apart[:150], labels[:150]).score(apart[150:], labels[150:])
+    assert fit_prototypes(apart, labels.astype(str), 1, 0.0, seed=0).accuracy == by_library == 1
+    assert fit_prototypes(np.eye(3, 8), np.array(["a", "b", "c"]), 4, 0.0, seed=0).accuracy is None
+
+
+def test_tightness_is_the_cosine_to_the_mean_of_the_others() -> None:
+    angles = np.deg2rad([0, 0, 60, 90, 90])
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    labels = np.array(["a", "a", "a", "b", "b"])
+    # of a: each of the two at 0 sees a mean at 30 degrees, the one at 60 sees 0; b is one point
+    a = (2 * np.cos(np.deg2rad(30)) + np.cos(np.deg2rad(60))) / 3
+    assert tightness(points, labels) == pytest.approx((a + 1) / 2)
+    assert tightness(points, np.array(list("abcde"))) == 1
+
+
+@pytest.mark.parametrize("method", [RSPrune, SceneRandom])
+def test_unknown_kinds_get_their_share(method: type) -> None:
+    """Three quarters of the kinds are in no reference class; as one scene they would share a sixth of the budget."""
+    embeddings, kind, reference, labels = kinds_of(known=15)
+    found = {
+        split: select_from_arrays(method(split_open=split), embeddings, ratio=0.85, reference=reference, labels=labels)
+        for split in (False, True)
+    }
+    even = {split: evenness(kind[selection.kept], 60) for split, selection in found.items()}
+    assert even[True] > 0.9 > even[False] + 0.05
+    assert len(set(kind[found[True].kept].tolist())) == 60
+    names = set(found[True].scene) - set(map(str, range(5)))
+    assert all(name.startswith("open ") for name in names) and 10 <= len(names) <= 30
+    assert set(found[False].scene) - set(map(str, range(5))) == {"open"}
+    assert len(found[True].kept) == len(found[False].kept) == 1200
+
+
+def test_splitting_changes_nothing_where_all_scenes_are_known() -> None:
+    embeddings, _, reference, labels = kinds_of(known=60)
+    kept = [
+        select_from_arrays(
+            RSPrune(floor_quantile=0.0, split_open=split), embeddings, ratio=0.85, reference=reference, labels=labels
+        ).kept
+        for split in (False, True)
+    ]
+    np.testing.assert_array_equal(*kept)
+
+
+def test_an_unknown_classifier_is_refused() -> None:
+    for refused in (SceneRule, lambda classifier: RSPrune(scene_classifier=classifier)):
+        with pytest.raises(UserError, match="svm is unknown: take prototypes, lda, logistic"):
+            refused(classifier="svm")
