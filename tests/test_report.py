@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from report.documents import write_results
 from report.embedding_map import embedding_map
 from report.figures import (
     GAP,
@@ -362,3 +365,22 @@ def test_prune_report_of_a_method_without_scenes_clusters_or_entropy(tmp_path):
     page = Page(tmp_path / "report.html")
     assert "all images" in page.text
     assert not [image for image in page.images if image["src"].startswith("data:image/png")]
+
+
+def test_results_that_are_not_here_stay_in_the_document(tmp_path: Path) -> None:
+    """Long runs are made on different days: a table that is not computed again is not lost."""
+    target, results = tmp_path / "results.md", tmp_path / "results" / "local"
+    target.write_text("# Results\n\nold note\n\n## A made long tail\n\nold tail\n\n## Of a user\n\ntheir own\n")
+    (results / "quality").mkdir(parents=True)
+    (results / "quality" / "subset_quality.md").write_text("new quality\n")
+    write_results(results, target)
+    text = target.read_text()
+    places = [text.index(part) for part in ("new quality", "old tail", "their own")]
+    assert places == sorted(places) and "old note" not in text and text.count("## A made long tail") == 1
+    write_results(results, target)
+    assert target.read_text() == text
+    facts = {"methods": [{"method": "random", "scenes": 7, "seconds": 1.0}], "images": 9, "corpus": "x", "noise": 0.1}
+    (results.parent / "long_tail").mkdir()
+    (results.parent / "long_tail" / "long_tail.json").write_text(json.dumps({**facts, "ratio": 0.5}))
+    write_results(results, target)
+    assert "old tail" not in target.read_text() and "9 tiles of x" in target.read_text()

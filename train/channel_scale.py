@@ -1,0 +1,47 @@
+"""Scales of an autoencoder's latent channels, folded into its own convolutions: a pipeline needs no code for them."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderTiny
+
+from train.latents import encode
+
+BATCH = 100
+
+
+@torch.no_grad()
+def channel_deviations(autoencoder: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of every latent channel at unit scale, float64 [C], over images float [N, 3, H, W]."""
+    count, total, squares = 0, 0.0, 0.0
+    for part in images.split(BATCH):
+        latents = encode(autoencoder, part).double()
+        count += latents.shape[0] * latents.shape[2] * latents.shape[3]
+        total, squares = total + latents.sum((0, 2, 3)), squares + latents.square().sum((0, 2, 3))
+    return (squares / count - (total / count).square()).clamp_min(0).sqrt()
+
+
+def channel_gains(deviations: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Gains std^-exponent, float64 [C], of which the channels together keep the variance of unit scale.
+
+    A network that sees noise and signal of all channels at one time learns the loud channels at late times and the quiet
+    ones at early times; an exponent between 0 (as they are) and 1 (all of one deviation) brings them nearer together
+    (docs/method.md, section 4).
+    """
+    deviations = deviations.clamp_min(1e-6)
+    gains = deviations**-exponent
+    return gains / (gains * deviations).square().mean().sqrt()
+
+
+@torch.no_grad()
+def scale_channels(autoencoder: AutoencoderTiny, gains: torch.Tensor) -> None:
+    """Multiply every latent channel by its gain [C], and undo it before decoding.
+
+    The encoder's last convolution takes the gains, the decoder's first one their inverses. Between them the decoder
+    bends values by 3 tanh(x / 3), which is nearly the identity at the scale that `scaling_factor` gives.
+    """
+    last, first = autoencoder.encoder.layers[-1], autoencoder.decoder.layers[0]
+    gains = gains.to(last.weight)
+    last.weight *= gains[:, None, None, None]
+    last.bias *= gains
+    first.weight /= gains[:, None, None]
