@@ -99,7 +99,7 @@ def screenshot(page: Path, target: Path, width: int, height: int) -> None:
 
 
 def write_results(results: Path, target: Path) -> None:
-    """docs/results.md: what the commands measured. Sections whose results are not here stay as the document has them."""
+    """docs/results.md: what the commands measured. A section whose results are not here stays as it is."""
     found = result_sections(results)
     old = sections_of(target.read_text(encoding="utf-8")) if target.is_file() else {}
     titles = [*found, *(title for title in old if title not in found)]
@@ -143,8 +143,8 @@ def result_sections(results: Path) -> dict[str, str]:
 def aid_section(results: Path, how: str, tables: Sequence[Path]) -> str:
     """What the chain found on AID's photographs."""
     return (
-        "`scripts/reproduce.py` on a folder (docs/training.md has the command): AID's photographs at 64 px with RSICD's "
-        f"captions, {how}. A guess among the 30 scenes would be right in 0.033 of all cases; the text encoder itself "
+        "`scripts/reproduce.py` on a folder (docs/training.md has the command): AID's photographs at 64 px with "
+        f"RSICD's captions, {how}. A guess among the 30 scenes would be right in 0.033 of all cases; the text encoder itself "
         f"recognises the scene of {real_accuracy(results):.3f} of the held-out photographs.\n\n"
         + "\n\n".join(path.read_text(encoding="utf-8").strip() for path in tables)
     )
