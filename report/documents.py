@@ -144,8 +144,8 @@ def aid_section(results: Path, how: str, tables: Sequence[Path]) -> str:
     """What the chain found on AID's photographs."""
     return (
         "`scripts/reproduce.py` on a folder (docs/training.md has the command): AID's photographs at 64 px with "
-        f"RSICD's captions, {how}. A guess among the 30 scenes would be right in 0.033 of all cases; the text encoder itself "
-        f"recognises the scene of {real_accuracy(results):.3f} of the held-out photographs.\n\n"
+        f"RSICD's captions, {how}. A guess among the 30 scenes would be right in 0.033 of all cases; the text "
+        f"encoder itself recognises the scene of {real_accuracy(results):.3f} of the held-out photographs.\n\n"
         + "\n\n".join(path.read_text(encoding="utf-8").strip() for path in tables)
     )
 
