@@ -22,26 +22,31 @@ def channel_deviations(autoencoder: AutoencoderTiny, images: torch.Tensor) -> to
 
 
 def channel_gains(deviations: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Gains std^-exponent, float64 [C], of which the channels together keep the variance of unit scale.
+    """Gains (std / largest std)^-exponent, float64 [C]: the loudest channel stays as it is, quiet ones are raised.
 
     At one time all channels get the same noise, so a loud one is told from it at late times and a quiet one at early
     times; an exponent between 0 (as they are) and 1 (all of one deviation) brings them nearer together (docs/method.md,
     section 4).
     """
-    deviations = deviations.clamp_min(1e-6)
-    gains = deviations**-exponent
-    return gains / (gains * deviations).square().mean().sqrt()
+    relative = (deviations / deviations.max()).clamp_min(1e-6)
+    return relative**-exponent
 
 
 @torch.no_grad()
-def scale_channels(autoencoder: AutoencoderTiny, gains: torch.Tensor) -> None:
-    """Multiply every latent channel by its gain [C], and undo it before decoding.
+def scale_channels(autoencoder: AutoencoderTiny, deviations: torch.Tensor, exponent: float) -> None:
+    """Give every latent channel its gain, and all together the variance 1 by `scaling_factor`.
 
     The encoder's last convolution takes the gains, the decoder's first one their inverses. Between them the decoder
-    bends values by 3 tanh(x / 3), which is nearly the identity at the scale that `scaling_factor` gives.
+    bends values by 3 tanh(x / 3); with the loudest channel as it was, it bends no value much more than before.
+
+    Args:
+        deviations: of every channel, float64 [C] (`channel_deviations`).
     """
     last, first = autoencoder.encoder.layers[-1], autoencoder.decoder.layers[0]
+    gains = channel_gains(deviations, exponent)
+    together = float((gains * deviations).square().mean().sqrt())
     gains = gains.to(last.weight)
     last.weight *= gains[:, None, None, None]
     last.bias *= gains
     first.weight /= gains[:, None, None]
+    autoencoder.register_to_config(scaling_factor=round(autoencoder.config.scaling_factor / together, 4))
