@@ -60,7 +60,9 @@ STAGES = {
     "text_encoder": Stage(version=1, modules=("train.text_encoder", "train.captions", *_NETWORKS)),
     "prompts": Stage(version=1, modules=("train.text_encoder",)),
     "latents": Stage(version=1, modules=("train.latents",)),
-    "autoencoder": Stage(version=1, modules=("train.autoencoder", "train.latents", "encoders", *_NETWORKS)),
+    "autoencoder": Stage(
+        version=1, modules=("train.autoencoder", "train.channel_scale", "train.latents", "encoders", *_NETWORKS)
+    ),
     "pretrain": Stage(
         version=1,
         modules=(

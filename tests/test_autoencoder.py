@@ -15,9 +15,12 @@ from hydra import compose, initialize_config_dir
 from tiny_networks import SIZE
 from tiny_run import write_images
 
+from corpus.index import open_corpus
+from encoders.pixels import to_tensor
 from runtime.application import CONFIGS
 from runtime.errors import UserError
 from train import autoencoder as command
+from train.channel_scale import channel_deviations
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,7 +86,9 @@ def test_an_autoencoder_is_kept_if_it_beats_pca_in_both_measures(
     shutil.rmtree(weights, ignore_errors=True)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         recipe = overrides(tiles, phase("decoder", 1), phase("both", 1))
-        cfg = compose("config", [*recipe, "autoencoder.recipe.mixed_precision='no'"])  # as other tests' Accelerator
+        # in full precision, as other tests' Accelerator
+        recipe += ["autoencoder.recipe.mixed_precision='no'", "autoencoder.recipe.channel_scale=0.5"]
+        cfg = compose("config", recipe)
     with contextlib.nullcontext() if better else pytest.raises(UserError, match="does not beat PCA"):
         command.main(cfg)
     assert weights.exists() == better
@@ -92,7 +97,11 @@ def test_an_autoencoder_is_kept_if_it_beats_pca_in_both_measures(
     (run,) = (tiles / "runs" / "autoencoder").glob("*[0-9a-f]")
     kept, trained = (AutoencoderTiny.from_pretrained(folder) for folder in (weights, run / "autoencoder"))
     assert kept.config.latent_channels == 4
+    (index,) = (tiles / "runs" / "corpus").glob("*/corpus.json")
+    deviations = channel_deviations(kept, to_tensor(open_corpus(index.parent).images[:]))
+    assert float(deviations.square().mean()) == pytest.approx(1, abs=0.01)
     assert all(value.equal(trained.state_dict()[key]) for key, value in kept.state_dict().items())
     card = (weights / "README.md").read_text()
     assert "training split of tiles" in card and "CC0" in card and "1 steps of decoder, 1 steps of both" in card
+    assert f"`scaling_factor` {kept.config.scaling_factor:g}." in card and kept.config.scaling_factor != 8
     assert "| autoencoder | 31.00 | 90.00 | 12.00 |" in card and "| pca | 30.00 | 101.00 | 35.00 |" in card

@@ -27,7 +27,9 @@ def autoencoder() -> AutoencoderTiny:
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_deviations_become_what_the_exponent_says(autoencoder: AutoencoderTiny, exponent: float, tmp_path: Path) -> None:
+def test_deviations_become_what_the_exponent_says(
+    autoencoder: AutoencoderTiny, exponent: float, tmp_path: Path
+) -> None:
     images = torch.rand(250, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         before, picture = encode(autoencoder, images), decode(autoencoder, encode(autoencoder, images))

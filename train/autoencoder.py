@@ -24,6 +24,7 @@ from runtime.application import run
 from runtime.artefacts import process_count, stage
 from runtime.errors import UserError
 from runtime.tracking import track
+from train.channel_scale import channel_deviations, scale_channels
 from train.components import REPOSITORY
 from train.latents import (
     PATCH,
@@ -35,6 +36,9 @@ from train.latents import (
     scene_balanced_weights,
 )
 from train.loop import Batch, LoopOptions, Modules, train_loop
+
+#: Training images by which the scales of latent channels are found.
+SCALE_IMAGES = 2000
 
 
 @torch.no_grad()
@@ -183,7 +187,10 @@ def main(cfg: DictConfig) -> None:
             trained = train_autoencoder(
                 autoencoder, corpus, accelerator, phases, directory, perceptual=encoder, log=tracker.log
             )
-        trained.to(memory_format=torch.contiguous_format).save_pretrained(directory / "autoencoder")
+        trained.to(memory_format=torch.contiguous_format)
+        if recipe.channel_scale is not None:
+            scale_channels(trained, channel_deviations(trained, some_images(corpus, cfg.seed)), recipe.channel_scale)
+        trained.save_pretrained(directory / "autoencoder")
 
     inputs = {"corpus": corpus.fingerprint, "recipe": recipe, "encoder": cfg.encoder, "seed": cfg.seed}
     directory = stage(cfg.runs, "autoencoder", inputs, build, resumable=True)
@@ -201,8 +208,14 @@ def main(cfg: DictConfig) -> None:
         )
     target = REPOSITORY / cfg.autoencoder.path
     trained.save_pretrained(target)
-    (target / "README.md").write_text(_card(cfg, figures), encoding="utf-8")
+    (target / "README.md").write_text(_card(cfg, figures, trained.config.scaling_factor), encoding="utf-8")
     print(f"run: {directory}")
+
+
+def some_images(corpus: Corpus, seed: int) -> torch.Tensor:
+    """Random readable images of a corpus as float32 [at most `SCALE_IMAGES`, 3, R, R] in [-1, 1]."""
+    rows = np.random.default_rng([seed, 6]).permutation(np.flatnonzero(corpus.readable))[:SCALE_IMAGES]
+    return to_tensor(corpus.images[np.sort(rows)])
 
 
 @torch.inference_mode()
@@ -224,7 +237,7 @@ def measure(cfg: DictConfig, autoencoder: AutoencoderTiny, corpus: Corpus) -> di
     return figures
 
 
-def _card(cfg: DictConfig, figures: dict[str, dict[str, float]]) -> str:
+def _card(cfg: DictConfig, figures: dict[str, dict[str, float]], scaling_factor: float) -> str:
     """The model card, with the figures just measured."""
     recipe = cfg.autoencoder.recipe
     judge = encoders_of(cfg)[0].name
@@ -240,7 +253,7 @@ license: apache-2.0
 # {Path(cfg.autoencoder.path).name}
 
 The frozen autoencoder of the corpus {cfg.corpus.name}: `diffusers.AutoencoderTiny`, {cfg.corpus.train.resolution} px,
-8-fold, {recipe.latent_channels} channels, `scaling_factor` {recipe.scaling_factor}.
+8-fold, {recipe.latent_channels} channels, `scaling_factor` {scaling_factor:g}.
 
 - **Data**: the training split of {cfg.corpus.name}, scene-balanced; no held-out pixel. Its licence:
   {cfg.corpus.get("licence") or "not stated (corpus.licence)"}.
