@@ -93,7 +93,8 @@ class SceneRule:
             target = tightness(Points(reference, prototypes.centre)[:], labels)
             labels_of_open = open_strata(points, is_open, target, np.random.default_rng([seed, 2]))
             scene[is_open] += labels_of_open
-            strata = tuple(f"{OPEN_SCENE} {number:03d}" for number in range(int(labels_of_open.max()) + 1))
+            count = int(labels_of_open.max()) + 1
+            strata = tuple(f"{OPEN_SCENE} {number:03d}" for number in range(count)) if count > 1 else strata
         return Scenes((*names, *strata), scene, similarity, prototypes.centre, prototypes.floor, accuracy, len(strata))
 
 

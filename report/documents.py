@@ -195,6 +195,11 @@ def write_benchmarks(results: Path, target: Path) -> None:
             + ", ".join(f"{name} ~ N^{value:.2f}" for name, value in found["exponents"].items())
             + ".",
         ]
+        if found.get("unknown"):
+            parts += [
+                "The reference knows 20 of 80 classes, which are 100 of 400 kinds:",
+                markdown(pd.DataFrame(found["unknown"])),
+            ]
     path = results / "bench_training.json"
     if path.is_file():
         found = read_json(path)

@@ -197,6 +197,12 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
         facts["entropy threshold"] = f"{threshold:.2f} bits"
     counts = summary.get("facts") or {}
     facts |= {name.replace("_", " "): f"{counts[name]:,}" for name in COUNTED if name in counts}
+    if (accuracy := counts.get("scene_accuracy")) is not None:
+        facts["scene accuracy on the reference"] = f"{accuracy:.1%}"
+    if weights := summary.get("weights"):
+        facts["images that a kept one stands for"] = (
+            f"at most {weights['largest']:,.0f}; as varied as {weights['effective_size']:,.0f} images alike"
+        )
     if summary.get("images_per_second"):
         facts["images a second"] = f"{summary['images_per_second']:,.0f}"
     return facts

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -19,6 +20,7 @@ from eval.subsets import scene_entropy
 from prune.library import select_from_arrays
 from prune.methods.hierarchical import HierarchicalKMeans
 from prune.methods.rsprune import RSPrune
+from prune.methods.scene_random import SceneRandom
 from prune.methods.semdedup import SemDeDup
 from runtime.application import run
 from runtime.artefacts import stage, write_json
@@ -26,13 +28,25 @@ from runtime.errors import UserError
 from runtime.progress import progress
 
 CHUNK = 50_000
-CLASSES = 30
 RATIO = 0.85
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """Of a synthetic set: kinds (0: twice the square root of the images) in classes, of which the first are known."""
+
+    kinds: int = 0
+    classes: int = 30
+    known: int = 30
+
+
+#: A reference that covers 100 of 400 kinds.
+UNKNOWN = Recipe(kinds=400, classes=80, known=20)
+
+
+@dataclass(frozen=True)
 class Synthetic:
-    """Embeddings of `kinds` clusters whose sizes follow a power law, each in one of 30 classes.
+    """Embeddings of `kinds` clusters whose sizes follow a power law, each in one of some classes.
 
     Attributes:
         embeddings: float16 [N, D], memory-mapped; kinds: int64 [N], the true cluster of each row.
@@ -45,15 +59,15 @@ class Synthetic:
     classes: np.ndarray
 
 
-def make(cfg: DictConfig, size: int) -> Path:
+def make(cfg: DictConfig, size: int, recipe: Recipe) -> Path:
     """Write a synthetic set of `size` rows once."""
     dimensions = int(cfg.bench.dimensions)
 
     def build(directory: Path) -> None:
         generator = np.random.default_rng([cfg.seed, size])
-        count = max(CLASSES, int(2 * size**0.5))
-        classes = np.arange(count) % CLASSES
-        centres = generator.standard_normal((CLASSES, dimensions), dtype=np.float32)[classes]
+        count = recipe.kinds or max(recipe.classes, int(2 * size**0.5))
+        classes = np.arange(count) % recipe.classes
+        centres = generator.standard_normal((recipe.classes, dimensions), dtype=np.float32)[classes]
         centres += 0.7 * generator.standard_normal((count, dimensions), dtype=np.float32)
         weights = np.arange(1, count + 1) ** -0.8
         kinds = generator.choice(count, size, p=weights / weights.sum())
@@ -66,12 +80,12 @@ def make(cfg: DictConfig, size: int) -> Path:
             array[start : start + CHUNK] = centres[part] + 0.5 * noise
         array.flush()
         np.save(directory / "kinds.npy", kinds)
-        known = generator.choice(count, 60 * CLASSES)
+        known = generator.choice(np.flatnonzero(classes < recipe.known), 60 * recipe.known)
         noise = generator.standard_normal((len(known), dimensions), dtype=np.float32)
         np.save(directory / "reference.npy", centres[known] + 0.5 * noise)
         np.save(directory / "classes.npy", classes[known])
 
-    return stage(cfg.runs, "bench", {"size": size, "dimensions": dimensions, "seed": cfg.seed}, build)
+    return stage(cfg.runs, "bench", {"size": size, "dimensions": dimensions, "seed": cfg.seed, "recipe": recipe}, build)
 
 
 def load(directory: Path) -> Synthetic:
@@ -125,16 +139,24 @@ RIVALS: dict[str, tuple[Callable[[Synthetic], np.ndarray], int]] = {
     "minibatch_kmeans": (minibatch_kmeans, 10**5),
     "one_faiss_kmeans": (one_faiss_kmeans, 10**5),
 }
+#: What runs where the reference knows a quarter of the kinds.
+WITH_UNKNOWN: dict[str, Callable[[Synthetic], np.ndarray]] = {
+    "rsprune": with_method(RSPrune()),
+    "rsprune, one open scene": with_method(RSPrune(split_open=False)),
+    "scene_random": with_method(SceneRandom()),
+    "one_faiss_kmeans": one_faiss_kmeans,
+}
 
 
-def measure(name: str, directory: str, results: multiprocessing.Queue) -> None:
+def measure(name: str, directory: str, unknown: bool, results: multiprocessing.Queue) -> None:
     """Run one method in this, a fresh process; puts seconds, peak resident GB and what was picked."""
+    select = WITH_UNKNOWN[name] if unknown else RIVALS[name][0]
     data = load(Path(directory))
     warm = Synthetic(data.embeddings[:2000], data.kinds[:2000], data.reference, data.classes)
     if "kmeans" not in name:
-        RIVALS[name][0](warm)  # compiled code and page cache are not what is measured
+        select(warm)  # compiled code and page cache are not what is measured
     start = time.perf_counter()
-    kept = RIVALS[name][0](data)
+    kept = select(data)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     kinds = data.kinds[kept].astype(str).astype(object)
@@ -150,36 +172,44 @@ def measure(name: str, directory: str, results: multiprocessing.Queue) -> None:
     )
 
 
-def main(cfg: DictConfig) -> None:
+def measured(name: str, directory: Path, unknown: bool = False) -> dict[str, Any]:
+    """`measure` in a process of its own."""
     context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure, args=(name, str(directory), unknown, queue))
+    process.start()
+    row = queue.get()
+    process.join()
+    print("{method:40s} {images:>9,d} {seconds:8.2f} s {peak_gb:6.2f} GB".format(**row), flush=True)
+    return row
+
+
+def main(cfg: DictConfig) -> None:
     rows = []
     for size in cfg.bench.sizes:
-        directory = make(cfg, int(size))
+        directory = make(cfg, int(size), Recipe())
         for name in cfg.bench.methods:
             if name not in RIVALS:
                 raise UserError(f"bench.methods: {name} is unknown: choose from {', '.join(RIVALS)}")
-            if size > RIVALS[name][1]:
-                continue
-            queue = context.Queue()
-            process = context.Process(target=measure, args=(name, str(directory), queue))
-            process.start()
-            rows.append(queue.get())
-            process.join()
-            print("{method:40s} {images:>9,d} {seconds:8.2f} s {peak_gb:6.2f} GB".format(**rows[-1]), flush=True)
+            if size <= RIVALS[name][1]:
+                rows.append(measured(name, directory))
+    size = int(cfg.bench.unknown)
+    unknown = [measured(name, make(cfg, size, UNKNOWN), True) for name in (WITH_UNKNOWN if size else ())]
     table = pd.DataFrame(rows)
     exponents = {}
     for name, group in table.groupby("method"):
         if len(group) > 1:
             last = group.sort_values("images").iloc[-2:]
             exponents[name] = float(np.diff(np.log(last["seconds"]))[0] / np.diff(np.log(last["images"]))[0])
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    for part in (table, pd.DataFrame(unknown)):
+        print(part.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     for name, exponent in exponents.items():
         print(f"growth of {name}: seconds ~ images^{exponent:.2f}")
     results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
     write_json(
         results / "bench_selection.json",
-        {"dimensions": int(cfg.bench.dimensions), "rows": rows, "exponents": exponents},
+        {"dimensions": int(cfg.bench.dimensions), "rows": rows, "exponents": exponents, "unknown": unknown},
     )
     print(f"results: {results}")
 

@@ -347,12 +347,20 @@ def test_long_tail_makes_a_hard_corpus_and_judges_methods(home, forked, tmp_path
 
 
 def test_bench_of_selection_measures_time_and_memory(home):
-    small = ("tracker=none", "bench.sizes=[400,1600]", "bench.dimensions=32", "bench.methods=[rsprune]")
+    small = (
+        "tracker=none",
+        "bench.sizes=[400,1600]",
+        "bench.unknown=4000",
+        "bench.dimensions=32",
+        "bench.methods=[rsprune]",
+    )
     done = call("scripts/bench_selection.py", *small, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((home / "results" / "bench_selection.json").read_text())
     assert [row["images"] for row in found["rows"]] == [400, 1600]
     assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in found["rows"]) and "rsprune" in found["exponents"]
+    unknown = {row["method"]: row for row in found["unknown"]}
+    assert unknown["rsprune"]["evenness"] > unknown["rsprune, one open scene"]["evenness"]
 
 
 @pytest.mark.parametrize(

@@ -318,10 +318,12 @@ def test_prune_report_shows_where_on_earth_and_why_not(tmp_path):
     places = pd.DataFrame({"lon": np.linspace(-170, 170, 300), "lat": np.linspace(-80, 80, 300)})
     places.loc[:9, "lon"] = np.nan
     summary = {**_summary(selection), "quarantined": {"empty file": 2}}
+    summary |= {"weights": {"largest": 41.0, "effective_size": 1203.4}, "facts": {"scene_accuracy": 0.875}}
     images = np.zeros((300, 8, 8, 3), dtype=np.uint8)
     write_prune_report(tmp_path / "a", selection, summary, images, np.random.default_rng(0), places=places)
     text = " ".join(Page(tmp_path / "a").text)
     assert "Where 290 images lie" in text and "2 empty file" in text
+    assert "at most 41; as varied as 1,203 images alike" in text and "87.5%" in text
     kept = selection["kept"].to_numpy()
     axes = world_figure(places["lon"].to_numpy()[10:], places["lat"].to_numpy()[10:], kept[10:]).axes[0]
     drawn = {points.get_label(): points.get_offsets() for points in axes.collections}

@@ -48,7 +48,7 @@ class RSPrune:
     prototypes_per_class: int = 8
     floor_quantile: float = 0.01
     scene_classifier: str = "prototypes"
-    split_open: bool = False
+    split_open: bool = True
     images_per_cluster: int = 40
     clusters_per_scene: int | None = None
     max_clusters: int = 64

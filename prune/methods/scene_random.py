@@ -28,7 +28,7 @@ class SceneRandom:
     prototypes_per_class: int = 8
     floor_quantile: float = 0.01
     scene_classifier: str = "prototypes"
-    split_open: bool = False
+    split_open: bool = True
 
     def __post_init__(self) -> None:
         _ = self._scene_rule  # refuses what it does not know
