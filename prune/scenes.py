@@ -90,7 +90,7 @@ class SceneRule:
         is_open = np.flatnonzero((scene == len(names)) & pool.readable)
         if self.split_open and len(is_open):
             points = Points(pool.embeddings, prototypes.centre)
-            target = tightness(Points(reference, prototypes.centre)[:], labels)
+            target = tightness(Points(reference, prototypes.centre)[:], len(names), seed)
             labels_of_open = open_strata(points, is_open, target, np.random.default_rng([seed, 2]))
             scene[is_open] += labels_of_open
             count = int(labels_of_open.max()) + 1
@@ -190,22 +190,27 @@ def held_out_accuracy(points: np.ndarray, classes: np.ndarray, kind: str, seed: 
     return float(np.concatenate(right).mean())
 
 
-def tightness(points: np.ndarray, labels: np.ndarray) -> float:
-    """How alike the images of one class are: the median over classes of their mean cosine to the mean of the others.
+def tightness(points: np.ndarray, scenes: int, seed: int) -> float:
+    """How alike the images of one known scene are: the mean cosine of an image to its centroid, in as many k-means
+    clusters as there are scenes.
+
+    Clusters and not the scenes themselves, since the strata that it is the target of are clusters, too, and a scene may
+    hold several kinds that have nothing in common. One half of the images is measured with the centroids of the other.
 
     Args:
-        points: float32 [M, D], unit length; labels: str [M].
+        points: float32 [M, D], unit length.
+        scenes: number of known scenes.
     Returns:
-        the cosine; 1 where no class has two images.
+        the cosine; 1 with fewer than four images a scene.
     """
-    found = []
-    for name in sorted(set(labels.tolist())):
-        members = points[labels == name]
-        if len(members) > 1:
-            others = members.sum(axis=0) - members
-            others /= np.maximum(np.linalg.norm(others, axis=1, keepdims=True), 1e-12)
-            found.append(float((members * others).sum(axis=1).mean()))
-    return float(np.median(found)) if found else 1.0
+    if len(points) < 4 * scenes:
+        return 1.0
+    first, second = np.array_split(np.random.default_rng([seed, 3]).permutation(len(points)), 2)
+    cosines = [
+        1 - nearest_centroid(points[measure], kmeans(points[fit], scenes, seed))[1]
+        for fit, measure in ((first, second), (second, first))
+    ]
+    return float(np.concatenate(cosines).mean())
 
 
 def open_strata(points: Points, rows: np.ndarray, target: float, generator: np.random.Generator) -> np.ndarray:
