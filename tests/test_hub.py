@@ -118,7 +118,8 @@ def test_a_corpus_and_a_reference_by_hub_name(hub: Hub, tmp_path: Path) -> None:
 def test_the_example_of_the_docs_runs_as_written(hub: Hub, tmp_path: Path) -> None:
     [example] = re.findall(r"^```hub\n(.*?)^```", (ROOT / "docs" / "corpora.md").read_text(), re.M | re.S)
     for line in example.replace("\\\n", " ").splitlines():
-        done = hub.run(*shlex.split(line)[1:], f"runs={tmp_path}", f"results={tmp_path}", "tracker=none")
+        own = (f"runs={tmp_path}", f"results={tmp_path}", f"doctor.picture={tmp_path}/doctor.png", "tracker=none")
+        done = hub.run(*shlex.split(line)[1:], *own)
     assert pd.read_parquet(result(done) / "selection.parquet")["kept"].sum() == 15
 
 
