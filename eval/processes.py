@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from runtime.artefacts import process_count
+from runtime.artefacts import alone_in_launch
 
 
 def _state():
@@ -28,12 +28,13 @@ def first_process_says(own: bool) -> bool:
 def over_processes(function: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
     """`function` of rows 0..count-1, computed over all processes of a launch and gathered, in the order of the rows.
 
-    Every process must call it, and gets the whole. Process r of n computes rows r, r + n, r + 2 n ...
+    Every process must call it, and gets the whole. Process r of n computes rows r, r + n, r + 2 n ... In a build of the
+    first process alone (`runtime.artefacts.stage` without `together`) that one computes all.
 
     Args:
         function: int64 [K] rows to an array [K, ...]; it must take no rows as well.
     """
-    if process_count() == 1:
+    if alone_in_launch():
         return function(np.arange(count))
     state = _state()
     rows = np.arange(state.process_index, count, state.num_processes)

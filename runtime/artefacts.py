@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import json
@@ -158,7 +159,7 @@ def stage(
     key = stage_fingerprint(code, inputs)
     final = Path(runs) / name / key
     partial = final.with_name(key + ".partial")
-    main, joint = is_main_process(), together is not None and process_count() > 1
+    main, joint = is_main_process(), together is not None and not alone_in_launch()
     if not joint and (final / COMPLETE).is_file():
         return final
     with _alone(Path(runs) / ".locks" / f"{name}-{key}.lock", final) if main else contextlib.nullcontext():
@@ -171,13 +172,32 @@ def stage(
             needed = together(needed)
         if needed:
             facts = {"stage": name, "fingerprint": key, "inputs": plain(inputs), **_code_facts(code)}
-            build(partial)
+            with contextlib.nullcontext() if joint else _building_alone():
+                build(partial)
         if needed and main:
             write_json(partial / COMPLETE, facts)
             os.rename(partial, final)
     while not (final / COMPLETE).is_file():
         time.sleep(0.2)
     return final
+
+
+#: Whether the first process of a launch is in a build of its own, while the others wait for the finished directory.
+_alone_in_build = contextvars.ContextVar("alone_in_build", default=False)
+
+
+def alone_in_launch() -> bool:
+    """Whether no other process takes part in what this one does: a meeting of all would never end."""
+    return process_count() == 1 or _alone_in_build.get()
+
+
+@contextlib.contextmanager
+def _building_alone() -> Iterator[None]:
+    token = _alone_in_build.set(True)
+    try:
+        yield
+    finally:
+        _alone_in_build.reset(token)
 
 
 def _code_facts(code: str) -> dict[str, Any]:

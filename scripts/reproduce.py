@@ -180,6 +180,7 @@ def reproduce(cfg: DictConfig) -> Path:
     results = Path(cfg.results) / cfg.profile.name
     if not is_main_process():  # takes its part in the training; the first process writes
         collections.deque(cells(cfg), maxlen=0)
+        references(cfg), references(cfg, "val")
         return results
     results.mkdir(parents=True, exist_ok=True)
     path = results / "results.jsonl"

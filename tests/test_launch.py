@@ -57,6 +57,49 @@ def test_as_many_processes_as_asked_for(script, tmp_path):
     assert done.stdout.splitlines() == [expected]  # the first process alone prints
 
 
+BUILDS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import numpy as np
+from runtime.application import run
+from runtime.artefacts import is_main_process, stage
+
+def main(cfg):
+    from accelerate import Accelerator
+    from eval.processes import first_process_says, over_processes
+    state = Accelerator()
+
+    def rows(directory):
+        found = over_processes(lambda rows: np.stack([rows, np.full(len(rows), state.process_index)], 1), 5)
+        if is_main_process():
+            np.save(directory / "found.npy", found)
+
+    def together(seed):
+        return stage({runs!r}, "bench", {{"seed": seed}}, rows, together=first_process_says)
+
+    def alone(directory):
+        rows(directory)
+        together(1)
+
+    places = together(0), stage({runs!r}, "bench", {{"seed": 2}}, alone), together(1)
+    print(*(str(np.load(place / "found.npy")[:, 1].tolist()) for place in places), sep=" | ")
+    state.wait_for_everyone()
+
+run(main)
+"""
+
+
+def test_a_build_of_the_first_process_alone_waits_for_no_other(tmp_path):
+    """What it calls may be what all processes do together elsewhere: then they meet, here it computes all rows."""
+    script = tmp_path / "script.py"
+    script.write_text(BUILDS.format(root=str(ROOT), runs=str(tmp_path / "runs")))
+    command = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script))
+    done = launched(*command, "tracker=none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["[0, 1, 0, 1, 0] | [0, 0, 0, 0, 0] | [0, 0, 0, 0, 0]"]
+
+
 def test_several_machines_are_refused_in_one_line(script, tmp_path):
     done = launched(
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "2", "--machine_rank", "0",

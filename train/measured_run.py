@@ -114,11 +114,13 @@ def measure_run(
     lines = [measure_snapshot(cfg, run, path, corpus, evaluation, silent) for path in snapshots_of(run)]
     model = Model(run / "pipeline")
     measured = measure_model(model, evaluation.final, evaluation.judges, evaluation.sampling, cfg.runs)
+    # drawn already, but all processes must ask
+    drawn = {name: draw_images(model, held, evaluation.sampling, cfg.runs) for name, held in evaluation.final.items()}
     if not is_main_process():
         return
     _write_lines(run / CONVERGENCE, lines)
     for name, held in evaluation.final.items():
-        images = np.load(draw_images(model, held, evaluation.sampling, cfg.runs) / IMAGES, mmap_mode="r")[:SHOWN]
+        images = np.load(drawn[name] / IMAGES, mmap_mode="r")[:SHOWN]
         labels = [short_caption(caption) for caption in held.captions[:SHOWN]]
         save_picture(contact_sheet(images, COLUMNS, labels), run / "samples" / f"{name}.png")
     write_json(run / MEASURED, {name: str(path) for name, path in measured.items()})
