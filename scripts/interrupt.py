@@ -50,7 +50,7 @@ def command(what: str, images: Path, runs: Path) -> list[str]:
         "prune": ("prune/run.py", "corpus=folder", f"corpus.root={images}", "corpus.train.split=all",
                   "encoder.input_size=64"),
         "pretrain": ("train/pretrain.py", "profile=smoke", "prune=rsprune", "train.loop.checkpoint_every=7",
-                     "train.loop.steps=60", "eval.convergence_points=6"),
+                     "train.loop.steps=60", "train.snapshots=6"),
     }  # fmt: skip
     script, *rest = options[what]
     root = Path(__file__).resolve().parent.parent

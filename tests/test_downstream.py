@@ -526,5 +526,7 @@ def test_commands_refuse_bad_input_in_one_line(
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "masks" in done.stderr if script == "semantic_synthesis" else "no pretraining run" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert [line.startswith("error: ") for line in done.stderr.splitlines()].count(True) == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")  # before it, what was read of the corpus
     assert done.stdout == ""
