@@ -77,13 +77,15 @@ def killed_at_random(arguments: list[str], runs: Path, longest: float, generator
 def digests(runs: Path) -> dict[str, str]:
     """Of every file that a finished run leaves, without what tells the time."""
     files = (path for path in runs.rglob("*") if path.is_file() and ".locks" not in path.parts)
-    return {str(path.relative_to(runs)): _digest(path) for path in files if path.name not in TIMED}
+    return {str(path.relative_to(runs)): _digest(path, runs) for path in files if path.name not in TIMED}
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, runs: Path) -> str:
+    """Of a file; JSON without what tells the time, and without the folder of the run in the places that it names."""
     if path.suffix not in (".json", ".jsonl"):
         return file_digest(path)
-    texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    text = path.read_text().replace(str(runs), "runs")
+    texts = text.splitlines() if path.suffix == ".jsonl" else [text]
     return fingerprint(facts=[_timeless(json.loads(text)) for text in texts])
 
 
