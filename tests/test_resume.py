@@ -65,6 +65,7 @@ def test_fingerprints_of_runs_from_their_own_beginning_are_as_before() -> None:
     assert set(inputs["train"]) == {
         "views", "flow_shift", "snapshots", "snapshot_every_images", "mixed_precision", "objective", "loop",
     }  # fmt: skip
+    assert training_inputs(config("train.weighting=0.5"), Start())["train"]["weighting"] == 0.5
 
 
 def test_the_fingerprint_knows_the_checkpoint_and_not_its_place(run: Path, tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def start_of(cfg: DictConfig) -> Start:
 def training_inputs(cfg: DictConfig, start: Start) -> dict[str, Any]:
     """What `cfg.train` adds to a run's fingerprint; of a checkpoint its content, wherever it lies."""
     train = {key: value for key, value in plain(cfg.train).items() if key != "resume"}
+    if train["weighting"] == 0:  # as runs of before it are
+        del train["weighting"]
     if start.checkpoint is None:
         return {"train": train}
     files = {path.name: file_digest(path) for path in sorted(start.checkpoint.iterdir())}
