@@ -234,6 +234,8 @@ def open_strata(points: Points, rows: np.ndarray, target: float, generator: np.r
 
     low, high = 1, max(1, min(MOST_OPEN_STRATA, len(rows) // OPEN_STRATUM_IMAGES))
     centroids, cosine = fitted(low)
+    if cosine >= target:
+        return np.zeros(len(rows), np.int64)
     while cosine < target and low < high:  # double, then halve the last step
         step = min(2 * low, high)
         found, cosine = fitted(step)

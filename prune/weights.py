@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import faiss
 import numpy as np
 
@@ -12,6 +14,7 @@ from runtime.progress import progress
 EXACT = 5e11
 #: Principal components and probed lists of the inverted file, and the images that its lists are fitted to.
 COMPONENTS, PROBES, SAMPLE = 64, 8, 50_000
+Projection = Callable[[np.ndarray], np.ndarray]
 
 
 def images_represented(
@@ -54,7 +57,9 @@ def effective_size(weights: np.ndarray) -> float:
     return total**2 / float((weights.astype(np.float64) ** 2).sum()) if total else 0.0
 
 
-def _index(points: Points, kept: np.ndarray, images: int, generator: np.random.Generator):
+def _index(
+    points: Points, kept: np.ndarray, images: int, generator: np.random.Generator
+) -> tuple[faiss.Index, Projection]:
     """A faiss index of the kept images, and what brings vectors to its dimensions."""
     dimensions = points.embeddings.shape[1]
     if float(images) * len(kept) * dimensions <= EXACT:
@@ -83,7 +88,7 @@ def _nearest(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
     return found
 
 
-def _add(index: faiss.Index, points: Points, kept: np.ndarray, project) -> None:
+def _add(index: faiss.Index, points: Points, kept: np.ndarray, project: Projection) -> None:
     for start in range(0, len(kept), CHUNK):
         index.add(project(points[kept[start : start + CHUNK]]))
 

@@ -30,6 +30,7 @@ from corpus.splits import NAMES
 from runtime.application import run
 from runtime.artefacts import COMPLETE, class_name, finite, plain, read_json
 from runtime.errors import UserError
+from runtime.notices import notice
 from runtime.progress import progress
 
 FORMS = ("folder", "symlinks", "webdataset", "huggingface", "list")
@@ -37,6 +38,8 @@ FORMS = ("folder", "symlinks", "webdataset", "huggingface", "list")
 WITH_ORIGINALS = {class_name(kind): kind for kind in (ImageFolder, WebDataset, HuggingFace)}
 #: Columns that say how an image was read and where copies of it are, not what it shows.
 OWN_COLUMNS = ("readable", "reason", "stamp", "copy_in")
+#: What a corpus's own column `weight` is called in an export, whose `weight` is that of the selection.
+OWN_WEIGHT = "weight_in_corpus"
 LONGEST_NAME = 100
 #: What files begin with, and the suffixes that say so, the usual one first.
 SIGNATURES = (
@@ -152,7 +155,11 @@ def open_subset(selection: Path) -> Subset:
     source = None if kind is None else kind(**fields)
     if source is not None and plain(source.version) != inputs["version"]:
         raise UserError(f"the images of {selection} changed since they were pruned: prune again, then export")
-    weighted = replace(corpus, manifest=corpus.manifest.assign(weight=kept["weight"]))
+    manifest = corpus.manifest
+    if "weight" in manifest:  # a column of the user's, or of an export that was pruned again
+        notice(f"the corpus has a column weight: it is exported as {OWN_WEIGHT}, and weight is this selection's")
+        manifest = manifest.rename(columns={"weight": OWN_WEIGHT})
+    weighted = replace(corpus, manifest=manifest.assign(weight=kept["weight"]))
     return Subset(weighted, np.flatnonzero(kept["kept"].to_numpy()), source)
 
 

@@ -123,6 +123,21 @@ def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> Non
     assert [row["weight"] for row in rows] == [row + 1 for row in KEPT]
 
 
+def test_a_column_called_weight_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A user's own, or that of an export that is pruned again."""
+    root = tmp_path / "images"
+    root.mkdir()
+    rows = [{"file_name": f"{row}.png", "weight": 0.5 + row} for row in range(10)]
+    for row in range(10):
+        texture(row).save(root / f"{row}.png")
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    subset = open_subset(select(ImageFolder(str(root), resolution=16, split="all"), tmp_path / "runs"))
+    kept = subset.corpus.manifest.iloc[KEPT]
+    assert kept["weight_in_corpus"].tolist() == [0.5 + row for row in KEPT]
+    assert kept["weight"].tolist() == [row + 1 for row in KEPT]
+    assert capsys.readouterr().err.count("column weight: it is exported as weight_in_corpus") == 1
+
+
 @dataclass(frozen=True)
 class Case:
     """A source of ten images; the bytes and suffixes they came in (None: a source that keeps no files), and masks'."""

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestCentroid
 
+from prune.clusters import Points
 from prune.library import select_from_arrays
 from prune.methods.rsprune import RSPrune
 from prune.methods.scene_random import SceneRandom
-from prune.scenes import CLASSIFIERS, SceneRule, fit_prototypes, held_out_accuracy, tightness
+from prune.scenes import CLASSIFIERS, SceneRule, fit_prototypes, held_out_accuracy, open_strata, tightness
 from runtime.errors import UserError
 
 
@@ -99,6 +100,13 @@ def test_unknown_kinds_get_their_share(method: type) -> None:
     assert all(name.startswith("open ") for name in names) and 6 <= len(names) <= 30
     assert set(found[False].scene) - set(map(str, range(5))) == {"open"}
     assert len(found[True].kept) == len(found[False].kept) == 1200
+
+
+def test_open_images_of_one_kind_are_one_stratum() -> None:
+    generator = np.random.default_rng(0)
+    points = Points((np.ones(16) + 0.05 * generator.standard_normal((500, 16))).astype(np.float32), np.zeros(16, "f4"))
+    assert not open_strata(points, np.arange(500), 0.9, generator).any()
+    assert open_strata(points, np.arange(500), 0.9999, generator).max() > 1
 
 
 def test_splitting_changes_nothing_where_all_scenes_are_known() -> None:
