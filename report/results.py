@@ -44,6 +44,11 @@ def read_results(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
+def weighting_name(weighting: float) -> str:
+    """How a table names a `train.weighting`: uniform (0), natural (1), or the exponent."""
+    return {0.0: "uniform", 1.0: "natural"}.get(float(weighting), f"{weighting:g}")
+
+
 def append_result(path: Path | str, row: Row) -> None:
     """Add a row at the end of a results file; a row with the same `KEY` goes.
 

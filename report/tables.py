@@ -19,7 +19,7 @@ import pandas as pd
 
 from eval.metrics import METRICS, SETS, Quantity
 from eval.reference_rows import REFERENCE_ROWS
-from report.results import Row, read_results, write_text
+from report.results import Row, read_results, weighting_name, write_text
 
 #: Table name of each stage.
 TABLE_OF_STAGE = {
@@ -51,7 +51,7 @@ PLAIN = {"images_seen": ("images seen", 0), "loss": ("loss", 4)}
 #: Stage of the reference rows.
 REFERENCE = "reference"
 
-_CELL = ("corpus", "prune", "ratio", "step")
+_CELL = ("corpus", "prune", "ratio", "weighting", "step")
 _FIRST, _LAST = ("full", "random", "rsprune"), ("scratch",)
 _NOTHING = "–"
 _SPREAD = "_spread"
@@ -71,7 +71,7 @@ def method_order(name: str) -> tuple[int, str]:
 def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
     """Tables by name (`TABLE_OF_STAGE`, other stages by their own), full-precision numbers; none without measured rows.
 
-    Columns: kind ("measured" or "reference"), corpus, prune, ratio, step, seeds (how many), the fields that only
+    Columns: kind ("measured" or "reference"), corpus, prune, ratio, weighting, step, seeds (how many), the fields that only
     ablation rows have, then the metrics. Rows of one cell that differ in the seed alone become one: means, and, of
     several seeds, standard deviations as `<metric>_spread` in place of intervals. Of several rows for one cell and seed
     the newest counts. Reference rows stand at the bottom of every table with which they share a distance.
@@ -97,6 +97,8 @@ def evaluation_encoder(rows: Sequence[Row]) -> str:
 def _record(row: Row, kind: str, *, extras: bool) -> dict[str, Any]:
     """A table row with its seed; metrics are floats, missing ones NaN."""
     record: dict[str, Any] = {"kind": kind, **{name: row.get(name) for name in _CELL}, "seed": row.get("seed")}
+    if kind == "measured" and record["weighting"] is None:
+        record["weighting"] = weighting_name(0)
     if extras:
         known = {"stage", "metrics", "fingerprint", "commit", "machine", *record}
         record |= {f"field:{name}": str(value) for name, value in row.items() if name not in known}
@@ -143,7 +145,8 @@ def _row_order(name: str, record: dict[str, Any]) -> tuple[Any, ...]:
     step, ratio = (-1 if pd.isna(record[key]) else record[key] for key in ("step", "ratio"))
     early, late = (step, 0) if name == "convergence" and measured else (0, step)
     fields = sorted((key, str(value)) for key, value in record.items() if key.startswith("field:"))
-    return not measured, str(record["corpus"]), early, rank, ratio, late, fields
+    weighting = record["weighting"] != weighting_name(0), str(record["weighting"])
+    return not measured, str(record["corpus"]), early, rank, ratio, weighting, late, fields
 
 
 def _held_out(column: str) -> str | None:
@@ -233,7 +236,7 @@ def _is_shown(table: pd.DataFrame, name: str, measured: pd.Series) -> bool:
         return not measured.all()
     if name == "step":  # 0: no training at all, as with bicubic
         return table.loc[measured & (table["step"] > 0), name].nunique() > 1
-    if name in ("corpus", "seeds"):
+    if name in ("corpus", "seeds", "weighting"):
         return table.loc[measured, name].nunique(dropna=False) > 1
     if name.endswith(_SPREAD) and name.removesuffix(_SPREAD) in table.columns:
         return False
@@ -254,7 +257,7 @@ def _better(name: str) -> str:
 
 def _best(table: pd.DataFrame, name: str, measured: pd.Series) -> set[int]:
     """Positions of the rows with the best value of a metric."""
-    several_steps = table[measured].duplicated(["corpus", "prune", "ratio"]).any()
+    several_steps = table[measured].duplicated(["corpus", "prune", "ratio", "weighting"]).any()
     groups: dict[Any, list[int]] = {}
     for position, (_, row) in enumerate(table.iterrows()):
         if measured.iloc[position] and pd.notna(row[name]):

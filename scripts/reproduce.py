@@ -30,7 +30,7 @@ from eval.reference_rows import Rebuild, reference_rows
 from prune.features import scan_corpus
 from prune.measured_subset import measured_subset
 from prune.selection import select
-from report.results import append_result, result_row
+from report.results import append_result, result_row, weighting_name
 from report.results_report import rebuild
 from runtime.application import changed_config, run
 from runtime.artefacts import fingerprint, is_main_process, read_json, write_json
@@ -44,13 +44,15 @@ from train.measured_run import MEASURED
 #: What every other method is compared with, image by image.
 BASELINE = "random"
 SCRATCH = "scratch"
+#: `train.weighting` of images that are drawn as often as the corpus has images of their kind.
+NATURAL = 1.0
 
 
 class TableCell(NamedTuple):
     """A finished cell of the tables.
 
     Attributes:
-        cfg: with which it was computed.
+        cfg: with which it was computed; its `train.weighting` tells two trainings on one subset apart.
         kind: its stage in results.jsonl.
         directory: of the computation, for its commit.
         run: of the training that it is about, which the report shows images of; None: the directory.
@@ -117,20 +119,31 @@ def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str) -
 
 
 def foundation_cells(cfg: DictConfig, foundations: dict[str, Path]) -> Iterator[TableCell]:
-    """Every method's subset, convergence and final model; fills `foundations` with the runs."""
-    for method in cfg.profile.methods:
-        chosen = changed_config(f"prune={method}", f"seed={cfg.seed}")
-        directory = measured_subset(chosen, method)
-        yield TableCell(chosen, "subset", method, 0, read_json(directory / "metrics.json"), directory)
-        foundations[method] = directory = pretrain(chosen, method)
-        for line in pd.read_json(directory / CONVERGENCE, lines=True).to_dict("records"):
+    """Every method's subset, convergence and final model; fills `foundations` with the runs by `run_name`."""
+    trainings = [(method, cfg.train.weighting) for method in cfg.profile.methods]
+    trainings += [(method, NATURAL) for method in cfg.profile.natural]
+    chosen = {}
+    for method, weighting in trainings:
+        changed = changed_config(f"prune={method}", f"train.weighting={weighting}", f"seed={cfg.seed}")
+        if method not in foundations:
+            directory = measured_subset(changed, method)
+            yield TableCell(changed, "subset", method, 0, read_json(directory / "metrics.json"), directory)
+        name = run_name(method, weighting)
+        chosen[name], foundations[name] = (changed, method), pretrain(changed, method)
+        for line in pd.read_json(foundations[name] / CONVERGENCE, lines=True).to_dict("records"):
             metrics = {key: value for key, value in line.items() if not _biased(key)}
-            yield TableCell(chosen, "convergence", method, int(metrics.pop("step")), metrics, directory)
-    for method, directory in foundations.items():
+            step = int(metrics.pop("step"))
+            yield TableCell(changed, "convergence", method, step, metrics, foundations[name])
+    for name, directory in foundations.items():
         summary = read_json(directory / "summary.json")
-        metrics = summary["metrics"] | differences(cfg, foundations, method)
+        metrics = summary["metrics"] | differences(cfg, foundations, name)
         measured = Path(read_json(directory / MEASURED)["balanced"])
-        yield TableCell(cfg, "generation", method, summary["steps"], metrics, measured)
+        yield TableCell(chosen[name][0], "generation", chosen[name][1], summary["steps"], metrics, measured)
+
+
+def run_name(method: str, weighting: float) -> str:
+    """What a training is called beside others: its method, and its weighting where the images are not drawn alike."""
+    return method if weighting == 0 else f"{method}, {weighting_name(weighting)} weights"
 
 
 def _biased(name: str) -> bool:
@@ -174,9 +187,10 @@ def cells(cfg: DictConfig) -> Iterator[TableCell]:
 
 def reproduce(cfg: DictConfig) -> Path:
     """Run the chain and write `results/<profile>/`."""
-    missing = set(cfg.profile.downstream) - set(cfg.profile.methods)
-    if missing:
-        raise UserError(f"profile.downstream names {sorted(missing)}, which profile.methods does not train: add them")
+    for option in ("downstream", "natural"):
+        missing = set(cfg.profile[option]) - set(cfg.profile.methods)
+        if missing:
+            raise UserError(f"profile.{option} names {sorted(missing)}, which profile.methods does not train: add them")
     results = Path(cfg.results) / cfg.profile.name
     if not is_main_process():  # takes its part in the training; the first process writes
         collections.deque(cells(cfg), maxlen=0)
@@ -189,17 +203,24 @@ def reproduce(cfg: DictConfig) -> Path:
     places: dict[str, list[str]] = {}
     for cell in cells(cfg):
         ratio = 0.0 if cell.method == "full" else float(cfg.ratio) if cell.method in cfg.profile.methods else None
+        trained = cell.kind in ("convergence", "generation") and cell.cfg.train.weighting
+        fields = {"weighting": weighting_name(trained)} if trained else {}
         append_result(
-            partial, result_row(cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step)
+            partial,
+            result_row(
+                cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step, **fields
+            ),
         )
-        found = places.setdefault(f"{cell.kind}/{cell.method}", [])
+        name = run_name(cell.method, trained) if trained else cell.method
+        found = places.setdefault(f"{cell.kind}/{name}", [])
         place = str(cell.run or cell.directory)
         found += [place] if place not in found else []
     places |= {"reference/published": [str(references(cfg))], "reference/validation": [str(references(cfg, "val"))]}
     for method in cfg.profile.methods:
         chosen = changed_config(f"prune={method}", f"seed={cfg.profile.seeds[0]}")
         places[f"selection/{method}"] = [str(select(chosen, method)[0])]
-        places[f"foundation/{method}"] = places[f"convergence/{method}"]
+    for name in [name for name in places if name.startswith("convergence/")]:
+        places[name.replace("convergence/", "foundation/")] = places[name]
     os.replace(partial, path)
     write_json(results / "runs.json", places)
     with track(cfg, "report", cfg.profile.name) as tracker:

@@ -28,16 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # ---------------------------------------------------------------- the command
 
 
-def phase(trains: str, steps: int, perceptual: float = 0.0) -> str:
+def phase(trains: str, steps: int, perceptual: float = 0.0, adversarial: float = 0.0) -> str:
     loop = f"{{steps:{steps},batch_size:8,learning_rate:3.0e-3,warmup:1,ema_halflife:80}}"
-    return f"{{trains:{trains},perceptual_weight:{perceptual},perceptual_share:0.5,loop:{loop}}}"
+    weights = f"perceptual_weight:{perceptual},perceptual_share:0.5,adversarial_weight:{adversarial}"
+    return f"{{trains:{trains},{weights},loop:{loop}}}"
 
 
 def overrides(folder: Path, *phases: str) -> list[str]:
     """A small recipe on the images in `folder`, whose weights go to `folder/weights`."""
     recipe = {
         "width": 48, "latent_channels": 4, "encoder_blocks": "[0,1,1,1]", "decoder_blocks": "[1,1,1,1]",
-        "phases": f"[{','.join(phases)}]",
+        "phases": f"[{','.join(phases)}]", "decoder_phases": f"[{phase('decoder', 1, adversarial=0.02)}]",
     }  # fmt: skip
     return [
         "autoencoder=corpus_f8c16", f"autoencoder.path={folder}/weights",
@@ -102,6 +103,7 @@ def test_an_autoencoder_is_kept_if_it_beats_pca_in_both_measures(
     assert float(deviations.square().mean()) == pytest.approx(1, abs=0.01)
     assert all(value.equal(trained.state_dict()[key]) for key, value in kept.state_dict().items())
     card = (weights / "README.md").read_text()
-    assert "training split of tiles" in card and "CC0" in card and "1 steps of decoder, 1 steps of both" in card
+    assert "training split of tiles" in card and "CC0" in card
+    assert "1 steps of decoder, 1 steps of both, 1 steps of decoder with a critic of textures" in card
     assert f"`scaling_factor` {kept.config.scaling_factor:g}." in card and kept.config.scaling_factor != 8
     assert "| autoencoder | 31.00 | 90.00 | 12.00 |" in card and "| pca | 30.00 | 101.00 | 35.00 |" in card

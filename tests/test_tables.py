@@ -88,6 +88,15 @@ def test_a_single_value_is_not_marked_as_best():
     assert "**" not in markdown
 
 
+def test_a_training_by_natural_weights_has_a_row_of_its_own_and_uniform_ones_say_so():
+    natural = row("generation", "rsprune", kid(260.0), weighting="natural")
+    head, _, *body = lines_of(to_markdown("generation", build_tables([natural, *GENERATION, *REFERENCES])["generation"]))
+    shown = [(line[head.index("prune")], line[head.index("weighting")]) for line in body]
+    assert shown[2:5] == [("rsprune", "uniform"), ("rsprune", "natural"), ("zebra", "uniform")]
+    assert shown[-1] == ("pca", "–")
+    assert "weighting" not in to_markdown("generation", build_tables(GENERATION)["generation"])
+
+
 def test_csv_holds_every_number_of_the_rows_exactly_and_no_timing(tmp_path):
     rows = [*GENERATION, *REFERENCES]
     write_tables(build_tables(rows), tmp_path)

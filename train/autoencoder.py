@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from encoders.pixels import to_tensor, to_uint8
 from eval.measuring import compare, embed_rows, encoders_of, evaluation_sets
 from eval.metrics import Quantity, compute
 from runtime.application import run
-from runtime.artefacts import process_count, stage
+from runtime.artefacts import file_digest, process_count, stage
 from runtime.errors import UserError
 from runtime.tracking import track
+from train.adversarial import Critic, adversarial_losses
 from train.channel_scale import channel_deviations, scale_channels
 from train.components import REPOSITORY
 from train.latents import (
@@ -97,15 +99,20 @@ class Phase:
         perceptual_weight: of the relative feature distance beside the pixel loss.
         perceptual_share: share of each batch on which the perceptual loss, the dearer one, is computed.
         loop: how long and how fast.
+        adversarial_weight: of the critic's judgement of textures (`train.adversarial`); 0: there is no critic.
+        latent_noise: the decoder's latents get noise whose standard deviation is drawn, for every image, from 0 to
+            this; in latents as the diffusion model sees them.
     """
 
     trains: str
     perceptual_weight: float
     perceptual_share: float
     loop: LoopOptions
+    adversarial_weight: float = 0.0
+    latent_noise: float = 0.0
 
 
-def train_autoencoder(
+def train_phases(
     autoencoder: AutoencoderTiny,
     corpus: Corpus,
     accelerator: Accelerator,
@@ -113,54 +120,119 @@ def train_autoencoder(
     directory: Path,
     *,
     perceptual: EfficientNetLite0,
+    label: str = "autoencoder",
     log: Callable[[dict[str, float], int], None] | None = None,
 ) -> AutoencoderTiny:
-    """Start from PCA and train phase by phase on scene-balanced tiles of the training split.
+    """Train phase by phase on scene-balanced tiles of the training split.
 
     The pixel loss is squared plus a tenth of absolute error; the perceptual loss is the relative L1 distance of feature
     maps. Every phase goes on from the averaged weights of the one before.
+
+    Args:
+        directory: takes `phase_<index>/` with checkpoints, from which an interrupted training goes on.
     """
     weights = scene_balanced_weights(corpus)
-    start_from_pca(autoencoder, fit_pca(corpus, autoencoder.config.latent_channels, phases[0].loop.seed))
     autoencoder = autoencoder.to(accelerator.device, memory_format=torch.channels_last)
     perceptual.network().to(accelerator.device)
     for index, phase in enumerate(phases):
-        modules = {"decoder": autoencoder.decoder}
+        modules: dict[str, nn.Module] = {"decoder": autoencoder.decoder}
         if phase.trains == "both":
             modules = {"encoder": autoencoder.encoder, **modules}
+        if phase.adversarial_weight:
+            modules["critic"] = Critic().to(accelerator.device, memory_format=torch.channels_last)
 
         def draw(random: np.random.Generator, rows: slice, phase: Phase = phase) -> Batch:
             picked = random.choice(len(corpus), phase.loop.batch_size, p=weights)[rows]
             return (flip(to_tensor(corpus.images[picked]), random),)
 
-        def loss(modules: Modules, batch: Batch, phase: Phase = phase) -> torch.Tensor:
-            images = batch[0].contiguous(memory_format=torch.channels_last)
-            with accelerator.autocast(), torch.set_grad_enabled("encoder" in modules):
-                latents = modules.get("encoder", autoencoder.encoder)(images)
-            with accelerator.autocast():
-                output = modules["decoder"](latents).float()
-            difference = output - images
-            total = difference.square().mean() + 0.1 * difference.abs().mean()
-            if phase.perceptual_weight:
-                part = slice(max(1, round(phase.perceptual_share * len(images))))
-                with accelerator.autocast():
-                    with torch.no_grad():
-                        wanted = perceptual.feature_pyramid(images[part])
-                    found = perceptual.feature_pyramid(output[part])
-                distances = [
-                    (a.float() - b.float()).abs().mean() / b.float().abs().mean()
-                    for a, b in zip(found, wanted, strict=True)
-                ]
-                total = total + phase.perceptual_weight * sum(distances) / len(distances)
-            return total
-
-        label = f"autoencoder, phase {index + 1} of {len(phases)}"
-        folder = directory / f"phase_{index}"
-        best = train_loop(accelerator, modules, draw, loss, phase.loop, folder, label=label, log=log)
+        best = train_loop(
+            accelerator,
+            modules,
+            draw,
+            partial(_phase_loss, phase, autoencoder, perceptual, accelerator),
+            phase.loop,
+            directory / f"phase_{index}",
+            label=f"{label}, phase {index + 1} of {len(phases)}",
+            log=log,
+        )
         for name, module in modules.items():
             module.load_state_dict(best[name].state_dict())
     perceptual.network().cpu()
-    return autoencoder.cpu().eval()
+    return autoencoder.cpu().to(memory_format=torch.contiguous_format).eval()
+
+
+def _phase_loss(
+    phase: Phase,
+    autoencoder: AutoencoderTiny,
+    perceptual: EfficientNetLite0,
+    accelerator: Accelerator,
+    modules: Modules,
+    batch: Batch,
+) -> torch.Tensor:
+    """The loss of a phase on a batch of images: of pixels, features and textures."""
+    images = batch[0].contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast(), torch.set_grad_enabled("encoder" in modules):
+        latents = modules.get("encoder", autoencoder.encoder)(images)
+    if phase.latent_noise:
+        deviation = phase.latent_noise / autoencoder.config.scaling_factor
+        latents = latents + deviation * torch.rand(len(latents), 1, 1, 1, device=latents.device) * torch.randn_like(
+            latents
+        )
+    with accelerator.autocast():
+        output = modules["decoder"](latents).float()
+    difference = output - images
+    total = difference.square().mean() + 0.1 * difference.abs().mean()
+    if phase.perceptual_weight:
+        part = slice(max(1, round(phase.perceptual_share * len(images))))
+        with accelerator.autocast():
+            with torch.no_grad():
+                wanted = perceptual.feature_pyramid(images[part])
+            found = perceptual.feature_pyramid(output[part])
+        distances = [
+            (a.float() - b.float()).abs().mean() / b.float().abs().mean() for a, b in zip(found, wanted, strict=True)
+        ]
+        total = total + phase.perceptual_weight * sum(distances) / len(distances)
+    if phase.adversarial_weight:
+        with accelerator.autocast():
+            of_decoder, of_critic = adversarial_losses(modules["critic"], images, output)
+        total = total + phase.adversarial_weight * of_decoder + of_critic
+    return total
+
+
+def phases_of(configs: Sequence[DictConfig], seed: int) -> list[Phase]:
+    """The phases of a recipe."""
+    return [Phase(**{**phase, "loop": LoopOptions(**phase.loop, seed=seed)}) for phase in configs]
+
+
+def build_autoencoder(cfg: DictConfig, corpus: Corpus, directory: Path) -> AutoencoderTiny:
+    """Follow the recipe: from PCA or `start`, the phases, the scales of the channels, the decoder's own phases."""
+    recipe, seed = cfg.autoencoder.recipe, int(cfg.seed)
+    set_seed(seed)
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    perceptual = instantiate(cfg.encoder)
+    with track(cfg, "autoencoder", corpus.name) as tracker:
+        train = partial(train_phases, corpus=corpus, accelerator=accelerator, perceptual=perceptual, log=tracker.log)
+        if recipe.start is not None:
+            trained = AutoencoderTiny.from_pretrained(recipe.start, use_safetensors=True)
+        else:
+            trained = AutoencoderTiny(
+                encoder_block_out_channels=(recipe.width,) * 4,
+                decoder_block_out_channels=(recipe.width,) * 4,
+                latent_channels=recipe.latent_channels,
+                num_encoder_blocks=tuple(recipe.encoder_blocks),
+                num_decoder_blocks=tuple(recipe.decoder_blocks),
+                scaling_factor=recipe.scaling_factor,
+            )
+            start_from_pca(trained, fit_pca(corpus, recipe.latent_channels, seed))
+            trained = train(trained, phases=phases_of(recipe.phases, seed), directory=directory)
+        if recipe.channel_scale is not None:
+            scale_channels(trained, channel_deviations(trained, some_images(corpus, seed)), recipe.channel_scale)
+        return train(
+            trained,
+            phases=phases_of(recipe.decoder_phases, seed),
+            directory=directory / "decoder",
+            label="autoencoder, decoder alone",
+        )
 
 
 def main(cfg: DictConfig) -> None:
@@ -169,30 +241,13 @@ def main(cfg: DictConfig) -> None:
         raise UserError("train/autoencoder.py is one process: start it without `accelerate launch`")
     recipe = cfg.autoencoder.recipe
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
-    set_seed(int(cfg.seed))
-    autoencoder = AutoencoderTiny(
-        encoder_block_out_channels=(recipe.width,) * 4,
-        decoder_block_out_channels=(recipe.width,) * 4,
-        latent_channels=recipe.latent_channels,
-        num_encoder_blocks=tuple(recipe.encoder_blocks),
-        num_decoder_blocks=tuple(recipe.decoder_blocks),
-        scaling_factor=recipe.scaling_factor,
-    )
-    encoder = instantiate(cfg.encoder)
 
     def build(directory: Path) -> None:
-        accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-        with track(cfg, "autoencoder", corpus.name) as tracker:
-            phases = [Phase(**{**phase, "loop": LoopOptions(**phase.loop, seed=cfg.seed)}) for phase in recipe.phases]
-            trained = train_autoencoder(
-                autoencoder, corpus, accelerator, phases, directory, perceptual=encoder, log=tracker.log
-            )
-        trained.to(memory_format=torch.contiguous_format)
-        if recipe.channel_scale is not None:
-            scale_channels(trained, channel_deviations(trained, some_images(corpus, cfg.seed)), recipe.channel_scale)
-        trained.save_pretrained(directory / "autoencoder")
+        build_autoencoder(cfg, corpus, directory).save_pretrained(directory / "autoencoder")
 
     inputs = {"corpus": corpus.fingerprint, "recipe": recipe, "encoder": cfg.encoder, "seed": cfg.seed}
+    if recipe.start is not None:
+        inputs["start"] = file_digest(Path(recipe.start) / "diffusion_pytorch_model.safetensors")
     directory = stage(cfg.runs, "autoencoder", inputs, build, resumable=True)
     trained = AutoencoderTiny.from_pretrained(directory / "autoencoder", use_safetensors=True)
     trained.eval().requires_grad_(False)
@@ -245,7 +300,11 @@ def _card(cfg: DictConfig, figures: dict[str, dict[str, float]], scaling_factor:
     rows = "\n".join(
         f"| {name} | " + " | ".join(f"{values[key]:.2f}" for key in keys) + " |" for name, values in figures.items()
     )
-    phases = ", ".join(f"{phase.loop.steps} steps of {phase.trains}" for phase in recipe.phases)
+    phases = ", ".join(
+        f"{phase.loop.steps} steps of {phase.trains}"
+        + (" with a critic of textures" if phase.get("adversarial_weight") else "")
+        for phase in [*recipe.phases, *recipe.decoder_phases]
+    )
     return f"""---
 library_name: diffusers
 license: apache-2.0
