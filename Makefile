@@ -6,6 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 PROFILE ?= local
+EXPERIMENT ?= convergence
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -56,8 +57,8 @@ bench: $(READY)  ## speed of every stage on this machine
 	$(BIN)/python scripts/bench_selection.py profile=$(PROFILE)
 	$(BIN)/python scripts/bench_training.py profile=$(PROFILE)
 
-sweep: $(READY)  ## pretrain over methods and ratios
-	$(BIN)/python train/pretrain.py -m prune=full,random,rsprune ratio=0.5,0.85 profile=$(PROFILE)
+sweep: $(READY)  ## an experiment of configs/experiment: make sweep EXPERIMENT=ratio_compute
+	$(BIN)/python train/pretrain.py -m experiment=$(EXPERIMENT) profile=$(PROFILE)
 
 quality: $(READY)  ## every pruning method at several ratios, judged without training
 	$(BIN)/python scripts/quality.py profile=$(PROFILE)

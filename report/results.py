@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from runtime.application import changed_options
 from runtime.artefacts import fingerprint, finite, plain, provenance
 from runtime.errors import UserError
 
@@ -100,8 +101,10 @@ def result_row(
     Args:
         kind: the row's stage.
         metrics: the evaluation encoder's before those of others.
-        directory: the stage directory in which the metrics were computed; its commit goes into the row.
+        directory: the stage directory in which the metrics were computed; its commit and the seconds of its last build
+            go into the row.
     """
+    found = provenance(directory)
     return {
         "stage": kind,
         "corpus": cfg.corpus.name,
@@ -112,6 +115,8 @@ def result_row(
         **fields,
         "metrics": dict(metrics),
         "fingerprint": fingerprint(directory=directory.name, step=step, **fields),
-        "commit": provenance(directory)["commit"],
+        "commit": found["commit"],
+        "seconds": found["seconds"],
+        "config": changed_options(cfg),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }

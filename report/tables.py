@@ -30,6 +30,10 @@ TABLE_OF_STAGE = {
     "semantic_synthesis": "semantic_synthesis",
     "ablation": "ablation",
 }
+#: Stages whose rows have no fields of their own; those of others (an ablation, an experiment) are texts.
+PLAIN_STAGES = frozenset({*TABLE_OF_STAGE, "reference"} - {"ablation"})
+#: Keys of a row that say how it was computed, and that no table shows.
+ROW_FACTS = frozenset({"stage", "metrics", "fingerprint", "commit", "machine", "config", "seconds", "kept", "flops"})
 #: What each table shows and how to read it.
 TABLE_NOTES = {
     "generation": "Generated images against real held-out images: a scene-balanced set and one as nature mixes it.",
@@ -80,7 +84,7 @@ def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
     tables = {}
     others = {row["stage"] for row in rows} - {*TABLE_OF_STAGE, REFERENCE}
     for stage, name in (TABLE_OF_STAGE | {stage: stage for stage in sorted(others)}).items():
-        measured = [_record(row, "measured", extras=stage == "ablation") for row in rows if row["stage"] == stage]
+        measured = [_record(row, "measured", extras=stage not in PLAIN_STAGES) for row in rows if row["stage"] == stage]
         if measured:
             references = [_record(row, REFERENCE, extras=False) for row in rows if row["stage"] == REFERENCE]
             tables[name] = _frame(name, measured, references)
@@ -100,8 +104,8 @@ def _record(row: Row, kind: str, *, extras: bool) -> dict[str, Any]:
     if kind == "measured" and record["weighting"] is None:
         record["weighting"] = weighting_name(0)
     if extras:
-        known = {"stage", "metrics", "fingerprint", "commit", "machine", *record}
-        record |= {f"field:{name}": str(value) for name, value in row.items() if name not in known}
+        known = {*ROW_FACTS, *record}
+        record |= {f"field:{key}": str(value) for key, value in row.items() if key not in known}
     for name, value in row["metrics"].items():
         number = isinstance(value, (Real, type(None))) and not isinstance(value, bool)
         if number and (name in PLAIN or Quantity.parse(name) is not None):

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.quiet import silence_libraries
 
@@ -70,20 +70,23 @@ def run(main: Callable) -> None:
 
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
-        try:
-            quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
-            with quiet, command(cfg):  # of several processes the first alone prints the result
-                main(cfg)
-        except Exception as error:  # inside, or Hydra prints a page first
-            message = _explained(error, cfg.runs)
-            if not cells.outlives():
-                if message is None:
+        if cells.elsewhere():  # a launcher's process has run nothing of this function's set-up
+            prepare_process()
+        with cells.counted():
+            try:
+                quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
+                with quiet, command(cfg):  # of several processes the first alone prints the result
+                    main(cfg)
+            except Exception as error:  # inside, or Hydra prints a page first
+                message = _explained(error, cfg.runs)
+                if cells.outlives() or cells.elsewhere():
+                    cells.unforeseen(error, cfg.runs) if message is None else cells.foreseen(message)
+                if cells.elsewhere():  # the launcher keeps it until all cells are done
                     raise
-                _fail(message)
-            elif message is None:
-                cells.unforeseen(error, cfg.runs)
-            else:
-                cells.foreseen(message)
+                if not cells.outlives():
+                    if message is None:
+                        raise
+                    _fail(message)
 
     try:
         start_the_others()
@@ -126,6 +129,50 @@ def changed_config(*overrides: str) -> DictConfig:
 
     own = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     return compose("config", overrides=[*own, *overrides])
+
+
+def changed_options(cfg: DictConfig) -> dict[str, Any]:
+    """The options of a config that are not as in configs/, by their dotted keys; folders by their names alone.
+
+    Where a run writes, how it is tracked and which experiment it belongs to are left out: they change no result.
+    """
+    own, defaults = (_leaves(config) for config in (cfg, _defaults()))
+    changed = {key: value for key, value in own.items() if key not in defaults or defaults[key] != value}
+    ignored = ("runs", "results", "tracker", "experiment", "profile", "hydra")
+    return {
+        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in sorted(changed.items())
+        if key.split(".")[0] not in ignored
+    }
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    """The config without any override, composed where Hydra runs already and where it does not."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        return compose("config")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config")
+
+
+def _leaves(cfg: DictConfig) -> dict[str, Any]:
+    """Options by their dotted keys, interpolations as they are written, without secrets."""
+    from runtime.provenance import unresolved
+
+    found: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                visit(f"{prefix}.{key}" if prefix else str(key), item)
+        else:
+            found[prefix] = value
+
+    visit("", unresolved(cfg))
+    return found
 
 
 def _one_line(error: Exception) -> str:

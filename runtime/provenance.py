@@ -51,6 +51,12 @@ def resolved(cfg: DictConfig) -> Any:
     return _clean(raw, value, set(_from_environment(raw, value)))
 
 
+def unresolved(cfg: DictConfig) -> Any:
+    """A config with its interpolations as they are written, without secrets."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    return _clean(raw, raw, set())
+
+
 def _from_environment(raw: Any, value: Any) -> Iterator[str]:
     """Values of the entries that ask for an environment variable."""
     if isinstance(raw, (dict, list)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runtime.artefacts import fingerprint, process_count
+from runtime.artefacts import fingerprint, is_main_process, process_count
 
 #: Below `runs`: tracebacks of cells that ended in an error nobody foresaw.
 FAILED = "failed_cells"
@@ -24,12 +25,15 @@ FAILED = "failed_cells"
 class Cells:
     """The cells of a command's sweep, and what went wrong in them.
 
-    A cell that cannot be composed is left out. One that fails does not end the sweep where Hydra's own launcher runs
-    one cell after the other in this process; of several processes that train together, the others would wait forever.
+    A cell that cannot be composed is left out. One that fails does not end the sweep: where Hydra's own launcher runs
+    one cell after the other in this process, it is reported here; where another launcher (joblib, submitit) runs cells
+    in processes of their own, that process reports it and raises, and the launcher keeps the error until all cells are
+    done. Of several processes that train together, the others would wait forever, so that there it ends all.
     """
 
     def __init__(self) -> None:
         self._foreseen: list[bool] = []
+        self._total, self._seconds = 0, []
 
     @property
     def exit_code(self) -> int:
@@ -37,10 +41,24 @@ class Cells:
         return 0 if not self._foreseen else 2 if all(self._foreseen) else 1
 
     def outlives(self) -> bool:
-        """Whether the other cells run if the one that is running now fails."""
-        if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN or process_count() > 1:
-            return False
-        return HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
+        """Whether the other cells run, in this process, if the one that is running now fails."""
+        return _multirun() and not self.elsewhere() and process_count() == 1
+
+    def elsewhere(self) -> bool:
+        """Whether a launcher has started this process, or will start another, for the running cell."""
+        return _multirun() and not HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Tell on stderr, after the running cell, how many of the sweep are done and how long the others may take."""
+        start = time.perf_counter()
+        yield
+        if not (_multirun() and self._total > 1) or self.elsewhere() or not is_main_process():
+            return
+        self._seconds.append(time.perf_counter() - start)
+        done, mean = len(self._seconds), sum(self._seconds) / len(self._seconds)
+        left = f", about {duration((self._total - done) * mean)} left" if done < self._total else ""
+        print(f"cell {done} of {self._total}: {duration(self._seconds[-1])}{left}", file=sys.stderr, flush=True)
 
     def foreseen(self, message: str, overrides: Sequence[str] | None = None) -> None:
         """Report a cell that the user can mend; `overrides` are those of the running cell if none are given."""
@@ -78,12 +96,24 @@ class Cells:
                 except (HydraException, OmegaConfBaseException) as error:
                     self.foreseen(explain(error), cell)
                     batch.remove(cell)
+            self._total += len(batch)
 
         Sweeper.validate_batch_is_legal = keep_legal
         try:
             yield
         finally:
             Sweeper.validate_batch_is_legal = before
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _multirun() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _running() -> list[str]:

@@ -1,4 +1,8 @@
-"""Which ratio to prune at: the curve of what is lost over ratios, and its knee. `python scripts/suggest.py`."""
+"""Which ratio to prune at: the curve of what is lost over ratios, and its knee. `python scripts/suggest.py`.
+
+With `suggest.images_seen=N`, how many images the training will see, the trainings of the experiment ratio_compute
+decide where there are some of this corpus; else ratios at which images repeat too often are left out.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,16 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from eval.measuring import encoders_of, evaluation_sets
+from eval.metrics import Quantity
 from eval.subsets import knee, representation, unit
 from prune.features import corpus_embeddings
 from prune.selection import method_name, select
+from report.experiments import best_ratio, read_experiment
 from report.figures import ratio_curve
 from report.page import figure_bytes
 from runtime.application import changed_config, run
 from runtime.artefacts import write_json
+from runtime.errors import UserError
 
 
 def curve(cfg: DictConfig, method: str) -> pd.DataFrame:
@@ -38,10 +45,56 @@ def curve(cfg: DictConfig, method: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def affordable(table: pd.DataFrame, images_seen: float, most_repeats: float) -> pd.DataFrame:
+    """The rows of a curve whose images a training of `images_seen` images would not see too often.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = table[images_seen / table["kept"] <= most_repeats]
+    if found.empty:
+        raise UserError(
+            f"suggest.images_seen={images_seen:g}: at every ratio of quality.curve a kept image would be seen more than "
+            f"suggest.most_repeats={most_repeats:g} times: lower one or raise the other"
+        )
+    return found.reset_index(drop=True)
+
+
+def measured_best(cfg: DictConfig, method: str, images_seen: float) -> tuple[float, pd.DataFrame] | None:
+    """The ratio with the nearest images after so many, of the trainings of `suggest.experiment`; None: none fit.
+
+    Returns:
+        The ratio, and for every ratio the mean, deviation and number of seeds of the balanced distance.
+    """
+    rows = [
+        row
+        for row in read_experiment(cfg.results, str(cfg.suggest.experiment))
+        if row["corpus"] == cfg.corpus.name and (row["prune"] == method or row["ratio"] == 0)
+    ]
+    metric = Quantity("kid_x1000", encoders_of(cfg)[0].name, "balanced").name
+    found = best_ratio(rows, metric, images_seen)
+    return None if len(found) < 2 else (float(found.loc[found["mean"].idxmin(), "ratio"]), found)
+
+
 def main(cfg: DictConfig) -> None:
-    method = method_name()
+    method, images_seen = method_name(), cfg.suggest.images_seen
+    measured = None if images_seen is None else measured_best(cfg, method, float(images_seen))
+    if measured is not None:
+        print(measured[1].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+        print(
+            f"suggested: ratio={measured[0]:g}, the nearest to balanced validation images after {images_seen:,} images "
+            f"in the trainings of {cfg.suggest.experiment}"
+        )
+        return
     table = curve(cfg, method)
-    best = table.iloc[knee(table["kept"].to_numpy(dtype=float), table["representation"].to_numpy())]
+    allowed = table if images_seen is None else affordable(table, float(images_seen), float(cfg.suggest.most_repeats))
+    best = allowed.iloc[knee(allowed["kept"].to_numpy(dtype=float), allowed["representation"].to_numpy())]
+    if images_seen is not None:
+        print(
+            f"no trainings of {cfg.corpus.name} at several ratios reach {images_seen:,} images (make sweep "
+            f"EXPERIMENT={cfg.suggest.experiment}): the ratio is the knee among those at which no kept image is seen "
+            f"more than {cfg.suggest.most_repeats:g} times"
+        )
     results = Path(cfg.results) / cfg.profile.name / "suggest"
     results.mkdir(parents=True, exist_ok=True)
     figure = ratio_curve(table, best["ratio"], f"What {method} keeps of {cfg.corpus.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from tiny_run import NETWORK, tiny_overrides
 
 from runtime.application import run
 from runtime.errors import UserError
+from runtime.sweep import duration
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(cfg: DictConfig) -> None:
@@ -58,10 +62,31 @@ def test_a_bad_cell_does_not_end_a_sweep(
     assert sweep(monkeypatch, tmp_path, "-m", "prune=random", *arguments) == code
     output, errors = capsys.readouterr()
     assert output.splitlines() == [f"result: {result}" for result in results]
-    lines = errors.splitlines()
+    cells = [line for line in errors.splitlines() if line.startswith("cell ")]
+    lines = [line for line in errors.splitlines() if line not in cells]
     assert len(lines) == len(bad), errors
+    total = len(results) + len([line for line in bad if "Could not" not in line])
+    assert [line.split(":")[0] for line in cells] == [f"cell {n} of {total}" for n in range(1, total + 1) if total > 1]
+    assert [" left" in line for line in cells] == [True] * (len(cells) - 1) + [False] * bool(cells)
     for line, start in zip(lines, bad, strict=True):
         assert line.startswith(f"error: cell {start}")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["ratio=0.5,1.5,0.8"], 2), (["ratio=0.5,0.8"], 0)])
+def test_a_launcher_that_starts_processes_ends_the_same_way(tmp_path: Path, arguments: list[str], code: int) -> None:
+    words = [sys.executable, __file__, "-m", "prune=random", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([*words, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["result: Random 0.5 0", "result: Random 0.8 0"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: cell ")]
+    assert errors == (["error: cell ratio=1.5: ratio=1.5 is no share"] if code else [])
+
+
+def test_a_duration_is_said_as_people_do() -> None:
+    assert [duration(seconds) for seconds in (0.4, 89, 90, 600, 5400, 9000)] == [
+        "0 s", "89 s", "2 min", "10 min", "1.5 h", "2.5 h",
+    ]  # fmt: skip
 
 
 def test_the_traceback_of_an_unforeseen_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -134,3 +159,7 @@ def test_pretraining_goes_on_after_a_cell_that_diverges(repository: Path, tmp_pa
     (line,) = (line for line in done.stderr.splitlines() if "error" in line)
     assert line.startswith("error: cell train.loop.learning_rate=1e+30: pretrain random: the loss is")
     assert len([line for line in done.stdout.splitlines() if line.startswith("run: ")]) == 1
+
+
+if __name__ == "__main__":
+    run(main)

@@ -90,7 +90,8 @@ def test_a_single_value_is_not_marked_as_best():
 
 def test_a_training_by_natural_weights_has_a_row_of_its_own_and_uniform_ones_say_so():
     natural = row("generation", "rsprune", kid(260.0), weighting="natural")
-    head, _, *body = lines_of(to_markdown("generation", build_tables([natural, *GENERATION, *REFERENCES])["generation"]))
+    table = build_tables([natural, *GENERATION, *REFERENCES])["generation"]
+    head, _, *body = lines_of(to_markdown("generation", table))
     shown = [(line[head.index("prune")], line[head.index("weighting")]) for line in body]
     assert shown[2:5] == [("rsprune", "uniform"), ("rsprune", "natural"), ("zebra", "uniform")]
     assert shown[-1] == ("pca", "–")

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from omegaconf import DictConfig
 
 from prune.selection import method_name
+from report.experiments import record
 from runtime.application import run
 from runtime.artefacts import is_main_process, read_json
 from runtime.errors import UserError
@@ -42,6 +43,8 @@ def main(cfg: DictConfig) -> None:
         print(f"{key}: {'undefined' if metrics[key] is None else format(metrics[key], '.4g')}")
     if cfg.push_to_hub is not None and is_main_process():
         push(directory / "pipeline", str(cfg.push_to_hub))
+    if cfg.experiment.name is not None and is_main_process():
+        print(f"experiment: {record(cfg, method_name(), directory)}")
     print(f"seconds: {time.perf_counter() - start:.0f}")
     print(f"run: {directory}")
 

@@ -1,0 +1,121 @@
+"""Rows of an experiment (configs/experiment): what every finished cell of its sweep adds to one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from eval.convergence import CONVERGENCE, first_reached
+from eval.metrics import Quantity
+from report.results import append_result, read_results, result_row
+from report.tables import build_tables, evaluation_encoder, write_tables
+from runtime.artefacts import read_json
+
+#: Below `results`: a file and a folder of tables for every experiment.
+EXPERIMENTS = "experiments"
+RESULTS = "results.jsonl"
+
+
+def experiment_rows(cfg: DictConfig, method: str, run: Path) -> list[dict[str, Any]]:
+    """The rows of a finished pretraining run: one for every snapshot, measured on val, and one for its final model.
+
+    Every row has `experiment`, and the options that the experiment names as its columns.
+    """
+    name = str(cfg.experiment.name)
+    fields = {str(key): _text(OmegaConf.select(cfg, key)) for key in cfg.experiment.columns}
+    summary = read_json(run / "summary.json")
+    ratio = 0.0 if method == "full" else float(cfg.ratio)
+    facts = {"kept": summary["images"], "seconds": summary["seconds"], "flops": summary["training_flops_per_image"]}
+    lines = [
+        *pd.read_json(run / CONVERGENCE, lines=True).to_dict("records"),
+        {"step": summary["steps"], "images_seen": summary["images_seen"], **summary["metrics"]},
+    ]
+    splits = ["val"] * (len(lines) - 1) + [str(cfg.eval.split)]
+    rows = []
+    for number, (line, split) in enumerate(zip(lines, splits, strict=True)):
+        step = int(line.pop("step"))
+        what = "final" if number == len(lines) - 1 else "snapshot"
+        row = result_row(cfg, name, method, ratio, line, run, step=step, what=what, split=split, **fields)
+        rows.append({**row, **facts})
+    return rows
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def record(cfg: DictConfig, method: str, run: Path) -> Path:
+    """Add a run's rows to its experiment's file, and write the experiment's table anew; the folder of both."""
+    folder = Path(cfg.results) / EXPERIMENTS / str(cfg.experiment.name)
+    for row in experiment_rows(cfg, method, run):
+        append_result(folder / RESULTS, row)
+    write_experiment(folder)
+    return folder
+
+
+def write_experiment(folder: Path) -> None:
+    """The tables of an experiment's rows, and where training on everything overtakes the subsets, if it is that."""
+    rows = read_results(folder / RESULTS)
+    write_tables(build_tables([row for row in rows if row["what"] == "final"]), folder)
+    curves = snapshots(rows)
+    metric = Quantity("kid_x1000", evaluation_encoder(rows), "balanced").name
+    if metric in curves and (curves["ratio"] == 0).any() and curves["ratio"].nunique() > 1:
+        overtaken(curves, metric).to_csv(folder / "overtaken.csv", index=False)
+
+
+def overtaken(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Where training on everything becomes better than training on a subset.
+
+    Args:
+        curves: rows of one experiment's snapshots with columns ratio, seed, images_seen and the metric, of which
+            less is better; ratio 0 is the whole corpus.
+    Returns:
+        A row for every ratio above 0 and seed: `images_seen` at which the curve of ratio 0 comes below that of the
+        subset, linearly between snapshots; NaN where it never does within the experiment.
+    """
+    rows = []
+    for seed, of_seed in curves.groupby("seed"):
+        by_ratio = {ratio: part.set_index("images_seen")[metric] for ratio, part in of_seed.groupby("ratio")}
+        if 0 not in by_ratio:
+            continue
+        for ratio, subset in by_ratio.items():
+            if ratio:
+                gap = (by_ratio[0] - subset).dropna().sort_index()
+                found = first_reached(gap.index, gap, 0.0) if len(gap) else None
+                rows.append({"ratio": ratio, "seed": seed, "images_seen": float("nan") if found is None else found})
+    return pd.DataFrame(rows, columns=["ratio", "seed", "images_seen"])
+
+
+def best_ratio(rows: list[dict[str, Any]], metric: str, images_seen: float) -> pd.DataFrame:
+    """What a measured experiment says of every ratio after so many images: mean, deviation and number of its seeds.
+
+    Values between two snapshots are interpolated; a run that is shorter than `images_seen` says nothing.
+    """
+    values = []
+    frame = snapshots(rows)
+    for (ratio, _), run in frame.groupby(["ratio", "seed"]) if len(frame) else ():
+        curve = run.sort_values("images_seen")
+        if metric in curve and curve["images_seen"].iloc[0] <= images_seen <= curve["images_seen"].iloc[-1]:
+            x, y = curve["images_seen"].to_numpy(float), curve[metric].to_numpy(float)
+            values.append({"ratio": ratio, "value": float(np.interp(images_seen, x, y))})
+    found = pd.DataFrame(values, columns=["ratio", "value"]).groupby("ratio")["value"]
+    return found.agg(["mean", "std", "count"]).reset_index()
+
+
+def snapshots(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The snapshots of an experiment's rows: prune, ratio, seed, step, and every metric as a column."""
+    found = [
+        {**{key: row[key] for key in ("prune", "ratio", "seed", "step")}, **row["metrics"]}
+        for row in rows
+        if row.get("what") == "snapshot"
+    ]
+    return pd.DataFrame(found)
+
+
+def read_experiment(results: Path | str, name: str) -> list[dict[str, Any]]:
+    """The rows of an experiment; none where nothing of it is computed."""
+    return read_results(Path(results) / EXPERIMENTS / name / RESULTS)
