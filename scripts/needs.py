@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from corpus.sources.huggingface import HuggingFace
 from encoders.hub import TransformersEncoder
@@ -141,7 +141,27 @@ def _told(key: str, cfg: DictConfig, look: Callable[[], Need]) -> Need:
         message = explained(error, cfg.runs)
         if message is None:
             raise
-        return Need(key, key, MISSING, " ".join(message.split()))
+        group = key.partition(".")[0]
+        absent = [name for name in not_given(cfg) if name.startswith(f"{group}.")]
+        return Need(key, key, MISSING, absent_line(absent[0]) if absent else " ".join(message.split()))
+
+
+def not_given(cfg: DictConfig) -> list[str]:
+    """Keys of a configuration that the command must give."""
+
+    def below(value: Any, key: str) -> Iterator[str]:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                yield from below(item, f"{key}.{name}" if key else str(name))
+        elif value == "???":
+            yield key
+
+    # OmegaConf's own missing_keys fails on references to such a key
+    return list(below(OmegaConf.to_container(cfg, resolve=False), ""))
+
+
+def absent_line(key: str) -> str:
+    return f"{key} is not given: give {key}=…"
 
 
 # ---------------------------------------------------------------- networks

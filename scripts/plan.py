@@ -37,7 +37,17 @@ from runtime.application import explained
 from runtime.artefacts import COMPLETE, NotBuilt, nothing_built, plain, stage_fingerprint
 from runtime.errors import UserError
 from scripts.chain import FineTuning, Part, Pretraining, chain
-from scripts.needs import HERE, MISSING, Need, autoencoder_weights, needs, pipeline_weights, text_weights
+from scripts.needs import (
+    HERE,
+    MISSING,
+    Need,
+    absent_line,
+    autoencoder_weights,
+    needs,
+    not_given,
+    pipeline_weights,
+    text_weights,
+)
 from train.checkpoint import Checkpoints
 from train.components import load_text_parts
 from train.data import sampling_shares
@@ -127,7 +137,8 @@ def plan_of(cfg: DictConfig, references: Callable[..., Path]) -> Plan:
     scenes = any(getattr(instantiate(one.cfg.prune, _convert_="all"), "uses_reference", False) for one in trainings)
     found = needs(cfg, with_reference=scenes and cfg.reference.source is not None)
     look.problems[:] = [need.advice for need in found if need.state == MISSING]
-    look.able = all(need.state == HERE for need in found)
+    look.problems += [absent_line(key) for key in not_given(cfg) if key.startswith("model.")]
+    look.able = not look.problems and all(need.state == HERE for need in found)
     sizes = look.at(lambda: sizes_of(cfg), None)
     for part in parts:
         _check(part, sizes, look)
@@ -240,6 +251,8 @@ def network_of(cfg: DictConfig, sizes: Sizes, conditioned: bool = False) -> nn.M
         if cfg.model.get("pretrained"):
             facts = pipeline_weights(cfg).facts("unet/config.json")
             return facts and UNet2DConditionModel.from_config(facts, in_channels=facts["in_channels"] + more)
+        if not cfg.model.get("unet") and (conditioned or not cfg.model.get("transformer")):
+            return None
         if conditioned:
             return new_unet(plain(cfg.model.unet), channels, sizes.side, sizes.width, cfg.seed, more)
         return new_network(cfg.model, channels, sizes.side, sizes.width, cfg.seed)
@@ -252,9 +265,7 @@ class Cost:
         self.cfg, self.sizes = cfg, sizes
 
     def _count(self, conditioned: bool) -> float | None:
-        if self.sizes is None or (conditioned and self.cfg.model.get("transformer")):
-            return None
-        network = network_of(self.cfg, self.sizes, conditioned)
+        network = None if self.sizes is None else network_of(self.cfg, self.sizes, conditioned)
         if network is None:
             return None
         channels, side, tokens, width = self.sizes

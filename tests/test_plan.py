@@ -234,7 +234,7 @@ def planned(cfg: DictConfig) -> list[str]:
     [
         ("gone", "gone does not exist: give a folder"),
         ("empty", "has no images"),
-        ("???", "corpus.root"),
+        ("???", "corpus.root is not given"),
         (None, "corpus.root=DIR"),
     ],
 )
@@ -256,6 +256,7 @@ def test_what_is_missing_ends_the_command(command, tmp_path: Path, capsys) -> No
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
+        (["model=pretrained"], "model.pretrained is not given: give model.pretrained="),
         (["model=dit_s"], "the tasks need model.unet"),
         (["train.views.crop=32"], "give all of them one side"),
         (["corpus.train.resolution=60"], "do not divide by the autoencoder's 8"),
