@@ -220,6 +220,28 @@ def test_what_is_done_is_found_and_nothing_else_is_made(command, pictures: Path,
     assert "missing" not in out and "corpus.train      here      " + str(pictures) in out
 
 
+@pytest.mark.slow
+def test_of_a_finished_chain_all_is_done(command, pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    """A chain of a few steps; then another sampler, which measures again and trains nothing."""
+    overrides = ["corpus=folder", f"corpus.root={pictures}", "corpus.train.resolution=32", f"runs={tmp_path}/runs",
+                 "profile=smoke", "profile.methods=[random]", "profile.downstream=[random]", "profile.natural=[random]",
+                 "corpus.train.limit=null", "corpus.val.limit=null", "corpus.test.limit=null",
+                 "leaks=0", "tracker=none", "ratio=0.5", "eval.images=4", "eval.convergence_images=4", "eval.steps=1",
+                 "text_encoder.train.steps=2", "text_encoder.train.batch_size=4", "train.loop.steps=2",
+                 "train.loop.batch_size=4", "downstream.loop.steps=2", "downstream.loop.batch_size=4",
+                 "downstream.images=4", "downstream.training_images=8", "downstream.steps=1"]  # fmt: skip
+    cfg = command(*overrides)
+    monkeypatch.setattr(reproduce, "changed_config", lambda *more: config(*overrides, *more))
+    collections.deque(reproduce.cells(cfg), maxlen=0)
+    reproduce.references(cfg, "val")
+    before = sorted((tmp_path / "runs").rglob("*"))
+    rows = plan.plan_of(cfg, reproduce.references).rows
+    assert {row.state for row in rows} == {plan.DONE} and len(rows) == 15
+    changed = plan.plan_of(command(*overrides, "eval.steps=2"), reproduce.references).rows
+    assert {row.stage for row in changed if row.state != plan.DONE} == {"measure"}
+    assert sorted((tmp_path / "runs").rglob("*")) == before
+
+
 # ---------------------------------------------------------------- what is missing
 
 

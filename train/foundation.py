@@ -52,8 +52,6 @@ from train.objective import Objective
 from train.resume import Start, inherit_snapshots, start_of, take_up, training_inputs
 from train.utilisation import compute_dtype, peak_flops, training_flops
 
-STAGE = "pretrain"
-
 
 def pretrain(cfg: DictConfig, name: str) -> Path:
     """Prune with method `name` if not cached, train the latent diffusion model on what is kept, and measure it.
@@ -67,13 +65,13 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     _check_sides(cfg, frozen.autoencoder, corpus, evaluation.while_training.corpus)
 
     def build(directory: Path) -> None:
-        with track(cfg, STAGE, f"{name}-{cfg.ratio}") as tracker:
+        with track(cfg, "pretrain", f"{name}-{cfg.ratio}") as tracker:
             text = frozen.text or scorer
             _train(_Run(cfg, name, selection, corpus, text, frozen, fields, evaluation, directory, tracker, start))
             measure_run(cfg, directory, corpus, scorer, evaluation, tracker)
 
     inputs = given.inputs(cfg)
-    directory = stage(cfg.runs, STAGE, inputs, build, resumable=True, together=first_process_says(cfg))
+    directory = stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_says(cfg))
     # found in the cache just after the build; anew where `eval` has changed since
     measure_run(cfg, directory, corpus, scorer, evaluation, Tracker())
     return directory
@@ -81,7 +79,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
 
 def run_directory(cfg: DictConfig, name: str) -> Path:
     """Where `pretrain` leaves its run, whether it is there or not. Prunes if that is not cached."""
-    return Path(cfg.runs) / STAGE / stage_fingerprint(STAGE, _given(cfg, name).inputs(cfg))
+    return Path(cfg.runs) / "pretrain" / stage_fingerprint("pretrain", _given(cfg, name).inputs(cfg))
 
 
 class _Given(NamedTuple):
