@@ -40,8 +40,8 @@ $(READY): requirements.txt pyproject.toml
 	        "$$(sed -n 's/^opencv-python==/opencv-python-headless==/p' requirements.txt)"; }
 	@rm $(UNFINISHED) && touch $(READY)
 
-reproduce: $(READY)  ## the whole chain: results/PROFILE/report.html, tables, figures
-	$(BIN)/python scripts/reproduce.py profile=$(PROFILE)
+reproduce: $(READY)  ## the whole chain: results/PROFILE/report.html, tables, figures; with DRY=1 its plan alone
+	$(BIN)/python scripts/reproduce.py profile=$(PROFILE) $(if $(filter-out 0 false,$(DRY)),dry=true)
 
 test: $(READY)  ## all tests but the slow ones
 	$(PYTEST) -m "not slow"

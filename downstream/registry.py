@@ -25,6 +25,15 @@ def find_tasks() -> dict[str, MakeTask]:
 TASKS = find_tasks()
 
 
+def suitable_names(cfg: DictConfig) -> list[str]:
+    """The names of `suitable_tasks`, told by the sources of the corpus, without an index.
+
+    A task's file says what keeps a corpus from it with `unsuited(cfg)`, if anything can.
+    """
+    modules = {name: sys.modules[make_task.__module__] for name, make_task in TASKS.items()}
+    return [name for name, module in modules.items() if not getattr(module, "unsuited", lambda _: None)(cfg)]
+
+
 def suitable_tasks(cfg: DictConfig) -> dict[str, Task]:
     """The tasks that the corpus of a config can be used for; what keeps it from another is said on stderr."""
     found = {}

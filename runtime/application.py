@@ -78,7 +78,7 @@ def run(main: Callable) -> None:
                 with quiet, command(cfg):  # of several processes the first alone prints the result
                     main(cfg)
             except Exception as error:  # inside, or Hydra prints a page first
-                message = _explained(error, cfg.runs)
+                message = explained(error, cfg.runs)
                 if cells.outlives() or cells.elsewhere():
                     cells.unforeseen(error, cfg.runs) if message is None else cells.foreseen(message)
                 if cells.elsewhere():  # the launcher keeps it until all cells are done
@@ -105,7 +105,7 @@ def run(main: Callable) -> None:
         sys.exit(cells.exit_code)
 
 
-def _explained(error: Exception, runs: str) -> str | None:
+def explained(error: Exception, runs: str) -> str | None:
     """One line for an error that the user can mend; None for any other."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

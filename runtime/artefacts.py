@@ -134,6 +134,31 @@ def _of_launch(names: Sequence[str], alone: int) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), alone)
 
 
+class NotBuilt(Exception):
+    """A stage that is not there was asked for where nothing may be built.
+
+    Attributes:
+        directory: that it would have.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(f"{directory} is not built")
+        self.directory = directory
+
+
+_looking = contextvars.ContextVar("looking", default=False)
+
+
+@contextlib.contextmanager
+def nothing_built() -> Iterator[None]:
+    """While this lasts, `stage` returns what is there and raises `NotBuilt` in place of building what is not."""
+    token = _looking.set(True)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
+
+
 def stage(
     runs: Path | str,
     name: str,
@@ -161,11 +186,16 @@ def stage(
         code: the stage's row in `runtime.versions`, where it is not the one of its name.
     Raises:
         LookupError: there is no such row.
+        NotBuilt: inside `nothing_built`, it is not there.
     """
     code = code or name
     key = stage_fingerprint(code, inputs)
     final = Path(runs) / name / key
     partial = final.with_name(key + ".partial")
+    if _looking.get():
+        if (final / COMPLETE).is_file():
+            return final
+        raise NotBuilt(final)
     main, joint = is_main_process(), together is not None and not alone_in_launch()
     if not joint and (final / COMPLETE).is_file():
         return final

@@ -6,6 +6,7 @@ import collections
 import os
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,18 +35,16 @@ from report.results import append_result, result_row, weighting_name
 from report.results_report import rebuild
 from runtime.application import changed_config, run
 from runtime.artefacts import fingerprint, is_main_process, read_json, write_json
-from runtime.errors import UserError
 from runtime.tracking import track
+from scripts.chain import Part, chain, check_profile, run_name
+from scripts.plan import dry_run
 from train.components import load_autoencoder, load_text_parts
 from train.foundation import pretrain
-from train.latents import decode, encode, fit_pca
+from train.latents import PatchPCA, decode, encode, fit_pca
 from train.measured_run import MEASURED
 
 #: What every other method is compared with, image by image.
 BASELINE = "random"
-SCRATCH = "scratch"
-#: `train.weighting` of images that are drawn as often as the corpus has images of their kind.
-NATURAL = 1.0
 
 
 class TableCell(NamedTuple):
@@ -73,7 +72,10 @@ def rebuilds(cfg: DictConfig) -> dict[str, Rebuild]:
     autoencoder, key = load_autoencoder(cfg)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     autoencoder.to(device)
-    pca = fit_pca(corpus, autoencoder.config.latent_channels, cfg.seed)
+
+    @cache
+    def pca() -> PatchPCA:
+        return fit_pca(corpus, autoencoder.config.latent_channels, cfg.seed)
 
     @torch.inference_mode()
     def by_autoencoder(images: np.ndarray) -> np.ndarray:
@@ -82,7 +84,7 @@ def rebuilds(cfg: DictConfig) -> dict[str, Rebuild]:
         return np.concatenate([to_uint8(decode(autoencoder, encode(autoencoder, part, generator))) for part in parts])
 
     def by_pca(images: np.ndarray) -> np.ndarray:
-        return to_uint8(pca.decode(pca.encode(to_tensor(images))))
+        return to_uint8(pca().decode(pca().encode(to_tensor(images))))
 
     pca_key = fingerprint(corpus=corpus.fingerprint, channels=autoencoder.config.latent_channels, seed=cfg.seed)
     return {"reconstructed_train": Rebuild(key, by_autoencoder), "pca": Rebuild(pca_key, by_pca)}
@@ -118,17 +120,14 @@ def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str) -
     return metrics
 
 
-def foundation_cells(cfg: DictConfig, foundations: dict[str, Path]) -> Iterator[TableCell]:
-    """Every method's subset, convergence and final model; fills `foundations` with the runs by `run_name`."""
-    trainings = [(method, cfg.train.weighting) for method in cfg.profile.methods]
-    trainings += [(method, NATURAL) for method in cfg.profile.natural]
+def foundation_cells(part: Part, foundations: dict[str, Path]) -> Iterator[TableCell]:
+    """Every method's subset, convergence and final model; fills `foundations` with the runs by their names."""
     chosen = {}
-    for method, weighting in trainings:
-        changed = changed_config(f"prune={method}", f"train.weighting={weighting}", f"seed={cfg.seed}")
-        if method not in foundations:
+    for training in part.pretrainings:
+        changed, method, name = training.cfg, training.method, training.name
+        if training.new_subset:
             directory = measured_subset(changed, method)
             yield TableCell(changed, "subset", method, 0, read_json(directory / "metrics.json"), directory)
-        name = run_name(method, weighting)
         chosen[name], foundations[name] = (changed, method), pretrain(changed, method)
         for line in pd.read_json(foundations[name] / CONVERGENCE, lines=True).to_dict("records"):
             metrics = {key: value for key, value in line.items() if not _biased(key)}
@@ -136,14 +135,9 @@ def foundation_cells(cfg: DictConfig, foundations: dict[str, Path]) -> Iterator[
             yield TableCell(changed, "convergence", method, step, metrics, foundations[name])
     for name, directory in foundations.items():
         summary = read_json(directory / "summary.json")
-        metrics = summary["metrics"] | differences(cfg, foundations, name)
+        metrics = summary["metrics"] | differences(part.cfg, foundations, name)
         measured = Path(read_json(directory / MEASURED)["balanced"])
         yield TableCell(chosen[name][0], "generation", chosen[name][1], summary["steps"], metrics, measured)
-
-
-def run_name(method: str, weighting: float) -> str:
-    """What a training is called beside others: its method, and its weighting where the images are not drawn alike."""
-    return method if weighting == 0 else f"{method}, {weighting_name(weighting)} weights"
 
 
 def _biased(name: str) -> bool:
@@ -152,20 +146,17 @@ def _biased(name: str) -> bool:
     return quantity is not None and quantity.entry.biased
 
 
-def downstream_cells(
-    cfg: DictConfig, tasks: Mapping[str, Task], foundations: Mapping[str, Path]
-) -> Iterator[TableCell]:
-    """Every task from every foundation, from scratch with as many steps, and with the foundation's steps added."""
-    longer = changed_config(f"seed={cfg.seed}", f"downstream.extra_steps={cfg.train.loop.steps}")
+def downstream_cells(part: Part, tasks: Mapping[str, Task], foundations: Mapping[str, Path]) -> Iterator[TableCell]:
+    """Every task's networks and its baselines."""
     for name, task in tasks.items():
-        starts = [(cfg, method, foundations[method]) for method in cfg.profile.downstream]
-        for chosen, method, foundation in [*starts, (cfg, SCRATCH, None), (longer, SCRATCH, None)]:
+        for chosen, _, method, start in (tuning for tuning in part.fine_tunings if tuning.task == name):
+            foundation = None if start is None else foundations[start]
             directory = fine_tune(chosen, task, foundation, method)
             summary = read_json(directory / "summary.json")
             measured = Path(next(iter(read_json(directory / MEASURED).values())))
             yield TableCell(chosen, name, method, summary["steps"], summary["metrics"], measured, directory)
-        for baseline, directory in measure_baselines(cfg, task).items():
-            yield TableCell(cfg, name, baseline, 0, read_json(directory / "metrics.json"), directory)
+        for baseline, directory in measure_baselines(part.cfg, task).items():
+            yield TableCell(part.cfg, name, baseline, 0, read_json(directory / "metrics.json"), directory)
 
 
 def cells(cfg: DictConfig) -> Iterator[TableCell]:
@@ -177,20 +168,16 @@ def cells(cfg: DictConfig) -> Iterator[TableCell]:
         rows.setdefault("real_held_out", {}).update(real_segmentation_metrics(cfg, held_out_images(cfg)))
     for name, metrics in rows.items():
         yield TableCell(cfg, "reference", name, 0, metrics, directory)
-    for index, seed in enumerate(cfg.profile.seeds):
-        chosen = changed_config(f"seed={seed}")
+    for index, part in enumerate(chain(cfg, tasks)):
         foundations: dict[str, Path] = {}
-        yield from foundation_cells(chosen, foundations)
+        yield from foundation_cells(part, foundations)
         if index == 0:
-            yield from downstream_cells(chosen, tasks, foundations)
+            yield from downstream_cells(part, tasks, foundations)
 
 
 def reproduce(cfg: DictConfig) -> Path:
     """Run the chain and write `results/<profile>/`."""
-    for option in ("downstream", "natural"):
-        missing = set(cfg.profile[option]) - set(cfg.profile.methods)
-        if missing:
-            raise UserError(f"profile.{option} names {sorted(missing)}, which profile.methods does not train: add them")
+    check_profile(cfg)
     results = Path(cfg.results) / cfg.profile.name
     if not is_main_process():  # takes its part in the training; the first process writes
         collections.deque(cells(cfg), maxlen=0)
@@ -207,9 +194,7 @@ def reproduce(cfg: DictConfig) -> Path:
         fields = {"weighting": weighting_name(trained)} if trained else {}
         append_result(
             partial,
-            result_row(
-                cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step, **fields
-            ),
+            result_row(cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step, **fields),
         )
         name = run_name(cell.method, trained) if trained else cell.method
         found = places.setdefault(f"{cell.kind}/{name}", [])
@@ -230,6 +215,10 @@ def reproduce(cfg: DictConfig) -> Path:
 
 
 def main(cfg: DictConfig) -> None:
+    if cfg.dry:
+        if is_main_process():
+            dry_run(cfg, references)
+        return
     start = time.perf_counter()
     results = reproduce(cfg)
     if not is_main_process():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,15 @@ def test_reproduce_leaves_the_contract_behind(home):
     assert list((results / "figures").glob("*.png"))
     page = (results / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "data:image/" in page
+
+
+def test_the_plan_of_a_finished_chain_has_nothing_left(home):
+    stages = sorted(str(path) for path in (home / "runs").glob("*/*"))
+    done = call("scripts/reproduce.py", "profile=smoke", "dry=true", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [(finished, planned)] = re.findall(r"^done: (\d+) of (\d+); left: 0 optimizer steps", done.stdout, re.M)
+    assert finished == planned and "to do" not in done.stdout
+    assert sorted(str(path) for path in (home / "runs").glob("*/*")) == stages
 
 
 def test_again_is_a_cache_hit_with_the_same_tables(home):

@@ -44,7 +44,7 @@ from prune.selection import select
 from runtime.artefacts import plain, read_json
 from runtime.errors import UserError
 from train.components import load_autoencoder, load_text_parts
-from train.foundation import pretrain
+from train.foundation import pretrain, run_directory
 from train.latents import encode
 from train.networks import diffusion_loss, new_unet, text_to_image_pipeline
 from train.objective import Objective
@@ -259,6 +259,7 @@ def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Pat
     assert widths == [32]
     assert evaluation_sets(cfg)["natural"].features["efficientnet_lite0"].shape == (12, 1280)
     directory = pretrain(cfg, "random")
+    assert run_directory(cfg, "random") == directory
     metrics = read_json(directory / "summary.json")["metrics"]
     assert {"balanced_fd_efficientnet_lite0", "natural_kid_x1000_dinov2", "balanced_clip_vit_l14"} <= set(metrics)
     assert (directory / CONVERGENCE).is_file() and (directory / "pipeline" / "model_index.json").is_file()

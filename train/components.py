@@ -110,7 +110,7 @@ def precision(cfg: DictConfig) -> dict[str, str]:
     return {} if chosen == "no" else {"mixed_precision": chosen}
 
 
-def _resolve(path: str) -> str:
+def resolve(path: str) -> str:
     """A path as given, or relative to the repository; a hub name stays one."""
     for candidate in (Path(path), REPOSITORY / path):
         if candidate.exists():
@@ -130,7 +130,7 @@ def load_autoencoder(cfg: DictConfig) -> tuple[nn.Module, str]:
     Raises:
         UserError: it is not there.
     """
-    path, revision = _resolve(cfg.autoencoder.path), cfg.autoencoder.get("revision")
+    path, revision = resolve(cfg.autoencoder.path), cfg.autoencoder.get("revision")
     loader, subfolder = getattr(diffusers, cfg.autoencoder.class_name), cfg.autoencoder.get("subfolder")
     try:
         autoencoder = loader.from_pretrained(path, subfolder=subfolder, revision=revision, use_safetensors=True)
@@ -159,7 +159,7 @@ def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
         folders = {name: str(directory / name) for name in ("clip", "text_encoder", "tokenizer")}
         key = directory.name
     else:
-        path = _resolve(options.path)
+        path = resolve(options.path)
         folders = {"clip": path, "text_encoder": path, "tokenizer": path}
         files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else []
         key = fingerprint(files=[file_digest(file) for file in files]) if files else f"{path}@{revision}"
@@ -228,7 +228,7 @@ def load_pretrained(cfg: DictConfig) -> Pretrained:
         UserError: it is not there, is another kind of pipeline, or predicts something else than the objective.
     """
     name = str(cfg.model.pretrained)
-    path = _resolve(name)
+    path = resolve(name)
     if (Path(path) / "pipeline" / "model_index.json").is_file():
         path = str(Path(path) / "pipeline")
     try:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from torch import nn
 from corpus.index import Corpus
 from eval.models import INDEX, SNAPSHOT, SNAPSHOTS, snapshots_of
 from prune.selection import select
-from runtime.artefacts import plain, read_json, stage, write_json
+from runtime.artefacts import plain, read_json, stage, stage_fingerprint, write_json
 from runtime.errors import UserError
 from runtime.tracking import Tracker, track
 from train.components import (
@@ -58,6 +59,53 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     Training and measuring are stages of their own: the training's directory depends on nothing in `cfg.eval`, and
     gets the files that measuring leaves (convergence.jsonl, summary.json, samples/) once it is whole.
     """
+    given = _given(cfg, name)
+    frozen, start, selection, corpus, scorer, fields = given
+    evaluation = Evaluation.of(cfg, corpus, scorer)  # what it lacks is said before anything is trained
+    _check_sides(cfg, frozen.autoencoder, corpus, evaluation.while_training.corpus)
+
+    def build(directory: Path) -> None:
+        with track(cfg, "pretrain", f"{name}-{cfg.ratio}") as tracker:
+            text = frozen.text or scorer
+            _train(_Run(cfg, name, selection, corpus, text, frozen, fields, evaluation, directory, tracker, start))
+            measure_run(cfg, directory, corpus, scorer, evaluation, tracker)
+
+    inputs = given.inputs(cfg)
+    directory = stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_says(cfg))
+    # found in the cache just after the build; anew where `eval` has changed since
+    measure_run(cfg, directory, corpus, scorer, evaluation, Tracker())
+    return directory
+
+
+def run_directory(cfg: DictConfig, name: str) -> Path:
+    """Where `pretrain` leaves its run, whether it is there or not. Prunes if that is not cached."""
+    return Path(cfg.runs) / "pretrain" / stage_fingerprint("pretrain", _given(cfg, name).inputs(cfg))
+
+
+class _Given(NamedTuple):
+    """What a run is made from, but for what measures it."""
+
+    frozen: _Frozen
+    start: Start
+    selection: Path
+    corpus: Corpus
+    scorer: TextParts
+    fields: Mapping[str, MetadataField]
+
+    def inputs(self, cfg: DictConfig) -> dict[str, Any]:
+        """All that the trained network depends on, for its fingerprint."""
+        return {
+            "selection": self.selection.name,
+            "text_encoder": (self.frozen.text or self.scorer).fingerprint,
+            "autoencoder": self.frozen.key,
+            "model": cfg.model,
+            **training_inputs(cfg, self.start),
+            "seed": cfg.seed,
+            **({"metadata": cfg.metadata} if self.fields else {}),
+        }
+
+
+def _given(cfg: DictConfig, name: str) -> _Given:
     frozen = _load_frozen(cfg)
     objective_of(cfg)
     sampling_shares(np.ones(1), cfg.train.weighting)
@@ -66,28 +114,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     scorer = load_text_parts(cfg, corpus)
     fields = {key: MetadataField(**plain(field)) for key, field in cfg.metadata.fields.items()}
     metadata_values(corpus.manifest, fields)
-    evaluation = Evaluation.of(cfg, corpus, scorer)  # what it lacks is said before anything is trained
-    _check_sides(cfg, frozen.autoencoder, corpus, evaluation.while_training.corpus)
-    inputs = {
-        "selection": selection.name,
-        "text_encoder": (frozen.text or scorer).fingerprint,
-        "autoencoder": frozen.key,
-        "model": cfg.model,
-        **training_inputs(cfg, start),
-        "seed": cfg.seed,
-        **({"metadata": cfg.metadata} if fields else {}),
-    }
-
-    def build(directory: Path) -> None:
-        with track(cfg, "pretrain", f"{name}-{cfg.ratio}") as tracker:
-            text = frozen.text or scorer
-            _train(_Run(cfg, name, selection, corpus, text, frozen, fields, evaluation, directory, tracker, start))
-            measure_run(cfg, directory, corpus, scorer, evaluation, tracker)
-
-    directory = stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_says(cfg))
-    # found in the cache just after the build; anew where `eval` has changed since
-    measure_run(cfg, directory, corpus, scorer, evaluation, Tracker())
-    return directory
+    return _Given(frozen, start, selection, corpus, scorer, fields)
 
 
 def _check_sides(cfg: DictConfig, autoencoder: nn.Module, corpus: Corpus, test: Corpus) -> None:

@@ -71,14 +71,22 @@ class Evaluation:
         return cls(judges, Sampling.of(cfg), evaluation_sets(cfg), balanced)
 
 
+def measured_snapshot(cfg: DictConfig, run: Path, snapshot: Path, evaluation: Evaluation) -> dict[str, Path]:
+    """A snapshot's measured stages, by held-out set."""
+    sets = {"balanced": evaluation.while_training}
+    return measure_model(Model(run / "pipeline", snapshot), sets, evaluation.judges, evaluation.sampling, cfg.runs)
+
+
+def measured_model(cfg: DictConfig, run: Path, evaluation: Evaluation) -> dict[str, Path]:
+    """The final model's measured stages, by held-out set."""
+    return measure_model(Model(run / "pipeline"), evaluation.final, evaluation.judges, evaluation.sampling, cfg.runs)
+
+
 def measure_snapshot(
     cfg: DictConfig, run: Path, snapshot: Path, corpus: Corpus, evaluation: Evaluation, tracker: Tracker
 ) -> dict[str, Any]:
     """A line of convergence.jsonl, and the snapshot's sample sheet in `samples/`."""
-    model = Model(run / "pipeline", snapshot)
-    measured = measure_model(
-        model, {"balanced": evaluation.while_training}, evaluation.judges, evaluation.sampling, cfg.runs
-    )
+    model, measured = Model(run / "pipeline", snapshot), measured_snapshot(cfg, run, snapshot, evaluation)
     line = {**read_json(snapshot / SNAPSHOT), **metrics_of(measured)}
     if is_main_process():
         tracker.log({key: value for key, value in line.items() if key != "step" and value is not None}, line["step"])
@@ -112,8 +120,7 @@ def measure_run(
     # what the tracker has heard while training went on it is not told again
     silent = Tracker() if cfg.eval.while_training else tracker
     lines = [measure_snapshot(cfg, run, path, corpus, evaluation, silent) for path in snapshots_of(run)]
-    model = Model(run / "pipeline")
-    measured = measure_model(model, evaluation.final, evaluation.judges, evaluation.sampling, cfg.runs)
+    model, measured = Model(run / "pipeline"), measured_model(cfg, run, evaluation)
     # drawn already, but all processes must ask
     drawn = {name: draw_images(model, held, evaluation.sampling, cfg.runs) for name, held in evaluation.final.items()}
     if not is_main_process():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from corpus.index import Corpus
@@ -29,7 +30,9 @@ def make_task(cfg: DictConfig) -> Task:
         Unsuited: a split of the corpus has no masks.
     """
     settings = cfg.downstream.semantic_synthesis
-    corpus = _training_corpus(cfg)
+    if reason := unsuited(cfg):
+        raise Unsuited(reason)
+    corpus = corpus_of(cfg, "train")
     palette = natural_palette(corpus, cfg.seed, settings.colour_distance)
     names = (*corpus.mask_classes, *[NO_CLASS] * (len(palette) - len(corpus.mask_classes)))
     colours = by_value(palette, len(corpus.mask_classes))
@@ -44,15 +47,16 @@ def make_task(cfg: DictConfig) -> Task:
     )
 
 
-def _training_corpus(cfg: DictConfig) -> Corpus:
-    """The training corpus; `Unsuited` unless every split that the task uses has masks."""
+def unsuited(cfg: DictConfig) -> str | None:
+    """What keeps the corpus of a config from the task: a split that the task uses has no masks."""
     for split in ("train", "val", str(cfg.eval.split)):
-        if (corpus := corpus_of(cfg, split)).masks is None:
-            raise Unsuited(
-                f"corpus {corpus.name} has no masks in its split {split}, semantic synthesis needs them: "
+        source = instantiate(cfg.corpus[split])
+        if not source.mask_classes:
+            return (
+                f"corpus {source.name} has no masks in its split {split}, semantic synthesis needs them: "
                 "try corpus=bluemarble"
             )
-    return corpus_of(cfg, "train")
+    return None
 
 
 def spread_colours(colours: np.ndarray, distance: float) -> np.ndarray:

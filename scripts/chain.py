@@ -1,0 +1,108 @@
+"""What `make reproduce` trains, in its order: the list that both the chain and its plan (`dry=true`) go by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+
+from downstream.conditional import SCRATCH
+from report.results import weighting_name
+from runtime.application import changed_config
+from runtime.errors import UserError
+
+#: `train.weighting` of images that are drawn as often as the corpus has images of their kind.
+NATURAL = 1.0
+
+
+class Pretraining(NamedTuple):
+    """One foundation model.
+
+    Attributes:
+        cfg: with its method, weighting and seed.
+        new_subset: whether it is the first one on its subset, which is then measured too.
+    """
+
+    cfg: DictConfig
+    method: str
+    new_subset: bool
+
+    @property
+    def name(self) -> str:
+        """What it is called beside others."""
+        return run_name(self.method, self.cfg.train.weighting)
+
+
+class FineTuning(NamedTuple):
+    """One training of a task.
+
+    Attributes:
+        method: of the foundation, or `scratch`.
+        foundation: name of a `Pretraining`; None: it starts from nothing.
+    """
+
+    cfg: DictConfig
+    task: str
+    method: str
+    foundation: str | None
+
+
+class Part(NamedTuple):
+    """All trainings of one seed; foundations are fine-tuned for the first seed alone."""
+
+    cfg: DictConfig
+    pretrainings: list[Pretraining]
+    fine_tunings: list[FineTuning]
+
+
+def chain(cfg: DictConfig, tasks: Iterable[str]) -> list[Part]:
+    """The trainings of a config by seed, in their order.
+
+    Args:
+        tasks: names of the tasks that the corpus is fit for.
+    Raises:
+        UserError: the profile names a method that it does not train.
+    """
+    check_profile(cfg)
+    parts = []
+    for index, seed in enumerate(cfg.profile.seeds):
+        chosen = changed_config(f"seed={seed}")
+        parts.append(Part(chosen, _pretrainings(chosen), _fine_tunings(chosen, [] if index else tasks)))
+    return parts
+
+
+def check_profile(cfg: DictConfig) -> None:
+    """Refuse (UserError) a profile that fine-tunes, or weights, what it does not train."""
+    for option in ("downstream", "natural"):
+        missing = set(cfg.profile[option]) - set(cfg.profile.methods)
+        if missing:
+            raise UserError(f"profile.{option} names {sorted(missing)}, which profile.methods does not train: add them")
+
+
+def run_name(method: str, weighting: float) -> str:
+    """What a training is called beside others: its method, and its weighting where the images are not drawn alike."""
+    return method if weighting == 0 else f"{method}, {weighting_name(weighting)} weights"
+
+
+def _pretrainings(cfg: DictConfig) -> list[Pretraining]:
+    """Every method, and those of `profile.natural` once more with natural weights."""
+    wanted = [(method, cfg.train.weighting) for method in cfg.profile.methods]
+    wanted += [(method, NATURAL) for method in cfg.profile.natural]
+    found, seen = [], set()
+    for method, weighting in wanted:
+        changed = changed_config(f"prune={method}", f"train.weighting={weighting}", f"seed={cfg.seed}")
+        found.append(Pretraining(changed, method, method not in seen))
+        seen.add(method)
+    return found
+
+
+def _fine_tunings(cfg: DictConfig, tasks: Iterable[str]) -> list[FineTuning]:
+    """Every task from every foundation, from scratch with as many steps, and with the foundation's steps added."""
+    longer = changed_config(f"seed={cfg.seed}", f"downstream.extra_steps={cfg.train.loop.steps}")
+    found = []
+    for task in tasks:
+        for method in cfg.profile.downstream:
+            found.append(FineTuning(cfg, task, method, run_name(method, cfg.train.weighting)))
+        found += [FineTuning(chosen, task, SCRATCH, None) for chosen in (cfg, longer)]
+    return found
