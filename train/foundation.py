@@ -66,7 +66,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     scorer = load_text_parts(cfg, corpus)
     fields = {key: MetadataField(**plain(field)) for key, field in cfg.metadata.fields.items()}
     metadata_values(corpus.manifest, fields)
-    evaluation = Evaluation.of(cfg, corpus, scorer)  # what it lacks is said before anything is trained
+    evaluation = Evaluation.of(cfg, corpus, selection, scorer)  # what it lacks is said before anything is trained
     _check_sides(cfg, frozen.autoencoder, corpus, evaluation.while_training.corpus)
     inputs = {
         "selection": selection.name,
