@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from hydra.utils import instantiate
 from scipy.spatial.distance import cdist
 from tiny_networks import pictures
+from tiny_run import tiny_config
 
+from corpus.index import index_corpus
 from encoders.efficientnet import EfficientNetLite0
 from eval import memorisation
-from eval.measuring_any import TRAINING, find_training
+from eval.convergence import CONVERGENCE
+from eval.measuring import evaluation_sets
+from eval.measuring_any import TRAINING, find_training, measure_any
 from eval.memorisation import nearest_distances, nearest_training
-from runtime.artefacts import COMPLETE, stage_fingerprint, write_json
+from eval.metrics import SETS
+from prune.features import corpus_embeddings
+from runtime.artefacts import COMPLETE, read_json, stage_fingerprint, write_json
+from train.foundation import pretrain
+from train.measured_run import MEASURED
 
 
 def embedded(count: int, seed: int, dimensions: int = 16) -> np.ndarray:
@@ -104,3 +114,27 @@ def test_copies_of_photographs_are_found_through_an_encoder() -> None:
     held, copies = encoder(pictures(12, seed=2)), encoder(pictures(40, seed=1)[:12])
     assert nearest_training(copies, held, corpus, np.arange(40)) < 0.01
     assert nearest_training(encoder(pictures(12, seed=3)), held, corpus, np.arange(40)) > 0.7
+
+
+@pytest.mark.slow
+def test_a_training_is_measured_against_what_it_has_seen(tmp_path: Path) -> None:
+    """The whole of `train/pretrain.py`, and the same numbers by `eval/measure.py of=RUN`, from the same stages."""
+    cfg = tiny_config(tmp_path, "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32")
+    run = pretrain(cfg, "random")
+    metrics = read_json(run / "summary.json")["metrics"]
+    name = "nearest_training_efficientnet_lite0"
+    assert {f"{held}_{name}" for held in SETS} <= set(metrics)
+    table = pd.read_parquet(tmp_path / "runs/selection" / read_json(run / TRAINING)["selection"] / "selection.parquet")
+    corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
+    features = corpus_embeddings(corpus, instantiate(cfg.yardstick), cfg.runs)
+    held = evaluation_sets(cfg)["natural"].features["efficientnet_lite0"]
+    made = np.load(Path(read_json(run / MEASURED)["natural"]) / "efficientnet_lite0.npy")
+    seen = features[table["kept"].to_numpy()].astype(np.float32)
+    medians = [np.median(cdist(x - seen.mean(0), seen - seen.mean(0), "cosine").min(1)) for x in (made, held)]
+    assert metrics[f"natural_{name}"] == pytest.approx(medians[0] / medians[1], rel=1e-3)
+    lines = [json.loads(line) for line in (run / CONVERGENCE).read_text().splitlines()]
+    assert all(line[f"balanced_{name}"] > 0 for line in lines)
+    stages = sorted((tmp_path / "runs" / "measured").iterdir())
+    cfg.of = str(run)
+    assert read_json(measure_any(cfg) / "metrics.json") == metrics
+    assert sorted((tmp_path / "runs" / "measured").iterdir()) == stages
