@@ -46,6 +46,11 @@ class HeldOut:
         return self.corpus.images[self.rows]
 
     @property
+    def scenes(self) -> np.ndarray:
+        """str [N]; "" where it is not known."""
+        return self.corpus.manifest["scene"].to_numpy(dtype=str)[self.rows]
+
+    @property
     def masks(self) -> np.ndarray:
         """uint8 [N, R, R]."""
         return self.corpus.masks[self.rows]

@@ -17,6 +17,7 @@ from encoders.clip_scores import ClipScorer
 from encoders.embedding import Encoder, embed
 from eval.generate import generate
 from eval.held_out import HeldOut, held_out_sets
+from eval.memorisation import TrainingImages
 from eval.metrics import METRICS, compute
 from eval.models import Model
 from eval.pairs import Confusion
@@ -69,8 +70,9 @@ class Judges:
 
 
 def encoders_of(cfg: DictConfig) -> tuple[Encoder, ...]:
-    """The evaluation encoder, and the encoder of the selection where that is another one."""
-    found = {encoder.name: encoder for encoder in (instantiate(cfg.yardstick), instantiate(cfg.encoder))}
+    """The evaluation encoder, the encoder of the selection where that is another one, and those of `eval.encoders`."""
+    configs = (cfg.yardstick, cfg.encoder, *cfg.eval.encoders.values())
+    found = {encoder.name: encoder for encoder in map(instantiate, configs)}
     return tuple(found.values())
 
 
@@ -121,21 +123,25 @@ def _drawn(pipeline, held: HeldOut, sampling: Sampling, rows: np.ndarray) -> np.
     )
 
 
-def measure_images(images: Path, held: HeldOut, judges: Judges, runs: Path | str) -> Path:
+def measure_images(
+    images: Path, held: HeldOut, judges: Judges, runs: Path | str, training: TrainingImages | None = None
+) -> Path:
     """Metrics of a stage's images, of which image i was drawn from held-out caption i; cached.
 
     Args:
         images: directory of a stage that holds `images.npy`, uint8 [N, H, W, 3].
+        training: what their model was trained on, where that is known.
     Returns:
         a directory with metrics.json (names without the held-out set's), confusion.json and the features of every
         encoder, `<encoder>.npy`.
     """
     inputs = {"images": f"{images.parent.name}/{images.name}", "held_out": held.key, "judges": judges.key}
     inputs["metrics"] = sorted(METRICS)  # a new metric is computed on the images that are there
+    inputs |= {} if training is None else {"training": training.key}
 
     def build(directory: Path) -> None:
         pixels = np.load(images / IMAGES, mmap_mode="r")
-        measured = measure(pixels, held, judges)
+        measured = measure(pixels, held, judges, training=training)
         if is_main_process():
             for name, features in measured.features.items():
                 np.save(directory / f"{name}.npy", features)
@@ -154,14 +160,23 @@ class Measured:
     confusion: Confusion | None
 
 
-def measure(images: np.ndarray, held: HeldOut, judges: Judges, *, captioned: bool = True) -> Measured:
+def measure(
+    images: np.ndarray,
+    held: HeldOut,
+    judges: Judges,
+    *,
+    captioned: bool = True,
+    training: TrainingImages | None = None,
+) -> Measured:
     """Compare uint8 [N, H, W, 3] with a held-out set of N images.
 
     Args:
-        captioned: image i is of held-out caption i, and so CLIP judges it too.
+        captioned: image i is of held-out caption i: CLIP judges it too, and it can teach a classifier that scene.
+        training: what the images' model was trained on, where that is known.
     """
     features = {encoder.name: embed_rows(encoder, images) for encoder in judges.encoders}
-    metrics = compare(features, held)
+    scenes = drawn_scenes(held)[: len(images)] if captioned else None
+    metrics = compare(features, held, scenes=scenes, training=training)
     confusion = None
     if captioned:
         judged, confusion = judge_captions(images, held, judges)
@@ -169,11 +184,33 @@ def measure(images: np.ndarray, held: HeldOut, judges: Judges, *, captioned: boo
     return Measured(metrics, features, confusion)
 
 
-def compare(features: Mapping[str, np.ndarray], held: HeldOut) -> dict[str, float | None]:
-    """All distances of features [N, D], by encoder, to a held-out set's."""
+def drawn_scenes(held: HeldOut) -> np.ndarray:
+    """Scenes of images that are drawn from the held-out captions, str [N]; "" where there is no caption."""
+    return np.where([bool(caption) for caption in held.captions], held.scenes, "")
+
+
+def compare(
+    features: Mapping[str, np.ndarray],
+    held: HeldOut,
+    *,
+    scenes: np.ndarray | None = None,
+    training: TrainingImages | None = None,
+) -> dict[str, float | None]:
+    """All metrics of features [N, D], by encoder, beside a held-out set's.
+
+    Args:
+        scenes: of the images, str [N], "" where an image has none; None: they are not known.
+        training: what the images' model was trained on, where that is known.
+    """
+    labels: dict[str, np.ndarray] = {}
+    if scenes is not None and (held.scenes != "").any():
+        labels = {"scenes": scenes, "reference_scenes": held.scenes}
     metrics: dict[str, float | None] = {}
     for name, found in features.items():
-        metrics |= compute({"features": found, "reference": held.features[name]}, of={"encoder": name})
+        inputs = {"features": found, "reference": held.features[name], **labels}
+        if training is not None:
+            inputs |= {"training_embeddings": training.embeddings(name), "training_rows": training.rows}
+        metrics |= compute(inputs, of={"encoder": name})
     return metrics
 
 
@@ -206,7 +243,7 @@ def scene_confusion(judges: Judges, held: HeldOut, images: np.ndarray) -> Confus
     None without a CLIP model or without two scenes. Images of no known scene are left out.
     """
     described = judges.described or {}
-    scenes = held.corpus.manifest["scene"].to_numpy(dtype=str)[held.rows[: len(images)]]
+    scenes = held.scenes[: len(images)]
     known = np.isin(scenes, list(described))
     if judges.clip is None or len(described) < 2 or not known.any():
         return None
@@ -234,11 +271,16 @@ def with_set(held_out: str, metrics: Mapping[str, float | None]) -> dict[str, fl
 
 
 def measure_model(
-    model: Model, sets: Mapping[str, HeldOut], judges: Judges, sampling: Sampling, runs: Path | str
+    model: Model,
+    sets: Mapping[str, HeldOut],
+    judges: Judges,
+    sampling: Sampling,
+    runs: Path | str,
+    training: TrainingImages | None = None,
 ) -> dict[str, Path]:
     """Draw from a model for each held-out set and measure; the directories of `measure_images`, by set."""
     return {
-        name: measure_images(draw_images(model, held, sampling, runs), held, judges, runs)
+        name: measure_images(draw_images(model, held, sampling, runs), held, judges, runs, training)
         for name, held in sets.items()
     }
 

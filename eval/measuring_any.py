@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from corpus.index import Corpus, index_corpus
 from corpus.sources.folder import ImageFolder
 from encoders.clip_scores import ClipScorer, load_clip
+from encoders.embedding import Encoder
 from encoders.pixels import LOAD_ERRORS
 from eval.held_out import HeldOut
 from eval.measuring import (
@@ -26,14 +28,17 @@ from eval.measuring import (
     scene_captions,
     with_set,
 )
+from eval.memorisation import TrainingImages
 from eval.metrics import METRICS
 from eval.models import find_model
-from runtime.artefacts import read_json, stage, write_json
+from runtime.artefacts import COMPLETE, read_json, stage, stage_fingerprint, write_json
 from runtime.errors import UserError
 from runtime.tracking import track
 
 #: Fewer images than this say nothing about a set.
 FEWEST_IMAGES = 10
+#: In a run's directory: what its training was, of which the summary repeats the most.
+TRAINING = "training.json"
 #: In a run's directory: where the CLIP model that judges it lies.
 SCORER = "scorer.json"
 
@@ -53,12 +58,10 @@ def measure_any(cfg: DictConfig) -> Path:
     sets = evaluation_sets(cfg)
     if model is None:
         return measure_folder(cfg, source, sets)
-    judges = Judges(
-        encoders_of(cfg),
-        find_scorer(cfg, source),
-        scene_captions(index_corpus(instantiate(cfg.corpus.train), cfg.runs)),
-    )
-    measured = measure_model(model, sets, judges, Sampling.of(cfg), cfg.runs)
+    corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
+    judges = Judges(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
+    training = find_training(source, corpus, judges.encoders, cfg.runs)
+    measured = measure_model(model, sets, judges, Sampling.of(cfg), cfg.runs, training)
 
     def build(directory: Path) -> None:
         metrics = metrics_of(measured)
@@ -68,6 +71,37 @@ def measure_any(cfg: DictConfig) -> Path:
 
     inputs = {name: directory.name for name, directory in measured.items()}
     return stage(cfg.runs, "measure", inputs, build)
+
+
+def kept_images(selection: Path, corpus: Corpus, embeddings: Callable[[str], np.ndarray]) -> TrainingImages:
+    """The images of a corpus that a selection's directory keeps.
+
+    Args:
+        embeddings: as in `TrainingImages`.
+    """
+    kept = pd.read_parquet(selection / "selection.parquet", columns=["kept"])["kept"].to_numpy()
+    key = {"corpus": corpus.fingerprint, "selection": selection.name}
+    return TrainingImages(key, np.flatnonzero(kept), embeddings)
+
+
+def find_training(source: Path, corpus: Corpus, encoders: Sequence[Encoder], runs: Path | str) -> TrainingImages | None:
+    """What a run or a snapshot was trained on, where its selection and the features of its corpus lie in `runs`.
+
+    None for a pipeline from elsewhere, or one that was trained on another corpus: nothing is embedded here.
+    """
+    run = next((place for place in (source, *source.parents[:2]) if (place / TRAINING).is_file()), None)
+    if run is None:
+        return None
+    selection = Path(runs) / "selection" / str(read_json(run / TRAINING)["selection"])
+    files = {}
+    for encoder in encoders:
+        key = stage_fingerprint("embedding", {"corpus": corpus.fingerprint, "encoder": encoder})
+        files[encoder.name] = Path(runs) / "embedding" / key / "embeddings.npy"
+    if not all(path.is_file() for path in (selection / COMPLETE, *files.values())):
+        return None
+    if read_json(selection / COMPLETE)["inputs"]["corpus"] != corpus.fingerprint:
+        return None
+    return kept_images(selection, corpus, lambda name: np.load(files[name], mmap_mode="r"))
 
 
 def find_scorer(cfg: DictConfig, source: Path) -> ClipScorer | None:

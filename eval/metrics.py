@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval import distances, pairs, subsets, waste
+from eval import classification, distances, memorisation, pairs, subsets, waste
 from eval.distances import Interval
 
 #: Held-out sets, and the prefix of their metrics' names.
@@ -65,6 +65,26 @@ METRICS: dict[str, Metric] = {
     "recall": Metric("recall", "higher", 3, _TWO_SETS, distances.recall, "encoder", biased=True),
     "density": Metric("density", "higher", 3, _TWO_SETS, distances.density, "encoder", biased=True, shown="file"),
     "coverage": Metric("coverage", "higher", 3, _TWO_SETS, distances.coverage, "encoder", biased=True, shown="file"),
+    "fd_infinity": Metric(
+        "FD∞", "lower", 1, _TWO_SETS, distances.extrapolated_frechet_distance, "encoder", biased=True, shown="file"
+    ),
+    "classification_accuracy": Metric(
+        "classification accuracy",
+        "higher",
+        3,
+        ("features", "scenes", "reference", "reference_scenes"),
+        classification.classification_accuracy,
+        "encoder",
+        biased=True,
+    ),
+    "nearest_training": Metric(
+        "nearest training image",
+        "",
+        3,
+        ("features", "reference", "training_embeddings", "training_rows"),
+        memorisation.nearest_training,
+        "encoder",
+    ),
     "clip": Metric("CLIP score", "higher", 2, ("clip_scores",), pairs.mean_score, "clip"),
     "scene_accuracy": Metric("scene accuracy", "higher", 3, ("confusion",), pairs.scene_accuracy, "clip"),
     "psnr": Metric("PSNR (dB)", "higher", 2, ("images", "truth"), pairs.peak_signal_noise_ratio),
@@ -123,7 +143,8 @@ class Quantity:
         rest = rest.removeprefix(f"{held_out}_") if held_out else rest
         if rest == FID:
             return cls("fd", INCEPTION, held_out, minus, part)
-        for metric, entry in METRICS.items():
+        for metric in sorted(METRICS, key=len, reverse=True):  # `fd_infinity_x` is no `fd` by an encoder `infinity_x`
+            entry = METRICS[metric]
             of = rest.removeprefix(metric).removeprefix("_")
             if rest in (metric, f"{metric}_{of}") and bool(of) == bool(entry.by):
                 return cls(metric, of, held_out, minus, part)

@@ -11,7 +11,8 @@ import numpy as np
 from corpus.index import Corpus
 from eval.held_out import DRAWS, HeldOut
 from eval.measuring import Judges, compare, embed_rows, judge_captions, with_set
-from eval.metrics import compute
+from eval.memorisation import TrainingImages
+from eval.metrics import METRICS, compute
 from runtime.artefacts import stage, write_json
 
 #: What each row is; the order of the tables.
@@ -41,6 +42,7 @@ def reference_rows(
     rebuilds: Mapping[str, Rebuild],
     seed: int,
     runs: Path | str,
+    training: TrainingImages | None = None,
 ) -> Path:
     """Measure every reference row on as many images as each held-out set has; cached.
 
@@ -49,6 +51,7 @@ def reference_rows(
         further: for some of them, disjoint sets of the same size.
         corpus: of training images, unpruned.
         rebuilds: for the rows `reconstructed_train` and `pca`.
+        training: all images of `corpus`, where their features are at hand.
     Returns:
         a directory with reference_rows.json (metrics by row), and a few training images and their reconstructions.
     """
@@ -57,13 +60,15 @@ def reference_rows(
         rows: dict[str, dict] = {name: {} for name in REFERENCE_ROWS}
         for index, (prefix, held) in enumerate(sets.items()):
             if prefix in further:
-                rows["real_held_out"] |= with_set(prefix, real_held_out(further[prefix], held, judges))
+                rows["real_held_out"] |= with_set(prefix, real_held_out(further[prefix], held, judges, training))
             generator = np.random.default_rng([seed, 200 + index])
             picked = DRAWS[held.name](corpus, corpus.readable, len(held), generator)
+            scenes = corpus.manifest["scene"].to_numpy(dtype=str)[picked]
             images = {"real_train": np.array(corpus.images[picked])}
             images |= {name: rebuild.function(images["real_train"]) for name, rebuild in rebuilds.items()}
             for name, pixels in images.items():
-                found = compare({encoder.name: embed_rows(encoder, pixels) for encoder in judges.encoders}, held)
+                features = {encoder.name: embed_rows(encoder, pixels) for encoder in judges.encoders}
+                found = compare(features, held, scenes=scenes, training=training)
                 if name in rebuilds:
                     found |= compute({"images": pixels, "truth": images["real_train"]}, of={})
                 rows[name] |= with_set(prefix, found)
@@ -79,10 +84,15 @@ def reference_rows(
         "judges": judges.key,
         "rebuilds": {name: rebuild.key for name, rebuild in rebuilds.items()},
         "seed": seed,
+        "training": training and training.key,
+        "metrics": sorted(METRICS),
     }
     return stage(runs, "reference_rows", inputs, build)
 
 
-def real_held_out(further: HeldOut, held: HeldOut, judges: Judges) -> dict[str, float | None]:
+def real_held_out(
+    further: HeldOut, held: HeldOut, judges: Judges, training: TrainingImages | None = None
+) -> dict[str, float | None]:
     """Real images against a disjoint held-out set, and what CLIP says of them with their own captions."""
-    return compare(further.features, held) | judge_captions(further.images, further, judges)[0]
+    metrics = compare(further.features, held, scenes=further.scenes, training=training)
+    return metrics | judge_captions(further.images, further, judges)[0]

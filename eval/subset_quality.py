@@ -37,10 +37,11 @@ def subset_quality(
         embeddings: float [N, D] of the whole corpus by every encoder that judges, the evaluation encoder's first.
     """
     metrics: dict[str, float | None] = {}
+    scenes = corpus.manifest["scene"].to_numpy(dtype=str)
     for index, (name, held) in enumerate(sets.items()):
         picked = np.sort(np.random.default_rng([seed, 300 + index]).permutation(rows)[: len(held)])
         features = {encoder: np.asarray(values[picked], dtype=np.float32) for encoder, values in embeddings.items()}
-        metrics |= with_set(name, compare(features, held))
+        metrics |= with_set(name, compare(features, held, scenes=scenes[picked]))
     metrics |= _weighted_distances(rows, weights, sets, embeddings, seed)
     encoder, values = next(iter(embeddings.items()))
     sample = np.sort(np.random.default_rng([seed, 310]).permutation(rows)[:SAMPLE])
@@ -52,7 +53,6 @@ def subset_quality(
         "subset_images": ImageRows(corpus.images, np.sort(rows)),
         "corpus_images": ImageRows(corpus.images, everywhere),
     }
-    scenes = corpus.manifest["scene"].to_numpy(dtype=object)
     if (scenes != "").any():
         inputs |= {"subset_scenes": scenes[rows], "scene_count": len(set(scenes[scenes != ""].tolist()))}
     return metrics | compute(inputs, of={"encoder": encoder})

@@ -80,8 +80,16 @@ STAGES = {
     "generated": Stage(version=1, modules=("eval.generate", "eval.models", "eval.measuring")),
     "measured": Stage(
         version=1,
-        modules=("eval.measuring", "eval.metrics", "eval.distances", "eval.pairs", "encoders"),
-        after=("held_out",),
+        modules=(
+            "eval.measuring",
+            "eval.metrics",
+            "eval.classification",
+            "eval.distances",
+            "eval.memorisation",
+            "eval.pairs",
+            "encoders",
+        ),
+        after=("held_out", "embedding"),
     ),
     "real_confusion": Stage(version=1, modules=("eval.measuring", "encoders.clip_scores")),
     "measure": Stage(version=1, modules=("eval.measuring_any",), after=("measured",)),

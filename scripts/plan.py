@@ -375,8 +375,9 @@ def _pretraining_rows(training: Pretraining, cost: Cost, look: _Looking) -> Iter
 def _measured(training: Pretraining) -> None:
     """Ask for all that measuring a finished run computes."""
     cfg, method, _ = training
-    run, corpus = run_directory(cfg, method), corpus_of(cfg, "train")
-    evaluation = Evaluation.of(cfg, corpus, load_text_parts(cfg, corpus))
+    run = run_directory(cfg, method)
+    selection, corpus = select(cfg, method)
+    evaluation = Evaluation.of(cfg, corpus, selection, load_text_parts(cfg, corpus))
     for snapshot in snapshots_of(run):
         measured_snapshot(cfg, run, snapshot, evaluation)
     measured_model(cfg, run, evaluation)

@@ -26,6 +26,7 @@ from eval.convergence import CONVERGENCE
 from eval.distances import kernel_distance_difference
 from eval.held_out import second_sets
 from eval.measuring import Judges, encoders_of, evaluation_sets, scene_captions
+from eval.memorisation import TrainingImages
 from eval.metrics import Quantity
 from eval.reference_rows import Rebuild, reference_rows
 from prune.features import scan_corpus
@@ -41,7 +42,7 @@ from scripts.plan import dry_run
 from train.components import load_autoencoder, load_text_parts
 from train.foundation import pretrain
 from train.latents import PatchPCA, decode, encode, fit_pca
-from train.measured_run import MEASURED
+from train.measured_run import MEASURED, corpus_features
 
 #: What every other method is compared with, image by image.
 BASELINE = "random"
@@ -102,7 +103,10 @@ def references(cfg: DictConfig, split: str | None = None) -> Path:
         sets[""] = sets["balanced"].first(count)
         further |= {"": further["balanced"].first(count)} if "balanced" in further else {}
     judges = Judges(encoders_of(cfg), load_text_parts(cfg, corpus).scorer, scene_captions(corpus))
-    return reference_rows(sets, further, corpus, judges, rebuilds(cfg), int(cfg.eval.seed), cfg.runs)
+    training = TrainingImages(
+        {"corpus": corpus.fingerprint}, np.flatnonzero(corpus.readable), corpus_features(cfg, corpus)
+    )
+    return reference_rows(sets, further, corpus, judges, rebuilds(cfg), int(cfg.eval.seed), cfg.runs, training)
 
 
 def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str) -> dict[str, float]:

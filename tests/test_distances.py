@@ -11,6 +11,7 @@ from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
 
 from eval.distances import (
     density_coverage,
+    extrapolated_frechet_distance,
     frechet_distance,
     kernel_distance,
     kernel_distance_difference,
@@ -45,6 +46,39 @@ def test_frechet_distance_agrees_with_clean_fid():
     first, second = gaussians(500)
     expected = fid.frechet_distance(first.mean(0), np.cov(first.T), second.mean(0), np.cov(second.T))
     assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [60, 100])
+def test_the_extrapolated_distance_is_nearer_the_true_one(count):
+    """Of two Gaussians whose distance is known: the mean over draws, and each draw for most of them."""
+    dimensions, shift, scale = 12, 0.4, 1.3
+    truth = dimensions * (shift**2 + (scale - 1) ** 2)
+    plain, extrapolated = [], []
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        first = random.standard_normal((count, dimensions))
+        second = shift + scale * random.standard_normal((count, dimensions))
+        plain.append(frechet_distance(first, second))
+        extrapolated.append(extrapolated_frechet_distance(first, second, seed=seed))
+    plain, extrapolated = np.array(plain), np.array(extrapolated)
+    errors = [3 * found.std() / np.sqrt(len(found)) for found in (plain, extrapolated)]
+    assert plain.mean() - truth > 2 * errors[0]
+    assert abs(extrapolated.mean() - truth) < errors[1]
+    assert np.mean(abs(extrapolated - truth) < abs(plain - truth)) > 0.7
+
+
+def test_the_extrapolated_distance_is_the_intercept_over_one_by_n():
+    first, second = gaussians(90)
+    sizes = [45, 51, 58, 64, 71, 77, 84, 90]
+    generator = np.random.default_rng([3, 320])
+    drawn = [(first[generator.permutation(90)[:n]], second[generator.permutation(90)[:n]]) for n in sizes]
+    x, y = 1 / np.array(sizes), np.array([frechet_distance(*pair) for pair in drawn])
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    found = extrapolated_frechet_distance(first, second, seed=3)
+    assert found == pytest.approx(y.mean() - slope * x.mean(), rel=1e-6)
+    assert found == extrapolated_frechet_distance(first, second, seed=3)
+    assert found != extrapolated_frechet_distance(first, second, seed=4)
+    assert np.isnan(extrapolated_frechet_distance(first[:7], second))
 
 
 def test_kernel_distance_agrees_with_brute_force():

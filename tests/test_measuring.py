@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy.spatial.distance import cdist
 from tiny_networks import pictures, tiny_autoencoder, tiny_text_encoder, tiny_unet
 from tiny_run import tiny_config
 
@@ -23,12 +24,14 @@ from eval.measuring import (
     Sampling,
     compare,
     draw_images,
+    drawn_scenes,
     measure,
     measure_images,
     scene_captions,
     scene_confusion,
 )
 from eval.measuring_any import FEWEST_IMAGES, measure_any, sample_rows
+from eval.memorisation import TrainingImages
 from eval.metrics import METRICS, Metric
 from eval.models import SNAPSHOT, Model, find_model, snapshots_of
 from eval.reference_rows import Rebuild, reference_rows
@@ -158,6 +161,43 @@ def test_a_new_metric_is_computed_on_the_images_that_are_there(run: Path, tmp_pa
     features = np.load(directory / "moments.npy")
     assert after["shift_moments"] == pytest.approx(float(abs(features - held.features["moments"]).mean()), rel=1e-5)
     assert {name: after[name] for name in before} == before
+
+
+def test_drawn_images_teach_a_classifier_the_scene_of_their_caption() -> None:
+    """Images without a caption teach nothing, and held-out images without scenes test nothing."""
+    corpus = made_corpus()
+    corpus.images[::2] //= 4  # the ice is dark: its scene is seen in its mean colour
+    held, judges = made_held_out(corpus, np.arange(30)), Judges((Moments(),))
+    name = "classification_accuracy_moments"
+    drawn = np.roll(corpus.images[:30], 2, axis=0)
+    assert measure(drawn, held, judges).metrics[name] == 1
+    assert measure(np.roll(drawn, 1, axis=0), held, judges).metrics[name] == 0
+    half = replace(held, captions=[caption if row < 10 else "" for row, caption in enumerate(held.captions)])
+    assert drawn_scenes(half).tolist() == ["ice", "sea"] * 5 + [""] * 20
+    assert measure(drawn, replace(held, captions=[""] * 30), judges).metrics[name] is None
+    assert name not in measure(drawn, held, judges, captioned=False).metrics
+    corpus.manifest["scene"] = ""
+    assert name not in measure(drawn, held, judges).metrics
+
+
+def test_images_are_compared_with_the_training_images_where_these_are_known(run: Path, tmp_path: Path) -> None:
+    corpus, train = made_corpus(), made_corpus(40, seed=8)
+    held, judges = made_held_out(corpus, np.arange(20)), Judges((Moments(),))
+    kept = np.arange(0, 40, 2)
+    features = {"moments": Moments()(train.images)}
+    training = TrainingImages({"selection": "a"}, kept, features.__getitem__)
+    drawn = draw_images(Model(run / "pipeline"), held, Sampling(1, 1.0, 7), tmp_path / "runs")
+    without = measure_images(drawn, held, judges, tmp_path / "runs")
+    assert "nearest_training_moments" not in read_json(without / "metrics.json")
+    measured = measure_images(drawn, held, judges, tmp_path / "runs", training)
+    made, real, seen = np.load(measured / "moments.npy"), held.features["moments"], features["moments"][kept]
+    medians = [np.median(cdist(x - seen.mean(0), seen - seen.mean(0), "cosine").min(1)) for x in (made, real)]
+    found = read_json(measured / "metrics.json")["nearest_training_moments"]
+    assert found == pytest.approx(medians[0] / medians[1], rel=1e-3)
+    other = replace(training, key={"selection": "b"}, rows=np.arange(1, 40, 2))
+    assert measure_images(drawn, held, judges, tmp_path / "runs", other) != measured
+    copies = measure(train.images[kept], made_held_out(corpus, np.arange(20)), judges, training=training).metrics
+    assert copies["nearest_training_moments"] == pytest.approx(0, abs=1e-4)
 
 
 def test_every_encoder_judges_and_captions_only_where_there_are_some() -> None:
@@ -315,7 +355,10 @@ def test_reference_rows_are_real_and_rebuilt_images_n_against_n(tmp_path: Path) 
         "pca": Rebuild("dark", lambda images: images // 2),
     }
     judges = Judges((Moments(),), Clip(), {"ice": ["a"], "sea": ["b"]})
-    directory = reference_rows({"balanced": held}, {"balanced": further}, corpus, judges, rebuilds, 0, tmp_path)
+    training = TrainingImages({"corpus": "all"}, np.arange(80), {"moments": Moments()(corpus.images)}.__getitem__)
+    directory = reference_rows(
+        {"balanced": held}, {"balanced": further}, corpus, judges, rebuilds, 0, tmp_path, training
+    )
     rows = read_json(directory / "reference_rows.json")
     assert list(rows) == ["real_held_out", "real_train", "reconstructed_train", "pca"]
     expected = compare({"moments": Moments()(further.images)}, held)
@@ -326,6 +369,12 @@ def test_reference_rows_are_real_and_rebuilt_images_n_against_n(tmp_path: Path) 
     real, dark = np.load(directory / "real_train.npy"), np.load(directory / "pca.npy")
     np.testing.assert_array_equal(dark, real // 2)
     assert rows["reconstructed_train"]["balanced_psnr"] > 50 > rows["pca"]["balanced_psnr"] > 5
+    nearest = {name: row["balanced_nearest_training_moments"] for name, row in rows.items()}
+    assert nearest["real_train"] == pytest.approx(0, abs=1e-4) and nearest["pca"] > 0.1 < nearest["real_held_out"]
+    taught = compare({"moments": Moments()(further.images)}, held, scenes=np.array(["ice", "sea"] * 10))
+    name = "classification_accuracy_moments"
+    assert rows["real_held_out"][f"balanced_{name}"] == taught[name]
+    assert set(rows) == {row for row, found in rows.items() if f"balanced_{name}" in found}
     shown = {image.tobytes() for image in corpus.images}
     assert all(image.tobytes() in shown for image in real), "images of the row are training images"
     assert measuring.with_set("", {"psnr": 1.0}) == {"psnr": 1.0}

@@ -24,6 +24,7 @@ def test_a_name_is_taken_apart_as_it_was_built(metric, held_out, part):
 
 def test_the_contracts_names():
     assert Quantity("fd", "inception", "balanced").name == "balanced_fid"
+    assert Quantity.parse("fd_infinity_dinov2") == Quantity("fd_infinity", "dinov2")
     assert Quantity.parse("natural_fid") == Quantity("fd", "inception", "natural")
     assert Quantity("fd", "efficientnet_lite0").name == "fd_efficientnet_lite0"
     assert Quantity("clip", "local", "balanced").name == "balanced_clip_local"
@@ -39,7 +40,7 @@ def test_what_is_better_is_said_by_the_registry():
 def test_metrics_run_where_their_inputs_are_known_and_undefined_is_null():
     features = np.random.default_rng(0).standard_normal((40, 3))
     found = compute({"features": features, "reference": features + 1}, of={"encoder": "e"}, held_out="balanced")
-    names = {"fd", "kid_x1000", "precision", "recall", "density", "coverage"}
+    names = {"fd", "kid_x1000", "precision", "recall", "density", "coverage", "fd_infinity"}
     assert {Quantity.parse(name).metric for name in found} == names
     assert found["balanced_kid_x1000_e_low"] < found["balanced_kid_x1000_e"] < found["balanced_kid_x1000_e_high"]
     assert compute({"confusion": {}}, of={"clip": "m"}) == {"scene_accuracy_m": None}

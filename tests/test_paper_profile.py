@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from cleanfid import fid
 from cleanfid.resize import build_resizer
 from diffusers import AutoencoderKL, DiffusionPipeline
 from hydra import compose, initialize_config_dir
@@ -237,6 +238,34 @@ def test_encoder_takes_clip_networks_too(networks: Path) -> None:
     assert encoder(pictures(2)).shape == (2, 24)
     with pytest.raises(UserError, match=f"encoder.input_size={CLIP_SIDE}"):
         TransformersEncoder(name="remoteclip", path=str(networks / "clip"), input_size=224).network()
+
+
+def test_clip_measures_beside_the_evaluation_encoder(networks: Path) -> None:
+    """CLIP-FID: the Fréchet distance of the image embeddings that CLIP itself gives."""
+    cfg = config(
+        "+encoder@eval.encoders.clip=clip_l", f"eval.encoders.clip.path={networks}/clip",
+        f"eval.encoders.clip.input_size={CLIP_SIDE}", "eval.encoders.clip.revision=null",
+    )  # fmt: skip
+    *others, encoder = encoders_of(cfg)
+    assert [encoder.name for encoder in others] == [encoder.name for encoder in encoders_of(config())]
+    published = config("encoder@yardstick=clip_l")
+    assert (published.yardstick.path, published.yardstick.revision) == tuple(
+        config("text_encoder=clip_hub").text_encoder[key] for key in ("path", "revision")
+    )
+    first, second = pictures(60, CLIP_SIDE), pictures(60, CLIP_SIDE) // 2
+    model = CLIPModel.from_pretrained(networks / "clip", use_safetensors=True).eval()
+    processor = CLIPImageProcessor.from_pretrained(networks / "clip", do_resize=False, do_center_crop=False)
+    with torch.no_grad():
+        embeddings = [
+            model.get_image_features(**processor(list(images), return_tensors="pt")).pooler_output.double().numpy()
+            for images in (first, second)
+        ]
+    found = [encoder(images) for images in (first, second)]
+    np.testing.assert_allclose(found[0], embeddings[0], atol=1e-5)
+    moments = [value for x in embeddings for value in (x.mean(0), np.cov(x.T))]
+    held = SimpleNamespace(features={encoder.name: found[1]})
+    distance = compare({encoder.name: found[0]}, held)["fd_clip_vit_l14"]
+    assert distance == pytest.approx(float(fid.frechet_distance(*moments)), rel=1e-3)
 
 
 def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Path, tmp_path: Path) -> None:

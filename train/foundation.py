@@ -61,7 +61,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     """
     given = _given(cfg, name)
     frozen, start, selection, corpus, scorer, fields = given
-    evaluation = Evaluation.of(cfg, corpus, scorer)  # what it lacks is said before anything is trained
+    evaluation = Evaluation.of(cfg, corpus, selection, scorer)  # what it lacks is said before anything is trained
     _check_sides(cfg, frozen.autoencoder, corpus, evaluation.while_training.corpus)
 
     def build(directory: Path) -> None:

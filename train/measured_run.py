@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ from eval.measuring import (
     real_confusion,
     scene_captions,
 )
-from eval.measuring_any import SCORER
+from eval.measuring_any import SCORER, TRAINING, kept_images
+from eval.memorisation import TrainingImages
 from eval.models import SNAPSHOT, Model, snapshots_of
 from eval.pairs import scene_accuracy
+from prune.features import corpus_embeddings
 from report.figures import contact_sheet
 from runtime.artefacts import finite, is_main_process, plain, read_json, write_json
 from runtime.tracking import Tracker
@@ -42,8 +44,6 @@ from train.metadata import FOLDER, MetadataEncoder
 from train.model_card import model_card
 from train.sheets import COLUMNS, place_sheet, sample_sheet, save_picture, short_caption
 
-#: In a run's directory: what its training was, of which the summary repeats the most.
-TRAINING = "training.json"
 #: In a run's directory: where the measured stages of its final model lie, by held-out set.
 MEASURED = "measured.json"
 #: Images of each held-out set that a run shows.
@@ -56,30 +56,42 @@ class Evaluation:
 
     Attributes:
         final: held-out sets of `eval.split`; while_training: the balanced one of `val`.
+        training: the images that the run is trained on.
     """
 
     judges: Judges
     sampling: Sampling
     final: Mapping[str, HeldOut]
     while_training: HeldOut
+    training: TrainingImages
 
     @classmethod
-    def of(cls, cfg: DictConfig, corpus: Corpus, text: TextParts) -> Evaluation:
+    def of(cls, cfg: DictConfig, corpus: Corpus, selection: Path, text: TextParts) -> Evaluation:
         """Of a config, with the CLIP model of the text encoder and the captions of the training corpus."""
         judges = Judges(encoders_of(cfg), text.scorer, scene_captions(corpus))
         balanced = evaluation_sets(cfg, "val", images=cfg.eval.convergence_images)["balanced"]
-        return cls(judges, Sampling.of(cfg), evaluation_sets(cfg), balanced)
+        training = kept_images(selection, corpus, corpus_features(cfg, corpus))
+        return cls(judges, Sampling.of(cfg), evaluation_sets(cfg), balanced, training)
+
+
+def corpus_features(cfg: DictConfig, corpus: Corpus) -> Callable[[str], np.ndarray]:
+    """The name of an encoder that judges to its features of a corpus, float16 [N, D]; cached, made when asked for."""
+    encoders = {encoder.name: encoder for encoder in encoders_of(cfg)}
+    return lambda name: corpus_embeddings(corpus, encoders[name], cfg.runs)
 
 
 def measured_snapshot(cfg: DictConfig, run: Path, snapshot: Path, evaluation: Evaluation) -> dict[str, Path]:
     """A snapshot's measured stages, by held-out set."""
-    sets = {"balanced": evaluation.while_training}
-    return measure_model(Model(run / "pipeline", snapshot), sets, evaluation.judges, evaluation.sampling, cfg.runs)
+    return _measured(cfg, Model(run / "pipeline", snapshot), {"balanced": evaluation.while_training}, evaluation)
 
 
 def measured_model(cfg: DictConfig, run: Path, evaluation: Evaluation) -> dict[str, Path]:
     """The final model's measured stages, by held-out set."""
-    return measure_model(Model(run / "pipeline"), evaluation.final, evaluation.judges, evaluation.sampling, cfg.runs)
+    return _measured(cfg, Model(run / "pipeline"), evaluation.final, evaluation)
+
+
+def _measured(cfg: DictConfig, model: Model, sets: Mapping[str, HeldOut], evaluation: Evaluation) -> dict[str, Path]:
+    return measure_model(model, sets, evaluation.judges, evaluation.sampling, cfg.runs, evaluation.training)
 
 
 def measure_snapshot(
