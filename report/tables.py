@@ -19,7 +19,7 @@ import pandas as pd
 
 from eval.metrics import METRICS, SETS, Quantity
 from eval.reference_rows import REFERENCE_ROWS
-from report.results import Row, read_results, weighting_name, write_text
+from report.results import BASELINE, Row, read_results, weighting_name, write_text
 
 #: Table name of each stage.
 TABLE_OF_STAGE = {
@@ -71,8 +71,8 @@ def method_order(name: str) -> tuple[int, str]:
 def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
     """Tables by name (`TABLE_OF_STAGE`, other stages by their own), full-precision numbers; none without measured rows.
 
-    Columns: kind ("measured" or "reference"), corpus, prune, ratio, weighting, step, seeds (how many), the fields that only
-    ablation rows have, then the metrics. Rows of one cell that differ in the seed alone become one: means, and, of
+    Columns: kind ("measured" or "reference"), corpus, prune, ratio, weighting, step, seeds (how many), the fields that
+    only ablation rows have, then the metrics. Rows of one cell that differ in the seed alone become one: means, and, of
     several seeds, standard deviations as `<metric>_spread` in place of intervals. Of several rows for one cell and seed
     the newest counts. Reference rows stand at the bottom of every table with which they share a distance.
     """
@@ -244,6 +244,8 @@ def _is_shown(table: pd.DataFrame, name: str, measured: pd.Series) -> bool:
     if quantity is not None:
         entry, encoder = quantity.entry, table.attrs.get("encoder", "")
         other = entry.by == "encoder" and encoder not in ("", quantity.of)
+        if quantity.minus not in ("", BASELINE):  # the report's verdict shows them
+            return False
         if quantity.part or entry.shown == "file" or (other and (entry.shown != "both" or quantity.minus)):
             return False
     return name == "prune" or bool(table[name].notna().any())

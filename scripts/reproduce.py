@@ -30,7 +30,7 @@ from eval.reference_rows import Rebuild, reference_rows
 from prune.features import scan_corpus
 from prune.measured_subset import measured_subset
 from prune.selection import select
-from report.results import append_result, result_row, weighting_name
+from report.results import BASELINE, SUBJECT, append_result, result_row, run_name, weighting_name
 from report.results_report import rebuild
 from runtime.application import changed_config, run
 from runtime.artefacts import fingerprint, is_main_process, read_json, write_json
@@ -41,8 +41,6 @@ from train.foundation import pretrain
 from train.latents import decode, encode, fit_pca
 from train.measured_run import MEASURED
 
-#: What every other method is compared with, image by image.
-BASELINE = "random"
 SCRATCH = "scratch"
 #: `train.weighting` of images that are drawn as often as the corpus has images of their kind.
 NATURAL = 1.0
@@ -103,18 +101,25 @@ def references(cfg: DictConfig, split: str | None = None) -> Path:
     return reference_rows(sets, further, corpus, judges, rebuilds(cfg), int(cfg.eval.seed), cfg.runs)
 
 
-def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str) -> dict[str, float]:
-    """Paired differences of a method's KID to that of the `BASELINE`, on both held-out sets by every encoder."""
-    if method == BASELINE or BASELINE not in foundations:
-        return {}
+def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str, name: str) -> dict[str, float]:
+    """Paired differences of a run's KID to that of the `BASELINE`, on both held-out sets by every encoder.
+
+    Of the `SUBJECT` the differences to every other run too: the report's verdict asks for them.
+
+    Args:
+        foundations: runs by `run_name`; `name` is one of them, and a training of `method`.
+    """
+    others = [other for other in foundations if other == BASELINE or method == SUBJECT]
+    others = [other for other in others if other != name and other.partition(",")[0] != SUBJECT]
+    places = {who: read_json(foundations[who] / MEASURED) for who in (name, *others)}
     metrics = {}
-    places = {who: read_json(foundations[who] / MEASURED) for who in (method, BASELINE)}
-    for name, held in evaluation_sets(cfg).items():
+    for held_out, held in evaluation_sets(cfg).items():
         for encoder, reference in held.features.items():
-            mine, other = (np.load(Path(places[who][name]) / f"{encoder}.npy") for who in (method, BASELINE))
-            values = kernel_distance_difference(mine, other, reference)
-            for part, value in zip(("", "low", "high"), values, strict=True):
-                metrics[Quantity("kid_x1000", encoder, name, BASELINE, part).name] = value
+            features = {who: np.load(Path(place[held_out]) / f"{encoder}.npy") for who, place in places.items()}
+            for other in others:
+                values = kernel_distance_difference(features[name], features[other], reference)
+                for part, value in zip(("", "low", "high"), values, strict=True):
+                    metrics[Quantity("kid_x1000", encoder, held_out, other, part).name] = value
     return metrics
 
 
@@ -128,7 +133,7 @@ def foundation_cells(cfg: DictConfig, foundations: dict[str, Path]) -> Iterator[
         if method not in foundations:
             directory = measured_subset(changed, method)
             yield TableCell(changed, "subset", method, 0, read_json(directory / "metrics.json"), directory)
-        name = run_name(method, weighting)
+        name = run_name(method, weighting_name(weighting))
         chosen[name], foundations[name] = (changed, method), pretrain(changed, method)
         for line in pd.read_json(foundations[name] / CONVERGENCE, lines=True).to_dict("records"):
             metrics = {key: value for key, value in line.items() if not _biased(key)}
@@ -136,14 +141,9 @@ def foundation_cells(cfg: DictConfig, foundations: dict[str, Path]) -> Iterator[
             yield TableCell(changed, "convergence", method, step, metrics, foundations[name])
     for name, directory in foundations.items():
         summary = read_json(directory / "summary.json")
-        metrics = summary["metrics"] | differences(cfg, foundations, name)
+        metrics = summary["metrics"] | differences(cfg, foundations, chosen[name][1], name)
         measured = Path(read_json(directory / MEASURED)["balanced"])
         yield TableCell(chosen[name][0], "generation", chosen[name][1], summary["steps"], metrics, measured)
-
-
-def run_name(method: str, weighting: float) -> str:
-    """What a training is called beside others: its method, and its weighting where the images are not drawn alike."""
-    return method if weighting == 0 else f"{method}, {weighting_name(weighting)} weights"
 
 
 def _biased(name: str) -> bool:
@@ -211,7 +211,7 @@ def reproduce(cfg: DictConfig) -> Path:
                 cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step, **fields
             ),
         )
-        name = run_name(cell.method, trained) if trained else cell.method
+        name = run_name(cell.method, fields.get("weighting"))
         found = places.setdefault(f"{cell.kind}/{name}", [])
         place = str(cell.run or cell.directory)
         found += [place] if place not in found else []

@@ -61,6 +61,11 @@ def test_a_paired_difference_has_a_sign_and_no_best():
     place = head.index("balanced KID×10³ geoembed minus random's")
     assert {line[0]: line[place] for line in body} == {"random": "–", "rsprune": "-20.4 [-33.6, -7.2]"}
     assert "Differences are paired" in markdown
+    every = {name.replace("random", "full"): value for name, value in paired.items()}
+    rows[-1]["metrics"] |= every
+    table = build_tables(rows)["generation"]
+    assert to_markdown("generation", table) == markdown  # the report's verdict has the others
+    assert set(every) <= set(table.columns)
 
 
 def test_markdown_shows_rounded_values_intervals_and_the_best_measured_one():
@@ -90,7 +95,8 @@ def test_a_single_value_is_not_marked_as_best():
 
 def test_a_training_by_natural_weights_has_a_row_of_its_own_and_uniform_ones_say_so():
     natural = row("generation", "rsprune", kid(260.0), weighting="natural")
-    head, _, *body = lines_of(to_markdown("generation", build_tables([natural, *GENERATION, *REFERENCES])["generation"]))
+    table = build_tables([natural, *GENERATION, *REFERENCES])["generation"]
+    head, _, *body = lines_of(to_markdown("generation", table))
     shown = [(line[head.index("prune")], line[head.index("weighting")]) for line in body]
     assert shown[2:5] == [("rsprune", "uniform"), ("rsprune", "natural"), ("zebra", "uniform")]
     assert shown[-1] == ("pca", "–")
