@@ -176,12 +176,17 @@ def _column_order(column: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one cell shows: a value, its interval or spread ("" none), and whether it is the best measured one."""
+    """What one cell shows: a value, its interval or spread ("" none), and whether it is the best measured one.
+
+    Attributes:
+        key: the number at full precision, by which rows are sorted; None: the cell has none.
+    """
 
     value: str
     interval: str = ""
     best: bool = False
     number: bool = False
+    key: float | None = None
 
     @property
     def text(self) -> str:
@@ -281,7 +286,7 @@ def _cell(row: pd.Series, name: str, *, best: bool) -> Cell:
         return Cell(_NOTHING)
     if isinstance(value, str):
         return Cell(value)
-    return Cell(_number(name, value), _interval(row, name), best, number=True)
+    return Cell(_number(name, value), _interval(row, name), best, number=True, key=float(value))
 
 
 def _interval(row: pd.Series, name: str) -> str:
@@ -327,12 +332,13 @@ def _show_plain(table: pd.DataFrame) -> Shown:
 
     def cell(value: Any) -> Cell:
         if isinstance(value, str):
-            return Cell(value, number=bool(re.fullmatch(r"-?[\d.,]+ ?%?", value)))
+            number = re.fullmatch(r"(-?\d[\d,]*(?:\.\d+)?) ?%?", value)
+            return Cell(value, number=bool(number), key=float(number[1].replace(",", "")) if number else None)
         if pd.isna(value):
             return Cell(_NOTHING)
         if isinstance(value, Integral) and not isinstance(value, bool):
-            return Cell(f"{value:,}", number=True)
-        return Cell(f"{value:.4g}", number=True) if isinstance(value, Real) else Cell(str(value))
+            return Cell(f"{value:,}", number=True, key=float(value))
+        return Cell(f"{value:.4g}", number=True, key=float(value)) if isinstance(value, Real) else Cell(str(value))
 
     rows = (tuple(cell(value) for value in row) for row in table.itertuples(index=False, name=None))
     return Shown(tuple(str(name) for name in table.columns), tuple(("measured", row) for row in rows))
