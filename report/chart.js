@@ -143,11 +143,13 @@ class Chart {
     }
     const label = this.data.axes.find((axis) => axis.key === this.axis).label;
     this.make("text", { ...text, x: (MARGIN.left + width) / 2, y: HEIGHT - 6, "text-anchor": "middle" }, label);
-    for (const reference of this.data.references) {
+    let above = Infinity;
+    for (const reference of [...this.data.references].sort((a, b) => a.value - b.value)) {
       const y = this.y(reference.value);
+      above = Math.min(y - 4, above - 13); // labels of near lines do not cover each other
       const ends = { x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y };
       this.make("line", { ...ends, stroke: MUTED, "stroke-dasharray": "4 3" });
-      this.make("text", { ...text, x: width - MARGIN.right, y: y - 4, "text-anchor": "end" }, reference.name);
+      this.make("text", { ...text, x: width - MARGIN.right, y: above, "text-anchor": "end" }, reference.name);
     }
   }
 

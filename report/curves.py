@@ -20,7 +20,7 @@ SEVERAL_SEEDS = "Bands: the lowest and the highest of {} seeds; the line is thei
 
 
 def averaged(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The mean of several seeds at each step, and their lowest and highest value as its interval; one stays as it is."""
+    """The mean of several seeds at each step, the lowest and the highest as its interval; a single one as it is."""
     if len(frames) == 1:
         return frames[0]
     groups = pd.concat(frames).groupby("step", as_index=False)

@@ -45,43 +45,44 @@ _HOW = (
 
 
 def _table(items: Sequence[Comparison]) -> dict[str, Any]:
-    """Headings and rows; corpus, ratio and step are shown where they differ."""
+    """Headings and rows; corpus, ratio, step and run are shown where they differ."""
     several = len({(item.corpus, item.ratio, item.step) for item in items}) > 1
+    runs = len({item.subject for item in items}) > 1
     ends = [abs(end) for item in items for end in (item.low, item.high, item.mean) if math.isfinite(end)]
     scale = max(ends, default=0.0) or 1.0
-    texts = ["held-out set", "run", "compared with"]
-    headings = [*(["corpus", "ratio", "step"] if several else []), *texts]
-    headings = [{"text": text, "sort": "number" if text in ("ratio", "step") else "text"} for text in headings]
-    headings += [{"text": "difference", "sort": "number"}, {"text": "95 % interval", "sort": "number"}]
-    headings += [{"text": "verdict", "sort": "text"}, {"text": "interval of", "sort": "text"}]
-    rows = [{"cells": _cells(item, several), "word": item.word, "range": _range(item, scale)} for item in items]
+    columns = [_cells(item, several, runs) for item in items]
+    headings = [{"text": text, "sort": "number" if cell["number"] else "text"} for text, cell in columns[0].items()]
+    rows = [
+        {"cells": list(cells.values()), "word": item.word, "range": _range(item, scale)}
+        for item, cells in zip(items, columns, strict=True)
+    ]
     return {"headings": headings, "rows": rows}
 
 
-def _cells(item: Comparison, several: bool) -> list[dict[str, Any]]:
+def _cells(item: Comparison, several: bool, runs: bool) -> dict[str, dict[str, Any]]:
+    """Cells by heading."""
     known = item.word != "unknown"
-    basis = f"{item.seeds} seeds" if item.basis == SEEDS else f"1 seed, {item.basis}"
-    where = [_cell(item.corpus), _cell(item.ratio, number=True), _cell(item.step, number=True)] if several else []
-    return [
-        *where,
-        _cell(item.held_out),
-        _cell(item.subject),
-        _cell(item.other),
-        {"text": f"{item.mean:+.1f}", "value": item.mean, "number": True, "word": False},
-        {
-            "text": f"[{item.low:+.1f}, {item.high:+.1f}]" if known else "–",
-            "value": item.low if known else "",
-            "number": True,
-            "word": False,
-        },
-        {"text": item.word, "value": item.word, "number": False, "word": True},
-        _cell(basis),
-    ]
+    where = {"corpus": _cell(item.corpus), "ratio": _number(item.ratio), "step": _number(item.step)}
+    return {
+        **(where if several else {}),
+        "held-out set": _cell(item.held_out),
+        **({"run": _cell(item.subject)} if runs else {}),
+        "compared with": _cell(item.other),
+        "verdict": _cell(item.word, word=True),
+        "difference": _number(item.mean, f"{item.mean:+.1f}"),
+        "95 % interval": _number(item.low if known else None, f"[{item.low:+.1f}, {item.high:+.1f}]"),
+        "interval of": _cell(f"{item.seeds} seeds" if item.basis == SEEDS else f"1 seed, {item.basis}"),
+    }
 
 
-def _cell(value: object, *, number: bool = False) -> dict[str, Any]:
-    text = "–" if value is None else str(value)
-    return {"text": text, "value": "" if value is None else value, "number": number, "word": False}
+def _cell(text: str, *, word: bool = False) -> dict[str, Any]:
+    return {"text": text, "value": text, "number": False, "word": word}
+
+
+def _number(value: float | None, text: str | None = None) -> dict[str, Any]:
+    """A number to sort by, and how it is shown."""
+    shown = "–" if value is None else (text or f"{value:g}")
+    return {"text": shown, "value": "" if value is None else value, "number": True, "word": False}
 
 
 def _range(item: Comparison, scale: float) -> dict[str, float] | None:
