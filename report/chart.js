@@ -143,13 +143,16 @@ class Chart {
     }
     const label = this.data.axes.find((axis) => axis.key === this.axis).label;
     this.make("text", { ...text, x: (MARGIN.left + width) / 2, y: HEIGHT - 6, "text-anchor": "middle" }, label);
-    let above = Infinity;
-    for (const reference of [...this.data.references].sort((a, b) => a.value - b.value)) {
-      const y = this.y(reference.value);
-      above = Math.min(y - 4, above - 13); // labels of near lines do not cover each other
+    const halo = { "paint-order": "stroke", stroke: "#fff", "stroke-width": 3 };
+    const references = this.data.references.map(({ name, value }) => ({ name, y: this.y(value) }));
+    for (const { y } of references) {
       const ends = { x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y };
       this.make("line", { ...ends, stroke: MUTED, "stroke-dasharray": "4 3" });
-      this.make("text", { ...text, x: width - MARGIN.right, y: above, "text-anchor": "end" }, reference.name);
+    }
+    let above = Infinity;
+    for (const { name, y } of references.sort((a, b) => b.y - a.y)) {
+      above = Math.min(y - 4, above - 13); // labels of near lines do not cover each other
+      this.make("text", { ...text, ...halo, x: width - MARGIN.right, y: above, "text-anchor": "end" }, name);
     }
   }
 
@@ -199,11 +202,12 @@ class Chart {
     const where = this.data.axes.filter((axis) => point[axis.key] !== null);
     const rows = where.map((axis) => `${axis.label} ${number(point[axis.key])}`);
     this.tip.textContent = [line.name, number(point.value) + range, ...rows].join("\n");
-    const width = this.svg.clientWidth;
-    const left = Math.min(Math.max(place.x + 14, 0), Math.max(width - this.tip.offsetWidth - 4, 0));
-    const covers = left < place.x + 8 && left + this.tip.offsetWidth > place.x - 8;
+    const [svg, box] = [this.svg.getBoundingClientRect(), this.box.getBoundingClientRect()];
+    const { offsetWidth: width, offsetHeight: height } = this.tip;
+    const left = place.x + 14 + width < svg.width ? place.x + 14 : Math.max(place.x - 14 - width, 0);
+    const top = Math.min(Math.max(place.y - height / 2, 0), svg.height - height);
     this.tip.style.left = `${left}px`;
-    this.tip.style.top = `${this.svg.offsetTop + Math.max(place.y - (covers ? this.tip.offsetHeight + 14 : 10), 0)}px`;
+    this.tip.style.top = `${svg.top - box.top + top}px`;
   }
 }
 

@@ -11,8 +11,8 @@ from report.verdict import CLAIM, SEEDS, Comparison, compare, headline, seeds_no
 
 #: Titles of the tables by stage; the subset's is folded: the claim is about generated images.
 TITLES = {
-    "generation": "Generated images: KID×10³ of RS-Prune minus the other method's",
-    "subset": "The kept images themselves, before any training: the same differences",
+    "generation": "Generated images, KID×10³ of {} minus the other method's",
+    "subset": "The kept images themselves, before any training, KID×10³ of {} minus the other method's",
 }
 _STATUS = {"The rows support the claim.": "better", "The rows do not support the claim.": "worse"}
 
@@ -31,9 +31,13 @@ def verdict_view(rows: Sequence[Row]) -> dict[str, Any] | None:
         "sentences": sentences(generated),
         "note": " ".join(text for text in (_HOW, seeds_note(generated)) if text),
         "groups": [
-            {"title": TITLES[stage], "folded": stage != "generation", **_table(items)}
+            {
+                "title": TITLES[stage].format(subject),
+                "folded": stage != "generation",
+                **_table([item for item in items if item.subject == subject]),
+            }
             for stage, items in found.items()
-            if items
+            for subject in dict.fromkeys(item.subject for item in items)
         ],
     }
 
@@ -45,12 +49,11 @@ _HOW = (
 
 
 def _table(items: Sequence[Comparison]) -> dict[str, Any]:
-    """Headings and rows; corpus, ratio, step and run are shown where they differ."""
+    """Headings and rows of one run; corpus, ratio and step are shown where they differ."""
     several = len({(item.corpus, item.ratio, item.step) for item in items}) > 1
-    runs = len({item.subject for item in items}) > 1
     ends = [abs(end) for item in items for end in (item.low, item.high, item.mean) if math.isfinite(end)]
     scale = max(ends, default=0.0) or 1.0
-    columns = [_cells(item, several, runs) for item in items]
+    columns = [_cells(item, several) for item in items]
     headings = [{"text": text, "sort": "number" if cell["number"] else "text"} for text, cell in columns[0].items()]
     rows = [
         {"cells": list(cells.values()), "word": item.word, "range": _range(item, scale)}
@@ -59,15 +62,14 @@ def _table(items: Sequence[Comparison]) -> dict[str, Any]:
     return {"headings": headings, "rows": rows}
 
 
-def _cells(item: Comparison, several: bool, runs: bool) -> dict[str, dict[str, Any]]:
+def _cells(item: Comparison, several: bool) -> dict[str, dict[str, Any]]:
     """Cells by heading."""
     known = item.word != "unknown"
     where = {"corpus": _cell(item.corpus), "ratio": _number(item.ratio), "step": _number(item.step)}
     return {
-        **(where if several else {}),
-        "held-out set": _cell(item.held_out),
-        **({"run": _cell(item.subject)} if runs else {}),
         "compared with": _cell(item.other),
+        "held-out set": _cell(item.held_out),
+        **(where if several else {}),
         "verdict": _cell(item.word, word=True),
         "difference": _number(item.mean, f"{item.mean:+.1f}"),
         "95 % interval": _number(item.low if known else None, f"[{item.low:+.1f}, {item.high:+.1f}]"),

@@ -139,8 +139,11 @@ def test_the_verdict_leads_the_page_with_the_numbers_of_the_rows(html):
     cells = re.findall(r"<tr>(.*?)</tr>", body[body.index("<tbody>") : body.index("</tbody>")])
     shown = [[re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td data.*?</td>", row)] for row in cells]
     # differences to full -73.04 and -79, to random -73.01 and -29: t of one degree of freedom is 12.7062
-    assert shown[0] == ["balanced", "full", "better", "-76.0", "[-113.9, -38.2]", "2 seeds"]
-    assert shown[1] == ["balanced", "random", "tie", "-51.0", "[-330.6, +228.6]", "2 seeds"]
+    assert shown[0] == ["full", "balanced", "better", "-76.0", "[-113.9, -38.2]", "2 seeds"]
+    assert shown[1] == ["random", "balanced", "tie", "-51.0", "[-330.6, +228.6]", "2 seeds"]
+    natural = [{**row, "weighting": "natural"} for row in rows() if row["prune"] == "rsprune"]
+    titles = [group["title"] for group in verdict_view([*rows(), *natural])["groups"]]
+    assert ["natural weights" in title for title in titles] == [False, True]
     assert verdict_view([row for row in rows() if row["prune"] != "rsprune"]) is None
 
 
@@ -187,7 +190,9 @@ PROBE = """<script>addEventListener("load", () => setTimeout(() => {
   const point = chart.querySelector("circle").getBoundingClientRect();
   const at = { clientX: point.x + 4, clientY: point.y + 4 };
   chart.querySelector("svg").dispatchEvent(new PointerEvent("pointermove", at));
-  found.tip = chart.querySelector(".tip").textContent;
+  const tip = chart.querySelector(".tip"), box = tip.getBoundingClientRect();
+  found.tip = tip.textContent;
+  found.away = [box.left - point.left, box.top - point.bottom, point.top - box.bottom];
   found.picture = getComputedStyle(chart.querySelector("img")).display;
   found.room = innerWidth - document.documentElement.scrollWidth;
   document.body.textContent = "FOUND" + JSON.stringify(found) + "END";
@@ -211,4 +216,5 @@ def test_a_browser_sorts_toggles_and_tells_without_an_error(html, tmp_path):
     ]  # fmt: skip
     assert [order[0] for order in found["orders"]] == ["none", "ascending", "descending", "none"]
     assert found["lines"] == [2, 1]
+    assert 0 < found["away"][0] < 30 and max(found["away"][1:]) < 0  # beside the point, at its height
     assert found["tip"].splitlines()[1:] == ["1,000 [800, 1,200]", "step 10", "images seen 320", "seconds 1.5"]
