@@ -5,8 +5,9 @@ Colours are Okabe and Ito's (2008), told apart with every common colour blindnes
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -104,11 +105,9 @@ def _convergence_panel(
     *,
     titled: bool,
 ) -> None:
-    others = iter(_OTHERS * len(found))
     values: list[float] = []
-    for index, name in enumerate(sorted(found, key=method_order)):
+    for index, (name, colour) in enumerate(method_colours(found).items()):
         frame = found[name].sort_values(x)
-        colour = _COLOURS.get(name) or next(others)
         y = frame[metric].to_numpy(dtype=float)
         values += y[np.isfinite(y)].tolist()
         axes.plot(
@@ -129,13 +128,24 @@ def _convergence_panel(
     better = "lower is better" if lower_is_better(metric) else "higher is better"
     _dress(axes, f"{metric_title(metric)}, {better}" if titled else "", x.replace("_", " "), "")
     axes.xaxis.set_major_formatter(FuncFormatter(_counts))
-    if values and min(values) > 0 and max(values) / min(values) > 4:
+    if is_wide(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(_counts))
         axes.yaxis.set_minor_formatter(NullFormatter())
     if titled:
         axes.legend(frameon=False, fontsize=12, labelcolor=INK, loc="best")
+
+
+def method_colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each method, in the order of `method_order`."""
+    others = itertools.cycle(_OTHERS)
+    return {name: _COLOURS.get(name) or next(others) for name in sorted(names, key=method_order)}
+
+
+def is_wide(values: Sequence[float]) -> bool:
+    """Whether values span so much that only a logarithmic axis shows all of them."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 4
 
 
 def metric_title(metric: str) -> str:

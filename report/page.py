@@ -8,30 +8,66 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
 from eval.reference_rows import REFERENCE_ROWS
 from report.tables import REFERENCE, TABLE_NOTES, seeds_line, show
 
+HERE = Path(__file__).parent
+#: Style and scripts, written into the page.
+ASSETS = ("page.css", "sort.js", "chart.js")
 #: The sentence under each section's heading.
 LEADS = {
     "tables": "What was measured, one row a method. ↓ lower is better, ↑ higher is better; the best measured value of "
     "a column is marked. Brackets are 95\u00a0% intervals of the sampling of images alone. They do not say what "
     "another training seed would change, so a difference within one seed is no proof. Shaded rows are reference rows: "
     "what the metrics say of real or merely re-encoded images. No model trained on these latents can be expected to do "
-    "better than reconstructed_train.",
+    "better than reconstructed_train. A click on a heading sorts; "
+    "reference rows stay below.",
     "figures": "How the numbers come about. Colours mean the same method in every figure.",
     "sheets": "Drawn or restored images as they are, enlarged without smoothing, not picked by hand. Look for "
     "structure that the metrics may miss: coasts, texture, repeated patterns.",
     "galleries": "A random sample of the kept and of the dropped images of every scene. Good pruning keeps variety and "
     "drops repetition, empty and broken images. Open a scene to see it.",
 }
+
+
+class Picture(NamedTuple):
+    """A figure or a sheet.
+
+    Attributes:
+        png: bytes or file; what stays visible without JavaScript.
+        chart: of `report.curves.chart`, drawn in place of the picture.
+        folded: shown on demand.
+    """
+
+    title: str
+    caption: str
+    png: bytes | Path
+    chart: Mapping[str, Any] | None = None
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """Images side by side: a row a prompt, a column a method.
+
+    Attributes:
+        columns: by heading, uint8 [N, H, W, 3].
+        prompts: str [N].
+    """
+
+    title: str
+    caption: str
+    columns: Mapping[str, np.ndarray]
+    prompts: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -42,6 +78,7 @@ class Gallery:
         title: the scene.
         kept, dropped: uint8 [n, H, W, 3] and [m, H, W, 3], the images to show.
         kept_total, dropped_total: how many there are in all.
+        note: why they were dropped; such a gallery has no kept images.
     """
 
     title: str
@@ -49,6 +86,7 @@ class Gallery:
     dropped: np.ndarray
     kept_total: int
     dropped_total: int
+    note: str = ""
 
 
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:
@@ -69,9 +107,11 @@ def write_report(
     title: str,
     intro: str,
     tables: Mapping[str, pd.DataFrame] | None = None,
-    figures: Sequence[tuple[str, str, bytes | Path]] = (),
+    verdict: Mapping[str, Any] | None = None,
+    figures: Sequence[Picture | tuple[str, str, bytes | Path]] = (),
     galleries: Mapping[str, Sequence[Gallery]] | None = None,
-    sheets: Sequence[tuple[str, str, bytes | Path]] = (),
+    grids: Sequence[SampleGrid] = (),
+    sheets: Sequence[Picture | tuple[str, str, bytes | Path]] = (),
     facts: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
@@ -80,28 +120,25 @@ def write_report(
     Args:
         intro: plain text, blank lines part paragraphs.
         tables: by name; frames of `report.tables.build_tables` get directions and best marks, others stay as they are.
-        figures, sheets: title, caption, and the PNG as bytes or file.
+        verdict: of `report.verdict_view.verdict_view`; it leads the page.
+        figures, sheets: of `Picture` the first fields at least.
         galleries: by method.
         facts: short values for the head of the page.
         notes: replaces the text under a table (by its name) or under a section's heading (a key of `LEADS`).
     """
     notes = notes or {}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("page.html.j2").render(
+    html = _template().render(
         title=title,
+        verdict=verdict,
+        assets={name: Markup((HERE / name).read_text(encoding="utf-8")) for name in ASSETS},
         intro=[paragraph.strip() for paragraph in intro.split("\n\n") if paragraph.strip()],
         facts={name: str(value) for name, value in (facts or {}).items()},
         leads={section: notes.get(section, lead) for section, lead in LEADS.items()},
         references=_references((tables or {}).values()),
         tables=[_table(name, table, notes) for name, table in (tables or {}).items()],
-        figures=[_picture(*figure) for figure in figures],
-        sheets=[_picture(*sheet) for sheet in sheets],
+        figures=[_picture(Picture(*figure)) for figure in figures],
+        grids=[_grid(grid) for grid in grids],
+        sheets=[_picture(Picture(*sheet)) for sheet in sheets],
         galleries={method: [_group(gallery) for gallery in groups] for method, groups in (galleries or {}).items()},
     )
     path = Path(path)
@@ -109,6 +146,17 @@ def write_report(
     partial = path.with_name(path.name + ".partial")
     partial.write_text(html, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2")
 
 
 def _table(name: str, table: pd.DataFrame, notes: Mapping[str, str]) -> dict[str, Any]:
@@ -121,6 +169,7 @@ def _table(name: str, table: pd.DataFrame, notes: Mapping[str, str]) -> dict[str
         "headings": [heading.replace(" ↓", "\u00a0↓").replace(" ↑", "\u00a0↑") for heading in shown.headings[first:]],
         "rows": [(kind, cells[first:]) for kind, cells in shown.rows],
         "numeric": shown.numeric[first:],
+        "sortable": sum(kind != REFERENCE for kind, _ in shown.rows) > 1,
         "wide": "kind" in table or len(shown.headings) > 6,
     }
 
@@ -131,19 +180,28 @@ def _references(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
     return {name: text for name, text in REFERENCE_ROWS.items() if name in names}
 
 
-def _picture(title: str, caption: str, png: bytes | Path) -> dict[str, Any]:
-    data = png if isinstance(png, bytes) else Path(png).read_bytes()
+def _picture(picture: Picture) -> dict[str, Any]:
+    data = picture.png if isinstance(picture.png, bytes) else Path(picture.png).read_bytes()
     width, height = Image.open(io.BytesIO(data)).size
-    return {"title": title, "caption": caption, "source": _inline(data, "png"), "wide": width > 2 * height}
+    wide = width > 2 * height or picture.chart is not None
+    return {**picture._asdict(), "source": _inline(data, "png"), "wide": wide}
+
+
+def _grid(grid: SampleGrid) -> dict[str, Any]:
+    tiles = [[_tile(image) for image in images] for images in grid.columns.values()]
+    rows = [(prompt, [column[index] for column in tiles]) for index, prompt in enumerate(grid.prompts)]
+    return {"title": grid.title, "caption": grid.caption, "columns": list(grid.columns), "rows": rows}
 
 
 def _group(gallery: Gallery) -> dict[str, Any]:
     totals = {"kept": gallery.kept_total, "dropped": gallery.dropped_total}
     tiles = {"kept": gallery.kept, "dropped": gallery.dropped}
     everything = max(sum(totals.values()), 1)
+    kept = f"{totals['kept']:,} of {everything:,} kept, {totals['kept'] / everything:.1%}"
     return {
         "title": gallery.title,
-        "counts": f"{totals['kept']:,} of {everything:,} kept, {totals['kept'] / everything:.1%}",
+        "counts": f"{totals['dropped']:,} images: {gallery.note}" if gallery.note else kept,
+        "labels": ("dropped",) if gallery.note else ("kept", "dropped"),
         "shown": {
             label: f"{total:,}" if len(tiles[label]) == total else f"{len(tiles[label]):,} of {total:,}"
             for label, total in totals.items()

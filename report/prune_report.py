@@ -16,6 +16,12 @@ from report.page import LEADS, Gallery, figure_bytes, write_report
 #: Scenes with a gallery of their own, the largest first.
 MOST_SCENES = 40
 NO_SCENE = "no scene"
+#: What the reasons of selection.parquet mean.
+REASONS = {
+    "low_entropy": "local information entropy below the threshold, as of water, cloud or no data",
+    "redundant": "others of their kind fill the budget",
+    "not_drawn": "left out by a random draw",
+}
 #: Counts of a method that the page shows, where it gives them.
 COUNTED = ("dropped_by_entropy", "returned_by_entropy", "skipped_as_duplicate")
 #: Images on the map.
@@ -45,7 +51,7 @@ def write_prune_report(
         places: N rows with lon and lat in degrees, NaN unknown, for the world map; None draws none.
     """
     galleries, left_out = _galleries(selection, images, generator, per_group)
-    reasons = _reason_galleries(selection, images, generator, per_group)
+    reasons = reason_galleries(selection, images, generator, per_group)
     tables = {"scenes": _scenes(summary), "reasons": _reasons(selection), "seconds": _seconds(summary)}
     if (selection["cluster"] >= 0).any():
         tables["clusters"] = _clusters(selection)
@@ -101,7 +107,7 @@ def _galleries(
     return galleries, max(len(order) - MOST_SCENES, 0)
 
 
-def _reason_galleries(
+def reason_galleries(
     selection: pd.DataFrame, images: np.ndarray, generator: np.random.Generator, per_group: int
 ) -> list[Gallery]:
     """What went for each reason; unreadable images have no pixels to show."""
@@ -110,7 +116,8 @@ def _reason_galleries(
     for reason in sorted(set(reasons) - {"kept", "unreadable"}):
         rows = np.flatnonzero(reasons == reason)
         shown = np.sort(generator.permutation(rows)[: 2 * per_group])
-        galleries.append(Gallery(reason, nothing, images[shown], 0, len(rows)))
+        note = REASONS.get(str(reason), "dropped for this reason")
+        galleries.append(Gallery(reason, nothing, np.array(images[shown]), 0, len(rows), note))
     return galleries
 
 

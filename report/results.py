@@ -20,6 +20,10 @@ from runtime.errors import UserError
 Row = Mapping[str, Any]
 #: What tells one row from another.
 KEY = ("stage", "corpus", "prune", "ratio", "seed", "step", "fingerprint")
+#: What every other method is compared with, image by image.
+BASELINE = "random"
+#: The method that the project is about, compared with every other one.
+SUBJECT = "rsprune"
 
 
 def read_results(path: Path | str) -> list[dict[str, Any]]:
@@ -48,6 +52,11 @@ def read_results(path: Path | str) -> list[dict[str, Any]]:
 def weighting_name(weighting: float) -> str:
     """How a table names a `train.weighting`: uniform (0), natural (1), or the exponent."""
     return {0.0: "uniform", 1.0: "natural"}.get(float(weighting), f"{weighting:g}")
+
+
+def run_name(method: str, weighting: str | None) -> str:
+    """What a training is called beside others: its method, and its weighting where images are not drawn alike."""
+    return method if weighting in (None, weighting_name(0)) else f"{method}, {weighting} weights"
 
 
 def append_result(path: Path | str, row: Row) -> None:

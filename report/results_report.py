@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,14 @@ from corpus.index import Corpus, open_corpus
 from eval.convergence import CONVERGENCE
 from eval.metrics import METRICS, Quantity
 from eval.reference_rows import REFERENCE_ROWS
+from report.curves import averaged, chart
 from report.figures import comparison_sheet, confusion_figure, convergence_figure, entropy_histogram, scene_bars
-from report.page import Gallery, figure_bytes, write_report
+from report.page import Gallery, Picture, figure_bytes, write_report
+from report.prune_report import reason_galleries
 from report.results import read_results
+from report.sheets import sample_grids
 from report.tables import build_tables, evaluation_encoder, scene_table, write_tables
+from report.verdict_view import verdict_view
 from runtime.artefacts import read_json
 from runtime.errors import UserError
 
@@ -47,9 +50,11 @@ def rebuild(results: Path) -> dict[str, pd.DataFrame]:
         title=f"RS-Prune, profile {results.name}",
         intro="Each method keeps a part of the same corpus; the same latent diffusion model is trained on each part "
         "with the same steps, batches and noise, and judged on images that no stage has seen.",
+        verdict=verdict_view(rows),
         tables=tables,
         figures=figures,
         galleries=_galleries(places),
+        grids=sample_grids(_all_of(places, "generation"), _seeds(rows)),
         sheets=_sheets(places, results / "figures"),
         facts=_facts(places),
     )
@@ -58,7 +63,17 @@ def rebuild(results: Path) -> dict[str, pd.DataFrame]:
 
 def _of(places: Places, kind: str) -> dict[str, Path]:
     """The first seed's directory of every method."""
-    return {key.split("/")[1]: found[0] for key, found in places.items() if key.startswith(kind + "/")}
+    return {method: found[0] for method, found in _all_of(places, kind).items()}
+
+
+def _all_of(places: Places, kind: str) -> dict[str, list[Path]]:
+    """Every method's directories, one a seed."""
+    return {key.split("/")[1]: found for key, found in places.items() if key.startswith(kind + "/")}
+
+
+def _seeds(rows: list[dict]) -> list[int]:
+    """The seeds of the trainings, in the order of their directories."""
+    return list(dict.fromkeys(row["seed"] for row in rows if row["stage"] == "generation"))
 
 
 def _confusions(places: Places) -> dict[str, dict[str, dict[str, int]]]:
@@ -74,44 +89,40 @@ def _confusions(places: Places) -> dict[str, dict[str, dict[str, int]]]:
 
 def _curves(places: Places) -> dict[str, pd.DataFrame]:
     """Every method's convergence, averaged over its seeds; of several the lowest and highest are its interval."""
-    curves = {}
-    for key, found in places.items():
-        if not key.startswith("convergence/"):
-            continue
-        frames = [pd.read_json(path / CONVERGENCE, lines=True) for path in found]
-        if len(frames) == 1:
-            curves[key.split("/")[1]] = frames[0]
-            continue
-        groups = pd.concat(frames).groupby("step", as_index=False)
-        frame = groups.mean()
-        for column in frames[0].columns:
-            quantity = Quantity.parse(column)
-            if quantity is not None and not quantity.part:
-                for part, values in (("low", groups[column].min()), ("high", groups[column].max())):
-                    frame[replace(quantity, part=part).name] = values[column]
-        curves[key.split("/")[1]] = frame
-    return curves
+    return {
+        key.split("/")[1]: averaged([pd.read_json(path / CONVERGENCE, lines=True) for path in found])
+        for key, found in places.items()
+        if key.startswith("convergence/")
+    }
 
 
-def _figures(places: Places, rows: list[dict], directory: Path) -> list[tuple[str, str, bytes]]:
-    directory.mkdir(parents=True, exist_ok=True)
-    figures = []
-
-    def add(name: str, title: str, caption: str, figure) -> None:
-        data = figure_bytes(figure)
-        (directory / f"{name}.png").write_bytes(data)
-        figures.append((title, caption, data))
-
-    encoder = evaluation_encoder(rows)
+def _convergence_figures(places: Places, rows: list[dict], directory: Path) -> list[Picture]:
+    encoder, curves = evaluation_encoder(rows), _curves(places)
+    seeds = max(len(found) for key, found in places.items() if key.startswith("convergence/"))
     real = read_json(_of(places, "reference")["validation"] / "reference_rows.json")
+    pictures = []
     for metric, name in (("kid_x1000", "convergence_kid"), ("fd", "convergence_fd")):
         column = Quantity(metric, encoder, "balanced").name
         # only what does not depend on the number of images may stand beside curves of fewer images
         lines = {} if METRICS[metric].biased else {key: real[key].get(column) for key in REFERENCE_ROWS if key in real}
         lines = {key: value for key, value in lines.items() if value is not None and key != "pca"}
-        caption = "Distance to the scene-balanced validation set by images seen; training alone has not seen it."
-        figure = convergence_figure(_curves(places), column, x=("images_seen",), references=lines)
-        add(name, f"Convergence, {METRICS[metric].name}", caption, figure)
+        data = figure_bytes(convergence_figure(curves, column, x=("images_seen",), references=lines))
+        (directory / f"{name}.png").write_bytes(data)
+        caption = "Distance to the scene-balanced validation set during training; training alone has not seen it."
+        drawn = chart(curves, column, references=lines, seeds=seeds)
+        pictures.append(Picture(f"Convergence, {METRICS[metric].name}", caption, data, drawn))
+    return pictures
+
+
+def _figures(places: Places, rows: list[dict], directory: Path) -> list[Picture]:
+    directory.mkdir(parents=True, exist_ok=True)
+    figures = _convergence_figures(places, rows, directory)
+
+    def add(name: str, title: str, caption: str, figure) -> None:
+        data = figure_bytes(figure)
+        (directory / f"{name}.png").write_bytes(data)
+        figures.append(Picture(title, caption, data))
+
     if confusions := _confusions(places):
         caption = "Held-out photographs, and images generated from their captions. A bright diagonal is good."
         add("scenes_seen", "What CLIP sees in each scene", caption, confusion_figure(confusions))
@@ -153,21 +164,24 @@ def _galleries(places: Places) -> dict[str, list[Gallery]]:
             shown = [np.sort(generator.permutation(rows)[:SHOWN]) for rows in (taken, left)]
             pictures = [np.array(corpus.images[rows]) for rows in shown]
             galleries[method].append(Gallery(scene or "unlabelled", *pictures, len(taken), len(left)))
+        reasons = reason_galleries(table, corpus.images, generator, SHOWN)
+        if len(reasons) > 1:  # a method with a single reason tells nothing by it
+            galleries[f"{method}, dropped by reason"] = reasons
     return galleries
 
 
-def _sheets(places: Places, directory: Path) -> list[tuple[str, str, Path]]:
+def _sheets(places: Places, directory: Path) -> list[Picture]:
     sheets = []
     for method, path in _of(places, "foundation").items():
         last = sorted((path / "samples").glob("step_*.png"))[-1]
-        sheets.append((f"Samples, {method}", "The same prompts and the same noise for every method.", last))
+        caption = "The same prompts and the same noise for every method."
+        sheets.append(Picture(f"All samples of {method}", caption, last, folded=True))
     references = _of(places, "reference")["published"]
     sheet = directory / "reconstructions.png"
     names = {"training images": "real_train", "autoencoder": "reconstructed_train", "PCA": "pca"}
     comparison_sheet({label: np.load(references / f"{name}.npy") for label, name in names.items()}).save(sheet)
-    sheets.append(
-        ("Reconstructions", "What the frozen autoencoder and PCA of its latent size keep of an image.", sheet)
-    )
+    caption = "What the frozen autoencoder and PCA of its latent size keep of an image."
+    sheets.append(Picture("Reconstructions", caption, sheet))
     for task in dict.fromkeys(key.split("/")[0] for key in places):
         runs = {
             method: path for method, path in _of(places, task).items() if (path / SAMPLES / "outputs.npy").is_file()
@@ -181,7 +195,7 @@ def _sheets(places: Places, directory: Path) -> list[tuple[str, str, Path]]:
         sheet = directory / f"{task}.png"
         comparison_sheet(rows).save(sheet)
         title = task.replace("_", " ").capitalize()
-        sheets.append((title, "Input, each foundation's output, and the true image.", sheet))
+        sheets.append(Picture(title, "Input, each foundation's output, and the true image.", sheet))
     return sheets
 
 

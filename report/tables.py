@@ -19,7 +19,7 @@ import pandas as pd
 
 from eval.metrics import METRICS, SETS, Quantity
 from eval.reference_rows import REFERENCE_ROWS
-from report.results import Row, read_results, weighting_name, write_text
+from report.results import BASELINE, Row, read_results, weighting_name, write_text
 
 #: Table name of each stage.
 TABLE_OF_STAGE = {
@@ -75,8 +75,8 @@ def method_order(name: str) -> tuple[int, str]:
 def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
     """Tables by name (`TABLE_OF_STAGE`, other stages by their own), full-precision numbers; none without measured rows.
 
-    Columns: kind ("measured" or "reference"), corpus, prune, ratio, weighting, step, seeds (how many), the fields that only
-    ablation rows have, then the metrics. Rows of one cell that differ in the seed alone become one: means, and, of
+    Columns: kind ("measured" or "reference"), corpus, prune, ratio, weighting, step, seeds (how many), the fields that
+    only ablation rows have, then the metrics. Rows of one cell that differ in the seed alone become one: means, and, of
     several seeds, standard deviations as `<metric>_spread` in place of intervals. Of several rows for one cell and seed
     the newest counts. Reference rows stand at the bottom of every table with which they share a distance.
     """
@@ -180,12 +180,17 @@ def _column_order(column: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one cell shows: a value, its interval or spread ("" none), and whether it is the best measured one."""
+    """What one cell shows: a value, its interval or spread ("" none), and whether it is the best measured one.
+
+    Attributes:
+        key: the number at full precision, by which rows are sorted; None: the cell has none.
+    """
 
     value: str
     interval: str = ""
     best: bool = False
     number: bool = False
+    key: float | None = None
 
     @property
     def text(self) -> str:
@@ -248,6 +253,8 @@ def _is_shown(table: pd.DataFrame, name: str, measured: pd.Series) -> bool:
     if quantity is not None:
         entry, encoder = quantity.entry, table.attrs.get("encoder", "")
         other = entry.by == "encoder" and encoder not in ("", quantity.of)
+        if quantity.minus not in ("", BASELINE):  # the report's verdict shows them
+            return False
         if quantity.part or entry.shown == "file" or (other and (entry.shown != "both" or quantity.minus)):
             return False
     return name == "prune" or bool(table[name].notna().any())
@@ -283,7 +290,7 @@ def _cell(row: pd.Series, name: str, *, best: bool) -> Cell:
         return Cell(_NOTHING)
     if isinstance(value, str):
         return Cell(value)
-    return Cell(_number(name, value), _interval(row, name), best, number=True)
+    return Cell(_number(name, value), _interval(row, name), best, number=True, key=float(value))
 
 
 def _interval(row: pd.Series, name: str) -> str:
@@ -329,12 +336,13 @@ def _show_plain(table: pd.DataFrame) -> Shown:
 
     def cell(value: Any) -> Cell:
         if isinstance(value, str):
-            return Cell(value, number=bool(re.fullmatch(r"-?[\d.,]+ ?%?", value)))
+            number = re.fullmatch(r"(-?\d[\d,]*(?:\.\d+)?) ?%?", value)
+            return Cell(value, number=bool(number), key=float(number[1].replace(",", "")) if number else None)
         if pd.isna(value):
             return Cell(_NOTHING)
         if isinstance(value, Integral) and not isinstance(value, bool):
-            return Cell(f"{value:,}", number=True)
-        return Cell(f"{value:.4g}", number=True) if isinstance(value, Real) else Cell(str(value))
+            return Cell(f"{value:,}", number=True, key=float(value))
+        return Cell(f"{value:.4g}", number=True, key=float(value)) if isinstance(value, Real) else Cell(str(value))
 
     rows = (tuple(cell(value) for value in row) for row in table.itertuples(index=False, name=None))
     return Shown(tuple(str(name) for name in table.columns), tuple(("measured", row) for row in rows))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from omegaconf import DictConfig
 
 from downstream.conditional import SCRATCH
-from report.results import weighting_name
+from report.results import run_name, weighting_name
 from runtime.application import changed_config
 from runtime.errors import UserError
 
@@ -31,7 +31,7 @@ class Pretraining(NamedTuple):
     @property
     def name(self) -> str:
         """What it is called beside others."""
-        return run_name(self.method, self.cfg.train.weighting)
+        return run_name(self.method, weighting_name(self.cfg.train.weighting))
 
 
 class FineTuning(NamedTuple):
@@ -80,11 +80,6 @@ def check_profile(cfg: DictConfig) -> None:
             raise UserError(f"profile.{option} names {sorted(missing)}, which profile.methods does not train: add them")
 
 
-def run_name(method: str, weighting: float) -> str:
-    """What a training is called beside others: its method, and its weighting where the images are not drawn alike."""
-    return method if weighting == 0 else f"{method}, {weighting_name(weighting)} weights"
-
-
 def _pretrainings(cfg: DictConfig) -> list[Pretraining]:
     """Every method, and those of `profile.natural` once more with natural weights."""
     wanted = [(method, cfg.train.weighting) for method in cfg.profile.methods]
@@ -103,6 +98,6 @@ def _fine_tunings(cfg: DictConfig, tasks: Iterable[str]) -> list[FineTuning]:
     found = []
     for task in tasks:
         for method in cfg.profile.downstream:
-            found.append(FineTuning(cfg, task, method, run_name(method, cfg.train.weighting)))
+            found.append(FineTuning(cfg, task, method, run_name(method, weighting_name(cfg.train.weighting))))
         found += [FineTuning(chosen, task, SCRATCH, None) for chosen in (cfg, longer)]
     return found

@@ -32,20 +32,17 @@ from eval.reference_rows import Rebuild, reference_rows
 from prune.features import scan_corpus
 from prune.measured_subset import measured_subset
 from prune.selection import select
-from report.results import append_result, result_row, weighting_name
+from report.results import BASELINE, SUBJECT, append_result, result_row, run_name, weighting_name
 from report.results_report import rebuild
 from runtime.application import changed_config, run
 from runtime.artefacts import fingerprint, is_main_process, read_json, write_json
 from runtime.tracking import track
-from scripts.chain import Part, chain, check_profile, run_name
+from scripts.chain import Part, chain, check_profile
 from scripts.plan import dry_run
 from train.components import load_autoencoder, load_text_parts
 from train.foundation import pretrain
 from train.latents import PatchPCA, decode, encode, fit_pca
 from train.measured_run import MEASURED, corpus_features
-
-#: What every other method is compared with, image by image.
-BASELINE = "random"
 
 
 class TableCell(NamedTuple):
@@ -109,18 +106,25 @@ def references(cfg: DictConfig, split: str | None = None) -> Path:
     return reference_rows(sets, further, corpus, judges, rebuilds(cfg), int(cfg.eval.seed), cfg.runs, training)
 
 
-def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str) -> dict[str, float]:
-    """Paired differences of a method's KID to that of the `BASELINE`, on both held-out sets by every encoder."""
-    if method == BASELINE or BASELINE not in foundations:
-        return {}
+def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str, name: str) -> dict[str, float]:
+    """Paired differences of a run's KID to that of the `BASELINE`, on both held-out sets by every encoder.
+
+    Of the `SUBJECT` the differences to every other run too: the report's verdict asks for them.
+
+    Args:
+        foundations: runs by `run_name`; `name` is one of them, and a training of `method`.
+    """
+    others = [other for other in foundations if other == BASELINE or method == SUBJECT]
+    others = [other for other in others if other != name and other.partition(",")[0] != SUBJECT]
+    places = {who: read_json(foundations[who] / MEASURED) for who in (name, *others)}
     metrics = {}
-    places = {who: read_json(foundations[who] / MEASURED) for who in (method, BASELINE)}
-    for name, held in evaluation_sets(cfg).items():
+    for held_out, held in evaluation_sets(cfg).items():
         for encoder, reference in held.features.items():
-            mine, other = (np.load(Path(places[who][name]) / f"{encoder}.npy") for who in (method, BASELINE))
-            values = kernel_distance_difference(mine, other, reference)
-            for part, value in zip(("", "low", "high"), values, strict=True):
-                metrics[Quantity("kid_x1000", encoder, name, BASELINE, part).name] = value
+            features = {who: np.load(Path(place[held_out]) / f"{encoder}.npy") for who, place in places.items()}
+            for other in others:
+                values = kernel_distance_difference(features[name], features[other], reference)
+                for part, value in zip(("", "low", "high"), values, strict=True):
+                    metrics[Quantity("kid_x1000", encoder, held_out, other, part).name] = value
     return metrics
 
 
@@ -139,7 +143,7 @@ def foundation_cells(part: Part, foundations: dict[str, Path]) -> Iterator[Table
             yield TableCell(changed, "convergence", method, step, metrics, foundations[name])
     for name, directory in foundations.items():
         summary = read_json(directory / "summary.json")
-        metrics = summary["metrics"] | differences(part.cfg, foundations, name)
+        metrics = summary["metrics"] | differences(part.cfg, foundations, chosen[name][1], name)
         measured = Path(read_json(directory / MEASURED)["balanced"])
         yield TableCell(chosen[name][0], "generation", chosen[name][1], summary["steps"], metrics, measured)
 
@@ -200,7 +204,7 @@ def reproduce(cfg: DictConfig) -> Path:
             partial,
             result_row(cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step, **fields),
         )
-        name = run_name(cell.method, trained) if trained else cell.method
+        name = run_name(cell.method, fields.get("weighting"))
         found = places.setdefault(f"{cell.kind}/{name}", [])
         place = str(cell.run or cell.directory)
         found += [place] if place not in found else []

@@ -54,7 +54,7 @@ def affordable(table: pd.DataFrame, images_seen: float, most_repeats: float) -> 
     found = table[images_seen / table["kept"] <= most_repeats]
     if found.empty:
         raise UserError(
-            f"suggest.images_seen={images_seen:g}: at every ratio of quality.curve a kept image would be seen more than "
+            f"suggest.images_seen={images_seen:g}: every ratio of quality.curve shows some image more than "
             f"suggest.most_repeats={most_repeats:g} times: lower one or raise the other"
         )
     return found.reset_index(drop=True)

@@ -24,6 +24,7 @@ from torch import nn
 from downstream.fine_tuning import loop_options
 from downstream.registry import TASKS, suitable_names
 from prune.selection import select
+from report.results import run_name, weighting_name
 from runtime.application import CONFIGS
 from runtime.artefacts import NotBuilt, nothing_built, stage, write_json
 from runtime.errors import UserError
@@ -76,7 +77,7 @@ def test_the_cells_are_those_that_run(command, monkeypatch: pytest.MonkeyPatch, 
         return trained(cfg, method)
 
     def pretrain(cfg: DictConfig, method: str) -> Path:
-        ran.append(("pretrain", reproduce.run_name(method, cfg.train.weighting), cfg.seed, cfg.train.loop.steps))
+        ran.append(("pretrain", run_name(method, weighting_name(cfg.train.weighting)), cfg.seed, cfg.train.loop.steps))
         return trained(cfg, method)
 
     def fine_tune(cfg: DictConfig, task: SimpleNamespace, foundation: Path | None, method: str) -> Path:

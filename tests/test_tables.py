@@ -61,6 +61,11 @@ def test_a_paired_difference_has_a_sign_and_no_best():
     place = head.index("balanced KID×10³ geoembed minus random's")
     assert {line[0]: line[place] for line in body} == {"random": "–", "rsprune": "-20.4 [-33.6, -7.2]"}
     assert "Differences are paired" in markdown
+    every = {name.replace("random", "full"): value for name, value in paired.items()}
+    rows[-1]["metrics"] |= every
+    table = build_tables(rows)["generation"]
+    assert to_markdown("generation", table) == markdown  # the report's verdict has the others
+    assert set(every) <= set(table.columns)
 
 
 def test_markdown_shows_rounded_values_intervals_and_the_best_measured_one():

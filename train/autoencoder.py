@@ -261,8 +261,8 @@ def main(cfg: DictConfig) -> None:
     if ours[distance] >= pca[distance] or (ours["psnr"] <= pca["psnr"] and not textured):
         raise UserError(
             f"the autoencoder in {directory} does not beat PCA of its latent size in "
-            f"{'' if textured else 'PSNR and in '}Fréchet distance, so {cfg.autoencoder.path} stays as it was: train it "
-            "longer (autoencoder.recipe)"
+            f"{'' if textured else 'PSNR and in '}Fréchet distance, so {cfg.autoencoder.path} stays as it was: train "
+            "it longer (autoencoder.recipe)"
         )
     target = REPOSITORY / cfg.autoencoder.path
     trained.save_pretrained(target)

@@ -1,0 +1,55 @@
+"""Sample grids of a results directory: the same prompts and noise, a column a method, one grid a training seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from corpus.index import open_corpus
+from eval.measuring import IMAGES
+from report.page import SampleGrid
+from report.tables import method_order
+from runtime.artefacts import read_json
+
+#: Prompts of a grid: a balanced set deals its scenes round-robin, so the first ones are of different scenes.
+PROMPTS = 8
+HELD_OUT = "held-out photograph"
+CAPTION = (
+    "Columns of one row share prompt and noise; the training seed is the same in all columns. The photograph is the "
+    "held-out image that the prompt describes."
+)
+
+
+def sample_grids(measured: Mapping[str, Sequence[Path]], seeds: Sequence[int]) -> list[SampleGrid]:
+    """A grid for each training seed of the generated images that were measured; images that are gone are left out.
+
+    Args:
+        measured: by run the directories of the stage `measured`, one a seed.
+        seeds: their numbers.
+    """
+    grids = []
+    for index, seed in enumerate(seeds):
+        columns, prompts = {}, []
+        for name in sorted(measured, key=method_order):
+            if index >= len(measured[name]):
+                continue
+            facts = read_json(measured[name][index] / "stage.json")["inputs"]
+            drawn = measured[name][index].parent.parent / facts["images"]
+            if not (drawn / IMAGES).is_file():
+                continue
+            if not columns:
+                prompts = read_json(drawn / "stage.json")["inputs"]["captions"][:PROMPTS]
+                columns |= _photographs(drawn.parent.parent, facts["held_out"])
+            columns[name] = np.array(np.load(drawn / IMAGES, mmap_mode="r")[:PROMPTS])
+        if columns:
+            grids.append(SampleGrid(f"Side by side, training seed {seed}", CAPTION, columns, prompts))
+    return grids
+
+
+def _photographs(runs: Path, held_out: Mapping) -> dict[str, np.ndarray]:
+    place = runs / "corpus" / held_out["corpus"]
+    if not place.is_dir():
+        return {}
+    return {HELD_OUT: np.array(open_corpus(place).images[held_out["rows"][:PROMPTS]])}
