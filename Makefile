@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 PROFILE ?= local
-EXPERIMENT ?= convergence
+EXPERIMENT ?= methods
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -72,7 +72,7 @@ suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 demo: $(READY)  ## a page that draws images: make demo FOUNDATION=DIR, a pretraining run
 	$(BIN)/python scripts/demo.py $(if $(FOUNDATION),foundation="$(FOUNDATION)")
 
-tables: $(READY)  ## tables from results/PROFILE/results.jsonl
+tables: $(READY)  ## tables from results/PROFILE/results.jsonl; docs/results.md from results/published
 	$(BIN)/python scripts/tables.py profile=$(PROFILE)
 
 readme: $(READY)  ## tables and pictures of results/local into README.md

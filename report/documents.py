@@ -1,21 +1,29 @@
-"""README's tables and pictures, docs/results.md and docs/benchmarks.md, from what the commands left in `results/`."""
+"""README's tables and pictures, docs/results.md and docs/benchmarks.md.
+
+What the commands measured goes from `results/` to `results/published/`, a file of rows for every section, which the
+repository keeps: README's tables and docs/results.md can be made anew from it anywhere, byte for byte.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from PIL import Image
 
-from report.results import read_results
-from report.tables import TABLE_NOTES, build_tables, metric_of, to_markdown
-from runtime.artefacts import read_json
+from eval.metrics import Quantity
+from report.experiments import overtaken, snapshots
+from report.results import Row, read_results, write_text
+from report.tables import TABLE_NOTES, build_tables, evaluation_encoder, metric_of, to_markdown
+from runtime.artefacts import finite, read_json
 from runtime.errors import UserError
 
 #: What the tables say of the method, the unfavourable included.
@@ -34,15 +42,67 @@ AID = {
     "aid_defaults": ("every default", "nothing changed but the corpus"),
     "aid": ("its own autoencoder", "autoencoder and text encoder (1,000 steps) trained on them"),
 }
-#: Titles of docs/results.md.
-CHAIN, QUALITY = "The chain, with every metric", "Every method, judged without training"
-ABLATION = "RS-Prune with one choice changed at a time"
-OUTER = "An outer reference set: the scenes of AID's aerial photographs"
-ON_AID = {folder: f"Aerial images: AID, {name}" for folder, (name, _) in AID.items()}
-TAIL = "A made long tail"
-CURATED = "A curated corpus: AID's photographs, judged without training"
-#: In the document's order.
-SECTIONS = (CHAIN, QUALITY, ABLATION, OUTER, CURATED, *ON_AID.values(), TAIL)
+#: Below `results`, and kept with the repository: rows as the commands wrote them, a file a section.
+PUBLISHED = "published"
+TAIL_FILE = "long_tail"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of docs/results.md.
+
+    Attributes:
+        title: of the section.
+        source: where the commands leave its rows, below `results`; `{profile}` stands for the profile's name.
+        tables: that it shows, in order.
+        intro: what stands above them.
+    """
+
+    title: str
+    source: str
+    tables: tuple[str, ...]
+    intro: str = ""
+
+
+def _on_aid(folder: str) -> Section:
+    name, how = AID[folder]
+    intro = (
+        "`scripts/reproduce.py` on a folder (docs/training.md has the command): AID's photographs at 64 px with "
+        f"RSICD's captions, {how}. A guess among the 30 scenes would be right in 0.033 of all cases."
+    )
+    return Section(f"Aerial images: AID, {name}", f"{folder}/local/results.jsonl", ("generation",), intro)
+
+
+#: By the name of their file in `results/published`, in the document's order.
+SECTIONS = {
+    "chain": Section(
+        "The chain, with every metric",
+        "{profile}/results.jsonl",
+        ("generation", "subset_quality", "super_resolution", "semantic_synthesis"),
+    ),
+    "quality": Section("Every method, judged without training", "{profile}/quality/results.jsonl", ("subset_quality",)),
+    "ablation": Section(
+        "RS-Prune with one choice changed at a time", "{profile}/ablation/results.jsonl", ("ablation",)
+    ),
+    "ratio_compute": Section(
+        "How much to prune for how much training", "experiments/ratio_compute/results.jsonl", ("ratio_compute",)
+    ),
+    "methods": Section("Methods at equal images seen", "experiments/methods/results.jsonl", ("methods",)),
+    "weighting": Section("A subset by its images' weights", "experiments/weighting/results.jsonl", ("weighting",)),
+    "guidance": Section("Guidance", "experiments/guidance/results.jsonl", ("guidance",)),
+    "outer": Section(
+        "An outer reference set: the scenes of AID's aerial photographs",
+        "aid_reference/{profile}/quality/results.jsonl",
+        ("subset_quality",),
+    ),
+    "curated": Section(
+        "A curated corpus: AID's photographs, judged without training",
+        "aid_quality/{profile}/quality/results.jsonl",
+        ("subset_quality",),
+    ),
+    **{folder: _on_aid(folder) for folder in AID},
+    TAIL_FILE: Section("A made long tail", "long_tail/long_tail.json", ()),
+}
 #: README's tables and the metrics they show; docs/results.md has all of them.
 TABLES = {
     "generation": ("kid_x1000", "scene_accuracy"),
@@ -52,9 +112,9 @@ TABLES = {
 }
 
 
-def fill_readme(results: Path, readme: Path) -> None:
-    """Put the tables of a results directory between the marks of a README; what they share is said once, below."""
-    tables = build_tables(read_results(results / "results.jsonl"))
+def fill_readme(published: Path, readme: Path) -> None:
+    """Put the published tables of the chain between the marks of a README; what they share is said once, below."""
+    tables = build_tables(read_results(published / "chain.jsonl"))
     parts, shared = [], ""
     for name, metrics in TABLES.items():
         if name not in tables:
@@ -66,22 +126,12 @@ def fill_readme(results: Path, readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     filled = "<!-- results -->\n" + "\n\n".join([*parts, shared]) + "\n<!-- /results -->"
     text = re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: filled, text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    write_text(readme, text)
 
 
 def headline(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """A table with some of its metrics, in their place; all that is no metric stays."""
     return table[[name for name in table.columns if (found := metric_of(name)) is None or found in metrics]]
-
-
-def full_tables(results: Path) -> str:
-    """Markdown of README's tables with every metric."""
-    tables = build_tables(read_results(results / "results.jsonl"))
-    return "\n\n".join(
-        f"### {name.replace('_', ' ').capitalize()}\n\n{to_markdown(name, tables[name]).strip()}"
-        for name in TABLES
-        if name in tables
-    )
 
 
 def screenshot(page: Path, target: Path, width: int, height: int) -> None:
@@ -101,58 +151,74 @@ def screenshot(page: Path, target: Path, width: int, height: int) -> None:
     Image.open(target).convert("P", palette=Image.Palette.ADAPTIVE).save(target, optimize=True)
 
 
-def write_results(results: Path, target: Path) -> None:
-    """docs/results.md: what the commands measured. A section whose results are not here stays as it is."""
-    found = result_sections(results)
+def publish(results: Path, profile: str) -> Path:
+    """Copy what the commands left in `results` to `results/published`; a section of which nothing is here stays."""
+    target = results / PUBLISHED
+    target.mkdir(parents=True, exist_ok=True)
+    for name, section in SECTIONS.items():
+        source = results / section.source.format(profile=profile)
+        if not source.is_file():
+            continue
+        rows = [finite(read_json(source))] if name == TAIL_FILE else read_results(source)
+        write_text(target / f"{name}.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    return target
+
+
+def write_results(published: Path, target: Path) -> None:
+    """docs/results.md from the published rows. A section without any stays as it is."""
+    found = {section.title: text for name, section in SECTIONS.items() if (text := section_text(published, name))}
     old = sections_of(target.read_text(encoding="utf-8")) if target.is_file() else {}
     titles = [*found, *(title for title in old if title not in found)]
-    titles.sort(key=lambda title: [*SECTIONS, title].index(title))
+    order = [section.title for section in SECTIONS.values()]
+    titles.sort(key=lambda title: [*order, title].index(title))
     texts = (f"## {title}\n\n{found.get(title) or old[title]}" for title in titles)
     note = (
-        "Generated by `make readme` from `results/`: do not edit. How to read the columns: [method.md](method.md), 5."
+        "Generated by `make tables` from `results/published/`: do not edit. How to read the columns: "
+        "[method.md](method.md), 5."
     )
-    target.write_text("\n\n".join(["# Results", note, FINDINGS, *texts]) + "\n", encoding="utf-8")
+    write_text(target, "\n\n".join(["# Results", note, FINDINGS, *texts]) + "\n")
+
+
+def section_text(published: Path, name: str) -> str:
+    """The Markdown of a section's published rows; empty where there are none."""
+    section, path = SECTIONS[name], published / f"{name}.jsonl"
+    if not path.is_file():
+        return ""
+    if name == TAIL_FILE:
+        return long_tail_section(json.loads(path.read_text(encoding="utf-8")))
+    rows = read_results(path)
+    tables = build_tables([row for row in rows if row.get("what") != "snapshot"])
+    shown = [table for table in section.tables if table in tables]
+    heading = "### {}\n\n" if len(section.tables) > 1 else ""
+    texts = [
+        heading.format(table.replace("_", " ").capitalize()) + to_markdown(table, tables[table]).strip()
+        for table in shown
+    ]
+    crossing = crossings(rows) if name == "ratio_compute" else ""
+    return "\n\n".join(part for part in (section.intro, *texts, crossing) if part)
+
+
+def crossings(rows: Sequence[Row]) -> str:
+    """After how many images training on everything becomes better than training on a subset, ratio by ratio."""
+    metric = Quantity("kid_x1000", evaluation_encoder(rows), "balanced").name
+    found = overtaken(snapshots(rows), metric)
+    lines = []
+    for ratio, seeds in found.groupby("ratio"):
+        reached = seeds["images_seen"].dropna()
+        spread = f" ± {reached.std():,.0f}" if len(reached) > 1 else ""
+        value = f"{reached.mean():,.0f}{spread}" if len(reached) else "–"
+        lines.append({"ratio": f"{ratio:g}", "seeds": len(seeds), "overtaken in": len(reached), "images seen": value})
+    note = (
+        f"Images seen when training on the whole corpus comes nearer to the balanced validation set "
+        f"than the subset ({metric}), and in how many of the seeds it does within the experiment."
+    )
+    return f"{pd.DataFrame(lines).to_markdown(index=False, tablefmt='pipe', disable_numparse=True)}\n\n{note}"
 
 
 def sections_of(text: str) -> dict[str, str]:
     """The sections of the second level of a Markdown document, by their titles."""
     parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
     return {title: body.strip() for title, body in zip(parts[1::2], parts[2::2], strict=True)}
-
-
-def result_sections(results: Path) -> dict[str, str]:
-    """The sections of docs/results.md for which there are results."""
-    found = {}
-    if (results / "results.jsonl").is_file():
-        found[CHAIN] = full_tables(results)
-    curated_table = results.parent / "aid_quality" / results.name / "quality" / "subset_quality.md"
-    outer_table = results.parent / "aid_reference" / results.name / "quality" / "subset_quality.md"
-    known = {
-        QUALITY: results / "quality" / "subset_quality.md",
-        ABLATION: results / "ablation" / "ablation.md",
-        OUTER: outer_table,
-        CURATED: curated_table,
-    }
-    found |= {title: path.read_text(encoding="utf-8").strip() for title, path in known.items() if path.is_file()}
-    for folder, (_, how) in AID.items():
-        tables = results.parent / folder / "local" / "tables"
-        shown = [tables / f"{table}.md" for table in ("generation", "scenes")]
-        if shown[0].is_file():
-            found[ON_AID[folder]] = aid_section(tables.parent, how, [path for path in shown if path.is_file()])
-    path = results.parent / "long_tail" / "long_tail.json"
-    if path.is_file():
-        found[TAIL] = long_tail_section(read_json(path))
-    return found
-
-
-def aid_section(results: Path, how: str, tables: Sequence[Path]) -> str:
-    """What the chain found on AID's photographs."""
-    return (
-        "`scripts/reproduce.py` on a folder (docs/training.md has the command): AID's photographs at 64 px with "
-        f"RSICD's captions, {how}. A guess among the 30 scenes would be right in 0.033 of all cases; the text "
-        f"encoder itself recognises the scene of {real_accuracy(results):.3f} of the held-out photographs.\n\n"
-        + "\n\n".join(path.read_text(encoding="utf-8").strip() for path in tables)
-    )
 
 
 def long_tail_section(found: Mapping[str, Any]) -> str:
@@ -162,16 +228,6 @@ def long_tail_section(found: Mapping[str, Any]) -> str:
         f"`scripts/long_tail.py`: {found['images']:,} tiles of {found['corpus']}, class counts by a power law, "
         f"overlapping crops, {found['noise']:.0%} blank, hazy or empty tiles, no labels; ratio={found['ratio']:g}. "
         "`scenes`: classes with at least one kept tile.\n\n" + markdown(table)
-    )
-
-
-def real_accuracy(results: Path) -> float:
-    """How often the CLIP model of a chain's runs recognises the scene of a held-out image."""
-    run_of = read_json(results / "runs.json")
-    return next(
-        read_json(Path(place[0]) / "summary.json")["scene_accuracy_real"]
-        for name, place in run_of.items()
-        if name.startswith("foundation/")
     )
 
 

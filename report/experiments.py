@@ -11,8 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.convergence import CONVERGENCE, first_reached
 from eval.metrics import Quantity
-from report.results import append_result, read_results, result_row
-from report.tables import build_tables, evaluation_encoder, write_tables
+from report.curves import averaged
+from report.figures import convergence_figure
+from report.page import figure_bytes, figure_svg
+from report.results import append_result, read_results, result_row, write_bytes
+from report.tables import ROW_FACTS, build_tables, evaluation_encoder, write_tables
 from runtime.artefacts import read_json
 
 #: Below `results`: a file and a folder of tables for every experiment.
@@ -58,13 +61,33 @@ def record(cfg: DictConfig, method: str, run: Path) -> Path:
 
 
 def write_experiment(folder: Path) -> None:
-    """The tables of an experiment's rows, and where training on everything overtakes the subsets, if it is that."""
+    """Table and curves of an experiment, and where training on everything overtakes its subsets, if it has both."""
     rows = read_results(folder / RESULTS)
     write_tables(build_tables([row for row in rows if row["what"] == "final"]), folder)
-    curves = snapshots(rows)
     metric = Quantity("kid_x1000", evaluation_encoder(rows), "balanced").name
-    if metric in curves and (curves["ratio"] == 0).any() and curves["ratio"].nunique() > 1:
+    curves = snapshots(rows)
+    if metric not in curves:
+        return
+    figure = convergence_figure(cell_curves(curves), metric, x=("images_seen",))
+    write_bytes(folder / "curves.png", figure_bytes(figure))
+    write_bytes(folder / "curves.svg", figure_svg(figure))
+    if (curves["ratio"] == 0).any() and curves["ratio"].nunique() > 1:
         overtaken(curves, metric).to_csv(folder / "overtaken.csv", index=False)
+
+
+def cell_curves(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The snapshots of every cell, averaged over its seeds, by what tells the cell from the others."""
+    fields = ["prune", "ratio", *(name for name in frame if name.startswith("field:"))]
+    varied = [name for name in fields if frame[name].nunique() > 1] or ["prune"]
+    curves = {}
+    for values, cell in frame.groupby(varied, sort=False):
+        label = ", ".join(
+            str(value) if name == "prune" else f"{name.removeprefix('field:')}={_text(value)}"
+            for name, value in zip(varied, values, strict=True)
+        )
+        seeds = [part.drop(columns=[*fields, "seed"]) for _, part in cell.groupby("seed")]
+        curves[label] = averaged(seeds)
+    return curves
 
 
 def overtaken(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -107,9 +130,14 @@ def best_ratio(rows: list[dict[str, Any]], metric: str, images_seen: float) -> p
 
 
 def snapshots(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The snapshots of an experiment's rows: prune, ratio, seed, step, and every metric as a column."""
+    """The snapshots of an experiment: prune, ratio, seed, step, its columns as `field:<name>`, and every metric."""
+    known = {"what", "split", "prune", "corpus", *ROW_FACTS}
     found = [
-        {**{key: row[key] for key in ("prune", "ratio", "seed", "step")}, **row["metrics"]}
+        {
+            **{key: row[key] for key in ("prune", "ratio", "seed", "step")},
+            **{f"field:{key}": text for key, text in row.items() if isinstance(text, str) and key not in known},
+            **row["metrics"],
+        }
         for row in rows
         if row.get("what") == "snapshot"
     ]

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -98,6 +99,14 @@ def figure_bytes(figure: Figure, dpi: int = 150) -> bytes:
     """A Matplotlib figure as PNG, the same bytes for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def figure_svg(figure: Figure) -> bytes:
+    """A Matplotlib figure as SVG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "figure"}):  # else the names of its parts are random
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 

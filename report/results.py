@@ -74,8 +74,13 @@ def append_result(path: Path | str, row: Row) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside and rename into place."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write beside and rename into place."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(data)
     os.replace(partial, path)
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from report.documents import write_results
+from report.documents import publish, write_results
 from report.embedding_map import embedding_map
 from report.figures import (
     GAP,
@@ -369,20 +369,28 @@ def test_prune_report_of_a_method_without_scenes_clusters_or_entropy(tmp_path):
     assert not [image for image in page.images if image["src"].startswith("data:image/png")]
 
 
-def test_results_that_are_not_here_stay_in_the_document(tmp_path: Path) -> None:
+def test_published_rows_make_the_document_and_what_is_not_here_stays(tmp_path: Path) -> None:
     """Long runs are made on different days: a table that is not computed again is not lost."""
-    target, results = tmp_path / "results.md", tmp_path / "results" / "local"
+    target, results = tmp_path / "results.md", tmp_path / "results"
     target.write_text("# Results\n\nold note\n\n## A made long tail\n\nold tail\n\n## Of a user\n\ntheir own\n")
-    (results / "quality").mkdir(parents=True)
-    (results / "quality" / "subset_quality.md").write_text("new quality\n")
-    write_results(results, target)
+    row = {
+        "stage": "subset", "corpus": "x", "prune": "random", "ratio": 0.5, "seed": 0, "step": 0,
+        "metrics": {"balanced_kid_x1000_efficientnet_lite2": 12.345}, "fingerprint": "f", "commit": "c",
+    }  # fmt: skip
+    (results / "local" / "quality").mkdir(parents=True)
+    (results / "local" / "quality" / "results.jsonl").write_text(json.dumps(row) + "\n")
+    published = publish(results, "local")
+    assert [path.name for path in published.iterdir()] == ["quality.jsonl"]
+    write_results(published, target)
     text = target.read_text()
-    places = [text.index(part) for part in ("new quality", "old tail", "their own")]
+    places = [text.index(part) for part in ("## Every method", "12.3", "old tail", "their own")]
     assert places == sorted(places) and "old note" not in text and text.count("## A made long tail") == 1
-    write_results(results, target)
+    write_results(published, target)
     assert target.read_text() == text
     facts = {"methods": [{"method": "random", "scenes": 7, "seconds": 1.0}], "images": 9, "corpus": "x", "noise": 0.1}
-    (results.parent / "long_tail").mkdir()
-    (results.parent / "long_tail" / "long_tail.json").write_text(json.dumps({**facts, "ratio": 0.5}))
-    write_results(results, target)
-    assert "old tail" not in target.read_text() and "9 tiles of x" in target.read_text()
+    (results / "long_tail").mkdir()
+    (results / "long_tail" / "long_tail.json").write_text(json.dumps({**facts, "ratio": 0.5}))
+    write_results(publish(results, "local"), target)
+    assert (
+        "old tail" not in target.read_text() and "9 tiles of x" in target.read_text() and "12.3" in target.read_text()
+    )
