@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench sweep quality ablation suggest demo tables readme autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench sweep quality ablation suggest demo tables readme foundation autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -69,7 +69,7 @@ ablation: $(READY)  ## RS-Prune with one choice changed at a time, judged withou
 suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 	$(BIN)/python scripts/suggest.py profile=$(PROFILE)
 
-demo: $(READY)  ## a page that draws images: make demo FOUNDATION=DIR, a pretraining run
+demo: $(READY)  ## a page that draws images, of the shipped model or of FOUNDATION=DIR, a pretraining run
 	$(BIN)/python scripts/demo.py $(if $(FOUNDATION),foundation="$(FOUNDATION)")
 
 tables: $(READY)  ## tables from results/PROFILE/results.jsonl; docs/results.md from results/published
@@ -77,6 +77,9 @@ tables: $(READY)  ## tables from results/PROFILE/results.jsonl; docs/results.md 
 
 readme: $(READY)  ## tables and pictures of results/local into README.md
 	$(BIN)/python scripts/readme.py profile=$(PROFILE) tracker=none
+
+foundation: $(READY)  ## train the shipped foundation model again (minutes)
+	$(BIN)/python scripts/foundation.py profile=$(PROFILE)
 
 autoencoder: $(READY)  ## train the shipped autoencoder again (hours)
 	$(BIN)/python train/autoencoder.py

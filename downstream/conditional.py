@@ -33,6 +33,7 @@ from train.components import load_autoencoder, load_text_parts
 from train.foundation import pretrain
 from train.networks import new_unet
 from train.objective import prediction_of
+from train.shipped import foundation_path
 
 #: The method of a run that starts from no foundation.
 SCRATCH = "scratch"
@@ -52,6 +53,8 @@ class Parts:
 def resolve_foundation(cfg: DictConfig) -> tuple[Path | None, str]:
     """The run that `foundation` names and the method it stands for; null pretrains one, `scratch` is none.
 
+    `shipped` is the model that comes with the repository.
+
     Raises:
         UserError: the folder is no pretraining run.
     """
@@ -60,7 +63,7 @@ def resolve_foundation(cfg: DictConfig) -> tuple[Path | None, str]:
         return pretrain(cfg, name), name
     if str(cfg.foundation) == SCRATCH:
         return None, SCRATCH
-    directory = Path(cfg.foundation)
+    directory = foundation_path(cfg.foundation)
     _pipeline_folder(directory)
     summary = directory / "summary.json"
     return directory, read_json(summary)["method"] if summary.is_file() else directory.resolve().name

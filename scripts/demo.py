@@ -21,6 +21,7 @@ from runtime.application import run
 from runtime.artefacts import COMPLETE, plain, read_json
 from runtime.errors import UserError
 from train.sampler import Sampler, check_settings, load_pipeline, load_sampler
+from train.shipped import SHIPPED, foundation_path
 
 CONDITIONAL = ("StableDiffusionInstructPix2PixPipeline",)
 #: Side of a picture to paint or look at, alone or as one of three, in screen pixels; most images and solver steps.
@@ -310,11 +311,9 @@ def page(cfg: DictConfig) -> gr.Blocks:
     Raises:
         UserError: one of them is none, or does not load; a mask's colours are not known.
     """
-    if cfg.foundation is None:
-        raise UserError("no model given: foundation=DIR, the directory that train/pretrain.py prints (run: DIR)")
     settings = {"count": cfg.images, "seed": cfg.seed, "steps": cfg.sample.steps}
     check_settings(**settings, guidance_scale=cfg.sample.guidance_scale)
-    foundation = Path(str(cfg.foundation)).expanduser()
+    foundation = foundation_path(SHIPPED if cfg.foundation is None else cfg.foundation)
     sampler = load_sampler(foundation, cfg.sample.batch_size)
     options = {"super_resolution": cfg.demo.super_resolution, "semantic_synthesis": cfg.demo.semantic_synthesis}
     translators = {

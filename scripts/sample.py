@@ -20,6 +20,7 @@ from runtime.application import run
 from runtime.artefacts import plain, stage, write_json
 from runtime.errors import UserError
 from train.sampler import Sampler, check_prompt, check_settings, load_sampler, pipeline_fingerprint
+from train.shipped import SHIPPED, foundation_path
 
 #: Images in a row of a sheet that has only one prompt and place, and the least width of one in screen pixels.
 COLUMNS, TILE = 8, 128
@@ -109,8 +110,6 @@ def write_samples(directory: Path, images: Sequence[np.ndarray], rows: Sequence[
 
 
 def main(cfg: DictConfig) -> None:
-    if cfg.foundation is None:
-        raise UserError("no model given: foundation=DIR, the directory that train/pretrain.py prints (run: DIR)")
     options = cfg.sample
     settings = {
         "count": cfg.images,
@@ -119,7 +118,7 @@ def main(cfg: DictConfig) -> None:
         "guidance_scale": options.guidance_scale,
     }
     check_settings(**settings)
-    foundation = Path(str(cfg.foundation)).expanduser()
+    foundation = foundation_path(SHIPPED if cfg.foundation is None else cfg.foundation)
     sampler = load_sampler(foundation, options.batch_size)
     rows = rows_of(cfg, sampler)
     drawn_with = {"model": pipeline_fingerprint(sampler.folder), "batch_size": sampler.batch_size, **settings}

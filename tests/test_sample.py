@@ -320,7 +320,6 @@ def test_places_and_prompts_are_rows_with_the_same_noise(call: Command, placed_r
 @pytest.mark.slow
 def test_the_command_refuses_in_one_line(call: Command, plain_run: Path, tmp_path: Path) -> None:
     cases = [
-        (["prompt=ice"], "no model given: foundation=DIR"),
         (["prompt=ice", f"foundation={tmp_path}"], "holds no pipeline"),
         ([f"foundation={plain_run}", "prompt="], "the prompt is empty"),
         ([f"foundation={plain_run}", "prompt=ice", "sample.metadata.lon=1"], "has no metadata_encoder"),
@@ -523,7 +522,6 @@ def test_the_demo_refuses_in_one_line(plain_run: Path, translation_run: Path, tm
     (bare / "palette.json").unlink()
     plain = f"foundation={plain_run}"
     for call, overrides, message in (
-        (main, [], "no model given: foundation=DIR"),
         (main, [plain, "demo.port=http"], "demo.port=http: give a whole number"),
         (page, [plain, f"demo.super_resolution={plain_run}"], "demo.super_resolution="),
         (page, [plain, f"demo.semantic_synthesis={bare}"], "has no palette.json"),

@@ -33,11 +33,15 @@ def clip_tokenizer(max_length: int) -> CLIPTokenizer:
     with packed.open("rb") as handle, gzip.open(handle, "rt", encoding="utf-8") as lines:
         merges = lines.read().split("\n")[1 : 49152 - 256 - 2 + 1]
     merges = [tuple(line.split()) for line in merges]
-    alphabet = list(_byte_alphabet().values())
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*byte_tokens(), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+
+
+def byte_tokens() -> list[str]:
+    """CLIP's first 512 tokens: every byte within a word, and at its end."""
+    alphabet = list(_byte_alphabet().values())
+    return [*alphabet, *(letter + "</w>" for letter in alphabet)]
 
 
 def _byte_alphabet() -> dict[int, str]:

@@ -1,0 +1,142 @@
+"""The foundation model that comes with the repository: a finished run made small, and where it lies."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from omegaconf import DictConfig
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from runtime.artefacts import read_json, write_json
+from runtime.errors import UserError
+from train.components import REPOSITORY
+from train.text_encoder import byte_tokens
+
+#: What `foundation=shipped` names.
+SHIPPED = "shipped"
+FOLDER = REPOSITORY / "train" / "weights" / "bluemarble_foundation"
+
+
+def foundation_path(foundation: object) -> Path:
+    """The folder that an option `foundation` names: a run's or a pipeline's, or that of the shipped model.
+
+    Raises:
+        UserError: the shipped model is asked for, and this copy of the repository has none.
+    """
+    if str(foundation) != SHIPPED:
+        return Path(str(foundation)).expanduser()
+    if not (FOLDER / "model_index.json").is_file():
+        raise UserError(
+            f"foundation={SHIPPED}: {FOLDER} is not here; make foundation trains it, or give foundation=DIR"
+        )
+    return FOLDER
+
+
+def merges_of(pieces: Iterable[str], ranks: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
+    """The merges that byte-pair encoding (Sennrich et al. 2016, section 3.2) applies to pieces of text.
+
+    Without all other merges the same pieces give the same tokens: the first pair by rank is then the first again.
+
+    Args:
+        pieces: as the tokenizer cuts them, in its letters for bytes.
+        ranks: of every merge; the lowest goes first.
+    """
+    applied = set()
+    for piece in set(pieces):
+        parts = [*piece[:-1], piece[-1] + "</w>"]
+        while len(parts) > 1:
+            pair = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
+            if pair not in ranks:
+                break
+            applied.add(pair)
+            parts = list(_merged(parts, pair))
+    return applied
+
+
+def _merged(parts: Sequence[str], pair: tuple[str, str]) -> Iterator[str]:
+    """The parts with every such pair as one, from the left."""
+    at = 0
+    while at < len(parts):
+        together = tuple(parts[at : at + 2]) == pair
+        yield "".join(parts[at : at + 2]) if together else parts[at]
+        at += 2 if together else 1
+
+
+def trimmed(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> tuple[CLIPTokenizer, np.ndarray]:
+    """A tokenizer with the tokens that these texts need and those of all bytes, and the tokens' former numbers.
+
+    These texts have the same tokens as before; other words fall into smaller ones.
+
+    Returns:
+        The tokenizer, and int64 [tokens].
+    """
+    backend = tokenizer.backend_tokenizer
+    pieces = {
+        piece
+        for text in set(texts)
+        for piece, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+    }
+    ranks = {tuple(pair): rank for rank, pair in enumerate(tokenizer_merges(tokenizer))}
+    merges = sorted(merges_of(pieces, ranks), key=ranks.__getitem__)
+    tokens = [*byte_tokens(), *("".join(pair) for pair in merges), tokenizer.bos_token, tokenizer.eos_token]
+    former = np.array(tokenizer.convert_tokens_to_ids(tokens), dtype=np.int64)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tokenizer.model_max_length), former
+
+
+def tokenizer_merges(tokenizer: CLIPTokenizer) -> list[list[str]]:
+    """The merges of a tokenizer, first to last."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+
+
+def with_tokens(text_encoder: CLIPTextModel, former: np.ndarray) -> CLIPTextModel:
+    """A copy of a text encoder that knows some of its tokens alone, by new numbers; the last two begin and end a text.
+
+    Args:
+        former: int64 [tokens], their numbers until now.
+    """
+    small = copy.deepcopy(text_encoder)
+    weight = small.get_input_embeddings().weight.detach()[torch.from_numpy(former)]
+    small.set_input_embeddings(nn.Embedding.from_pretrained(weight, freeze=False))
+    last = len(former) - 1
+    small.config.update({"vocab_size": last + 1, "bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last})
+    return small
+
+
+def ship(run: Path, target: Path, texts: Iterable[str]) -> None:
+    """Write a finished run's pipeline in 16 bits, with the vocabulary of `texts`, its card and what it was trained on.
+
+    Args:
+        texts: the captions that the model was trained on.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "pipeline", use_safetensors=True, local_files_only=True)
+    pipeline.tokenizer, former = trimmed(pipeline.tokenizer, texts)
+    pipeline.text_encoder = with_tokens(pipeline.text_encoder, former)
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(target, safe_serialization=True)
+    config = target / "text_encoder" / "config.json"
+    # transformers loads in the type that the config names: all of the pipeline computes in 32 bits unless told otherwise
+    write_json(config, {**read_json(config), "dtype": "float32"})
+    card = (run / "pipeline" / "README.md").read_text(encoding="utf-8")
+    (target / "README.md").write_text(card, encoding="utf-8")
+    summary = read_json(run / "summary.json")
+    kept = ("method", "ratio", "images", "parameters", "seed", "images_seen", "seconds", "steps", "split", "metrics")
+    write_json(target / "summary.json", {key: summary[key] for key in kept})
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def training_captions(corpus_captions: Sequence[str], cfg: DictConfig) -> list[str]:
+    """The texts that a shipped model must read as its training did: all captions, and words for a prompt."""
+    return [*corpus_captions, "", *cfg.shipped.words]
