@@ -105,7 +105,7 @@ def with_tokens(text_encoder: CLIPTextModel, former: np.ndarray) -> CLIPTextMode
     """
     small = copy.deepcopy(text_encoder)
     weight = small.get_input_embeddings().weight.detach()[torch.from_numpy(former)]
-    small.set_input_embeddings(nn.Embedding.from_pretrained(weight, freeze=False))
+    small.set_input_embeddings(nn.Embedding(*weight.shape, _weight=weight))
     last = len(former) - 1
     small.config.update({"vocab_size": last + 1, "bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last})
     return small
