@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench sweep quality ablation suggest demo tables readme foundation autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench bench-quality sweep quality ablation suggest demo tables readme foundation autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -77,6 +77,9 @@ tables: $(READY)  ## tables from results/PROFILE/results.jsonl; docs/results.md 
 
 readme: $(READY)  ## tables and pictures of results/local into README.md
 	$(BIN)/python scripts/readme.py profile=$(PROFILE) tracker=none
+
+bench-quality: $(READY)  ## what helps the generator in equal seconds of training (hours)
+	$(BIN)/python scripts/bench_quality.py profile=$(PROFILE)
 
 foundation: $(READY)  ## train the shipped foundation model again (minutes)
 	$(BIN)/python scripts/foundation.py profile=$(PROFILE)

@@ -84,6 +84,9 @@ SECTIONS = {
     "ablation": Section(
         "RS-Prune with one choice changed at a time", "{profile}/ablation/results.jsonl", ("ablation",)
     ),
+    "generator": Section(
+        "The generator in equal seconds of training", "{profile}/generator/results.jsonl", ("generator",)
+    ),
     "ratio_compute": Section(
         "How much to prune for how much training", "experiments/ratio_compute/results.jsonl", ("ratio_compute",)
     ),

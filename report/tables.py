@@ -47,6 +47,8 @@ TABLE_NOTES = {
     "semantic_synthesis": "Images drawn from held-out masks. scratch: the same network without a foundation, with as "
     "many steps of fine-tuning, and with the foundation's steps added.",
     "ablation": "One choice changed at a time, measured on the validation split.",
+    "generator": "One change of the generator's training or sampling at a time, RS-Prune's subset, equal seconds of "
+    "training, measured on the validation split.",
     "scenes": "Share of images in which CLIP sees the scene that they are of, among all scenes of the table: generated "
     "from the scene-balanced held-out captions by each method's model, and the photographs with these captions.",
 }

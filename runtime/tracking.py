@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from runtime.artefacts import fingerprint, is_main_process, plain
@@ -146,8 +146,8 @@ def _stop_wandb() -> None:
 def track(cfg: DictConfig, stage: str, name: str) -> Iterator[Tracker]:
     """A tracker for one stage, by `tracker.kind` (wandb or none) and `tracker.tensorboard`.
 
-    The runs of a sweep (`-m`) share a W&B group, and so do those of a profile outside of sweeps. In a launch of
-    several processes only the first one tracks.
+    The runs of an experiment, or of a sweep (`-m`), share a W&B group, and so do those of a profile outside of sweeps.
+    In a launch of several processes only the first one tracks.
     """
     if not is_main_process():
         yield Tracker()
@@ -210,7 +210,7 @@ def _wandb_run(cfg: DictConfig, stage: str, name: str, mode: str) -> Any:
     run = wandb.init(
         project=cfg.tracker.project,
         name=f"{stage}-{name}",
-        group=cfg.tracker.group or _sweep() or cfg.profile.name,
+        group=cfg.tracker.group or OmegaConf.select(cfg, "experiment.name") or _sweep() or cfg.profile.name,
         job_type=stage,
         dir=str(cfg.runs),
         mode=mode,

@@ -123,7 +123,7 @@ def ship(run: Path, target: Path, texts: Iterable[str]) -> None:
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(target, safe_serialization=True)
     config = target / "text_encoder" / "config.json"
-    # transformers loads in the type that the config names: all of the pipeline computes in 32 bits unless told otherwise
+    # transformers loads in the type that the config names; the whole pipeline computes in 32 bits unless told otherwise
     write_json(config, {**read_json(config), "dtype": "float32"})
     card = (run / "pipeline" / "README.md").read_text(encoding="utf-8")
     (target / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,32 @@
+"""The bench of equal seconds: how many steps fit, and that every change composes."""
+
+from __future__ import annotations
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from runtime.application import CONFIGS
+from scripts.bench_quality import QUICK, steps_within
+
+with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    CHANGES = [list(change) for change in compose("config").bench_quality.changes]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "probe_seconds", "steps"), [(300, 20.0, 1500), (300, 20.9, 1400), (300, 3.01, 9900), (1, 50, 2)]
+)
+def test_steps_fit_into_the_seconds_and_are_round(seconds: float, probe_seconds: float, steps: int) -> None:
+    found = steps_within(seconds, 100, probe_seconds)
+    assert found == steps
+    assert found * probe_seconds / 100 <= seconds
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=" ".join)
+def test_every_change_composes(change: list[str]) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        changed, default = compose("config", [*change, *QUICK]), compose("config", list(QUICK))
+    assert (changed == default) == (not change or change == ["eval.steps=25"])
+
+
+def test_no_change_is_there_twice() -> None:
+    assert len({tuple(change) for change in CHANGES}) == len(CHANGES) and CHANGES[0] == []
