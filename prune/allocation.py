@@ -62,3 +62,17 @@ def allocate(capacities: np.ndarray, budget: int, uniformity: float) -> np.ndarr
     order = order[allocation[order] < capacities[order]]
     allocation[order[: budget - allocation.sum()]] += 1
     return allocation
+
+
+def allocate_distinct(distinct: np.ndarray, capacities: np.ndarray, budget: int, uniformity: float) -> np.ndarray:
+    """`allocate` among the images of each group that repeat no other; repetitions get what is left of the budget.
+
+    Args:
+        distinct: int [G], at most the capacities.
+    Returns:
+        int64 [G] that sums to `budget`.
+    """
+    distinct, capacities = (np.asarray(counts, dtype=np.int64) for counts in (distinct, capacities))
+    if budget <= distinct.sum():
+        return allocate(distinct, budget, uniformity)
+    return distinct + allocate(capacities - distinct, budget - int(distinct.sum()), uniformity)

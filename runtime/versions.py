@@ -42,7 +42,7 @@ STAGES = {
     "entropy": Stage(version=1, modules=("prune.entropy", "prune.features")),
     "embedding": Stage(version=1, modules=("encoders", "prune.features")),
     "selection": Stage(
-        version=4,
+        version=5,
         modules=(
             "prune.allocation",
             "prune.clusters",

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.measure import shannon_entropy
 
-from prune.allocation import allocate, proportional, water_fill
+from prune.allocation import allocate, allocate_distinct, proportional, water_fill
 from prune.entropy import AGGREGATES, LocalEntropy, local_entropy, patch_entropies
 from prune.methods.baselines import Full, Random
 from prune.methods.entropy_only import EntropyOnly
-from prune.methods.rsprune import RSPrune, pick_in_cluster
+from prune.methods.rsprune import RSPrune, distinct_of, nearest_similarities, pick_in_cluster
 from prune.pool import Pool
 from prune.ranks import ascending, below_quantile
 from prune.scenes import assign_scenes, fit_prototypes
@@ -348,10 +348,71 @@ def test_a_selection_says_how_often_its_duplicate_guard_acted():
         entropy=np.full(400, 5, np.float32),
     )  # fmt: skip
     guarded, free = (
-        RSPrune(duplicate_similarity=limit, representativeness=1.0).select(pool, 80, np.random.default_rng(0))
+        RSPrune(duplicate_similarity=limit, representativeness=1.0, reference_duplicates=None).select(
+            pool, 80, np.random.default_rng(0)
+        )
         for limit in (0.9999, 2.0)
     )
     assert guarded.facts["skipped_as_duplicate"] > 0 and not np.array_equal(guarded.kept, free.kept)
     assert free.facts["skipped_as_duplicate"] == 0
-    idle = RSPrune(duplicate_similarity=1.1, representativeness=1.0).select(pool, 80, np.random.default_rng(0))
+    idle = RSPrune(duplicate_similarity=1.1, representativeness=1.0, reference_duplicates=None)
+    idle = idle.select(pool, 80, np.random.default_rng(0))
     assert idle.facts["skipped_as_duplicate"] == 0 and np.array_equal(idle.kept, free.kept)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.sampled_from([0.5, 0.9, 0.98, 2.0]), st.integers(0, 99))
+def test_an_image_repeats_a_distinct_one_before_it(size, similarity, seed):
+    """Against the rule in plain Python."""
+    random = np.random.default_rng(seed)
+    angles = random.choice(random.uniform(0, 2, 8), size) + 1e-3 * random.standard_normal(size)
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    order, expected = random.permutation(size), []
+    for index in order:
+        if not expected or (points[expected] @ points[index]).max() < np.float32(similarity):
+            expected.append(int(index))
+    found = distinct_of(points, order, np.float32(similarity))
+    assert np.flatnonzero(found).tolist() == sorted(expected)
+
+
+def test_nearest_similarities_are_those_of_all_pairs():
+    points = np.random.default_rng(0).standard_normal((2100, 5)).astype(np.float32)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    pairs = points @ points.T
+    np.fill_diagonal(pairs, -np.inf)
+    np.testing.assert_allclose(nearest_similarities(points), pairs.max(axis=1), rtol=1e-5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6),
+    st.floats(0, 1, allow_subnormal=False),
+    st.floats(0, 1, allow_subnormal=False),
+)
+def test_repetitions_fill_what_distinct_images_leave(groups, share, uniformity):
+    distinct, more = np.array(groups).T
+    sizes = distinct + more
+    budget = int(share * sizes.sum())
+    found = allocate_distinct(distinct, sizes, budget, uniformity)
+    assert found.sum() == budget and (found >= 0).all() and (found <= sizes).all()
+    if budget <= distinct.sum():
+        assert (found <= distinct).all()
+    else:
+        assert (found >= distinct).all()
+
+
+def test_what_is_nearer_than_reference_images_are_repeats():
+    """The reference's images are 0.3 rad apart: crops within that of one another count as one."""
+    angles = np.concatenate([np.arange(6) * 0.3 + 0.01 * copy for copy in range(5)])
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    pool = Pool(
+        ids=np.arange(30).astype(str), readable=np.ones(30, bool), entropy=np.full(30, 5, np.float32),
+        embeddings=points, reference_embeddings=points[:6], reference_labels=np.array(["a"] * 6, dtype=object),
+    )  # fmt: skip
+    options = {"entropy_quantile": 0.0, "floor_quantile": 0.0, "prototypes_per_class": 1, "clusters_per_scene": 1}
+    selection = RSPrune(**options).select(pool, 6, np.random.default_rng(0))
+    assert sorted(selection.kept % 6) == [0, 1, 2, 3, 4, 5] and selection.facts["repetitions"] == 24
+    more = RSPrune(**options).select(pool, 9, np.random.default_rng(0)).kept  # repetitions fill the rest
+    assert len(set(more % 6)) == 6 and len(set(more.tolist())) == 9
+    free = RSPrune(**options, reference_duplicates=None, representativeness=1.0, duplicate_similarity=2.0)
+    selection = free.select(pool, 6, np.random.default_rng(0))
+    assert selection.facts["repetitions"] == 0 and len(set(selection.kept % 6)) < 6

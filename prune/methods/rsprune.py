@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from skimage.filters import threshold_otsu
 
-from prune.allocation import allocate
+from prune.allocation import allocate_distinct
 from prune.clusters import Clustering, Points, members_of, normalise
 from prune.pool import Pool, Selection
 from prune.ranks import ascending, below_quantile
@@ -39,6 +39,9 @@ class RSPrune:
         uniformity: 0 spreads the budget over scenes and clusters in proportion to size, 1 evenly (water-filling).
         representativeness: share of a cluster's budget taken nearest to the centroid; the rest is spread.
         duplicate_similarity: cosine above which an image counts as a duplicate of one already taken.
+        reference_duplicates: this quantile of the cosine of a reference image to its nearest neighbour is the cosine
+            from which on an image of a known scene repeats another: what is nearer than images known to differ adds
+            nothing. Repetitions are kept only where nothing else is left. None: no image repeats another.
     """
 
     entropy_quantile: float = 0.2
@@ -58,6 +61,7 @@ class RSPrune:
     uniformity: float = 1.0
     representativeness: float = 0.5
     duplicate_similarity: float = 0.98
+    reference_duplicates: float | None = 0.99
 
     def __post_init__(self) -> None:
         _ = self._scene_rule  # refuses what it does not know
@@ -94,6 +98,7 @@ class RSPrune:
                 "dropped_by_entropy": step.dropped,
                 "returned_by_entropy": step.returned,
                 "skipped_as_duplicate": clusters.skipped,
+                "repetitions": clusters.repetitions,
                 "clusters": clusters.count,
                 "open_floor": scenes.floor,
                 "open_strata": scenes.open,
@@ -136,57 +141,94 @@ class RSPrune:
     ) -> _Clusters:
         """Step 2, second half, and step 3: clusters of each scene's share of `rows`, int64 [n], and picks in them."""
         points = Points(pool.embeddings, scenes.centre, self.spherical)
-        scene_rows = [rows[group] for group in members_of(scenes.scene[rows], len(scenes.names))]
-        budgets = allocate(np.array([len(group) for group in scene_rows]), budget, self.uniformity)
-
+        similarities = self._repetition_similarities(pool, scenes)
+        groups = [rows[group] for group in members_of(scenes.scene[rows], len(scenes.names))]
         # scenes side by side, each with randomness of its own: the result does not depend on who is first
-        jobs = list(zip(scene_rows, budgets, generator.spawn(len(scene_rows)), strict=True))
+        jobs = list(zip(groups, generator.spawn(len(groups)), similarities, strict=True))
         jobs = [job for job in jobs if len(job[0])]
-        found = in_threads(lambda job: self._of_scene(points, *job), jobs, min(cores(), len(jobs)))
+        workers = min(cores(), len(jobs))
+        found = list(in_threads(lambda job: self._of_scene(points, *job), jobs, workers))
+        sizes = np.array([len(scene.rows) for scene in found])
+        distinct = np.array([int(scene.distinct.sum()) for scene in found])
+        budgets = allocate_distinct(distinct, sizes, budget, self.uniformity)
+        picks = list(in_threads(lambda job: self._pick(points, *job), list(zip(found, budgets, strict=True)), workers))
+
         cluster = np.full(len(pool), -1, dtype=np.int32)
         distance = np.full(len(pool), np.nan, dtype=np.float32)
-        kept, count, skipped = [np.empty(0, dtype=np.int64)], 0, 0
-        for (group, _, _), (labels, distances, picked, passed_over) in zip(jobs, found, strict=True):
-            cluster[group] = labels + count
-            distance[group] = distances
-            kept.append(group[picked])
-            count += int(labels.max()) + 1
-            skipped += passed_over
-        return _Clusters(np.concatenate(kept), cluster, distance, count, skipped)
+        count = 0
+        for scene in found:
+            cluster[scene.rows] = scene.labels + count
+            distance[scene.rows] = scene.distances
+            count += int(scene.labels.max()) + 1
+        kept = np.concatenate([np.empty(0, dtype=np.int64), *(rows for rows, _ in picks)])
+        skipped = sum(passed_over for _, passed_over in picks)
+        return _Clusters(kept, cluster, distance, count, skipped, int((sizes - distinct).sum()))
+
+    def _repetition_similarities(self, pool: Pool, scenes: Scenes) -> list[float | None]:
+        """For every scene the cosine from which on an image repeats another; None: none does.
+
+        It is None in open scenes: how near to one another different images of theirs are is not known.
+        """
+        unknown: list[float | None] = [None] * len(scenes.names)
+        if self.reference_duplicates is None or not self.scenes or len(pool.reference_embeddings) < 2:
+            return unknown
+        known = normalise(np.asarray(pool.reference_embeddings, dtype=np.float32) - scenes.centre)
+        similarity = float(np.quantile(nearest_similarities(known), self.reference_duplicates))
+        return [similarity] * (len(unknown) - scenes.open) + unknown[: scenes.open]
 
     def _of_scene(
-        self, points: Points, rows: np.ndarray, budget: int, generator: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Clusters of one scene: labels and distances of its rows, positions picked, and duplicates passed over."""
+        self, points: Points, rows: np.ndarray, generator: np.random.Generator, similarity: float | None
+    ) -> _SceneClusters:
+        """Clusters of one scene, and which of its images repeat no other of their cluster."""
         wanted = self.clusters_per_scene or max(1, round(len(rows) / self.images_per_cluster))
         clustering = Clustering(self.max_clusters, self.hierarchical, self.sample_per_cluster)
         labels, distances = clustering(points, rows, wanted, generator)
-        return labels, distances, *self._pick(points, rows, labels, distances, int(budget))
+        distinct = np.full(len(rows), similarity is None)
+        for group in members_of(labels, int(labels.max()) + 1) if similarity is not None else ():
+            if len(group):
+                order = np.argsort(distances[group], kind="stable")
+                distinct[group] = distinct_of(_unit(points, rows[group]), order, np.float32(similarity))
+        return _SceneClusters(rows, labels, distances, distinct)
 
-    def _pick(
-        self, points: Points, rows: np.ndarray, labels: np.ndarray, distances: np.ndarray, budget: int
-    ) -> tuple[np.ndarray, int]:
+    def _pick(self, points: Points, scene: _SceneClusters, budget: int) -> tuple[np.ndarray, int]:
         """Step 3: the budget over a scene's clusters, then representative and spread images of each.
 
         Returns:
-            int64 [budget] positions in `rows`, and how many near-duplicates were passed over.
+            int64 [budget] rows, and how many near-duplicates were passed over.
         """
-        members = members_of(labels, int(labels.max()) + 1)
-        budgets = allocate(np.array([len(group) for group in members]), budget, self.uniformity)
+        members = members_of(scene.labels, int(scene.labels.max()) + 1)
+        sizes = np.array([len(group) for group in members])
+        distinct = np.array([int(scene.distinct[group].sum()) for group in members])
+        budgets = allocate_distinct(distinct, sizes, int(budget), self.uniformity)
         picks, skipped = [np.empty(0, dtype=np.int64)], 0
-        for group, count in zip(members, budgets, strict=True):
-            if count == len(group):
-                picks.append(group)
-            elif count:
-                vectors = points[rows[group]]
-                if not points.spherical:
-                    vectors = normalise(vectors)
+        for group, count, known in zip(members, budgets, distinct, strict=True):
+            if count == 0:
+                continue
+            candidates = group[scene.distinct[group]]
+            if count > known:  # repetitions, the nearest to the centroid first
+                repeated = group[~scene.distinct[group]]
+                order = np.argsort(scene.distances[repeated], kind="stable")
+                picks.append(np.concatenate([candidates, repeated[order[: count - known]]]))
+            elif count == known:
+                picks.append(candidates)
+            else:
+                vectors = _unit(points, scene.rows[candidates])
                 chosen, passed_over = pick_in_cluster(
-                    vectors, distances[group], int(count), self.representativeness, self.duplicate_similarity
+                    vectors,
+                    scene.distances[candidates],
+                    int(count),
+                    self.representativeness,
+                    self.duplicate_similarity,
                 )
-                picks.append(group[chosen])
+                picks.append(candidates[chosen])
                 skipped += passed_over
-        return np.concatenate(picks), skipped
+        return scene.rows[np.concatenate(picks)], skipped
+
+
+def _unit(points: Points, rows: np.ndarray) -> np.ndarray:
+    """Unit vectors of rows, float32 [n, D], contiguous."""
+    vectors = points[rows]
+    return np.ascontiguousarray(vectors if points.spherical else normalise(vectors))
 
 
 @dataclass(frozen=True)
@@ -207,6 +249,17 @@ class _EntropyStep:
 
 
 @dataclass(frozen=True)
+class _SceneClusters:
+    """Clusters of one scene: int64 [n] rows of the pool, their labels int [n], distances to the centroid float32 [n],
+    and which repeat no other of their cluster, bool [n]."""
+
+    rows: np.ndarray
+    labels: np.ndarray
+    distances: np.ndarray
+    distinct: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Clusters:
     """Clusters of all scenes and what was picked in them.
 
@@ -216,6 +269,7 @@ class _Clusters:
         distance: float32 [N] to the centroid, NaN where there is none.
         count: clusters.
         skipped: near-duplicates that were passed over.
+        repetitions: images that repeat another.
     """
 
     kept: np.ndarray
@@ -223,12 +277,46 @@ class _Clusters:
     distance: np.ndarray
     count: int
     skipped: int
+    repetitions: int
 
 
 def otsu(values: np.ndarray) -> float:
     """Otsu's (1979) threshold of a sample, from 256 bins; values from it on are the upper class."""
     low, high = float(values.min()), float(values.max())
     return threshold_otsu(values, 256) + (high - low) / 512 if low < high else low  # of the bin, its upper edge
+
+
+def nearest_similarities(points: np.ndarray) -> np.ndarray:
+    """Cosine of each unit vector of float32 [n, D] to the nearest other one, float32 [n]."""
+    nearest = np.empty(len(points), dtype=np.float32)
+    for start in range(0, len(points), 1000):
+        part = points[start : start + 1000] @ points.T
+        part[np.arange(len(part)), np.arange(start, start + len(part))] = -np.inf
+        nearest[start : start + len(part)] = part.max(axis=1)
+    return nearest
+
+
+@numba.njit(cache=True, nogil=True)
+def distinct_of(points, order, similarity):
+    """Which images are at least `similarity` near to none that comes before them in `order` and is distinct itself.
+
+    Args:
+        points: float32 [n, D], unit length, contiguous; order: int64 [n]; similarity: float32 cosine.
+    Returns:
+        bool [n].
+    """
+    count = len(points)
+    distinct = np.zeros(count, dtype=np.bool_)
+    repeats = np.zeros(count, dtype=np.bool_)
+    for index in order:
+        if repeats[index]:
+            continue
+        distinct[index] = True
+        products = points @ points[index]
+        for other in range(count):
+            if products[other] >= similarity:
+                repeats[other] = True
+    return distinct
 
 
 def pick_in_cluster(
