@@ -30,17 +30,17 @@ from runtime.errors import UserError
 FINDINGS = (
     "In plain sentences: on Blue Marble a model trained on the share that `rsprune` keeps draws images nearer to "
     "scene-balanced ones than models trained on everything or on a random share, with every seed, and farther from "
-    "images in nature's proportions. With each image drawn as often as the images that it stands for, it is as near to these as "
-    "they are, and no nearer to balanced ones. As a subset it cannot be told from `scene_random`, which takes images at "
-    "random inside the same scenes; a corpus of overlapping crops and spoilt tiles parts the two. The tables of the "
-    "downstream tasks are of an earlier autoencoder, whose decoder had not learned texture: as a start for them the model "
-    "of `rsprune` is no better than the others' beyond the intervals, and training from scratch for as many steps in all "
-    "is better at super-resolution and follows masks better. On AID, which is curated and balanced already, `rsprune` "
-    "loses to `random` and to `scene_random`: its subset is farther from both held-out sets, with every seed. With its "
-    "images weighted by those that they stand for it is as near as theirs. Trainings on AID are missing here until "
-    "they are computed with the evaluation encoder. Tables of methods and of single choices judged without training, and "
-    "of AID's subsets, are of the selection before repetitions were told by the reference; on Blue Marble both keep the "
-    "same images."
+    "images in nature's proportions. With each image drawn as often as the images that it stands for, it is as near "
+    "to these as they are, and no nearer to balanced ones. As a subset it cannot be told from `scene_random`, which "
+    "takes images at random inside the same scenes; a corpus of overlapping crops and spoilt tiles parts the two. The "
+    "tables of the downstream tasks are of an earlier autoencoder, whose decoder had not learned texture: as a start "
+    "for them the model of `rsprune` is no better than the others' beyond the intervals, and training from scratch "
+    "for as many steps in all is better at super-resolution and follows masks better. On AID, which is curated and "
+    "balanced already, `rsprune` loses to `random` and to `scene_random`: its subset is farther from both held-out "
+    "sets, with every seed. With its images weighted by those that they stand for it is as near as theirs. Trainings "
+    "on AID are missing here until they are computed with the evaluation encoder. Tables of methods and of single "
+    "choices judged without training, and of AID's subsets, are of the selection before repetitions were told by the "
+    "reference; on Blue Marble both keep the same images."
 )
 #: Directories of results on AID's photographs, how they are called and what they were made with.
 AID = {
