@@ -110,6 +110,7 @@ def test_reproduce_leaves_the_contract_behind(home):
     for row in rows:
         assert set(row) == {
             "stage", "corpus", "prune", "ratio", "seed", "step", "metrics", "fingerprint", "commit", "machine",
+            "config", "seconds",
         }  # fmt: skip
     generated = {row["prune"] for row in rows if row["stage"] == "generation"}
     assert generated == {"full", "random", "rsprune"}
