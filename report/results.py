@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from runtime.application import changed_options
-from runtime.artefacts import fingerprint, finite, plain, provenance
+from runtime.artefacts import fingerprint, finite, plain, provenance, read_json
 from runtime.errors import UserError
 
 Row = Mapping[str, Any]
@@ -115,10 +115,11 @@ def result_row(
     Args:
         kind: the row's stage.
         metrics: the evaluation encoder's before those of others.
-        directory: the stage directory in which the metrics were computed; its commit and the seconds of its last build
-            go into the row.
+        directory: the stage directory in which the metrics were computed; its commit goes into the row, and the seconds
+            of training where it is a training's.
     """
-    found = provenance(directory)
+    summary = directory / "summary.json"
+    seconds = read_json(summary).get("seconds") if summary.is_file() else None
     return {
         "stage": kind,
         "corpus": cfg.corpus.name,
@@ -129,8 +130,8 @@ def result_row(
         **fields,
         "metrics": dict(metrics),
         "fingerprint": fingerprint(directory=directory.name, step=step, **fields),
-        "commit": found["commit"],
-        "seconds": found["seconds"],
+        "commit": provenance(directory)["commit"],
+        "seconds": seconds,
         "config": changed_options(cfg),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }

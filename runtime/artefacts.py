@@ -80,16 +80,9 @@ def stage_fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
 
 
 def provenance(directory: Path) -> dict[str, Any]:
-    """How a stage's directory was built: `commit`, `versions` and `seconds`; "unknown", {} and None where it is silent.
-
-    The seconds are those of the last build: what an interrupted one had done before it does not count.
-    """
+    """`commit` and `versions` with which a stage's directory was built; "unknown" and {} where it does not say."""
     facts = read_json(directory / COMPLETE) if (directory / COMPLETE).is_file() else {}
-    return {
-        "commit": facts.get("commit", "unknown"),
-        "versions": facts.get("versions", {}),
-        "seconds": facts.get("seconds"),
-    }
+    return {"commit": facts.get("commit", "unknown"), "versions": facts.get("versions", {})}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -209,10 +202,8 @@ def stage(
             needed = together(needed)
         if needed:
             facts = {"stage": name, "fingerprint": key, "inputs": plain(inputs), **_code_facts(code)}
-            start = time.perf_counter()
             with contextlib.nullcontext() if joint else _building_alone():
                 build(partial)
-            facts["seconds"] = round(time.perf_counter() - start, 1)
         if needed and main:
             write_json(partial / COMPLETE, facts)
             os.rename(partial, final)

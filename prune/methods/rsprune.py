@@ -170,8 +170,9 @@ class RSPrune:
         It is None in open scenes: how near to one another different images of theirs are is not known.
         """
         unknown: list[float | None] = [None] * len(scenes.names)
-        if self.reference_duplicates is None or not self.scenes or len(pool.reference_embeddings) < 2:
-            return unknown
+        labels = pool.reference_labels.tolist()
+        if self.reference_duplicates is None or not self.scenes or len(set(labels)) == len(labels):
+            return unknown  # one image a scene, as of a corpus's own strata, are means and no photographs
         known = normalise(np.asarray(pool.reference_embeddings, dtype=np.float32) - scenes.centre)
         similarity = float(np.quantile(nearest_similarities(known), self.reference_duplicates))
         return [similarity] * (len(unknown) - scenes.open) + unknown[: scenes.open]
