@@ -38,6 +38,7 @@ from train.latents import (
     scene_balanced_weights,
 )
 from train.loop import Batch, LoopOptions, Modules, train_loop
+from train.shipped import forget_origin
 
 #: Training images by which the scales of latent channels are found.
 SCALE_IMAGES = 2000
@@ -266,6 +267,7 @@ def main(cfg: DictConfig) -> None:
         )
     target = REPOSITORY / cfg.autoencoder.path
     trained.save_pretrained(target)
+    forget_origin(target / "config.json")
     (target / "README.md").write_text(_card(cfg, figures, trained.config.scaling_factor), encoding="utf-8")
     print(f"run: {directory}")
 

@@ -122,6 +122,8 @@ def ship(run: Path, target: Path, texts: Iterable[str]) -> None:
     pipeline.text_encoder = with_tokens(pipeline.text_encoder, former)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(target, safe_serialization=True)
+    for path in (target / "model_index.json", target / "unet" / "config.json", target / "vae" / "config.json"):
+        forget_origin(path)
     config = target / "text_encoder" / "config.json"
     # transformers loads in the type that the config names; the whole pipeline computes in 32 bits unless told otherwise
     write_json(config, {**read_json(config), "dtype": "float32"})
@@ -130,6 +132,11 @@ def ship(run: Path, target: Path, texts: Iterable[str]) -> None:
     summary = read_json(run / "summary.json")
     kept = ("method", "ratio", "images", "parameters", "seed", "images_seen", "seconds", "steps", "split", "metrics")
     write_json(target / "summary.json", {key: summary[key] for key in kept})
+
+
+def forget_origin(config: Path) -> None:
+    """Take from a config the folder that its network was loaded from, which is of the machine that wrote it."""
+    write_json(config, {key: value for key, value in read_json(config).items() if key != "_name_or_path"})
 
 
 def size_of(folder: Path) -> int:
