@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from omegaconf import DictConfig
-from PIL import Image
 
 from corpus.index import Corpus
 from downstream.corpora import corpus_of
+from downstream.degradation import check_factor, low_resolution
+from downstream.interpolation import enlarge
 from downstream.task import Task
 from eval.held_out import HeldOut
-from runtime.errors import UserError
 
 
 def make_task(cfg: DictConfig) -> Task:
@@ -22,17 +22,17 @@ def make_task(cfg: DictConfig) -> Task:
     settings = cfg.downstream.super_resolution
     factor = int(settings.factor)
     side = corpus_of(cfg, "train").resolution
-    _check_factor(factor, side, side)
+    check_factor(factor, side, side)
 
     def enlarged(images: np.ndarray) -> np.ndarray:
-        return bicubic(low_resolution(images, factor), factor)
+        return enlarge(low_resolution(images, factor), factor, "bicubic")
 
     def condition(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
         return enlarged(corpus.images[rows])
 
     def inputs(held: HeldOut) -> dict[str, np.ndarray]:
         small = low_resolution(held.images, factor)
-        return {f"input, {small.shape[1]} px": small, "bicubic": bicubic(small, factor)}
+        return {f"input, {small.shape[1]} px": small, "bicubic": enlarge(small, factor, "bicubic")}
 
     return Task(
         name="super_resolution",
@@ -43,31 +43,3 @@ def make_task(cfg: DictConfig) -> Task:
         inputs=inputs,
         baselines={"bicubic": lambda held: enlarged(held.images)},
     )
-
-
-def _check_factor(factor: int, *sides: int) -> None:
-    """Refuse (UserError) a factor that does not divide the sides of images."""
-    if factor < 1 or any(side % factor for side in sides):
-        raise UserError(
-            f"downstream.super_resolution.factor={factor} does not divide {' x '.join(map(str, sides))} px: "
-            "give a divisor"
-        )
-
-
-def low_resolution(images: np.ndarray, factor: int) -> np.ndarray:
-    """Area means, uint8 [N, H, W, 3] to [N, H/factor, W/factor, 3], rounded half up.
-
-    Raises:
-        UserError: the sides are no multiples of the factor.
-    """
-    count, height, width, channels = images.shape
-    _check_factor(factor, height, width)
-    blocks = images.reshape(count, height // factor, factor, width // factor, factor, channels)
-    area = factor**2
-    return ((blocks.sum(axis=(2, 4), dtype=np.uint32) + area // 2) // area).astype(np.uint8)
-
-
-def bicubic(images: np.ndarray, factor: int) -> np.ndarray:
-    """PIL's bicubic enlargement, uint8 [N, H, W, 3] to [N, factor H, factor W, 3]."""
-    size = (images.shape[2] * factor, images.shape[1] * factor)
-    return np.stack([Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in images])
