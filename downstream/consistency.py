@@ -1,0 +1,59 @@
+"""Back-projection (Irani and Peleg 1991): images that reduce to their low-resolution image."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from downstream.degradation import LinearKind, reduce
+
+#: Exact corrections after the smooth ones: the first would do, were there no clipping.
+EXACT_STEPS = 8
+
+
+def back_project(images: np.ndarray, low: np.ndarray, factor: int, kind: LinearKind, iterations: int) -> np.ndarray:
+    """The images, corrected so that `reduce` makes `low` of them: x + up(low - reduce(x)), again and again.
+
+    First `up` is bicubic, which is smooth. It leaves a part of high frequency, which the pseudo-inverse of the
+    reduction removes: the least correction that is exact, and with `area` the nearest-neighbour enlargement. Values
+    are clipped to 0..255 after every step.
+
+    Args:
+        images: float32 [N, H, W, 3] in 0..255.
+        low: uint8 or float [N, H/factor, W/factor, 3].
+        iterations: of the smooth correction.
+    Returns:
+        float32 [N, H, W, 3] in 0..255.
+    """
+    target, found = np.asarray(low, dtype=np.float32), np.asarray(images, dtype=np.float32)
+    for step in range(iterations + EXACT_STEPS):
+        rest = target - reduce(found, factor, kind)
+        up = _smooth(rest, factor) if step < iterations else _least(rest, factor, kind)
+        found = (found + up).clip(0, 255)
+    return found
+
+
+def _smooth(rest: np.ndarray, factor: int) -> np.ndarray:
+    values = torch.from_numpy(rest).permute(0, 3, 1, 2)
+    size = (rest.shape[1] * factor, rest.shape[2] * factor)
+    return interpolate(values, size, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).numpy()
+
+
+def _least(rest: np.ndarray, factor: int, kind: LinearKind) -> np.ndarray:
+    rows, columns = (_pseudo_inverse(side * factor, factor, kind) for side in rest.shape[1:3])
+    return np.einsum("yi,nijc,xj->nyxc", rows, rest, columns, optimize=True)
+
+
+@functools.lru_cache
+def _pseudo_inverse(side: int, factor: int, kind: LinearKind) -> np.ndarray:
+    """Of the reduction along one axis, float32 [side, side / factor]."""
+    identity = torch.eye(side, dtype=torch.float64)[None, None]
+    size = (side // factor, side)
+    if kind == "area":
+        matrix = interpolate(identity, size, mode="area")
+    else:
+        matrix = interpolate(identity, size, mode="bicubic", antialias=True, align_corners=False)
+    return np.linalg.pinv(matrix[0, 0].numpy()).astype(np.float32)
