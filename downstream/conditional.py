@@ -3,7 +3,8 @@
 The U-Net sees the condition picture's latents beside the noisy ones (Brooks et al. 2023, InstructPix2Pix, section 3.2)
 and is saved as a StableDiffusionInstructPix2PixPipeline. That pipeline feeds the autoencoder's raw latents, not
 multiplied by `scaling_factor`. Training feeds latents of unit scale, at which Adam's steps fit all inputs alike, and
-the factor goes into the first convolution's weights when the pipeline is saved: the same function.
+the factor goes into the first convolution's weights when the pipeline is saved: the same function. A task whose
+conditions are read by an encoder of their own (masks) has them at unit scale already.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,8 @@ from train.networks import new_unet
 from train.objective import prediction_of
 from train.shipped import foundation_path
 
+#: What the pipeline calls its network, and its folder.
+NETWORK = "unet"
 #: The method of a run that starts from no foundation.
 SCRATCH = "scratch"
 
@@ -163,6 +167,19 @@ def for_raw_condition(unet: UNet2DConditionModel, scaling_factor: float) -> UNet
     return unet
 
 
+def condition_reader(
+    autoencoder: nn.Module, encoder: Callable[[nn.Module], nn.Module] | None
+) -> tuple[nn.Module, float]:
+    """The autoencoder that encodes condition pictures, and the factor that takes its raw latents to unit scale.
+
+    Args:
+        encoder: `Task.encoder`.
+    """
+    if encoder is None:
+        return autoencoder, float(autoencoder.config.scaling_factor)
+    return encoder(autoencoder), 1.0
+
+
 @torch.no_grad()
 def encode_condition(autoencoder: nn.Module, pictures: np.ndarray) -> torch.Tensor:
     """Raw latents float32 [N, C, h, w] of uint8 [N, H, W, 3], as the pipeline computes them: the mode, unscaled."""
@@ -176,17 +193,24 @@ def encode_condition(autoencoder: nn.Module, pictures: np.ndarray) -> torch.Tens
 
 
 def conditional_pipeline(
-    parts: Parts, unet: UNet2DConditionModel, scheduler: SchedulerMixin
+    parts: Parts,
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    encoder: Callable[[nn.Module], nn.Module] | None = None,
 ) -> StableDiffusionInstructPix2PixPipeline:
     """The parts and a network trained on unit-scale conditions, as a pipeline that loads without any code of ours.
 
     Call it with `image=` (PIL, or [0, 1] arrays) and guidance_scale=1; larger ones also guide by the image.
+
+    Args:
+        encoder: `Task.encoder`; the pipeline's autoencoder then encodes conditions alone, and decodes as before.
     """
+    autoencoder, scale = condition_reader(parts.autoencoder, encoder)
     pipeline = StableDiffusionInstructPix2PixPipeline(
-        vae=parts.autoencoder,
+        vae=autoencoder,
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
-        unet=for_raw_condition(unet, parts.autoencoder.config.scaling_factor),
+        unet=for_raw_condition(unet, scale),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -25,13 +25,13 @@ def back_project(images: np.ndarray, low: np.ndarray, factor: int, kind: LinearK
     `TOLERANCE`; it ends less exact only where nearly all of its pixels are 0 or 255.
 
     Args:
-        images: float32 [N, H, W, 3] in 0..255.
+        images: float32 [N, H, W, 3]; what lies outside 0..255 is clipped first.
         low: uint8 or float [N, H/factor, W/factor, 3].
         iterations: of the smooth correction.
     Returns:
         float32 [N, H, W, 3] in 0..255.
     """
-    target, found = np.asarray(low, dtype=np.float32), np.array(images, dtype=np.float32)
+    target, found = np.asarray(low, dtype=np.float32), np.asarray(images, dtype=np.float32).clip(0, 255)
     unfinished = np.arange(len(found))
     for step in range(iterations + MOST_EXACT_STEPS):
         rest = target[unfinished] - reduce(found[unfinished], factor, kind)

@@ -6,7 +6,9 @@ Its fingerprint holds nothing of evaluation: other held-out images, encoders, so
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,21 @@ from torch import nn
 
 from corpus.index import Corpus
 from downstream.conditional import (
+    NETWORK,
     Parts,
+    condition_reader,
     conditional_pipeline,
     conditioned_network,
     encode_condition,
+    for_raw_condition,
     load_parts,
     weights_digest,
 )
+from downstream.controlnet import CONTROLNET, new_controlnet, steered_loss, steered_pipeline
 from downstream.corpora import corpus_of, held_out_images, training_rows
 from downstream.measured_task import measure_run
 from downstream.task import Task
+from eval.models import SNAPSHOT, SNAPSHOTS
 from runtime.artefacts import is_main_process, read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.tracking import Tracker, track
@@ -40,7 +47,6 @@ from train.networks import diffusion_loss
 from train.objective import Objective
 from train.text_encoder import encode_prompts
 
-NETWORK = "unet"
 CHECKPOINTS = "checkpoints"
 
 
@@ -105,6 +111,7 @@ def training_inputs(
         "text_encoder": weights_digest(parts.text_encoder),
         "corpus": corpus.fingerprint,
         "settings": [settings.training_images, settings.condition_dropout, task.captioned],
+        "lengths": snapshot_steps(cfg, options),
         "loop": {**settings.loop, "steps": options.steps},
         "train": [cfg.train.objective, cfg.train.flow_shift, cfg.train.mixed_precision],
         "seed": cfg.seed,
@@ -140,29 +147,46 @@ def _train(run: _Run) -> None:
     for part in (run.parts.autoencoder, run.parts.text_encoder):
         part.to(accelerator.device)
     examples = _examples(run)
-    unet = conditioned_network(cfg, run.parts, examples.latents.shape[1:], examples.prompts.shape[-1])
+    name, network = _new_network(run, examples)
     training = {
         "method": run.name,
         "foundation": None if run.parts.foundation is None else str(run.parts.foundation),
         "steps": run.options.steps,
         "training_images": len(examples.latents),
         "images_seen": run.options.steps * run.options.batch_size,
-        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "seed": cfg.seed,
     }
     best = train_loop(
         accelerator,
-        {NETWORK: unet},
-        conditioned_batches(examples, objective, run.options.batch_size, cfg.downstream.condition_dropout),
-        conditioned_loss(objective),
+        {name: network},
+        conditioned_batches(examples, objective, run.options.batch_size, _dropout(run)),
+        _loss(run, objective, accelerator),
         run.options,
         run.directory,
         label=f"{run.task.name} {run.name}",
+        snapshots=snapshot_steps(cfg, run.options),
+        on_snapshot=partial(_keep_snapshot, run, accelerator),
         log=run.tracker.log,
     )
     if accelerator.is_main_process:
-        _finish(run, accelerator, best[NETWORK], objective, training)
+        _finish(run, accelerator, best[name], objective, training)
     accelerator.wait_for_everyone()  # all of them measure the pipeline that the first one has written
+
+
+def _new_network(run: _Run, examples: Examples) -> tuple[str, nn.Module]:
+    """The network to train, by its name in the pipeline."""
+    cfg, parts = run.cfg, run.parts
+    if run.task.control is not None:
+        return CONTROLNET, new_controlnet(parts, examples.condition_of(np.arange(1)).shape[1], cfg.seed)
+    return NETWORK, conditioned_network(cfg, parts, examples.latents.shape[1:], examples.prompts.shape[-1])
+
+
+def _loss(run: _Run, objective: Objective, accelerator: Accelerator) -> ComputeLoss:
+    if run.task.control is None:
+        return conditioned_loss(objective)
+    frozen = run.parts.unet.to(accelerator.device).eval().requires_grad_(False)
+    return lambda modules, batch: steered_loss(modules[CONTROLNET], frozen, objective, *batch)
 
 
 @dataclass(frozen=True)
@@ -170,13 +194,14 @@ class Examples:
     """What a task's network learns from.
 
     Attributes:
-        latents, conditions: float32 [K, C, h, w] of unit scale, of the images and of their condition images.
+        latents: float32 [K, C, h, w] of unit scale, of the images.
+        condition_of: int64 [B], numbers of images, to their conditions, float32 [B, C', h, w] or [B, C', H, W].
         prompts: [T + 1, L, D], hidden states of the captions' texts; the last row is the empty text.
         caption_of: int64 [K], row of an image's caption in `prompts`.
     """
 
     latents: np.ndarray
-    conditions: np.ndarray
+    condition_of: Callable[[np.ndarray], np.ndarray]
     prompts: torch.Tensor
     caption_of: np.ndarray
 
@@ -184,47 +209,75 @@ class Examples:
 def _examples(run: _Run) -> Examples:
     cfg, corpus, parts = run.cfg, run.corpus, run.parts
     rows = training_rows(corpus, cfg.downstream.training_images, cfg.seed)
-    latents, conditions = _encoded(cfg, run.task, corpus, rows, parts.autoencoder)
-    captions = corpus.manifest["caption"].to_numpy(dtype=str)[rows] if run.task.captioned else np.full(len(rows), "")
-    texts, caption_of = np.unique(captions, return_inverse=True)
+    pictures, captions = run.task.training_examples(corpus, rows)
+    latents = _latents(cfg, corpus, rows, parts.autoencoder)
+    if (control := run.task.control) is not None:
+
+        def condition_of(numbers: np.ndarray) -> np.ndarray:
+            return control(corpus, rows[numbers])
+    else:
+        condition_of = _conditions(cfg, run.task, corpus, rows, pictures, parts.autoencoder).__getitem__
+    texts, caption_of = np.unique(np.asarray(captions, dtype=str), return_inverse=True)
     # the last row is the empty caption, for classifier-free guidance
     prompts = encode_prompts(parts.text_encoder, parts.tokenizer, [*texts, ""])
-    return Examples(latents, conditions, prompts, caption_of)
+    return Examples(latents, condition_of, prompts, caption_of)
 
 
-def _encoded(
-    cfg: DictConfig, task: Task, corpus: Corpus, rows: np.ndarray, autoencoder: nn.Module
-) -> tuple[np.ndarray, np.ndarray]:
-    """Unit-scale latents of images and of their condition images, float32 [K, C, h, w] each; kept on disk."""
-    key = weights_digest(autoencoder)
+def _latents(cfg: DictConfig, corpus: Corpus, rows: np.ndarray, autoencoder: nn.Module) -> np.ndarray:
+    """Unit-scale latents of images, float32 [K, C, h, w]; of a variational autoencoder the means. Kept on disk."""
+    found = cached_latents(autoencoder, weights_digest(autoencoder), corpus, rows, cfg.runs)[0]
+    return found[:, : autoencoder.config.latent_channels]
+
+
+def _conditions(
+    cfg: DictConfig, task: Task, corpus: Corpus, rows: np.ndarray, pictures: np.ndarray, autoencoder: nn.Module
+) -> np.ndarray:
+    """Unit-scale latents of condition pictures, float32 [K, C, h, w]; kept on disk."""
 
     def build(directory: Path) -> None:
-        raw = encode_condition(autoencoder, task.condition(corpus, rows))
-        np.save(directory / "latents.npy", (raw * autoencoder.config.scaling_factor).numpy())
+        reader, scale = condition_reader(autoencoder, task.encoder)
+        np.save(directory / "latents.npy", (encode_condition(reader, pictures) * scale).numpy())
 
-    inputs = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "autoencoder": key, "of": [task.name, task.facts]}
-    folder = stage(cfg.runs, "condition_latents", inputs, build)
-    latents = cached_latents(autoencoder, key, corpus, rows, cfg.runs)[0]
-    channels = autoencoder.config.latent_channels  # of a variational one, the means
-    return latents[:, :channels], np.load(folder / "latents.npy")
+    inputs = {
+        "corpus": corpus.fingerprint,
+        "rows": rows.tolist(),
+        "autoencoder": weights_digest(autoencoder),
+        "of": [task.name, task.facts],
+    }
+    return np.load(stage(cfg.runs, "condition_latents", inputs, build) / "latents.npy")
 
 
-def conditioned_batches(examples: Examples, objective: Objective, size: int, condition_dropout: float) -> DrawBatch:
-    """Batches of `size` images for `train_loop`: latents, hidden states, noise, times, condition latents.
+@dataclass(frozen=True)
+class Dropout:
+    """What is hidden from the network in training.
 
-    Args:
-        condition_dropout: chance of a condition to be blanked, so that images can be guided by their conditions.
+    Attributes:
+        condition: chance of a whole condition to be blanked; half of these lose their caption too, so that a draw can
+            be guided by its condition.
+        channel: chance of each channel of a condition to be blanked.
+        mean_share: share of the images that are all noise.
     """
+
+    condition: float = 0.0
+    channel: float = 0.0
+    mean_share: float = 0.0
+
+
+def conditioned_batches(examples: Examples, objective: Objective, size: int, dropout: Dropout) -> DrawBatch:
+    """Batches of `size` images for `train_loop`: latents, hidden states, noise, times, condition latents."""
     shape, empty = examples.latents.shape[1:], len(examples.prompts) - 1
+    channels = examples.condition_of(np.arange(1)).shape[1]
 
     def draw(random: np.random.Generator, part: slice) -> Batch:
         picked = random.integers(len(examples.latents), size=size)
         noise, times, dropped = objective.draw(random, (size, *shape))
+        times[torch.from_numpy(random.random(size) < dropout.mean_share)] = objective.last_time
+        chance = random.random(size)
         caption = torch.from_numpy(examples.caption_of[picked])
-        caption[dropped] = empty
-        blank = random.random(size) < condition_dropout
+        caption[dropped | torch.from_numpy(chance < dropout.condition / 2)] = empty
+        shown = (chance >= dropout.condition)[:, None] & (random.random((size, channels)) >= dropout.channel)
         rows = picked[part]
-        condition = np.where(blank[part, None, None, None], np.float32(0), examples.conditions[rows])
+        condition = examples.condition_of(rows) * shown[part, :, None, None].astype(np.float32)
         latents, text = torch.from_numpy(examples.latents[rows]), examples.prompts[caption[part]]
         return latents, text, noise[part], times[part], torch.from_numpy(condition)
 
@@ -241,12 +294,46 @@ def conditioned_loss(objective: Objective) -> ComputeLoss:
     return loss
 
 
+def _dropout(run: _Run) -> Dropout:
+    return Dropout(float(run.cfg.downstream.condition_dropout), run.task.channel_dropout, run.task.mean_share)
+
+
+def snapshot_steps(cfg: DictConfig, options: LoopOptions) -> list[int]:
+    """Steps of `downstream.lengths` below the last, after which the averaged network is kept."""
+    return sorted({int(step) for step in cfg.downstream.lengths if 0 < step < options.steps})
+
+
+def _keep_snapshot(
+    run: _Run, accelerator: Accelerator, step: int, mean_loss: float, seconds: float, modules: Modules
+) -> None:
+    """Save the averaged network, as the pipeline has it, in a folder of its own; beside, and renamed into place."""
+    if accelerator.is_main_process:
+        images_seen = step * run.options.batch_size
+        folder = run.directory / SNAPSHOTS / f"{images_seen:012d}"
+        partial_folder = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        if run.task.control is None:
+            _, scale = condition_reader(run.parts.autoencoder, run.task.encoder)
+            for_raw_condition(modules[NETWORK], scale).save_pretrained(partial_folder / NETWORK)
+        else:
+            modules[CONTROLNET].save_pretrained(partial_folder / CONTROLNET)
+        facts = {"step": step, "images_seen": images_seen, "seconds": round(seconds, 2), "loss": mean_loss}
+        write_json(partial_folder / SNAPSHOT, facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial_folder.rename(folder)
+    accelerator.wait_for_everyone()
+
+
 def _finish(
     run: _Run, accelerator: Accelerator, network: nn.Module, objective: Objective, training: dict[str, Any]
 ) -> None:
     """Save the pipeline, the task's files and what the training was."""
     trained = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-    pipeline = conditional_pipeline(run.parts, trained, objective.scheduler(run.cfg.train.flow_shift))
+    scheduler = objective.scheduler(run.cfg.train.flow_shift)
+    if run.task.control is None:
+        pipeline = conditional_pipeline(run.parts, trained, scheduler, run.task.encoder)
+    else:
+        pipeline = steered_pipeline(run.parts, trained, scheduler)
     pipeline.save_pretrained(run.directory / "pipeline")
     for file, content in run.task.files.items():
         write_json(run.directory / file, content)

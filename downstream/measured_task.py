@@ -6,37 +6,43 @@ found. Baselines go the same way as networks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import StableDiffusionInstructPix2PixPipeline
+import torch
+from diffusers import ControlNetModel, DiffusionPipeline, UNet2DConditionModel
 from omegaconf import DictConfig
 from PIL import Image
 
+from downstream.conditional import NETWORK
+from downstream.controlnet import CONTROLNET
 from downstream.corpora import held_out_images
 from downstream.segmenter import Segmenter, trained_segmenter
 from downstream.task import Task
 from encoders.embedding import Encoder, device
-from eval.generate import generate
+from eval.convergence import CONVERGENCE
+from eval.generate import generate, starting_noise
 from eval.held_out import HeldOut
-from eval.measuring import Sampling, embed_rows, encoders_of
+from eval.measuring import embed_rows, encoders_of
 from eval.metrics import METRICS, compute
-from eval.models import Model
+from eval.models import SNAPSHOT, snapshots_of
 from eval.processes import first_process_says, over_processes
 from report.figures import comparison_sheet
 from runtime.artefacts import is_main_process, read_json, stage, write_json
 from runtime.tracking import Tracker
-from train.measured_run import MEASURED, TRAINING
+from train.measured_run import MEASURED, TRAINING, write_lines
+from train.sampler import pipeline_fingerprint
 
 #: In the directory of a task's outputs: uint8 [N, R, R, 3].
 OUTPUTS = "outputs.npy"
 METRICS_FILE = "metrics.json"
 #: Columns of a sample sheet, and images kept for the report.
 SHOWN = 12
+#: Numbers of the noise of further outputs of an image, and of further samples of one output, start here.
+VARIANTS, SAMPLES = 10**8, 10**10
 
 
 @dataclass(frozen=True)
@@ -49,60 +55,112 @@ class TaskJudges:
     @classmethod
     def of(cls, cfg: DictConfig, task: Task) -> TaskJudges:
         """Of a config; the segmenter is trained if it is not there."""
-        needs = {need for key in task.metrics for need in METRICS[key].needs}
+        needs = {need for key in task.metrics if key in METRICS for need in METRICS[key].needs}
         return cls(encoders_of(cfg), trained_segmenter(cfg) if "segmentation" in needs else None)
 
 
 # ---------------------------------------------------------------- outputs
 
 
-def draw_outputs(cfg: DictConfig, task: Task, pipeline: Path, held: HeldOut) -> Path:
-    """One output a held-out image, without guidance; the stage's directory, with outputs.npy.
+def draw_outputs(cfg: DictConfig, task: Task, run: Path, held: HeldOut, snapshot: Path | None = None) -> Path:
+    """One output a held-out image; the stage's directory, with outputs.npy.
 
     Output i starts from noise that depends on `eval.seed` and i alone. All processes of a launch take part.
+
+    Args:
+        run: of a training, with pipeline/.
+        snapshot: of the run, with a network in place of the pipeline's.
     """
-    sampling = Sampling(steps=int(cfg.downstream.steps), guidance_scale=1.0, seed=int(cfg.eval.seed))
 
     def build(directory: Path) -> None:
-        draw = partial(_drawn, load_pipeline(pipeline), task, held, sampling)
+        pipeline = load_pipeline(run / "pipeline", snapshot)
+        numbers = np.arange(len(held))
+        draw = partial(_drawn, cfg, task, pipeline, held, numbers)
         _save_outputs(directory, over_processes(draw, len(held)))
 
-    inputs = {
-        "model": Model(pipeline).key,
-        "condition": [task.name, task.facts],
-        "held_out": held.key,
-        "captions": _captions(task, held),
-        "sampling": sampling,
-    }
+    inputs = _drawing_inputs(cfg, task, run, held)
+    inputs |= {} if snapshot is None else {"snapshot": pipeline_fingerprint(snapshot)}
     return stage(cfg.runs, "task_outputs", inputs, build, together=first_process_says)
 
 
-def _captions(task: Task, held: HeldOut) -> list[str]:
-    return held.captions if task.captioned else [""] * len(held)
+def draw_variants(cfg: DictConfig, task: Task, run: Path, held: HeldOut) -> Path:
+    """`downstream.variants` outputs of each held-out image, from other noise each: uint8 [N, k, R, R, 3] in a stage."""
+    count = int(cfg.downstream.variants)
+
+    def build(directory: Path) -> None:
+        pipeline = load_pipeline(run / "pipeline")
+        numbers = VARIANTS + np.arange(len(held) * count)
+        draw = partial(_drawn, cfg, task, pipeline, _repeated(held, count), numbers)
+        outputs = over_processes(draw, len(numbers))
+        _save_outputs(directory, outputs.reshape(len(held), count, *outputs.shape[1:]))
+
+    inputs = {**_drawing_inputs(cfg, task, run, held), "variants": count}
+    return stage(cfg.runs, "task_outputs", inputs, build, together=first_process_says)
+
+
+def _repeated(held: HeldOut, count: int) -> HeldOut:
+    """Each image so many times in a row, without features."""
+    captions = [caption for caption in held.captions for _ in range(count)]
+    return replace(held, rows=held.rows.repeat(count), features={}, captions=captions)
+
+
+def _drawing_inputs(cfg: DictConfig, task: Task, run: Path, held: HeldOut) -> dict[str, Any]:
+    return {
+        "model": pipeline_fingerprint(run / "pipeline"),
+        "condition": [task.name, task.facts, task.draw_facts, task.guidance, task.samples],
+        "held_out": held.key,
+        "captions": task.texts(held.corpus, held.rows),
+        "sampling": [int(cfg.downstream.steps), int(cfg.eval.seed)],
+    }
 
 
 def _drawn(
-    pipeline: StableDiffusionInstructPix2PixPipeline, task: Task, held: HeldOut, sampling: Sampling, rows: np.ndarray
+    cfg: DictConfig, task: Task, pipeline: DiffusionPipeline, held: HeldOut, numbers: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
-    captions = _captions(task, held)
-    conditions = task.condition(held.corpus, held.rows[rows])
+    """Outputs uint8 [K, R, R, 3] of some rows of a held-out set; `numbers` int64 [N] are those of their noise."""
+    picked, seed = held.rows[rows], int(cfg.eval.seed)
+    if task.draw is not None:
+        noise = task_noise(pipeline, numbers[rows], seed, task.samples)
+        return task.draw(pipeline, held.corpus, picked, noise)
+    guidance = task.guidance.arguments(task.control is not None)
+    if task.control is not None:
+        images = torch.from_numpy(task.control(held.corpus, picked))
+    else:
+        images = [Image.fromarray(image) for image in task.condition(held.corpus, picked)]
     return generate(
         pipeline,
-        [captions[row] for row in rows],
-        steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        seed=sampling.seed,
+        task.texts(held.corpus, picked),
+        steps=int(cfg.downstream.steps),
+        guidance_scale=guidance.pop("guidance_scale"),
+        seed=seed,
         label=f"draw {task.name}",
-        noise_of=rows,
-        image=[Image.fromarray(image) for image in conditions],
+        noise_of=numbers[rows],
+        options=guidance,
+        image=images,
     )
 
 
-def load_pipeline(folder: Path) -> StableDiffusionInstructPix2PixPipeline:
-    """A pipeline that `fine_tune` has left, on this machine's accelerator."""
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True
-    )
+def task_noise(pipeline: DiffusionPipeline, numbers: np.ndarray, seed: int, samples: int) -> np.ndarray:
+    """Standard normal float32 [K, samples, C, h, w] of outputs by their numbers; the first sample is that of one."""
+    side, channels = pipeline.unet.config.sample_size, pipeline.vae.config.latent_channels
+    parts = [
+        starting_noise(numbers if index == 0 else [number + index * SAMPLES for number in numbers],
+                       (channels, side, side), seed)
+        for index in range(samples)
+    ]  # fmt: skip
+    return torch.stack(parts, dim=1).numpy()
+
+
+def load_pipeline(folder: Path, snapshot: Path | None = None) -> DiffusionPipeline:
+    """A pipeline that `fine_tune` has left, on this machine's accelerator; a snapshot's network replaces its own."""
+    kinds = {NETWORK: UNet2DConditionModel, CONTROLNET: ControlNetModel}
+    parts = {
+        name: kind.from_pretrained(snapshot / name, use_safetensors=True)
+        for name, kind in kinds.items()
+        if snapshot is not None and (snapshot / name).is_dir()
+    }
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, **parts)
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device())
 
 
@@ -124,42 +182,56 @@ def _save_outputs(directory: Path, outputs: np.ndarray) -> None:
 # ---------------------------------------------------------------- metrics
 
 
-def measure_outputs(cfg: DictConfig, task: Task, outputs: Path, held: HeldOut, judges: TaskJudges) -> Path:
+def measure_outputs(
+    cfg: DictConfig, task: Task, outputs: Path, held: HeldOut, judges: TaskJudges, variants: Path | None = None
+) -> Path:
     """Metrics of outputs, of which image i belongs to held-out image i; the stage's directory, with metrics.json.
 
     Args:
         outputs: directory of `draw_outputs` or `baseline_outputs`.
+        variants: directory of `draw_variants` for the first images of the set; None: there are none.
     """
 
     def build(directory: Path) -> None:
-        metrics = output_metrics(task, np.load(outputs / OUTPUTS, mmap_mode="r"), held, judges)
+        drawn = np.load(outputs / OUTPUTS, mmap_mode="r")
+        several = None if variants is None else np.load(variants / OUTPUTS, mmap_mode="r")
+        metrics = output_metrics(task, drawn, held, judges, several)
         if is_main_process():
             write_json(directory / METRICS_FILE, metrics)
 
     inputs = {
         "outputs": f"{outputs.parent.name}/{outputs.name}",
+        "variants": variants and variants.name,
         "held_out": held.key,
         "encoders": list(judges.encoders),
         "segmenter": judges.segmenter and judges.segmenter.key,
-        "task": sorted(task.metrics),
+        "task": [sorted(task.metrics), task.facts],
         "metrics": sorted(METRICS),
     }
     return stage(cfg.runs, "task_measured", inputs, build, together=first_process_says)
 
 
-def output_metrics(task: Task, outputs: np.ndarray, held: HeldOut, judges: TaskJudges) -> dict[str, float | None]:
+def output_metrics(
+    task: Task, outputs: np.ndarray, held: HeldOut, judges: TaskJudges, variants: np.ndarray | None = None
+) -> dict[str, float | None]:
     """The task's metrics by their full names; all processes of a launch take part.
 
     Args:
         outputs: uint8 [N, R, R, 3], of which image i belongs to held-out image i.
+        variants: uint8 [M, k, R, R, 3], several outputs of the first M images.
     """
     inputs: dict[str, Any] = {"images": outputs, "truth": held.images}
+    inputs |= {} if task.measured is None else task.measured(held, outputs)
+    inputs |= {} if variants is None else {"samples": variants}
     if judges.segmenter is not None:
         inputs |= segmentation_inputs(judges.segmenter, outputs, held)
     metrics = compute(inputs, of={}, only=task.metrics)
     for encoder in judges.encoders:
         truth = held.features[encoder.name]
         inputs = {"features": embed_rows(encoder, outputs), "reference": truth, "truth_features": truth}
+        if variants is not None and "diversity" in task.metrics:
+            flat = embed_rows(encoder, variants.reshape(-1, *variants.shape[2:]))
+            inputs["sample_features"] = flat.reshape(*variants.shape[:2], -1)
         metrics |= compute(inputs, of={"encoder": encoder.name}, only=task.metrics)
     return metrics
 
@@ -201,29 +273,63 @@ def measure_baselines(cfg: DictConfig, task: Task) -> dict[str, Path]:
 
 
 def measure_run(cfg: DictConfig, task: Task, run: Path, tracker: Tracker) -> None:
-    """Write measured.json, summary.json and samples/ of a finished training into its directory."""
-    held = held_out_images(cfg)
-    outputs = draw_outputs(cfg, task, run / "pipeline", held)
-    measured = measure_outputs(cfg, task, outputs, held, TaskJudges.of(cfg, task))
+    """Write convergence.jsonl, measured.json, summary.json and samples/ of a finished training into its directory."""
+    held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
+    lines = [_measured_snapshot(cfg, task, run, held, judges, snapshot) for snapshot in snapshots_of(run)]
+    outputs = draw_outputs(cfg, task, run, held)
+    variants = None
+    if cfg.downstream.variants > 1 and set(task.metrics) & {"spread", "diversity"}:
+        variants = draw_variants(cfg, task, run, held.first(int(cfg.downstream.varied_images)))
+    measured = measure_outputs(cfg, task, outputs, held, judges, variants)
     if not is_main_process():
         return
     training, shown = read_json(run / TRAINING), held.first(SHOWN)
     drawn = np.load(outputs / OUTPUTS, mmap_mode="r")[:SHOWN]
-    sheet = save_samples(run / "samples", task.inputs(shown), drawn, shown.images)
+    several = None if variants is None else np.load(variants / OUTPUTS, mmap_mode="r")[:SHOWN]
+    sheet = save_samples(run / "samples", task, shown, drawn, several)
     tracker.image("samples", sheet, training["steps"])
     metrics = read_json(measured / METRICS_FILE)
+    last = {key: training[key] for key in ("images_seen", "seconds", "loss")}
+    write_lines(run / CONVERGENCE, [*lines, {"step": training["steps"], **last, **metrics}])
     write_json(run / MEASURED, {held.name: str(measured)})
     summary = {"task": task.name, **training, "metrics": metrics, "images": len(held), "split": cfg.eval.split}
     write_json(run / "summary.json", summary)
     tracker.summary(metrics)
 
 
-def save_samples(folder: Path, inputs: Mapping[str, np.ndarray], outputs: np.ndarray, truth: np.ndarray) -> Path:
-    """The sheet (input, output, truth) and its images as arrays, uint8 [N, H, W, 3] each. Returns the sheet's path."""
+def measure_drawn(cfg: DictConfig, task: Task, run: Path) -> Path:
+    """Metrics of a finished training whose outputs are drawn by this config; the directory of `measure_outputs`."""
+    held = held_out_images(cfg)
+    return measure_outputs(cfg, task, draw_outputs(cfg, task, run, held), held, TaskJudges.of(cfg, task))
+
+
+def _measured_snapshot(
+    cfg: DictConfig, task: Task, run: Path, held: HeldOut, judges: TaskJudges, snapshot: Path
+) -> dict[str, Any]:
+    """A line of convergence.jsonl."""
+    measured = measure_outputs(cfg, task, draw_outputs(cfg, task, run, held, snapshot), held, judges)
+    return {**read_json(snapshot / SNAPSHOT), **read_json(measured / METRICS_FILE)}
+
+
+def save_samples(
+    folder: Path, task: Task, held: HeldOut, outputs: np.ndarray, variants: np.ndarray | None = None
+) -> Path:
+    """The sheet (inputs, output, truth, maps) and its images as arrays, uint8 [N, H, W, 3]. Returns the sheet's path.
+
+    Args:
+        outputs: uint8 [N, H, W, 3] of the held-out images.
+        variants: uint8 [M, k, H, W, 3], M >= N, of which the sheet shows the first further one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    inputs, truth = task.inputs(held), held.images
     arrays = {"inputs": next(iter(inputs.values())), "outputs": outputs, "truth": truth}
     for name, images in arrays.items():
         np.save(folder / f"{name}.npy", images)
+    rows = {**inputs, "output": outputs}
+    if variants is not None and len(variants) >= len(outputs):
+        rows["another output"] = np.asarray(variants[: len(outputs), 0])
+    rows["truth"] = truth
+    rows |= {} if task.maps is None else task.maps(held, outputs)
     path = folder / "comparison.png"
-    comparison_sheet({**inputs, "output": outputs, "truth": truth}).save(path)
+    comparison_sheet(rows).save(path)
     return path

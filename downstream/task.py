@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from corpus.index import Corpus
 from eval.held_out import HeldOut
@@ -18,18 +20,51 @@ class Unsuited(UserError):
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a draw (Brooks et al. 2023, section 3.2.1).
+
+    Attributes:
+        text: towards the caption; condition: towards the condition. 1 and 1 switch it off, and a step costs a third.
+    """
+
+    text: float = 1.0
+    condition: float = 1.0
+
+    def arguments(self, controlnet: bool) -> dict[str, float]:
+        """As the pipeline takes them. An InstructPix2Pix pipeline guides only where its text scale is above 1; one with
+        a ControlNet knows no guidance by the condition."""
+        if controlnet or self.text == self.condition == 1:
+            return {"guidance_scale": self.text}
+        return {"guidance_scale": max(self.text, 1 + 1e-6), "image_guidance_scale": self.condition}
+
+
+@dataclass(frozen=True)
 class Task:
     """An image-conditioned task.
 
     Attributes:
         name: of its file, its stage and its table.
-        condition: (corpus, rows) -> the images that the network is conditioned on, uint8 [K, R, R, 3].
-        facts: what these depend on beside the corpus, for fingerprints.
+        condition: (corpus, rows) -> the pictures that the pipeline is given, uint8 [K, R, R, 3].
+        facts: what the trained network depends on beside the corpus, for fingerprints.
         captioned: whether the network reads the captions of the images.
         metrics: keys of `eval.metrics.METRICS` that are measured; those that need a segmentation get one.
         inputs: (held-out images) -> labelled rows of the sample sheet above the outputs; inputs.npy is the first.
         baselines: methods without a network, by name: held-out images to outputs uint8 [N, R, R, 3].
         files: further JSON files of a run, by name.
+        encoder: the autoencoder -> one whose encoder reads the condition pictures, of any scale; None: its own encoder.
+        control: (corpus, rows) -> what a ControlNet on the frozen foundation is given, float32 [K, C, R, R], and its
+            pipeline as `image`; None: the condition enters the network itself.
+        examples: (corpus, rows) -> condition pictures and texts of training images, where they differ from those of
+            held-out ones.
+        mean_share: share of the training images that are all noise, from which the network learns the mean image.
+        channel_dropout: chance of each channel of a condition to be blanked in training.
+        guidance: of the outputs.
+        draw: (pipeline, corpus, rows, noise) -> outputs uint8 [K, R, R, 3], where one call of the pipeline is not all;
+            noise is float32 [K, samples, C, h, w].
+        draw_facts: what the outputs depend on beside the trained network, for fingerprints.
+        samples: noise that an output is drawn from.
+        measured: (held-out images, outputs) -> further inputs of metrics, by name.
+        maps: (held-out images, outputs) -> labelled pictures below the outputs of the sample sheet.
     """
 
     name: str
@@ -40,3 +75,26 @@ class Task:
     inputs: Callable[[HeldOut], dict[str, np.ndarray]]
     baselines: Mapping[str, Callable[[HeldOut], np.ndarray]] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
+    encoder: Callable[[nn.Module], nn.Module] | None = None
+    control: Callable[[Corpus, np.ndarray], np.ndarray] | None = None
+    examples: Callable[[Corpus, np.ndarray], tuple[np.ndarray, Sequence[str]]] | None = None
+    mean_share: float = 0.0
+    channel_dropout: float = 0.0
+    guidance: Guidance = Guidance()
+    draw: Callable[[DiffusionPipeline, Corpus, np.ndarray, np.ndarray], np.ndarray] | None = None
+    draw_facts: Mapping[str, Any] = field(default_factory=dict)
+    samples: int = 1
+    measured: Callable[[HeldOut, np.ndarray], dict[str, Any]] | None = None
+    maps: Callable[[HeldOut, np.ndarray], dict[str, np.ndarray]] | None = None
+
+    def texts(self, corpus: Corpus, rows: np.ndarray) -> list[str]:
+        """What the network reads beside the condition, of each image."""
+        if not self.captioned:
+            return [""] * len(rows)
+        return corpus.manifest["caption"].to_numpy(dtype=str)[rows].tolist()
+
+    def training_examples(self, corpus: Corpus, rows: np.ndarray) -> tuple[np.ndarray, Sequence[str]]:
+        """Condition pictures uint8 [K, R, R, 3] and texts of training images."""
+        if self.examples is not None:
+            return self.examples(corpus, rows)
+        return self.condition(corpus, rows), self.texts(corpus, rows)

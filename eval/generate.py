@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ def generate(
     batch_size: int = 100,
     label: str = "generate",
     noise_of: Sequence[int] | None = None,
+    options: Mapping[str, Any] | None = None,
     **conditions: Sequence,
 ) -> np.ndarray:
     """One image per prompt, uint8 [N, H, W, 3].
@@ -38,6 +39,7 @@ def generate(
         guidance_scale: classifier-free guidance; 1 switches it off.
         seed: of the starting noise: the same for every method that is compared.
         noise_of: for each image the number that its starting noise depends on; None: its position.
+        options: further arguments of the pipeline, the same for all images.
         conditions: further per-image arguments of the pipeline, cut into the same batches (for example `image`);
             `prompt_embeds` stand in for the prompts.
     """
@@ -62,6 +64,7 @@ def generate(
                 guidance_scale=guidance_scale,
                 output_type="np",
                 **extra,
+                **(options or {}),
                 **of_its_kind(pipeline),
             ).images
         images.append((np.asarray(output) * 255).round().astype(np.uint8))

@@ -18,6 +18,7 @@ from report.page import Gallery, Picture, figure_bytes, write_report
 from report.prune_report import reason_galleries
 from report.results import read_results
 from report.sheets import sample_grids
+from report.starts import JUDGED, dial_figure, judged_metric, length_curves, starts_table
 from report.tables import build_tables, evaluation_encoder, scene_table, write_tables
 from report.verdict_view import verdict_view
 from runtime.artefacts import read_json
@@ -43,6 +44,8 @@ def rebuild(results: Path) -> dict[str, pd.DataFrame]:
     tables = build_tables(rows)
     if confusions := _confusions(places):
         tables["scenes"] = scene_table(confusions)
+    if len(found := starts_table(rows)):
+        tables["starts"] = found
     write_tables(tables, results / "tables")
     figures = _figures(places, rows, results / "figures")
     write_report(
@@ -114,15 +117,35 @@ def _convergence_figures(places: Places, rows: list[dict], directory: Path) -> l
     return pictures
 
 
+def _length_figures(rows: list[dict], directory: Path) -> list[Picture]:
+    """Every start by its length of fine-tuning, a figure a task; none of a single length."""
+    pictures = []
+    for task, metrics in JUDGED.items():
+        metric, curves = judged_metric(rows, metrics[0]), length_curves(rows, task)
+        curves = {name: frame for name, frame in curves.items() if metric in frame.columns}
+        if max((len(frame) for frame in curves.values()), default=0) < 2:
+            continue
+        data = figure_bytes(convergence_figure(curves, metric, x=("step",)))
+        (directory / f"{task}_lengths.png").write_bytes(data)
+        seeds = len({row["seed"] for row in rows if row["stage"] == task and row.get("step")})
+        title = f"{task.replace('_', ' ').capitalize()} by length of fine-tuning"
+        caption = "Distance of the outputs to the held-out images, by the foundation that fine-tuning started from."
+        pictures.append(Picture(title, caption, data, chart(curves, metric, references={}, seeds=seeds)))
+    return pictures
+
+
 def _figures(places: Places, rows: list[dict], directory: Path) -> list[Picture]:
     directory.mkdir(parents=True, exist_ok=True)
-    figures = _convergence_figures(places, rows, directory)
+    figures = [*_convergence_figures(places, rows, directory), *_length_figures(rows, directory)]
 
     def add(name: str, title: str, caption: str, figure) -> None:
         data = figure_bytes(figure)
         (directory / f"{name}.png").write_bytes(data)
         figures.append(Picture(title, caption, data))
 
+    if (drawn := dial_figure(rows)) is not None:
+        caption = "Super-resolution of one network by its dial: 0 is the mean image, 1 one draw with all detail."
+        add("super_resolution_dial", "Super-resolution, fidelity and detail", caption, drawn)
     if confusions := _confusions(places):
         caption = "Held-out photographs, and images generated from their captions. A bright diagonal is good."
         add("scenes_seen", "What CLIP sees in each scene", caption, confusion_figure(confusions))

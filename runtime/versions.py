@@ -102,15 +102,39 @@ STAGES = {
         after=("embedding", "measured"),
     ),
     "condition_latents": Stage(
-        version=1, modules=("downstream.conditional", "downstream.fine_tuning", "downstream.tasks")
+        version=1,
+        modules=(
+            "downstream.conditional",
+            "downstream.fine_tuning",
+            "downstream.degradation",
+            "downstream.interpolation",
+            "downstream.tasks",
+        ),
     ),
     "segmenter": Stage(version=1, modules=("downstream.segmenter",)),
     "downstream": Stage(
         version=1,
-        modules=("downstream.conditional", "downstream.fine_tuning", "downstream.tasks", *_NETWORKS),
+        modules=(
+            "downstream.conditional",
+            "downstream.fine_tuning",
+            "downstream.degradation",
+            "downstream.interpolation",
+            "downstream.tasks",
+            *_NETWORKS,
+        ),
         after=("latents", "condition_latents"),
     ),
-    "task_outputs": Stage(version=1, modules=("downstream.measured_task", "downstream.tasks", "eval.generate")),
+    "task_outputs": Stage(
+        version=1,
+        modules=(
+            "downstream.measured_task",
+            "downstream.degradation",
+            "downstream.interpolation",
+            "downstream.consistency",
+            "downstream.tasks",
+            "eval.generate",
+        ),
+    ),
     "task_measured": Stage(version=1, modules=("downstream.measured_task",), after=("measured", "segmenter")),
     "real_segmentation": Stage(version=1, modules=("downstream.measured_task",), after=("measured", "segmenter")),
     "damage": Stage(version=1, modules=("scripts.choose_encoder", "eval.damage", "encoders", "eval.distances")),

@@ -49,11 +49,12 @@ class FineTuning(NamedTuple):
 
 
 class Part(NamedTuple):
-    """All trainings of one seed; foundations are fine-tuned for the first seed alone."""
+    """All trainings of one seed; foundations are fine-tuned for the first `profile.fine_tuned_seeds` of them."""
 
     cfg: DictConfig
     pretrainings: list[Pretraining]
     fine_tunings: list[FineTuning]
+    first: bool
 
 
 def chain(cfg: DictConfig, tasks: Iterable[str]) -> list[Part]:
@@ -68,7 +69,9 @@ def chain(cfg: DictConfig, tasks: Iterable[str]) -> list[Part]:
     parts = []
     for index, seed in enumerate(cfg.profile.seeds):
         chosen = changed_config(f"seed={seed}")
-        parts.append(Part(chosen, _pretrainings(chosen), _fine_tunings(chosen, [] if index else tasks)))
+        wanted = tasks if index < cfg.profile.fine_tuned_seeds else []
+        tunings = _fine_tunings(chosen, wanted, longer=index == 0)
+        parts.append(Part(chosen, _pretrainings(chosen), tunings, first=index == 0))
     return parts
 
 
@@ -92,12 +95,21 @@ def _pretrainings(cfg: DictConfig) -> list[Pretraining]:
     return found
 
 
-def _fine_tunings(cfg: DictConfig, tasks: Iterable[str]) -> list[FineTuning]:
-    """Every task from every foundation, from scratch with as many steps, and with the foundation's steps added."""
-    longer = changed_config(f"seed={cfg.seed}", f"downstream.extra_steps={cfg.train.loop.steps}")
+def _fine_tunings(cfg: DictConfig, tasks: Iterable[str], *, longer: bool) -> list[FineTuning]:
+    """Every task from every foundation, from scratch with as many steps, and with the foundation's steps added.
+
+    Args:
+        longer: whether the last one is among them.
+    """
+    steps = cfg.profile.fine_tuning_steps
+    options = [f"seed={cfg.seed}"] + ([] if steps is None else [f"downstream.loop.steps={steps}"])
+    chosen = changed_config(*options)
+    starts = [chosen]
+    if longer:
+        starts.append(changed_config(*options, f"downstream.extra_steps={cfg.train.loop.steps}"))
     found = []
     for task in tasks:
         for method in cfg.profile.downstream:
-            found.append(FineTuning(cfg, task, method, run_name(method, weighting_name(cfg.train.weighting))))
-        found += [FineTuning(chosen, task, SCRATCH, None) for chosen in (cfg, longer)]
+            found.append(FineTuning(chosen, task, method, run_name(method, weighting_name(cfg.train.weighting))))
+        found += [FineTuning(start, task, SCRATCH, None) for start in starts]
     return found

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 
 from downstream.corpora import held_out_images
 from downstream.fine_tuning import fine_tune
-from downstream.measured_task import measure_baselines, real_segmentation_metrics
-from downstream.registry import suitable_tasks
+from downstream.measured_task import measure_baselines, measure_drawn, real_segmentation_metrics
+from downstream.registry import TASKS, suitable_tasks
 from downstream.task import Task
 from encoders.pixels import to_tensor, to_uint8
 from eval.convergence import CONVERGENCE
@@ -34,6 +34,7 @@ from prune.measured_subset import measured_subset
 from prune.selection import select
 from report.results import BASELINE, SUBJECT, append_result, result_row, run_name, weighting_name
 from report.results_report import rebuild
+from report.starts import DIAL
 from runtime.application import changed_config, run
 from runtime.artefacts import fingerprint, is_main_process, read_json, write_json
 from runtime.tracking import track
@@ -160,11 +161,27 @@ def downstream_cells(part: Part, tasks: Mapping[str, Task], foundations: Mapping
         for chosen, _, method, start in (tuning for tuning in part.fine_tunings if tuning.task == name):
             foundation = None if start is None else foundations[start]
             directory = fine_tune(chosen, task, foundation, method)
-            summary = read_json(directory / "summary.json")
             measured = Path(next(iter(read_json(directory / MEASURED).values())))
-            yield TableCell(chosen, name, method, summary["steps"], summary["metrics"], measured, directory)
-        for baseline, directory in measure_baselines(part.cfg, task).items():
-            yield TableCell(part.cfg, name, baseline, 0, read_json(directory / "metrics.json"), directory)
+            for line in pd.read_json(directory / CONVERGENCE, lines=True).to_dict("records"):
+                step = int(line["step"])
+                metrics = {key: value for key, value in line.items() if Quantity.parse(key) is not None}
+                yield TableCell(chosen, name, method, step, metrics, measured, directory)
+            if name == "super_resolution" and method == SUBJECT:
+                yield from dial_cells(chosen, directory)
+        if part.first:
+            for baseline, directory in measure_baselines(part.cfg, task).items():
+                yield TableCell(part.cfg, name, baseline, 0, read_json(directory / "metrics.json"), directory)
+
+
+def dial_cells(cfg: DictConfig, run: Path) -> Iterator[TableCell]:
+    """One super-resolution network with every dial of `profile.dials`."""
+    for dial in cfg.profile.dials:
+        chosen = cfg.copy()
+        chosen.downstream.super_resolution.dial = float(dial)
+        directory = measure_drawn(chosen, TASKS["super_resolution"](chosen), run)
+        metrics = read_json(directory / "metrics.json")
+        steps = read_json(run / "summary.json")["steps"]
+        yield TableCell(chosen, DIAL, SUBJECT, steps, metrics, directory, run)
 
 
 def cells(cfg: DictConfig) -> Iterator[TableCell]:
@@ -176,11 +193,10 @@ def cells(cfg: DictConfig) -> Iterator[TableCell]:
         rows.setdefault("real_held_out", {}).update(real_segmentation_metrics(cfg, held_out_images(cfg)))
     for name, metrics in rows.items():
         yield TableCell(cfg, "reference", name, 0, metrics, directory)
-    for index, part in enumerate(chain(cfg, tasks)):
+    for part in chain(cfg, tasks):
         foundations: dict[str, Path] = {}
         yield from foundation_cells(part, foundations)
-        if index == 0:
-            yield from downstream_cells(part, tasks, foundations)
+        yield from downstream_cells(part, tasks, foundations)
 
 
 def reproduce(cfg: DictConfig) -> Path:
@@ -200,6 +216,8 @@ def reproduce(cfg: DictConfig) -> Path:
         ratio = 0.0 if cell.method == "full" else float(cfg.ratio) if cell.method in cfg.profile.methods else None
         trained = cell.kind in ("convergence", "generation") and cell.cfg.train.weighting
         fields = {"weighting": weighting_name(trained)} if trained else {}
+        if cell.kind == DIAL:
+            fields[DIAL] = f"{cell.cfg.downstream.super_resolution.dial:g}"
         append_result(
             partial,
             result_row(cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step, **fields),

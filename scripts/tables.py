@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(cfg: DictConfig) -> None:
     results, published = Path(cfg.results) / cfg.profile.name, ROOT / "results" / PUBLISHED
     finished = (results / "runs.json").is_file()
-    if not finished and not published.is_dir():
+    if not finished and not (published.is_dir() and Path(cfg.results).is_dir()):
         raise UserError(f"no finished results in {results}: run `make reproduce PROFILE={cfg.profile.name}` first")
     if published.is_dir():
         fill_readme(published, ROOT / "README.md")

@@ -89,6 +89,12 @@ def test_the_correction_is_smooth() -> None:
     assert steps[border].mean() < 1.3 * steps[~border].mean()
 
 
+def test_values_outside_the_range_are_clipped() -> None:
+    start = np.full((1, 8, 8, 3), 260, dtype=np.float32)
+    found = back_project(start, np.full((1, 2, 2, 3), 260, dtype=np.float32), FACTOR, "area", 0)
+    assert (found == 255).all() and (start == 260).all()
+
+
 def test_an_image_s_result_does_not_depend_on_the_others() -> None:
     truth, start = images_of("textured"), images_of("saturated", seed=5).astype(np.float32)
     low = degrade(truth, FACTOR)

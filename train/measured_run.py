@@ -137,7 +137,7 @@ def measure_run(
     drawn = {name: draw_images(model, held, evaluation.sampling, cfg.runs) for name, held in evaluation.final.items()}
     if not is_main_process():
         return
-    _write_lines(run / CONVERGENCE, lines)
+    write_lines(run / CONVERGENCE, lines)
     for name, held in evaluation.final.items():
         images = np.load(drawn[name] / IMAGES, mmap_mode="r")[:SHOWN]
         labels = [short_caption(caption) for caption in held.captions[:SHOWN]]
@@ -177,7 +177,7 @@ def _relative(place: Mapping[str, Any], run: Path) -> dict[str, str]:
     return {key: os.path.relpath(path, run.resolve()) for key, path in folders.items() if path.is_relative_to(runs)}
 
 
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """JSON lines, written so that a reader sees the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(

@@ -89,6 +89,11 @@ class Objective:
             noise += np.float32(self.offset_noise) * offsets
         return torch.from_numpy(noise), torch.from_numpy(time.astype(np.float32)), torch.from_numpy(dropped)
 
+    @property
+    def last_time(self) -> float:
+        """The time at which latents are all noise, or as near to it as the schedule goes."""
+        return 1.0 if self.prediction == "flow" else TIMESTEPS - 1.0
+
     def noisy(
         self, latents: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -1,15 +1,25 @@
-"""Semantic image synthesis: a mask, drawn in the colours of a palette, to an image."""
+"""Semantic image synthesis: a mask to an image.
+
+The pipeline is given the mask as a picture in the colours of a palette; the network sees class shares of latent cells
+(`downstream.mask_condition`).
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import nn
 
 from corpus.index import Corpus
 from corpus.masks import IGNORED
+from downstream.controlnet import one_hot
 from downstream.corpora import corpus_of, training_rows
-from downstream.task import Task, Unsuited
+from downstream.mask_condition import class_codes, mask_autoencoder
+from downstream.task import Guidance, Task, Unsuited
+from eval.held_out import HeldOut
+from runtime.errors import UserError
 
 #: Training images whose pixels make the palette.
 PALETTE_IMAGES = 2000
@@ -20,31 +30,71 @@ GREY = 128.0
 METRICS = (
     *("fd", "kid_x1000", "precision", "recall", "density", "coverage"),  # between the sets
     *("feature_distance", "miou", "pixel_accuracy"),  # image by image
+    "diversity",  # among several images of one mask
 )
+#: How a mask enters: class shares as further input channels, or a ControlNet on the frozen foundation.
+NETWORKS = ("shares", "controlnet")
+#: Name of the row of training images whose masks are most like the held-out ones.
+NEAREST = "nearest_mask"
 
 
 def make_task(cfg: DictConfig) -> Task:
     """The task by `downstream.semantic_synthesis`.
 
     Raises:
+        UserError: there is no such network.
         Unsuited: a split of the corpus has no masks.
     """
     settings = cfg.downstream.semantic_synthesis
     if reason := unsuited(cfg):
         raise Unsuited(reason)
+    if settings.network not in NETWORKS:
+        raise UserError(f"downstream.semantic_synthesis.network={settings.network}: give one of {', '.join(NETWORKS)}")
     corpus = corpus_of(cfg, "train")
+    classes = len(corpus.mask_classes)
     palette = natural_palette(corpus, cfg.seed, settings.colour_distance)
-    names = (*corpus.mask_classes, *[NO_CLASS] * (len(palette) - len(corpus.mask_classes)))
-    colours = by_value(palette, len(corpus.mask_classes))
+    colours = by_value(palette, classes)
+
+    def control(source: Corpus, rows: np.ndarray) -> np.ndarray:
+        return one_hot(np.asarray(source.masks[rows]), classes)
+
+    def encoder(autoencoder: nn.Module) -> nn.Module:
+        codes = class_codes(classes, autoencoder.config.latent_channels)
+        return mask_autoencoder(autoencoder, palette, codes)
+
     return Task(
         name="semantic_synthesis",
         condition=lambda source, rows: colours[source.masks[rows]],
-        facts={"palette": palette.tolist()},
+        facts={
+            "palette": palette.tolist(),
+            "unknown_share": float(settings.unknown_share),
+            "network": str(settings.network),
+        },
         captioned=bool(settings.captioned),
         metrics=METRICS,
         inputs=lambda held: {"input": colours[held.masks]},
-        files={"palette.json": dict(zip(names, palette.tolist(), strict=True))},
+        files={"palette.json": dict(zip((*corpus.mask_classes, NO_CLASS), palette.tolist(), strict=True))},
+        baselines={NEAREST: lambda held: nearest_masks(corpus, held, int(cfg.seed), cfg.downstream.training_images)},
+        encoder=encoder,
+        control=control if settings.network == "controlnet" else None,
+        channel_dropout=float(settings.unknown_share),
+        guidance=Guidance(float(settings.guidance_scale), float(settings.mask_guidance_scale)),
     )
+
+
+def nearest_masks(corpus: Corpus, held: HeldOut, seed: int, images: int) -> np.ndarray:
+    """For each held-out mask the training image whose mask agrees with it in most pixels, uint8 [N, R, R, 3].
+
+    Args:
+        images: how many training images are looked through: those that networks are trained on.
+    """
+    rows = training_rows(corpus, images, seed)
+    known = np.asarray(corpus.masks[rows])
+    best = np.zeros(len(held), np.int64)
+    flat = torch.from_numpy(known.reshape(len(known), -1))
+    for number, mask in enumerate(held.masks.reshape(len(held), -1)):
+        best[number] = int((flat == torch.from_numpy(mask)).sum(1).argmax())
+    return np.asarray(corpus.images[rows[best]])
 
 
 def unsuited(cfg: DictConfig) -> str | None:
@@ -83,25 +133,22 @@ def spread_colours(colours: np.ndarray, distance: float) -> np.ndarray:
 
 
 def natural_palette(corpus: Corpus, seed: int, distance: float, images: int = PALETTE_IMAGES) -> np.ndarray:
-    """Each class's mean colour over training pixels, told apart: uint8 [K, 3]. A class that never occurs is grey.
-
-    The autoencoder knows such colours, while it would blur the line between two forests of the same green. Where
-    there are pixels without a class, they have a colour of their own as well, the last of K + 1.
-    """
+    """Each class's mean colour over training pixels, told apart, and a colour for pixels without a class: uint8
+    [K + 1, 3]. What never occurs is grey, or nearly so."""
     rows = training_rows(corpus, images, seed)
     pixels, masks = corpus.images[rows], corpus.masks[rows]
-    values = [*range(len(corpus.mask_classes)), *[IGNORED] * bool((masks == IGNORED).any())]
+    values = [*range(len(corpus.mask_classes)), IGNORED]
     means = [pixels[masks == value].mean(0) if (masks == value).any() else np.full(3, GREY) for value in values]
     return spread_colours(np.stack(means), distance).round().astype(np.uint8)
 
 
 def by_value(palette: np.ndarray, classes: int) -> np.ndarray:
-    """The colour of every mask value, uint8 [256, 3]: of a class, of what has none, and grey where neither is known.
+    """The colour of every mask value, uint8 [256, 3]: of a class, or that of pixels without one.
 
     Args:
-        palette: uint8 [K, 3] of the `classes`, or [K + 1, 3] with the colour of pixels without a class at the end.
+        palette: uint8 [K + 1, 3] of the `classes`, with the colour of pixels without a class at the end.
     """
-    colours = np.full((256, 3), GREY, np.uint8)
+    colours = np.empty((256, 3), np.uint8)
+    colours[:] = palette[classes]
     colours[:classes] = palette[:classes]
-    colours[IGNORED] = palette[classes] if len(palette) > classes else GREY
     return colours

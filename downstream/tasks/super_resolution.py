@@ -2,44 +2,143 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
 import numpy as np
+from diffusers import DiffusionPipeline
 from omegaconf import DictConfig
 
 from corpus.index import Corpus
 from downstream.corpora import corpus_of
-from downstream.degradation import check_factor, low_resolution
+from downstream.degradation import Degradation, add_noise, check_factor, degradation_of, degrade, reduce
 from downstream.interpolation import enlarge
+from downstream.restoration import Restoration, Restorer
 from downstream.task import Task
 from eval.held_out import HeldOut
+from runtime.artefacts import plain
+from runtime.errors import UserError
+
+#: Methods without a network.
+BASELINES = ("nearest", "bicubic", "lanczos")
+METRICS = (
+    *("fd", "kid_x1000", "feature_distance", "lpips", "niqe"),
+    *("psnr", "ssim", "psnr_y", "ssim_y"),
+    *("consistency", "colour_error", "reflectance", "spectral", "spatial"),
+    *("synthesis", "hallucination", "omission", "improvement", "spread"),
+)
+#: Second part of the seed of the noise on training images.
+NOISE_STREAM = 41
 
 
 def make_task(cfg: DictConfig) -> Task:
     """The task by `downstream.super_resolution`.
 
     Raises:
-        UserError: the factor does not divide the side of the images.
+        UserError: the factor does not divide the side of the images, or an option is out of its range.
     """
     settings = cfg.downstream.super_resolution
-    factor = int(settings.factor)
+    factor, degradation = int(settings.factor), degradation_of(cfg)
     side = corpus_of(cfg, "train").resolution
     check_factor(factor, side, side)
+    options, levels = restoration_of(cfg), _noise_levels(settings.noise_levels)
 
-    def enlarged(images: np.ndarray) -> np.ndarray:
-        return enlarge(low_resolution(images, factor), factor, "bicubic")
+    def low(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
+        return degrade(corpus.images[rows], factor, degradation, rows)
+
+    def held_low(held: HeldOut) -> np.ndarray:
+        return low(held.corpus, held.rows)
 
     def condition(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
-        return enlarged(corpus.images[rows])
+        return enlarge(low(corpus, rows), factor, "bicubic")
 
     def inputs(held: HeldOut) -> dict[str, np.ndarray]:
-        small = low_resolution(held.images, factor)
+        small = held_low(held)
         return {f"input, {small.shape[1]} px": small, "bicubic": enlarge(small, factor, "bicubic")}
 
-    return Task(
+    def examples(corpus: Corpus, rows: np.ndarray) -> tuple[np.ndarray, Sequence[str]]:
+        return _examples(low(corpus, rows), rows, levels, factor, task.texts(corpus, rows), int(cfg.seed))
+
+    def draw(pipeline: DiffusionPipeline, corpus: Corpus, rows: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        restorer = Restorer(pipeline, factor, int(cfg.downstream.steps), options)
+        texts = [with_level(text, levels, 0) for text in task.texts(corpus, rows)]
+        found = restorer(low(corpus, rows), noise, texts, label="draw super_resolution")
+        return found.round().astype(np.uint8)
+
+    task = Task(
         name="super_resolution",
         condition=condition,
-        facts={"factor": factor},
+        facts=_facts(cfg, degradation, levels),
         captioned=bool(settings.captioned),
-        metrics=("fd", "kid_x1000", "psnr", "ssim"),
+        metrics=METRICS,
         inputs=inputs,
-        baselines={"bicubic": lambda held: enlarged(held.images)},
+        baselines={kind: lambda held, kind=kind: enlarge(held_low(held), factor, kind) for kind in BASELINES},
+        examples=examples if levels != (0,) else None,
+        mean_share=float(settings.mean_share),
+        draw=draw,
+        draw_facts={"restoration": options},
+        samples=options.samples,
+        measured=partial(_measured, held_low, factor, options.kind),
     )
+    return task
+
+
+def _facts(cfg: DictConfig, degradation: Degradation, levels: Sequence[int]) -> dict[str, Any]:
+    return {
+        "factor": int(cfg.downstream.super_resolution.factor),
+        "degradation": plain(degradation),
+        "noise_levels": list(levels),
+        "mean_share": float(cfg.downstream.super_resolution.mean_share),
+    }
+
+
+def restoration_of(cfg: DictConfig) -> Restoration:
+    """How outputs are put together, by `downstream.super_resolution`.
+
+    A blind degradation is not known to consistency, which then takes area means: what a sensor of larger pixels sees.
+    """
+    settings = cfg.downstream.super_resolution
+    kind = "area" if settings.degradation == "blind" else str(settings.degradation)
+    rounds = settings.consistency
+    if rounds is None:
+        rounds = 0 if settings.degradation == "blind" else 3
+    return Restoration(float(settings.dial), int(settings.samples), bool(settings.residual), int(rounds), kind)
+
+
+def _noise_levels(levels: Any) -> tuple[int, ...]:
+    """Deviations of the noise on training images in grey levels.
+
+    Raises:
+        UserError: they are no list of whole numbers from 0 on.
+    """
+    found = plain(levels)
+    if not isinstance(found, list) or not found or not all(isinstance(level, int) and level >= 0 for level in found):
+        raise UserError(
+            f"downstream.super_resolution.noise_levels={found}: give a list of grey levels, such as [0,4,8]"
+        )
+    return tuple(sorted(set(found)))
+
+
+def with_level(text: str, levels: Sequence[int], level: int) -> str:
+    """The text with the noise level that its image has; levels are named only to a network that knows several."""
+    return text if tuple(levels) == (0,) else f"noise {level} {text}".strip()
+
+
+def _examples(
+    low: np.ndarray, rows: np.ndarray, levels: Sequence[int], factor: int, texts: Sequence[str], seed: int
+) -> tuple[np.ndarray, Sequence[str]]:
+    """Noise-level augmentation (Ho et al. 2022, Cascaded Diffusion Models, section 4.2): each image gets noise of one
+    of the levels, and the network is told which."""
+    generator = np.random.default_rng([seed, NOISE_STREAM, len(rows)])
+    chosen = np.asarray(levels)[generator.integers(len(levels), size=len(rows))]
+    noisy = add_noise(low, chosen, generator)
+    told = [with_level(text, levels, level) for text, level in zip(texts, chosen.tolist(), strict=True)]
+    return enlarge(noisy, factor, "bicubic"), told
+
+
+def _measured(held_low: Any, factor: int, kind: str, held: HeldOut, outputs: np.ndarray) -> Mapping[str, np.ndarray]:
+    """Inputs of the metrics that compare an output with what it was made of."""
+    small = held_low(held)
+    degraded = reduce(np.asarray(outputs, dtype=np.float32), factor, kind)
+    return {"low": small, "degraded": degraded, "enlarged": enlarge(small, factor, "bicubic")}
