@@ -124,6 +124,10 @@ STAGES = {
         ),
         after=("latents", "condition_latents"),
     ),
+    "regression": Stage(
+        version=1,
+        modules=("downstream.regression", "downstream.degradation", "downstream.basicsr_parts", *_NETWORKS),
+    ),
     "task_outputs": Stage(
         version=1,
         modules=(

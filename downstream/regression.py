@@ -1,0 +1,240 @@
+"""Super-resolution's rival by regression: a network from the low-resolution image to the image, all in pixels.
+
+The network is EDSR (Lim et al. 2017) of basicsr, which adds to the bicubic enlargement, and learns by the mean absolute
+error in pixels (their section 3.3). It has as many weights, training images, steps and batches as the network that it
+is compared with.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import interpolate, l1_loss
+
+from downstream.corpora import corpus_of, training_rows
+from downstream.degradation import check_factor, degradation_of, degrade
+from encoders.embedding import device
+from encoders.pixels import to_tensor, to_uint8
+from runtime.artefacts import is_main_process, read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.tracking import track
+from train.components import first_process_says, make_accelerator
+from train.latents import symmetric
+from train.loop import Batch, DrawBatch, LoopOptions, Modules, train_loop
+from train.measured_run import TRAINING
+
+#: The method, and its network in checkpoints.
+REGRESSION = "regression"
+WEIGHTS = "regression.safetensors"
+CHECKPOINTS = "checkpoints"
+BATCH = 100
+#: Residual blocks of EDSR at the most (its section 4.2); more weights make it wider.
+MOST_BLOCKS = 32
+#: Channels are multiples of this.
+WIDTH_STEP = 8
+#: By how much the number of weights may differ from what was asked for.
+LEEWAY = 0.1
+
+
+class RegressionNetwork(nn.Module):
+    """EDSR on top of the bicubic enlargement, which is all that it gives until it has learned (last weights zero).
+
+    Args:
+        factor: 2, 3, 4, 8 and so on.
+        width: channels.
+        blocks: residual blocks.
+    """
+
+    def __init__(self, factor: int, width: int, blocks: int) -> None:
+        from downstream.basicsr_parts import EDSR  # on first use: it takes a second
+
+        super().__init__()
+        self.shape = {"factor": factor, "width": width, "blocks": blocks}
+        self.body = EDSR(
+            3, 3, num_feat=width, num_block=blocks, upscale=factor, img_range=1.0, rgb_mean=(0.0, 0.0, 0.0)
+        )
+        nn.init.zeros_(self.body.conv_last.weight)
+        nn.init.zeros_(self.body.conv_last.bias)
+
+    def forward(self, low: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, factor h, factor w] in about [-1, 1] of low-resolution ones [N, 3, h, w] in [-1, 1]."""
+        # PIL's bicubic: without antialias, torch takes another kernel
+        base = interpolate(low, scale_factor=self.shape["factor"], mode="bicubic", antialias=True, align_corners=False)
+        return base + self.body(low.contiguous(memory_format=torch.channels_last))
+
+
+def new_regression_network(parameters: int, factor: int, seed: int) -> RegressionNetwork:
+    """An untrained network of about so many weights.
+
+    Raises:
+        UserError: EDSR does not enlarge by this factor, or has no shape of that size.
+    """
+    if factor < 2 or (factor != 3 and factor & (factor - 1)):
+        raise UserError(
+            f"downstream.super_resolution.factor={factor}: the regression network enlarges by 2, 3, 4, 8 ...; give "
+            "one of these, or leave regression out"
+        )
+    width, blocks = _shape_of(parameters, factor)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return RegressionNetwork(factor, width, blocks)
+
+
+def _shape_of(parameters: int, factor: int) -> tuple[int, int]:
+    """The least width that needs no more than `MOST_BLOCKS` blocks, and the blocks.
+
+    Raises:
+        UserError: no shape comes within `LEEWAY`.
+    """
+    width = WIDTH_STEP
+    while _weights(width, MOST_BLOCKS, factor) < parameters:
+        width += WIDTH_STEP
+    empty = _weights(width, 0, factor)
+    blocks = max(1, round((parameters - empty) / (_weights(width, 1, factor) - empty)))
+    if abs(_weights(width, blocks, factor) - parameters) > LEEWAY * parameters:
+        raise UserError(
+            f"no regression network has about {parameters} weights, the least has {_weights(WIDTH_STEP, 1, factor)}: "
+            "compare with a larger network, or leave regression out"
+        )
+    return width, blocks
+
+
+def _weights(width: int, blocks: int, factor: int) -> int:
+    """How many an EDSR has."""
+
+    def convolution(inputs: int, outputs: int) -> int:
+        return 9 * inputs * outputs + outputs
+
+    trunk = convolution(3, width) + (2 * blocks + 1) * convolution(width, width) + convolution(width, 3)
+    if factor == 3:
+        return trunk + convolution(width, 9 * width)
+    return trunk + (factor.bit_length() - 1) * convolution(width, 4 * width)
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_regression(cfg: DictConfig, parameters: int, options: LoopOptions) -> Path:
+    """Train a network on the training images of the other super-resolution networks; once, whatever the foundation.
+
+    Args:
+        parameters: weights of the network that it is compared with.
+        options: that network's, but for what `downstream.super_resolution.regression` sets.
+    Returns:
+        runs/regression/<fingerprint>/ with regression.safetensors and training.json.
+    Raises:
+        UserError: the factor does not divide the side of the images, or there is no such network.
+    """
+    settings = cfg.downstream.super_resolution
+    factor, degradation = int(settings.factor), degradation_of(cfg)
+    corpus = corpus_of(cfg, "train")
+    check_factor(factor, corpus.resolution)
+    rows = training_rows(corpus, cfg.downstream.training_images, cfg.seed)
+    options = replace(options, **settings.regression)
+    network = new_regression_network(parameters, factor, options.seed)
+
+    def build(directory: Path) -> None:
+        images = corpus.images[rows]
+        low = degrade(images, factor, degradation, rows)
+        _train(cfg, network, low, images, options, directory)
+
+    inputs = {
+        "network": network.shape,
+        "degradation": degradation,
+        "corpus": corpus.fingerprint,
+        "rows": rows.tolist(),
+        "loop": options,
+        "mixed_precision": cfg.train.mixed_precision,
+    }
+    return stage(cfg.runs, "regression", inputs, build, resumable=True, together=first_process_says(cfg))
+
+
+def _train(
+    cfg: DictConfig,
+    network: RegressionNetwork,
+    low: np.ndarray,
+    images: np.ndarray,
+    options: LoopOptions,
+    directory: Path,
+) -> None:
+    """Train, and leave the weights and training.json in the directory."""
+    accelerator = make_accelerator(cfg)
+    facts = {
+        "method": REGRESSION,
+        "network": network.shape,
+        "steps": options.steps,
+        "training_images": len(images),
+        "images_seen": options.steps * options.batch_size,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "seed": options.seed,
+    }
+    with track(cfg, REGRESSION, REGRESSION) as tracker:
+        best = train_loop(
+            accelerator,
+            {REGRESSION: network},
+            paired_batches(low, images, options.batch_size),
+            pixel_loss,
+            options,
+            directory,
+            label=f"super_resolution {REGRESSION}",
+            log=tracker.log,
+        )
+    if is_main_process():
+        trained = accelerator.unwrap_model(best[REGRESSION], keep_fp32_wrapper=False)
+        state = {name: value.detach().cpu().contiguous() for name, value in trained.state_dict().items()}
+        save_file(state, directory / WEIGHTS)
+        last = read_json(directory / CHECKPOINTS / f"{options.steps:08d}" / "state.json")
+        facts |= {"seconds": round(last["seconds"], 2), "loss": float(np.mean(last["losses"]))}
+        write_json(directory / TRAINING, facts)
+        shutil.rmtree(directory / CHECKPOINTS)
+    accelerator.wait_for_everyone()
+
+
+def paired_batches(low: np.ndarray, images: np.ndarray, size: int) -> DrawBatch:
+    """Batches for `train_loop`: low-resolution images and images in [-1, 1], each pair in one of eight symmetries.
+
+    Args:
+        low, images: uint8 [K, h, h, 3] and [K, H, H, 3].
+    """
+
+    def draw(random: np.random.Generator, part: slice) -> Batch:
+        picked, symmetries = random.integers(len(images), size=size)[part], random.integers(8, size=size)[part]
+        return tuple(_turned(to_tensor(of[picked]), symmetries) for of in (low, images))
+
+    return draw
+
+
+def _turned(images: torch.Tensor, symmetries: np.ndarray) -> torch.Tensor:
+    """Each of the images [N, 3, H, H] in its symmetry."""
+    return torch.cat([symmetric(images[i : i + 1], int(symmetry)) for i, symmetry in enumerate(symmetries)])
+
+
+def pixel_loss(modules: Modules, batch: Batch) -> torch.Tensor:
+    """Mean absolute error of such a batch, of values in [-1, 1]."""
+    low, images = batch
+    return l1_loss(modules[REGRESSION](low), images)
+
+
+# ---------------------------------------------------------------- use
+
+
+def load_regression(directory: Path) -> RegressionNetwork:
+    """What `train_regression` has left, on this machine's accelerator."""
+    network = RegressionNetwork(**read_json(directory / TRAINING)["network"])
+    network.load_state_dict(load_file(directory / WEIGHTS))
+    return network.to(device()).eval()
+
+
+@torch.inference_mode()
+def regression_outputs(network: nn.Module, low: np.ndarray) -> np.ndarray:
+    """Outputs uint8 [N, factor h, factor w, 3] of low-resolution images uint8 [N, h, w, 3]."""
+    place = next(network.parameters()).device
+    starts = range(0, max(1, len(low)), BATCH)
+    return np.concatenate([to_uint8(network(to_tensor(low[start : start + BATCH]).to(place))) for start in starts])
