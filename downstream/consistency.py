@@ -10,8 +10,10 @@ from torch.nn.functional import interpolate
 
 from downstream.degradation import LinearKind, reduce
 
-#: Exact corrections after the smooth ones: the first would do, were there no clipping.
-EXACT_STEPS = 8
+#: Exact corrections after the smooth ones: one would do, were there no clipping.
+MOST_EXACT_STEPS = 64
+#: Grey levels by which a pixel of the reduced image may be wrong.
+TOLERANCE = 0.01
 
 
 def back_project(images: np.ndarray, low: np.ndarray, factor: int, kind: LinearKind, iterations: int) -> np.ndarray:
@@ -19,20 +21,26 @@ def back_project(images: np.ndarray, low: np.ndarray, factor: int, kind: LinearK
 
     First `up` is bicubic, which is smooth. It leaves a part of high frequency, which the pseudo-inverse of the
     reduction removes: the least correction that is exact, and with `area` the nearest-neighbour enlargement. Values
-    are clipped to 0..255 after every step.
+    are clipped to 0..255 after every step. An image is finished when no pixel of its reduction is wrong by more than
+    `TOLERANCE`; it ends less exact only where nearly all of its pixels are 0 or 255.
 
     Args:
-        images: float32 [N, H, W, 3] in 0..255.
+        images: float32 [N, H, W, 3]; what lies outside 0..255 is clipped first.
         low: uint8 or float [N, H/factor, W/factor, 3].
         iterations: of the smooth correction.
     Returns:
         float32 [N, H, W, 3] in 0..255.
     """
-    target, found = np.asarray(low, dtype=np.float32), np.asarray(images, dtype=np.float32)
-    for step in range(iterations + EXACT_STEPS):
-        rest = target - reduce(found, factor, kind)
+    target, found = np.asarray(low, dtype=np.float32), np.asarray(images, dtype=np.float32).clip(0, 255)
+    unfinished = np.arange(len(found))
+    for step in range(iterations + MOST_EXACT_STEPS):
+        rest = target[unfinished] - reduce(found[unfinished], factor, kind)
+        wrong = np.abs(rest).max(axis=(1, 2, 3)) > TOLERANCE
+        unfinished, rest = unfinished[wrong], rest[wrong]
+        if not len(unfinished):
+            break
         up = _smooth(rest, factor) if step < iterations else _least(rest, factor, kind)
-        found = (found + up).clip(0, 255)
+        found[unfinished] = (found[unfinished] + up).clip(0, 255)
     return found
 
 

@@ -7,9 +7,9 @@ as basicsr has them; resizing by OpenCV and Poisson noise are those of Zhang et 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -49,6 +49,10 @@ class Linear:
     """
 
     kind: LinearKind = "area"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(LinearKind):
+            raise ValueError(f"{self.kind} is no linear reduction")
 
 
 @dataclass(frozen=True)
@@ -114,10 +118,10 @@ def degradation_of(cfg: DictConfig) -> Degradation:
     """The one that `downstream.super_resolution.degradation` names.
 
     Raises:
-        UserError: there is none of that name, or a range is wrong.
+        UserError: there is none of that name, or a range or a chance is none.
     """
     settings = cfg.downstream.super_resolution
-    if settings.degradation in ("area", "bicubic"):
+    if settings.degradation in get_args(LinearKind):
         return Linear(settings.degradation)
     if settings.degradation != "blind":
         raise UserError(
@@ -128,19 +132,23 @@ def degradation_of(cfg: DictConfig) -> Degradation:
     return Blind(**rounds, **_checked("blind", options))
 
 
-def _checked(where: str, options: dict) -> dict:
-    """Options with ranges as tuples; UserError for a chance outside 0..1 and a range that is none."""
-    for name, value in options.items():
-        if isinstance(value, list):
-            right = (
-                len(value) == 2 and value[0] <= value[1] and (not name.endswith("sides") or all(v % 2 for v in value))
-            )
-            wanted = "the least and the most" + (", both odd" if name.endswith("sides") else "")
+def _checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with ranges as tuples; UserError for chances outside 0..1 and for ranges that are none."""
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    for name, value in found.items():
+        if name.endswith("chance"):
+            right, wanted = 0 <= value <= 1, "a number from 0 to 1"
+        elif name.endswith("sides"):
+            right, wanted = _is_range(value) and value[0] % 2 == value[1] % 2 == 1, "two odd numbers, the least first"
         else:
-            right, wanted = not name.endswith("chance") or 0 <= value <= 1, "a number from 0 to 1"
+            right, wanted = name == "seed" or _is_range(value), "two positive numbers, the least first"
         if not right:
-            raise UserError(f"downstream.super_resolution.{where}.{name}={value}: give {wanted}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+            raise UserError(f"downstream.super_resolution.{where}.{name}={options[name]}: give {wanted}")
+    return found
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and 0 < value[0] <= value[1]
 
 
 def degrade(
@@ -157,22 +165,16 @@ def degrade(
     """
     degradation = degradation or Linear()
     height, width = _low_sides(images, factor)
-    if isinstance(degradation, Linear) and degradation.kind == "area":
+    if degradation == Linear("area"):
         return low_resolution(images, factor)
-    if isinstance(degradation, Linear):
-
-        def reduced(image: np.ndarray, _: int) -> np.ndarray:
-            return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-    else:
-
-        def reduced(image: np.ndarray, number: int) -> np.ndarray:
-            generator = np.random.default_rng([degradation.seed, STREAM, int(number)])
-            return _blind(image, (height, width), degradation, generator)
-
     numbers = range(len(images)) if numbers is None else numbers
     low = np.empty((len(images), height, width, 3), dtype=np.uint8)
     for index, (image, number) in enumerate(zip(images, numbers, strict=True)):
-        low[index] = reduced(image, number)
+        if isinstance(degradation, Blind):
+            generator = np.random.default_rng([degradation.seed, STREAM, int(number)])
+            low[index] = _blind(image, (height, width), degradation, generator)
+        else:
+            low[index] = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     return low
 
 
@@ -249,19 +251,16 @@ def _blind(image: np.ndarray, low: tuple[int, int], blind: Blind, generator: np.
     pixels = _resized(pixels, _random_sides(low, second, generator), generator)
     pixels = _noisy(pixels, second, blind, generator)
 
-    def to_low(pixels: np.ndarray) -> np.ndarray:
-        pixels = _resized(pixels, low, generator)
-        if generator.random() >= blind.last_sinc_chance:
-            return pixels
-        return _filtered(pixels, _sinc_kernel(blind, blind.last_sides, generator))
+    if generator.random() < 0.5:
+        return _to_uint8(_jpeg(_to_low(pixels, low, blind, generator), second, generator))
+    return _to_uint8(_to_low(_jpeg(pixels, second, generator), low, blind, generator))
 
-    def compressed(pixels: np.ndarray) -> np.ndarray:
-        return _jpeg(pixels, second, generator)
 
-    steps: list[Callable[[np.ndarray], np.ndarray]] = [to_low, compressed]
-    for step in steps if generator.random() < 0.5 else reversed(steps):
-        pixels = step(pixels)
-    return _to_uint8(pixels)
+def _to_low(pixels: np.ndarray, low: tuple[int, int], blind: Blind, generator: np.random.Generator) -> np.ndarray:
+    pixels = _resized(pixels, low, generator)
+    if generator.random() >= blind.last_sinc_chance:
+        return pixels
+    return _filtered(pixels, _sinc_kernel(blind, blind.last_sides, generator))
 
 
 def _blurred(pixels: np.ndarray, ranges: Round, blind: Blind, generator: np.random.Generator) -> np.ndarray:

@@ -119,6 +119,7 @@ STAGES = {
         modules=(
             "downstream.conditional",
             "downstream.controlnet",
+            "downstream.degradation",
             "downstream.fine_tuning",
             "downstream.tasks",
             *_NETWORKS,
@@ -129,6 +130,8 @@ STAGES = {
         version=2,
         modules=(
             "downstream.consistency",
+            "downstream.degradation",
+            "downstream.interpolation",
             "downstream.measured_task",
             "downstream.restoration",
             "downstream.tasks",

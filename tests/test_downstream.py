@@ -35,7 +35,9 @@ from downstream.conditional import (
     widen,
 )
 from downstream.corpora import corpus_of, held_out_images, training_rows
+from downstream.degradation import low_resolution
 from downstream.fine_tuning import fine_tune, loop_options
+from downstream.interpolation import enlarge
 from downstream.measured_task import (
     METRICS_FILE,
     OUTPUTS,
@@ -46,7 +48,6 @@ from downstream.measured_task import (
 )
 from downstream.registry import TASKS, suitable_tasks
 from downstream.tasks.semantic_synthesis import natural_palette, spread_colours
-from downstream.tasks.super_resolution import bicubic, low_resolution
 from eval.generate import generate, starting_noise
 from eval.measuring import encoders_of
 from eval.metrics import METRICS
@@ -208,7 +209,7 @@ def test_low_resolution_is_the_mean_of_each_area() -> None:
 
 def test_bicubic_keeps_flat_pictures_and_size() -> None:
     flat = np.full((2, 16, 16, 3), 77, dtype=np.uint8)
-    assert (bicubic(flat, 4) == np.full((2, 64, 64, 3), 77)).all()
+    assert (enlarge(flat, 4, "bicubic") == np.full((2, 64, 64, 3), 77)).all()
 
 
 def coloured_corpus(tmp_path: Path) -> Corpus:
@@ -337,7 +338,7 @@ def test_a_baseline_is_measured_as_a_network_is(cfg: DictConfig) -> None:
     assert found["psnr"] > summary["metrics"]["psnr"]  # four steps with a random autoencoder
 
     held = held_out_images(cfg)
-    outputs = bicubic(low_resolution(held.images, 4), 4)
+    outputs = enlarge(low_resolution(held.images, 4), 4, "bicubic")
     error = np.square(outputs.astype(float) - held.images).mean((1, 2, 3))
     assert found["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)))  # per image, then the mean
     assert found == output_metrics(task, outputs, held, TaskJudges.of(cfg, task))
