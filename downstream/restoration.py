@@ -21,6 +21,7 @@ from downstream.interpolation import enlarge
 from encoders.pixels import to_tensor
 from runtime.errors import UserError
 from runtime.progress import progress
+from train.text_encoder import encode_prompts
 
 BATCH = 100
 
@@ -122,7 +123,8 @@ class Restorer:
         options, vae = self.options, self.pipeline.vae
         enlarged = enlarge(low, self.factor, "bicubic")
         condition = _encoded(vae, enlarged)
-        text, _ = self.pipeline.encode_prompt(list(prompts), vae.device, 1, False)
+        texts, text_of = np.unique(np.asarray(prompts, dtype=str), return_inverse=True)
+        text = encode_prompts(self.pipeline.text_encoder, self.pipeline.tokenizer, list(texts)).to(vae.device)[text_of]
         drawn = self._between(condition, torch.from_numpy(np.ascontiguousarray(noise)).to(vae.device), text)
         raw = drawn / vae.config.scaling_factor
         found = _decoded(vae, raw + condition if options.relative else raw)
