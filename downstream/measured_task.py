@@ -272,15 +272,20 @@ def measure_baselines(cfg: DictConfig, task: Task) -> dict[str, Path]:
 # ---------------------------------------------------------------- the run's files
 
 
+def measured_fine_tuning(cfg: DictConfig, task: Task, run: Path) -> tuple[Path, Path | None, Path]:
+    """The stages that measure a finished training: its outputs, its variants (None: no metric needs any), metrics."""
+    held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
+    outputs, variants = draw_outputs(cfg, task, run, held), None
+    if cfg.downstream.variants > 1 and set(task.metrics) & {"spread", "diversity"}:
+        variants = draw_variants(cfg, task, run, held.first(int(cfg.downstream.varied_images)))
+    return outputs, variants, measure_outputs(cfg, task, outputs, held, judges, variants)
+
+
 def measure_run(cfg: DictConfig, task: Task, run: Path, tracker: Tracker) -> None:
     """Write convergence.jsonl, measured.json, summary.json and samples/ of a finished training into its directory."""
     held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
     lines = [_measured_snapshot(cfg, task, run, held, judges, snapshot) for snapshot in snapshots_of(run)]
-    outputs = draw_outputs(cfg, task, run, held)
-    variants = None
-    if cfg.downstream.variants > 1 and set(task.metrics) & {"spread", "diversity"}:
-        variants = draw_variants(cfg, task, run, held.first(int(cfg.downstream.varied_images)))
-    measured = measure_outputs(cfg, task, outputs, held, judges, variants)
+    outputs, variants, measured = measured_fine_tuning(cfg, task, run)
     if not is_main_process():
         return
     training, shown = read_json(run / TRAINING), held.first(SHOWN)
