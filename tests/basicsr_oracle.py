@@ -1,13 +1,12 @@
-"""PSNR and SSIM by basicsr 1.4.2, the oracle of tests: imported here alone, for it asks for a module that is gone."""
+"""PSNR, SSIM, NIQE and colours by basicsr 1.4.2, the oracle of tests."""
 
 from __future__ import annotations
 
-import sys
+from runtime.basicsr_alias import basicsr_module
 
-import torchvision.transforms.functional
+calculate_psnr = basicsr_module("metrics.psnr_ssim").calculate_psnr
+calculate_ssim = basicsr_module("metrics.psnr_ssim").calculate_ssim
+calculate_niqe = basicsr_module("metrics.niqe").calculate_niqe
+rgb2ycbcr = basicsr_module("utils").rgb2ycbcr
 
-sys.modules.setdefault("torchvision.transforms.functional_tensor", torchvision.transforms.functional)
-
-from basicsr.metrics.psnr_ssim import calculate_psnr, calculate_ssim  # noqa: E402
-
-__all__ = ["calculate_psnr", "calculate_ssim"]
+__all__ = ["calculate_niqe", "calculate_psnr", "calculate_ssim", "rgb2ycbcr"]
