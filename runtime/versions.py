@@ -87,6 +87,7 @@ STAGES = {
             "eval.distances",
             "eval.memorisation",
             "eval.pairs",
+            "eval.restoration",
             "encoders",
         ),
         after=("held_out", "embedding"),
