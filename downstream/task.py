@@ -65,7 +65,7 @@ class Task:
         draw_facts: what the outputs depend on beside the trained network, for fingerprints.
         samples: noise that an output is drawn from.
         measured: (held-out images, outputs) -> further inputs of metrics, by name.
-        maps: (held-out images, outputs) -> labelled pictures below the outputs of the sample sheet.
+        maps: (held-out images, outputs) -> labelled pictures below the outputs of the sample sheet, and their legend.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Task:
     samples: int = 1
     measured: Callable[[HeldOut, np.ndarray], dict[str, Any]] | None = None
     maps: Callable[[HeldOut, np.ndarray], dict[str, np.ndarray]] | None = None
+    legend: Mapping[str, str] | None = None
 
     def texts(self, corpus: Corpus, rows: np.ndarray) -> list[str]:
         """What the network reads beside the condition, of each image."""

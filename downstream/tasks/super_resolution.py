@@ -20,6 +20,8 @@ from downstream.interpolation import enlarge
 from downstream.restoration import Restoration, Restorer, rebuilt_inputs
 from downstream.task import Task
 from eval.held_out import HeldOut
+from eval.restoration import correctness_maps
+from report.figures import CORRECTNESS, correctness_pictures
 from runtime.artefacts import plain, process_count, stage
 from runtime.errors import UserError
 
@@ -90,6 +92,8 @@ def make_task(cfg: DictConfig) -> Task:
         samples=options.noises,
         relative=options.relative,
         measured=partial(_measured, held_low, factor, options.kind),
+        maps=partial(_maps, held_low, factor),
+        legend=CORRECTNESS,
     )
     return task
 
@@ -173,3 +177,9 @@ def _measured(held_low: Any, factor: int, kind: str, held: HeldOut, outputs: np.
     small = held_low(held)
     degraded = reduce(np.asarray(outputs, dtype=np.float32), factor, kind)
     return {"low": small, "degraded": degraded, "enlarged": enlarge(small, factor, "bicubic")}
+
+
+def _maps(held_low: Any, factor: int, held: HeldOut, outputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Where detail is invented, missing, or right."""
+    shares = correctness_maps(outputs, held.images, enlarge(held_low(held), factor, "bicubic"))
+    return {"correctness": correctness_pictures(shares)}
