@@ -1,35 +1,20 @@
-"""What of basicsr 1.4.2 is used: blur kernels, a network, metrics. It is imported here alone, and on first use.
-
-It asks for a module that torchvision has no more, and switches off NumPy's warnings of divisions for everybody.
-"""
+"""What of basicsr super-resolution uses: blur kernels and a network. Import it on first use: it takes seconds."""
 
 from __future__ import annotations
 
-import sys
-import warnings
+from runtime.basicsr_alias import basicsr_module
 
-import numpy as np
-import torchvision.transforms.functional
-
-sys.modules.setdefault("torchvision.transforms.functional_tensor", torchvision.transforms.functional)
-
-with np.errstate(), warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from basicsr.archs.edsr_arch import EDSR
-    from basicsr.data.degradations import (
-        bivariate_Gaussian,
-        bivariate_generalized_Gaussian,
-        bivariate_plateau,
-        circular_lowpass_kernel,
-    )
-    from basicsr.metrics.psnr_ssim import calculate_psnr, calculate_ssim
+_degradations = basicsr_module("data.degradations")
+bivariate_Gaussian = _degradations.bivariate_Gaussian
+bivariate_generalized_Gaussian = _degradations.bivariate_generalized_Gaussian
+bivariate_plateau = _degradations.bivariate_plateau
+circular_lowpass_kernel = _degradations.circular_lowpass_kernel
+EDSR = basicsr_module("archs.edsr_arch").EDSR
 
 __all__ = [
     "EDSR",
     "bivariate_Gaussian",
     "bivariate_generalized_Gaussian",
     "bivariate_plateau",
-    "calculate_psnr",
-    "calculate_ssim",
     "circular_lowpass_kernel",
 ]

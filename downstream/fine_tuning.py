@@ -194,7 +194,7 @@ class Examples:
     """What a task's network learns from.
 
     Attributes:
-        latents: float32 [K, C, h, w] of unit scale, of the images.
+        latents: float32 [K, C, h, w] of unit scale, of the images, or their difference to those of the conditions.
         condition_of: int64 [B], numbers of images, to their conditions, float32 [B, C', h, w] or [B, C', H, W].
         prompts: [T + 1, L, D], hidden states of the captions' texts; the last row is the empty text.
         caption_of: int64 [K], row of an image's caption in `prompts`.
@@ -217,6 +217,8 @@ def _examples(run: _Run) -> Examples:
             return control(corpus, rows[numbers])
     else:
         condition_of = _conditions(cfg, run.task, corpus, rows, pictures, parts.autoencoder).__getitem__
+    if run.task.relative:
+        latents = latents - condition_of(np.arange(len(rows)))
     texts, caption_of = np.unique(np.asarray(captions, dtype=str), return_inverse=True)
     # the last row is the empty caption, for classifier-free guidance
     prompts = encode_prompts(parts.text_encoder, parts.tokenizer, [*texts, ""])

@@ -23,6 +23,7 @@ from downstream.corpora import held_out_images
 from downstream.segmenter import Segmenter, trained_segmenter
 from downstream.task import Task
 from encoders.embedding import Encoder, device
+from encoders.perceptual import PerceptualScorer, perceptual_scorer
 from eval.convergence import CONVERGENCE
 from eval.generate import generate, starting_noise
 from eval.held_out import HeldOut
@@ -30,6 +31,7 @@ from eval.measuring import embed_rows, encoders_of
 from eval.metrics import METRICS, compute
 from eval.models import SNAPSHOT, snapshots_of
 from eval.processes import first_process_says, over_processes
+from eval.restoration import spread_map
 from report.figures import comparison_sheet
 from runtime.artefacts import is_main_process, read_json, stage, write_json
 from runtime.tracking import Tracker
@@ -41,22 +43,29 @@ OUTPUTS = "outputs.npy"
 METRICS_FILE = "metrics.json"
 #: Columns of a sample sheet, and images kept for the report.
 SHOWN = 12
+#: A sheet shows the spread of an input's outputs in so many times its grey levels.
+SPREAD_GAIN = 4
 #: Numbers of the noise of further outputs of an image, and of further samples of one output, start here.
 VARIANTS, SAMPLES = 10**8, 10**10
 
 
 @dataclass(frozen=True)
 class TaskJudges:
-    """The frozen networks that a task is measured with; `segmenter` is None where no metric needs one."""
+    """The frozen networks that a task is measured with; None where no metric needs one, or without its weights."""
 
     encoders: tuple[Encoder, ...]
     segmenter: Segmenter | None
+    perceptual: PerceptualScorer | None = None
 
     @classmethod
     def of(cls, cfg: DictConfig, task: Task) -> TaskJudges:
         """Of a config; the segmenter is trained if it is not there."""
-        needs = {need for key in task.metrics if key in METRICS for need in METRICS[key].needs}
-        return cls(encoders_of(cfg), trained_segmenter(cfg) if "segmentation" in needs else None)
+        needs = {need for key in task.metrics for need in METRICS[key].needs}
+        return cls(
+            encoders_of(cfg),
+            trained_segmenter(cfg) if "segmentation" in needs else None,
+            perceptual_scorer(cfg.eval.lpips) if "lpips_scores" in needs else None,
+        )
 
 
 # ---------------------------------------------------------------- outputs
@@ -205,6 +214,7 @@ def measure_outputs(
         "held_out": held.key,
         "encoders": list(judges.encoders),
         "segmenter": judges.segmenter and judges.segmenter.key,
+        "perceptual": judges.perceptual and judges.perceptual.fingerprint,
         "task": [sorted(task.metrics), task.facts],
         "metrics": sorted(METRICS),
     }
@@ -225,6 +235,8 @@ def output_metrics(
     inputs |= {} if variants is None else {"samples": variants}
     if judges.segmenter is not None:
         inputs |= segmentation_inputs(judges.segmenter, outputs, held)
+    if judges.perceptual is not None:
+        inputs["lpips_scores"] = judges.perceptual.scores(outputs, held.images)
     metrics = compute(inputs, of={}, only=task.metrics)
     for encoder in judges.encoders:
         truth = held.features[encoder.name]
@@ -272,15 +284,20 @@ def measure_baselines(cfg: DictConfig, task: Task) -> dict[str, Path]:
 # ---------------------------------------------------------------- the run's files
 
 
+def measured_fine_tuning(cfg: DictConfig, task: Task, run: Path) -> tuple[Path, Path | None, Path]:
+    """The stages that measure a finished training: its outputs, its variants (None: no metric needs any), metrics."""
+    held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
+    outputs, variants = draw_outputs(cfg, task, run, held), None
+    if cfg.downstream.variants > 1 and set(task.metrics) & {"spread", "diversity"}:
+        variants = draw_variants(cfg, task, run, held.first(int(cfg.downstream.varied_images)))
+    return outputs, variants, measure_outputs(cfg, task, outputs, held, judges, variants)
+
+
 def measure_run(cfg: DictConfig, task: Task, run: Path, tracker: Tracker) -> None:
     """Write convergence.jsonl, measured.json, summary.json and samples/ of a finished training into its directory."""
     held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
     lines = [_measured_snapshot(cfg, task, run, held, judges, snapshot) for snapshot in snapshots_of(run)]
-    outputs = draw_outputs(cfg, task, run, held)
-    variants = None
-    if cfg.downstream.variants > 1 and set(task.metrics) & {"spread", "diversity"}:
-        variants = draw_variants(cfg, task, run, held.first(int(cfg.downstream.varied_images)))
-    measured = measure_outputs(cfg, task, outputs, held, judges, variants)
+    outputs, variants, measured = measured_fine_tuning(cfg, task, run)
     if not is_main_process():
         return
     training, shown = read_json(run / TRAINING), held.first(SHOWN)
@@ -318,7 +335,7 @@ def save_samples(
 
     Args:
         outputs: uint8 [N, H, W, 3] of the held-out images.
-        variants: uint8 [M, k, H, W, 3], M >= N, of which the sheet shows the first further one.
+        variants: uint8 [M, k, H, W, 3], M >= N, of which the sheet shows the first and how much all differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inputs, truth = task.inputs(held), held.images
@@ -326,10 +343,16 @@ def save_samples(
     for name, images in arrays.items():
         np.save(folder / f"{name}.npy", images)
     rows = {**inputs, "output": outputs}
+    rows["truth"] = truth
     if variants is not None and len(variants) >= len(outputs):
         rows["another output"] = np.asarray(variants[: len(outputs), 0])
-    rows["truth"] = truth
+        deviation = spread_map(variants[: len(outputs)])[..., None].repeat(3, axis=3)
+        rows[f"spread of {variants.shape[1]} outputs, x {SPREAD_GAIN}"] = _levels(SPREAD_GAIN * deviation)
     rows |= {} if task.maps is None else task.maps(held, outputs)
     path = folder / "comparison.png"
-    comparison_sheet(rows).save(path)
+    comparison_sheet(rows, legend=task.legend).save(path)
     return path
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    return values.round().clip(0, 255).astype(np.uint8)

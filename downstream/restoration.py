@@ -1,9 +1,9 @@
 """Super-resolution with a conditional pipeline: what plain diffusers does not do (docs/method.md, section 6).
 
-Three steps on top of what the network draws. The residual: the output is the interpolated input plus the difference of
-two decoded latents, so that what the autoencoder loses of the input stays. The dial: latents between the mean of all
-images that fit the input, which one solver step gives, and one of these images. Consistency: the output, reduced again,
-is the input.
+The network draws the difference between the latents of the image and of its interpolated input, which are added here.
+Three steps follow. The residual: the output is the interpolated input plus the difference of two decoded latents, so
+that what the autoencoder loses of the input stays. The dial: latents between the mean of all images that fit the input,
+which one solver step gives, and one of these images. Consistency: the output, reduced again, is the input.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
-from PIL import Image
+from torch import nn
 
 from downstream.consistency import back_project
 from downstream.interpolation import enlarge
 from encoders.pixels import to_tensor
 from runtime.errors import UserError
 from runtime.progress import progress
+from train.text_encoder import encode_prompts
 
 BATCH = 100
 
@@ -32,23 +33,32 @@ class Restoration:
     Attributes:
         dial: 0 the mean image, smooth and near in pixels; 1 one draw, with all detail; between them both.
         samples: draws whose mean stands for one draw; more of them are nearer in pixels and smoother.
+        mean_draws: noises over which the mean image is averaged; at one solver step each.
         residual: add the difference of decoded latents to the interpolated input, in place of the decoded latents.
         consistency: rounds of back-projection; 0: none.
         kind: the reduction that consistency assumes, area or bicubic.
+        relative: the network draws the latents' difference to those of the interpolated input, not the latents.
     """
 
     dial: float
     samples: int
+    mean_draws: int
     residual: bool
     consistency: int
     kind: str
+    relative: bool
 
     def __post_init__(self) -> None:
         if not 0 <= self.dial <= 1:
             raise UserError(f"downstream.super_resolution.dial={self.dial}: give a number from 0 (mean) to 1 (detail)")
-        for name, least in (("samples", 1), ("consistency", 0)):
+        for name, least in (("samples", 1), ("mean_draws", 1), ("consistency", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"downstream.super_resolution.{name}={getattr(self, name)}: give at least {least}")
+
+    @property
+    def noises(self) -> int:
+        """Noises that an output is drawn from."""
+        return max(self.samples if self.dial else 0, self.mean_draws if self.dial < 1 else 0)
 
 
 @dataclass(frozen=True)
@@ -78,15 +88,22 @@ class Restorer:
         return self.pipeline.vae.config.latent_channels, size, size
 
     def __call__(
-        self, low: np.ndarray, noise: np.ndarray, prompts: Sequence[str] | None = None, label: str | None = None
+        self,
+        low: np.ndarray,
+        noise: np.ndarray,
+        prompts: Sequence[str] | None = None,
+        label: str | None = None,
+        rebuilt: np.ndarray | None = None,
     ) -> np.ndarray:
         """Outputs float32 [N, factor h, factor w, 3] in 0..255.
 
         Args:
             low: uint8 [N, h, w, 3].
-            noise: float32 [N, samples, C, H / 8, W / 8], or [N, C, H / 8, W / 8] of one sample.
+            noise: float32 [N, k, C, H / 8, W / 8], or [N, C, H / 8, W / 8] of one; where k is below
+                `options.noises`, what is averaged over more of them is averaged over k.
             prompts: of each image; None: no text.
             label: of a progress bar; None: none.
+            rebuilt: `rebuilt_inputs` of them, where it is known already.
         """
         noise = noise[:, None] if noise.ndim == 4 else noise
         prompts = [""] * len(low) if prompts is None else list(prompts)
@@ -94,50 +111,73 @@ class Restorer:
         parts = []
         for start in progress(starts, label, unit="batch") if label else starts:
             part = slice(start, start + BATCH)
-            parts.append(self._restored(low[part], noise[part], prompts[part]))
-        return np.concatenate(parts) if parts else np.empty((0, *np.multiply(low.shape[1:3], self.factor), 3))
+            known = None if rebuilt is None else rebuilt[part]
+            parts.append(self._restored(low[part], noise[part], prompts[part], known))
+        height, width = (side * self.factor for side in low.shape[1:3])
+        return np.concatenate(parts) if parts else np.empty((0, height, width, 3), np.float32)
 
-    def _restored(self, low: np.ndarray, noise: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    @torch.inference_mode()
+    def _restored(
+        self, low: np.ndarray, noise: np.ndarray, prompts: Sequence[str], rebuilt: np.ndarray | None
+    ) -> np.ndarray:
         options, vae = self.options, self.pipeline.vae
         enlarged = enlarge(low, self.factor, "bicubic")
-        pictures = [Image.fromarray(image) for image in enlarged]
-        latents = self._between(pictures, torch.from_numpy(np.ascontiguousarray(noise)), prompts)
-        found = _decoded(vae, latents / vae.config.scaling_factor)
+        condition = _encoded(vae, enlarged)
+        texts, text_of = np.unique(np.asarray(prompts, dtype=str), return_inverse=True)
+        text = encode_prompts(self.pipeline.text_encoder, self.pipeline.tokenizer, list(texts)).to(vae.device)[text_of]
+        drawn = self._between(condition, torch.from_numpy(np.ascontiguousarray(noise)).to(vae.device), text)
+        raw = drawn / vae.config.scaling_factor
+        found = _decoded(vae, raw + condition if options.relative else raw)
         if options.residual:
-            with torch.inference_mode():
-                raw = vae.encode(to_tensor(enlarged).to(vae.device))
-            raw = raw.latents if hasattr(raw, "latents") else raw.latent_dist.mode()
-            found = enlarged + found - _decoded(vae, raw)
+            found = enlarged + found - (_decoded(vae, condition) if rebuilt is None else rebuilt)
         if options.consistency:
             found = back_project(found.astype(np.float32), low, self.factor, options.kind, options.consistency)
         return found.clip(0, 255).astype(np.float32)
 
-    def _between(self, pictures: list[Image.Image], noise: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def _between(self, condition: torch.Tensor, noise: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Latents [N, C, h, w] of unit scale, where the dial points to."""
-        dial = self.options.dial
-        mean = self._drawn(pictures, noise[:, 0], prompts, steps=1) if dial < 1 else 0
-        if not dial:
-            return mean
-        draws = [self._drawn(pictures, noise[:, index], prompts, self.steps) for index in range(noise.shape[1])]
-        return (1 - dial) * mean + dial * torch.stack(draws).mean(0)
+        dial, options = self.options.dial, self.options
+        found = torch.zeros_like(noise[:, 0])
+        if dial < 1:  # one solver step: the network's estimate of the latents from noise alone
+            means = [self.draw(condition, part, text, 1) for part in noise[:, : options.mean_draws].unbind(1)]
+            found += (1 - dial) * torch.stack(means).mean(0)
+        if dial > 0:
+            draws = [self.draw(condition, part, text, self.steps) for part in noise[:, : options.samples].unbind(1)]
+            found += dial * torch.stack(draws).mean(0)
+        return found
 
-    def _drawn(
-        self, pictures: list[Image.Image], noise: torch.Tensor, prompts: Sequence[str], steps: int
-    ) -> torch.Tensor:
-        """Latents of plain calls of the pipeline. One solver step gives the mean: the network's estimate from noise."""
-        with torch.inference_mode():
-            return self.pipeline(
-                prompt=list(prompts),
-                image=pictures,
-                latents=noise.to(self.pipeline.unet.device),
-                num_inference_steps=steps,
-                guidance_scale=1.0,
-                output_type="latent",
-            ).images
+    @torch.inference_mode()
+    def draw(self, condition: torch.Tensor, noise: torch.Tensor, text: torch.Tensor, steps: int) -> torch.Tensor:
+        """Latents of unit scale [N, C, h, w]: what the pipeline draws without guidance, encoding its pictures once.
+
+        Args:
+            condition: raw latents of the interpolated inputs, noise: [N, C, h, w]; text: hidden states [N, L, D].
+        """
+        scheduler, unet = self.pipeline.scheduler, self.pipeline.unet
+        scheduler.set_timesteps(steps, device=unet.device)
+        latents = noise * scheduler.init_noise_sigma
+        for time in scheduler.timesteps:
+            seen = torch.cat([scheduler.scale_model_input(latents, time), condition], dim=1)
+            predicted = unet(seen, time, encoder_hidden_states=text).sample
+            latents = scheduler.step(predicted, time, latents).prev_sample
+        return latents
+
+
+def rebuilt_inputs(vae: nn.Module, enlarged: np.ndarray) -> np.ndarray:
+    """What the autoencoder makes of interpolated inputs, float32 [N, H, W, 3] of uint8; not clipped."""
+    parts = [_decoded(vae, _encoded(vae, enlarged[start : start + BATCH])) for start in range(0, len(enlarged), BATCH)]
+    return np.concatenate(parts)
 
 
 @torch.inference_mode()
-def _decoded(vae: torch.nn.Module, latents: torch.Tensor) -> np.ndarray:
+def _encoded(vae: nn.Module, images: np.ndarray) -> torch.Tensor:
+    """Raw latents of uint8 [N, H, W, 3], as the pipeline encodes its condition."""
+    output = vae.encode(to_tensor(images).to(vae.device))
+    return output.latents if hasattr(output, "latents") else output.latent_dist.mode()
+
+
+@torch.inference_mode()
+def _decoded(vae: nn.Module, latents: torch.Tensor) -> np.ndarray:
     """Float32 [N, H, W, 3] in 0..255, not clipped, of raw latents."""
     images = vae.decode(latents.to(vae.dtype)).sample
     return ((images.float() + 1) * 127.5).permute(0, 2, 3, 1).cpu().numpy()

@@ -56,6 +56,7 @@ class Task:
             pipeline as `image`; None: the condition enters the network itself.
         examples: (corpus, rows) -> condition pictures and texts of training images, where they differ from those of
             held-out ones.
+        relative: the network learns the difference of the latents to those of the condition picture.
         mean_share: share of the training images that are all noise, from which the network learns the mean image.
         channel_dropout: chance of each channel of a condition to be blanked in training.
         guidance: of the outputs.
@@ -64,7 +65,7 @@ class Task:
         draw_facts: what the outputs depend on beside the trained network, for fingerprints.
         samples: noise that an output is drawn from.
         measured: (held-out images, outputs) -> further inputs of metrics, by name.
-        maps: (held-out images, outputs) -> labelled pictures below the outputs of the sample sheet.
+        maps: (held-out images, outputs) -> labelled pictures below the outputs of the sample sheet, and their legend.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Task:
     encoder: Callable[[nn.Module], nn.Module] | None = None
     control: Callable[[Corpus, np.ndarray], np.ndarray] | None = None
     examples: Callable[[Corpus, np.ndarray], tuple[np.ndarray, Sequence[str]]] | None = None
+    relative: bool = False
     mean_share: float = 0.0
     channel_dropout: float = 0.0
     guidance: Guidance = Guidance()
@@ -86,6 +88,7 @@ class Task:
     samples: int = 1
     measured: Callable[[HeldOut, np.ndarray], dict[str, Any]] | None = None
     maps: Callable[[HeldOut, np.ndarray], dict[str, np.ndarray]] | None = None
+    legend: Mapping[str, str] | None = None
 
     def texts(self, corpus: Corpus, rows: np.ndarray) -> list[str]:
         """What the network reads beside the condition, of each image."""

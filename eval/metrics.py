@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval import classification, distances, memorisation, pairs, subsets, waste
+from eval import classification, distances, memorisation, pairs, restoration, subsets, waste
 from eval.distances import Interval
 
 #: Held-out sets, and the prefix of their metrics' names.
@@ -49,6 +49,9 @@ class Metric(NamedTuple):
 
 
 _TWO_SETS = ("features", "reference")
+_PAIRS = ("images", "truth")
+_LOW = ("degraded", "low")
+_CORRECTNESS = ("images", "truth", "enlarged")
 METRICS: dict[str, Metric] = {
     "fd": Metric("FD", "lower", 1, _TWO_SETS, distances.frechet_distance, "encoder", biased=True),
     "kid_x1000": Metric("KID×10³", "lower", 1, _TWO_SETS, distances.kernel_distance, "encoder", shown="both"),
@@ -87,8 +90,23 @@ METRICS: dict[str, Metric] = {
     ),
     "clip": Metric("CLIP score", "higher", 2, ("clip_scores",), pairs.mean_score, "clip"),
     "scene_accuracy": Metric("scene accuracy", "higher", 3, ("confusion",), pairs.scene_accuracy, "clip"),
-    "psnr": Metric("PSNR (dB)", "higher", 2, ("images", "truth"), pairs.peak_signal_noise_ratio),
-    "ssim": Metric("SSIM", "higher", 3, ("images", "truth"), pairs.structural_similarity),
+    "psnr": Metric("PSNR (dB)", "higher", 2, _PAIRS, pairs.peak_signal_noise_ratio),
+    "ssim": Metric("SSIM", "higher", 3, _PAIRS, pairs.structural_similarity),
+    "psnr_y": Metric("PSNR-Y (dB)", "higher", 2, _PAIRS, pairs.luma_peak_signal_noise_ratio, shown="file"),
+    "ssim_y": Metric("SSIM-Y", "higher", 3, _PAIRS, pairs.luma_structural_similarity, shown="file"),
+    "lpips": Metric("LPIPS", "lower", 3, ("lpips_scores",), pairs.mean_score),
+    "niqe": Metric("NIQE", "lower", 2, ("images",), restoration.niqe, shown="file"),
+    "consistency": Metric("consistency (dB)", "higher", 2, _LOW, restoration.consistency),
+    "colour_error": Metric("colour error", "lower", 2, _PAIRS, restoration.colour_error),
+    "reflectance": Metric("reflectance error", "lower", 4, _LOW, restoration.reflectance, shown="file"),
+    "spectral": Metric("spectral angle (°)", "lower", 2, _LOW, restoration.spectral, shown="file"),
+    "spatial": Metric("shift (px)", "lower", 3, _LOW, restoration.spatial, shown="file"),
+    "synthesis": Metric("synthesis", "", 4, ("images", "enlarged"), restoration.synthesis, shown="file"),
+    "hallucination": Metric("hallucination", "lower", 3, _CORRECTNESS, restoration.hallucination),
+    "omission": Metric("omission", "lower", 3, _CORRECTNESS, restoration.omission, shown="file"),
+    "improvement": Metric("improvement", "higher", 3, _CORRECTNESS, restoration.improvement, shown="file"),
+    "spread": Metric("spread of samples", "", 2, ("samples",), restoration.spread),
+    "diversity": Metric("diversity", "higher", 3, ("sample_features",), restoration.diversity, "encoder"),
     "feature_distance": Metric(
         "feature distance", "lower", 3, ("features", "truth_features"), pairs.feature_distance, "encoder"
     ),

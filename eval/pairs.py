@@ -18,6 +18,8 @@ Confusion = Mapping[str, Mapping[str, int]]
 LARGEST_PSNR = float(10 * np.log10(12 * 255**2))
 #: Of torchmetrics' Gaussian window of standard deviation 1.5, in pixels.
 SSIM_RADIUS = 5
+#: ITU-R BT.601 luma of R, G, B in 0..1, in the grey levels 16..235 of video (as MATLAB's rgb2ycbcr).
+LUMA, LUMA_OF_BLACK = np.array([65.481, 128.553, 24.966]), 16.0
 BATCH = 128
 
 
@@ -61,6 +63,31 @@ def structural_similarity(images: np.ndarray, truth: np.ndarray) -> float:
         for first, second in _batches(images, truth)
     ]
     return float(torch.cat([values[..., inside, inside].mean((1, 2, 3)) for values in maps]).mean())
+
+
+def luma(images: np.ndarray) -> np.ndarray:
+    """BT.601 luma of images in 0..255, not rounded: float64 [N, H, W, 1] in 16..235 of [N, H, W, 3]."""
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images have the shape {images.shape}, not [N, H, W, 3]")
+    return (np.asarray(images) @ LUMA)[..., None] / 255 + LUMA_OF_BLACK
+
+
+def luma_peak_signal_noise_ratio(images: np.ndarray, truth: np.ndarray) -> float:
+    """`peak_signal_noise_ratio` of the luma, as super-resolution papers have it: the peak is 255, nothing is cropped.
+
+    Args:
+        images, truth: uint8 [N, H, W, 3].
+    """
+    return peak_signal_noise_ratio(luma(images), luma(truth))
+
+
+def luma_structural_similarity(images: np.ndarray, truth: np.ndarray) -> float:
+    """`structural_similarity` of the luma.
+
+    Args:
+        images, truth: uint8 [N, H, W, 3], H and W at least 11.
+    """
+    return structural_similarity(luma(images), luma(truth))
 
 
 def feature_distance(features: np.ndarray, truth_features: np.ndarray) -> float:

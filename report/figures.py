@@ -19,10 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from eval.convergence import lower_is_better
 from eval.metrics import Quantity
+from eval.restoration import SHARES
 from report.tables import PLAIN, method_order
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e3e8ee"
@@ -35,6 +36,8 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
 #: Pixels between tiles and around a sheet, and their colour: not white, so that ice and cloud have an edge.
 GAP = 6
 PAPER = (233, 237, 241)
+#: Colours of `correctness_pictures` and legend of their row: red, blue, green, and grey where nothing counts.
+CORRECTNESS = dict(zip((*SHARES, "no detail"), ("#d55e00", "#0072b2", "#009e73", "#b4bdc9"), strict=True))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -446,12 +449,31 @@ def contact_sheet(
     return sheet
 
 
-def comparison_sheet(rows: Mapping[str, np.ndarray], scale: int = 2) -> Image.Image:
+def correctness_pictures(shares: np.ndarray) -> np.ndarray:
+    """A picture of each image's hallucination (red), omission (blue) and improvement (green), mixed by their shares.
+
+    A row of `comparison_sheet`, whose legend is `CORRECTNESS`.
+
+    Args:
+        shares: float [N, H, W, 3] of `eval.restoration.correctness_maps`; NaN, which does not count, is grey.
+    Returns:
+        uint8 [N, H, W, 3].
+    """
+    *colours, rest = (ImageColor.getrgb(colour) for colour in CORRECTNESS.values())
+    mixed = np.asarray(shares, dtype=np.float64) @ np.array(colours, dtype=np.float64)
+    mixed = np.where(np.isfinite(mixed), mixed, rest)
+    return mixed.round().clip(0, 255).astype(np.uint8)
+
+
+def comparison_sheet(
+    rows: Mapping[str, np.ndarray], scale: int = 2, *, legend: Mapping[str, str] | None = None
+) -> Image.Image:
     """One labelled row a set of images, e.g. input, ours, scratch, truth; smaller images are enlarged to the largest.
 
     Args:
         rows: label -> uint8 [N, H, W, 3], the same N in every row.
         scale: screen pixels a pixel of the largest images.
+        legend: name -> colour (`#rrggbb`), below the rows.
     """
     height = max(images.shape[1] for images in rows.values())
     width = max(images.shape[2] for images in rows.values())
@@ -463,7 +485,27 @@ def comparison_sheet(rows: Mapping[str, np.ndarray], scale: int = 2) -> Image.Im
         for images in rows.values()
         for image in images
     ]
-    return contact_sheet(np.stack(tiles), counts.pop(), scale=scale, row_labels=list(rows))
+    sheet = contact_sheet(np.stack(tiles), counts.pop(), scale=scale, row_labels=list(rows))
+    return _with_legend(sheet, legend) if legend else sheet
+
+
+def _with_legend(sheet: Image.Image, legend: Mapping[str, str]) -> Image.Image:
+    """A sheet with a line of swatches and names below it, on more lines where one is too short."""
+    font, side = _font(13), 12
+    widths = [side + GAP + math.ceil(font.getlength(name)) for name in legend]
+    places, x, y = [], GAP, sheet.height
+    for width in widths:
+        if x > GAP and x + width + GAP > sheet.width:
+            x, y = GAP, y + side + GAP
+        places.append((x, y))
+        x += width + 2 * GAP
+    whole = Image.new("RGB", (max(sheet.width, max(widths) + 2 * GAP), y + side + GAP), PAPER)
+    whole.paste(sheet)
+    draw = ImageDraw.Draw(whole)
+    for (name, colour), (left, top) in zip(legend.items(), places, strict=True):
+        draw.rectangle((left, top, left + side - 1, top + side - 1), fill=colour)
+        draw.text((left + side + GAP, top + side // 2), name, font=font, fill=INK, anchor="lm")
+    return whole
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:

@@ -221,7 +221,7 @@ class Shown:
 
 def metric_of(column: str) -> str | None:
     """The metric that a column of a table of `build_tables` is about; None: it is about none."""
-    quantity = Quantity.parse(column.removesuffix(_SPREAD))
+    quantity = Quantity.parse(column) or Quantity.parse(column.removesuffix(_SPREAD))
     return None if quantity is None else quantity.metric
 
 

@@ -23,9 +23,9 @@ from torch import nn
 from transformers import CLIPConfig, CLIPTextConfig
 
 from downstream.conditional import load_parts
-from downstream.corpora import corpus_of, held_out_images
+from downstream.corpora import corpus_of
 from downstream.fine_tuning import loop_options, training_inputs
-from downstream.measured_task import TaskJudges, draw_outputs, measure_outputs
+from downstream.measured_task import measured_fine_tuning
 from downstream.registry import TASKS, suitable_names
 from downstream.segmenter import SegmenterOptions
 from eval.metrics import SETS
@@ -417,10 +417,7 @@ def tuned_directory(tuning: FineTuning, start: Pretraining | None) -> Path:
 
 def _task_measured(tuning: FineTuning, start: Pretraining | None) -> None:
     """Ask for all that measuring a finished fine-tuning computes."""
-    cfg, task = tuning.cfg, TASKS[tuning.task](tuning.cfg)
-    held = held_out_images(cfg)
-    outputs = draw_outputs(cfg, task, tuned_directory(tuning, start) / "pipeline", held)
-    measure_outputs(cfg, task, outputs, held, TaskJudges.of(cfg, task))
+    measured_fine_tuning(tuning.cfg, TASKS[tuning.task](tuning.cfg), tuned_directory(tuning, start))
 
 
 # ---------------------------------------------------------------- what is printed

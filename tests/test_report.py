@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from report.documents import publish, write_results
 from report.embedding_map import embedding_map
 from report.figures import (
+    CORRECTNESS,
     GAP,
     PAPER,
     cluster_sizes,
@@ -24,6 +25,7 @@ from report.figures import (
     confusion_figure,
     contact_sheet,
     convergence_figure,
+    correctness_pictures,
     entropy_histogram,
     scene_bars,
     world_figure,
@@ -102,6 +104,26 @@ def test_comparison_sheet_enlarges_small_inputs_and_labels_rows_at_the_left(tile
     assert (sheet[:, : right - GAP] != PAPER).any()
     with pytest.raises(ValueError, match="different numbers"):
         comparison_sheet({"a": tiles[:2], "b": tiles[:3]})
+
+
+def test_correctness_is_a_row_of_the_sheet_with_its_colours_explained(tiles):
+    shares = np.zeros((2, 8, 8, 3), dtype=np.float32)
+    shares[0, :4, :, 0], shares[0, 4:, :, 1], shares[1, :4, :, 2], shares[1, 4:] = 1, 1, 1, np.nan
+    red, blue, green, grey = (ImageColor.getrgb(colour) for colour in CORRECTNESS.values())
+    assert list(CORRECTNESS) == ["hallucination", "omission", "improvement", "no detail"]
+    pictures = correctness_pictures(shares)
+    assert pictures.dtype == np.uint8 and pictures.shape == shares.shape
+    for of, colour in ((pictures[0, :4], red), (pictures[0, 4:], blue), (pictures[1, :4], green)):
+        assert (of == colour).all() and max(colour) == colour[(red, green, blue).index(colour)]
+    assert (pictures[1, 4:] == grey).all()
+    half = correctness_pictures(np.full((1, 1, 1, 3), 1 / 3))
+    np.testing.assert_array_equal(half[0, 0, 0], np.mean([red, blue, green], axis=0).round())
+    plain = comparison_sheet({"truth": tiles[:2], "correctness": pictures})
+    sheet = comparison_sheet({"truth": tiles[:2], "correctness": pictures}, legend=CORRECTNESS)
+    np.testing.assert_array_equal(np.asarray(sheet)[: plain.height, : plain.width], np.asarray(plain))
+    below = np.asarray(sheet)[plain.height :]
+    for colour in (red, blue, green, grey):
+        assert (below == colour).all(-1).sum() >= 144  # a swatch of 12 x 12 px
 
 
 def test_convergence_figure_draws_every_method_with_its_numbers_and_interval():

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
 from omegaconf import DictConfig
+from torch import nn
 
 from corpus.index import Corpus
+from downstream.conditional import weights_digest
 from downstream.corpora import corpus_of
 from downstream.degradation import Degradation, add_noise, check_factor, degradation_of, degrade, reduce
 from downstream.interpolation import enlarge
-from downstream.restoration import Restoration, Restorer
+from downstream.restoration import Restoration, Restorer, rebuilt_inputs
 from downstream.task import Task
 from eval.held_out import HeldOut
-from runtime.artefacts import plain
+from eval.restoration import correctness_maps
+from report.figures import CORRECTNESS, correctness_pictures
+from runtime.artefacts import plain, process_count, stage
 from runtime.errors import UserError
 
+#: What the network draws: the latents' difference to those of the interpolated input, or the latents.
+TARGETS = ("difference", "image")
 #: Methods without a network.
 BASELINES = ("nearest", "bicubic", "lanczos")
 METRICS = (
@@ -63,7 +70,11 @@ def make_task(cfg: DictConfig) -> Task:
     def draw(pipeline: DiffusionPipeline, corpus: Corpus, rows: np.ndarray, noise: np.ndarray) -> np.ndarray:
         restorer = Restorer(pipeline, factor, int(cfg.downstream.steps), options)
         texts = [with_level(text, levels, 0) for text in task.texts(corpus, rows)]
-        found = restorer(low(corpus, rows), noise, texts, label="draw super_resolution")
+        small, rebuilt = low(corpus, rows), None
+        if options.residual and process_count() == 1:  # several of them draw other rows each
+            key = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "degradation": plain(degradation)}
+            rebuilt = _rebuilt(pipeline.vae, enlarge(small, factor, "bicubic"), key, cfg.runs)
+        found = restorer(small, noise, texts, "draw super_resolution", rebuilt)
         return found.round().astype(np.uint8)
 
     task = Task(
@@ -78,10 +89,23 @@ def make_task(cfg: DictConfig) -> Task:
         mean_share=float(settings.mean_share),
         draw=draw,
         draw_facts={"restoration": options},
-        samples=options.samples,
+        samples=options.noises,
+        relative=options.relative,
         measured=partial(_measured, held_low, factor, options.kind),
+        maps=partial(_maps, held_low, factor),
+        legend=CORRECTNESS,
     )
     return task
+
+
+def _rebuilt(vae: nn.Module, enlarged: np.ndarray, key: Mapping[str, Any], runs: str) -> np.ndarray:
+    """`rebuilt_inputs`, which all networks on one autoencoder share; cached."""
+
+    def build(directory: Path) -> None:
+        np.save(directory / "images.npy", rebuilt_inputs(vae, enlarged))
+
+    inputs = {"autoencoder": weights_digest(vae), "side": enlarged.shape[1], **key}
+    return np.load(stage(runs, "rebuilt_inputs", inputs, build) / "images.npy", mmap_mode="r")
 
 
 def _facts(cfg: DictConfig, degradation: Degradation, levels: Sequence[int]) -> dict[str, Any]:
@@ -90,6 +114,7 @@ def _facts(cfg: DictConfig, degradation: Degradation, levels: Sequence[int]) -> 
         "degradation": plain(degradation),
         "noise_levels": list(levels),
         "mean_share": float(cfg.downstream.super_resolution.mean_share),
+        "target": str(cfg.downstream.super_resolution.target),
     }
 
 
@@ -103,7 +128,17 @@ def restoration_of(cfg: DictConfig) -> Restoration:
     rounds = settings.consistency
     if rounds is None:
         rounds = 0 if settings.degradation == "blind" else 3
-    return Restoration(float(settings.dial), int(settings.samples), bool(settings.residual), int(rounds), kind)
+    if settings.target not in TARGETS:
+        raise UserError(f"downstream.super_resolution.target={settings.target}: give one of {', '.join(TARGETS)}")
+    return Restoration(
+        dial=float(settings.dial),
+        samples=int(settings.samples),
+        mean_draws=int(settings.mean_draws),
+        residual=bool(settings.residual),
+        consistency=int(rounds),
+        kind=kind,
+        relative=settings.target == "difference",
+    )
 
 
 def _noise_levels(levels: Any) -> tuple[int, ...]:
@@ -142,3 +177,9 @@ def _measured(held_low: Any, factor: int, kind: str, held: HeldOut, outputs: np.
     small = held_low(held)
     degraded = reduce(np.asarray(outputs, dtype=np.float32), factor, kind)
     return {"low": small, "degraded": degraded, "enlarged": enlarge(small, factor, "bicubic")}
+
+
+def _maps(held_low: Any, factor: int, held: HeldOut, outputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Where detail is invented, missing, or right."""
+    shares = correctness_maps(outputs, held.images, enlarge(held_low(held), factor, "bicubic"))
+    return {"correctness": correctness_pictures(shares)}
