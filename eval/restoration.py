@@ -12,8 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from skimage.filters import window
-from skimage.registration import phase_cross_correlation
 
 from eval.pairs import peak_signal_noise_ratio
 from runtime.basicsr_alias import basicsr_module
@@ -145,6 +143,10 @@ def spatial(degraded: np.ndarray, low: np.ndarray) -> float | None:
 
 def _shift(moved: np.ndarray, fixed: np.ndarray) -> float:
     """Of float [h, w]; NaN where either is flat."""
+    # every command imports this module, and these take seconds
+    from skimage.filters import window
+    from skimage.registration import phase_cross_correlation
+
     if min(moved.std(), fixed.std()) < FLAT:
         return np.nan
     # without the window, the image's border correlates with itself and holds the shift at zero
