@@ -6,6 +6,7 @@ found. Baselines go the same way as networks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -175,11 +176,22 @@ def load_pipeline(folder: Path, snapshot: Path | None = None) -> DiffusionPipeli
 
 def baseline_outputs(cfg: DictConfig, task: Task, baseline: str, held: HeldOut) -> Path:
     """What a task's baseline makes of the held-out images, as `draw_outputs`."""
+    return computed_outputs(cfg, task, baseline, held, lambda: task.baselines[baseline](held))
+
+
+def computed_outputs(
+    cfg: DictConfig, task: Task, method: str, held: HeldOut, compute_all: Callable[[], np.ndarray], of: str = ""
+) -> Path:
+    """Outputs of a method that draws nothing, as `draw_outputs`; computed by the first process.
+
+    Args:
+        of: what they depend on beside the task and the images.
+    """
 
     def build(directory: Path) -> None:
-        _save_outputs(directory, task.baselines[baseline](held))
+        _save_outputs(directory, compute_all())
 
-    inputs = {"baseline": baseline, "condition": [task.name, task.facts], "held_out": held.key}
+    inputs = {"baseline": method, "condition": [task.name, task.facts], "held_out": held.key, "of": of}
     return stage(cfg.runs, "task_outputs", inputs, build)
 
 

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import interpolate, l1_loss
 
-from downstream.corpora import corpus_of, training_rows
+from downstream.corpora import corpus_of, held_out_images, training_rows
 from downstream.degradation import check_factor, degradation_of, degrade
+from downstream.measured_task import TaskJudges, computed_outputs, measure_outputs
+from downstream.task import Task
 from encoders.embedding import device
 from encoders.pixels import to_tensor, to_uint8
 from runtime.artefacts import is_main_process, read_json, stage, write_json
@@ -238,3 +240,20 @@ def regression_outputs(network: nn.Module, low: np.ndarray) -> np.ndarray:
     place = next(network.parameters()).device
     starts = range(0, max(1, len(low)), BATCH)
     return np.concatenate([to_uint8(network(to_tensor(low[start : start + BATCH]).to(place))) for start in starts])
+
+
+def measured_regression(cfg: DictConfig, task: Task, parameters: int, options: LoopOptions) -> tuple[Path, Path]:
+    """Train it, and measure it as the task's networks are; the directories of the training and of its metrics.
+
+    Args:
+        task: super_resolution.
+        parameters, options: as for `train_regression`.
+    """
+    run, held = train_regression(cfg, parameters, options), held_out_images(cfg)
+    factor, degradation = int(cfg.downstream.super_resolution.factor), degradation_of(cfg)
+
+    def compute_all() -> np.ndarray:
+        return regression_outputs(load_regression(run), degrade(held.images, factor, degradation, held.rows))
+
+    outputs = computed_outputs(cfg, task, REGRESSION, held, compute_all, of=run.name)
+    return run, measure_outputs(cfg, task, outputs, held, TaskJudges.of(cfg, task))

@@ -70,7 +70,7 @@ def chain(cfg: DictConfig, tasks: Iterable[str]) -> list[Part]:
     for index, seed in enumerate(cfg.profile.seeds):
         chosen = changed_config(f"seed={seed}")
         wanted = tasks if index < cfg.profile.fine_tuned_seeds else []
-        tunings = _fine_tunings(chosen, wanted, longer=index == 0)
+        tunings = _fine_tunings(chosen, wanted, longer=index == 0 and cfg.profile.slow_rivals)
         parts.append(Part(chosen, _pretrainings(chosen), tunings, first=index == 0))
     return parts
 

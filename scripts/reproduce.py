@@ -17,9 +17,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from downstream.corpora import held_out_images
-from downstream.fine_tuning import fine_tune
+from downstream.fine_tuning import fine_tune, loop_options
 from downstream.measured_task import measure_baselines, measure_drawn, real_segmentation_metrics
 from downstream.registry import TASKS, suitable_tasks
+from downstream.regression import REGRESSION, measured_regression
 from downstream.task import Task
 from encoders.pixels import to_tensor, to_uint8
 from eval.convergence import CONVERGENCE
@@ -43,7 +44,9 @@ from scripts.plan import dry_run
 from train.components import load_autoencoder, load_text_parts
 from train.foundation import pretrain
 from train.latents import PatchPCA, decode, encode, fit_pca
-from train.measured_run import MEASURED, corpus_features
+from train.measured_run import MEASURED, TRAINING, corpus_features
+
+SUPER_RESOLUTION = "super_resolution"
 
 
 class TableCell(NamedTuple):
@@ -166,11 +169,22 @@ def downstream_cells(part: Part, tasks: Mapping[str, Task], foundations: Mapping
                 step = int(line["step"])
                 metrics = {key: value for key, value in line.items() if Quantity.parse(key) is not None}
                 yield TableCell(chosen, name, method, step, metrics, measured, directory)
-            if name == "super_resolution" and method == SUBJECT:
+            if name == SUPER_RESOLUTION and method == SUBJECT and part.first:
                 yield from dial_cells(chosen, directory)
+                if part.cfg.profile.slow_rivals:
+                    yield regression_cell(chosen, task, directory)
         if part.first:
             for baseline, directory in measure_baselines(part.cfg, task).items():
                 yield TableCell(part.cfg, name, baseline, 0, read_json(directory / "metrics.json"), directory)
+
+
+def regression_cell(cfg: DictConfig, task: Task, run: Path) -> TableCell:
+    """The regression network of as many weights, trained for as many steps as a run of super-resolution."""
+    facts = read_json(run / TRAINING)
+    options = loop_options(cfg, run)
+    directory, measured = measured_regression(cfg, task, int(facts["parameters"]), options)
+    metrics = read_json(measured / "metrics.json")
+    return TableCell(cfg, SUPER_RESOLUTION, REGRESSION, options.steps, metrics, directory)
 
 
 def dial_cells(cfg: DictConfig, run: Path) -> Iterator[TableCell]:
@@ -178,7 +192,7 @@ def dial_cells(cfg: DictConfig, run: Path) -> Iterator[TableCell]:
     for dial in cfg.profile.dials:
         chosen = cfg.copy()
         chosen.downstream.super_resolution.dial = float(dial)
-        directory = measure_drawn(chosen, TASKS["super_resolution"](chosen), run)
+        directory = measure_drawn(chosen, TASKS[SUPER_RESOLUTION](chosen), run)
         metrics = read_json(directory / "metrics.json")
         steps = read_json(run / "summary.json")["steps"]
         yield TableCell(chosen, DIAL, SUBJECT, steps, metrics, directory, run)
