@@ -336,6 +336,7 @@ def _measured_snapshot(
     cfg: DictConfig, task: Task, run: Path, held: HeldOut, judges: TaskJudges, snapshot: Path
 ) -> dict[str, Any]:
     """A line of convergence.jsonl."""
+    task = replace(task, metrics=task.curve)
     measured = measure_outputs(cfg, task, draw_outputs(cfg, task, run, held, snapshot), held, judges)
     return {**read_json(snapshot / SNAPSHOT), **read_json(measured / METRICS_FILE)}
 

@@ -48,6 +48,7 @@ class Task:
         facts: what the trained network depends on beside the corpus, for fingerprints.
         captioned: whether the network reads the captions of the images.
         metrics: keys of `eval.metrics.METRICS` that are measured; those that need a segmentation get one.
+        curve: those of them that are measured at every length of `downstream.lengths`; the others at the end alone.
         inputs: (held-out images) -> labelled rows of the sample sheet above the outputs; inputs.npy is the first.
         baselines: methods without a network, by name: held-out images to outputs uint8 [N, R, R, 3].
         files: further JSON files of a run, by name.
@@ -87,6 +88,7 @@ class Task:
     draw_facts: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 1
     measured: Callable[[HeldOut, np.ndarray], dict[str, Any]] | None = None
+    curve: tuple[str, ...] = ("kid_x1000",)
     maps: Callable[[HeldOut, np.ndarray], dict[str, np.ndarray]] | None = None
     legend: Mapping[str, str] | None = None
 

@@ -113,7 +113,9 @@ STAGES = {
             "downstream.tasks",
         ),
     ),
-    "rebuilt_inputs": Stage(version=1, modules=("downstream.restoration", "downstream.interpolation")),
+    "rebuilt_inputs": Stage(
+        version=1, modules=("downstream.restoration", "downstream.interpolation", "downstream.tasks")
+    ),
     "segmenter": Stage(version=1, modules=("downstream.segmenter",)),
     "downstream": Stage(
         version=2,
