@@ -147,7 +147,8 @@ def _cell(model: Restorer | Synthesizer) -> int:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    rounded = np.rint(values)
+    return np.clip(rounded, 0, 255, out=rounded).astype(np.uint8)
 
 
 @dataclass(frozen=True)

@@ -606,8 +606,8 @@ def written_beside(target: Path) -> Iterator[Path]:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def check_size(target: Path, height: int, width: int) -> None:
@@ -640,9 +640,12 @@ def write_image(target: Path, strips: Iterable[Strip], height: int, width: int, 
             _write_raster(partial, strips, height, width, place or Place())
             return
         driver, options = PICTURES[target.suffix.lower()]
-        with written_beside(target.with_name(target.name + ".strips")) as raster:
+        raster = partial.with_name(partial.name + ".tif")
+        try:
             _write_raster(raster, strips, height, width, Place())
-            rasterio.shutil.copy(str(raster), str(partial), driver=driver, **options)
+            rasterio.shutil.copy(raster, partial, driver=driver, **options)
+        finally:
+            raster.unlink(missing_ok=True)
 
 
 def _write_raster(path: Path, strips: Iterable[Strip], height: int, width: int, place: Place) -> None:

@@ -164,12 +164,14 @@ def in_context(strips: Iterable[np.ndarray], rows: int) -> Iterator[tuple[np.nda
     Yields:
         the strip with these rows, and how many of them are above and below it.
     """
-    before: np.ndarray | None = None
+    above: np.ndarray | None = None
     strip: np.ndarray | None = None
     for after in itertools.chain(strips, [None]):
         if strip is not None:
-            above = strip[:0] if before is None else before[max(0, len(before) - rows) :]
+            above = strip[:0] if above is None else above
             below = strip[:0] if after is None else after[:rows]
-            yield np.concatenate([above, strip, below]), len(above), len(below)
-            before = np.concatenate([above, strip])
+            part = np.concatenate([above, strip, below]) if rows else strip
+            yield part, len(above), len(below)
+            seen = part[: len(part) - len(below)]
+            above = seen[max(0, len(seen) - rows) :]
         strip = after
