@@ -253,8 +253,6 @@ def mask_tab(
         image = (painted or {}).get("composite") or (painted or {}).get("background")
         if image is None:
             raise UserError("no mask: paint one, or upload one")
-        if not 1 <= longer <= most:
-            raise UserError(f"the longer side of {longer} px: give 1 to {most}")
         model = with_settings(synthesizer, steps=checked_steps(seed, steps), prompt=prompt or "")
         mask = painted_classes(image, int(longer), colours)
         numbers = np.where(mask < classes, mask, np.uint8(IGNORED))
