@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from downstream.conditional import resolve_foundation
 from downstream.fine_tuning import fine_tune
 from downstream.measured_task import METRICS_FILE, measure_baselines
 from downstream.registry import TASKS
-from runtime.artefacts import read_json
+from runtime.artefacts import NotBuilt, nothing_built, read_json
+from runtime.notices import notice
+from train.shipped import SHIPPED
 
 
 def run_task(cfg: DictConfig, name: str) -> None:
@@ -23,6 +26,34 @@ def run_task(cfg: DictConfig, name: str) -> None:
     _print_metrics(read_json(directory / "summary.json")["metrics"])
     print(f"seconds: {time.perf_counter() - start:.0f}")
     print(f"run: {directory}")
+
+
+def run_or_fine_tuned(cfg: DictConfig, name: str) -> Path:
+    """The run that `run` names; null: of a foundation, the shipped one unless told otherwise, fine-tuned once.
+
+    Raises:
+        UserError: the foundation is none, or does not fit the corpus.
+    """
+    if cfg.run is not None:
+        return Path(str(cfg.run)).expanduser()
+    if cfg.foundation is None:
+        cfg = OmegaConf.merge(cfg, {"foundation": SHIPPED})
+
+    def fine_tuned() -> Path:
+        return fine_tune(cfg, TASKS[name](cfg), *resolve_foundation(cfg))
+
+    try:
+        with nothing_built():
+            return fine_tuned()
+    except NotBuilt:
+        notice(
+            f"no run=DIR: foundation={cfg.foundation} is fine-tuned and measured for {name} first, "
+            f"{cfg.downstream.loop.steps} steps, some minutes on two CPU cores; {cfg.runs} keeps it"
+        )
+    start = time.perf_counter()
+    directory = fine_tuned()
+    notice(f"that took {time.perf_counter() - start:.0f} s; run={directory}")
+    return directory
 
 
 def _print_metrics(metrics: dict[str, float | None], before: str = "") -> None:

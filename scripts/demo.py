@@ -5,25 +5,32 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from omegaconf import DictConfig
-from PIL import Image, ImageOps
+from PIL import Image
 
-from eval.generate import generate
+from corpus.masks import IGNORED
+from downstream.any_size import TileOptions, synthesized, upscaled, whole
+from downstream.drawing import (
+    Restorer,
+    Synthesizer,
+    load_restorer,
+    load_synthesizer,
+    palette_of,
+    with_settings,
+)
+from downstream.imagery import Picture, rgb_picture
 from runtime.application import run
-from runtime.artefacts import COMPLETE, plain, read_json
+from runtime.artefacts import plain
 from runtime.errors import UserError
-from train.sampler import Sampler, check_settings, load_pipeline, load_sampler
+from train.sampler import Sampler, check_settings, load_sampler
 from train.shipped import SHIPPED, foundation_path
 
-CONDITIONAL = ("StableDiffusionInstructPix2PixPipeline",)
 #: Side of a picture to paint or look at, alone or as one of three, in screen pixels; most images and solver steps.
 CANVAS, TRIPLE, MOST_IMAGES, MOST_STEPS = 448, 360, 32, 100
 #: Of a picture: no sharing, which uploads to a public server.
@@ -43,88 +50,54 @@ THEME = gr.themes.Base(
 )
 
 
-@dataclass(frozen=True)
-class Translator:
-    """An image-conditioned pipeline of a downstream run.
+# ---------------------------------------------------------------- pictures
+
+
+def reduced(image: Image.Image, most: int) -> Image.Image:
+    """A picture whose longer side has at most so many pixels, by the mean over areas."""
+    scale = min(1.0, most / max(image.size))
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return image if scale == 1 else image.convert("RGB").resize(size, Image.Resampling.BOX)
+
+
+def painted_classes(image: Image.Image, longer: int, palette: np.ndarray) -> np.ndarray:
+    """The classes of a painted mask, uint8 [H, W], the longer side in so many pixels.
 
     Args:
-        run: the directory that its training printed.
-    """
-
-    pipeline: DiffusionPipeline
-    run: Path
-
-    @property
-    def side(self) -> int:
-        """Of the images it draws, in pixels."""
-        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
-
-    def draw(self, picture: np.ndarray, prompt: str, seed: int, steps: int) -> np.ndarray:
-        """The image uint8 [side, side, 3] for a condition picture of the same shape."""
-        check_settings(count=1, seed=seed, steps=steps, guidance_scale=1.0)
-        settings = {"steps": steps, "guidance_scale": 1.0, "seed": seed, "label": "draw"}
-        return generate(self.pipeline, [prompt], image=[Image.fromarray(picture)], **settings)[0]
-
-    def example(self) -> np.ndarray | None:
-        """A held-out condition picture that the run kept, uint8 [H, W, 3], or None."""
-        path = self.run / "samples" / "inputs.npy"
-        return np.load(path)[0] if path.is_file() else None
-
-
-def load_translator(directory: str, option: str) -> Translator:
-    """The image-conditioned pipeline of a downstream run.
-
-    Raises:
-        UserError: there is none, or it does not load.
-    """
-    pipeline, folder = load_pipeline(Path(directory).expanduser(), option, CONDITIONAL)
-    return Translator(pipeline, folder.parent if folder.name == "pipeline" else folder)
-
-
-# ---------------------------------------------------------------- condition pictures
-
-
-def low_and_bicubic(image: Image.Image, side: int, factor: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture, cut square, at side / factor and bicubically enlarged again, as super-resolution was trained.
-
-    Returns:
-        uint8 [side / factor, side / factor, 3] and uint8 [side, side, 3].
-    """
-    small = side // factor
-    image = image.convert("RGB")
-    method = Image.Resampling.BOX if min(image.size) > small else Image.Resampling.BICUBIC
-    low = ImageOps.fit(image, (small, small), method)
-    return np.asarray(low), np.asarray(low.resize((side, side), Image.Resampling.BICUBIC))
-
-
-def mask_picture(image: Image.Image, side: int, palette: np.ndarray) -> np.ndarray:
-    """A mask in the palette's colours alone, cut square: uint8 [side, side, 3].
-
-    Args:
-        image: painted in about these colours, or grey levels 0..K-1 that number the classes; where it is transparent
-            it counts as the first class.
+        image: painted in about the palette's colours, or grey levels 0..K-1 that number the classes; where it is
+            transparent it counts as the first class.
         palette: uint8 [K, 3].
     """
-    pixels = np.asarray(ImageOps.fit(image.convert("RGBA"), (side, side), Image.Resampling.NEAREST))
+    size = tuple(max(1, round(side * longer / max(image.size))) for side in image.size)
+    pixels = np.asarray(image.convert("RGBA").resize(size, Image.Resampling.NEAREST))
     colours = pixels[..., :3].astype(int)
     if (colours == colours[..., :1]).all() and colours.max() < len(palette):
         classes = colours[..., 0]
     else:
         classes = np.square(colours[:, :, None] - palette.astype(int)).sum(axis=-1).argmin(axis=-1)
-    return palette[np.where(pixels[..., 3] < 128, 0, classes)]
+    return np.where(pixels[..., 3] < 128, 0, classes).astype(np.uint8)
 
 
-def factor_of(run: Path, default: int) -> int:
-    """By how much a super-resolution run enlarges."""
-    facts = run / COMPLETE
-    inputs = read_json(facts)["inputs"] if facts.is_file() else {}
-    return int(inputs.get("condition", {}).get("factor", default))
+def example_of(run: Path) -> np.ndarray | None:
+    """A held-out condition picture that a run kept, uint8 [H, W, 3], or None."""
+    path = run / "samples" / "inputs.npy"
+    return np.load(path)[0] if path.is_file() else None
 
 
 def enlarged(picture: np.ndarray) -> np.ndarray:
     """A picture at about CANVAS pixels, without smoothing."""
     scale = max(1, CANVAS // picture.shape[1])
     return picture.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def checked_steps(seed: int, steps: int) -> int:
+    """The number of solver steps.
+
+    Raises:
+        UserError: it or the seed is none.
+    """
+    check_settings(count=1, seed=seed, steps=steps, guidance_scale=1.0)
+    return steps
 
 
 # ---------------------------------------------------------------- the page
@@ -224,21 +197,28 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
     )
 
 
-def super_resolution_tab(cfg: DictConfig, translator: Translator) -> None:
+def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarray | None) -> None:
     """A low-resolution picture → an image."""
-    side, factor = translator.side, factor_of(translator.run, int(cfg.downstream.super_resolution.factor))
+    factor, most = restorer.factor, int(cfg.demo.most_side) // restorer.factor
 
     def enlarge(image: Image.Image | None, seed: int, steps: int) -> tuple[Image.Image, Image.Image]:
         if image is None:
             raise UserError("no picture: upload one")
-        _, bicubic = low_and_bicubic(image, side, factor)
-        return Image.fromarray(bicubic), Image.fromarray(translator.draw(bicubic, "", seed, steps))
+        model = with_settings(restorer, steps=checked_steps(seed, steps))
+        picture = rgb_picture(reduced(image, most), "the picture")
+        options = TileOptions(cfg.upscale.overlap, cfg.upscale.batch_size, seed)
+        size = (picture.width * factor, picture.height * factor)
+        bicubic = Image.fromarray(picture.values).resize(size, Image.Resampling.BICUBIC)
+        return bicubic, Image.fromarray(whole(upscaled(picture, model, options)))
 
-    gr.Markdown(f"A picture is cut square and reduced to {side // factor} px, then drawn again at {side} px.")
+    gr.Markdown(
+        f"A picture of any shape is drawn at {factor} times its size. One of more than {most} px is reduced to that "
+        "before; `scripts/upscale.py` has no such limit."
+    )
     with gr.Row():
         with gr.Column(min_width=260):
             image = gr.Image(
-                translator.example(),
+                example,
                 type="pil",
                 label="Picture",
                 sources=["upload", "clipboard"],
@@ -256,29 +236,37 @@ def super_resolution_tab(cfg: DictConfig, translator: Translator) -> None:
     button.click(shown(enlarge), [image, seed, steps], [bicubic, output], api_name="enlarge", concurrency_id="draw")
 
 
-def mask_tab(cfg: DictConfig, translator: Translator, palette: Mapping[str, Sequence[int]]) -> None:
+def mask_tab(
+    cfg: DictConfig,
+    synthesizer: Synthesizer,
+    palette: Mapping[str, Sequence[int]],
+    example: np.ndarray | None,
+) -> None:
     """A painted mask → an image."""
     colours = np.array(list(palette.values()), dtype=np.uint8)
     codes = ["#" + bytes(colour).hex() for colour in colours]
+    classes, most = len(synthesizer.classes), int(cfg.demo.most_side)
 
     def from_mask(
-        painted: Mapping[str, Any] | None, prompt: str, seed: int, steps: int
+        painted: Mapping[str, Any] | None, prompt: str, seed: int, steps: int, longer: int
     ) -> tuple[Image.Image, Image.Image]:
         image = (painted or {}).get("composite") or (painted or {}).get("background")
         if image is None:
             raise UserError("no mask: paint one, or upload one")
-        mask = mask_picture(image, translator.side, colours)
-        return Image.fromarray(mask), Image.fromarray(translator.draw(mask, prompt or "", seed, steps))
+        model = with_settings(synthesizer, steps=checked_steps(seed, steps), prompt=prompt or "")
+        mask = painted_classes(image, int(longer), colours)
+        numbers = np.where(mask < classes, mask, np.uint8(IGNORED))
+        options = TileOptions(cfg.synthesize.overlap, cfg.synthesize.batch_size, seed)
+        return Image.fromarray(colours[mask]), Image.fromarray(whole(synthesized(Picture(numbers), model, options)))
 
     swatch = "display:inline-block;width:1em;height:1em;margin-left:.6em;vertical-align:-.15em;border:1px solid #8888"
     legend = " ".join(
         f'<span style="{swatch};background:{code}"></span> {name}' for name, code in zip(palette, codes, strict=True)
     )
     gr.Markdown(
-        f"Paint a mask, or upload one in these colours or with the classes' numbers; what is bare counts as "
-        f"{next(iter(palette))}.\n\n{legend}"
+        f"Paint a mask, or upload one of any shape in these colours or with the classes' numbers; what is bare counts "
+        f"as {next(iter(palette))}.\n\n{legend}"
     )
-    example = translator.example()
     with gr.Row():
         with gr.Column(min_width=460):
             mask = gr.ImageEditor(
@@ -296,12 +284,23 @@ def mask_tab(cfg: DictConfig, translator: Translator, palette: Mapping[str, Sequ
             )
             prompt = gr.Textbox(label="Prompt, as the image would be captioned; may be empty")
             seed, steps = seed_and_steps(cfg)
+            longer = gr.Slider(
+                1,
+                most,
+                min(synthesizer.side, most),
+                step=1,
+                label="Longer side of the image and of its mask, in pixels",
+            )
             button = gr.Button("Draw", variant="primary")
         with gr.Column(min_width=260):
             output = drawing("Image", CANVAS)
             used = drawing("Mask as the model sees it", CANVAS // 2)
     button.click(
-        shown(from_mask), [mask, prompt, seed, steps], [used, output], api_name="from_mask", concurrency_id="draw"
+        shown(from_mask),
+        [mask, prompt, seed, steps, longer],
+        [used, output],
+        api_name="from_mask",
+        concurrency_id="draw",
     )
 
 
@@ -315,29 +314,29 @@ def page(cfg: DictConfig) -> gr.Blocks:
     check_settings(**settings, guidance_scale=cfg.sample.guidance_scale)
     foundation = foundation_path(SHIPPED if cfg.foundation is None else cfg.foundation)
     sampler = load_sampler(foundation, cfg.sample.batch_size)
-    options = {"super_resolution": cfg.demo.super_resolution, "semantic_synthesis": cfg.demo.semantic_synthesis}
-    translators = {
-        name: load_translator(str(directory), f"demo.{name}")
-        for name, directory in options.items()
-        if directory is not None
+    runs = {
+        name: Path(str(directory)).expanduser()
+        for name in ("super_resolution", "semantic_synthesis")
+        if (directory := cfg.demo[name]) is not None
     }
-    palette = {}
-    if "semantic_synthesis" in translators:
-        file = translators["semantic_synthesis"].run / "palette.json"
-        if not file.is_file():
-            raise UserError(f"demo.semantic_synthesis={file.parent} has no palette.json: give the whole run")
-        palette = read_json(file)
+    steps, restorer, synthesizer = int(cfg.downstream.steps), None, None
+    if folder := runs.get("super_resolution"):
+        factor = int(cfg.downstream.super_resolution.factor)
+        restorer = load_restorer(folder, "demo.super_resolution", steps=steps, factor=factor)
+    if folder := runs.get("semantic_synthesis"):
+        synthesizer = load_synthesizer(folder, "demo.semantic_synthesis", steps=steps)
+        palette = palette_of(folder, "demo.semantic_synthesis")
     name = foundation.resolve().name
     with gr.Blocks(title="RS-Prune", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"# RS-Prune\nRemote-sensing images from the foundation model `{name}`.")
         with gr.Tab("Text → image"):
             text_tab(cfg, sampler)
-        if "super_resolution" in translators:
+        if restorer is not None:
             with gr.Tab("Super-resolution"):
-                super_resolution_tab(cfg, translators["super_resolution"])
-        if palette:
+                super_resolution_tab(cfg, restorer, example_of(runs["super_resolution"]))
+        if synthesizer is not None:
             with gr.Tab("Mask → image"):
-                mask_tab(cfg, translators["semantic_synthesis"], palette)
+                mask_tab(cfg, synthesizer, palette, example_of(runs["semantic_synthesis"]))
     return blocks
 
 

@@ -32,7 +32,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from tiny_networks import CHANNELS, SIZE, tiny_autoencoder, tiny_text_encoder, tiny_unet
 
-from eval.generate import generate, starting_noise
+from downstream.any_size import TileOptions, synthesized, upscaled, whole
+from downstream.drawing import load_restorer, load_synthesizer
+from downstream.imagery import Picture
+from eval.generate import starting_noise
 from report.figures import GAP
 from runtime.artefacts import read_json, write_json
 from runtime.errors import UserError
@@ -456,20 +459,23 @@ def test_the_page_translates_pictures(client, translation_run: Path, tmp_path: P
     picture = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
     file = gradio_client.handle_file(str(tmp_path / "picture.png"))
-    pipeline, _ = load_pipeline(translation_run, "run", ("StableDiffusionInstructPix2PixPipeline",))
+    restorer = load_restorer(translation_run, "run", steps=2, factor=4)
     bicubic, output = client.predict(file, 3, 2, api_name="/enlarge")
-    condition = Image.open(bicubic).convert("RGB")
-    settings = {"seed": 3, "steps": 2, "guidance_scale": 1.0, "image": [condition]}
-    assert (np.asarray(Image.open(output).convert("RGB")) == generate(pipeline, [""], **settings)[0]).all()
+    assert (
+        np.asarray(Image.open(bicubic)) == Image.fromarray(picture).resize((80, 48), Image.Resampling.BICUBIC)
+    ).all()
+    expected = whole(upscaled(Picture(picture), restorer, TileOptions(0.25, 32, 3)))
+    assert (np.asarray(Image.open(output).convert("RGB")) == expected).all()
 
     mask = {"background": file, "layers": [], "composite": file}
-    used, output = client.predict(mask, "a desert", 3, 2, api_name="/from_mask")
-    condition = Image.open(used).convert("RGB")
-    assert {tuple(colour) for colour in np.asarray(condition).reshape(-1, 3).tolist()} <= set(
-        map(tuple, PALETTE.values())
-    )
-    settings["image"] = [condition]
-    assert (np.asarray(Image.open(output).convert("RGB")) == generate(pipeline, ["a desert"], **settings)[0]).all()
+    used, output = client.predict(mask, "a desert", 3, 2, 30, api_name="/from_mask")
+    colours = np.asarray(Image.open(used).convert("RGB")).tolist()
+    known = list(PALETTE.values())
+    classes = np.array([[known.index(colour) for colour in row] for row in colours], np.uint8)
+    assert classes.shape == (18, 30)
+    synthesizer = load_synthesizer(translation_run, "run", steps=2, prompt="a desert")
+    expected = whole(synthesized(Picture(classes), synthesizer, TileOptions(0.5, 32, 3)))
+    assert (np.asarray(Image.open(output).convert("RGB")) == expected).all()
 
 
 @pytest.mark.slow
@@ -530,22 +536,22 @@ def test_the_demo_refuses_in_one_line(plain_run: Path, translation_run: Path, tm
             call(config(*overrides))
 
 
-def test_pictures_are_brought_to_what_the_tasks_were_trained_on() -> None:
-    from scripts.demo import low_and_bicubic, mask_picture
+def test_the_page_takes_pictures_and_masks_of_any_shape() -> None:
+    from scripts.demo import painted_classes, reduced
 
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    low, bicubic = low_and_bicubic(Image.fromarray(picture), 32, 4)
-    means = picture.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
-    assert np.abs(low - means).max() <= 1 and bicubic.shape == (32, 32, 3)
-    assert (low_and_bicubic(Image.fromarray(low), 32, 4)[1] == bicubic).all()
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    small = np.asarray(reduced(Image.fromarray(picture), 12))
+    assert np.abs(small - picture.reshape(8, 4, 12, 4, 3).mean(axis=(1, 3))).max() <= 1
+    assert (np.asarray(reduced(Image.fromarray(picture), 48)) == picture).all()
 
     palette = np.array(list(PALETTE.values()), dtype=np.uint8)
-    classes = np.random.default_rng(1).integers(0, 3, (16, 16))
+    classes = np.random.default_rng(1).integers(0, 3, (12, 16)).astype(np.uint8)
     painted = Image.fromarray(palette[classes])
-    assert (mask_picture(painted, 16, palette) == palette[classes]).all()
-    large = painted.resize((64, 64), Image.Resampling.NEAREST)
-    assert (mask_picture(large, 16, palette) == palette[classes]).all()
-    assert (mask_picture(Image.fromarray(classes.astype(np.uint8)), 16, palette) == palette[classes]).all()
+    assert (painted_classes(painted, 16, palette) == classes).all()
+    large = painted.resize((64, 48), Image.Resampling.NEAREST)
+    assert (painted_classes(large, 16, palette) == classes).all()
+    assert (painted_classes(painted, 64, palette) == classes.repeat(4, axis=0).repeat(4, axis=1)).all()
+    assert (painted_classes(Image.fromarray(classes), 16, palette) == classes).all()
     bare = painted.convert("RGBA")
     bare.putalpha(0)
-    assert (mask_picture(bare, 16, palette) == palette[0]).all()
+    assert (painted_classes(bare, 16, palette) == 0).all()

@@ -1,0 +1,313 @@
+"""Images of any size, enlarged or drawn from masks tile by tile, and the files and folders of the two commands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+from corpus.masks import IGNORED
+from downstream.drawing import Restorer, Synthesizer
+from downstream.imagery import (
+    BLOCK,
+    RASTERS,
+    SUFFIXES,
+    Place,
+    Source,
+    Strip,
+    check_size,
+    write_image,
+    written_beside,
+)
+from downstream.tiling import Grid, blended, ground_noise, in_context, reflected
+from runtime.errors import UserError
+from runtime.notices import notice
+from runtime.progress import progress
+
+#: Makes images float32 [1, H, W, 3] agree with low-resolution ones uint8 [1, H/f, W/f, 3].
+Agree = Callable[[np.ndarray, np.ndarray], np.ndarray]
+#: Told how many tiles are done.
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class TileOptions:
+    """How an image is cut into tiles.
+
+    Attributes:
+        overlap: least of neighbours, as a share of a tile's side.
+        batch_size: tiles drawn at once.
+        seed: of the noise that tiles start from.
+    Raises:
+        UserError: a number is none, or too small.
+    """
+
+    overlap: float
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.overlap, int | float) and not isinstance(self.overlap, bool)
+        if not (number and 0 <= self.overlap < 1):
+            raise UserError(f"overlap={self.overlap}: give a share of a tile's side, 0 to less than 1")
+        for name, least in (("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{name}={value}: give a whole number of at least {least}")
+
+
+def grid_of(source: Source, model: Restorer | Synthesizer, overlap: float) -> Grid:
+    """The tiles of what a model draws of a source.
+
+    Args:
+        overlap: least of neighbours, as a share of a tile's side; tiles advance by a latent cell at least.
+    """
+    factor = getattr(model, "factor", 1)
+    multiple = math.lcm(_cell(model), factor)
+    pixels = min(round(overlap * model.side), model.side - multiple)
+    return Grid(source.height * factor, source.width * factor, model.side, pixels, multiple)
+
+
+def upscaled(
+    source: Source,
+    restorer: Restorer,
+    options: TileOptions,
+    *,
+    agree: Agree | None = None,
+    context: int = 0,
+    advance: Advance = lambda tiles: None,
+) -> Iterator[Strip]:
+    """An enlarged image in strips uint8 [h, W, 3], from top to bottom.
+
+    What has no data is filled from the nearest pixel that has before a tile is drawn, so that its values change
+    nothing else.
+
+    Args:
+        agree: makes a strip agree with its input again; None: nothing does.
+        context: rows of the input above and below a strip that `agree` looks at.
+    """
+    factor, top = restorer.factor, 0
+    grid = grid_of(source, restorer, options.overlap)
+    strips = blended(grid, _Tiles(source, restorer, grid, options, advance).rows())
+    for part, above, below in in_context(strips, context * factor):
+        bottom = top + len(part) - above - below
+        if agree is not None:
+            low = filled(source.rows((top - above) // factor, (bottom + below) // factor))
+            part = agree(part[None], low[None])[0]
+        valid = source.rows(top // factor, bottom // factor).valid
+        if valid is not None:
+            valid = valid.repeat(factor, axis=0).repeat(factor, axis=1)
+        yield Strip(_eight_bits(part[above : len(part) - below]), valid)
+        top = bottom
+
+
+def synthesized(
+    source: Source, synthesizer: Synthesizer, options: TileOptions, *, advance: Advance = lambda tiles: None
+) -> Iterator[Strip]:
+    """The image of a mask of class numbers, in strips uint8 [h, W, 3] from top to bottom.
+
+    What has no data is of no class for the model, and has none in the image.
+    """
+    grid, top = grid_of(source, synthesizer, options.overlap), 0
+    for part in blended(grid, _Tiles(source, synthesizer, grid, options, advance).rows()):
+        yield Strip(_eight_bits(part), source.rows(top, top + len(part)).valid)
+        top += len(part)
+
+
+def whole(strips: Iterable[Strip]) -> np.ndarray:
+    """All strips as one image uint8 [H, W, 3]."""
+    return np.concatenate([strip.values for strip in strips])
+
+
+def filled(strip: Strip) -> np.ndarray:
+    """The values of a strip; where there is no data, those of the nearest pixel that has, or 0 where none has.
+
+    Of class numbers [h, W], 255 where there is no data.
+    """
+    values, valid = strip
+    if valid is None:
+        return values
+    if values.ndim == 2:
+        return np.where(valid, values, np.uint8(IGNORED))
+    if not valid.any():
+        return np.zeros_like(values)
+    nearest = distance_transform_edt(~valid, return_distances=False, return_indices=True)
+    return values[tuple(nearest)]
+
+
+def _cell(model: Restorer | Synthesizer) -> int:
+    """Side of a latent cell in drawn pixels."""
+    return model.side // model.latent_shape[1]
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    rounded = np.rint(values)
+    return np.clip(rounded, 0, 255, out=rounded).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """The tiles of a source, drawn row by row."""
+
+    source: Source
+    model: Restorer | Synthesizer
+    grid: Grid
+    options: TileOptions
+    advance: Advance
+
+    @property
+    def factor(self) -> int:
+        return getattr(self.model, "factor", 1)
+
+    def rows(self) -> Iterator[Iterator[tuple[int, np.ndarray]]]:
+        """For each of the grid's rows its tiles, as `blended` takes them."""
+        grid, cell = self.grid, _cell(self.model)
+        columns = reflected(0, grid.padded_width // self.factor, self.source.width)
+        cells = (grid.side // cell, grid.padded_width // cell, self.model.latent_shape[0])
+        for top in grid.rows:
+            rows = reflected(top // self.factor, (top + grid.side) // self.factor, self.source.height)
+            first = int(rows.min())
+            strip = self.source.rows(first, int(rows.max()) + 1)
+            values = filled(strip)[rows - first][:, columns]
+            valid = None if strip.valid is None else strip.valid[rows - first][:, columns]
+            noise = ground_noise(self.options.seed, top // cell, 0, *cells)
+            yield self._row(Strip(values, valid), noise)
+
+    def _row(self, strip: Strip, noise: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The tiles of a row with the numbers of their columns; those without any data are not drawn, but repeated."""
+        factor, side, cell = self.factor, self.grid.side, _cell(self.model)
+
+        def low(array: np.ndarray, number: int) -> np.ndarray:
+            left = self.grid.columns[number] // factor
+            return array[:, left : left + side // factor]
+
+        def noise_of(number: int) -> np.ndarray:
+            left = self.grid.columns[number] // cell
+            return noise[..., left : left + side // cell]
+
+        numbers = range(len(self.grid.columns))
+        drawn = [number for number in numbers if strip.valid is None or low(strip.valid, number).any()]
+        for number in sorted(set(numbers) - set(drawn)):
+            if strip.values.ndim == 3:  # what no mask draws may be black
+                yield number, low(strip.values, number).repeat(factor, axis=0).repeat(factor, axis=1)
+            self.advance(1)
+        for start in range(0, len(drawn), self.options.batch_size):
+            batch = drawn[start : start + self.options.batch_size]
+            tiles = np.stack([low(strip.values, number) for number in batch])
+            yield from zip(batch, self.model(tiles, np.stack([noise_of(number) for number in batch])), strict=True)
+            self.advance(len(batch))
+
+
+# ---------------------------------------------------------------- files and folders
+
+
+class Job(NamedTuple):
+    """An image file, and the file that its result becomes."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What a command does with every image.
+
+    Attributes:
+        opened: a file as a source.
+        grid: the tiles that are drawn of a source.
+        drawn: (source, advance) -> strips of the result.
+        factor: by which it is larger than the source.
+        label: of the progress bar.
+    """
+
+    opened: Callable[[Path], AbstractContextManager[Source]]
+    grid: Callable[[Source], Grid]
+    drawn: Callable[[Source, Advance], Iterable[Strip]]
+    factor: int
+    label: str
+
+
+def jobs_of(source: Any, target: Any, option: str, suffix: Callable[[Path], str]) -> list[Job]:
+    """The images of a file or a folder and where their results go; a folder's tree is kept.
+
+    Args:
+        source, target: values of the options `option` and `out`.
+        suffix: of the result of a file in a folder.
+    Raises:
+        UserError: there is no such file or folder, it is empty, or something is there already.
+    """
+    if source is None or target is None:
+        missing = option if source is None else "out"
+        raise UserError(f"{missing}=… is missing: give {option}=PATH out=PATH, an image or a folder of images")
+    source, target = Path(str(source)).expanduser(), Path(str(target)).expanduser()
+    if not source.exists():
+        raise UserError(f"{option}={source}: there is no such file or folder")
+    jobs = _in_folder(source, target, option, suffix) if source.is_dir() else [Job(source, target)]
+    for path, key in ((source, option), (target, "out")):
+        if not source.is_dir() and path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{key}={path}: give a file that ends in {', '.join(SUFFIXES)}")
+    if _is_taken(target, folder=source.is_dir()):
+        raise UserError(f"out={target} is there and not empty: name another, or remove it")
+    return jobs
+
+
+def _in_folder(source: Path, target: Path, option: str, suffix: Callable[[Path], str]) -> list[Job]:
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise UserError(f"{option}={source} holds no image ({', '.join(SUFFIXES)}): give a folder of images")
+    jobs = [Job(path, target / path.relative_to(source).with_suffix(suffix(path))) for path in files]
+    taken: dict[Path, Path] = {}
+    for job in jobs:
+        if (other := taken.setdefault(job.target, job.source)) != job.source:
+            raise UserError(f"{other} and {job.source} would both become {job.target}: rename one of them")
+    return jobs
+
+
+def _is_taken(target: Path, folder: bool) -> bool:
+    if target.is_dir():
+        return not folder or any(target.iterdir())
+    return target.exists() and (folder or target.stat().st_size > 0)
+
+
+def translate(jobs: Sequence[Job], target: Path, translation: Translation) -> None:
+    """Write the result of every job, after a look at all of them.
+
+    Args:
+        target: the file, or the folder that all jobs' targets are in; it appears when all is done.
+    Raises:
+        UserError: an image is damaged, or none that the command knows.
+    """
+    tiles = sum(_checked(job, translation) for job in progress(jobs, "look", unit="image"))
+    with progress((), translation.label, total=tiles, unit="tile") as bar:
+        if [job.target for job in jobs] == [target]:
+            _write(jobs[0].source, target, translation, bar.update)
+            return
+        with written_beside(target) as partial:
+            for job in jobs:
+                _write(job.source, partial / job.target.relative_to(target), translation, bar.update)
+
+
+def _checked(job: Job, translation: Translation) -> int:
+    """The tiles of an image that is whole."""
+    with translation.opened(job.source) as source:
+        check_size(job.target, source.height * translation.factor, source.width * translation.factor)
+        if source.place is not None:  # else it has been decoded
+            for start in range(0, source.height, BLOCK):
+                source.rows(start, min(start + BLOCK, source.height))
+        if source.place not in (None, Place()) and job.target.suffix.lower() not in RASTERS:
+            notice(f"{job.target} has no place for the georeference of {job.source}: a .tif has")
+        return len(translation.grid(source))
+
+
+def _write(path: Path, target: Path, translation: Translation, advance: Advance) -> None:
+    factor = translation.factor
+    with translation.opened(path) as source:
+        place = None if source.place is None else source.place.enlarged(factor)
+        strips = translation.drawn(source, advance)
+        write_image(target, strips, source.height * factor, source.width * factor, place)
