@@ -13,7 +13,8 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from corpus.masks import IGNORED
-from downstream.drawing import Restorer, Synthesizer
+from downstream.consistency import back_project
+from downstream.drawing import Synthesizer
 from downstream.imagery import (
     BLOCK,
     RASTERS,
@@ -25,6 +26,7 @@ from downstream.imagery import (
     write_image,
     written_beside,
 )
+from downstream.restoration import Restorer
 from downstream.tiling import Grid, blended, ground_noise, in_context, reflected
 from runtime.errors import UserError
 from runtime.notices import notice
@@ -72,6 +74,25 @@ def grid_of(source: Source, model: Restorer | Synthesizer, overlap: float) -> Gr
     multiple = math.lcm(_cell(model), factor)
     pixels = min(round(overlap * model.side), model.side - multiple)
     return Grid(source.height * factor, source.width * factor, model.side, pixels, multiple)
+
+
+#: Rows of the input beside a strip that consistency looks at: back-projection by bicubic enlargement is local.
+CONTEXT = 8
+
+
+def agreeing(restorer: Restorer) -> dict[str, Any]:
+    """Arguments of `upscaled` that make strips consistent with their input where the restorer's outputs are.
+
+    Blended tiles are nearly so: each is, but their weights differ inside an input pixel.
+    """
+    options = restorer.options
+    if not options.consistency:
+        return {}
+
+    def agree(images: np.ndarray, low: np.ndarray) -> np.ndarray:
+        return back_project(images.astype(np.float32), low, restorer.factor, options.kind, options.consistency)
+
+    return {"agree": agree, "context": CONTEXT}
 
 
 def upscaled(

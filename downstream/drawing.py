@@ -1,179 +1,142 @@
-"""What draws the tiles of an image of any size: two protocols, and the pipelines of fine-tuned runs behind them."""
+"""The models of fine-tuned runs that draw the tiles of an image of any size (`downstream.any_size`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from corpus.masks import IGNORED
+from downstream.controlnet import one_hot
+from downstream.restoration import Restoration, Restorer
+from downstream.task import Guidance
 from downstream.tasks.semantic_synthesis import NO_CLASS, by_value
-from downstream.tasks.super_resolution import bicubic
+from downstream.tasks.super_resolution import with_level
 from runtime.artefacts import COMPLETE, read_json
 from runtime.errors import UserError
 from train.sampler import load_pipeline
 
 PALETTE = "palette.json"
-_KINDS = ("StableDiffusionInstructPix2PixPipeline",)
+UNGUIDED = Guidance()
+_CONCATENATED = "StableDiffusionInstructPix2PixPipeline"
+_STEERED = "StableDiffusionControlNetPipeline"
 
 
-class Restorer(Protocol):
-    """Draws images from images reduced by a factor.
-
-    Attributes:
-        factor: by which it enlarges.
-        side: of a tile that it draws, in pixels; a multiple of the factor.
-        latent_shape: of a tile's noise, (C, h, w).
-    """
-
-    factor: int
-    side: int
-    latent_shape: tuple[int, int, int]
-
-    def __call__(self, low: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Images float32 in 0..255 or uint8 [N, side, side, 3] of uint8 [N, side/factor, side/factor, 3].
-
-        Args:
-            noise: standard normal float32 [N, C, h, w] to start from.
-        """
-        ...
-
-
-class Synthesizer(Protocol):
-    """Draws images from masks.
+@dataclass(frozen=True)
+class Synthesizer:
+    """A run of semantic synthesis.
 
     Attributes:
-        side: of a tile, in pixels.
-        latent_shape: of a tile's noise, (C, h, w).
-        classes: their names, by the number in a mask.
+        pipeline: conditioned on the mask in the palette's colours, or with a ControlNet.
+        palette: colour [r, g, b] of every class by its name, and of what has none as NO_CLASS.
+        steps: of the solver.
+        prompt: of all tiles; may be empty.
     """
 
-    side: int
-    latent_shape: tuple[int, int, int]
-    classes: tuple[str, ...]
+    pipeline: DiffusionPipeline
+    palette: Mapping[str, list[int]]
+    steps: int
+    prompt: str = ""
+    guidance: Guidance = UNGUIDED
 
+    @property
+    def side(self) -> int:
+        """Of a tile, in pixels."""
+        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of a tile's noise."""
+        size = self.pipeline.unet.config.sample_size
+        return self.pipeline.vae.config.latent_channels, size, size
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, by the number in a mask."""
+        return class_names(self.palette)
+
+    @torch.inference_mode()
     def __call__(self, masks: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Images uint8 [N, side, side, 3] of class numbers uint8 [N, side, side], 255 where there is none.
 
         Args:
             noise: standard normal float32 [N, C, h, w] to start from.
         """
-        ...
-
-
-# ---------------------------------------------------------------- pipelines of today's runs
-
-
-@dataclass(frozen=True)
-class _Drawing:
-    """An image-conditioned pipeline.
-
-    Attributes:
-        steps: of the solver.
-        prompt: of all tiles; may be empty.
-    """
-
-    pipeline: StableDiffusionInstructPix2PixPipeline
-    steps: int
-    prompt: str = ""
-
-    @property
-    def side(self) -> int:
-        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        size = self.pipeline.unet.config.sample_size
-        return self.pipeline.vae.config.latent_channels, size, size
-
-    @torch.inference_mode()
-    def drawn(self, pictures: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Images float32 [N, side, side, 3] in 0..255 of condition pictures uint8 of that shape."""
+        steered = type(self.pipeline).__name__ == _STEERED
+        if steered:
+            images = torch.from_numpy(one_hot(masks, len(self.classes)))
+        else:
+            colours = by_value(np.array(list(self.palette.values()), np.uint8), len(self.classes))
+            images = [Image.fromarray(picture) for picture in colours[masks]]
         output = self.pipeline(
-            prompt=[self.prompt] * len(pictures),
-            image=[Image.fromarray(picture) for picture in pictures],
+            prompt=[self.prompt] * len(masks),
+            image=images,
             latents=torch.from_numpy(noise).to(self.pipeline.unet.device),
             num_inference_steps=self.steps,
-            guidance_scale=1.0,
             output_type="np",
+            **self.guidance.arguments(steered),
         )
-        return np.asarray(output.images, dtype=np.float32) * 255
+        return (np.asarray(output.images) * 255).round().astype(np.uint8)
 
 
-@dataclass(frozen=True)
-class PipelineRestorer(_Drawing):
-    """A run of super-resolution, conditioned on the bicubically enlarged picture, as a `Restorer`."""
-
-    factor: int = 4
-
-    def __call__(self, low: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        return self.drawn(bicubic(low, self.factor), noise)
-
-
-@dataclass(frozen=True)
-class PipelineSynthesizer(_Drawing):
-    """A run of semantic synthesis, conditioned on the mask in the palette's colours, as a `Synthesizer`.
-
-    Attributes:
-        palette: colour [r, g, b] of every class by its name, and of what has none as NO_CLASS.
-    """
-
-    palette: Mapping[str, list[int]] | None = None
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return class_names(self.palette)
-
-    def __call__(self, masks: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        colours = by_value(np.array(list(self.palette.values()), np.uint8), len(self.classes))
-        return self.drawn(colours[masks], noise).round().astype(np.uint8)
-
-
-Drawing = TypeVar("Drawing", Restorer, Synthesizer)
-
-
-def with_settings(model: Drawing, **settings: Any) -> Drawing:
+def with_settings(model: Any, **settings: Any) -> Any:
     """The same model with another number of solver `steps`, or another `prompt`."""
     return replace(model, **settings)
 
 
-def load_restorer(run: Path, option: str, *, steps: int, factor: int) -> Restorer:
-    """The restorer of a super-resolution run, or of its pipeline.
+def with_dial(restorer: Restorer, dial: float) -> Restorer:
+    """The same model with another dial."""
+    return replace(restorer, options=replace(restorer.options, dial=dial))
+
+
+def load_restorer(
+    run: Path, option: str, *, steps: int, factor: int, options: Restoration, noise_level: int = 0
+) -> Restorer:
+    """The model of a super-resolution run, or of its pipeline.
 
     Args:
         option: that names the run, for messages.
-        factor: by which it enlarges where the run does not say so.
+        factor, options: by which it enlarges, and how, where the run does not say so.
+        noise_level: of the inputs in grey levels; of those that the run was trained with, the nearest is told.
     Raises:
         UserError: there is none, it is of another task, or it does not load.
     """
-    pipeline, _ = load_pipeline(run, option, _KINDS)
-    facts = _facts(run, option, "super_resolution")
-    known = int(facts.get("condition", {}).get("factor", factor))
-    restorer = PipelineRestorer(pipeline, steps, factor=known)
-    if known < 1 or restorer.side % known:
-        raise UserError(f"{option}={run} draws {restorer.side} px, which the factor {known} does not divide")
+    pipeline, _ = load_pipeline(run, option, (_CONCATENATED,))
+    facts = _facts(run, option, "super_resolution").get("condition", {})
+    factor = int(facts.get("factor", factor))
+    levels = facts.get("noise_levels", [0])
+    nearest = min(levels, key=lambda level: abs(level - noise_level))
+    relative = facts["target"] == "difference" if "target" in facts else options.relative
+    kind = facts.get("degradation", {}).get("kind", options.kind)
+    options = replace(options, relative=relative, kind=kind if kind in ("area", "bicubic") else "area")
+    restorer = Restorer(pipeline, factor, steps, options, with_level("", levels, nearest))
+    if factor < 1 or restorer.side % factor:
+        raise UserError(f"{option}={run} draws {restorer.side} px, which the factor {factor} does not divide")
     return restorer
 
 
-def load_synthesizer(run: Path, option: str, *, steps: int, prompt: str = "") -> Synthesizer:
-    """The synthesizer of a run of semantic synthesis.
+def load_synthesizer(
+    run: Path, option: str, *, steps: int, prompt: str = "", guidance: Guidance | None = None
+) -> Synthesizer:
+    """The model of a run of semantic synthesis.
 
     Args:
         option: that names the run, for messages.
         prompt: of all tiles.
+        guidance: None: none.
     Raises:
         UserError: there is none, it is of another task, or it does not load.
     """
     palette = palette_of(run, option)
-    pipeline, _ = load_pipeline(run, option, _KINDS)
+    pipeline, _ = load_pipeline(run, option, (_CONCATENATED, _STEERED))
     _facts(run, option, "semantic_synthesis")
-    return PipelineSynthesizer(pipeline, steps, prompt, palette=palette)
+    return Synthesizer(pipeline, palette, steps, prompt, guidance or UNGUIDED)
 
 
 def palette_of(run: Path, option: str) -> dict[str, list[int]]:

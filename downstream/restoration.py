@@ -69,12 +69,14 @@ class Restorer:
         pipeline: image-conditioned, trained on interpolated pictures.
         factor: side of an output over side of an input.
         steps: solver steps of a draw.
+        prompt: of images that have none of their own.
     """
 
     pipeline: StableDiffusionInstructPix2PixPipeline
     factor: int
     steps: int
     options: Restoration
+    prompt: str = ""
 
     @property
     def side(self) -> int:
@@ -83,9 +85,9 @@ class Restorer:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Of an output's noise."""
+        """Of an output's noise; that of several draws lies in further channels."""
         size = self.pipeline.unet.config.sample_size
-        return self.pipeline.vae.config.latent_channels, size, size
+        return self.pipeline.vae.config.latent_channels * self.options.noises, size, size
 
     def __call__(
         self,
@@ -99,14 +101,16 @@ class Restorer:
 
         Args:
             low: uint8 [N, h, w, 3].
-            noise: float32 [N, k, C, H / 8, W / 8], or [N, C, H / 8, W / 8] of one; where k is below
-                `options.noises`, what is averaged over more of them is averaged over k.
-            prompts: of each image; None: no text.
+            noise: float32 [N, k, C, H / 8, W / 8], or [N, k C, H / 8, W / 8]; where k is below `options.noises`, what
+                is averaged over more of them is averaged over k.
+            prompts: of each image; None: `prompt`.
             label: of a progress bar; None: none.
             rebuilt: `rebuilt_inputs` of them, where it is known already.
         """
-        noise = noise[:, None] if noise.ndim == 4 else noise
-        prompts = [""] * len(low) if prompts is None else list(prompts)
+        if noise.ndim == 4:
+            channels = self.pipeline.vae.config.latent_channels
+            noise = noise.reshape(len(noise), -1, channels, *noise.shape[2:])
+        prompts = [self.prompt] * len(low) if prompts is None else list(prompts)
         starts = range(0, len(low), BATCH)
         parts = []
         for start in progress(starts, label, unit="batch") if label else starts:

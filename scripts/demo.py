@@ -15,16 +15,19 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from corpus.masks import IGNORED
-from downstream.any_size import TileOptions, synthesized, upscaled, whole
+from downstream.any_size import TileOptions, agreeing, synthesized, upscaled, whole
 from downstream.drawing import (
-    Restorer,
     Synthesizer,
     load_restorer,
     load_synthesizer,
     palette_of,
+    with_dial,
     with_settings,
 )
 from downstream.imagery import Picture, rgb_picture
+from downstream.restoration import Restorer
+from downstream.tasks.semantic_synthesis import guidance_of
+from downstream.tasks.super_resolution import restoration_of
 from runtime.application import run
 from runtime.artefacts import plain
 from runtime.errors import UserError
@@ -201,15 +204,15 @@ def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarra
     """A low-resolution picture → an image."""
     factor, most = restorer.factor, int(cfg.demo.most_side) // restorer.factor
 
-    def enlarge(image: Image.Image | None, seed: int, steps: int) -> tuple[Image.Image, Image.Image]:
+    def enlarge(image: Image.Image | None, seed: int, steps: int, dial: float) -> tuple[Image.Image, Image.Image]:
         if image is None:
             raise UserError("no picture: upload one")
-        model = with_settings(restorer, steps=checked_steps(seed, steps))
+        model = with_dial(with_settings(restorer, steps=checked_steps(seed, steps)), dial)
         picture = rgb_picture(reduced(image, most), "the picture")
         options = TileOptions(cfg.upscale.overlap, cfg.upscale.batch_size, seed)
         size = (picture.width * factor, picture.height * factor)
         bicubic = Image.fromarray(picture.values).resize(size, Image.Resampling.BICUBIC)
-        return bicubic, Image.fromarray(whole(upscaled(picture, model, options)))
+        return bicubic, Image.fromarray(whole(upscaled(picture, model, options, **agreeing(model))))
 
     gr.Markdown(
         f"A picture of any shape is drawn at {factor} times its size. One of more than {most} px is reduced to that "
@@ -227,13 +230,15 @@ def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarra
                 buttons=BUTTONS,
                 elem_classes="picture",
             )
+            dial = gr.Slider(0, 1, restorer.options.dial, step=0.05, label="Detail: 0 smooth and faithful, 1 all of it")
             seed, steps = seed_and_steps(cfg)
             button = gr.Button("Enlarge", variant="primary")
         with gr.Column(min_width=260):
             bicubic = drawing("Bicubic", TRIPLE)
         with gr.Column(min_width=260):
             output = drawing("Super-resolution", TRIPLE)
-    button.click(shown(enlarge), [image, seed, steps], [bicubic, output], api_name="enlarge", concurrency_id="draw")
+    inputs = [image, seed, steps, dial]
+    button.click(shown(enlarge), inputs, [bicubic, output], api_name="enlarge", concurrency_id="draw")
 
 
 def mask_tab(
@@ -322,9 +327,11 @@ def page(cfg: DictConfig) -> gr.Blocks:
     steps, restorer, synthesizer = int(cfg.downstream.steps), None, None
     if folder := runs.get("super_resolution"):
         factor = int(cfg.downstream.super_resolution.factor)
-        restorer = load_restorer(folder, "demo.super_resolution", steps=steps, factor=factor)
+        restorer = load_restorer(
+            folder, "demo.super_resolution", steps=steps, factor=factor, options=restoration_of(cfg)
+        )
     if folder := runs.get("semantic_synthesis"):
-        synthesizer = load_synthesizer(folder, "demo.semantic_synthesis", steps=steps)
+        synthesizer = load_synthesizer(folder, "demo.semantic_synthesis", steps=steps, guidance=guidance_of(cfg))
         palette = palette_of(folder, "demo.semantic_synthesis")
     name = foundation.resolve().name
     with gr.Blocks(title="RS-Prune", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:

@@ -10,6 +10,7 @@ from downstream.any_size import TileOptions, Translation, grid_of, jobs_of, synt
 from downstream.command import run_or_fine_tuned
 from downstream.drawing import colour_numbers, load_synthesizer, palette_of
 from downstream.imagery import RASTERS, open_mask
+from downstream.tasks.semantic_synthesis import guidance_of
 from runtime.application import run
 from train.sampler import check_settings
 
@@ -26,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     jobs = jobs_of(cfg.mask, cfg.out, "mask", suffix_of)
     directory = run_or_fine_tuned(cfg, "semantic_synthesis")
     prompt = "" if cfg.prompt is None else str(cfg.prompt)
-    synthesizer = load_synthesizer(directory, "run", steps=settings.steps, prompt=prompt)
+    synthesizer = load_synthesizer(directory, "run", steps=settings.steps, prompt=prompt, guidance=guidance_of(cfg))
     colours = colour_numbers(palette_of(directory, "run"))
     target = Path(str(cfg.out)).expanduser()
     translation = Translation(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from downstream.any_size import TileOptions, Translation, grid_of, jobs_of, translate, upscaled
+from downstream.any_size import TileOptions, Translation, agreeing, grid_of, jobs_of, translate, upscaled
 from downstream.command import run_or_fine_tuned
 from downstream.drawing import load_restorer
 from downstream.imagery import open_image
+from downstream.tasks.super_resolution import restoration_of
 from runtime.application import run
 from train.sampler import check_settings
 
@@ -24,12 +25,14 @@ def main(cfg: DictConfig) -> None:
         "run",
         steps=settings.steps,
         factor=int(cfg.downstream.super_resolution.factor),
+        options=restoration_of(cfg),
+        noise_level=int(settings.noise_level),
     )
     target = Path(str(cfg.out)).expanduser()
     translation = Translation(
         opened=open_image,
         grid=lambda source: grid_of(source, restorer, options.overlap),
-        drawn=lambda source, advance: upscaled(source, restorer, options, advance=advance),
+        drawn=lambda source, advance: upscaled(source, restorer, options, advance=advance, **agreeing(restorer)),
         factor=restorer.factor,
         label="upscale",
     )

@@ -32,9 +32,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from tiny_networks import CHANNELS, SIZE, tiny_autoencoder, tiny_text_encoder, tiny_unet
 
-from downstream.any_size import TileOptions, synthesized, upscaled, whole
+from downstream.any_size import TileOptions, agreeing, synthesized, upscaled, whole
 from downstream.drawing import load_restorer, load_synthesizer
 from downstream.imagery import Picture
+from downstream.restoration import Restoration
 from eval.generate import starting_noise
 from report.figures import GAP
 from runtime.artefacts import read_json, write_json
@@ -451,7 +452,7 @@ def test_the_page_shows_user_errors_in_one_line(client) -> None:
     with pytest.raises(Exception, match=r"^the prompt is empty: [^\n]*$"):
         client.predict(" ", 1, 0, 2, 1.5, False, 0, 0, api_name="/draw")
     with pytest.raises(Exception, match="no picture"):
-        client.predict(None, 0, 2, api_name="/enlarge")
+        client.predict(None, 0, 2, 0.5, api_name="/enlarge")
 
 
 @pytest.mark.slow
@@ -459,12 +460,13 @@ def test_the_page_translates_pictures(client, translation_run: Path, tmp_path: P
     picture = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
     file = gradio_client.handle_file(str(tmp_path / "picture.png"))
-    restorer = load_restorer(translation_run, "run", steps=2, factor=4)
-    bicubic, output = client.predict(file, 3, 2, api_name="/enlarge")
+    options = Restoration(0.3, 1, 4, residual=True, consistency=3, kind="area", relative=True)
+    restorer = load_restorer(translation_run, "run", steps=2, factor=4, options=options)
+    bicubic, output = client.predict(file, 3, 2, 0.3, api_name="/enlarge")
     assert (
         np.asarray(Image.open(bicubic)) == Image.fromarray(picture).resize((80, 48), Image.Resampling.BICUBIC)
     ).all()
-    expected = whole(upscaled(Picture(picture), restorer, TileOptions(0.25, 32, 3)))
+    expected = whole(upscaled(Picture(picture), restorer, TileOptions(0.25, 32, 3), **agreeing(restorer)))
     assert (np.asarray(Image.open(output).convert("RGB")) == expected).all()
 
     mask = {"background": file, "layers": [], "composite": file}

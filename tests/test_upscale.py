@@ -24,9 +24,11 @@ from tiny_task import task_config, tiny_foundation
 from downstream import any_size, command
 from downstream.any_size import TileOptions, Translation, filled, grid_of, jobs_of, translate, upscaled
 from downstream.command import run_or_fine_tuned
+from downstream.degradation import reduce
 from downstream.drawing import load_restorer
 from downstream.imagery import Picture, Strip, open_image, regrouped, with_gaps, written_beside
-from downstream.tasks.super_resolution import bicubic
+from downstream.interpolation import enlarge
+from downstream.restoration import Restoration
 from downstream.tiling import ground_noise
 from runtime.application import CONFIGS
 from runtime.artefacts import write_json
@@ -135,23 +137,39 @@ def names(folder: Path) -> list[str]:
 def test_the_command_draws_what_the_pipeline_draws_tile_by_tile(run: Path, tmp_path: Path, capsys) -> None:
     picture = pictures(1, size=37)[0][:, :30]
     Image.fromarray(picture).save(tmp_path / "a.png")
-    upscale(tmp_path / "a.png", tmp_path / "b.png", run, "seed=3")
+    plain = [f"downstream.super_resolution.{option}" for option in ("dial=1.0", "residual=false", "consistency=0")]
+    plain.append("downstream.super_resolution.target=image")
+    upscale(tmp_path / "a.png", tmp_path / "b.png", run, "seed=3", *plain)
     assert capsys.readouterr().out == f"upscaled: {tmp_path / 'b.png'}\n"
     assert names(tmp_path) == ["a.png", "b.png"]
     drawn = np.asarray(Image.open(tmp_path / "b.png"))
     assert drawn.shape == (74, 60, 3) and drawn.std() > 0
 
-    pipeline = load_restorer(run, "run", steps=2, factor=4).pipeline
+    options = Restoration(1, 1, 1, residual=False, consistency=0, kind="area", relative=False)
+    pipeline = load_restorer(run, "run", steps=2, factor=4, options=options).pipeline
     low = picture[:8, :8]  # of the first tile, whose upper left corner no other overlaps
     expected = pipeline(
-        prompt="", image=Image.fromarray(bicubic(low[None], 2)[0]), num_inference_steps=2, guidance_scale=1.0,
+        prompt="", image=Image.fromarray(enlarge(low[None], 2, "bicubic")[0]), num_inference_steps=2, guidance_scale=1.0,
         latents=torch.from_numpy(ground_noise(3, 0, 0, 2, 2, CHANNELS)[None]), output_type="np",
     ).images[0]  # fmt: skip
     assert np.abs(drawn[:8, :8].astype(int) - (expected * 255).round()[:8, :8]).max() <= 1
-    upscale(tmp_path / "a.png", tmp_path / "c.png", run, "seed=3")
-    upscale(tmp_path / "a.png", tmp_path / "d.png", run, "seed=4")
+    upscale(tmp_path / "a.png", tmp_path / "c.png", run, "seed=3", *plain)
+    upscale(tmp_path / "a.png", tmp_path / "d.png", run, "seed=4", *plain)
     assert (np.asarray(Image.open(tmp_path / "c.png")) == drawn).all()
     assert (np.asarray(Image.open(tmp_path / "d.png")) != drawn).any()
+
+
+def test_the_whole_image_reduces_to_its_input(run: Path, tmp_path: Path) -> None:
+    """Over the borders of tiles too, where blending alone would not keep it."""
+    picture = pictures(1, size=40)[0][:, :34] // 2 + 64
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    errors = []
+    for name, rounds in (("loose", 0), ("bent", 3)):
+        upscale(tmp_path / "a.png", tmp_path / f"{name}.png", run, f"downstream.super_resolution.consistency={rounds}")
+        drawn = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(np.float32)
+        errors.append(np.abs(reduce(drawn[None], 2, "area")[0] - picture).max())
+    assert errors[0] > 2
+    assert errors[1] <= 0.5  # rounding alone
 
 
 def test_a_geotiff_with_gaps_through_the_pipeline(run: Path, tmp_path: Path) -> None:

@@ -79,8 +79,21 @@ def make_task(cfg: DictConfig) -> Task:
         encoder=encoder,
         control=control if settings.network == "controlnet" else None,
         channel_dropout=float(settings.unknown_share),
-        guidance=Guidance(float(settings.guidance_scale), float(settings.mask_guidance_scale)),
+        guidance=guidance_of(cfg),
     )
+
+
+def guidance_of(cfg: DictConfig) -> Guidance:
+    """How outputs are guided, by `downstream.semantic_synthesis`.
+
+    Raises:
+        UserError: a scale is below 1.
+    """
+    settings = cfg.downstream.semantic_synthesis
+    for name in ("guidance_scale", "mask_guidance_scale"):
+        if settings[name] < 1:
+            raise UserError(f"downstream.semantic_synthesis.{name}={settings[name]}: give at least 1, which is none")
+    return Guidance(float(settings.guidance_scale), float(settings.mask_guidance_scale))
 
 
 def nearest_masks(corpus: Corpus, held: HeldOut, seed: int, images: int) -> np.ndarray:
@@ -147,9 +160,9 @@ def by_value(palette: np.ndarray, classes: int) -> np.ndarray:
     """The colour of every mask value, uint8 [256, 3]: of a class, or that of pixels without one.
 
     Args:
-        palette: uint8 [K + 1, 3] of the `classes`, with the colour of pixels without a class at the end.
+        palette: uint8 [K + 1, 3] of the `classes`, with the colour of pixels without a class at the end; grey without.
     """
     colours = np.empty((256, 3), np.uint8)
-    colours[:] = palette[classes]
+    colours[:] = palette[classes] if len(palette) > classes else GREY
     colours[:classes] = palette[:classes]
     return colours
