@@ -22,6 +22,7 @@ from PIL import Image
 from eval.metrics import Quantity
 from report.experiments import overtaken, snapshots
 from report.results import Row, read_results, write_text
+from report.starts import starts_table
 from report.tables import TABLE_NOTES, build_tables, evaluation_encoder, metric_of, to_markdown
 from runtime.artefacts import finite, read_json
 from runtime.errors import UserError
@@ -84,7 +85,7 @@ SECTIONS = {
     "chain": Section(
         "The chain, with every metric",
         "{profile}/results.jsonl",
-        ("generation", "subset_quality", "super_resolution", "semantic_synthesis"),
+        ("generation", "subset_quality", "super_resolution", "dial", "semantic_synthesis"),
     ),
     "quality": Section("Every method, judged without training", "{profile}/quality/results.jsonl", ("subset_quality",)),
     "ablation": Section(
@@ -116,7 +117,7 @@ SECTIONS = {
 TABLES = {
     "generation": ("kid_x1000", "scene_accuracy"),
     "subset_quality": ("kid_x1000", "near_duplicates", "scene_entropy"),
-    "super_resolution": ("kid_x1000", "psnr", "ssim"),
+    "super_resolution": ("kid_x1000", "feature_distance", "psnr", "consistency"),
     "semantic_synthesis": ("kid_x1000", "miou", "pixel_accuracy"),
 }
 
@@ -132,6 +133,8 @@ def fill_readme(published: Path, readme: Path) -> None:
         first = TABLE_NOTES[name]
         shared = max(shared, explained.removeprefix(first).strip(), key=len)
         parts.append(f"**{name.replace('_', ' ').capitalize()}.** {seeds} {first}\n\n{table}")
+    if found := starts_text(read_results(published / "chain.jsonl")):
+        parts.append(f"**Starts of the downstream tasks.** {found}")
     text = readme.read_text(encoding="utf-8")
     filled = "<!-- results -->\n" + "\n\n".join([*parts, shared]) + "\n<!-- /results -->"
     text = re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: filled, text, flags=re.DOTALL)
@@ -203,8 +206,19 @@ def section_text(published: Path, name: str) -> str:
         heading.format(table.replace("_", " ").capitalize()) + to_markdown(table, tables[table]).strip()
         for table in shown
     ]
+    if name == "chain" and (found := starts_text(rows)):
+        texts.append(f"### Starts of the downstream tasks\n\n{found}")
     crossing = crossings(rows) if name == "ratio_compute" else ""
     return "\n\n".join(part for part in (section.intro, *texts, crossing) if part)
+
+
+def starts_text(rows: Sequence[Row]) -> str:
+    """What `starts` says of the foundations, its note first; empty where no task was fine-tuned from several."""
+    table = starts_table(rows)
+    if not len(table):
+        return ""
+    body = table.to_markdown(index=False, tablefmt="pipe", disable_numparse=True)
+    return f"{TABLE_NOTES['starts']}\n\n{body}"
 
 
 def crossings(rows: Sequence[Row]) -> str:

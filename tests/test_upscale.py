@@ -149,8 +149,8 @@ def test_the_command_draws_what_the_pipeline_draws_tile_by_tile(run: Path, tmp_p
     pipeline = load_restorer(run, "run", steps=2, factor=4, options=options).pipeline
     low = picture[:8, :8]  # of the first tile, whose upper left corner no other overlaps
     expected = pipeline(
-        prompt="", image=Image.fromarray(enlarge(low[None], 2, "bicubic")[0]), num_inference_steps=2, guidance_scale=1.0,
-        latents=torch.from_numpy(ground_noise(3, 0, 0, 2, 2, CHANNELS)[None]), output_type="np",
+        prompt="", image=Image.fromarray(enlarge(low[None], 2, "bicubic")[0]), num_inference_steps=2,
+        guidance_scale=1.0, latents=torch.from_numpy(ground_noise(3, 0, 0, 2, 2, CHANNELS)[None]), output_type="np",
     ).images[0]  # fmt: skip
     assert np.abs(drawn[:8, :8].astype(int) - (expected * 255).round()[:8, :8]).max() <= 1
     upscale(tmp_path / "a.png", tmp_path / "c.png", run, "seed=3", *plain)
