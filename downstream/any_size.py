@@ -19,7 +19,6 @@ from downstream.imagery import (
     BLOCK,
     RASTERS,
     SUFFIXES,
-    Place,
     Source,
     Strip,
     check_size,
@@ -321,7 +320,7 @@ def _checked(job: Job, translation: Translation) -> int:
         if source.place is not None:  # else it has been decoded
             for start in range(0, source.height, BLOCK):
                 source.rows(start, min(start + BLOCK, source.height))
-        if source.place not in (None, Place()) and job.target.suffix.lower() not in RASTERS:
+        if source.place is not None and source.place.known and job.target.suffix.lower() not in RASTERS:
             notice(f"{job.target} has no place for the georeference of {job.source}: a .tif has")
         return len(translation.grid(source))
 

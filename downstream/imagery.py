@@ -92,6 +92,11 @@ class Place:
     empty: int | None = None
     masked: bool = False
 
+    @property
+    def known(self) -> bool:
+        """Whether the ground is told."""
+        return self.crs is not None or self.transform is not None or bool(self.control_points[0])
+
     def enlarged(self, factor: int) -> Place:
         """The same ground in pixels of 1 / factor of the side."""
         from rasterio import Affine

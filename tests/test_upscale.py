@@ -345,6 +345,9 @@ def test_a_picture_has_no_place_for_a_georeference_and_says_so(tmp_path: Path, c
     repeated(geotiff(tmp_path / "a.tif", colours()), tmp_path / "b.png")
     assert "no place for the georeference" in capsys.readouterr().err
     assert names(tmp_path) == ["a.tif", "b.png"]
+    Image.fromarray(colours()).save(tmp_path / "plain.tif")
+    repeated(tmp_path / "plain.tif", tmp_path / "c.png")
+    assert "georeference" not in capsys.readouterr().err
 
 
 def test_control_points_are_scaled(tmp_path: Path) -> None:
