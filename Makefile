@@ -66,7 +66,7 @@ quality: $(READY)  ## every pruning method at several ratios, judged without tra
 ablation: $(READY)  ## RS-Prune with one choice changed at a time, judged without training
 	$(BIN)/python scripts/ablation.py profile=$(PROFILE)
 
-augmentation: $(READY)  ## what generated images are worth as training data of a segmenter (an hour)
+augmentation: $(READY)  ## what generated images are worth as training data of a segmenter
 	$(BIN)/python scripts/augmentation.py profile=$(PROFILE) $(if $(RUN),augmentation.run="$(RUN)")
 
 suggest: $(READY)  ## the ratio to prune at: a curve and its knee

@@ -49,10 +49,10 @@ TABLE_NOTES = {
     "ablation": "One choice changed at a time, measured on the validation split.",
     "generator": "One change of the generator's training or sampling at a time, RS-Prune's subset, equal seconds of "
     "training, measured on the validation split.",
-    "augmentation": "A segmenter trained on real images, on generated ones (0 real) or on both, for equally many steps, "
-    "measured on real held-out images. prune: how the generated images were chosen from a pool; ratio: the share of the "
-    "pool that went. They were drawn from masks of the real images of their row, those of 0 real ones from the masks of "
-    "the largest number. Bold: the best of a number of real images.",
+    "augmentation": "A segmenter trained on real images, on generated ones (0 real) or on both, for equally many "
+    "steps, measured on real held-out images. prune: how the generated images were chosen from a pool; ratio: the "
+    "share of the pool that went. They were drawn from masks of the real images of their row, those beside 0 real ones "
+    "from the masks of the largest number. Rows of one number of real images are compared with one another.",
     "scenes": "Share of images in which CLIP sees the scene that they are of, among all scenes of the table: generated "
     "from the scene-balanced held-out captions by each method's model, and the photographs with these captions.",
 }
@@ -240,8 +240,8 @@ def show(table: pd.DataFrame) -> Shown:
 
     Columns that are the same in all measured rows (corpus, seeds, step), columns without any value, and metrics that
     are for the CSV file alone are left out. The best is sought among measured rows of one corpus and of one group of
-    `GROUPED_BY`, and of one step where a method has several. Values that round to the same text share the mark; a single value has none. A table without a
-    `kind` is shown as it is.
+    `GROUPED_BY`, and of one step where a method has several. Values that round to the same text share the mark; a
+    single value has none. A table without a `kind` is shown as it is.
     """
     if "kind" not in table.columns:
         return _show_plain(table)
