@@ -102,8 +102,10 @@ class AugmentationOptions:
     @classmethod
     def of(cls, cfg: DictConfig) -> AugmentationOptions:
         settings = cfg.augmentation
+        real = cfg.downstream.training_images if settings.real_images is None else settings.real_images
         amounts = tuple(sorted({float(amount) for amount in settings.amounts}))
-        return cls(**{**settings, "amounts": amounts, "seeds": tuple(dict.fromkeys(settings.seeds))})
+        seeds = tuple(dict.fromkeys(settings.seeds))
+        return cls(**{**settings, "real_images": int(real), "amounts": amounts, "seeds": seeds})
 
 
 @dataclass(frozen=True)
