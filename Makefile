@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench bench-quality sweep quality ablation suggest demo tables readme foundation autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench bench-quality sweep quality ablation augmentation suggest demo tables readme foundation autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -65,6 +65,9 @@ quality: $(READY)  ## every pruning method at several ratios, judged without tra
 
 ablation: $(READY)  ## RS-Prune with one choice changed at a time, judged without training
 	$(BIN)/python scripts/ablation.py profile=$(PROFILE)
+
+augmentation: $(READY)  ## what generated images are worth as training data of a segmenter
+	$(BIN)/python scripts/augmentation.py profile=$(PROFILE) $(if $(RUN),augmentation.run="$(RUN)")
 
 suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 	$(BIN)/python scripts/suggest.py profile=$(PROFILE)

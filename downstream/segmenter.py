@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from corpus.index import Corpus
@@ -107,6 +107,21 @@ class Segmenter:
         return segment(self.network, images)
 
 
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with masks that batches are drawn from.
+
+    Attributes:
+        images: uint8 [N, R, R, 3], usually a memory map.
+        masks: uint8 [N, R, R].
+        weights: float64 [N], each image's chance up to a common factor; 0: it is never drawn.
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    weights: np.ndarray
+
+
 def trained_segmenter(cfg: DictConfig) -> Segmenter:
     """The segmenter of the corpus, trained if it is not there, by the first process of a launch.
 
@@ -179,14 +194,17 @@ def train_segmenter(
     steps = max(1, options.round_images // options.batch_size)
     bar = progress(range(options.most_rounds * steps), "segmenter, at most", unit="step")
     losses: list[float] = []
-    for step, batch in zip(bar, _batches(training, options, generator), strict=False):
+    # every scene with the same chance
+    labelled = LabelledImages(training.images, training.masks, scene_balanced_weights(training))
+    batches = labelled_batches([(labelled, options.batch_size)], generator)
+    for step, batch in zip(bar, batches, strict=False):
         losses.append(_update(network, optimizer, *batch))
         average.update_parameters(network)
         if (step + 1) % steps:
             continue
         found = {"round": len(rounds) + 1, "loss": float(np.mean(losses)), **_measured(average.module, images, masks)}
         if not rounds or found["miou"] > max(earlier["miou"] for earlier in rounds):
-            best = copy.deepcopy({key: value.cpu().contiguous() for key, value in average.module.state_dict().items()})
+            best = _weights(average)
         rounds.append(found)
         schedule.step(found["miou"])
         losses.clear()
@@ -197,16 +215,47 @@ def train_segmenter(
     return best, rounds
 
 
-def _batches(
-    corpus: Corpus, options: SegmenterOptions, generator: np.random.Generator
+def train_for(
+    network: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], options: SegmenterOptions, steps: int
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train for exactly so many steps, the learning rate falling to zero along a cosine; no image is looked at besides.
+
+    Returns:
+        the averaged weights, and the loss of every step.
+    """
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay), use_buffers=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    schedule = CosineAnnealingLR(optimizer, steps)
+    losses = []
+    for _, batch in zip(progress(range(steps), "segmenter", unit="step"), batches, strict=False):
+        losses.append(_update(network, optimizer, *batch))
+        average.update_parameters(network)
+        schedule.step()
+    return _weights(average), losses
+
+
+def labelled_batches(
+    sources: Sequence[tuple[LabelledImages, int]], generator: np.random.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of images and masks, every scene with the same chance, each in one of eight symmetries."""
-    chances = np.cumsum(scene_balanced_weights(corpus))
+    """Endless batches: so many images of each source by their weights, all in one of the eight symmetries.
+
+    Yields:
+        images float32 [B, 3, R, R] in [-1, 1] and masks int64 [B, R, R].
+    """
+    chances = [np.cumsum(source.weights) for source, _ in sources]
     while True:
-        picked = np.searchsorted(chances, generator.random(options.batch_size) * chances[-1], side="right")
+        picked = [
+            (source, np.searchsorted(upto, generator.random(count) * upto[-1], side="right"))
+            for (source, count), upto in zip(sources, chances, strict=True)
+        ]
         symmetry = int(generator.integers(8))
-        masks = torch.from_numpy(np.array(corpus.masks[picked]))[:, None].long()
-        yield symmetric(to_tensor(corpus.images[picked]), symmetry), symmetric(masks, symmetry)[:, 0]
+        images = np.concatenate([source.images[rows] for source, rows in picked])
+        masks = torch.from_numpy(np.concatenate([source.masks[rows] for source, rows in picked]))[:, None].long()
+        yield symmetric(to_tensor(images), symmetry), symmetric(masks, symmetry)[:, 0]
+
+
+def _weights(average: AveragedModel) -> dict[str, torch.Tensor]:
+    return copy.deepcopy({key: value.cpu().contiguous() for key, value in average.module.state_dict().items()})
 
 
 def _update(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, masks: torch.Tensor) -> float:

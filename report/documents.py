@@ -94,6 +94,9 @@ SECTIONS = {
     "generator": Section(
         "The generator in equal seconds of training", "{profile}/generator/results.jsonl", ("generator",)
     ),
+    "augmentation": Section(
+        "Generated images as training data", "{profile}/augmentation/results.jsonl", ("augmentation",)
+    ),
     "ratio_compute": Section(
         "How much to prune for how much training", "experiments/ratio_compute/results.jsonl", ("ratio_compute",)
     ),

@@ -52,9 +52,15 @@ TABLE_NOTES = {
     "ablation": "One choice changed at a time, measured on the validation split.",
     "generator": "One change of the generator's training or sampling at a time, RS-Prune's subset, equal seconds of "
     "training, measured on the validation split.",
+    "augmentation": "A segmenter trained on real images, on generated ones (0 real) or on both, for equally many "
+    "steps, measured on real held-out images. prune: how the generated images were chosen from a pool; ratio: the "
+    "share of the pool that went. They were drawn from masks of the real images of their row, those beside 0 real ones "
+    "from the masks of the largest number. Rows of one number of real images are compared with one another.",
     "scenes": "Share of images in which CLIP sees the scene that they are of, among all scenes of the table: generated "
     "from the scene-balanced held-out captions by each method's model, and the photographs with these captions.",
 }
+#: Tables in which rows with the same whole number in a field stand together, and are compared with one another alone.
+GROUPED_BY = {"augmentation": "real images"}
 #: Numbers of a row that are no metrics but shown: heading and decimals.
 PLAIN = {"images_seen": ("images seen", 0), "loss": ("loss", 4)}
 #: Stage of the reference rows.
@@ -94,6 +100,7 @@ def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
             references = [_record(row, REFERENCE, extras=False) for row in rows if row["stage"] == REFERENCE]
             tables[name] = _frame(name, measured, references)
             tables[name].attrs["encoder"] = evaluation_encoder(rows)
+            tables[name].attrs["grouped_by"] = GROUPED_BY.get(name)
     return tables
 
 
@@ -147,7 +154,10 @@ def _frame(name: str, measured: list[dict[str, Any]], references: list[dict[str,
 
 
 def _row_order(name: str, record: dict[str, Any]) -> tuple[Any, ...]:
-    """Reference rows last; by corpus; convergence by step first, so that methods at one step stand together."""
+    """Reference rows last; by corpus; convergence by step first, so that methods at one step stand together.
+
+    Rows without a method come before those with one, and groups of `GROUPED_BY` by their number.
+    """
     method, measured = str(record["prune"]), record["kind"] == "measured"
     known = list(REFERENCE_ROWS)
     rank = method_order(method) if measured else (known.index(method) if method in known else len(known), method)
@@ -155,6 +165,9 @@ def _row_order(name: str, record: dict[str, Any]) -> tuple[Any, ...]:
     early, late = (step, 0) if name == "convergence" and measured else (0, step)
     fields = sorted((key, str(value)) for key, value in record.items() if key.startswith("field:"))
     weighting = record["weighting"] != weighting_name(0), str(record["weighting"])
+    if pd.isna(record["prune"]):
+        rank = -1, ""
+    early = int(record[f"field:{GROUPED_BY[name]}"]) if name in GROUPED_BY and measured else early
     return not measured, str(record["corpus"]), early, rank, ratio, weighting, late, fields
 
 
@@ -229,9 +242,9 @@ def show(table: pd.DataFrame) -> Shown:
     """Round a table, fold intervals and spreads into their cells and mark the best measured value of every metric.
 
     Columns that are the same in all measured rows (corpus, seeds, step), columns without any value, and metrics that
-    are for the CSV file alone are left out. The best is sought among measured rows of one corpus, and of one step where
-    a method has several. Values that round to the same text share the mark; a single value has none. A table without a
-    `kind` is shown as it is.
+    are for the CSV file alone are left out. The best is sought among measured rows of one corpus and of one group of
+    `GROUPED_BY`, and of one step where a method has several. Values that round to the same text share the mark; a
+    single value has none. A table without a `kind` is shown as it is.
     """
     if "kind" not in table.columns:
         return _show_plain(table)
@@ -273,12 +286,13 @@ def _better(name: str) -> str:
 
 def _best(table: pd.DataFrame, name: str, measured: pd.Series) -> set[int]:
     """Positions of the rows with the best value of a metric."""
-    several_steps = table[measured].duplicated(["corpus", "prune", "ratio", "weighting"]).any()
+    group = [table.attrs["grouped_by"]] if table.attrs.get("grouped_by") else []
+    several_steps = table[measured].duplicated(["corpus", "prune", "ratio", "weighting", *group]).any()
     groups: dict[Any, list[int]] = {}
     for position, (_, row) in enumerate(table.iterrows()):
         if measured.iloc[position] and pd.notna(row[name]):
             step = None if not several_steps or pd.isna(row["step"]) else row["step"]
-            groups.setdefault((row["corpus"], step), []).append(position)
+            groups.setdefault((row["corpus"], step, *row[group]), []).append(position)
     found: set[int] = set()
     sign = 1 if _better(name) == "higher" else -1
     for positions in groups.values():
