@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import DiffusionPipeline
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from corpus.index import Corpus
 from downstream.conditional import resolve_foundation
+from downstream.controlnet import one_hot
 from downstream.corpora import corpus_of, held_out_images, training_rows
 from downstream.fine_tuning import fine_tune
 from downstream.measured_task import load_pipeline
@@ -280,7 +281,7 @@ def run_colours(run: Path, corpus: Corpus) -> np.ndarray:
 def drawn_pool(study: Study, amount: float, seed: int) -> Path:
     """Images drawn from the masks of an amount's real images: a stage's directory with images.npy, masks.npy.
 
-    Image i starts from noise that depends on the seed and i alone; images are drawn without guidance.
+    Image i starts from noise that depends on the seed and i alone; images are guided as the task's outputs are.
     """
     corpus, options = study.corpus, study.options
     rows = rows_of_amount(corpus, study.rows, amount, seed)
@@ -289,8 +290,16 @@ def drawn_pool(study: Study, amount: float, seed: int) -> Path:
     if study.task.captioned:
         captions = corpus.manifest["caption"].to_numpy(dtype=str)[picked]
 
+    steered = study.task.control is not None
+
+    def conditions(masks: np.ndarray) -> torch.Tensor | list[Image.Image]:
+        if steered:
+            return torch.from_numpy(one_hot(masks, len(corpus.mask_classes)))
+        return [Image.fromarray(picture) for picture in study.colours[masks]]
+
     def build(directory: Path) -> None:
         pipeline = _pipeline(study)
+        guidance = study.task.guidance.arguments(steered)
         masks = turned(corpus.masks[picked], symmetries)
         np.save(directory / MASKS, masks)
         shape = (len(masks), corpus.resolution, corpus.resolution, 3)
@@ -301,11 +310,12 @@ def drawn_pool(study: Study, amount: float, seed: int) -> Path:
                 pipeline,
                 captions[part].tolist(),
                 steps=int(study.cfg.downstream.steps),
-                guidance_scale=1.0,
+                guidance_scale=guidance["guidance_scale"],
+                options={key: value for key, value in guidance.items() if key != "guidance_scale"},
                 seed=seed,
                 label=f"draw {part[-1] + 1} of {len(masks)}",
                 noise_of=part,
-                image=[Image.fromarray(picture) for picture in study.colours[masks[part]]],
+                image=conditions(masks[part]),
             )
         images.flush()
 
@@ -316,12 +326,13 @@ def drawn_pool(study: Study, amount: float, seed: int) -> Path:
         "masks": [picked.tolist(), symmetries.tolist()],
         "captions": captions.tolist(),
         "steps": int(study.cfg.downstream.steps),
+        "guidance": study.task.guidance,
         "seed": seed,
     }
     return stage(study.cfg.runs, "augmentation_pool", inputs, build)
 
 
-def _pipeline(study: Study) -> StableDiffusionInstructPix2PixPipeline:
+def _pipeline(study: Study) -> DiffusionPipeline:
     """
     Raises:
         UserError: it does not load, or draws images of another side than the corpus's.
