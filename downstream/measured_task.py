@@ -335,8 +335,8 @@ def measure_drawn(cfg: DictConfig, task: Task, run: Path) -> Path:
 def _measured_snapshot(
     cfg: DictConfig, task: Task, run: Path, held: HeldOut, judges: TaskJudges, snapshot: Path
 ) -> dict[str, Any]:
-    """A line of convergence.jsonl."""
-    task = replace(task, metrics=task.curve)
+    """A line of convergence.jsonl, of the first `downstream.length_images` held-out images."""
+    task, held = replace(task, metrics=task.curve), held.first(int(cfg.downstream.length_images))
     measured = measure_outputs(cfg, task, draw_outputs(cfg, task, run, held, snapshot), held, judges)
     return {**read_json(snapshot / SNAPSHOT), **read_json(measured / METRICS_FILE)}
 

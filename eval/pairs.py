@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from skimage.metrics import structural_similarity as image_ssim
 from torchmetrics.functional.classification import multiclass_jaccard_index
 from torchmetrics.functional.image import peak_signal_noise_ratio as image_psnr
-from torchmetrics.functional.image import structural_similarity_index_measure as image_ssim
 
 from corpus.masks import IGNORED
 
@@ -16,8 +16,8 @@ from corpus.masks import IGNORED
 Confusion = Mapping[str, Mapping[str, int]]
 #: Rounding to 8 bits alone leaves a mean squared error of 1/12: above this, two images cannot be told apart.
 LARGEST_PSNR = float(10 * np.log10(12 * 255**2))
-#: Of torchmetrics' Gaussian window of standard deviation 1.5, in pixels.
-SSIM_RADIUS = 5
+#: Standard deviation of SSIM's Gaussian window in pixels; the window has 11 of them.
+SSIM_SIGMA = 1.5
 #: ITU-R BT.601 luma of R, G, B in 0..1, in the grey levels 16..235 of video (as MATLAB's rgb2ycbcr).
 LUMA, LUMA_OF_BLACK = np.array([65.481, 128.553, 24.966]), 16.0
 BATCH = 128
@@ -52,17 +52,26 @@ def peak_signal_noise_ratio(images: np.ndarray, truth: np.ndarray) -> float:
 def structural_similarity(images: np.ndarray, truth: np.ndarray) -> float:
     """Mean over the pairs of each pair's SSIM over its channels (Wang et al. 2004: Gaussian window, sigma 1.5).
 
-    By torchmetrics, whose map also holds places where the window leaves the image: these do not count.
+    By scikit-image, whose window is separable and which leaves out places where it leaves the image.
 
     Args:
-        images, truth: uint8 [N, H, W, 3], H and W at least 11.
+        images, truth: [N, H, W, C] in 0..255, H and W at least 11.
     """
-    inside = slice(SSIM_RADIUS, -SSIM_RADIUS)
-    maps = [
-        image_ssim(first, second, data_range=255.0, reduction="none", return_full_image=True)[1]
-        for first, second in _batches(images, truth)
+    if images.shape != truth.shape:
+        raise ValueError(f"pairs differ in shape: {images.shape} and {truth.shape}")
+    values = [
+        image_ssim(
+            np.asarray(first, dtype=np.float64),
+            np.asarray(second, dtype=np.float64),
+            data_range=255.0,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=SSIM_SIGMA,
+            use_sample_covariance=False,
+        )
+        for first, second in zip(images, truth, strict=True)
     ]
-    return float(torch.cat([values[..., inside, inside].mean((1, 2, 3)) for values in maps]).mean())
+    return float(np.mean(values))
 
 
 def luma(images: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ def make_task(cfg: DictConfig) -> Task:
         },
         captioned=bool(settings.captioned),
         metrics=METRICS,
-        curve=("fd", "kid_x1000", "feature_distance", "miou", "pixel_accuracy"),
+        curve=("kid_x1000", "feature_distance", "miou", "pixel_accuracy"),
         inputs=lambda held: {"input": colours[held.masks]},
         files={"palette.json": dict(zip((*corpus.mask_classes, NO_CLASS), palette.tolist(), strict=True))},
         baselines={NEAREST: lambda held: nearest_masks(corpus, held, int(cfg.seed), cfg.downstream.training_images)},

@@ -83,7 +83,7 @@ def make_task(cfg: DictConfig) -> Task:
         facts=_facts(cfg, degradation, levels),
         captioned=bool(settings.captioned),
         metrics=METRICS,
-        curve=("fd", "kid_x1000", "feature_distance", "psnr"),
+        curve=("kid_x1000", "feature_distance", "psnr"),
         inputs=inputs,
         baselines={kind: lambda held, kind=kind: enlarge(held_low(held), factor, kind) for kind in BASELINES},
         examples=examples if levels != (0,) else None,
