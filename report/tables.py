@@ -42,10 +42,11 @@ TABLE_NOTES = {
     "subset_quality": "The kept real images themselves against the held-out images, before any training; Vendi score "
     "(effective number of kinds), evenness of the true scenes, fractions of near-duplicates (perceptual hash) and of "
     "images of low information (JPEG bytes).",
-    "super_resolution": "Held-out images restored from a quarter of their side. scratch: the same network without a "
-    "foundation, with as many steps of fine-tuning, and with the foundation's steps added.",
-    "semantic_synthesis": "Images drawn from held-out masks. scratch: the same network without a foundation, with as "
-    "many steps of fine-tuning, and with the foundation's steps added.",
+    "super_resolution": "Held-out images restored from a quarter of their side; networks at one dial, which the rows' "
+    "config names where it is not the default. scratch: the same network without a foundation. regression: EDSR with "
+    "as many weights and steps.",
+    "semantic_synthesis": "Images drawn from held-out masks, guided by them. scratch: the same network without a "
+    "foundation. nearest_mask: the training image whose mask agrees most.",
     "starts": "The foundation of rsprune as a start of the downstream tasks, minus another start at equal lengths of "
     "fine-tuning, with equal images, batches and noise: mean over the seeds, and its 95 % interval by Student's t.",
     "dial": "Super-resolution of one network by its dial: 0 is the mean image, 1 one draw with all detail.",
