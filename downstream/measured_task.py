@@ -206,7 +206,7 @@ def _save_outputs(directory: Path, outputs: np.ndarray) -> None:
 def measure_outputs(
     cfg: DictConfig, task: Task, outputs: Path, held: HeldOut, judges: TaskJudges, variants: Path | None = None
 ) -> Path:
-    """Metrics of outputs, of which image i belongs to held-out image i; the stage's directory, with metrics.json.
+    """Metrics of the outputs of the first images, by the held-out images; the stage's directory, with metrics.json.
 
     Args:
         outputs: directory of `draw_outputs` or `baseline_outputs`.
@@ -214,7 +214,7 @@ def measure_outputs(
     """
 
     def build(directory: Path) -> None:
-        drawn = np.load(outputs / OUTPUTS, mmap_mode="r")
+        drawn = np.load(outputs / OUTPUTS, mmap_mode="r")[: len(held)]
         several = None if variants is None else np.load(variants / OUTPUTS, mmap_mode="r")
         metrics = output_metrics(task, drawn, held, judges, several)
         if is_main_process():
@@ -310,16 +310,17 @@ def measure_run(cfg: DictConfig, task: Task, run: Path, tracker: Tracker) -> Non
     held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
     lines = [_measured_snapshot(cfg, task, run, held, judges, snapshot) for snapshot in snapshots_of(run)]
     outputs, variants, measured = measured_fine_tuning(cfg, task, run)
+    training, shown = read_json(run / TRAINING), held.first(SHOWN)
+    last = {key: training[key] for key in ("images_seen", "seconds", "loss")}
+    line = {"step": training["steps"], **last, **_curve_metrics(cfg, task, outputs, held, judges)}
     if not is_main_process():
         return
-    training, shown = read_json(run / TRAINING), held.first(SHOWN)
     drawn = np.load(outputs / OUTPUTS, mmap_mode="r")[:SHOWN]
     several = None if variants is None else np.load(variants / OUTPUTS, mmap_mode="r")[:SHOWN]
     sheet = save_samples(run / "samples", task, shown, drawn, several)
     tracker.image("samples", sheet, training["steps"])
     metrics = read_json(measured / METRICS_FILE)
-    last = {key: training[key] for key in ("images_seen", "seconds", "loss")}
-    write_lines(run / CONVERGENCE, [*lines, {"step": training["steps"], **last, **metrics}])
+    write_lines(run / CONVERGENCE, [*lines, line])
     write_json(run / MEASURED, {held.name: str(measured)})
     summary = {"task": task.name, **training, "metrics": metrics, "images": len(held), "split": cfg.eval.split}
     write_json(run / "summary.json", summary)
@@ -335,10 +336,17 @@ def measure_drawn(cfg: DictConfig, task: Task, run: Path) -> Path:
 def _measured_snapshot(
     cfg: DictConfig, task: Task, run: Path, held: HeldOut, judges: TaskJudges, snapshot: Path
 ) -> dict[str, Any]:
-    """A line of convergence.jsonl, of the first `downstream.length_images` held-out images."""
-    task, held = replace(task, metrics=task.curve), held.first(int(cfg.downstream.length_images))
-    measured = measure_outputs(cfg, task, draw_outputs(cfg, task, run, held, snapshot), held, judges)
-    return {**read_json(snapshot / SNAPSHOT), **read_json(measured / METRICS_FILE)}
+    """A line of convergence.jsonl."""
+    outputs = draw_outputs(cfg, task, run, held.first(int(cfg.downstream.length_images)), snapshot)
+    return {**read_json(snapshot / SNAPSHOT), **_curve_metrics(cfg, task, outputs, held, judges)}
+
+
+def _curve_metrics(
+    cfg: DictConfig, task: Task, outputs: Path, held: HeldOut, judges: TaskJudges
+) -> dict[str, float | None]:
+    """The metrics of a curve over lengths, of the first `downstream.length_images` at every length alike."""
+    curve, few = replace(task, metrics=task.curve), held.first(int(cfg.downstream.length_images))
+    return read_json(measure_outputs(cfg, curve, outputs, few, judges) / METRICS_FILE)
 
 
 def save_samples(

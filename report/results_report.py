@@ -18,7 +18,7 @@ from report.page import Gallery, Picture, figure_bytes, write_report
 from report.prune_report import reason_galleries
 from report.results import read_results
 from report.sheets import sample_grids
-from report.starts import JUDGED, dial_figure, judged_metric, length_curves, starts_table
+from report.starts import JUDGED, LENGTHS, dial_figure, judged_metric, length_curves, starts_table
 from report.tables import build_tables, evaluation_encoder, scene_table, write_tables
 from report.verdict_view import verdict_view
 from runtime.artefacts import read_json
@@ -127,7 +127,7 @@ def _length_figures(rows: list[dict], directory: Path) -> list[Picture]:
             continue
         data = figure_bytes(convergence_figure(curves, metric, x=("step",)))
         (directory / f"{task}_lengths.png").write_bytes(data)
-        seeds = len({row["seed"] for row in rows if row["stage"] == task and row.get("step")})
+        seeds = len({row["seed"] for row in rows if row["stage"] == task + LENGTHS})
         title = f"{task.replace('_', ' ').capitalize()} by length of fine-tuning"
         caption = "Distance of the outputs to the held-out images, by the foundation that fine-tuning started from."
         pictures.append(Picture(title, caption, data, chart(curves, metric, references={}, seeds=seeds)))

@@ -19,6 +19,8 @@ JUDGED = {
     "super_resolution": ("kid_x1000", "feature_distance", "psnr"),
     "semantic_synthesis": ("kid_x1000", "feature_distance", "miou"),
 }
+#: What the stage of a task's rows by length of fine-tuning ends in.
+LENGTHS = "_lengths"
 #: Stage of rows of one model with other dials, and their field.
 DIAL = "dial"
 
@@ -41,7 +43,7 @@ def starts(rows: Sequence[Row], subject: str = SUBJECT) -> pd.DataFrame:
     for task, metrics in JUDGED.items():
         runs: dict[tuple[str, int], dict[int, Any]] = {}
         for row in rows:
-            if row["stage"] == task and row.get("step"):
+            if row["stage"] == task + LENGTHS:
                 runs.setdefault((row["prune"], int(row["step"])), {})[row["seed"]] = row["metrics"]
         for (method, step), mine in sorted(runs.items(), key=lambda item: item[0][1]):
             rivals = [name for name, at in runs if at == step and name != subject] if method == subject else []
@@ -92,7 +94,7 @@ def length_curves(rows: Sequence[Row], task: str) -> dict[str, pd.DataFrame]:
     """Every start's metrics by length of fine-tuning, averaged over its seeds."""
     frames: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for row in rows:
-        if row["stage"] == task and row.get("step"):
+        if row["stage"] == task + LENGTHS:
             seeds = frames.setdefault(row["prune"], {})
             seeds.setdefault(row["seed"], []).append({"step": int(row["step"]), **row["metrics"]})
     return {

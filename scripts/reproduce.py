@@ -35,7 +35,7 @@ from prune.measured_subset import measured_subset
 from prune.selection import select
 from report.results import BASELINE, SUBJECT, append_result, result_row, run_name, weighting_name
 from report.results_report import rebuild
-from report.starts import DIAL
+from report.starts import DIAL, LENGTHS
 from runtime.application import changed_config, run
 from runtime.artefacts import fingerprint, is_main_process, read_json, write_json
 from runtime.tracking import track
@@ -165,10 +165,12 @@ def downstream_cells(part: Part, tasks: Mapping[str, Task], foundations: Mapping
             foundation = None if start is None else foundations[start]
             directory = fine_tune(chosen, task, foundation, method)
             measured = Path(next(iter(read_json(directory / MEASURED).values())))
+            summary = read_json(directory / "summary.json")
+            yield TableCell(chosen, name, method, summary["steps"], summary["metrics"], measured, directory)
             for line in pd.read_json(directory / CONVERGENCE, lines=True).to_dict("records"):
                 step = int(line["step"])
                 metrics = {key: value for key, value in line.items() if Quantity.parse(key) is not None}
-                yield TableCell(chosen, name, method, step, metrics, measured, directory)
+                yield TableCell(chosen, name + LENGTHS, method, step, metrics, measured)
             if name == SUPER_RESOLUTION and method == SUBJECT and part.first:
                 yield from dial_cells(chosen, directory)
                 if part.cfg.profile.slow_rivals:
