@@ -162,8 +162,9 @@ def downstream_cells(part: Part, tasks: Mapping[str, Task], foundations: Mapping
     """Every task's networks and its baselines."""
     for name, task in tasks.items():
         for chosen, _, method, start in (tuning for tuning in part.fine_tunings if tuning.task == name):
+            own = TASKS[name](chosen)  # a palette is of the seed's training images
             foundation = None if start is None else foundations[start]
-            directory = fine_tune(chosen, task, foundation, method)
+            directory = fine_tune(chosen, own, foundation, method)
             measured = Path(next(iter(read_json(directory / MEASURED).values())))
             summary = read_json(directory / "summary.json")
             yield TableCell(chosen, name, method, summary["steps"], summary["metrics"], measured, directory)
@@ -174,7 +175,7 @@ def downstream_cells(part: Part, tasks: Mapping[str, Task], foundations: Mapping
             if name == SUPER_RESOLUTION and method == SUBJECT and part.first:
                 yield from dial_cells(chosen, directory)
                 if part.cfg.profile.slow_rivals:
-                    yield regression_cell(chosen, task, directory)
+                    yield regression_cell(chosen, own, directory)
         if part.first:
             for baseline, directory in measure_baselines(part.cfg, task).items():
                 yield TableCell(part.cfg, name, baseline, 0, read_json(directory / "metrics.json"), directory)

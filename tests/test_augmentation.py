@@ -229,7 +229,7 @@ def study(cfg: DictConfig) -> Study:
 
 def test_the_run_s_palette_is_what_is_drawn_from(study: Study, tmp_path: Path) -> None:
     palette = read_json(study.run / "palette.json")
-    assert study.colours[: len(CLASSES)].tolist() == list(palette.values())
+    assert [*study.colours[: len(CLASSES)].tolist(), study.colours[IGNORED].tolist()] == list(palette.values())
     rows = study.rows[:5]
     assert (study.colours[study.corpus.masks[rows]] == study.task.condition(study.corpus, rows)).all()
     write_json(tmp_path / "palette.json", {"dark": [1, 2, 3], "bright": [4, 5, 6], "no class": [7, 8, 9]})

@@ -90,7 +90,8 @@ def test_the_cells_are_those_that_run(command, monkeypatch: pytest.MonkeyPatch, 
     tasks = {name: SimpleNamespace(name=name, metrics=()) for name in TASKS}
     fakes = {"references": lambda *_: tmp_path, "measured_subset": subset, "pretrain": pretrain,
              "fine_tune": fine_tune, "suitable_tasks": lambda _: tasks, "differences": lambda *_: {},
-             "measure_baselines": lambda *_: {}, "dial_cells": lambda *_: iter(())}  # fmt: skip
+             "measure_baselines": lambda *_: {}, "dial_cells": lambda *_: iter(()),
+             "TASKS": {name: lambda _, task=task: task for name, task in tasks.items()}}  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(reproduce, name, fake)
     collections.deque(reproduce.cells(cfg), maxlen=0)
