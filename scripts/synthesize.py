@@ -22,12 +22,13 @@ def suffix_of(mask: Path) -> str:
 
 def main(cfg: DictConfig) -> None:
     settings = cfg.synthesize
-    check_settings(count=1, seed=cfg.seed, steps=settings.steps, guidance_scale=1.0)
+    steps = cfg.downstream.steps if settings.steps is None else settings.steps
+    check_settings(count=1, seed=cfg.seed, steps=steps, guidance_scale=1.0)
     options = TileOptions(settings.overlap, settings.batch_size, cfg.seed)
     jobs = jobs_of(cfg.mask, cfg.out, "mask", suffix_of)
     directory = run_or_fine_tuned(cfg, "semantic_synthesis")
     prompt = "" if cfg.prompt is None else str(cfg.prompt)
-    synthesizer = load_synthesizer(directory, "run", steps=settings.steps, prompt=prompt, guidance=guidance_of(cfg))
+    synthesizer = load_synthesizer(directory, "run", steps=steps, prompt=prompt, guidance=guidance_of(cfg))
     colours = colour_numbers(palette_of(directory, "run"))
     target = Path(str(cfg.out)).expanduser()
     translation = Translation(

@@ -17,13 +17,14 @@ from train.sampler import check_settings
 
 def main(cfg: DictConfig) -> None:
     settings = cfg.upscale
-    check_settings(count=1, seed=cfg.seed, steps=settings.steps, guidance_scale=1.0)
+    steps = cfg.downstream.steps if settings.steps is None else settings.steps
+    check_settings(count=1, seed=cfg.seed, steps=steps, guidance_scale=1.0)
     options = TileOptions(settings.overlap, settings.batch_size, cfg.seed)
     jobs = jobs_of(cfg["in"], cfg.out, "in", lambda path: path.suffix)
     restorer = load_restorer(
         run_or_fine_tuned(cfg, "super_resolution"),
         "run",
-        steps=settings.steps,
+        steps=steps,
         factor=int(cfg.downstream.super_resolution.factor),
         options=restoration_of(cfg),
         noise_level=int(settings.noise_level),
