@@ -79,7 +79,8 @@ def seen(path: Path, palette: Mapping[str, list[int]] = PALETTE) -> np.ndarray:
 def test_the_command_draws_an_image_of_the_masks_size(run: Path, tmp_path: Path, capsys) -> None:
     mask = classes()
     Image.fromarray(mask).save(tmp_path / "m.png")
-    synthesize(tmp_path / "m.png", tmp_path / "a.png", run, "seed=5", "prompt=ice")
+    unguided = "downstream.semantic_synthesis.mask_guidance_scale=1.0"
+    synthesize(tmp_path / "m.png", tmp_path / "a.png", run, "seed=5", "prompt=ice", unguided)
     assert capsys.readouterr().out == f"synthesized: {tmp_path / 'a.png'}\n"
     drawn = np.asarray(Image.open(tmp_path / "a.png"))
     assert drawn.shape == (*mask.shape, 3) and drawn.std() > 0
