@@ -370,7 +370,7 @@ def _show_plain(table: pd.DataFrame) -> Shown:
 
 def seeds_line(table: pd.DataFrame) -> str:
     """The first line of a table of measurements: over how many seeds it was made; "" for other tables."""
-    if "seeds" not in table.columns:
+    if not {"seeds", "kind"} <= set(table.columns):
         return ""
     most = int(table.loc[table["kind"] == "measured", "seeds"].max())
     if most == 1:
