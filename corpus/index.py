@@ -83,6 +83,7 @@ class Corpus:
         masks: uint8 [N, R, R], memory-mapped, or None.
         mask_classes: names of the mask values.
         facts: what the source says about itself, for the summary.
+        captions: fingerprint of the captions in the manifest where they are not the source's own.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Corpus:
     masks: np.ndarray | None
     mask_classes: tuple[str, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    captions: str = ""
 
     def __len__(self) -> int:
         return len(self.manifest)

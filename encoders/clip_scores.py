@@ -49,6 +49,11 @@ class ClipScorer:
         found = [self.model.get_text_features(input_ids=part.to(device)).pooler_output.float() for part in tokens]
         return nn.functional.normalize(torch.cat(found), dim=1)
 
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts have more tokens than the model reads."""
+        most = self.tokenizer.model_max_length
+        return sum(len(ids) > most for ids in self.tokenizer(list(texts), truncation=False, verbose=False).input_ids)
+
     def scores(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """100 times the cosine of each image's embedding and its caption's, float32 [N] (CLIPScore, Hessel et al.
         2021)."""

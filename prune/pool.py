@@ -9,6 +9,23 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class PairScores:
+    """How well each image's best caption fits it; NaN where an image has none. See `captioning.loop`.
+
+    Attributes:
+        mismatch: float32 [N], probability that the caption is of an image of another scene.
+        fit: float32 [N], log ratio of fitting this image to fitting another one of its scene, up to a constant.
+        cosine: float32 [N], of image and caption, the mean over the scorers.
+        scene: str [N], the image's scene.
+    """
+
+    mismatch: np.ndarray
+    fit: np.ndarray
+    cosine: np.ndarray
+    scene: np.ndarray
+
+
+@dataclass(frozen=True)
 class Pool:
     """A corpus as a pruning method sees it: arrays only, in corpus order.
 
@@ -21,6 +38,7 @@ class Pool:
             rows where the method does not say that it `uses_reference`.
         reference_labels: str [M].
         captions: str [N], or None.
+        pair_scores: where the method says that it `uses_captions`, else None.
     """
 
     ids: np.ndarray
@@ -30,6 +48,7 @@ class Pool:
     reference_embeddings: np.ndarray
     reference_labels: np.ndarray
     captions: np.ndarray | None = None
+    pair_scores: PairScores | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,7 +97,8 @@ class Method(Protocol):
     """A pruning method: a frozen dataclass with one method, no I/O.
 
     A method that reads the pool's reference says so with an attribute `uses_reference = True`, which is no field; the
-    others get none, and need no labelled images anywhere.
+    others get none, and need no labelled images anywhere. One that reads `pair_scores` says `uses_captions = True`. One
+    that can say itself how much goes has `found_budget(pool) -> int`, the budget with `ratio=null`.
     """
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:

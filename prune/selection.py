@@ -16,9 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from captioning.loop import SUMMARY
 from corpus.index import Corpus, index_corpus
 from corpus.quarantine import QUARANTINE, quarantined, reason_counts
 from encoders.efficientnet import EfficientNetLite0
+from prune import captioned
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.leaks import announce_leaks, leaks
@@ -26,6 +28,7 @@ from prune.library import budget_of, refuse_not_finite
 from prune.pool import Method, Pool, Selection
 from prune.scenes import corpus_strata
 from prune.weights import effective_size, images_represented
+from report.pairs_report import PAIRS_PAGE, write_pairs_report
 from report.prune_report import write_prune_report
 from runtime.artefacts import COMPLETE, is_main_process, plain, read_json, stage, write_json
 from runtime.errors import UserError
@@ -66,14 +69,22 @@ def scene_source(cfg: DictConfig, corpus: Corpus, method: Method) -> str | None:
 
 def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     """Run the pruning stage `name` of a config, or find it done. Returns the selection's directory and its corpus."""
-    budget_of(1, cfg.ratio)  # refused before anything is computed
     method, measure = instantiate(cfg.prune, _convert_="all"), instantiate(cfg.entropy)
-    keeps_everything = getattr(method, "keeps_everything", False)
-    ratio = 0.0 if keeps_everything else float(cfg.ratio)
+    ratio = ratio_of(cfg, method, name)  # refused before anything is computed
     clock, started = _Clock(), time.time()
     encoder = instantiate(cfg.encoder)
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
+    scoring, reading = captioned.wanted(cfg, method)
+    captions = None
+    if scoring:
+        plain_pool = corpus_pool(cfg, corpus, measure, encoder, clock)
+        source = REFERENCE if cfg.reference.source is not None else CORPUS
+        with clock("captions"):
+            captions, material = captioned.cleaned(
+                cfg, plain_pool, corpus, lambda: with_reference(cfg, plain_pool, source, encoder)
+            )
+        corpus = captioned.read_captions(cfg, corpus, captions) if reading else corpus
     inputs = {
         "corpus": corpus.fingerprint,
         "method": method,
@@ -85,14 +96,20 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     scenes = scene_source(cfg, corpus, method)
     if scenes is not None:
         inputs["reference"] = cfg.reference if scenes == REFERENCE else None
+    uses_captions = getattr(method, "uses_captions", False)
+    if uses_captions:
+        inputs["captions"] = captions.name
 
     def build(directory: Path) -> None:
         pool = corpus_pool(cfg, corpus, measure, encoder, clock)
         if scenes is not None:
             with clock("reference"):
                 pool = with_reference(cfg, pool, scenes, encoder)
+        if uses_captions:
+            pool = replace(pool, pair_scores=captioned.pair_scores(corpus, captions, material))
         with clock("selection"):
-            selection = method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([cfg.seed, 2]))
+            budget = method.found_budget(pool) if ratio is None else budget_of(len(pool), ratio)
+            selection = method.select(pool, budget, np.random.default_rng([cfg.seed, 2]))
         with clock("weights"):
             generator = np.random.default_rng([cfg.seed, 5])
             weights = images_represented(pool.embeddings, pool.readable, selection.kept, generator)
@@ -104,6 +121,9 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         summary["strata"] = scenes and {"source": scenes, "count": len(set(pool.reference_labels.tolist()))}
         if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run, whose time we have not
             summary["images_per_second"] = None
+        if uses_captions:
+            summary["captions"] = read_json(captions / SUMMARY)
+            write_pairs_report(directory / PAIRS_PAGE, captions, selection.kept, corpus.images, name)
         write_selection(directory, table, summary, corpus, pool.embeddings)
         with track(cfg, "prune", name) as tracker:
             tracker.summary({key: value for key, value in summary.items() if not isinstance(value, dict)})
@@ -116,6 +136,22 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     if scenes == CORPUS:
         _tell_of_strata(read_json(directory / "summary.json")["strata"]["count"])
     return directory, corpus
+
+
+def ratio_of(cfg: DictConfig, method: Method, name: str) -> float | None:
+    """The share that is removed: 0 by a method that keeps everything, None where the method finds it itself.
+
+    Raises:
+        UserError: it is out of range, or null for a method that finds none.
+    """
+    if getattr(method, "keeps_everything", False):
+        return 0.0
+    if cfg.ratio is None:
+        if not hasattr(method, "found_budget"):
+            raise UserError(f"ratio=null: prune={name} cannot tell how much to remove, give ratio=0.85 for example")
+        return None
+    budget_of(1, cfg.ratio)
+    return float(cfg.ratio)
 
 
 def found_leaks(cfg: DictConfig, corpus: Corpus) -> dict[str, Any] | None:
@@ -227,7 +263,7 @@ def summarise(
     corpus: Corpus,
     selection: Selection,
     name: str,
-    ratio: float,
+    ratio: float | None,
     seed: int,
     seconds: dict[str, float],
 ) -> dict:
@@ -237,7 +273,7 @@ def summarise(
     packages = ("torch", "faiss-cpu", "numpy", "timm", "numba")
     return {
         "method": name,
-        "ratio": ratio,
+        "ratio": 1 - float(table["kept"].mean()) if ratio is None else ratio,
         "images": len(table),
         "unreadable": int((~corpus.readable).sum()),
         "quarantined": reason_counts(quarantined(corpus.manifest)["reason"]),

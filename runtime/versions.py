@@ -41,10 +41,21 @@ STAGES = {
     "corpus": Stage(version=4, modules=("corpus",)),
     "entropy": Stage(version=1, modules=("prune.entropy", "prune.features")),
     "embedding": Stage(version=1, modules=("encoders", "prune.features")),
+    "descriptions": Stage(version=1, modules=("captioning.describing", "captioning.captioners")),
+    "pair_embeddings": Stage(
+        version=1,
+        modules=("captioning.scorers", "captioning.dual_encoder", "captioning.open_clip_networks", "captioning.pairs"),
+        after=("embedding",),
+    ),
+    "pair_scores": Stage(
+        version=1, modules=("captioning.scoring", "captioning.pair_statistics", "captioning.evidence")
+    ),
+    "captions": Stage(version=1, modules=("captioning.loop",)),
     "selection": Stage(
         version=5,
         modules=(
             "prune.allocation",
+            "prune.captioned",
             "prune.clusters",
             "prune.library",
             "prune.methods",

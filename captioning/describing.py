@@ -1,0 +1,103 @@
+"""The external loop's pen: captions of images, block by block, over all processes, and why an image has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from captioning.captioners.captioner import Captioner, Facts, Undescribed
+
+from captioning.pairs import Pairs
+from captioning.scorers import Material
+from corpus.captions import words
+from eval.processes import first_process_says, over_processes
+from runtime.artefacts import fingerprint, is_main_process, stage
+from runtime.progress import progress
+
+#: Images that are described between two notes of what is done.
+BLOCK = 2048
+#: Bytes of the longest caption.
+MOST_BYTES = 2048
+DESCRIPTIONS = "descriptions.parquet"
+
+
+def describe(
+    material: Material, rows: np.ndarray, captioner: Captioner, attempt: int, seed: int, runs: Path | str
+) -> tuple[Pairs, pd.DataFrame]:
+    """Captions of some images of a corpus; cached, and resumed from the last finished block.
+
+    Args:
+        rows: int64, ascending.
+        attempt: 0, 1 ...: another prompt, temperature or plan each.
+        seed: with an image's id it decides what is random about its caption.
+    Returns:
+        the pairs, and rows with id, caption ("") and reason of the images that could not be described.
+    """
+
+    def build(directory: Path) -> None:
+        for start in progress(range(0, len(rows), BLOCK), f"describe, {captioner.name}", unit="block"):
+            path = directory / f"{start:012d}.parquet"
+            if path.is_file():
+                continue
+            part = rows[start : start + BLOCK]
+            packed = over_processes(
+                lambda own, part=part: _packed(_texts(material, part[own], captioner, attempt, seed)), len(part)
+            )
+            if is_main_process():
+                texts = [bytes(row).rstrip(b"\0 ").decode("utf-8", "ignore") for row in packed]
+                partial = path.with_name(path.name + ".partial")
+                pd.DataFrame({"image": part, "text": texts}).to_parquet(partial, index=False)
+                partial.rename(path)
+        if is_main_process():
+            blocks = sorted(directory.glob("[0-9]*.parquet"))
+            frames = [pd.read_parquet(path) for path in blocks]
+            whole = pd.concat(frames) if frames else pd.DataFrame({"image": rows, "text": []})
+            whole.to_parquet(directory / DESCRIPTIONS, index=False)
+            for path in blocks:
+                path.unlink()
+
+    inputs = {
+        "corpus": material.corpus.fingerprint, "rows": fingerprint(of=rows.tolist()), "captioner": captioner,
+        "attempt": attempt, "seed": seed, "scenes": fingerprint(of=[material.scenes, material.scene[rows].tolist()]),
+    }  # fmt: skip
+    directory = stage(runs, "descriptions", inputs, build, resumable=True, together=first_process_says)
+    table = pd.read_parquet(directory / DESCRIPTIONS)
+    failed = table["text"].str.startswith("!")
+    ids = material.corpus.manifest["id"].to_numpy(dtype=object)[table["image"][failed]]
+    refused = pd.DataFrame({"id": ids, "caption": "", "reason": table["text"][failed].str[1:].to_numpy()})
+    good = table[~failed]
+    pairs = Pairs.of(good["image"], good["text"].str[1:], [captioner.name] * len(good), made_in=attempt + 1)
+    return pairs, refused
+
+
+def facts_of(material: Material, row: int) -> Facts:
+    """What is known of an image beside its pixels."""
+    corpus = material.corpus
+    mask = None if corpus.masks is None else np.asarray(corpus.masks[row])
+    scene = material.scenes[material.scene[row]] if material.labelled else ""
+    return Facts(words(scene), mask, tuple(corpus.mask_classes))
+
+
+def _texts(
+    material: Material, rows: np.ndarray, captioner: Captioner, attempt: int, seed: int
+) -> list[str | Undescribed]:
+    ids = material.corpus.manifest["id"].to_numpy(dtype=object)
+    found: list[str | Undescribed] = []
+    for start in range(0, len(rows), captioner.batch_size):
+        part = rows[start : start + captioner.batch_size]
+        facts = [facts_of(material, row) for row in part]
+        seeds = [int(fingerprint(id=str(ids[row]), seed=seed, attempt=attempt), 16) % 2**63 for row in part]
+        found += captioner(np.asarray(material.corpus.images[part]), facts, attempt, seeds)
+    return found
+
+
+def _packed(texts: Sequence[str | Undescribed]) -> np.ndarray:
+    """uint8 [n, MOST_BYTES] that processes can exchange: "=" and a caption, or "!" and a reason."""
+    lines = [f"!{text.reason}" if isinstance(text, Undescribed) else f"={text}" for text in texts]
+    packed = np.zeros((len(lines), MOST_BYTES), np.uint8)
+    for place, line in enumerate(lines):
+        data = line.encode()[:MOST_BYTES]
+        packed[place, : len(data)] = np.frombuffer(data, np.uint8)
+    return packed

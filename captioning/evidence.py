@@ -1,0 +1,114 @@
+"""From statistics of pairs to the probability that a caption is not of its image; docs/method.md, section 8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures, StandardScaler
+
+#: Statistics beyond this many deviations count as this many.
+MOST_DEVIATIONS = 8.0
+#: Quantiles of the shuffled pairs' evidence below which pairs are counted: there next to no matched pair lies.
+QUANTILES = (0.2, 0.3, 0.4, 0.5)
+#: Inverse strength of the L2 penalty of the regression.
+PENALTY = 0.1
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A learned log ratio: how much more often a pair looks so than a shuffled one does, up to a constant.
+
+    Attributes:
+        model: logistic regression of pairs against shuffled ones, on statistics and their products.
+        shuffled: float64 [P'], ascending, the log ratios of the shuffled pairs.
+    """
+
+    model: Pipeline
+    shuffled: np.ndarray
+
+    def __call__(self, statistics: np.ndarray) -> np.ndarray:
+        """float64 [P] of statistics [P, F]."""
+        return self.model.decision_function(statistics)
+
+
+def learn_evidence(observed: np.ndarray, shuffled: np.ndarray) -> Evidence | None:
+    """Tell pairs from shuffled ones by a density ratio (Sugiyama, Suzuki and Kanamori 2012, chapter 4).
+
+    The pairs hold mismatched ones themselves, which are distributed as the shuffled ones are. So the ratio is a growing
+    function of that of matched to shuffled pairs, and orders them alike.
+
+    Args:
+        observed: float [P, F]; shuffled: float [P', F], rows with NaN are left out.
+    Returns:
+        None where fewer than two pairs can be shuffled.
+    """
+    shuffled = shuffled[~np.isnan(shuffled).any(axis=1)]
+    if len(shuffled) < 2 or len(observed) < 2:
+        return None
+    clip = FunctionTransformer(np.clip, kw_args={"a_min": -MOST_DEVIATIONS, "a_max": MOST_DEVIATIONS})
+    model = make_pipeline(
+        clip, PolynomialFeatures(2, include_bias=False), StandardScaler(), LogisticRegression(C=PENALTY, max_iter=300)
+    )
+    model.fit(np.concatenate([observed, shuffled]), np.repeat([1, 0], [len(observed), len(shuffled)]))
+    return Evidence(model, np.sort(model.decision_function(shuffled)))
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """
+    Attributes:
+        share: of the pairs that are mismatched, in all scenes.
+        by_scene: float64 [S], in every scene.
+        likelihood_ratio: from evidence to the ratio of the densities of matched and of shuffled pairs.
+    """
+
+    share: float
+    by_scene: np.ndarray
+    likelihood_ratio: IsotonicRegression
+
+    def probability(self, evidence: np.ndarray, scene: np.ndarray) -> np.ndarray:
+        """Probability of pairs with this evidence float [P] in these scenes int64 [P] to be mismatched; float64 [P]."""
+        share = self.by_scene[scene]
+        density = np.maximum(self.likelihood_ratio.predict(evidence), 0)
+        return share / np.maximum(share + (1 - share) * density, 1e-12)
+
+
+def mismatched_share(evidence: np.ndarray, shuffled: np.ndarray) -> float:
+    """The part of pairs that are shuffled, by how many fall where next to no matched pair does (Storey 2002).
+
+    Args:
+        evidence: float [P] of the pairs; shuffled: float [P'], ascending.
+    """
+    parts = [(evidence < np.quantile(shuffled, level)).mean() / level for level in QUANTILES]
+    return float(np.clip(np.mean(parts), 0, 1))
+
+
+def fit_mismatch(
+    evidence: np.ndarray, shuffled: np.ndarray, scene: np.ndarray, scenes: int, prior_pairs: float = 20.0
+) -> Mismatch:
+    """A mixture of matched and shuffled pairs: f = (1 - π) f_matched + π f_shuffled, where f_shuffled is known.
+
+    The share π is found where f_matched is next to nothing; the ratio f / f_shuffled is the isotonic regression of
+    pairs against shuffled ones on the evidence, from which that of f_matched follows.
+
+    Args:
+        evidence: float [P]; shuffled: float [P'], ascending.
+        scene: int64 [P], 0..`scenes` - 1.
+        prior_pairs: the share of all scenes counts in each scene as so many pairs.
+    """
+    share = mismatched_share(evidence, shuffled)
+    values = np.concatenate([evidence, shuffled])
+    labels = np.repeat([1.0, 0.0], [len(evidence), len(shuffled)])
+    known = IsotonicRegression(y_min=1e-6, y_max=1 - 1e-6, out_of_bounds="clip").fit(values, labels)
+    grid = np.unique(values)
+    chance = known.predict(grid)
+    ratio = chance / (1 - chance) * len(shuffled) / len(evidence)
+    matched = IsotonicRegression(out_of_bounds="clip").fit(grid, np.maximum(ratio - share, 0) / max(1 - share, 1e-6))
+    level = QUANTILES[-1]
+    below = np.bincount(scene, evidence < np.quantile(shuffled, level), scenes) / level
+    pairs = np.bincount(scene, minlength=scenes)
+    return Mismatch(share, np.clip((below + prior_pairs * share) / (pairs + prior_pairs), 0, 1), matched)

@@ -1,0 +1,231 @@
+"""The two loops of DLDC together: captions are scored, images without a good one described again, the best one stays.
+
+DLDC (Dual Loop Data Cleaning, JSTARS 2025) names the loops; its models, thresholds and search are not public. What is
+here is ours: docs/method.md, section 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from captioning.captioners.captioner import Captioner
+
+from captioning.describing import describe
+from captioning.pairs import Pairs, given_pairs
+from captioning.scorers import Material, PairScorer
+from captioning.scoring import SHUFFLED, Scored, score_pairs
+from corpus.index import Corpus
+from runtime.artefacts import fingerprint, read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.notices import notice
+
+CAPTIONS, REFUSED, SUMMARY = "captions.parquet", "quarantine.parquet", "summary.json"
+#: Images that are described again: none, those whose best caption is mismatched or that have none, or all.
+DESCRIBE = ("none", "mismatched", "all")
+
+
+@dataclass(frozen=True)
+class Loops:
+    """How captions are cleaned and repaired.
+
+    Args:
+        scorers: by name; their statistics are averaged.
+        captioner: writes new captions.
+        describe: one of `DESCRIBE`.
+        rounds: how often an image is described at most.
+        most_mismatch: probability to be mismatched above which a caption is no candidate.
+        seed: of the folds, of shuffled pairs and of captions.
+    """
+
+    scorers: tuple[PairScorer, ...]
+    captioner: Captioner
+    describe: str = "mismatched"
+    rounds: int = 2
+    most_mismatch: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.describe not in DESCRIBE:
+            raise UserError(f"captioning.describe={self.describe} is unknown: give {', '.join(DESCRIBE)}")
+        if not 0 < self.most_mismatch < 1:
+            raise UserError(f"captioning.most_mismatch={self.most_mismatch}: give a probability between 0 and 1")
+        if not self.scorers:
+            raise UserError("captioning.scorers names no scorer: give one, for example scorer=fitted")
+
+
+def material_of(
+    corpus: Corpus, features: np.ndarray, features_key: str, scenes: np.ndarray, labelled: bool, folds: int, seed: int
+) -> Material:
+    """What scorers may look at.
+
+    Args:
+        scenes: str [N]; labelled: they are the corpus's own.
+        folds: parts into which the images are dealt at random.
+    """
+    names, scene = np.unique(scenes.astype(str), return_inverse=True)
+    fold = np.random.default_rng([seed, 630]).permutation(len(corpus)) % folds
+    return Material(corpus, features, features_key, scene.astype(np.int64), tuple(names.tolist()), labelled, fold)
+
+
+def clean_captions(material: Material, loops: Loops, runs: Path | str) -> Path:
+    """Run both loops; the result's directory holds `CAPTIONS`, `REFUSED` and `SUMMARY`.
+
+    `CAPTIONS` has a row a candidate: image (row of the corpus), id, scene, caption, source, round, the columns of
+    `captioning.scoring.Scored`, and `chosen`: the best of its image.
+
+    Raises:
+        UserError: no image has a caption, and none is to be described.
+    """
+    given, refused = given_pairs(material.corpus.manifest)
+    tried = [refused]
+    if len(given) == 0:
+        if loops.describe == "none":
+            raise UserError(
+                f"corpus {material.corpus.name} has no captions: give some (docs/corpora.md), or have the images "
+                "described with captioning.describe=mismatched"
+            )
+        notice(f"no image of {material.corpus.name} has a caption: {loops.captioner.name} describes all of them")
+        given, failed = describe(material, _readable(material), loops.captioner, 0, loops.seed, runs)
+        tried.append(failed)
+    pairs, scored = given, score_pairs(material, given, given, loops.scorers, loops.seed, runs)
+    for attempt in range(loops.rounds if loops.describe != "none" else 0):
+        rows = images_to_describe(material, pairs, scored, loops)
+        if len(rows) == 0 or (attempt == 0 and not (given.round == 0).any()):
+            continue
+        written, failed = describe(material, rows, loops.captioner, attempt, loops.seed, runs)
+        tried.append(failed)
+        pairs = pairs.joined(written)
+        scored = score_pairs(material, given, pairs, loops.scorers, loops.seed, runs)
+
+    def build(directory: Path) -> None:
+        table = captions_table(material, pairs, scored, loops.most_mismatch)
+        failed = pd.concat(tried, ignore_index=True)
+        table.to_parquet(directory / CAPTIONS, index=False)
+        failed.to_parquet(directory / REFUSED, index=False)
+        for name in SHUFFLED.values():
+            np.save(directory / name, np.load(scored.directory / name))
+        write_json(directory / SUMMARY, summarise(table, failed, scored, loops))
+
+    inputs = {"scores": scored.directory.name, "failed": fingerprint(of=pd.concat(tried).to_dict("list"))}
+    directory = stage(runs, "captions", {**inputs, "most_mismatch": loops.most_mismatch}, build)
+    _announce(read_json(directory / SUMMARY))
+    return directory
+
+
+def _readable(material: Material) -> np.ndarray:
+    return np.flatnonzero(material.corpus.readable)
+
+
+def images_to_describe(material: Material, pairs: Pairs, scored: Scored, loops: Loops) -> np.ndarray:
+    """Rows of the images that have no good caption yet, or of all; int64, ascending."""
+    rows = _readable(material)
+    if loops.describe == "all":
+        return rows
+    good = np.zeros(len(material.corpus), bool)
+    good[pairs.image[scored.table["mismatch"].to_numpy() <= loops.most_mismatch]] = True
+    return rows[~good[rows]]
+
+
+def captions_table(material: Material, pairs: Pairs, scored: Scored, most_mismatch: float) -> pd.DataFrame:
+    """All candidates with their scores; `chosen` marks the best of each image."""
+    ids = material.corpus.manifest["id"].to_numpy(dtype=object)
+    names = np.array(material.scenes, dtype=object)
+    table = pd.DataFrame(
+        {
+            "image": pairs.image, "id": ids[pairs.image], "scene": names[material.scene[pairs.image]],
+            "caption": pairs.text, "source": pairs.source, "round": pairs.round,
+        }
+    )  # fmt: skip
+    table = pd.concat([table, scored.table], axis=1)
+    return table.assign(chosen=best_of_images(pairs.image, scored.table, most_mismatch))
+
+
+def best_of_images(image: np.ndarray, scores: pd.DataFrame, most_mismatch: float) -> np.ndarray:
+    """Which candidate is its image's best, bool [P]: of those that are not mismatched the one that fits its image best
+    among images of the same scene, or the least mismatched where all are."""
+    mismatch, fit = scores["mismatch"].to_numpy(), scores["fit"].to_numpy()
+    good = mismatch <= most_mismatch
+    rank = np.where(good, -fit, mismatch)
+    order = np.lexsort((rank, ~good, image))
+    first = np.r_[True, np.diff(image[order]) != 0] if len(order) else np.empty(0, bool)
+    chosen = np.zeros(len(image), bool)
+    chosen[order[first]] = True
+    return chosen
+
+
+def summarise(table: pd.DataFrame, refused: pd.DataFrame, scored: Scored, loops: Loops) -> dict[str, Any]:
+    """Counts and means, over all and by scene."""
+    bad = table["mismatch"] > loops.most_mismatch
+    chosen = table[table["chosen"]]
+    shares = scored.shares
+    scenes = {
+        name: {
+            "images": len(rows),
+            "mismatched_share": shares.get(name),
+            "mismatched": int((rows["mismatch"] > loops.most_mismatch).sum()),
+            "repaired": int((rows["round"] > 0).sum()),
+        }
+        for name, rows in chosen.groupby("scene")
+    }
+    return {
+        "pairs": len(table),
+        "images": len(chosen),
+        "sources": {str(name): int(count) for name, count in table["source"].value_counts().items()},
+        "chosen": {str(name): int(count) for name, count in chosen["source"].value_counts().items()},
+        "mismatched_share": read_json(scored.directory / "scenes.json")["share"],
+        "mismatched_given": int((bad & (table["round"] == 0)).sum()),
+        "mismatched_images": int((chosen["mismatch"] > loops.most_mismatch).sum()),
+        "most_mismatch": loops.most_mismatch,
+        "refused": {str(name): int(count) for name, count in refused["reason"].value_counts().items()},
+        "scenes": scenes,
+        "scorers": [scorer.name for scorer in loops.scorers],
+        "captioner": loops.captioner.name,
+    }
+
+
+def _announce(summary: dict[str, Any]) -> None:
+    repaired = summary["images"] - sum(
+        count for source, count in summary["chosen"].items() if source in ("given", "scene name")
+    )
+    line = (
+        f"captions: {summary['pairs']:,} candidates of {summary['images']:,} images; "
+        f"{summary['mismatched_share']:.1%} of the given ones are of another scene; {repaired:,} images have a new "
+        f"caption, {summary['mismatched_images']:,} have no good one"
+    )
+    refused = ", ".join(f"{count:,} {reason}" for reason, count in summary["refused"].items())
+    notice(line + (f"; no candidates: {refused}" if refused else ""))
+
+
+def with_captions(corpus: Corpus, directory: Path, most_mismatch: float) -> Corpus:
+    """The corpus with the loops' captions: of every image the good candidates, the best one first; the best one alone
+    where none is good. Images without a candidate keep what they have."""
+    table = pd.read_parquet(directory / CAPTIONS, columns=["image", "caption", "mismatch", "chosen"])
+    table = table[(table["mismatch"] <= most_mismatch) | table["chosen"]]
+    table = table.sort_values(["image", "chosen"], ascending=[True, False], kind="stable")
+    lists = table.groupby("image")["caption"].agg(list)
+    first = corpus.manifest["caption"].to_numpy(dtype=object).copy()
+    several: list[Any] = [[text] if text else None for text in first]
+    for row, texts in lists.items():
+        first[row], several[row] = texts[0], texts
+    manifest = corpus.manifest.assign(caption=first, captions=pd.Series(several, index=corpus.manifest.index))
+    return replace(corpus, manifest=manifest, captions=directory.name)
+
+
+def scores_of_images(corpus: Corpus, directory: Path) -> dict[str, np.ndarray]:
+    """Of each image's best caption `mismatch`, `fit` and `cosine` (the mean over scorers), float32 [N].
+
+    NaN where an image has no candidate.
+    """
+    table = pd.read_parquet(directory / CAPTIONS)
+    table = table[table["chosen"]]
+    cosines: Sequence[str] = [name for name in table if name.startswith("cosine_")]
+    columns = {"mismatch": table["mismatch"], "fit": table["fit"], "cosine": table[cosines].mean(axis=1)}
+    found = {name: np.full(len(corpus), np.nan, np.float32) for name in columns}
+    for name, values in columns.items():
+        found[name][table["image"]] = values
+    return found

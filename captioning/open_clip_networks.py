@@ -1,0 +1,78 @@
+"""CLIPs in open_clip's form behind the interface of `encoders.clip_scores.ClipScorer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import nn
+
+from encoders.clip_scores import BATCH, ClipScorer
+from encoders.embedding import device
+from encoders.pixels import PixelRecipe
+from runtime.artefacts import file_digest
+
+
+@dataclass(frozen=True)
+class OpenClip(ClipScorer):
+    """As `ClipScorer`; `tokenizer` is open_clip's."""
+
+    @torch.no_grad()
+    def image_embeddings(self, images: np.ndarray) -> torch.Tensor:
+        parts = [self.pixels(images[start : start + BATCH]).to(device()) for start in range(0, len(images), BATCH)]
+        return nn.functional.normalize(torch.cat([self.model.encode_image(part).float() for part in parts]), dim=1)
+
+    @torch.no_grad()
+    def text_embeddings(self, texts: Sequence[str]) -> torch.Tensor:
+        tokens = self.tokenizer(list(texts)).to(device()).split(BATCH)
+        return nn.functional.normalize(torch.cat([self.model.encode_text(part).float() for part in tokens]), dim=1)
+
+    def cut(self, texts: Sequence[str]) -> int:
+        longest = self.tokenizer.context_length
+        return sum(len(self.tokenizer.encode(text)) + 2 > longest for text in texts)
+
+
+def load_open_clip(
+    name: str, architecture: str, path: str, *, repository: str | None = None, revision: str | None = None
+) -> OpenClip:
+    """The network of a file.
+
+    Raises:
+        one of `encoders.pixels.LOAD_ERRORS`: the file or the architecture is not there, or they do not fit.
+    """
+    import open_clip
+
+    file = Path(hf_hub_download(repository, path, revision=revision) if repository else path).expanduser()
+    if not file.is_file():
+        raise OSError(f"no such file: {file}")
+    try:
+        model = open_clip.create_model(architecture, pretrained=None)
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    try:
+        model.load_state_dict(_weights(file))
+    except RuntimeError as error:
+        raise ValueError(f"its weights are not those of {architecture}") from error
+    model.eval().requires_grad_(False).to(device())
+    size = model.visual.image_size
+    recipe = PixelRecipe(
+        size[0] if isinstance(size, tuple) else size, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    )
+    return OpenClip(name, model, tokenizer, file_digest(file), recipe)
+
+
+def _weights(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a file: no other objects are read from it."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    found = found.get("state_dict", found) if isinstance(found, dict) else SimpleNamespace()
+    return {key.removeprefix("module."): value for key, value in found.items()}

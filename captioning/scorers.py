@@ -1,0 +1,278 @@
+"""Models that score pairs: CLIP-like networks of the hub, and linear CLIPs that are fitted to the corpus itself.
+
+A scorer turns images and captions into unit vectors of one space. One that learns from the corpus does so fold by fold:
+the pairs of a fold's images are embedded by what was fitted to the other folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from captioning.dual_encoder import CHUNK, DualEncoder, FittedEncoder, Reduction, fit_dual_encoder
+from captioning.pairs import Pairs
+from corpus.index import Corpus
+from encoders.clip_scores import ClipScorer, load_clip
+from encoders.embedding import device
+from encoders.pixels import LOAD_ERRORS
+from eval.processes import over_processes
+from runtime.artefacts import fingerprint
+from runtime.errors import UserError
+from runtime.notices import notice
+from runtime.progress import progress
+
+#: Texts that are embedded at once.
+TEXTS = 1024
+
+
+@dataclass(frozen=True)
+class Material:
+    """What scorers may look at.
+
+    Attributes:
+        corpus: the images.
+        features: float [N, F] of a frozen image encoder, usually a memory map.
+        features_key: of the encoder.
+        scene: int64 [N], the scene of every image; those that say none are a scene of their own.
+        scenes: their names.
+        labelled: the scenes are the corpus's own labels, not found from the features.
+        fold: int64 [N], of every image.
+    """
+
+    corpus: Corpus
+    features: np.ndarray
+    features_key: str
+    scene: np.ndarray
+    scenes: tuple[str, ...]
+    labelled: bool
+    fold: np.ndarray
+
+    @property
+    def key(self) -> str:
+        """Changes with the images, their features and their scenes."""
+        return fingerprint(
+            corpus=self.corpus.fingerprint, features=self.features_key, scenes=self.scenes,
+            scene=fingerprint(of=self.scene.tolist()), fold=fingerprint(of=self.fold.tolist()),
+        )  # fmt: skip
+
+
+class PairScorer(Protocol):
+    """A frozen dataclass, made by Hydra from configs/scorer.
+
+    Attributes:
+        name: of its column in captions.parquet.
+        joint: all processes of a launch take part.
+    """
+
+    name: str
+    joint: bool
+
+    @property
+    def key(self) -> str:
+        """Of its weights; "" where it learns from the corpus."""
+
+    def embed(self, material: Material, given: Pairs, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+        """Unit vectors float [N, D] of all images, zeros of unreadable ones, and [P, D] of the captions of `pairs`.
+
+        Args:
+            given: the pairs that it may learn from.
+        """
+
+
+@dataclass(frozen=True)
+class FittedScorer:
+    """A linear CLIP on the features that pruning clusters with, fitted fold by fold to the corpus's own pairs.
+
+    Args:
+        options: of the fit.
+        name: of its column.
+        seed: of the fit.
+    """
+
+    joint = False
+
+    options: DualEncoder
+    name: str = "fitted"
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        return ""
+
+    def embed(self, material: Material, given: Pairs, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+        options = self.options
+        generator = np.random.default_rng([self.seed, 600])
+        learned = np.sort(generator.permutation(len(given))[: options.most_pairs])
+        rows = given.image[learned]
+        reduction = Reduction.of(options, material.features[np.unique(rows)], given.text[learned].tolist(), generator)
+        known = _with_scene(reduction, material, options, rows)
+        words = reduction.texts(given.text[learned].tolist())
+        weights = 1 / np.bincount(given.image, minlength=len(material.corpus))[rows]
+        folds = [np.flatnonzero(material.fold == fold) for fold in range(options.folds)]
+        encoders = []
+        for fold in progress(range(options.folds), f"fit {self.name}", unit="fold"):
+            others = np.flatnonzero(material.fold[rows] != fold)
+            if len(others) < 2:
+                raise UserError(
+                    f"{len(given)} captions are too few to fit captioning.scorers.{self.name} in "
+                    f"{options.folds} folds: give images with captions, or score with a network of the hub "
+                    "(scorer@captioning.scorers.fitted=openai_clip)"
+                )
+            encoders.append(fit_dual_encoder(options, known[others], words[others], weights[others]))
+        return self._images(material, reduction, encoders, folds), self._texts(material, reduction, encoders, pairs)
+
+    def _images(
+        self, material: Material, reduction: Reduction, encoders: Sequence[FittedEncoder], folds: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        found = np.zeros((len(material.corpus), encoders[0].image_map.shape[1]), np.float32)
+        for encoder, rows in zip(encoders, folds, strict=True):
+            for start in range(0, len(rows), CHUNK):
+                part = rows[start : start + CHUNK]
+                found[part] = encoder.images(_with_scene(reduction, material, self.options, part))
+        found[~material.corpus.readable] = 0
+        return found
+
+    def _texts(
+        self, material: Material, reduction: Reduction, encoders: Sequence[FittedEncoder], pairs: Pairs
+    ) -> np.ndarray:
+        found = np.zeros((len(pairs), encoders[0].text_map.shape[1]), np.float32)
+        fold = material.fold[pairs.image]
+        for start in range(0, len(pairs), CHUNK):
+            rows = np.arange(start, min(start + CHUNK, len(pairs)))
+            reduced = reduction.texts(pairs.text[rows].tolist())
+            for number, encoder in enumerate(encoders):
+                own = fold[rows] == number
+                found[rows[own]] = encoder.texts(reduced[own])
+        return found
+
+
+def _with_scene(reduction: Reduction, material: Material, options: DualEncoder, rows: np.ndarray) -> np.ndarray:
+    """Reduced features float32 [n, R] of some images, with the code of their labelled scene behind them."""
+    reduced = reduction.images(material.features[rows])
+    if not options.scene_scale or not material.labelled:
+        return reduced
+    length = options.scene_scale * np.sqrt(reduction.length)
+    codes = np.zeros((len(rows), len(material.scenes)), np.float32)
+    named = np.array([bool(name) for name in material.scenes])[material.scene[rows]]
+    codes[np.flatnonzero(named), material.scene[rows][named]] = length
+    return np.concatenate([reduced, codes], axis=1)
+
+
+@dataclass(frozen=True)
+class HubScorer:
+    """A CLIP of `transformers` in a folder or on the hub.
+
+    Args:
+        name: of its column.
+        path: folder or hub name; weights as safetensors.
+        revision: commit of the hub; None: the newest.
+    """
+
+    joint = True
+
+    name: str
+    path: str
+    revision: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.clip().fingerprint
+
+    def clip(self) -> ClipScorer:
+        """The network, loaded once.
+
+        Raises:
+            UserError: it is not there.
+        """
+        return _loaded(self)
+
+    def embed(self, material: Material, given: Pairs, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+        return embed_with_clip(self.clip(), material, pairs)
+
+
+@dataclass(frozen=True)
+class OpenClipScorer:
+    """A CLIP in open_clip's form, as RemoteCLIP and GeoRSCLIP are published.
+
+    Args:
+        name: of its column.
+        architecture: as open_clip names it, "ViT-B-32" for example.
+        path: the file of weights (.pt, .pth or .safetensors), or its name in `repository`.
+        repository: hub name; None: `path` is a file of this machine.
+        revision: commit of the hub; None: the newest.
+    """
+
+    joint = True
+
+    name: str
+    architecture: str
+    path: str
+    repository: str | None = None
+    revision: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.clip().fingerprint
+
+    def clip(self) -> ClipScorer:
+        """The network, loaded once.
+
+        Raises:
+            UserError: it is not there.
+        """
+        return _loaded(self)
+
+    def embed(self, material: Material, given: Pairs, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+        return embed_with_clip(self.clip(), material, pairs)
+
+
+@lru_cache(maxsize=4)
+def _loaded(scorer: HubScorer | OpenClipScorer) -> ClipScorer:
+    try:
+        if isinstance(scorer, OpenClipScorer):
+            from captioning.open_clip_networks import load_open_clip
+
+            return load_open_clip(
+                scorer.name, scorer.architecture, scorer.path, repository=scorer.repository, revision=scorer.revision
+            )
+        found = load_clip(scorer.path, scorer.path, scorer.name, revision=scorer.revision)
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"no CLIP for captioning.scorers.{scorer.name} at {scorer.path} ({reason}): give a file, a folder or a hub "
+            "name that can be reached, or leave it out: captioning.scorers has what is fitted to the corpus"
+        ) from error
+    found.model.to(device())
+    return found
+
+
+def embed_with_clip(clip: ClipScorer, material: Material, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """As `PairScorer.embed`, over all processes of a launch; captions beyond the network's tokens are counted."""
+    corpus = material.corpus
+
+    def images(rows: np.ndarray) -> np.ndarray:
+        width = clip.image_embeddings(np.zeros((1, 32, 32, 3), np.uint8)).shape[1]
+        found = np.zeros((len(rows), width), np.float16)
+        for start in progress(range(0, len(rows), 256), f"{clip.name}: images", unit="batch"):
+            part = rows[start : start + 256]
+            found[start : start + 256] = clip.image_embeddings(np.asarray(corpus.images[part])).cpu().numpy()
+        found[~corpus.readable[rows]] = 0
+        return found
+
+    distinct, position = np.unique(pairs.text.astype(str), return_inverse=True)
+    cut = clip.cut(distinct.tolist()) if len(distinct) else 0
+    if cut:
+        notice(f"{cut} of {len(distinct)} different captions are longer than {clip.name} reads, and are cut")
+
+    def texts(rows: np.ndarray) -> np.ndarray:
+        parts = [
+            clip.text_embeddings(distinct[rows[start : start + TEXTS]].tolist()).cpu().numpy()
+            for start in progress(range(0, len(rows), TEXTS), f"{clip.name}: captions", unit="batch")
+        ]
+        return np.concatenate(parts).astype(np.float16) if parts else np.zeros((0, 1), np.float16)
+
+    return over_processes(images, len(corpus)), over_processes(texts, len(distinct))[position]

@@ -1,0 +1,128 @@
+"""The internal loop: how well every caption fits its image, by all scorers, and which do not belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from captioning.evidence import Evidence, fit_mismatch, learn_evidence
+from captioning.pair_statistics import PairStatistics, pair_statistics
+from captioning.pairs import Pairs
+from captioning.scorers import Material, PairScorer
+from eval.processes import first_process_says
+from runtime.artefacts import fingerprint, is_main_process, read_json, stage, write_json
+
+SCORES, SCENES = "scores.parquet", "scenes.json"
+#: Of the shuffled pairs, float32, ascending: with captions of other scenes, and of the same scene.
+SHUFFLED = {"other": "shuffled_other.npy", "same": "shuffled_same.npy"}
+#: Pairs to which the densities are fitted, drawn at random where there are more.
+FITTED = 200_000
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of pairs.
+
+    Attributes:
+        table: a row a pair: `cosine_<scorer>`, `evidence` (that it is no pair of two scenes), `fit` (that it is no pair
+            of two images of one scene) and `mismatch`, the probability that the caption is of another scene.
+        directory: of the stage, with `SHUFFLED` and `SCENES`.
+    """
+
+    table: pd.DataFrame
+    directory: Path
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Mismatched part of the given pairs in every scene."""
+        return read_json(self.directory / SCENES)["by_scene"]
+
+
+def score_pairs(
+    material: Material, given: Pairs, pairs: Pairs, scorers: Sequence[PairScorer], seed: int, runs: Path | str
+) -> Scored:
+    """Score pairs by all scorers; cached.
+
+    Args:
+        given: the pairs that scorers learn from, and that others are compared with: a part of `pairs`.
+        seed: of what pairs are shuffled to.
+    """
+    embedded = [_embedded(material, given, pairs, scorer, runs) for scorer in scorers]
+    inputs = {"embeddings": [path.name for path in embedded], "scorers": [scorer.name for scorer in scorers]}
+    inputs |= {"pairs": _digest(pairs), "given": _digest(given), "material": material.key, "seed": seed}
+
+    def build(directory: Path) -> None:
+        partner = _part_of(given, pairs)
+        found = [_statistics(path, material, pairs, partner, seed) for path in embedded]
+        averages = {
+            name: sum(getattr(one, name) for one in found) / len(found) for name in ("observed", "same", "other")
+        }
+        table = {f"cosine_{scorer.name}": one.cosine for scorer, one in zip(scorers, found, strict=True)}
+        scores, facts, shuffled = _judged(averages, material, pairs, partner, np.random.default_rng([seed, 620]))
+        for name, values in shuffled.items():
+            np.save(directory / SHUFFLED[name], values.astype(np.float32))
+        pd.DataFrame({**table, **scores}).to_parquet(directory / SCORES, index=False)
+        write_json(directory / SCENES, facts)
+
+    directory = stage(runs, "pair_scores", inputs, build)
+    return Scored(pd.read_parquet(directory / SCORES), directory)
+
+
+def _embedded(material: Material, given: Pairs, pairs: Pairs, scorer: PairScorer, runs: Path | str) -> Path:
+    def build(directory: Path) -> None:
+        images, texts = scorer.embed(material, given, pairs)
+        if is_main_process():
+            np.save(directory / "images.npy", images.astype(np.float16))
+            np.save(directory / "texts.npy", texts.astype(np.float16))
+
+    inputs = {"material": material.key, "pairs": _digest(pairs), "given": _digest(given), "scorer": scorer}
+    inputs["weights"] = scorer.key
+    return stage(runs, "pair_embeddings", inputs, build, together=first_process_says if scorer.joint else None)
+
+
+def _digest(pairs: Pairs) -> str:
+    return fingerprint(image=pairs.image.tolist(), text=pairs.text.tolist(), round=pairs.round.tolist())
+
+
+def _part_of(given: Pairs, pairs: Pairs) -> np.ndarray:
+    """Which of the pairs are given, bool [P]."""
+    known = set(zip(given.image.tolist(), given.text.tolist(), strict=True))
+    return np.array([pair in known for pair in zip(pairs.image.tolist(), pairs.text.tolist(), strict=True)], bool)
+
+
+def _statistics(path: Path, material: Material, pairs: Pairs, partner: np.ndarray, seed: int) -> PairStatistics:
+    """By one scorer; the same seed shuffles the pairs alike for all."""
+    images, texts = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("images", "texts"))
+    generator = np.random.default_rng([seed, 610])
+    return pair_statistics(images, texts, pairs.image, material.fold, material.scene, partner, generator)
+
+
+def _judged(
+    statistics: Mapping[str, np.ndarray],
+    material: Material,
+    pairs: Pairs,
+    partner: np.ndarray,
+    generator: np.random.Generator,
+) -> tuple[dict[str, np.ndarray], dict, dict[str, np.ndarray]]:
+    """Scores by column, facts, and the evidence of the shuffled pairs."""
+    observed = statistics["observed"]
+    scene = material.scene[pairs.image]
+    sample = np.sort(generator.permutation(np.flatnonzero(partner))[:FITTED])
+    learned: dict[str, Evidence | None] = {
+        name: learn_evidence(observed[sample], statistics[name][sample]) for name in SHUFFLED
+    }
+    values = {name: found(observed) if found else np.zeros(len(pairs)) for name, found in learned.items()}
+    facts: dict = {"share": 0.0, "by_scene": dict.fromkeys(material.scenes, 0.0)}
+    mismatch = np.zeros(len(pairs))
+    if other := learned["other"]:
+        fitted = fit_mismatch(values["other"][partner], other.shuffled, scene[partner], len(material.scenes))
+        mismatch = fitted.probability(values["other"], scene)
+        by_scene = dict(zip(material.scenes, fitted.by_scene.tolist(), strict=True))
+        facts = {"share": fitted.share, "by_scene": by_scene}
+    scores = {"evidence": values["other"], "fit": values["same"], "mismatch": mismatch}
+    shuffled = {name: found.shuffled if found else np.empty(0) for name, found in learned.items()}
+    return {name: value.astype(np.float32) for name, value in scores.items()}, facts, shuffled

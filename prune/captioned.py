@@ -1,0 +1,83 @@
+"""Captions and pair scores of the corpus that is pruned: which scenes the pairs are compared in, and what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from captioning.loop import Loops, clean_captions, material_of, scores_of_images, with_captions
+from captioning.scorers import Material
+from corpus.index import Corpus
+from prune.pool import Method, PairScores, Pool
+from prune.scenes import SceneRule
+from runtime.artefacts import fingerprint
+from runtime.errors import UserError
+
+#: Captions that training reads: those that came with the corpus; the loops' best; the best with methods that use them.
+GIVEN, BEST, AUTO = CHOICES = ("given", "best", "auto")
+#: Folds by which images are dealt where no scorer is fitted.
+FOLDS = 5
+
+
+def loops_of(cfg: DictConfig) -> Loops:
+    """The two loops of `cfg.captioning`."""
+    options = cfg.captioning
+    return Loops(
+        scorers=tuple(instantiate(scorer, _convert_="all") for scorer in options.scorers.values() if scorer),
+        captioner=instantiate(options.captioner, _convert_="all"),
+        describe=str(options.describe),
+        rounds=int(options.rounds),
+        most_mismatch=float(options.most_mismatch),
+        seed=int(options.seed),
+    )
+
+
+def wanted(cfg: DictConfig, method: Method) -> tuple[bool, bool]:
+    """Whether pairs are to be scored, and whether the loops' captions are to be read.
+
+    Raises:
+        UserError: `captioning.captions` is none of `CHOICES`.
+    """
+    choice = str(cfg.captioning.captions)
+    if choice not in CHOICES:
+        raise UserError(f"captioning.captions={choice} is unknown: give {', '.join(CHOICES)}")
+    uses = bool(getattr(method, "uses_captions", False))
+    return uses or choice == BEST, choice == BEST or (choice == AUTO and uses)
+
+
+def cleaned(cfg: DictConfig, pool: Pool, corpus: Corpus, scene_pool: Callable[[], Pool]) -> tuple[Path, Material]:
+    """The stage of the loops' captions, and what it looked at.
+
+    Args:
+        pool: with the embeddings.
+        scene_pool: the pool with a reference, for a corpus that has no labels.
+    """
+    loops = loops_of(cfg)
+    labels = corpus.manifest["scene"].to_numpy(dtype=object)
+    labelled = bool((labels[corpus.readable] != "").any())
+    scenes = labels if labelled else _found_scenes(scene_pool(), int(cfg.captioning.seed))
+    options = [getattr(scorer, "options", None) for scorer in loops.scorers]
+    folds = max((option.folds for option in options if option is not None), default=FOLDS)
+    key = fingerprint(encoder=cfg.encoder)
+    material = material_of(corpus, pool.embeddings, key, scenes, labelled, folds, loops.seed)
+    return clean_captions(material, loops, cfg.runs), material
+
+
+def _found_scenes(pool: Pool, seed: int) -> np.ndarray:
+    """Scenes by the prototypes of the pool's reference, str [N]; "" unreadable."""
+    found = SceneRule()(pool, seed)
+    return np.where(pool.readable, np.array(found.names, dtype=object)[found.scene], "")
+
+
+def pair_scores(corpus: Corpus, directory: Path, material: Material) -> PairScores:
+    """What methods see."""
+    return PairScores(**scores_of_images(corpus, directory), scene=np.array(material.scenes, object)[material.scene])
+
+
+def read_captions(cfg: DictConfig, corpus: Corpus, directory: Path) -> Corpus:
+    """The corpus with the loops' captions."""
+    return with_captions(corpus, directory, float(cfg.captioning.most_mismatch))

@@ -1,0 +1,130 @@
+"""DLDC (Dual Loop Data Cleaning, JSTARS 2025): image-text pairs by how well they belong together, scene by scene."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from prune.pool import PairScores, Pool, Selection
+from runtime.errors import UserError
+
+#: Reasons of its own: the caption is another scene's; others of the scene fit better; there is no caption.
+MISMATCHED, LESS_FITTING, NO_CAPTION = "mismatched_caption", "less_fitting_caption", "no_caption"
+
+
+def pair_scores_of(pool: Pool, method: str) -> PairScores:
+    """The pool's scores.
+
+    Raises:
+        UserError: it has none.
+    """
+    if pool.pair_scores is None:
+        raise UserError(f"{method} needs scores of images and captions: give pair_scores, or use random")
+    return pool.pair_scores
+
+
+@dataclass(frozen=True)
+class DLDC:
+    """Drop mismatched pairs, each scene by a share of its own; docs/method.md, section 8, has the formulas.
+
+    Without a budget (`ratio=null`) exactly the pairs stay that are not mismatched. With a smaller budget every scene
+    keeps the same part of these, those whose captions fit their image best among images of the scene. With a larger one
+    the least mismatched pairs come back.
+
+    Args:
+        most_mismatch: probability to be mismatched above which a pair goes.
+        cleaning_ratio: instead of what is found: the part of every scene that goes, the worst pairs first; a number, or
+            numbers by scene, of which "" stands for all others. None: what is found.
+    """
+
+    uses_captions = True
+
+    most_mismatch: float = 0.5
+    cleaning_ratio: float | dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        given = self.cleaning_ratio
+        for ratio in given.values() if isinstance(given, dict) else [given]:
+            if ratio is not None and not 0 <= ratio < 1:
+                raise UserError(f"prune.cleaning_ratio={ratio}: give a part of each scene in [0, 1), or null")
+
+    def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
+        scores = pair_scores_of(pool, "dldc")
+        usable = pool.readable & np.isfinite(scores.mismatch)
+        clean = self.clean(scores, usable)
+        reason = np.where(np.isfinite(scores.mismatch), MISMATCHED, NO_CAPTION).astype(object)
+        reason[clean] = LESS_FITTING
+        kept = keep_best(scores, clean, usable, pool.readable, budget)
+        facts = {"mismatched": int((usable & ~clean).sum()), "without_caption": int((pool.readable & ~usable).sum())}
+        return Selection.of(pool, kept, LESS_FITTING, reason=reason, scene=scores.scene.astype(object), facts=facts)
+
+    def found_budget(self, pool: Pool) -> int:
+        """Pairs that stay with `ratio=null`."""
+        scores = pair_scores_of(pool, "dldc")
+        return int(self.clean(scores, pool.readable & np.isfinite(scores.mismatch)).sum())
+
+    def clean(self, scores: PairScores, usable: np.ndarray) -> np.ndarray:
+        """The pairs that stay before the budget is looked at, bool [N]."""
+        if self.cleaning_ratio is None:
+            return usable & (scores.mismatch <= self.most_mismatch)
+        clean = np.zeros(len(usable), bool)
+        given = self.cleaning_ratio
+        for name in np.unique(scores.scene[usable].astype(str)):
+            rows = np.flatnonzero(usable & (scores.scene == name))
+            ratio = given.get(name, given.get("", 0.0)) if isinstance(given, dict) else given
+            worst_first = rows[np.argsort(goodness(scores, rows), kind="stable")]
+            clean[worst_first[round(ratio * len(rows)) :]] = True
+        return clean
+
+
+def goodness(scores: PairScores, rows: np.ndarray, most_mismatch: float = 0.5) -> np.ndarray:
+    """Orders the pairs of one scene: mismatched ones below all others, by their probability; the others by `fit`."""
+    fit = scores.fit[rows]
+    level = np.argsort(np.argsort(fit, kind="stable"), kind="stable") / max(1, len(rows))
+    return np.where(scores.mismatch[rows] > most_mismatch, -scores.mismatch[rows], level)
+
+
+def keep_best(
+    scores: PairScores, clean: np.ndarray, usable: np.ndarray, readable: np.ndarray, budget: int
+) -> np.ndarray:
+    """Rows of exactly `budget` images, fewer only where fewer are readable; int64.
+
+    Of the clean pairs each scene keeps the same part; where they are too few, the least mismatched ones come back, and
+    last images without a caption.
+    """
+    chosen = np.flatnonzero(clean)
+    if budget >= len(chosen):
+        rest = np.flatnonzero(usable & ~clean)
+        rest = rest[np.argsort(scores.mismatch[rest], kind="stable")]
+        nameless = np.flatnonzero(readable & ~usable)
+        return np.concatenate([chosen, rest, nameless])[: min(budget, int(readable.sum()))]
+    _, scene = np.unique(scores.scene[chosen].astype(str), return_inverse=True)
+    groups = [chosen[scene == number] for number in range(int(scene.max()) + 1)]
+    kept = []
+    for group, count in zip(groups, _in_proportion([len(group) for group in groups], budget), strict=True):
+        best_first = np.argsort(-goodness(scores, group), kind="stable")
+        kept.append(group[best_first[:count]])
+    return np.concatenate(kept)
+
+
+def _in_proportion(sizes: list[int], budget: int) -> np.ndarray:
+    """`budget` dealt in proportion to sizes, rounded so that the sum holds; int64 [S]."""
+    exact = np.array(sizes) * (budget / max(1, sum(sizes)))
+    whole = np.floor(exact).astype(np.int64)
+    largest = np.argsort(-(exact - whole), kind="stable")[: budget - int(whole.sum())]
+    whole[largest] += 1
+    return whole
+
+
+@dataclass(frozen=True)
+class ClipScore:
+    """Rank all pairs by the cosine of image and caption, one ratio for all scenes (Schuhmann et al. 2022: LAION-5B)."""
+
+    uses_captions = True
+
+    def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
+        scores = pair_scores_of(pool, "clip_score")
+        rows = np.flatnonzero(pool.readable)
+        order = np.argsort(-np.nan_to_num(scores.cosine[rows], nan=-np.inf), kind="stable")
+        return Selection.of(pool, rows[order[:budget]], LESS_FITTING, scene=scores.scene.astype(object))

@@ -1,0 +1,56 @@
+"""Images by RS-Prune, pairs by DLDC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from prune.methods.dldc import MISMATCHED, NO_CAPTION, pair_scores_of
+from prune.methods.rsprune import RSPrune
+from prune.pool import Pool, Selection
+from runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class RSPruneDLDC(RSPrune):
+    """RS-Prune among the images whose best caption is not mismatched; the others only where these are too few.
+
+    Args:
+        most_mismatch: probability to be mismatched above which a pair counts as such; the rest is `RSPrune`'s.
+    """
+
+    uses_captions = True
+
+    most_mismatch: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.most_mismatch < 1:
+            raise UserError(f"prune.most_mismatch={self.most_mismatch}: give a probability between 0 and 1")
+
+    def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
+        scores = pair_scores_of(pool, "rsprune_dldc")
+        captioned = pool.readable & np.isfinite(scores.mismatch)
+        clean = captioned & (scores.mismatch <= self.most_mismatch)
+        chosen = RSPrune.select(self, replace(pool, readable=clean), budget, generator)
+        reason = chosen.reason.copy()
+        reason[captioned & ~clean] = MISMATCHED
+        reason[pool.readable & ~captioned] = NO_CAPTION
+        kept = chosen.kept
+        missing = min(budget, int(pool.readable.sum())) - len(kept)
+        if missing > 0:
+            rest = np.flatnonzero(pool.readable & ~clean)
+            kept = np.concatenate([kept, rest[np.argsort(scores.mismatch[rest], kind="stable")][:missing]])
+        facts = {**chosen.facts, "mismatched": int((captioned & ~clean).sum())}
+        return Selection.of(
+            pool,
+            kept,
+            MISMATCHED,
+            reason=reason,
+            scene=chosen.scene,
+            scene_similarity=chosen.scene_similarity,
+            cluster=chosen.cluster,
+            centroid_distance=chosen.centroid_distance,
+            facts=facts,
+        )
