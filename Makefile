@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench bench-quality sweep quality ablation augmentation suggest demo tables readme foundation autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench bench-quality sweep quality ablation augmentation pair-cleaning suggest demo tables readme foundation autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -68,6 +68,9 @@ ablation: $(READY)  ## RS-Prune with one choice changed at a time, judged withou
 
 augmentation: $(READY)  ## what generated images are worth as training data of a segmenter
 	$(BIN)/python scripts/augmentation.py profile=$(PROFILE) $(if $(RUN),augmentation.run="$(RUN)")
+
+pair-cleaning: $(READY)  ## whether exchanged captions are found, and what cleaning them is worth in training
+	$(BIN)/python scripts/pair_cleaning.py profile=$(PROFILE)
 
 suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 	$(BIN)/python scripts/suggest.py profile=$(PROFILE)

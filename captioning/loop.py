@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from captioning.captioners.captioner import Captioner
 
+from captioning.captioners.captioner import Captioner
 from captioning.describing import describe
 from captioning.pairs import Pairs, given_pairs
 from captioning.scorers import Material, PairScorer

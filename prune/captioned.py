@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from captioning.loop import Loops, clean_captions, material_of, scores_of_images, with_captions
 from captioning.scorers import Material
+from captioning.swaps import Swaps, swapped_corpus
 from corpus.index import Corpus
 from prune.pool import Method, PairScores, Pool
 from prune.scenes import SceneRule
@@ -34,6 +35,14 @@ def loops_of(cfg: DictConfig) -> Loops:
         most_mismatch=float(options.most_mismatch),
         seed=int(options.seed),
     )
+
+
+def given_captions(cfg: DictConfig, corpus: Corpus) -> Corpus:
+    """The corpus with captions exchanged where `captioning.swapped.share` says so."""
+    options = cfg.captioning.swapped
+    if options.share is None:
+        return corpus
+    return swapped_corpus(corpus, Swaps(**options))[0]
 
 
 def wanted(cfg: DictConfig, method: Method) -> tuple[bool, bool]:

@@ -75,6 +75,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     encoder = instantiate(cfg.encoder)
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
+    corpus = captioned.given_captions(cfg, corpus)
     scoring, reading = captioned.wanted(cfg, method)
     captions = None
     if scoring:

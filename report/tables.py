@@ -57,13 +57,37 @@ TABLE_NOTES = {
     "steps, measured on real held-out images. prune: how the generated images were chosen from a pool; ratio: the "
     "share of the pool that went. They were drawn from masks of the real images of their row, those beside 0 real ones "
     "from the masks of the largest number. Rows of one number of real images are compared with one another.",
+    "pair_detection": "Captions that were exchanged between images of a corpus and looked for. dldc finds the share "
+    "itself; clip_score and random are given the true one. Without exchanges what is removed was the corpus's own. "
+    "Error of scenes' shares: mean distance of the found or given share to the true one.",
+    "pair_training": "Text-to-image models at equal steps: raw pairs of which a share of the captions was exchanged "
+    "between scenes, cleaned ones (prune=dldc ratio=null), as many by clip_score, repaired ones (mismatched images "
+    "described again), and the clean pairs before the exchange. The fitted CLIPs judge by the true captions; the one "
+    "on the features of the selection's encoder is of the kind that cleaned.",
+    "caption_quality": "Captions of the same images by their source: the share called mismatched, the mean log ratio "
+    "of fitting the image to fitting another of its scene, CLIP scores by judges fitted to the given captions of other "
+    "images.",
     "scenes": "Share of images in which CLIP sees the scene that they are of, among all scenes of the table: generated "
     "from the scene-balanced held-out captions by each method's model, and the photographs with these captions.",
 }
 #: Tables in which rows with the same whole number in a field stand together, and are compared with one another alone.
 GROUPED_BY = {"augmentation": "real images"}
 #: Numbers of a row that are no metrics but shown: heading and decimals.
-PLAIN = {"images_seen": ("images seen", 0), "loss": ("loss", 4)}
+PLAIN = {
+    "images_seen": ("images seen", 0),
+    "loss": ("loss", 4),
+    "swap_removed": ("removed", 3),
+    "swap_precision": ("precision", 3),
+    "swap_recall": ("recall", 3),
+    "swap_precision_at_true": ("precision at the true share", 3),
+    "swap_auc": ("area under ROC", 3),
+    "scene_share_error": ("error of scenes' shares", 3),
+    "caption_mismatched": ("mismatched", 3),
+    "caption_fit": ("fit", 2),
+    "caption_words": ("words", 1),
+    "captions_different": ("different", 3),
+    "caption_chosen": ("chosen", 3),
+}
 #: Stage of the reference rows.
 REFERENCE = "reference"
 

@@ -208,6 +208,7 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
         tokenizer.save_pretrained(directory / "tokenizer")
 
     inputs = {"corpus": corpus.fingerprint, "options": options, **precision(cfg)}
+    inputs |= {"captions": corpus.captions} if corpus.captions else {}
     return stage(cfg.runs, "text_encoder", inputs, build, resumable=True, together=first_process_says(cfg))
 
 

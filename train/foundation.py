@@ -102,6 +102,7 @@ class _Given(NamedTuple):
             **training_inputs(cfg, self.start),
             "seed": cfg.seed,
             **({"metadata": cfg.metadata} if self.fields else {}),
+            **({"captions": self.corpus.captions} if self.corpus.captions else {}),
         }
 
 

@@ -1,0 +1,41 @@
+"""How well mismatched pairs are found, where it is known which they are."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+
+def worst_first(mismatch: np.ndarray, fit: np.ndarray, most_mismatch: float) -> np.ndarray:
+    """Order of pairs, the first to go first, int64 [P]: those of another scene by their probability, then by `fit`."""
+    bad = mismatch > most_mismatch
+    return np.lexsort((np.where(bad, -mismatch, fit), ~bad))
+
+
+def detection(swapped: np.ndarray, order: np.ndarray, removed: int) -> dict[str, float | None]:
+    """Precision and recall of the first `removed` pairs of an order, and of as many as are swapped.
+
+    Args:
+        swapped: bool [P]; order: int64 [P], the first to go first.
+    Returns:
+        swap_removed (share), swap_precision, swap_recall, swap_precision_at_true and swap_auc, the area under the
+        curve of the order; None where it is undefined.
+    """
+    true, gone = int(swapped.sum()), order[:removed]
+    hits = int(swapped[gone].sum())
+    rank = np.empty(len(order))
+    rank[order] = np.arange(len(order), 0, -1)
+    return {
+        "swap_removed": removed / max(1, len(order)),
+        "swap_precision": hits / removed if removed and true else None,
+        "swap_recall": hits / true if true else None,
+        "swap_precision_at_true": float(swapped[order[:true]].mean()) if true else None,
+        "swap_auc": float(roc_auc_score(swapped, rank)) if 0 < true < len(order) else None,
+    }
+
+
+def share_error(swapped: np.ndarray, scene: np.ndarray, shares: np.ndarray) -> float:
+    """Mean over scenes of the distance between a found share float [S] and the true one."""
+    pairs = np.bincount(scene, minlength=len(shares))
+    true = np.bincount(scene, swapped, len(shares)) / np.maximum(pairs, 1)
+    return float(np.abs(shares - true)[pairs > 0].mean())

@@ -1,0 +1,79 @@
+"""Captions exchanged between images by a seed: pairs of which it is known that they do not belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from captioning.pairs import has_words
+from corpus.index import Corpus
+from runtime.artefacts import fingerprint
+from runtime.errors import UserError
+
+#: Times that partners of the same scene are drawn again.
+TRIES = 1000
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """
+    Args:
+        share: of the images with a caption whose captions are exchanged among them, in [0, 1].
+        within_scene: only between images of one scene; otherwise only between scenes.
+        uneven: the share of each scene is drawn between 0 and twice the share.
+        seed: of who exchanges with whom.
+    """
+
+    share: float
+    within_scene: bool = False
+    uneven: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise UserError(f"captioning.swapped.share={self.share}: give a share in [0, 1], or null for none")
+
+
+def swapped_corpus(corpus: Corpus, swaps: Swaps) -> tuple[Corpus, np.ndarray]:
+    """The corpus with one caption an image, its first, a share of them exchanged.
+
+    Returns:
+        the corpus, and bool [N], which images have another text than their own.
+    """
+    own = corpus.manifest["caption"].to_numpy(dtype=object)
+    scene = corpus.manifest["scene"].to_numpy(dtype=str)
+    usable = np.flatnonzero(corpus.readable & np.array([has_words(text) for text in own], bool))
+    generator = np.random.default_rng([swaps.seed, 640])
+    givers = exchanged(usable, scene, swaps, generator)
+    captions = own.copy()
+    captions[usable] = own[givers]
+    manifest = corpus.manifest.drop(columns="captions", errors="ignore").assign(caption=captions)
+    return replace(corpus, manifest=manifest, captions=fingerprint(swaps=swaps)), captions != own
+
+
+def exchanged(rows: np.ndarray, scene: np.ndarray, swaps: Swaps, generator: np.random.Generator) -> np.ndarray:
+    """For each of `rows` the row whose caption it gets, int64 [n]: itself, or one of its scene, or one of another."""
+    givers = rows.copy()
+    names, code = np.unique(scene[rows], return_inverse=True)
+    shares = np.full(len(names), swaps.share)
+    if swaps.uneven:
+        shares = np.minimum(2 * swaps.share * generator.random(len(names)), 1)
+    groups = [np.flatnonzero(code == number) for number in range(len(names))]
+    drawn = [
+        generator.permutation(group)[: round(share * len(group))] for group, share in zip(groups, shares, strict=True)
+    ]
+    if swaps.within_scene:
+        for chosen in drawn:
+            givers[chosen] = rows[np.roll(chosen, 1)]
+        return givers
+    chosen = np.concatenate([np.empty(0, np.int64), *drawn])
+    partner = generator.permutation(chosen)
+    for _ in range(TRIES):
+        clash = np.flatnonzero(code[partner] == code[chosen])
+        if len(clash) == 0:
+            break
+        for place, other in zip(clash, generator.integers(len(chosen), size=len(clash)), strict=True):
+            partner[[place, other]] = partner[[other, place]]
+    givers[chosen] = rows[partner]
+    return givers
