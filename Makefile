@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench bench-quality sweep quality ablation augmentation pair-cleaning suggest demo tables readme foundation autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench bench-quality sweep quality ablation augmentation pair-cleaning cleaning-probe suggest demo tables readme foundation autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -71,6 +71,9 @@ augmentation: $(READY)  ## what generated images are worth as training data of a
 
 pair-cleaning: $(READY)  ## whether exchanged captions are found, and what cleaning them is worth in training
 	$(BIN)/python scripts/pair_cleaning.py profile=$(PROFILE)
+
+cleaning-probe: $(READY)  ## how much of each scene's pairs to clean, by small trainings
+	$(BIN)/python scripts/cleaning_probe.py profile=$(PROFILE)
 
 suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 	$(BIN)/python scripts/suggest.py profile=$(PROFILE)

@@ -15,7 +15,7 @@ from captioning.swaps import Swaps, swapped_corpus
 from corpus.index import Corpus
 from prune.pool import Method, PairScores, Pool
 from prune.scenes import SceneRule
-from runtime.artefacts import fingerprint
+from runtime.artefacts import fingerprint, read_json
 from runtime.errors import UserError
 
 #: Captions that training reads: those that came with the corpus; the loops' best; the best with methods that use them.
@@ -43,6 +43,25 @@ def given_captions(cfg: DictConfig, corpus: Corpus) -> Corpus:
     if options.share is None:
         return corpus
     return swapped_corpus(corpus, Swaps(**options))[0]
+
+
+def method_of(cfg: DictConfig) -> Method:
+    """The pruning method; a `cleaning_ratio` that names a file is read from it.
+
+    Raises:
+        UserError: the file is not there or holds something else than ratios by scene.
+    """
+    given = cfg.prune.get("cleaning_ratio")
+    if not isinstance(given, str):
+        return instantiate(cfg.prune, _convert_="all")
+    try:
+        ratios = {str(name): float(ratio) for name, ratio in read_json(Path(given).expanduser()).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"prune.cleaning_ratio={given} cannot be read ({type(error).__name__}): give a number, or a file that "
+            "scripts/cleaning_probe.py wrote"
+        ) from error
+    return instantiate(cfg.prune, _convert_="all", cleaning_ratio=ratios)
 
 
 def wanted(cfg: DictConfig, method: Method) -> tuple[bool, bool]:

@@ -69,7 +69,7 @@ def scene_source(cfg: DictConfig, corpus: Corpus, method: Method) -> str | None:
 
 def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     """Run the pruning stage `name` of a config, or find it done. Returns the selection's directory and its corpus."""
-    method, measure = instantiate(cfg.prune, _convert_="all"), instantiate(cfg.entropy)
+    method, measure = captioned.method_of(cfg), instantiate(cfg.entropy)
     ratio = ratio_of(cfg, method, name)  # refused before anything is computed
     clock, started = _Clock(), time.time()
     encoder = instantiate(cfg.encoder)

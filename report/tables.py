@@ -64,6 +64,8 @@ TABLE_NOTES = {
     "between scenes, cleaned ones (prune=dldc ratio=null), as many by clip_score, repaired ones (mismatched images "
     "described again), and the clean pairs before the exchange. The fitted CLIPs judge by the true captions; the one "
     "on the features of the selection's encoder is of the kind that cleaned.",
+    "cleaning_probe": "Small text-to-image models by the part of every scene's pairs that was cleaned, on the "
+    "validation split.",
     "caption_quality": "Captions of the same images by their source: the share called mismatched, the mean log ratio "
     "of fitting the image to fitting another of its scene, CLIP scores by judges fitted to the given captions of other "
     "images.",
