@@ -56,6 +56,7 @@ bench: $(READY)  ## speed of every stage on this machine
 	$(BIN)/python scripts/bench.py profile=$(PROFILE)
 	$(BIN)/python scripts/bench_selection.py profile=$(PROFILE)
 	$(BIN)/python scripts/bench_training.py profile=$(PROFILE)
+	$(BIN)/python scripts/bench_pairs.py profile=$(PROFILE)
 
 sweep: $(READY)  ## an experiment of configs/experiment: make sweep EXPERIMENT=ratio_compute
 	$(BIN)/python train/pretrain.py -m experiment=$(EXPERIMENT) profile=$(PROFILE)

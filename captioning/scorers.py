@@ -255,7 +255,7 @@ def embed_with_clip(clip: ClipScorer, material: Material, pairs: Pairs) -> tuple
     corpus = material.corpus
 
     def images(rows: np.ndarray) -> np.ndarray:
-        width = clip.image_embeddings(np.zeros((1, 32, 32, 3), np.uint8)).shape[1]
+        width = clip.text_embeddings(["a"]).shape[1]
         found = np.zeros((len(rows), width), np.float16)
         for start in progress(range(0, len(rows), 256), f"{clip.name}: images", unit="batch"):
             part = rows[start : start + 256]

@@ -34,7 +34,8 @@ def main(cfg: DictConfig) -> None:
     for ratio in ratios:
         chosen = changed_config(
             "prune=dldc", "ratio=null", f"prune.cleaning_ratio={ratio:g}", "train.snapshots=1",
-            f"train.loop.steps={cfg.cleaning_probe.steps}", f"eval.split={cfg.cleaning_probe.split}", "captioning.describe=none",
+            f"train.loop.steps={cfg.cleaning_probe.steps}", f"eval.split={cfg.cleaning_probe.split}",
+            "captioning.describe=none",
         )  # fmt: skip
         directory = pretrain(chosen, "dldc")
         held = evaluation_sets(chosen)["balanced"]
