@@ -24,7 +24,7 @@ class Evidence:
 
     Attributes:
         model: logistic regression of pairs against shuffled ones, on statistics and their products.
-        shuffled: float64 [P'], ascending, the log ratios of the shuffled pairs.
+        shuffled: float64 [P'], the log ratios of the shuffled pairs, rows with NaN left out.
     """
 
     model: Pipeline
@@ -54,7 +54,7 @@ def learn_evidence(observed: np.ndarray, shuffled: np.ndarray) -> Evidence | Non
         clip, PolynomialFeatures(2, include_bias=False), StandardScaler(), LogisticRegression(C=PENALTY, max_iter=300)
     )
     model.fit(np.concatenate([observed, shuffled]), np.repeat([1, 0], [len(observed), len(shuffled)]))
-    return Evidence(model, np.sort(model.decision_function(shuffled)))
+    return Evidence(model, model.decision_function(shuffled))
 
 
 @dataclass(frozen=True)
@@ -81,34 +81,58 @@ def mismatched_share(evidence: np.ndarray, shuffled: np.ndarray) -> float:
     """The part of pairs that are shuffled, by how many fall where next to no matched pair does (Storey 2002).
 
     Args:
-        evidence: float [P] of the pairs; shuffled: float [P'], ascending.
+        evidence: float [P] of the pairs; shuffled: float [P'], at least one.
     """
     parts = [(evidence < np.quantile(shuffled, level)).mean() / level for level in QUANTILES]
     return float(np.clip(np.mean(parts), 0, 1))
 
 
+def scene_shares(
+    evidence: np.ndarray, scene: np.ndarray, shuffled: np.ndarray, shuffled_scene: np.ndarray, scenes: int, prior: float
+) -> np.ndarray:
+    """`mismatched_share` of every scene by its own shuffled pairs, float64 [S], towards the mean over all pairs.
+
+    By its own, since what a caption of another scene looks like depends on the scene, and so does how many there are.
+    """
+    everywhere = mismatched_share(evidence, shuffled)
+    own, pairs = np.full(scenes, everywhere), np.bincount(scene, minlength=scenes)
+    for number in np.flatnonzero(pairs):
+        there = shuffled[shuffled_scene == number]
+        if len(there):
+            own[number] = mismatched_share(evidence[scene == number], there)
+    mean = float(np.average(own, weights=pairs)) if pairs.sum() else everywhere
+    return (pairs * own + prior * mean) / (pairs + prior)
+
+
 def fit_mismatch(
-    evidence: np.ndarray, shuffled: np.ndarray, scene: np.ndarray, scenes: int, prior_pairs: float = 20.0
+    evidence: np.ndarray,
+    scene: np.ndarray,
+    shuffled: np.ndarray,
+    shuffled_scene: np.ndarray,
+    scenes: int,
+    prior_pairs: float = 20.0,
 ) -> Mismatch:
     """A mixture of matched and shuffled pairs: f = (1 - π) f_matched + π f_shuffled, where f_shuffled is known.
 
-    The share π is found where f_matched is next to nothing; the ratio f / f_shuffled is the isotonic regression of
-    pairs against shuffled ones on the evidence, from which that of f_matched follows.
+    The shares are found where f_matched is next to nothing; the ratio f / f_shuffled is the isotonic regression of
+    pairs against shuffled ones on the evidence, from which that of f_matched follows. Shuffled pairs count in it as
+    often as their scene has mismatched ones.
 
     Args:
-        evidence: float [P]; shuffled: float [P'], ascending.
-        scene: int64 [P], 0..`scenes` - 1.
+        evidence: float [P]; scene: int64 [P], 0..`scenes` - 1.
+        shuffled: float [P'], at least one; shuffled_scene: int64 [P'].
         prior_pairs: the share of all scenes counts in each scene as so many pairs.
     """
-    share = mismatched_share(evidence, shuffled)
+    shares = scene_shares(evidence, scene, shuffled, shuffled_scene, scenes, prior_pairs)
+    share = float(shares[scene].mean())
+    weights = shares[shuffled_scene] + 1e-6
+    weights *= len(evidence) / weights.sum()
     values = np.concatenate([evidence, shuffled])
     labels = np.repeat([1.0, 0.0], [len(evidence), len(shuffled)])
-    known = IsotonicRegression(y_min=1e-6, y_max=1 - 1e-6, out_of_bounds="clip").fit(values, labels)
+    known = IsotonicRegression(y_min=1e-6, y_max=1 - 1e-6, out_of_bounds="clip")
+    known.fit(values, labels, sample_weight=np.concatenate([np.ones(len(evidence)), weights]))
     grid = np.unique(values)
     chance = known.predict(grid)
-    ratio = chance / (1 - chance) * len(shuffled) / len(evidence)
+    ratio = chance / (1 - chance)
     matched = IsotonicRegression(out_of_bounds="clip").fit(grid, np.maximum(ratio - share, 0) / max(1 - share, 1e-6))
-    level = QUANTILES[-1]
-    below = np.bincount(scene, evidence < np.quantile(shuffled, level), scenes) / level
-    pairs = np.bincount(scene, minlength=scenes)
-    return Mismatch(share, np.clip((below + prior_pairs * share) / (pairs + prior_pairs), 0, 1), matched)
+    return Mismatch(share, shares, matched)

@@ -46,7 +46,7 @@ class Loops:
     captioner: Captioner
     describe: str = "mismatched"
     rounds: int = 2
-    most_mismatch: float = 0.5
+    most_mismatch: float = 0.6
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -19,6 +19,9 @@ from runtime.artefacts import fingerprint, is_main_process, read_json, stage, wr
 SCORES, SCENES = "scores.parquet", "scenes.json"
 #: Of the shuffled pairs, float32, ascending: with captions of other scenes, and of the same scene.
 SHUFFLED = {"other": "shuffled_other.npy", "same": "shuffled_same.npy"}
+#: Statistics that tell either kind of shuffled pairs: what is found of another scene's captions must not depend on how
+#: many of them the image's own scene holds.
+USED = {"other": slice(0, 2), "same": slice(0, 4)}
 #: Pairs to which the densities are fitted, drawn at random where there are more.
 FITTED = 200_000
 
@@ -113,16 +116,22 @@ def _judged(
     scene = material.scene[pairs.image]
     sample = np.sort(generator.permutation(np.flatnonzero(partner))[:FITTED])
     learned: dict[str, Evidence | None] = {
-        name: learn_evidence(observed[sample], statistics[name][sample]) for name in SHUFFLED
+        name: learn_evidence(observed[sample][:, used], statistics[name][sample][:, used])
+        for name, used in USED.items()
     }
-    values = {name: found(observed) if found else np.zeros(len(pairs)) for name, found in learned.items()}
+    values = {
+        name: found(observed[:, USED[name]]) if found else np.zeros(len(pairs)) for name, found in learned.items()
+    }
     facts: dict = {"share": 0.0, "by_scene": dict.fromkeys(material.scenes, 0.0)}
     mismatch = np.zeros(len(pairs))
     if other := learned["other"]:
-        fitted = fit_mismatch(values["other"][partner], other.shuffled, scene[partner], len(material.scenes))
+        kept = ~np.isnan(statistics["other"][sample]).any(axis=1)
+        fitted = fit_mismatch(
+            values["other"][partner], scene[partner], other.shuffled, scene[sample][kept], len(material.scenes)
+        )
         mismatch = fitted.probability(values["other"], scene)
         by_scene = dict(zip(material.scenes, fitted.by_scene.tolist(), strict=True))
         facts = {"share": fitted.share, "by_scene": by_scene}
     scores = {"evidence": values["other"], "fit": values["same"], "mismatch": mismatch}
-    shuffled = {name: found.shuffled if found else np.empty(0) for name, found in learned.items()}
+    shuffled = {name: np.sort(found.shuffled) if found else np.empty(0) for name, found in learned.items()}
     return {name: value.astype(np.float32) for name, value in scores.items()}, facts, shuffled

@@ -22,6 +22,7 @@ from captioning.loop import material_of
 from captioning.pair_statistics import SAMPLE, pair_statistics
 from captioning.pairs import GIVEN, Pairs
 from captioning.scorers import FittedScorer, embed_with_clip
+from captioning.scoring import FITTED, USED
 from corpus.index import Corpus, index_corpus
 from encoders.clip_scores import ClipScorer
 from encoders.pixels import to_tensor
@@ -72,9 +73,10 @@ def scoring_figures(count: int, scorer: FittedScorer) -> dict[str, float]:
         )
         seconds["statistics"] = time.perf_counter() - start
         start = time.perf_counter()
-        other = learn_evidence(found.observed[:200_000], found.other[:200_000])
-        if other is not None:
-            fit_mismatch(other(found.observed), other.shuffled, material.scene, len(material.scenes))
+        sample = slice(0, FITTED)
+        other = learn_evidence(found.observed[sample, USED["other"]], found.other[sample, USED["other"]])
+        evidence = other(found.observed[:, USED["other"]])
+        fit_mismatch(evidence, material.scene, other.shuffled, material.scene[sample], len(material.scenes))
         seconds["probability"] = time.perf_counter() - start
         start = time.perf_counter()
         _products(images, texts)

@@ -40,7 +40,7 @@ class DLDC:
 
     uses_captions = True
 
-    most_mismatch: float = 0.5
+    most_mismatch: float = 0.6
     cleaning_ratio: float | dict[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class DLDC:
         clean = self.clean(scores, usable)
         reason = np.where(np.isfinite(scores.mismatch), MISMATCHED, NO_CAPTION).astype(object)
         reason[clean] = LESS_FITTING
-        kept = keep_best(scores, clean, usable, pool.readable, budget)
+        kept = keep_best(scores, clean, usable, pool.readable, budget, self.most_mismatch)
         facts = {"mismatched": int((usable & ~clean).sum()), "without_caption": int((pool.readable & ~usable).sum())}
         return Selection.of(pool, kept, LESS_FITTING, reason=reason, scene=scores.scene.astype(object), facts=facts)
 
@@ -73,12 +73,12 @@ class DLDC:
         for name in np.unique(scores.scene[usable].astype(str)):
             rows = np.flatnonzero(usable & (scores.scene == name))
             ratio = given.get(name, given.get("", 0.0)) if isinstance(given, dict) else given
-            worst_first = rows[np.argsort(goodness(scores, rows), kind="stable")]
+            worst_first = rows[np.argsort(goodness(scores, rows, self.most_mismatch), kind="stable")]
             clean[worst_first[round(ratio * len(rows)) :]] = True
         return clean
 
 
-def goodness(scores: PairScores, rows: np.ndarray, most_mismatch: float = 0.5) -> np.ndarray:
+def goodness(scores: PairScores, rows: np.ndarray, most_mismatch: float) -> np.ndarray:
     """Orders the pairs of one scene: mismatched ones below all others, by their probability; the others by `fit`."""
     fit = scores.fit[rows]
     level = np.argsort(np.argsort(fit, kind="stable"), kind="stable") / max(1, len(rows))
@@ -86,7 +86,7 @@ def goodness(scores: PairScores, rows: np.ndarray, most_mismatch: float = 0.5) -
 
 
 def keep_best(
-    scores: PairScores, clean: np.ndarray, usable: np.ndarray, readable: np.ndarray, budget: int
+    scores: PairScores, clean: np.ndarray, usable: np.ndarray, readable: np.ndarray, budget: int, most_mismatch: float
 ) -> np.ndarray:
     """Rows of exactly `budget` images, fewer only where fewer are readable; int64.
 
@@ -103,7 +103,7 @@ def keep_best(
     groups = [chosen[scene == number] for number in range(int(scene.max()) + 1)]
     kept = []
     for group, count in zip(groups, _in_proportion([len(group) for group in groups], budget), strict=True):
-        best_first = np.argsort(-goodness(scores, group), kind="stable")
+        best_first = np.argsort(-goodness(scores, group, most_mismatch), kind="stable")
         kept.append(group[best_first[:count]])
     return np.concatenate(kept)
 

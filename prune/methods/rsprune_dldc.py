@@ -22,7 +22,7 @@ class RSPruneDLDC(RSPrune):
 
     uses_captions = True
 
-    most_mismatch: float = 0.5
+    most_mismatch: float = 0.6
 
     def __post_init__(self) -> None:
         super().__post_init__()
