@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,19 @@ from runtime.errors import UserError
 GIVEN, BEST, AUTO = CHOICES = ("given", "best", "auto")
 #: Folds by which images are dealt where no scorer is fitted.
 FOLDS = 5
+
+
+@dataclass(frozen=True)
+class CleanedPairs:
+    """The stage of the loops' captions, and what it looked at."""
+
+    directory: Path
+    material: Material
+
+    def scores(self, corpus: Corpus) -> PairScores:
+        """What methods see."""
+        scenes = np.array(self.material.scenes, object)[self.material.scene]
+        return PairScores(**scores_of_images(corpus, self.directory), scene=scenes)
 
 
 def loops_of(cfg: DictConfig) -> Loops:
@@ -77,8 +91,8 @@ def wanted(cfg: DictConfig, method: Method) -> tuple[bool, bool]:
     return uses or choice == BEST, choice == BEST or (choice == AUTO and uses)
 
 
-def cleaned(cfg: DictConfig, pool: Pool, corpus: Corpus, scene_pool: Callable[[], Pool]) -> tuple[Path, Material]:
-    """The stage of the loops' captions, and what it looked at.
+def cleaned(cfg: DictConfig, pool: Pool, corpus: Corpus, scene_pool: Callable[[], Pool]) -> CleanedPairs:
+    """Run the loops, or find them done.
 
     Args:
         pool: with the embeddings.
@@ -92,18 +106,13 @@ def cleaned(cfg: DictConfig, pool: Pool, corpus: Corpus, scene_pool: Callable[[]
     folds = max((option.folds for option in options if option is not None), default=FOLDS)
     key = fingerprint(encoder=cfg.encoder)
     material = material_of(corpus, pool.embeddings, key, scenes, labelled, folds, loops.seed)
-    return clean_captions(material, loops, cfg.runs), material
+    return CleanedPairs(clean_captions(material, loops, cfg.runs), material)
 
 
 def _found_scenes(pool: Pool, seed: int) -> np.ndarray:
     """Scenes by the prototypes of the pool's reference, str [N]; "" unreadable."""
     found = SceneRule()(pool, seed)
     return np.where(pool.readable, np.array(found.names, dtype=object)[found.scene], "")
-
-
-def pair_scores(corpus: Corpus, directory: Path, material: Material) -> PairScores:
-    """What methods see."""
-    return PairScores(**scores_of_images(corpus, directory), scene=np.array(material.scenes, object)[material.scene])
 
 
 def read_captions(cfg: DictConfig, corpus: Corpus, directory: Path) -> Corpus:

@@ -57,9 +57,12 @@ def reference_rows(corpus: Corpus, per_scene: int, generator: np.random.Generato
 
 
 def scene_source(cfg: DictConfig, corpus: Corpus, method: Method) -> str | None:
-    """`REFERENCE`, or `CORPUS` where no set is named that has labels; None: the method takes no scenes."""
-    if not getattr(method, "uses_reference", False):
-        return None
+    """As `reference_kind`; None: the method takes no scenes."""
+    return reference_kind(cfg, corpus) if getattr(method, "uses_reference", False) else None
+
+
+def reference_kind(cfg: DictConfig, corpus: Corpus) -> str:
+    """`REFERENCE`, or `CORPUS` where no set is named that has labels."""
     if cfg.reference.source is None:
         return CORPUS
     labelled = corpus.readable & (corpus.manifest["scene"] != "").to_numpy()
@@ -75,17 +78,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     encoder = instantiate(cfg.encoder)
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
-    corpus = captioned.given_captions(cfg, corpus)
-    scoring, reading = captioned.wanted(cfg, method)
-    captions = None
-    if scoring:
-        plain_pool = corpus_pool(cfg, corpus, measure, encoder, clock)
-        source = REFERENCE if cfg.reference.source is not None else CORPUS
-        with clock("captions"):
-            captions, material = captioned.cleaned(
-                cfg, plain_pool, corpus, lambda: with_reference(cfg, plain_pool, source, encoder)
-            )
-        corpus = captioned.read_captions(cfg, corpus, captions) if reading else corpus
+    corpus, pairs = _with_captions(cfg, captioned.given_captions(cfg, corpus), method, measure, encoder, clock)
     inputs = {
         "corpus": corpus.fingerprint,
         "method": method,
@@ -97,17 +90,16 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     scenes = scene_source(cfg, corpus, method)
     if scenes is not None:
         inputs["reference"] = cfg.reference if scenes == REFERENCE else None
-    uses_captions = getattr(method, "uses_captions", False)
-    if uses_captions:
-        inputs["captions"] = captions.name
+    if pairs is not None:
+        inputs["captions"] = pairs.directory.name
 
     def build(directory: Path) -> None:
         pool = corpus_pool(cfg, corpus, measure, encoder, clock)
         if scenes is not None:
             with clock("reference"):
                 pool = with_reference(cfg, pool, scenes, encoder)
-        if uses_captions:
-            pool = replace(pool, pair_scores=captioned.pair_scores(corpus, captions, material))
+        if pairs is not None:
+            pool = replace(pool, pair_scores=pairs.scores(corpus))
         with clock("selection"):
             budget = method.found_budget(pool) if ratio is None else budget_of(len(pool), ratio)
             selection = method.select(pool, budget, np.random.default_rng([cfg.seed, 2]))
@@ -122,9 +114,9 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         summary["strata"] = scenes and {"source": scenes, "count": len(set(pool.reference_labels.tolist()))}
         if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run, whose time we have not
             summary["images_per_second"] = None
-        if uses_captions:
-            summary["captions"] = read_json(captions / SUMMARY)
-            write_pairs_report(directory / PAIRS_PAGE, captions, selection.kept, corpus.images, name)
+        if pairs is not None:
+            summary["captions"] = read_json(pairs.directory / SUMMARY)
+            write_pairs_report(directory / PAIRS_PAGE, pairs.directory, selection.kept, corpus.images, name)
         write_selection(directory, table, summary, corpus, pool.embeddings)
         with track(cfg, "prune", name) as tracker:
             tracker.summary({key: value for key, value in summary.items() if not isinstance(value, dict)})
@@ -137,6 +129,20 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     if scenes == CORPUS:
         _tell_of_strata(read_json(directory / "summary.json")["strata"]["count"])
     return directory, corpus
+
+
+def _with_captions(
+    cfg: DictConfig, corpus: Corpus, method: Method, measure: LocalEntropy, encoder: EfficientNetLite0, clock: _Clock
+) -> tuple[Corpus, captioned.CleanedPairs | None]:
+    """The corpus with the captions that are to be read, and the scored pairs where the method uses them."""
+    scoring, reading = captioned.wanted(cfg, method)
+    if not scoring:
+        return corpus, None
+    pool, kind = corpus_pool(cfg, corpus, measure, encoder, clock), reference_kind(cfg, corpus)
+    with clock("captions"):
+        pairs = captioned.cleaned(cfg, pool, corpus, lambda: with_reference(cfg, pool, kind, encoder))
+    corpus = captioned.read_captions(cfg, corpus, pairs.directory) if reading else corpus
+    return corpus, pairs if getattr(method, "uses_captions", False) else None
 
 
 def ratio_of(cfg: DictConfig, method: Method, name: str) -> float | None:
