@@ -517,23 +517,20 @@ def held_out(rows: pd.DataFrame, side: int = 8) -> HeldOut:
 
 def test_images_are_drawn_of_each_row_s_own_facts_and_resized(folders: dict[str, Path], tmp_path: Path) -> None:
     rows = table(*({"lon": float(lon)} for lon in (-150, 0, 150)))
-    held, peer = held_out(rows), PEERS["diffusionsat"]
-    model = PeerModel(peer, folders["diffusionsat"], 8)
+    held, peer, options = held_out(rows, SIZE), PEERS["diffusionsat"], {**OPTIONS, "label": ""}
+    model = PeerModel(peer, folders["diffusionsat"], SIZE)
     images = np.load(draw_images(model, held, Sampling(2, 1.5, 7), tmp_path) / IMAGES)
-    assert images.shape == (3, 8, 8, 3) and images.dtype == np.uint8
-    expected = peer.draw(
-        load(peer, model.folder),
-        held.captions,
-        rows.iloc[[2, 1, 0]],
-        np.arange(3),
-        8,
-        steps=2,
-        guidance_scale=1.5,
-        seed=7,
-        label="",
+    loaded = load(peer, model.folder)
+    expected, wrong = (
+        peer.draw(loaded, held.captions, rows.iloc[order], np.arange(3), SIZE, **options)
+        for order in ([2, 1, 0], [0, 1, 2])
     )
-    small = np.stack([np.asarray(Image.fromarray(image).reduce(2)) for image in expected])
-    assert np.abs(small.astype(float) - images).mean() < 1
+    np.testing.assert_array_equal(images, expected)
+    assert (images != wrong).any()
+    small = replace(model, side=8).draw(loaded, held.captions, rows, np.arange(3), **options)
+    assert small.shape == (3, 8, 8, 3) and small.dtype == np.uint8
+    whole = peer.draw(loaded, held.captions, rows, np.arange(3), 8, **options)  # metres a pixel are of 8 px
+    assert np.abs(whole.reshape(3, 8, 2, 8, 2, 3).mean((2, 4)) - small).max() <= 1
 
 
 def test_the_fingerprint_knows_what_an_image_hangs_on(

@@ -2,8 +2,8 @@
 
 Of a caption alone its own code (src/test/inference.py of github.com/Sonettoo/CRS-Diff) still runs a local adapter on
 black maps, which adds to every block of the U-Net's decoder, puts four tokens of a content adapter behind those of the
-caption, and adds an embedding of seven zeros to the time's. Without those the weights of Stable Diffusion in its checkpoint are
-another model: to convert them alone would measure something that is not CRS-Diff.
+caption, and adds an embedding of seven zeros to the time's. Without those the weights of Stable Diffusion in its
+checkpoint are another model: to convert them alone would measure something that is not CRS-Diff.
 """
 
 from __future__ import annotations
