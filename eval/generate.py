@@ -28,6 +28,7 @@ def generate(
     batch_size: int = 100,
     label: str = "generate",
     noise_of: Sequence[int] | None = None,
+    size: int | None = None,
     options: Mapping[str, Any] | None = None,
     **conditions: Sequence,
 ) -> np.ndarray:
@@ -39,12 +40,13 @@ def generate(
         guidance_scale: classifier-free guidance; 1 switches it off.
         seed: of the starting noise: the same for every method that is compared.
         noise_of: for each image the number that its starting noise depends on; None: its position.
+        size: side of the images in px; None: the one that the network was trained at.
         options: further arguments of the pipeline, the same for all images.
         conditions: further per-image arguments of the pipeline, cut into the same batches (for example `image`);
             `prompt_embeds` stand in for the prompts.
     """
     network = getattr(pipeline, "unet", None) or pipeline.transformer
-    side = network.config.sample_size
+    side = network.config.sample_size if size is None else size // pipeline.vae_scale_factor
     numbers = range(len(prompts)) if noise_of is None else noise_of
     noise = starting_noise(numbers, (pipeline.vae.config.latent_channels, side, side), seed)
     size = side * pipeline.vae_scale_factor

@@ -1,4 +1,7 @@
-"""Metrics of any run, snapshot, diffusers pipeline or image folder: `python eval/measure.py of=DIR`."""
+"""Metrics of any run, snapshot, diffusers pipeline or image folder, or of a named system (docs/comparison.md).
+
+`python eval/measure.py of=DIR`, `python eval/measure.py peer=diffusionsat of=DIR`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import json
 
 from omegaconf import DictConfig
 
-from eval.measuring_any import measure_any
+from eval.measuring_any import PEER, measure_any
 from runtime.application import run
 from runtime.artefacts import read_json
 
 
 def main(cfg: DictConfig) -> None:
     directory = measure_any(cfg)
-    print(json.dumps(read_json(directory / "metrics.json")))
+    facts = read_json(directory / PEER) if (directory / PEER).is_file() else {}
+    print(json.dumps({**facts, **read_json(directory / "metrics.json")}))
     print(f"results: {directory}")
 
 

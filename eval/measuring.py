@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ from corpus.captions import words
 from corpus.index import Corpus, index_corpus
 from encoders.clip_scores import ClipScorer
 from encoders.embedding import Encoder, embed
-from eval.generate import generate
 from eval.held_out import HeldOut, held_out_sets
 from eval.memorisation import TrainingImages
 from eval.metrics import METRICS, compute
 from eval.models import Model
 from eval.pairs import Confusion
+from eval.peers.peer import PeerModel
 from eval.processes import first_process_says, over_processes
 from runtime.artefacts import fingerprint, is_main_process, read_json, stage, write_json
 
@@ -95,32 +95,22 @@ def evaluation_sets(cfg: DictConfig, split: str | None = None, *, images: int | 
     return held_out_sets(corpus, encoders_of(cfg), int(images or cfg.eval.images), int(cfg.eval.seed), cfg.runs)
 
 
-def draw_images(model: Model, held: HeldOut, sampling: Sampling, runs: Path | str) -> Path:
+def draw_images(model: Model | PeerModel, held: HeldOut, sampling: Sampling, runs: Path | str) -> Path:
     """An image of every held-out caption, drawn once: `images.npy`, uint8 [N, H, W, 3], in the stage's directory.
 
     Image i starts from noise that depends on the seed and i alone. All processes of a launch take part.
     """
+    facts = held.corpus.manifest.iloc[held.rows]
 
     def build(directory: Path) -> None:
-        pipeline = model.load()
-        images = over_processes(lambda rows: _drawn(pipeline, held, sampling, rows), len(held))
+        loaded, options = model.load(), {**asdict(sampling), "label": f"generate {held.name}"}
+        images = over_processes(lambda rows: model.draw(loaded, held.captions, facts, rows, **options), len(held))
         if is_main_process():
             np.save(directory / IMAGES, images)
 
     inputs = {"model": model.key, "captions": held.captions, "sampling": sampling}
+    inputs |= model.conditions(held.captions, facts)
     return stage(runs, "generated", inputs, build, together=first_process_says)
-
-
-def _drawn(pipeline, held: HeldOut, sampling: Sampling, rows: np.ndarray) -> np.ndarray:
-    return generate(
-        pipeline,
-        [held.captions[row] for row in rows],
-        steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        seed=sampling.seed,
-        label=f"generate {held.name}",
-        noise_of=rows,
-    )
 
 
 def measure_images(
@@ -271,7 +261,7 @@ def with_set(held_out: str, metrics: Mapping[str, float | None]) -> dict[str, fl
 
 
 def measure_model(
-    model: Model,
+    model: Model | PeerModel,
     sets: Mapping[str, HeldOut],
     judges: Judges,
     sampling: Sampling,

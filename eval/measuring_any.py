@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,10 +30,13 @@ from eval.measuring import (
     with_set,
 )
 from eval.memorisation import TrainingImages
-from eval.metrics import METRICS
+from eval.metrics import METRICS, SETS
 from eval.models import find_model
+from eval.peers.parts import place_of
+from eval.peers.peer import Peer, PeerModel
 from runtime.artefacts import COMPLETE, read_json, stage, stage_fingerprint, write_json
 from runtime.errors import UserError
+from runtime.notices import notice
 from runtime.tracking import track
 
 #: Fewer images than this say nothing about a set.
@@ -41,6 +45,8 @@ FEWEST_IMAGES = 10
 TRAINING = "training.json"
 #: In a run's directory: where the CLIP model that judges it lies.
 SCORER = "scorer.json"
+#: In the result's directory: how a peer's images were made.
+PEER = "peer.json"
 
 
 def measure_any(cfg: DictConfig) -> Path:
@@ -53,6 +59,8 @@ def measure_any(cfg: DictConfig) -> Path:
         raise UserError(
             "nothing to measure: give of=DIR, a run, a snapshot, a diffusers pipeline or a folder of images"
         )
+    if cfg.peer.name is not None:
+        return measure_peer(cfg)
     source = Path(str(cfg.of)).expanduser()
     model = find_model(source)
     sets = evaluation_sets(cfg)
@@ -61,16 +69,55 @@ def measure_any(cfg: DictConfig) -> Path:
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
     judges = Judges(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
     training = find_training(source, corpus, judges.encoders, cfg.runs)
-    measured = measure_model(model, sets, judges, Sampling.of(cfg), cfg.runs, training)
+    return _result(cfg, source.name, measure_model(model, sets, judges, Sampling.of(cfg), cfg.runs, training))
+
+
+def measure_peer(cfg: DictConfig) -> Path:
+    """Compare a named system (`configs/peer`) with the held-out sets; the result directory has peer.json as well.
+
+    Raises:
+        UserError: `cfg.of` holds no such system.
+    """
+    peer: Peer = instantiate(cfg.peer)
+    source = place_of(str(cfg.of))
+    peer.check(source)
+    sets = distinct_sets(evaluation_sets(cfg))
+    model = PeerModel(peer, source, next(iter(sets.values())).corpus.resolution)
+    notice(f"{peer.name} draws at {peer.resolution} px; its images are measured at the corpus's {model.side} px")
+    corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
+    judges = Judges(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
+    sampling = Sampling(peer.steps, peer.guidance_scale, int(cfg.eval.seed))
+    measured = measure_model(model, sets, judges, sampling, cfg.runs)
+    facts = {**model.facts, "images": {name: len(held) for name, held in sets.items()}}
+    return _result(cfg, peer.name, measured, facts)
+
+
+def _result(cfg: DictConfig, name: str, measured: Mapping[str, Path], facts: Mapping[str, Any] | None = None) -> Path:
+    """The directory of `measure_any`.
+
+    Args:
+        measured: directories of `measure_model`, by set.
+        facts: of peer.json.
+    """
 
     def build(directory: Path) -> None:
         metrics = metrics_of(measured)
         write_json(directory / "metrics.json", metrics)
-        with track(cfg, "measure", source.name) as tracker:
+        if facts is not None:
+            write_json(directory / PEER, facts)
+        with track(cfg, "measure", name) as tracker:
             tracker.summary(metrics)
 
     inputs = {name: directory.name for name, directory in measured.items()}
     return stage(cfg.runs, "measure", inputs, build)
+
+
+def distinct_sets(sets: Mapping[str, HeldOut]) -> dict[str, HeldOut]:
+    """Both sets, or the natural one alone where both hold the same images, as of a whole split."""
+    if len({tuple(sorted(held.rows)) for held in sets.values()}) > 1:
+        return dict(sets)
+    notice("both held-out sets hold the same images: they are drawn and measured once, as the natural set")
+    return {SETS[-1]: sets[SETS[-1]]}
 
 
 def kept_images(selection: Path, corpus: Corpus, embeddings: Callable[[str], np.ndarray]) -> TrainingImages:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import numpy as np
+import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from eval.generate import generate
 from runtime.artefacts import file_digest, fingerprint
 from runtime.errors import UserError
 
@@ -78,6 +83,27 @@ class Model:
             raise UserError(f"{self.snapshot or self.pipeline} does not load: {reason}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def conditions(self, captions: Sequence[str], rows: pd.DataFrame) -> dict[str, Any]:
+        """What its images depend on beside the captions: nothing."""
+        return {}
+
+    def draw(
+        self,
+        loaded: DiffusionPipeline,
+        captions: Sequence[str],
+        rows: pd.DataFrame,
+        numbers: np.ndarray,
+        **sampling: Any,
+    ) -> np.ndarray:
+        """Images of some captions, uint8 [K, H, W, 3]. Image i starts from noise that depends on the seed and i alone.
+
+        Args:
+            captions: of the whole held-out set; rows: of the manifest, one a caption.
+            numbers: int64 [K], which captions.
+            sampling: steps, guidance_scale, seed and label of `eval.generate.generate`.
+        """
+        return generate(loaded, [captions[number] for number in numbers], noise_of=numbers, **sampling)
 
 
 def find_model(folder: Path) -> Model | None:

@@ -88,7 +88,7 @@ STAGES = {
         after=("latents", "prompts"),
     ),
     "held_out": Stage(version=1, modules=("eval.held_out", "encoders")),
-    "generated": Stage(version=1, modules=("eval.generate", "eval.models", "eval.measuring")),
+    "generated": Stage(version=1, modules=("eval.generate", "eval.models", "eval.measuring", "eval.peers")),
     "measured": Stage(
         version=1,
         modules=(

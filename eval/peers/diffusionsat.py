@@ -1,0 +1,148 @@
+"""DiffusionSat (Khanna et al. 2024, arXiv 2312.03606): Stable Diffusion 2.1 with seven numbers beside the time.
+
+Its U-Net, the `SatUNet` of github.com/samar-khanna/DiffusionSat, is that of diffusers and one embedding more: of each
+number sinusoidal features, as of the time, and an MLP of its own, all added to the time's embedding. Here diffusers'
+own U-Net carries it in the place of its class embedding, which it adds in the same way.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from safetensors.torch import load_file
+from torch import nn
+
+from eval.peers.labels import LabelledPipeline
+from eval.peers.parts import check_parts, loaded, network_config, pipeline_of, read, weights_of
+from eval.peers.peer import Peer, metres, number
+from runtime.errors import UserError
+
+#: The numbers, in the order of their embeddings.
+FIELDS = ("lon", "lat", "ground_sampling_distance", "cloud_share", "year", "month", "day")
+#: Of each the value that is scaled to 0, and what is from there to 1000: `metadata_normalize` in its data_util.py,
+#: after the offsets that its training adds. Metres a pixel go beyond 1000.
+LOW = (-180.0, -90.0, 0.0, 0.0, 1980.0, 0.0, 0.0)
+SPAN = (360.0, 180.0, 1.0, 1.0, 120.0, 12.0, 31.0)
+#: Of the embedding's weights, in its files and in diffusers' U-Net.
+THEIRS, OURS = "metadata_embedding.", "class_embedding."
+
+
+class MetadataEmbedding(nn.ModuleList):
+    """The sum of an embedding of each number.
+
+    Args:
+        count: of numbers.
+        features: sinusoidal ones of each.
+        width: of the time's embedding.
+        flip_sin_to_cos, shift: of the features, as of the time's.
+    """
+
+    def __init__(self, count: int, features: int, width: int, *, flip_sin_to_cos: bool, shift: float) -> None:
+        super().__init__(TimestepEmbedding(features, width) for _ in range(count))
+        self.features = features
+        self.options = {"flip_sin_to_cos": flip_sin_to_cos, "downscale_freq_shift": shift}
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[B, count] scaled numbers to [B, width]."""
+        found = [
+            embed(get_timestep_embedding(column, self.features, **self.options).to(numbers.dtype))
+            for embed, column in zip(self, numbers.unbind(1), strict=True)
+        ]
+        return torch.stack(found).sum(0)
+
+
+@dataclass(frozen=True)
+class DiffusionSat(Peer):
+    """Its single-image model. What of an image's place, resolution, clouds and date is not known is 0, as it was where
+    its training dropped a number.
+
+    Args:
+        unet: folder of the U-Net below the pipeline's; None: `unet`, else that of the last `checkpoint-N`.
+    """
+
+    unet: str | None = None
+
+    def check(self, folder: Path) -> None:
+        check_parts(folder, self.name, ("DiffusionSatPipeline", "StableDiffusionPipeline"))
+        place = self._network(folder)
+        config = network_config(place, self.name, "SatUNet")
+        count = config.get("num_metadata") if config.get("use_metadata") else 0
+        if count != len(FIELDS):
+            raise UserError(f"{place} takes {count} numbers: peer={self.name} gives {len(FIELDS)}, {', '.join(FIELDS)}")
+
+    def load(self, folder: Path) -> LabelledPipeline:
+        place = self._network(folder)
+        unet = loaded(place, lambda: network_of(read(place / "config.json"), load_file(weights_of(place))))
+        return pipeline_of(LabelledPipeline, folder, unet, self.scheduler)
+
+    def extra(self, row: Mapping[str, Any], side: int) -> dict[str, list[float]]:
+        """`labels`: the seven numbers, scaled."""
+        return {"labels": scaled(facts_of(row, side, self.resolution))}
+
+    def _network(self, folder: Path) -> Path:
+        if self.unet is not None:
+            return folder / self.unet
+        steps = {
+            int(path.parent.name.partition("-")[2]): path
+            for path in folder.glob("checkpoint-*/unet")
+            if path.parent.name.partition("-")[2].isdecimal()
+        }
+        return steps[max(steps)] if steps and not (folder / "unet").is_dir() else folder / "unet"
+
+
+def network_of(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> UNet2DConditionModel:
+    """diffusers' U-Net with the embedding, of a `SatUNet`'s config.json and weights, in float32, frozen.
+
+    Raises:
+        RuntimeError: a weight is absent, of another shape or not known.
+    """
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    network = UNet2DConditionModel(**{key: value for key, value in config.items() if key in known})
+    options = network.config
+    network.class_embedding = MetadataEmbedding(
+        int(config["num_metadata"]),
+        options.block_out_channels[0],
+        4 * options.block_out_channels[0],
+        flip_sin_to_cos=options.flip_sin_to_cos,
+        shift=options.freq_shift,
+    )
+    network.load_state_dict(
+        {OURS + key.removeprefix(THEIRS) if key.startswith(THEIRS) else key: value for key, value in weights.items()}
+    )
+    return network.float().eval().requires_grad_(False)
+
+
+def facts_of(row: Mapping[str, Any], side: int, resolution: int) -> dict[str, float]:
+    """The seven numbers of a row of a manifest in their own units, NaN where it has none.
+
+    The date is of the columns `year`, `month` and `day`, else of `date`, else of `year` and `day_of_year`.
+
+    Args:
+        side, resolution: px of the row's image, and of the one to draw, which shows the same ground.
+    """
+    facts = {name: number(row, name) for name in FIELDS}
+    facts["ground_sampling_distance"] = metres(row, side, resolution)
+    date = pd.to_datetime(row.get("date"), errors="coerce", utc=True)
+    day_of_year = number(row, "day_of_year")
+    if pd.isna(date) and not math.isnan(facts["year"] + day_of_year):
+        date = pd.Timestamp(year=int(facts["year"]), month=1, day=1) + pd.Timedelta(days=int(day_of_year) - 1)
+    for name in ("year", "month", "day"):
+        if math.isnan(facts[name]) and not pd.isna(date):
+            facts[name] = float(getattr(date, name))
+    return facts
+
+
+def scaled(facts: Mapping[str, float]) -> list[float]:
+    """`FIELDS` in its network's units; 0 for NaN."""
+    values = np.array([facts[name] for name in FIELDS])
+    return np.nan_to_num((values - LOW) / SPAN * 1000, nan=0.0).tolist()

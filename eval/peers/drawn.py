@@ -1,0 +1,112 @@
+"""Images that a system's own code has drawn, for systems whose networks are not of diffusers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from corpus.decoding import decode_image
+from eval.peers.parts import PICKLES
+from eval.peers.peer import IMAGES, Peer
+from runtime.errors import UserError
+from runtime.progress import progress
+
+#: Beside the images: a line an image, in the order of their names.
+CAPTIONS = "captions.txt"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images in a folder.
+
+    Attributes:
+        files: by name, sorted.
+        captions: of the files; empty where the folder has no `captions.txt`.
+    """
+
+    files: tuple[Path, ...]
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DrawnImages(Peer):
+    """A folder with an image of every held-out caption.
+
+    An image belongs to the caption whose image it is named as (`airport_1.png` to `airport/airport_1.jpg`), or to the
+    one of its line in `captions.txt`; of equal captions each gets the next image.
+    """
+
+    #: Why its weights are not read.
+    reason: ClassVar[str] = "its networks are not of diffusers"
+
+    def check(self, folder: Path) -> None:
+        files = [folder] if folder.is_file() else sorted(folder.glob("*"))
+        images = self._images(folder)
+        for path in files:
+            if not images and path.suffix in (".safetensors", *PICKLES):
+                raise UserError(f"{path} is not read, because {self.reason}: {self._advice}")
+        if not images:
+            raise UserError(f"of={folder} has no images: {self._advice}")
+        lines = self.load(folder).captions
+        if lines and len(lines) != len(images):
+            raise UserError(
+                f"{folder / CAPTIONS} has {len(lines)} lines for {len(images)} images: give a line an image, in the "
+                "order of their names"
+            )
+
+    def load(self, folder: Path) -> Drawn:
+        table = folder / CAPTIONS
+        lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+        return Drawn(tuple(self._images(folder)), tuple(line.strip() for line in lines))
+
+    def draw(
+        self, loaded: Drawn, captions: Sequence[str], rows: pd.DataFrame, numbers: np.ndarray, side: int, **_: Any
+    ) -> np.ndarray:
+        """The images of some captions, their central squares at `resolution`: uint8 [K, R, R, 3]."""
+        files = self.files_of(loaded, captions, rows["id"].tolist())
+        images = np.empty((len(numbers), self.resolution, self.resolution, 3), np.uint8)
+        for position, row in enumerate(progress(numbers, f"read {self.name}", unit="image")):
+            image = decode_image(files[row].read_bytes(), self.resolution)
+            if isinstance(image, str):
+                raise UserError(f"{files[row]} cannot be read ({image}): draw it again")
+            images[position] = image
+        return images
+
+    def files_of(self, loaded: Drawn, captions: Sequence[str], ids: Sequence[str]) -> list[Path]:
+        """The file of every caption.
+
+        Raises:
+            UserError: one has none.
+        """
+        named = {path.stem: path for path in loaded.files}
+        told: dict[str, list[Path]] = defaultdict(list)
+        for caption, path in zip(loaded.captions, loaded.files, strict=False):
+            told[caption].append(path)
+        files = []
+        for caption, identifier in zip(captions, ids, strict=True):
+            path = named.get(PurePosixPath(identifier).stem)
+            if path is None and told[caption.strip()]:
+                path = told[caption.strip()].pop(0)
+            if path is None:
+                folder = loaded.files[0].parent
+                raise UserError(f"of={folder} has no image of the caption of {identifier}: {self._advice}")
+            files.append(path)
+        return files
+
+    @property
+    def _advice(self) -> str:
+        return (
+            f"draw every caption of the split with {self.name}'s own code and give the folder of these images, each "
+            f"named as the image whose caption it is of, or with a line an image in {CAPTIONS}"
+        )
+
+    @staticmethod
+    def _images(folder: Path) -> list[Path]:
+        """Sorted; a contact sheet's name begins with an underscore."""
+        return sorted(path for path in folder.glob("[!_.]*") if path.suffix.lower() in IMAGES)
