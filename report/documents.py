@@ -322,8 +322,8 @@ def pair_benchmarks(path: Path) -> list[str]:
     network = [{"": name, "figure": f"{value:,.2f}"} for name, value in found["network"].items()]
     return [
         "## Image-text pairs",
-        f"Machine: {found['machine']}. Made features of 256 dimensions and captions of ten words, 30 scenes; seconds of "
-        "each step in a process of its own, and its largest resident memory.",
+        f"Machine: {found['machine']}. Made features of 256 dimensions and captions of ten words, 30 scenes; seconds "
+        "of each step in a process of its own, and its largest resident memory.",
         markdown(pd.DataFrame(rows)),
         markdown(pd.DataFrame(network)),
     ]
