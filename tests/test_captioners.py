@@ -136,7 +136,10 @@ def test_a_pond_is_round_surrounded_and_in_the_centre() -> None:
         assert re.search(r"blue water (lies|appears) (in|at) the (centre|middle)", text), text
     for text in every_wording(image, "objects"):
         assert re.search(r"a round patch of (open )?water (in|at) the (centre|middle)", text), text
-    image[20:108, 20:108] = GREEN
+    image[:] = GREEN
+    image[disk((23, 64), 25, shape=(128, 128))] = BLUE  # up to the image's edge, beyond which nobody knows
+    assert not any("surrounded" in text or "round" in text for text in every_wording(image, "long"))
+    image[:] = GREEN
     image[40:100, 30:80] = BLUE
     assert "rectangular patch of" in described(image, "objects")
 

@@ -119,7 +119,7 @@ class ImageTextToText:
     ) -> list[str | Undescribed]:
         processor, model = _loaded(self.path, self.revision, self.dtype)
         inputs = _inputs(processor, [enlarged(image, self.side) for image in images], question)
-        given = inputs["input_ids"].clone() if "input_ids" in inputs else None  # BLIP writes into them
+        given = inputs.get("input_ids")
         steps = LogitsProcessorList()
         if temperature > 0:
             steps = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(self.top_p)])
@@ -217,9 +217,10 @@ def enlarged(image: np.ndarray, side: int) -> Image.Image:
 
 
 def without_prompt(written: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-    """Token ids [B, T] without those of the prompt [B, P] that they begin with.
+    """Token ids [B, T] without those of the prompt [B, P] that they begin with; the very first is not compared.
 
-    Networks repeat all of the prompt, or none, or (BLIP) all but its last token with another first one.
+    Networks repeat all of the prompt, or none, or (BLIP) all but its last token with another first one, which it writes
+    into the prompt as well.
     """
     if given is None:
         return written
