@@ -1,0 +1,1 @@
+"""Image-text pairs cleaned: captions written for images, scored, and kept or replaced."""

@@ -1,0 +1,278 @@
+"""A captioner that needs no download: sentences out of what is measured in the pixels or told by a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from captioning.captioners.captioner import Facts, Undescribed, scene_words
+from captioning.captioners.cover import COLOURS, is_empty, is_flat, land_cover, shrunk
+from captioning.captioners.layout import ROUGH, SMOOTH, Layout, Part, layout
+from captioning.captioners.wording import (
+    LINES,
+    PLACES,
+    STRIPS,
+    Noun,
+    listed,
+    noun,
+    number,
+    pick,
+    scene_phrase,
+    sentences,
+    share_of,
+    verb,
+)
+from runtime.errors import UserError
+
+#: Words of the longest short caption.
+SHORT = 13
+#: Patches beyond these are not counted but called scattered.
+COUNTED = 6
+NO_DATA = Undescribed("no data")
+ONE_COLOUR = Undescribed("one flat colour")
+
+
+@dataclass(frozen=True)
+class OfflineCaptioner:
+    """Says what lies where: the scene's words, kinds of ground with their shares, places, shapes and texture.
+
+    The kinds are a mask's classes, or groups of colours: a caption says "green vegetation", not "a park". An image
+    without data (98 % black) is `Undescribed` even if its scene is known, because its pixels show no such scene. One of
+    a single flat colour is `Undescribed` unless a scene or a mask says what it is, as of open water.
+
+    Args:
+        name: the source of its captions.
+        batch_size: images a call.
+        plans: a plan of `PLANS` for each attempt, then from the first one again.
+    Raises:
+        UserError: no plan, or an unknown one.
+    """
+
+    name: str = "offline"
+    batch_size: int = 64
+    plans: Sequence[str] = ("short", "layout", "long", "objects")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plans", tuple(self.plans))
+        if unknown := [str(plan) for plan in self.plans if plan not in PLANS] or ["(none)"] * (not self.plans):
+            raise UserError(f"captioner.plans={', '.join(unknown)}: give a list of {', '.join(PLANS)}")
+
+    @property
+    def attempts(self) -> int:
+        return len(self.plans)
+
+    def __call__(
+        self, images: np.ndarray, facts: Sequence[Facts], attempt: int, seeds: Sequence[int]
+    ) -> list[str | Undescribed]:
+        plan = self.plans[attempt % len(self.plans)]
+        return [
+            describe(image, known, plan, np.random.default_rng((attempt, seed)))
+            for image, known, seed in zip(images, facts, seeds, strict=True)
+        ]
+
+
+def describe(image: np.ndarray, facts: Facts, plan: str, rng: np.random.Generator) -> str | Undescribed:
+    """A caption of a uint8 image [H, W, 3], after a plan of `PLANS`; the generator picks among equal wordings."""
+    image = shrunk(image)
+    if is_empty(image):
+        return NO_DATA
+    scene = scene_words(facts.scene)
+    cover = land_cover(image, facts.mask, facts.classes)
+    if not scene and not cover.by_mask and is_flat(image):
+        return ONE_COLOUR
+    measured = layout(cover)
+    return compose(measured, scene, plan, rng) if measured.parts else NO_DATA
+
+
+def compose(measured: Layout, scene: str, plan: str, rng: np.random.Generator) -> str:
+    """One to six sentences about a layout.
+
+    Args:
+        measured: with one part at least.
+        scene: its words, "" for none (`scene_words`).
+        plan: of `PLANS`.
+    """
+    return sentences(PLANS[plan](_View(measured, scene, rng)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- plans
+
+
+class _View:
+    """A layout with its words chosen: what the plans put together."""
+
+    def __init__(self, measured: Layout, scene: str, rng: np.random.Generator, colours: bool = True) -> None:
+        self.measured, self.rng, self.words = measured, rng, scene
+        self.scene = scene_phrase(scene) if scene else ""
+        self.items: list[tuple[Part, Noun]] = []
+        for part in measured.parts:
+            called = noun(part, measured, scene, rng, colours=colours)
+            if part.strip or part.shape or called.of not in {other.of for _, other in self.items}:
+                self.items.append((part, called))
+
+    def pick(self, *variants: str) -> str:
+        return pick(variants, self.rng)
+
+    def place(self, part: Part) -> str:
+        return pick(PLACES[part.place], self.rng)
+
+    def noun_of(self, name: str) -> Noun | None:
+        return next((called for part, called in self.items if part.name == name), None)
+
+
+def _short(view: _View) -> list[str]:
+    """About 8 to 12 words, the scene first: the most that fits is said of the two largest parts."""
+    chosen = view.items[:1] + [item for item in view.items[1:] if _differ(view.items[0][0], item[0])][:1]
+    phrases = [(called.text, PLACES[part.place][0]) for part, called in chosen]
+    if view.scene:
+        opening = view.pick("{}", "an aerial view of {}", "{} seen from above").format(view.scene)
+        openings = [f"{opening} with ", f"{view.scene} with "]
+    else:
+        openings = [view.pick("", "an aerial view of ", "from above, "), ""]
+    forms = [first + " and ".join(said) for said in _said(phrases) for first in openings]
+    fitting = [form for form in forms if len(form.split()) <= SHORT]
+    return [(fitting or forms[-1:])[0]]
+
+
+def _differ(first: Part, second: Part) -> bool:
+    """Whether two kinds are more than two shades of one, as two greens are."""
+    return first.name.split()[-1] != second.name.split()[-1] or not {first.name, second.name} <= set(COLOURS)
+
+
+def _said(phrases: list[tuple[str, str]]) -> list[list[str]]:
+    """Ways to say one or two nouns with their places, the fullest first."""
+    whole = [f"{text} {where}" for text, where in phrases]
+    if len(phrases) < 2:
+        return [whole]
+    (first, where), (second, other) = phrases
+    if where == other:
+        return [[first, whole[1]], whole[:1], [first]]
+    return [whole, [whole[0], second], [first, whole[1]], whole[:1], [first, second], [first]]
+
+
+def _layout(view: _View) -> list[str]:
+    """What covers how much of which part; then the scene."""
+    (part, called), *others = view.items[:3]
+    found = [f"{other.text} {view.place(smaller)}" for smaller, other in others]
+    share = _covers(view, part, called)
+    if found and view.rng.integers(2):
+        (second, other), rest = others[0], found[1:]
+        text = f"{share}; {other.text} {verb(other, 'lie')} {view.place(second)}"
+        text += f", with {rest[0]}" if rest else ""
+    else:
+        text = share + (f", with {listed(found)}" if found else "" if view.scene else f", {_texture(view)}")
+    ending = view.pick("the view shows {}", "the image shows {}", "it is an aerial view of {}")
+    return [text, ending.format(view.scene)] if view.scene else [text]
+
+
+def _covers(view: _View, part: Part, called: Noun) -> str:
+    """ "blue water covers about half of the image on the left" """
+    covers = verb(called, view.pick("cover", "fill", "take")) + " "
+    covers = covers.replace("takes ", "takes up ").replace("take ", "take up ")
+    where = "" if part.place in ("whole", "spread") else " " + view.place(part)
+    return f"{called.text} {covers}{share_of(part.share)}{where}"
+
+
+def _long(view: _View) -> list[str]:
+    """Layout, neighbours, counts and texture."""
+    part, called = view.items[0]
+    opening = f"{view.pick('an aerial view of', 'a view from above of')} {view.scene}: " if view.scene else (
+        view.pick("in this aerial view, ", "seen from above, "))  # fmt: skip
+    texts = [opening + _covers(view, part, called)]
+    rest = view.items[1:4]
+    if rest:
+        clauses = [
+            f"{other.text} {verb(other, view.pick('lie', 'appear'))} {view.place(small)}" for small, other in rest
+        ]
+        texts.append(listed(clauses))
+    texts += _relations(view)[:2] + _counts(view)[:2]
+    texture = view.pick("the picture is {}", "the texture is {}").format(_texture(view, alone=True))
+    if view.measured.lines:
+        texture += f", and {pick(LINES[view.measured.lines], view.rng)}"
+    return [*texts, texture]
+
+
+def _relations(view: _View) -> list[str]:
+    """Sentences about what surrounds, borders or crosses what."""
+    found, told = [], set()
+    for part, called in view.items[:4]:
+        around, beside = view.noun_of(part.inside), view.noun_of(part.beside)
+        if around and around is not called:
+            found.append(f"{called.text} {verb(called, 'is')} surrounded by {around.text}")
+            told.add(frozenset((part.name, part.inside)))
+        elif beside and beside is not called and frozenset((part.name, part.beside)) not in told:
+            told.add(frozenset((part.name, part.beside)))
+            stem = view.pick("border", "meet", "adjoin")
+            found.append(f"{called.text} {verb(called, stem)} {beside.text}")
+        if part.strip:
+            found.insert(0, f"{_strip(part, called)} {view.pick('runs', 'stretches')} {STRIPS[part.strip]}")
+    return found
+
+
+def _strip(part: Part, called: Noun) -> str:
+    return f"a {'wide' if part.largest > 0.2 else 'narrow'} strip of {called.of}"
+
+
+def _counts(view: _View) -> list[str]:
+    """Sentences about numbers and shapes."""
+    found = []
+    for part, called in view.items[:4]:
+        if part.shape:
+            start = f"the largest patch of {called.of}" if part.patches > 1 else f"the patch of {called.of}"
+            found.append(f"{start} is {part.shape}")
+        elif 2 <= part.patches <= COUNTED:
+            found.append(f"there are {number(part.patches)} patches of {called.of}")
+    if spots := _spots(view):
+        found.insert(0, f"{spots} {view.pick('stand out', 'can be seen')}")
+    return found
+
+
+def _spots(view: _View, colours: bool = True) -> str:
+    if not view.measured.spots:
+        return ""
+    bright = "small bright" if colours else "small"
+    place = pick(PLACES[view.measured.spots_place], view.rng)
+    place = "" if view.measured.spots_place == "scattered" else f" {place}"
+    return f"{number(view.measured.spots)} {bright} {view.pick('objects', 'spots', 'structures')}{place}"
+
+
+def _texture(view: _View, alone: bool = False) -> str:
+    slope = view.measured.slope
+    if slope < SMOOTH:
+        words = view.pick("smooth", "smooth and even")
+    elif slope < ROUGH:
+        words = view.pick("fine-grained", "finely grained")
+    else:
+        words = view.pick("full of small details", "busy with many edges", "rough and detailed")
+    return words if alone else f"and the picture is {words}"
+
+
+def _objects(view: _View) -> list[str]:
+    """Shapes, strips and counted things, without colours."""
+    plain = _View(view.measured, view.words, view.rng, colours=False)
+    things = [_thing(plain, part, called) for part, called in plain.items]
+    spots = _spots(plain, colours=False)
+    things = [*things[:2], spots] if spots else things[:3]
+    opening = f"{plain.scene} with " if plain.scene else plain.pick("seen from above: ", "the view from above shows ")
+    return [opening + listed(things)]
+
+
+def _thing(view: _View, part: Part, called: Noun) -> str:
+    if part.strip:
+        return f"{_strip(part, called)} running {STRIPS[part.strip]}"
+    if part.shape and part.patches == 1:
+        return f"a {part.shape} patch of {called.of} {view.place(part)}"
+    if 2 <= part.patches <= COUNTED and part.share < 0.4:
+        return f"{number(part.patches)} patches of {called.of}"
+    return f"{called.text} {view.place(part)}"
+
+
+#: Sentence plans by name.
+PLANS: dict[str, Callable[[_View], list[str]]] = {
+    "short": _short,
+    "layout": _layout,
+    "long": _long,
+    "objects": _objects,
+}
