@@ -31,7 +31,7 @@ def experiment_rows(cfg: DictConfig, method: str, run: Path) -> list[dict[str, A
     name = str(cfg.experiment.name)
     fields = {str(key): _text(OmegaConf.select(cfg, key)) for key in cfg.experiment.columns}
     summary = read_json(run / "summary.json")
-    ratio = 0.0 if method == "full" else float(cfg.ratio)
+    ratio = 0.0 if method == "full" else None if cfg.ratio is None else float(cfg.ratio)
     facts = {"kept": summary["images"], "seconds": summary["seconds"], "flops": summary["training_flops_per_image"]}
     lines = [
         *pd.read_json(run / CONVERGENCE, lines=True).to_dict("records"),

@@ -55,7 +55,13 @@ def main(cfg: DictConfig) -> None:
             train_arm(cfg, arm, int(seed), results)
     if cfg.pair_cleaning.captions:
         compare_captions(cfg, results)
-    publish(results, DETECTION if cfg.pair_cleaning.detection else TRAINING)
+    made = {
+        DETECTION: cfg.pair_cleaning.detection,
+        TRAINING: cfg.pair_cleaning.arms,
+        QUALITY: cfg.pair_cleaning.captions,
+    }
+    for name in (name for name, wanted in made.items() if wanted):
+        publish(results, name)
 
 
 def labelled_corpus(cfg: DictConfig) -> Corpus:

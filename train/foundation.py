@@ -207,7 +207,7 @@ def _train(run: _Run) -> None:
     flops = training_flops(modules[NETWORK], torch.zeros(1, *subset.latent_shape), text)
     training = {
         "method": run.name,
-        "ratio": cfg.ratio,
+        "ratio": read_json(run.selection / "summary.json")["ratio"] if cfg.ratio is None else cfg.ratio,
         "images": len(rows),
         "parameters": sum(parameter.numel() for parameter in modules[NETWORK].parameters()),
         "training_flops_per_image": flops,
