@@ -57,13 +57,15 @@ TABLE_NOTES = {
     "steps, measured on real held-out images. prune: how the generated images were chosen from a pool; ratio: the "
     "share of the pool that went. They were drawn from masks of the real images of their row, those beside 0 real ones "
     "from the masks of the largest number. Rows of one number of real images are compared with one another.",
+    "joint_conditions": "Images drawn by one model with all of its conditions, without each, with each alone and with "
+    "none, which is its foundation. Edge agreement: F-score of Canny's edges within 1 px of the real image's.",
     "scenes": "Share of images in which CLIP sees the scene that they are of, among all scenes of the table: generated "
     "from the scene-balanced held-out captions by each method's model, and the photographs with these captions.",
 }
 #: Tables in which rows with the same whole number in a field stand together, and are compared with one another alone.
-GROUPED_BY = {"augmentation": "real images"}
+GROUPED_BY = {"augmentation": "real images", "joint_conditions": "images"}
 #: Numbers of a row that are no metrics but shown: heading and decimals.
-PLAIN = {"images_seen": ("images seen", 0), "loss": ("loss", 4)}
+PLAIN = {"images_seen": ("images seen", 0), "loss": ("loss", 4), "edge_agreement": ("edge agreement ↑", 3)}
 #: Stage of the reference rows.
 REFERENCE = "reference"
 
