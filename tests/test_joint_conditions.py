@@ -122,6 +122,20 @@ def test_at_first_nothing_is_steered_and_one_channel_count_is_one_network(parts:
     torch.testing.assert_close(steered, alone)
 
 
+def test_conditions_arrive_at_the_end_of_their_encoders(parts: Parts) -> None:
+    """What differs between conditions is of the same order after the layers before the last one, which is zero."""
+    several = new_controlnet(parts, 2, 3, 3, seed=0)
+    for net, condition in zip(several.nets, random_batch(16)[4:], strict=True):
+        encoder = net.controlnet_cond_embedding
+        found = torch.nn.functional.silu(encoder.conv_in(condition))
+        for layer in encoder.blocks:
+            found = torch.nn.functional.silu(layer(found))
+        assert found.std(0).mean() > 0.03 * condition.std(0).mean()
+        assert not encoder.conv_out.weight.any()
+    again = new_controlnet(parts, 2, 3, 3, seed=0)
+    assert weights_digest(again) == weights_digest(several) != weights_digest(new_controlnet(parts, 2, 3, 3, seed=1))
+
+
 @pytest.fixture(scope="module")
 def loaded(parts: Parts, nets: MultiControlNetModel, tmp_path_factory: pytest.TempPathFactory) -> DiffusionPipeline:
     folder = tmp_path_factory.mktemp("pipeline")
@@ -131,37 +145,35 @@ def loaded(parts: Parts, nets: MultiControlNetModel, tmp_path_factory: pytest.Te
     return pipeline
 
 
-def drawn(pipeline: DiffusionPipeline, images: list, scales: list[float]) -> np.ndarray:
+def drawn(pipeline: DiffusionPipeline, images: list, scales: list[float], count: int) -> np.ndarray:
     return pipeline(
-        ["ice"] * 3, image=images, latents=starting_noise(range(3), (CHANNELS, 2, 2), 1), num_inference_steps=2,
-        guidance_scale=1.0, controlnet_conditioning_scale=scales, output_type="np",
+        ["ice"] * count, image=images, latents=starting_noise(range(count), (CHANNELS, 2, 2), 1),
+        num_inference_steps=2, guidance_scale=1.0, controlnet_conditioning_scale=scales, output_type="np",
     ).images  # fmt: skip
 
 
 def test_the_saved_pipeline_is_a_plain_one_and_scale_0_switches_a_condition_off(loaded: DiffusionPipeline) -> None:
     assert type(loaded) is StableDiffusionControlNetPipeline
     assert type(loaded.controlnet) is MultiControlNetModel and len(loaded.controlnet.nets) == 3
-    images = [condition[:3] for condition in random_batch()[4:]]
-    whole = drawn(loaded, images, [1.0, 1.0, 1.0])
+    images = [condition[:2] for condition in random_batch()[4:]]
+    whole = drawn(loaded, images, [1.0, 1.0, 1.0], 2)
     for index in range(3):
         changed = [image + 1 if at == index else image for at, image in enumerate(images)]
         scales = [float(at != index) for at in range(3)]
-        assert (drawn(loaded, images, scales) != whole).any()
-        assert (drawn(loaded, changed, scales) == drawn(loaded, images, scales)).all()
-        assert (drawn(loaded, changed, [1.0, 1.0, 1.0]) != whole).any()
+        without = drawn(loaded, images, scales, 2)
+        assert (without != whole).any()
+        assert (drawn(loaded, changed, scales, 2) == without).all()
+        assert (drawn(loaded, changed, [1.0, 1.0, 1.0], 2) != whole).any()
 
 
 def test_the_pipeline_takes_pictures_as_they_were_trained_on(loaded: DiffusionPipeline, tmp_path: Path) -> None:
     """What the saved pipeline feeds each network, of PIL images of edges and low resolution, is what training fed."""
     cfg = task_config(tmp_path)
-    task, corpus, rows = TASKS["joint_conditions"](cfg), corpus_of(cfg, "train"), np.arange(3)
+    task, corpus, rows = TASKS["joint_conditions"](cfg), corpus_of(cfg, "train"), np.arange(2)
     trained = [torch.from_numpy(control(corpus, rows)) for control in task.controls.values()]
     low = enlarge(low_resolution(corpus.images[rows], 8), 8, "bicubic")
-    given = [
-        trained[0],
-        [Image.fromarray(picture).convert("L") for picture in edges(corpus.images[rows], Canny(1.5, 0.05, 0.1))],
-        [Image.fromarray(picture) for picture in low],
-    ]
+    lines = [Image.fromarray(picture) for picture in edges(corpus.images[rows], Canny(1.5, 0.05, 0.1))]
+    given = [list(of_one) for of_one in zip(trained[0], lines, map(Image.fromarray, low), strict=True)]
     seen: dict[int, torch.Tensor] = {}
     hooks = [
         net.controlnet_cond_embedding.register_forward_pre_hook(
@@ -169,11 +181,14 @@ def test_the_pipeline_takes_pictures_as_they_were_trained_on(loaded: DiffusionPi
         )
         for index, net in enumerate(loaded.controlnet.nets)
     ]
-    drawn(loaded, given, [1.0, 1.0, 1.0])
+    drawn(loaded, given, [1.0, 1.0, 1.0], 2)
+    of_two = dict(seen)
+    drawn(loaded, [trained[0][:1], *given[0][1:]], [1.0, 1.0, 1.0], 1)
     for hook in hooks:
         hook.remove()
     for index, condition in enumerate(trained):
-        torch.testing.assert_close(seen[index], condition, rtol=0, atol=1e-6)
+        torch.testing.assert_close(of_two[index], condition, rtol=0, atol=1e-6)
+        torch.testing.assert_close(seen[index], condition[:1], rtol=0, atol=1e-6)
     assert (trained[0].numpy() == one_hot(corpus.masks[rows], 2)).all()
     assert trained[1].any() and trained[1].unique().tolist() == [0, 1]
 
