@@ -290,7 +290,7 @@ def drawn_pool(study: Study, amount: float, seed: int) -> Path:
     if study.task.captioned:
         captions = corpus.manifest["caption"].to_numpy(dtype=str)[picked]
 
-    steered = study.task.control is not None
+    steered = bool(study.task.controls)
 
     def conditions(masks: np.ndarray) -> torch.Tensor | list[Image.Image]:
         if steered:

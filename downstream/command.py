@@ -11,7 +11,9 @@ from downstream.conditional import resolve_foundation
 from downstream.fine_tuning import fine_tune
 from downstream.measured_task import METRICS_FILE, measure_baselines
 from downstream.registry import TASKS
-from runtime.artefacts import NotBuilt, nothing_built, read_json
+from report.results import append_result, result_row
+from report.tables import publish
+from runtime.artefacts import NotBuilt, is_main_process, nothing_built, read_json
 from runtime.notices import notice
 from train.shipped import SHIPPED
 
@@ -24,8 +26,20 @@ def run_task(cfg: DictConfig, name: str) -> None:
     for baseline, measured in measure_baselines(cfg, task).items():
         _print_metrics(read_json(measured / METRICS_FILE), f"{baseline} ")
     _print_metrics(read_json(directory / "summary.json")["metrics"])
+    if task.combinations() and is_main_process():
+        _publish_combinations(cfg, name, directory)
     print(f"seconds: {time.perf_counter() - start:.0f}")
     print(f"run: {directory}")
+
+
+def _publish_combinations(cfg: DictConfig, name: str, directory: Path) -> None:
+    """Add a run's combinations of conditions to the table of its task, in a folder of the results, and print it."""
+    summary, results = read_json(directory / "summary.json"), Path(cfg.results) / cfg.profile.name / name
+    for conditions, metrics in summary["combinations"].items():
+        fields = {"conditions": conditions, "split": summary["split"], "images": str(summary["images"])}
+        row = result_row(cfg, name, summary["method"], None, metrics, directory, step=summary["steps"], **fields)
+        append_result(results / "results.jsonl", row)
+    publish(results, name)
 
 
 def run_or_fine_tuned(cfg: DictConfig, name: str) -> Path:

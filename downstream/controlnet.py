@@ -1,13 +1,17 @@
-"""Masks by a ControlNet (Zhang et al. 2023): the foundation stays frozen, a trained copy of its encoder steers it.
+"""Conditions by ControlNets (Zhang et al. 2023): the foundation stays frozen, trained copies of its encoder steer it.
 
-Saved as a StableDiffusionControlNetPipeline, which loads with plain diffusers. Its `image` is a tensor: one-hot masks.
+Saved as a StableDiffusionControlNetPipeline, which loads with plain diffusers. Of one ControlNet its `image` is a
+tensor, such as one-hot masks; of several (diffusers' MultiControlNetModel) a list of them. What several say is summed,
+each multiplied by its scale: 0 switches a condition off, in training and in the pipeline alike.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, MultiControlNetModel, StableDiffusionControlNetPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
@@ -16,7 +20,7 @@ from downstream.conditional import Parts
 from runtime.errors import UserError
 from train.objective import Objective, denoising_loss
 
-#: What the pipeline calls it, and its folder.
+#: What the pipeline calls it, and its folder; those of further ones are controlnet_1 and so on.
 CONTROLNET = "controlnet"
 
 
@@ -25,9 +29,13 @@ def one_hot(masks: np.ndarray, classes: int) -> np.ndarray:
     return (masks[:, None] == np.arange(classes, dtype=np.uint8)[:, None, None]).astype(np.float32)
 
 
-def new_controlnet(parts: Parts, classes: int, seed: int) -> ControlNetModel:
-    """A ControlNet with the encoder of the foundation's network, whose output is zero at first.
+def new_controlnet(parts: Parts, *channels: int, seed: int) -> ControlNetModel | MultiControlNetModel:
+    """A ControlNet with the encoder of the foundation's network, whose output is zero at first; or several, as one.
 
+    The conditions' encoders of several begin with weights that keep their variance.
+
+    Args:
+        channels: of each one's condition.
     Raises:
         UserError: there is no foundation, or its autoencoder's factor is not 8, which a ControlNet reduces masks by.
     """
@@ -36,11 +44,27 @@ def new_controlnet(parts: Parts, classes: int, seed: int) -> ControlNetModel:
     factor = 2 ** (len(parts.autoencoder.config.block_out_channels) - 1)
     if factor != 8:
         raise UserError(f"a ControlNet reduces masks by 8, this autoencoder by {factor}: give network=shares")
-    if classes >= IGNORED:
-        raise UserError(f"{classes} classes are too many: masks hold at most {IGNORED - 1}")
+    if max(channels) >= IGNORED:
+        raise UserError(f"{max(channels)} classes are too many: masks hold at most {IGNORED - 1}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return ControlNetModel.from_unet(parts.unet, conditioning_channels=classes)
+        nets = [ControlNetModel.from_unet(parts.unet, conditioning_channels=count) for count in channels]
+        if len(nets) == 1:
+            return nets[0]
+        for net in nets:
+            _keep_variance(net.controlnet_cond_embedding)
+    return MultiControlNetModel(nets)
+
+
+def _keep_variance(encoder: nn.Module) -> None:
+    """Draw the weights of a condition's encoder anew, but for its last layer, which is zero (He et al. 2015).
+
+    With torch's own, what differs between conditions shrinks to less than a thousandth in the seven layers, and a
+    short training hardly learns to see it.
+    """
+    for layer in (encoder.conv_in, *encoder.blocks):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
 
 
 def steered_loss(
@@ -51,17 +75,26 @@ def steered_loss(
     text: torch.Tensor,
     noise: torch.Tensor,
     time: torch.Tensor,
-    condition: torch.Tensor,
+    *conditions: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean loss of a batch.
 
     Args:
         unet: the foundation's, frozen.
         latents, noise: float [B, C, h, w]; time: float [B]; text: float [B, L, D].
-        condition: float [B, K, H, W], one-hot masks.
+        conditions: float [B, K, H, W] each, such as one-hot masks.
+        scales: float [B, n] of n conditions, by which each one's residuals are multiplied, image by image: the
+            pipeline's `controlnet_conditioning_scale`. None: there is one ControlNet alone.
     """
     noisy, timesteps, target, weights = objective.noisy(latents, noise, time)
-    down, middle = controlnet(noisy, timesteps, text, controlnet_cond=condition, return_dict=False)
+    if scales is None:
+        [condition] = conditions
+        steering = {"controlnet_cond": condition}
+    else:
+        each = [scale[:, None, None, None] for scale in scales.unbind(1)]
+        steering = {"controlnet_cond": conditions, "conditioning_scale": each}
+    down, middle = controlnet(noisy, timesteps, text, **steering, return_dict=False)
     predicted = unet(
         noisy,
         timesteps,
@@ -72,10 +105,17 @@ def steered_loss(
     return denoising_loss(predicted, target, weights)
 
 
+def load_controlnet(folder: Path) -> ControlNetModel | MultiControlNetModel:
+    """What `save_pretrained` has left in a folder, and of several in those beside it."""
+    several = folder.with_name(f"{folder.name}_1").is_dir()
+    kind = MultiControlNetModel if several else ControlNetModel
+    return kind.from_pretrained(str(folder), use_safetensors=True)
+
+
 def steered_pipeline(
-    parts: Parts, controlnet: ControlNetModel, scheduler: SchedulerMixin
+    parts: Parts, controlnet: ControlNetModel | MultiControlNetModel, scheduler: SchedulerMixin
 ) -> StableDiffusionControlNetPipeline:
-    """The foundation and its ControlNet. Call it with `image=` one-hot masks, float [N, K, H, W]."""
+    """The foundation and its ControlNet. Call it with `image=` float [N, K, H, W], of several with a list of these."""
     pipeline = StableDiffusionControlNetPipeline(
         vae=parts.autoencoder,
         text_encoder=parts.text_encoder,

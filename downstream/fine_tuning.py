@@ -160,7 +160,7 @@ def _train(run: _Run) -> None:
     best = train_loop(
         accelerator,
         {name: network},
-        conditioned_batches(examples, objective, run.options.batch_size, _dropout(run)),
+        _batches(run, examples, objective),
         _loss(run, objective, accelerator),
         run.options,
         run.directory,
@@ -177,16 +177,30 @@ def _train(run: _Run) -> None:
 def _new_network(run: _Run, examples: Examples) -> tuple[str, nn.Module]:
     """The network to train, by its name in the pipeline."""
     cfg, parts = run.cfg, run.parts
-    if run.task.control is not None:
-        return CONTROLNET, new_controlnet(parts, examples.condition_of(np.arange(1)).shape[1], cfg.seed)
+    if run.task.controls:
+        channels = [condition.shape[1] for condition in examples.conditions_of(np.arange(1))]
+        return CONTROLNET, new_controlnet(parts, *channels, seed=cfg.seed)
     return NETWORK, conditioned_network(cfg, parts, examples.latents.shape[1:], examples.prompts.shape[-1])
 
 
+def _batches(run: _Run, examples: Examples, objective: Objective) -> DrawBatch:
+    if len(run.task.controls) > 1:
+        return steered_batches(examples, objective, run.options.batch_size, run.task.control_dropout)
+    return conditioned_batches(examples, objective, run.options.batch_size, _dropout(run))
+
+
 def _loss(run: _Run, objective: Objective, accelerator: Accelerator) -> ComputeLoss:
-    if run.task.control is None:
+    if not run.task.controls:
         return conditioned_loss(objective)
     frozen = run.parts.unet.to(accelerator.device).eval().requires_grad_(False)
-    return lambda modules, batch: steered_loss(modules[CONTROLNET], frozen, objective, *batch)
+
+    def loss(modules: Modules, batch: Batch) -> torch.Tensor:
+        if len(run.task.controls) == 1:
+            return steered_loss(modules[CONTROLNET], frozen, objective, *batch)
+        *rest, scales = batch
+        return steered_loss(modules[CONTROLNET], frozen, objective, *rest, scales=scales)
+
+    return loss
 
 
 @dataclass(frozen=True)
@@ -195,13 +209,13 @@ class Examples:
 
     Attributes:
         latents: float32 [K, C, h, w] of unit scale, of the images, or their difference to those of the conditions.
-        condition_of: int64 [B], numbers of images, to their conditions, float32 [B, C', h, w] or [B, C', H, W].
+        conditions_of: int64 [B], numbers of images, to their conditions, float32 [B, C', h, w] or [B, C', H, W] each.
         prompts: [T + 1, L, D], hidden states of the captions' texts; the last row is the empty text.
         caption_of: int64 [K], row of an image's caption in `prompts`.
     """
 
     latents: np.ndarray
-    condition_of: Callable[[np.ndarray], np.ndarray]
+    conditions_of: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     prompts: torch.Tensor
     caption_of: np.ndarray
 
@@ -209,20 +223,24 @@ class Examples:
 def _examples(run: _Run) -> Examples:
     cfg, corpus, parts = run.cfg, run.corpus, run.parts
     rows = training_rows(corpus, cfg.downstream.training_images, cfg.seed)
-    pictures, captions = run.task.training_examples(corpus, rows)
     latents = _latents(cfg, corpus, rows, parts.autoencoder)
-    if (control := run.task.control) is not None:
+    if controls := run.task.controls:
+        captions = run.task.texts(corpus, rows)
 
-        def condition_of(numbers: np.ndarray) -> np.ndarray:
-            return control(corpus, rows[numbers])
+        def conditions_of(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+            return tuple(control(corpus, rows[numbers]) for control in controls.values())
     else:
-        condition_of = _conditions(cfg, run.task, corpus, rows, pictures, parts.autoencoder).__getitem__
-    if run.task.relative:
-        latents = latents - condition_of(np.arange(len(rows)))
+        pictures, captions = run.task.training_examples(corpus, rows)
+        conditions = _conditions(cfg, run.task, corpus, rows, pictures, parts.autoencoder)
+        latents = latents - conditions if run.task.relative else latents
+
+        def conditions_of(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+            return (conditions[numbers],)
+
     texts, caption_of = np.unique(np.asarray(captions, dtype=str), return_inverse=True)
     # the last row is the empty caption, for classifier-free guidance
     prompts = encode_prompts(parts.text_encoder, parts.tokenizer, [*texts, ""])
-    return Examples(latents, condition_of, prompts, caption_of)
+    return Examples(latents, conditions_of, prompts, caption_of)
 
 
 def _latents(cfg: DictConfig, corpus: Corpus, rows: np.ndarray, autoencoder: nn.Module) -> np.ndarray:
@@ -268,7 +286,7 @@ class Dropout:
 def conditioned_batches(examples: Examples, objective: Objective, size: int, dropout: Dropout) -> DrawBatch:
     """Batches of `size` images for `train_loop`: latents, hidden states, noise, times, condition latents."""
     shape, empty = examples.latents.shape[1:], len(examples.prompts) - 1
-    channels = examples.condition_of(np.arange(1)).shape[1]
+    channels = examples.conditions_of(np.arange(1))[0].shape[1]
 
     def draw(random: np.random.Generator, part: slice) -> Batch:
         picked = random.integers(len(examples.latents), size=size)
@@ -279,9 +297,32 @@ def conditioned_batches(examples: Examples, objective: Objective, size: int, dro
         caption[dropped | torch.from_numpy(chance < dropout.condition / 2)] = empty
         shown = (chance >= dropout.condition)[:, None] & (random.random((size, channels)) >= dropout.channel)
         rows = picked[part]
-        condition = examples.condition_of(rows) * shown[part, :, None, None].astype(np.float32)
+        condition = examples.conditions_of(rows)[0] * shown[part, :, None, None].astype(np.float32)
         latents, text = torch.from_numpy(examples.latents[rows]), examples.prompts[caption[part]]
         return latents, text, noise[part], times[part], torch.from_numpy(condition)
+
+    return draw
+
+
+def steered_batches(examples: Examples, objective: Objective, size: int, dropout: float) -> DrawBatch:
+    """Batches for several ControlNets: latents, hidden states, noise, times, every condition, and their scales [B, n].
+
+    Args:
+        dropout: chance of each scale to be 0, independently of the others; else it is 1.
+    """
+    shape, empty = examples.latents.shape[1:], len(examples.prompts) - 1
+    count = len(examples.conditions_of(np.arange(1)))
+
+    def draw(random: np.random.Generator, part: slice) -> Batch:
+        picked = random.integers(len(examples.latents), size=size)
+        noise, times, dropped = objective.draw(random, (size, *shape))
+        caption = torch.from_numpy(examples.caption_of[picked])
+        caption[dropped] = empty
+        scales = torch.from_numpy((random.random((size, count)) >= dropout).astype(np.float32))
+        rows = picked[part]
+        conditions = map(torch.from_numpy, examples.conditions_of(rows))
+        latents, text = torch.from_numpy(examples.latents[rows]), examples.prompts[caption[part]]
+        return latents, text, noise[part], times[part], *conditions, scales[part]
 
     return draw
 
@@ -314,11 +355,11 @@ def _keep_snapshot(
         folder = run.directory / SNAPSHOTS / f"{images_seen:012d}"
         partial_folder = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial_folder, ignore_errors=True)
-        if run.task.control is None:
+        if not run.task.controls:
             _, scale = condition_reader(run.parts.autoencoder, run.task.encoder)
             for_raw_condition(modules[NETWORK], scale).save_pretrained(partial_folder / NETWORK)
         else:
-            modules[CONTROLNET].save_pretrained(partial_folder / CONTROLNET)
+            modules[CONTROLNET].save_pretrained(str(partial_folder / CONTROLNET))
         facts = {"step": step, "images_seen": images_seen, "seconds": round(seconds, 2), "loss": mean_loss}
         write_json(partial_folder / SNAPSHOT, facts)
         shutil.rmtree(folder, ignore_errors=True)
@@ -332,7 +373,7 @@ def _finish(
     """Save the pipeline, the task's files and what the training was."""
     trained = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     scheduler = objective.scheduler(run.cfg.train.flow_shift)
-    if run.task.control is None:
+    if not run.task.controls:
         pipeline = conditional_pipeline(run.parts, trained, scheduler, run.task.encoder)
     else:
         pipeline = steered_pipeline(run.parts, trained, scheduler)

@@ -6,7 +6,7 @@ found. Baselines go the same way as networks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from omegaconf import DictConfig
 from PIL import Image
 
 from downstream.conditional import NETWORK
-from downstream.controlnet import CONTROLNET
+from downstream.controlnet import CONTROLNET, load_controlnet
 from downstream.corpora import held_out_images
 from downstream.segmenter import Segmenter, trained_segmenter
 from downstream.task import Task
@@ -115,13 +115,14 @@ def _repeated(held: HeldOut, count: int) -> HeldOut:
 
 
 def _drawing_inputs(cfg: DictConfig, task: Task, run: Path, held: HeldOut) -> dict[str, Any]:
-    return {
+    inputs = {
         "model": pipeline_fingerprint(run / "pipeline"),
         "condition": [task.name, task.facts, task.draw_facts, task.guidance, task.samples],
         "held_out": held.key,
         "captions": task.texts(held.corpus, held.rows),
         "sampling": [int(cfg.downstream.steps), int(cfg.eval.seed)],
     }
+    return inputs | ({"scales": list(task.scales)} if task.scales else {})
 
 
 def _drawn(
@@ -132,22 +133,28 @@ def _drawn(
     if task.draw is not None:
         noise = task_noise(pipeline, numbers[rows], seed, task.samples)
         return task.draw(pipeline, held.corpus, picked, noise)
-    guidance = task.guidance.arguments(task.control is not None)
-    if task.control is not None:
-        images = torch.from_numpy(task.control(held.corpus, picked))
-    else:
-        images = [Image.fromarray(image) for image in task.condition(held.corpus, picked)]
+    options: dict[str, Any] = task.guidance.arguments(bool(task.controls))
+    if task.scales:
+        options["controlnet_conditioning_scale"] = list(task.scales)
     return generate(
         pipeline,
         task.texts(held.corpus, picked),
         steps=int(cfg.downstream.steps),
-        guidance_scale=guidance.pop("guidance_scale"),
+        guidance_scale=options.pop("guidance_scale"),
         seed=seed,
         label=f"draw {task.name}",
         noise_of=numbers[rows],
-        options=guidance,
-        image=images,
+        options=options,
+        image=_pipeline_images(task, held, picked),
     )
+
+
+def _pipeline_images(task: Task, held: HeldOut, rows: np.ndarray) -> Any:
+    """What a pipeline takes as `image`: pictures, a tensor for a ControlNet, or for several a list an image."""
+    if not task.controls:
+        return [Image.fromarray(image) for image in task.condition(held.corpus, rows)]
+    conditions = [torch.from_numpy(control(held.corpus, rows)) for control in task.controls.values()]
+    return conditions[0] if len(conditions) == 1 else [list(of_one) for of_one in zip(*conditions, strict=True)]
 
 
 def task_noise(pipeline: DiffusionPipeline, numbers: np.ndarray, seed: int, samples: int) -> np.ndarray:
@@ -163,12 +170,11 @@ def task_noise(pipeline: DiffusionPipeline, numbers: np.ndarray, seed: int, samp
 
 def load_pipeline(folder: Path, snapshot: Path | None = None) -> DiffusionPipeline:
     """A pipeline that `fine_tune` has left, on this machine's accelerator; a snapshot's network replaces its own."""
-    kinds = {NETWORK: UNet2DConditionModel, CONTROLNET: ControlNetModel}
-    parts = {
-        name: kind.from_pretrained(snapshot / name, use_safetensors=True)
-        for name, kind in kinds.items()
-        if snapshot is not None and (snapshot / name).is_dir()
-    }
+    parts = {}
+    if snapshot is not None and (snapshot / NETWORK).is_dir():
+        parts[NETWORK] = UNet2DConditionModel.from_pretrained(snapshot / NETWORK, use_safetensors=True)
+    if snapshot is not None and (snapshot / CONTROLNET).is_dir():
+        parts[CONTROLNET] = load_controlnet(snapshot / CONTROLNET)
     pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device())
@@ -257,7 +263,7 @@ def output_metrics(
             flat = embed_rows(encoder, variants.reshape(-1, *variants.shape[2:]))
             inputs["sample_features"] = flat.reshape(*variants.shape[:2], -1)
         metrics |= compute(inputs, of={"encoder": encoder.name}, only=task.metrics)
-    return metrics
+    return metrics if task.own_metrics is None else metrics | task.own_metrics(held, outputs)
 
 
 def segmentation_inputs(segmenter: Segmenter, images: np.ndarray, held: HeldOut) -> dict[str, Any]:
@@ -305,11 +311,23 @@ def measured_fine_tuning(cfg: DictConfig, task: Task, run: Path) -> tuple[Path, 
     return outputs, variants, measure_outputs(cfg, task, outputs, held, judges, variants)
 
 
+def measured_combinations(
+    cfg: DictConfig, task: Task, run: Path, held: HeldOut, judges: TaskJudges
+) -> dict[str, tuple[Path, Path]]:
+    """The stages that measure a finished training in every one of `Task.combinations`: outputs and metrics, by name."""
+    found = {}
+    for name, chosen in task.combinations().items():
+        outputs = draw_outputs(cfg, chosen, run, held)
+        found[name] = outputs, measure_outputs(cfg, chosen, outputs, held, judges)
+    return found
+
+
 def measure_run(cfg: DictConfig, task: Task, run: Path, tracker: Tracker) -> None:
     """Write convergence.jsonl, measured.json, summary.json and samples/ of a finished training into its directory."""
     held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
     lines = [_measured_snapshot(cfg, task, run, held, judges, snapshot) for snapshot in snapshots_of(run)]
     outputs, variants, measured = measured_fine_tuning(cfg, task, run)
+    combinations = measured_combinations(cfg, task, run, held, judges)
     training, shown = read_json(run / TRAINING), held.first(SHOWN)
     last = {key: training[key] for key in ("images_seen", "seconds", "loss")}
     line = {"step": training["steps"], **last, **_curve_metrics(cfg, task, outputs, held, judges)}
@@ -317,12 +335,15 @@ def measure_run(cfg: DictConfig, task: Task, run: Path, tracker: Tracker) -> Non
         return
     drawn = np.load(outputs / OUTPUTS, mmap_mode="r")[:SHOWN]
     several = None if variants is None else np.load(variants / OUTPUTS, mmap_mode="r")[:SHOWN]
-    sheet = save_samples(run / "samples", task, shown, drawn, several)
+    combined = {name: np.load(place / OUTPUTS, mmap_mode="r")[:SHOWN] for name, (place, _) in combinations.items()}
+    sheet = save_samples(run / "samples", task, shown, drawn, several, combined)
     tracker.image("samples", sheet, training["steps"])
     metrics = read_json(measured / METRICS_FILE)
     write_lines(run / CONVERGENCE, [*lines, line])
     write_json(run / MEASURED, {held.name: str(measured)})
     summary = {"task": task.name, **training, "metrics": metrics, "images": len(held), "split": cfg.eval.split}
+    if combinations:
+        summary["combinations"] = {name: read_json(place / METRICS_FILE) for name, (_, place) in combinations.items()}
     write_json(run / "summary.json", summary)
     tracker.summary(metrics)
 
@@ -350,20 +371,26 @@ def _curve_metrics(
 
 
 def save_samples(
-    folder: Path, task: Task, held: HeldOut, outputs: np.ndarray, variants: np.ndarray | None = None
+    folder: Path,
+    task: Task,
+    held: HeldOut,
+    outputs: np.ndarray,
+    variants: np.ndarray | None = None,
+    combinations: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """The sheet (inputs, output, truth, maps) and its images as arrays, uint8 [N, H, W, 3]. Returns the sheet's path.
 
     Args:
         outputs: uint8 [N, H, W, 3] of the held-out images.
         variants: uint8 [M, k, H, W, 3], M >= N, of which the sheet shows the first and how much all differ.
+        combinations: outputs by `Task.combinations`, which the sheet shows in place of the outputs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inputs, truth = task.inputs(held), held.images
     arrays = {"inputs": next(iter(inputs.values())), "outputs": outputs, "truth": truth}
     for name, images in arrays.items():
         np.save(folder / f"{name}.npy", images)
-    rows = {**inputs, "output": outputs}
+    rows = {**inputs, **(combinations or {"output": outputs})}
     rows["truth"] = truth
     if variants is not None and len(variants) >= len(outputs):
         rows["another output"] = np.asarray(variants[: len(outputs), 0])

@@ -1,4 +1,8 @@
-"""`TASKS`: all tasks, found by looking through the folder `downstream/tasks`."""
+"""`TASKS`: all tasks, found by looking through the folder `downstream/tasks`.
+
+A task's file may say with `unsuited(cfg)` what keeps a corpus from it, and with `IN_CHAIN = False` that
+`make reproduce` leaves it out.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +29,22 @@ def find_tasks() -> dict[str, MakeTask]:
 TASKS = find_tasks()
 
 
-def suitable_names(cfg: DictConfig) -> list[str]:
-    """The names of `suitable_tasks`, told by the sources of the corpus, without an index.
+def chain_tasks() -> dict[str, MakeTask]:
+    """Those of `TASKS` that `make reproduce` goes through."""
+    modules = {name: sys.modules.get(make_task.__module__) for name, make_task in TASKS.items()}
+    return {name: TASKS[name] for name, module in modules.items() if getattr(module, "IN_CHAIN", True)}
 
-    A task's file says what keeps a corpus from it with `unsuited(cfg)`, if anything can.
-    """
-    modules = {name: sys.modules[make_task.__module__] for name, make_task in TASKS.items()}
+
+def suitable_names(cfg: DictConfig) -> list[str]:
+    """The names of `suitable_tasks`, told by the sources of the corpus, without an index."""
+    modules = {name: sys.modules[make_task.__module__] for name, make_task in chain_tasks().items()}
     return [name for name, module in modules.items() if not getattr(module, "unsuited", lambda _: None)(cfg)]
 
 
 def suitable_tasks(cfg: DictConfig) -> dict[str, Task]:
-    """The tasks that the corpus of a config can be used for; what keeps it from another is said on stderr."""
+    """The tasks of `chain_tasks` that the corpus can be used for; what keeps it from another is said on stderr."""
     found = {}
-    for name, make_task in TASKS.items():
+    for name, make_task in chain_tasks().items():
         try:
             found[name] = make_task(cfg)
         except Unsuited as reason:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ class Task:
 
     Attributes:
         name: of its file, its stage and its table.
-        condition: (corpus, rows) -> the pictures that the pipeline is given, uint8 [K, R, R, 3].
+        condition: (corpus, rows) -> the pictures that the pipeline is given, uint8 [K, R, R, 3]; None: all that it is
+            given are `controls`.
         facts: what the trained network depends on beside the corpus, for fingerprints.
         captioned: whether the network reads the captions of the images.
         metrics: keys of `eval.metrics.METRICS` that are measured; those that need a segmentation get one.
@@ -53,8 +54,12 @@ class Task:
         baselines: methods without a network, by name: held-out images to outputs uint8 [N, R, R, 3].
         files: further JSON files of a run, by name.
         encoder: the autoencoder -> one whose encoder reads the condition pictures, of any scale; None: its own encoder.
-        control: (corpus, rows) -> what a ControlNet on the frozen foundation is given, float32 [K, C, R, R], and its
-            pipeline as `image`; None: the condition enters the network itself.
+        controls: (corpus, rows) -> what a ControlNet on the frozen foundation is given, float32 [K, C, R, R], and its
+            pipeline as `image`, by the condition's name; of several each has a ControlNet of its own. Empty: the
+            condition enters the network itself.
+        control_dropout: of several ControlNets the chance of each to be switched off for an image in training; it
+            stands for `downstream.condition_dropout`.
+        scales: of several ControlNets when outputs are drawn; 0 switches one off.
         examples: (corpus, rows) -> condition pictures and texts of training images, where they differ from those of
             held-out ones.
         relative: the network learns the difference of the latents to those of the condition picture.
@@ -66,11 +71,12 @@ class Task:
         draw_facts: what the outputs depend on beside the trained network, for fingerprints.
         samples: noise that an output is drawn from.
         measured: (held-out images, outputs) -> further inputs of metrics, by name.
+        own_metrics: (held-out images, outputs) -> numbers that `eval.metrics.METRICS` does not know, by name.
         maps: (held-out images, outputs) -> labelled pictures below the outputs of the sample sheet, and their legend.
     """
 
     name: str
-    condition: Callable[[Corpus, np.ndarray], np.ndarray]
+    condition: Callable[[Corpus, np.ndarray], np.ndarray] | None
     facts: Mapping[str, Any]
     captioned: bool
     metrics: tuple[str, ...]
@@ -78,7 +84,9 @@ class Task:
     baselines: Mapping[str, Callable[[HeldOut], np.ndarray]] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
     encoder: Callable[[nn.Module], nn.Module] | None = None
-    control: Callable[[Corpus, np.ndarray], np.ndarray] | None = None
+    controls: Mapping[str, Callable[[Corpus, np.ndarray], np.ndarray]] = field(default_factory=dict)
+    control_dropout: float = 0.0
+    scales: tuple[float, ...] = ()
     examples: Callable[[Corpus, np.ndarray], tuple[np.ndarray, Sequence[str]]] | None = None
     relative: bool = False
     mean_share: float = 0.0
@@ -88,6 +96,7 @@ class Task:
     draw_facts: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 1
     measured: Callable[[HeldOut, np.ndarray], dict[str, Any]] | None = None
+    own_metrics: Callable[[HeldOut, np.ndarray], dict[str, float]] | None = None
     curve: tuple[str, ...] = ("kid_x1000",)
     maps: Callable[[HeldOut, np.ndarray], dict[str, np.ndarray]] | None = None
     legend: Mapping[str, str] | None = None
@@ -97,6 +106,19 @@ class Task:
         if not self.captioned:
             return [""] * len(rows)
         return corpus.manifest["caption"].to_numpy(dtype=str)[rows].tolist()
+
+    def combinations(self) -> dict[str, Task]:
+        """Of several ControlNets the task with all of them, without each, with each alone and without any, by name."""
+        if len(self.controls) < 2:
+            return {}
+        switched_on = {"all": list(self.controls)}
+        if len(self.controls) > 2:  # without one of two the other is alone
+            switched_on |= {f"without {name}": [one for one in self.controls if one != name] for name in self.controls}
+        switched_on |= {f"{name} alone": [name] for name in self.controls} | {"none": []}
+        return {
+            name.replace("_", " "): replace(self, scales=tuple(float(one in on) for one in self.controls))
+            for name, on in switched_on.items()
+        }
 
     def training_examples(self, corpus: Corpus, rows: np.ndarray) -> tuple[np.ndarray, Sequence[str]]:
         """Condition pictures uint8 [K, R, R, 3] and texts of training images."""

@@ -134,6 +134,7 @@ STAGES = {
             "downstream.conditional",
             "downstream.controlnet",
             "downstream.degradation",
+            "downstream.edges",
             "downstream.fine_tuning",
             "downstream.tasks",
             *_NETWORKS,
@@ -148,7 +149,9 @@ STAGES = {
         version=2,
         modules=(
             "downstream.consistency",
+            "downstream.controlnet",
             "downstream.degradation",
+            "downstream.edges",
             "downstream.interpolation",
             "downstream.measured_task",
             "downstream.restoration",
@@ -157,7 +160,9 @@ STAGES = {
         ),
         after=("rebuilt_inputs",),
     ),
-    "task_measured": Stage(version=2, modules=("downstream.measured_task",), after=("measured", "segmenter")),
+    "task_measured": Stage(
+        version=2, modules=("downstream.edges", "downstream.measured_task"), after=("measured", "segmenter")
+    ),
     "real_segmentation": Stage(version=1, modules=("downstream.measured_task",), after=("measured", "segmenter")),
     "augmentation_pool": Stage(version=1, modules=("downstream.augmentation", "eval.generate")),
     "augmentation_choice": Stage(version=1, modules=("downstream.augmentation",), after=("selection",)),

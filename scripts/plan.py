@@ -26,7 +26,7 @@ from downstream.conditional import load_parts
 from downstream.corpora import corpus_of
 from downstream.fine_tuning import loop_options, training_inputs
 from downstream.measured_task import measured_fine_tuning
-from downstream.registry import TASKS, suitable_names
+from downstream.registry import TASKS, chain_tasks, suitable_names
 from downstream.segmenter import SegmenterOptions
 from eval.metrics import SETS
 from eval.models import snapshots_of
@@ -131,7 +131,7 @@ def plan_of(cfg: DictConfig, references: Callable[..., Path]) -> Plan:
     if not (cfg.plan.peak_tflops > 0 and 0 < cfg.plan.utilisation <= 1):
         raise UserError("plan.peak_tflops: give more than 0; plan.utilisation: more than 0 and at most 1")
     look = _Looking(cfg)
-    names = look.at(lambda: suitable_names(cfg), list(TASKS))
+    names = look.at(lambda: suitable_names(cfg), list(chain_tasks()))
     parts = chain(cfg, names)
     trainings = [training for part in parts for training in part.pretrainings]
     scenes = any(getattr(instantiate(one.cfg.prune, _convert_="all"), "uses_reference", False) for one in trainings)

@@ -46,7 +46,7 @@ from downstream.measured_task import (
     output_metrics,
     real_segmentation_metrics,
 )
-from downstream.registry import TASKS, suitable_tasks
+from downstream.registry import TASKS, chain_tasks, suitable_tasks
 from downstream.tasks.semantic_synthesis import NO_CLASS, natural_palette, spread_colours
 from eval.generate import generate, starting_noise
 from eval.measuring import encoders_of
@@ -300,15 +300,16 @@ def full_names(cfg: DictConfig, metrics: tuple[str, ...]) -> set[str]:
     return found
 
 
-def test_both_tasks_are_found_and_configured(repository: Path) -> None:
-    assert set(TASKS) == {"super_resolution", "semantic_synthesis"}
+def test_all_tasks_are_found_and_configured(repository: Path) -> None:
+    assert set(TASKS) == {"super_resolution", "semantic_synthesis", "joint_conditions"}
+    assert set(chain_tasks()) == {"super_resolution", "semantic_synthesis"}
     folder = repository / "configs" / "downstream"
     lines = yaml.safe_load((folder / "default.yaml").read_text(encoding="utf-8"))["defaults"]
     assert {f"{name}@{name}" for name in TASKS} <= set(lines)
     assert {path.stem for path in folder.glob("*.yaml")} == {"default", *TASKS}
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", sorted(chain_tasks()))
 def test_a_task_from_a_foundation_and_from_scratch(cfg: DictConfig, foundation: Path, name: str) -> None:
     task = TASKS[name](cfg)
     assert task.name == name
@@ -446,7 +447,7 @@ def test_a_third_task_is_one_file_and_one_yaml(
         Path(cfg.runs).parent, "foundation=scratch", f"hydra.searchpath=[file://{tmp_path}/configs]",
         "+downstream@downstream.colouring=colouring",
     )  # fmt: skip
-    assert set(suitable_tasks(cfg)) == {*TASKS}
+    assert set(suitable_tasks(cfg)) == {*chain_tasks()} == {*TASKS} - {"joint_conditions"}
     run_task(cfg, "colouring")
     lines = capsys.readouterr().out.splitlines()
     names = [line.split(":")[0] for line in lines]

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from downstream.fine_tuning import loop_options
-from downstream.registry import TASKS, suitable_names
+from downstream.registry import chain_tasks, suitable_names
 from prune.selection import select
 from report.results import run_name, weighting_name
 from runtime.application import CONFIGS
@@ -87,7 +87,7 @@ def test_the_cells_are_those_that_run(command, monkeypatch: pytest.MonkeyPatch, 
         return trained(cfg, method)
 
     write_json(tmp_path / "reference_rows.json", {})
-    tasks = {name: SimpleNamespace(name=name, metrics=()) for name in TASKS}
+    tasks = {name: SimpleNamespace(name=name, metrics=()) for name in chain_tasks()}
     fakes = {"references": lambda *_: tmp_path, "measured_subset": subset, "pretrain": pretrain,
              "fine_tune": fine_tune, "suitable_tasks": lambda _: tasks, "differences": lambda *_: {},
              "measure_baselines": lambda *_: {}, "dial_cells": lambda *_: iter(()),
@@ -107,7 +107,7 @@ def test_the_cells_are_those_that_run(command, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_tasks_by_the_sources_alone(tiny_folder: Path) -> None:
-    assert suitable_names(config()) == list(TASKS)
+    assert suitable_names(config()) == list(chain_tasks())
     assert suitable_names(config("corpus=folder", f"corpus.root={tiny_folder}")) == ["super_resolution"]
 
 

@@ -77,7 +77,7 @@ def make_task(cfg: DictConfig) -> Task:
         files={"palette.json": dict(zip((*corpus.mask_classes, NO_CLASS), palette.tolist(), strict=True))},
         baselines={NEAREST: lambda held: nearest_masks(corpus, held, int(cfg.seed), cfg.downstream.training_images)},
         encoder=encoder,
-        control=control if settings.network == "controlnet" else None,
+        controls={"mask": control} if settings.network == "controlnet" else {},
         channel_dropout=float(settings.unknown_share),
         guidance=guidance_of(cfg),
     )
@@ -113,13 +113,16 @@ def nearest_masks(corpus: Corpus, held: HeldOut, seed: int, images: int) -> np.n
 
 def unsuited(cfg: DictConfig) -> str | None:
     """What keeps the corpus of a config from the task: a split that the task uses has no masks."""
+    missing = masks_missing(cfg)
+    return missing and f"{missing}, semantic synthesis needs them: try corpus=bluemarble"
+
+
+def masks_missing(cfg: DictConfig) -> str | None:
+    """Which of the splits that tasks use has no masks, in words; None: all of them have."""
     for split in ("train", "val", str(cfg.eval.split)):
         source = instantiate(cfg.corpus[split])
         if not source.mask_classes:
-            return (
-                f"corpus {source.name} has no masks in its split {split}, semantic synthesis needs them: "
-                "try corpus=bluemarble"
-            )
+            return f"corpus {source.name} has no masks in its split {split}"
     return None
 
 
