@@ -28,8 +28,8 @@ from prune.library import budget_of, refuse_not_finite
 from prune.pool import Method, Pool, Selection
 from prune.scenes import corpus_strata
 from prune.weights import effective_size, images_represented
-from report.pairs_report import PAIRS_PAGE, write_pairs_report
-from report.prune_report import write_prune_report
+from report.pairs_report import PAIRS_LINK, PAIRS_PAGE, write_pairs_report
+from report.prune_report import REPORT_PAGE, write_prune_report
 from runtime.artefacts import COMPLETE, is_main_process, plain, read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.tracking import track
@@ -236,13 +236,14 @@ def write_selection(
     quarantined(corpus.manifest).to_parquet(directory / QUARANTINE, index=False)
     write_json(directory / "summary.json", summary)
     write_prune_report(
-        directory / "report.html",
+        directory / REPORT_PAGE,
         table,
         summary,
         corpus.images,
         np.random.default_rng([summary["seed"], 3]),
         embeddings=embeddings,
         places=corpus.manifest if {"lon", "lat"} <= set(corpus.manifest) else None,
+        links={PAIRS_LINK: PAIRS_PAGE} if (directory / PAIRS_PAGE).is_file() else None,
     )
 
 

@@ -186,6 +186,74 @@ def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.nda
     return figure
 
 
+#: Bins of score histograms.
+SCORE_BINS = 48
+
+
+def score_edges(*values: np.ndarray) -> np.ndarray:
+    """Edges of the bins of histograms of the same score, float64 [SCORE_BINS + 1].
+
+    They leave half a percent on each side to the first and to the last bin.
+    """
+    everything = np.concatenate(values) if values else np.empty(0)
+    if len(everything) == 0:
+        return np.linspace(-1, 1, SCORE_BINS + 1)
+    low, high = np.quantile(everything, (0.005, 0.995))
+    return np.linspace(low, max(high, low + 1e-3), SCORE_BINS + 1)
+
+
+def score_shares(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Part of the pairs in each bin, those beyond the edges in the outermost; float64, all 0 of none."""
+    counts, _ = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)
+    return counts / max(len(scores), 1)
+
+
+def pair_histogram(
+    given: np.ndarray,
+    shuffled: np.ndarray,
+    edges: np.ndarray,
+    cuts: Sequence[float] = (),
+    *,
+    title: str = "",
+    small: bool = False,
+) -> Figure:
+    """A score of given and of shuffled pairs, as shares of each, with the cut.
+
+    Args:
+        given, shuffled: float [P] and [P'], log ratios up to a constant.
+        edges: of `score_edges`.
+        cuts: a line at their median, and a band from the lowest to the highest where they differ; none: no line.
+        small: a panel of many, without legend, labels and a vertical axis.
+    """
+    figure = Figure((2.1, 1.3), facecolor="white") if small else _figure(6.4, 4.0)
+    # placed by hand, all panels have the same axes
+    axes = figure.add_axes((0.03, 0.2, 0.94, 0.77)) if small else figure.add_subplot()
+    for values, name, colour in ((shuffled, "shuffled", BEFORE), (given, "given", AFTER)):
+        label = f"{name}, {len(values):,} pairs"
+        axes.stairs(score_shares(values, edges), edges, fill=True, color=colour, alpha=0.8, label=label, zorder=2)
+    if len(cuts):
+        low, middle, high = np.min(cuts), np.median(cuts), np.max(cuts)
+        label = f"cut, {signed(middle)}"
+        if high > low:
+            axes.axvspan(low, high, color=ACCENT, alpha=0.18, linewidth=0, zorder=1)
+            label += f" ({signed(low)} to {signed(high)} by scene)"
+        axes.axvline(middle, color=ACCENT, linewidth=1.5 if small else 2, zorder=4, label=label)
+    axes.set_xlim(edges[0], edges[-1])
+    _dress(axes, title, "" if small else "log ratio to shuffled pairs", "" if small else "share of pairs")
+    if small:
+        axes.set_yticks([])
+        axes.locator_params(axis="x", nbins=4)
+        return figure
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    return figure
+
+
+def signed(value: float) -> str:
+    """Two decimals, with a minus sign as long as a plus."""
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
 def _label(name: str) -> str:
     """A scene's name as it is drawn: one line of at most `LONGEST_LABEL` characters, nothing of it a formula."""
     text = " ".join(name.split())

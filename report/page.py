@@ -35,6 +35,9 @@ LEADS = {
     "figures": "How the numbers come about. Colours mean the same method in every figure.",
     "sheets": "Drawn or restored images as they are, enlarged without smoothing, not picked by hand. Look for "
     "structure that the metrics may miss: coasts, texture, repeated patterns.",
+    "pairs": "The best pairs fit best among images of their scene. The worst ones, one an image, have given captions "
+    "that are most likely of another scene. A caption that is struck through was thrown out; below it stands the one "
+    "that took its place. Open a scene to see it.",
     "galleries": "A random sample of the kept and of the dropped images of every scene. Good pruning keeps variety and "
     "drops repetition, empty and broken images. Open a scene to see it.",
 }
@@ -90,6 +93,44 @@ class Gallery:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Caption:
+    """A caption under an image.
+
+    Attributes:
+        note: who wrote it and how it scores.
+        struck: it was thrown out.
+    """
+
+    text: str
+    note: str
+    struck: bool = False
+
+
+@dataclass(frozen=True)
+class PairCard:
+    """An image uint8 [H, W, 3] with its captions, and whether it is kept."""
+
+    image: np.ndarray
+    captions: Sequence[Caption]
+    kept: bool
+
+
+@dataclass(frozen=True)
+class ScenePairs:
+    """Image-text pairs of one scene.
+
+    Attributes:
+        title: the scene.
+        counts: a line beside the title.
+        groups: by kind ("best", "worst"): a line about them, and the pairs.
+    """
+
+    title: str
+    counts: str
+    groups: Mapping[str, tuple[str, Sequence[PairCard]]]
+
+
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:
     """A PIL image or uint8 [H, W, 3] as PNG."""
     return _encode(image, "PNG", optimize=True)
@@ -119,10 +160,13 @@ def write_report(
     verdict: Mapping[str, Any] | None = None,
     figures: Sequence[Picture | tuple[str, str, bytes | Path]] = (),
     galleries: Mapping[str, Sequence[Gallery]] | None = None,
+    panels: Sequence[Picture | tuple[str, str, bytes | Path]] = (),
+    pairs: Sequence[ScenePairs] = (),
     grids: Sequence[SampleGrid] = (),
     sheets: Sequence[Picture | tuple[str, str, bytes | Path]] = (),
     facts: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> None:
     """Write the page; empty sections are left out.
 
@@ -132,8 +176,11 @@ def write_report(
         verdict: of `report.verdict_view.verdict_view`; it leads the page.
         figures, sheets: of `Picture` the first fields at least.
         galleries: by method.
+        panels: small figures side by side, below the others.
+        pairs: by scene.
         facts: short values for the head of the page.
         notes: replaces the text under a table (by its name) or under a section's heading (a key of `LEADS`).
+        links: files beside this one, by what is said of them.
     """
     notes = notes or {}
     html = _template().render(
@@ -146,6 +193,9 @@ def write_report(
         references=_references((tables or {}).values()),
         tables=[_table(name, table, notes) for name, table in (tables or {}).items()],
         figures=[_picture(Picture(*figure)) for figure in figures],
+        panels=[_picture(Picture(*panel)) for panel in panels],
+        pairs=[_scene_pairs(scene) for scene in pairs],
+        links=dict(links or {}),
         grids=[_grid(grid) for grid in grids],
         sheets=[_picture(Picture(*sheet)) for sheet in sheets],
         galleries={method: [_group(gallery) for gallery in groups] for method, groups in (galleries or {}).items()},
@@ -217,6 +267,18 @@ def _group(gallery: Gallery) -> dict[str, Any]:
         },
         **{label: [_tile(image) for image in images] for label, images in tiles.items()},
     }
+
+
+def _scene_pairs(scene: ScenePairs) -> dict[str, Any]:
+    groups = [
+        {
+            "kind": kind,
+            "title": title,
+            "cards": [{"source": _tile(card.image), "captions": card.captions, "kept": card.kept} for card in cards],
+        }
+        for kind, (title, cards) in scene.groups.items()
+    ]
+    return {"title": scene.title, "counts": scene.counts, "groups": groups}
 
 
 def _tile(image: np.ndarray) -> str:

@@ -13,6 +13,7 @@ from report.embedding_map import embedding_map
 from report.figures import cluster_sizes, entropy_histogram, map_figure, scene_bars, world_figure
 from report.page import LEADS, Gallery, figure_bytes, write_report
 
+REPORT_PAGE = "report.html"
 #: Scenes with a gallery of their own, the largest first.
 MOST_SCENES = 40
 NO_SCENE = "no scene"
@@ -38,6 +39,7 @@ def write_prune_report(
     per_group: int = 24,
     embeddings: np.ndarray | None = None,
     places: pd.DataFrame | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> None:
     """Write the report of one pruning run; reads at most `2 * per_group` images of at most `MOST_SCENES` scenes.
 
@@ -49,6 +51,7 @@ def write_prune_report(
         per_group: images shown of the kept and of the dropped ones of a scene, and of those dropped for one reason.
         embeddings: float [N, D], memory-mapped, for the map; None draws none.
         places: N rows with lon and lat in degrees, NaN unknown, for the world map; None draws none.
+        links: pages beside this one, by what is said of them.
     """
     galleries, left_out = _galleries(selection, images, generator, per_group)
     reasons = reason_galleries(selection, images, generator, per_group)
@@ -58,9 +61,10 @@ def write_prune_report(
     write_report(
         path,
         title=f"{summary['method']}: {summary['kept']:,} of {summary['images']:,} images kept",
-        intro=f"{_share(1 - summary['kept'] / max(summary['images'], 1))} of the corpus was removed by the method "
+        intro=f"{share_text(1 - summary['kept'] / max(summary['images'], 1))} of the corpus was removed by the method "
         f"{summary['method']}. This page shows what stayed, what went and why.",
         facts=_facts(summary),
+        links=links,
         tables={name: table for name, table in tables.items() if len(table)},
         figures=[
             *_figures(selection, summary),
@@ -230,9 +234,9 @@ def _scenes(summary: Mapping[str, Any]) -> pd.DataFrame:
                 "scene": name or NO_SCENE,
                 "before": counts["before"],
                 "after": counts["after"],
-                "kept": _share(counts["after"] / max(counts["before"], 1)),
-                "share before": _share(counts["before"] / total),
-                "share after": _share(counts["after"] / kept),
+                "kept": share_text(counts["after"] / max(counts["before"], 1)),
+                "share before": share_text(counts["before"] / total),
+                "share after": share_text(counts["after"] / kept),
             }
             for name, counts in scenes
         ]
@@ -243,7 +247,7 @@ def _reasons(selection: pd.DataFrame) -> pd.DataFrame:
     counts = selection["reason"].value_counts()
     return pd.DataFrame(
         [
-            {"reason": name, "images": int(count), "share": _share(count / max(len(selection), 1))}
+            {"reason": name, "images": int(count), "share": share_text(count / max(len(selection), 1))}
             for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         ]
     )
@@ -271,5 +275,6 @@ def _clusters(selection: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([*rows, {"cluster": "clusters with images", **{s: int((sizes[s] > 0).sum()) for s in sizes}}])
 
 
-def _share(value: float) -> str:
+def share_text(value: float) -> str:
+    """A share for people."""
     return f"{value:.2%}" if 0 < value < 0.001 else f"{value:.1%}"
