@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("runtime", "corpus", "encoders", "prune", "train", "downstream", "eval", "report", "scripts")
+PACKAGES = ("runtime", "corpus", "encoders", "captioning", "prune", "train", "downstream", "eval", "report", "scripts")
 #: What each package may import of the others. `eval` judges whatever it is given and so knows no trainer; `report`
 #: reads results and so knows no network.
 ALLOWED = {
@@ -24,9 +24,10 @@ ALLOWED = {
     "encoders": {"runtime", "corpus", "encoders"},
     "eval": {"runtime", "corpus", "encoders", "eval"},
     "report": {"runtime", "corpus", "eval", "report"},
-    "prune": {"runtime", "corpus", "encoders", "eval", "prune", "report"},
-    "train": {"runtime", "corpus", "encoders", "prune", "train", "eval", "report"},
-    "downstream": {"runtime", "corpus", "encoders", "prune", "train", "downstream", "eval", "report"},
+    "captioning": {"runtime", "corpus", "encoders", "eval", "captioning"},
+    "prune": {"runtime", "corpus", "encoders", "captioning", "eval", "prune", "report"},
+    "train": {"runtime", "corpus", "encoders", "captioning", "prune", "train", "eval", "report"},
+    "downstream": {"runtime", "corpus", "encoders", "captioning", "prune", "train", "downstream", "eval", "report"},
     "scripts": set(PACKAGES),
 }
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -136,7 +137,7 @@ def test_no_pickle(path: Path) -> None:
         assert called not in ("torch.save", "pd.read_pickle") and not called.endswith(".to_pickle"), where
         if called == "torch.load":
             assert "weights_only" in flags, f"{where}: say weights_only=True"
-        weightless = ("AutoImageProcessor", "AutoConfig", "CLIPTokenizer")
+        weightless = ("AutoImageProcessor", "AutoProcessor", "AutoConfig", "CLIPTokenizer")
         if called.endswith(".from_pretrained") and called.split(".")[0] not in weightless:
             assert "use_safetensors" in flags, f"{where}: say use_safetensors=True"
 
