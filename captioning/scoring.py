@@ -113,13 +113,13 @@ def _judged(
     scene = material.scene[pairs.image]
     sample = np.sort(generator.permutation(np.flatnonzero(partner))[:FITTED])
     learned: dict[str, Evidence | None] = {
-        name: learn_evidence(observed[sample], statistics[name][sample]) for name in SHUFFLED
+        name: learn_evidence(observed[sample], statistics[name][sample], pairs.image[sample]) for name in SHUFFLED
     }
     values = {name: found(observed) if found else np.zeros(len(pairs)) for name, found in learned.items()}
     facts: dict = {"share": 0.0, "by_scene": dict.fromkeys(material.scenes, 0.0)}
     mismatch = np.zeros(len(pairs))
     if other := learned["other"]:
-        fitted = fit_mismatch(values["other"][partner], other.shuffled, scene[partner], len(material.scenes))
+        fitted = fit_mismatch(*other.crossed, scene[sample], len(material.scenes))
         mismatch = fitted.probability(values["other"], scene)
         by_scene = dict(zip(material.scenes, fitted.by_scene.tolist(), strict=True))
         facts = {"share": fitted.share, "by_scene": by_scene}

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from captioning.loop import SUMMARY
 from corpus.index import Corpus, index_corpus
@@ -58,8 +58,11 @@ def reference_rows(corpus: Corpus, per_scene: int, generator: np.random.Generato
 
 def scene_source(cfg: DictConfig, corpus: Corpus, method: Method) -> str | None:
     """`REFERENCE`, or `CORPUS` where no set is named that has labels; None: the method takes no scenes."""
-    if not getattr(method, "uses_reference", False):
-        return None
+    return known_scenes(cfg, corpus) if getattr(method, "uses_reference", False) else None
+
+
+def known_scenes(cfg: DictConfig, corpus: Corpus) -> str:
+    """`REFERENCE` where a set is named that has labels, else `CORPUS`."""
     if cfg.reference.source is None:
         return CORPUS
     labelled = corpus.readable & (corpus.manifest["scene"] != "").to_numpy()
@@ -79,10 +82,11 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     captions = None
     if scoring:
         plain_pool = corpus_pool(cfg, corpus, measure, encoder, clock)
-        source = REFERENCE if cfg.reference.source is not None else CORPUS
+        seeded = OmegaConf.merge(cfg, {"seed": cfg.captioning.seed})  # captions are the same for all training seeds
+        source = known_scenes(cfg, corpus)
         with clock("captions"):
             captions, material = captioned.cleaned(
-                cfg, plain_pool, corpus, lambda: with_reference(cfg, plain_pool, source, encoder)
+                cfg, plain_pool, corpus, lambda: with_reference(seeded, plain_pool, source, encoder)
             )
         corpus = captioned.read_captions(cfg, corpus, captions) if reading else corpus
     inputs = {
