@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from captioning.captioners.captioner import Captioner, Facts, Undescribed
 
-from captioning.pairs import Pairs
+from captioning.captioners.captioner import Captioner, Facts, Undescribed
+from captioning.pairs import NO_WORDS, Pairs, has_words
 from captioning.scorers import Material
 from corpus.captions import words
 from eval.processes import first_process_says, over_processes
@@ -90,7 +90,7 @@ def _texts(
         facts = [facts_of(material, row) for row in part]
         seeds = [int(fingerprint(id=str(ids[row]), seed=seed, attempt=attempt), 16) % 2**63 for row in part]
         found += captioner(np.asarray(material.corpus.images[part]), facts, attempt, seeds)
-    return found
+    return [text if isinstance(text, Undescribed) or has_words(text) else Undescribed(NO_WORDS) for text in found]
 
 
 def _packed(texts: Sequence[str | Undescribed]) -> np.ndarray:

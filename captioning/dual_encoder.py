@@ -16,8 +16,13 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
 from sklearn.utils.extmath import randomized_svd
 
+from captioning.pairs import UNSPACED
+from runtime.errors import UserError
+
 #: Rows that are multiplied at once.
 CHUNK = 16_384
+#: What is hashed: a word, or a letter of a script without spaces.
+WORD = rf"(?u)[{UNSPACED}]|[^\W{UNSPACED}]+"
 #: Parts of a covariance's trace below which a direction is noise of rounding.
 EPSILON = 1e-6
 
@@ -48,6 +53,13 @@ class DualEncoder:
     folds: int = 5
     most_pairs: int = 50_000
 
+    def __post_init__(self) -> None:
+        if self.folds < 2 or self.dimensions < 1:
+            raise UserError(
+                f"captioning.scorers: options.folds={self.folds}, options.dimensions={self.dimensions}: give 2 folds "
+                "or more and at least 1 dimension"
+            )
+
 
 @dataclass(frozen=True)
 class FittedEncoder:
@@ -64,18 +76,25 @@ class FittedEncoder:
 
     def images(self, reduced: np.ndarray) -> np.ndarray:
         """Unit embeddings float32 [N, D] of reduced images [N, R]."""
-        return normalize((reduced - self.image_centre) @ self.image_map).astype(np.float32)
+        return _unit((reduced - self.image_centre) @ self.image_map)
 
     def texts(self, reduced: np.ndarray) -> np.ndarray:
         """Unit embeddings float32 [T, D] of reduced texts [T, S]; zeros for a text of which no word is known."""
         known = reduced.any(axis=1, keepdims=True)
-        return normalize(((reduced - self.text_centre) @ self.text_map) * known).astype(np.float32)
+        return _unit(((reduced - self.text_centre) @ self.text_map) * known)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """float32 of length 1, or 0 where there is none."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 def hashed_words(texts: Sequence[str], hashes: int) -> sparse.csr_matrix:
-    """Counts of words and of pairs of neighbouring words by their hash, float32 [T, H]."""
+    """Counts of words and of pairs of neighbouring words by their hash, float32 [T, H]; of letters in place of words in
+    scripts without spaces."""
     vectorizer = HashingVectorizer(
-        n_features=hashes, ngram_range=(1, 2), alternate_sign=False, norm=None, token_pattern=r"(?u)\b\w+\b",
+        n_features=hashes, ngram_range=(1, 2), alternate_sign=False, norm=None, token_pattern=WORD,
         dtype=np.float32,
     )  # fmt: skip
     return vectorizer.transform(texts)
@@ -125,9 +144,10 @@ class Reduction:
         words = weighted(counts, frequencies)
         used = np.flatnonzero(np.bincount(words.indices, minlength=options.hashes) > 1)
         rank = max(1, min(options.text_directions, len(used) - 1, len(texts) - 1))
-        _, _, directions = randomized_svd(words[:, used], rank, n_iter=2, random_state=int(generator.integers(2**31)))
         text_basis = np.zeros((options.hashes, rank), np.float32)
-        text_basis[used] = directions.T
+        seed = int(generator.integers(2**31))
+        if len(used):
+            text_basis[used] = randomized_svd(words[:, used], rank, n_iter=2, random_state=seed)[2].T
         squares = ((np.asarray(features, np.float32) - centre) @ basis) ** 2
         return cls(centre, basis, frequencies, text_basis, float(squares.sum(1).mean()))
 
@@ -183,7 +203,9 @@ def canonical_directions(
 
 
 def inverse_root(covariance: np.ndarray, ridge: float) -> np.ndarray:
-    """(C + ridge · tr(C) / n · I)^(-1/2) of a covariance float64 [n, n]."""
+    """(C + ridge · tr(C) / n · I)^(-1/2) of a covariance float64 [n, n]; zeros where nothing varies."""
     values, vectors = np.linalg.eigh(covariance)
     values = np.maximum(values, 0)
+    if not values.any():
+        return np.zeros_like(covariance)
     return vectors / np.sqrt(values + ridge * values.mean() + EPSILON * values.max()) @ vectors.T

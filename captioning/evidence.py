@@ -16,6 +16,8 @@ MOST_DEVIATIONS = 8.0
 QUANTILES = (0.2, 0.3, 0.4, 0.5)
 #: Inverse strength of the L2 penalty of the regression.
 PENALTY = 0.1
+#: Parts of the images; the pairs of a part are crossed by what the others taught.
+PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -25,36 +27,55 @@ class Evidence:
     Attributes:
         model: logistic regression of pairs against shuffled ones, on statistics and their products.
         shuffled: float64 [P'], the log ratios of the shuffled pairs, rows with NaN left out.
+        crossed: float64 [P] and [P'], log ratios of the pairs and of the shuffled ones, each by a regression that did
+            not learn from it: one that did puts its pairs above their shuffled ones, mismatched or not.
     """
 
     model: Pipeline
     shuffled: np.ndarray
+    crossed: tuple[np.ndarray, np.ndarray]
 
     def __call__(self, statistics: np.ndarray) -> np.ndarray:
         """float64 [P] of statistics [P, F]."""
         return self.model.decision_function(statistics)
 
 
-def learn_evidence(observed: np.ndarray, shuffled: np.ndarray) -> Evidence | None:
+def learn_evidence(observed: np.ndarray, shuffled: np.ndarray, image: np.ndarray | None = None) -> Evidence | None:
     """Tell pairs from shuffled ones by a density ratio (Sugiyama, Suzuki and Kanamori 2012, chapter 4).
 
     The pairs hold mismatched ones themselves, which are distributed as the shuffled ones are. So the ratio is a growing
     function of that of matched to shuffled pairs, and orders them alike.
 
     Args:
-        observed: float [P, F]; shuffled: float [P', F], rows with NaN are left out.
+        observed: float [P, F]; shuffled: float [P, F] of the same images, rows with NaN are left out.
+        image: int64 [P], whose pairs are crossed together; None: each pair is of another image.
     Returns:
         None where fewer than two pairs can be shuffled.
     """
-    shuffled = shuffled[~np.isnan(shuffled).any(axis=1)]
-    if len(shuffled) < 2 or len(observed) < 2:
+    usable = ~np.isnan(shuffled).any(axis=1)
+    if usable.sum() < 2 or len(observed) < 2:
         return None
+    part = (np.arange(len(observed)) if image is None else image) % PARTS
+    data, parts = (observed, shuffled[usable]), (part, part[usable])
+    model = _regression(*data)
+    crossed = [model.decision_function(values) for values in data]
+    for number in range(PARTS):
+        others = [values[own != number] for values, own in zip(data, parts, strict=True)]
+        if min(map(len, others)) == 0:
+            continue  # as few pairs as that say nothing anyway
+        fitted = _regression(*others)
+        for found, values, own in zip(crossed, data, parts, strict=True):
+            if (own == number).any():
+                found[own == number] = fitted.decision_function(values[own == number])
+    return Evidence(model, model.decision_function(data[1]), (crossed[0], crossed[1]))
+
+
+def _regression(observed: np.ndarray, shuffled: np.ndarray) -> Pipeline:
     clip = FunctionTransformer(np.clip, kw_args={"a_min": -MOST_DEVIATIONS, "a_max": MOST_DEVIATIONS})
     model = make_pipeline(
         clip, PolynomialFeatures(2, include_bias=False), StandardScaler(), LogisticRegression(C=PENALTY, max_iter=300)
     )
-    model.fit(np.concatenate([observed, shuffled]), np.repeat([1, 0], [len(observed), len(shuffled)]))
-    return Evidence(model, model.decision_function(shuffled))
+    return model.fit(np.concatenate([observed, shuffled]), np.repeat([1, 0], [len(observed), len(shuffled)]))
 
 
 @dataclass(frozen=True)

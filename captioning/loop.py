@@ -92,6 +92,11 @@ def clean_captions(material: Material, loops: Loops, runs: Path | str) -> Path:
         notice(f"no image of {material.corpus.name} has a caption: {loops.captioner.name} describes all of them")
         given, failed = describe(material, _readable(material), loops.captioner, 0, loops.seed, runs)
         tried.append(failed)
+        if len(given) == 0:
+            raise UserError(
+                f"no image of {material.corpus.name} can be described ({failed['reason'].iloc[0]}): give captions "
+                "(docs/corpora.md), or take another captioner"
+            )
     pairs, scored = given, score_pairs(material, given, given, loops.scorers, loops.seed, runs)
     for attempt in range(loops.rounds if loops.describe != "none" else 0):
         rows = images_to_describe(material, pairs, scored, loops)
@@ -102,17 +107,22 @@ def clean_captions(material: Material, loops: Loops, runs: Path | str) -> Path:
         pairs = pairs.joined(written)
         scored = score_pairs(material, given, pairs, loops.scorers, loops.seed, runs)
 
+    failed = pd.concat(tried, ignore_index=True).drop_duplicates(ignore_index=True)
+
     def build(directory: Path) -> None:
         table = captions_table(material, pairs, scored, loops.most_mismatch)
-        failed = pd.concat(tried, ignore_index=True)
         table.to_parquet(directory / CAPTIONS, index=False)
         failed.to_parquet(directory / REFUSED, index=False)
         for name in SHUFFLED.values():
             np.save(directory / name, np.load(scored.directory / name))
         write_json(directory / SUMMARY, summarise(table, failed, scored, loops))
 
-    inputs = {"scores": scored.directory.name, "failed": fingerprint(of=pd.concat(tried).to_dict("list"))}
-    directory = stage(runs, "captions", {**inputs, "most_mismatch": loops.most_mismatch}, build)
+    inputs = {
+        "scores": scored.directory.name, "failed": fingerprint(of=failed.to_dict("list")),
+        "sources": fingerprint(of=pairs.source.tolist()), "captioner": loops.captioner.name,
+        "most_mismatch": loops.most_mismatch,
+    }  # fmt: skip
+    directory = stage(runs, "captions", inputs, build)
     _announce(read_json(directory / SUMMARY))
     return directory
 
@@ -209,10 +219,11 @@ def with_captions(corpus: Corpus, directory: Path, most_mismatch: float) -> Corp
     table = table.sort_values(["image", "chosen"], ascending=[True, False], kind="stable")
     lists = table.groupby("image")["caption"].agg(list)
     first = corpus.manifest["caption"].to_numpy(dtype=object).copy()
-    several: list[Any] = [[text] if text else None for text in first]
+    manifest = corpus.manifest
+    several = manifest["captions"].tolist() if "captions" in manifest else [[text] if text else None for text in first]
     for row, texts in lists.items():
         first[row], several[row] = texts[0], texts
-    manifest = corpus.manifest.assign(caption=first, captions=pd.Series(several, index=corpus.manifest.index))
+    manifest = manifest.assign(caption=first, captions=pd.Series(several, index=corpus.manifest.index))
     return replace(corpus, manifest=manifest, captions=directory.name)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,10 @@ class OpenClip(ClipScorer):
         return nn.functional.normalize(torch.cat([self.model.encode_text(part).float() for part in tokens]), dim=1)
 
     def cut(self, texts: Sequence[str]) -> int:
-        longest = self.tokenizer.context_length
-        return sum(len(self.tokenizer.encode(text)) + 2 > longest for text in texts)
+        longest, tokenizer = self.tokenizer.context_length, self.tokenizer
+        if hasattr(tokenizer, "tokenizer"):  # of transformers
+            return sum(len(ids) > longest for ids in tokenizer.tokenizer(list(texts), verbose=False).input_ids)
+        return sum(len(tokenizer.encode(text)) + 2 > longest for text in texts)
 
 
 def load_open_clip(
@@ -53,7 +56,8 @@ def load_open_clip(
     if not file.is_file():
         raise OSError(f"no such file: {file}")
     try:
-        model = open_clip.create_model(architecture, pretrained=None)
+        with _root_logger_silent():
+            model = open_clip.create_model(architecture, pretrained=None)
         tokenizer = open_clip.get_tokenizer(architecture)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
@@ -69,10 +73,31 @@ def load_open_clip(
     return OpenClip(name, model, tokenizer, file_digest(file), recipe)
 
 
+@contextlib.contextmanager
+def _root_logger_silent() -> Iterator[None]:
+    """open_clip warns there that the weights are random, which they are for a moment."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def _weights(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a file: no other objects are read from it."""
+    """Tensors of a file by name: no other objects are read from it.
+
+    Raises:
+        ValueError: it holds none, or holds something else as well.
+    """
     if file.suffix == ".safetensors":
         return load_file(file)
-    found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    found = found.get("state_dict", found) if isinstance(found, dict) else SimpleNamespace()
+    try:
+        found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds: what the file says decides which
+        raise ValueError("it is no file of tensors alone, and nothing else is read from it") from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError("it holds no tensors by name")
     return {key.removeprefix("module."): value for key, value in found.items()}

@@ -23,8 +23,8 @@ class PairStatistics:
     Attributes:
         cosine: float32 [P] of the pairs.
         observed: float32 [P, 4], `COLUMNS` of the pairs.
-        same, other: float32 [P, 4] of the same images with a caption of another image of their scene, and of another
-            scene; NaN where there is none.
+        same, other: float32 [P, 4] of the images of `partner` with a caption of another image of their scene, and of
+            another scene; NaN where there is none, and of all other pairs.
     """
 
     cosine: np.ndarray
@@ -50,20 +50,23 @@ def pair_statistics(
     Args:
         images: unit float [N, D]; a memory map is read in parts.
         texts: unit float [P, D], the pairs' captions, by the encoder of the pair's fold.
-        image_of: int64 [P], row of each pair's image.
+        image_of: int64 [P], row of each pair's image, ascending.
         fold: int64 [N], the encoder that each image was embedded by: only those of one fold can be compared.
         scene: int64 [N].
-        partner: bool [P], the pairs whose images and captions others are compared with.
+        partner: bool [P], the pairs whose images and captions others are compared with. Their own statistics are the
+            same whatever other pairs there are.
     """
     count = len(image_of)
     found = PairStatistics(np.zeros(count, np.float32), *(np.full((count, 4), np.nan, np.float32) for _ in range(3)))
     fold_of, scene_of = fold[image_of], scene[image_of]
     order = np.lexsort((scene_of, fold_of))
+    seed = int(generator.integers(2**63))
     for part in np.split(order, np.flatnonzero(np.diff(fold_of[order])) + 1):
         groups = np.split(part, np.flatnonzero(np.diff(scene_of[part])) + 1)
         for group in groups if count else ():
-            outside = part[partner[part] & (scene_of[part] != scene_of[group[0]])]
-            _of_group(found, _Vectors(images, texts, image_of), group, group[partner[group]], outside, generator)
+            outside = np.sort(part[partner[part] & (scene_of[part] != scene_of[group[0]])])
+            own = np.random.default_rng([seed, fold_of[group[0]], scene_of[group[0]]])
+            _of_group(found, _Vectors(images, texts, image_of), group, group[partner[group]], outside, own)
     return found
 
 
@@ -91,7 +94,10 @@ def _of_group(
     generator: np.random.Generator,
 ) -> None:
     """Fill in the pairs `group` of one scene in one fold; its possible partners are `inside`, others' `outside`."""
-    drawn = {"same": _drawn(group, inside, generator), "other": _drawn(group, outside, generator)}
+    parts, image_of = {"same": inside, "other": outside}, vectors.image_of
+    drawn = {name: np.full(len(group), -1) for name in parts}
+    for name, part in parts.items():
+        drawn[name][np.isin(group, inside)] = _drawn(inside, part, image_of, generator)
     samples = [part[np.sort(generator.permutation(len(part))[:SAMPLE])] for part in (outside, inside)]
     samples = [sample if len(sample) else samples[1 - place] for place, sample in enumerate(samples)]
     for start in range(0, len(group), BLOCK):
@@ -105,11 +111,14 @@ def _of_group(
                 getattr(found, name)[pairs[usable]] = values
 
 
-def _drawn(group: np.ndarray, partners: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A partner for each pair, int64 [n]; -1 where there is none. `_columns` leaves out those of the same image."""
-    if len(partners) == 0:
-        return np.full(len(group), -1)
-    return partners[generator.integers(len(partners), size=len(group))]
+def _drawn(group: np.ndarray, partners: np.ndarray, image_of: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A partner of another image for each pair, int64 [n]; -1 where there is none."""
+    own = image_of[group]
+    first, last = (np.searchsorted(image_of[partners], own, side) for side in ("left", "right"))
+    others = len(partners) - (last - first)
+    place = generator.integers(np.maximum(others, 1))
+    place += np.where(place >= first, last - first, 0)  # past the image's own
+    return np.where(others > 0, np.append(partners, -1)[np.minimum(place, len(partners))], -1)
 
 
 def _columns(
@@ -117,20 +126,17 @@ def _columns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cosines [n] and `COLUMNS` [n, 4] of the images of `pairs` with the captions of `captions_of`.
 
-    NaN where a caption of another pair is of the same image.
+    Compared with the pairs of `samples`, but for those of the same image and of the image that the caption is from.
     """
     own, captions = vectors.image(pairs), vectors.caption(captions_of)
     image_of = vectors.image_of
     cosine = (own * captions).sum(1)
     columns = []
     for sample in samples:
-        foreign = image_of[sample][None] != image_of[pairs][:, None]
+        foreign = np.all([image_of[sample][None] != image_of[side][:, None] for side in (pairs, captions_of)], axis=0)
         columns.append(_standardised(cosine, own @ vectors.caption(sample).T, foreign))
-        foreign = foreign & (image_of[sample][None] != image_of[captions_of][:, None])
         columns.append(_standardised(cosine, captions @ vectors.image(sample).T, foreign))
-    values = np.stack(columns, axis=1)
-    values[(pairs != captions_of) & (image_of[pairs] == image_of[captions_of])] = np.nan
-    return cosine, values
+    return cosine, np.stack(columns, axis=1)
 
 
 def _standardised(cosine: np.ndarray, others: np.ndarray, usable: np.ndarray) -> np.ndarray:

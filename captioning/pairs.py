@@ -15,7 +15,10 @@ from corpus.captions import scene_caption
 GIVEN, SCENE_NAME = "given", "scene name"
 #: Why a caption that came with the corpus is no candidate.
 EMPTY, NO_WORDS = "empty caption", "caption without words"
-_WORD = re.compile(r"[^\W\d_]{2,}")
+#: Letters of scripts that put no spaces between words, as a class of a regular expression: Thai, Lao, Burmese, Khmer,
+#: Japanese and Chinese. One of them can be a word.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[^\W\d_]{{2,}}|[{UNSPACED}]")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Pairs:
 
 
 def has_words(text: str) -> bool:
-    """Whether a text has a word: two letters in a row, of any script."""
+    """Whether a text has a word: two letters in a row, or one of `UNSPACED`."""
     return _WORD.search(text) is not None
 
 

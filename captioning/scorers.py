@@ -112,9 +112,11 @@ class FittedScorer:
         known = _with_scene(reduction, material, options, rows)
         words = reduction.texts(given.text[learned].tolist())
         weights = 1 / np.bincount(given.image, minlength=len(material.corpus))[rows]
-        folds = [np.flatnonzero(material.fold == fold) for fold in range(options.folds)]
+        if not words.any():
+            notice(f"no word comes in two captions: captioning.scorers.{self.name} cannot tell pairs apart")
+        folds = [np.flatnonzero(material.fold == fold) for fold in range(int(material.fold.max()) + 1)]
         encoders = []
-        for fold in progress(range(options.folds), f"fit {self.name}", unit="fold"):
+        for fold in progress(range(len(folds)), f"fit {self.name}", unit="fold"):
             others = np.flatnonzero(material.fold[rows] != fold)
             if len(others) < 2:
                 raise UserError(
@@ -263,7 +265,7 @@ def embed_with_clip(clip: ClipScorer, material: Material, pairs: Pairs) -> tuple
         found[~corpus.readable[rows]] = 0
         return found
 
-    distinct, position = np.unique(pairs.text.astype(str), return_inverse=True)
+    distinct, position = np.unique(pairs.text, return_inverse=True)  # as objects: one long text widens no other
     cut = clip.cut(distinct.tolist()) if len(distinct) else 0
     if cut:
         notice(f"{cut} of {len(distinct)} different captions are longer than {clip.name} reads, and are cut")

@@ -116,7 +116,7 @@ def _judged(
     scene = material.scene[pairs.image]
     sample = np.sort(generator.permutation(np.flatnonzero(partner))[:FITTED])
     learned: dict[str, Evidence | None] = {
-        name: learn_evidence(observed[sample][:, used], statistics[name][sample][:, used])
+        name: learn_evidence(observed[sample][:, used], statistics[name][sample][:, used], pairs.image[sample])
         for name, used in USED.items()
     }
     values = {
@@ -126,9 +126,8 @@ def _judged(
     mismatch = np.zeros(len(pairs))
     if other := learned["other"]:
         kept = ~np.isnan(statistics["other"][sample]).any(axis=1)
-        fitted = fit_mismatch(
-            values["other"][partner], scene[partner], other.shuffled, scene[sample][kept], len(material.scenes)
-        )
+        own, shuffled_pairs = other.crossed
+        fitted = fit_mismatch(own, scene[sample], shuffled_pairs, scene[sample][kept], len(material.scenes))
         mismatch = fitted.probability(values["other"], scene)
         by_scene = dict(zip(material.scenes, fitted.by_scene.tolist(), strict=True))
         facts = {"share": fitted.share, "by_scene": by_scene}

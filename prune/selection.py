@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from captioning.loop import SUMMARY
 from corpus.index import Corpus, index_corpus
@@ -139,8 +139,9 @@ def _with_captions(
     if not scoring:
         return corpus, None
     pool, kind = corpus_pool(cfg, corpus, measure, encoder, clock), reference_kind(cfg, corpus)
+    seeded = OmegaConf.merge(cfg, {"seed": cfg.captioning.seed})  # captions are the same for all training seeds
     with clock("captions"):
-        pairs = captioned.cleaned(cfg, pool, corpus, lambda: with_reference(cfg, pool, kind, encoder))
+        pairs = captioned.cleaned(cfg, pool, corpus, lambda: with_reference(seeded, pool, kind, encoder))
     corpus = captioned.read_captions(cfg, corpus, pairs.directory) if reading else corpus
     return corpus, pairs if getattr(method, "uses_captions", False) else None
 

@@ -44,7 +44,13 @@ STAGES = {
     "descriptions": Stage(version=1, modules=("captioning.describing", "captioning.captioners")),
     "pair_embeddings": Stage(
         version=1,
-        modules=("captioning.scorers", "captioning.dual_encoder", "captioning.open_clip_networks", "captioning.pairs"),
+        modules=(
+            "captioning.scoring",
+            "captioning.scorers",
+            "captioning.dual_encoder",
+            "captioning.open_clip_networks",
+            "captioning.pairs",
+        ),
         after=("embedding",),
     ),
     "pair_scores": Stage(

@@ -27,7 +27,7 @@ from prune.methods.rsprune import RSPrune as RSPruneMethod
 from prune.methods.semdedup import SemDeDup, largest_cosine_before
 from prune.methods.ssp import SSPPrototypes
 from prune.neighbours import nearest_neighbours
-from prune.pool import Pool
+from prune.pool import PairScores, Pool
 from runtime.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -45,7 +45,7 @@ SELECTIVE = {name: method for name, method in METHODS.items() if name != "full"}
 
 
 def pool_of(embeddings: np.ndarray, *, unreadable: int = 0, classes: int = 3, seed: int = 0) -> Pool:
-    """A pool whose reference set are noisy copies of its own images, labelled by their sign pattern."""
+    """A pool with a random reference of some classes, and with random scores of captions, which some images lack."""
     random = np.random.default_rng(seed)
     size, dimensions = embeddings.shape
     reference = random.standard_normal((classes * 10, dimensions)).astype(np.float32)
@@ -58,7 +58,17 @@ def pool_of(embeddings: np.ndarray, *, unreadable: int = 0, classes: int = 3, se
         embeddings=embeddings.astype(np.float32),
         reference_embeddings=reference,
         reference_labels=np.repeat(np.array([f"class {i}" for i in range(classes)], dtype=object), 10),
+        pair_scores=pair_scores_of(size, random),
     )
+
+
+def pair_scores_of(size: int, random: np.random.Generator) -> PairScores:
+    """Mismatched is every third, without a caption every tenth."""
+    mismatch, fit, cosine = random.random((3, size)).astype(np.float32)
+    mismatch[mismatch > 0.67], mismatch[mismatch < 0.1] = 1, np.nan
+    without = np.isnan(mismatch)
+    scene = np.array([f"class {i}" for i in range(3)], dtype=object)[random.integers(3, size=size)]
+    return PairScores(mismatch, np.where(without, np.nan, fit), np.where(without, np.nan, cosine), scene)
 
 
 def cloud(size: int, dimensions: int = 8, seed: int = 0) -> np.ndarray:
@@ -345,6 +355,9 @@ def test_bad_arrays_are_named():
         RSPrune().select(cloud(30), reference=np.ones((5, 3)), labels=np.arange(5))
     with pytest.raises(UserError, match="scene_random needs"):
         select_from_arrays(METHODS["scene_random"], cloud(30), ratio=0.5)
+    for name in ("dldc", "clip_score", "rsprune_dldc"):
+        with pytest.raises(UserError, match=f"{name} needs scores of images and captions"):
+            select_from_arrays(METHODS[name], cloud(30), ratio=0.5)
     with pytest.raises(UserError, match="ratio=1"):
         RSPrune(ratio=1.0)
     with pytest.raises(TypeError):

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prune.allocation import proportional
 from prune.pool import PairScores, Pool, Selection
 from runtime.errors import UserError
 
 #: Reasons of its own: the caption is another scene's; others of the scene fit better; there is no caption.
 MISMATCHED, LESS_FITTING, NO_CAPTION = "mismatched_caption", "less_fitting_caption", "no_caption"
+#: Scenes that an error names.
+NAMED = 12
 
 
 def pair_scores_of(pool: Pool, method: str) -> PairScores:
@@ -44,19 +47,21 @@ class DLDC:
     cleaning_ratio: float | dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if not 0 < self.most_mismatch < 1:
+            raise UserError(f"prune.most_mismatch={self.most_mismatch}: give a probability between 0 and 1")
         given = self.cleaning_ratio
         for ratio in given.values() if isinstance(given, dict) else [given]:
-            if ratio is not None and not 0 <= ratio < 1:
+            if ratio is not None and not (isinstance(ratio, (int, float)) and 0 <= ratio < 1):
                 raise UserError(f"prune.cleaning_ratio={ratio}: give a part of each scene in [0, 1), or null")
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         scores = pair_scores_of(pool, "dldc")
         usable = pool.readable & np.isfinite(scores.mismatch)
         clean = self.clean(scores, usable)
-        reason = np.where(np.isfinite(scores.mismatch), MISMATCHED, NO_CAPTION).astype(object)
-        reason[clean] = LESS_FITTING
+        mismatched = usable & (scores.mismatch > self.most_mismatch)
+        reason = np.where(mismatched, MISMATCHED, np.where(usable, LESS_FITTING, NO_CAPTION)).astype(object)
         kept = keep_best(scores, clean, usable, pool.readable, budget, self.most_mismatch)
-        facts = {"mismatched": int((usable & ~clean).sum()), "without_caption": int((pool.readable & ~usable).sum())}
+        facts = {"mismatched": int(mismatched.sum()), "without_caption": int((pool.readable & ~usable).sum())}
         return Selection.of(pool, kept, LESS_FITTING, reason=reason, scene=scores.scene.astype(object), facts=facts)
 
     def found_budget(self, pool: Pool) -> int:
@@ -65,12 +70,21 @@ class DLDC:
         return int(self.clean(scores, pool.readable & np.isfinite(scores.mismatch)).sum())
 
     def clean(self, scores: PairScores, usable: np.ndarray) -> np.ndarray:
-        """The pairs that stay before the budget is looked at, bool [N]."""
+        """The pairs that stay before the budget is looked at, bool [N].
+
+        Raises:
+            UserError: `cleaning_ratio` names a scene that is none.
+        """
         if self.cleaning_ratio is None:
             return usable & (scores.mismatch <= self.most_mismatch)
         clean = np.zeros(len(usable), bool)
         given = self.cleaning_ratio
-        for name in np.unique(scores.scene[usable].astype(str)):
+        names = set(scores.scene.astype(str).tolist())
+        unknown = sorted(set(given) - names - {""}) if isinstance(given, dict) else []
+        if unknown:
+            known = ", ".join(sorted(names - {""})[:NAMED])
+            raise UserError(f"prune.cleaning_ratio has {unknown[0]!r}, which is no scene: give some of {known}")
+        for name in sorted(set(scores.scene[usable].astype(str).tolist())):
             rows = np.flatnonzero(usable & (scores.scene == name))
             ratio = given.get(name, given.get("", 0.0)) if isinstance(given, dict) else given
             worst_first = rows[np.argsort(goodness(scores, rows, self.most_mismatch), kind="stable")]
@@ -86,7 +100,12 @@ def goodness(scores: PairScores, rows: np.ndarray, most_mismatch: float) -> np.n
 
 
 def keep_best(
-    scores: PairScores, clean: np.ndarray, usable: np.ndarray, readable: np.ndarray, budget: int, most_mismatch: float
+    scores: PairScores,
+    clean: np.ndarray,
+    usable: np.ndarray,
+    readable: np.ndarray,
+    budget: int,
+    most_mismatch: float,
 ) -> np.ndarray:
     """Rows of exactly `budget` images, fewer only where fewer are readable; int64.
 
@@ -102,19 +121,11 @@ def keep_best(
     _, scene = np.unique(scores.scene[chosen].astype(str), return_inverse=True)
     groups = [chosen[scene == number] for number in range(int(scene.max()) + 1)]
     kept = []
-    for group, count in zip(groups, _in_proportion([len(group) for group in groups], budget), strict=True):
+    counts = proportional(np.array([len(group) for group in groups]), budget)
+    for group, count in zip(groups, counts, strict=True):
         best_first = np.argsort(-goodness(scores, group, most_mismatch), kind="stable")
         kept.append(group[best_first[:count]])
     return np.concatenate(kept)
-
-
-def _in_proportion(sizes: list[int], budget: int) -> np.ndarray:
-    """`budget` dealt in proportion to sizes, rounded so that the sum holds; int64 [S]."""
-    exact = np.array(sizes) * (budget / max(1, sum(sizes)))
-    whole = np.floor(exact).astype(np.int64)
-    largest = np.argsort(-(exact - whole), kind="stable")[: budget - int(whole.sum())]
-    whole[largest] += 1
-    return whole
 
 
 @dataclass(frozen=True)
