@@ -337,7 +337,7 @@ def test_a_method_that_reads_scores_can_leave_the_given_captions(folder: Path, r
 
 
 def test_a_corpus_without_labels_has_scenes_of_its_own(folder: Path, tmp_path: Path) -> None:
-    """Strata stand for scenes, the same whatever the training seed; the corpus itself, the default reference, has none."""
+    """Strata stand for scenes, the same whatever the training seed: the corpus, the default reference, has none."""
     flat = tmp_path / "flat"
     flat.mkdir()
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
