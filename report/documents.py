@@ -124,8 +124,8 @@ SECTIONS = {
         "aid_pairs/{profile}/pair_cleaning/results.jsonl",
         ("pair_detection", "pair_training", "caption_quality", "caption_segmentation"),
         "`scripts/pair_cleaning.py` on a folder ([pairs.md](pairs.md) has the commands). Detection and captions at 128 "
-        "px. Trainings at 64 px, 2,000 steps from the shipped foundation with its autoencoder, all with one frozen text "
-        "encoder that was trained on the clean captions; 300 images of the test split.",
+        "px. Trainings at 64 px, 2,000 steps from the shipped foundation with its autoencoder, all with one frozen "
+        "text encoder that was trained on the clean captions; 300 images of the test split.",
     ),
     TAIL_FILE: Section("A made long tail", "long_tail/long_tail.json", ()),
 }
