@@ -30,7 +30,7 @@ from train.foundation import pretrain
 
 METHODS = sorted(path.stem for path in (CONFIGS / "prune").glob("*.yaml"))
 #: What reads the reference, by its own account in docs/method.md.
-SCENIC = ("moderate", "rsprune", "scene_random")
+SCENIC = ("moderate", "rsprune", "rsprune_dldc", "scene_random")
 
 
 def write_flat(folder: Path, count: int = 70) -> Path:
