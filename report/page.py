@@ -176,8 +176,7 @@ def write_report(
         verdict: of `report.verdict_view.verdict_view`; it leads the page.
         figures, sheets: of `Picture` the first fields at least.
         galleries: by method.
-        panels: small figures side by side, below the others.
-        pairs: by scene.
+        panels: small figures side by side, below the others; pairs: by scene.
         facts: short values for the head of the page.
         notes: replaces the text under a table (by its name) or under a section's heading (a key of `LEADS`).
         links: files beside this one, by what is said of them.
@@ -200,7 +199,10 @@ def write_report(
         sheets=[_picture(Picture(*sheet)) for sheet in sheets],
         galleries={method: [_group(gallery) for gallery in groups] for method, groups in (galleries or {}).items()},
     )
-    path = Path(path)
+    _write(Path(path), html)
+
+
+def _write(path: Path, html: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(html, encoding="utf-8")
