@@ -121,7 +121,8 @@ def test_reproduce_leaves_the_contract_behind(home):
                     for encoder in ("efficientnet_lite0", EVALUATION):
                         assert np.isfinite(row["metrics"][Quantity(name, encoder, held_out).name])
             assert np.isfinite(row["metrics"]["balanced_clip_local"])
-    assert {row["prune"] for row in rows if row["stage"] == "super_resolution"} == {"rsprune", "scratch", "bicubic"}
+    restored = {row["prune"] for row in rows if row["stage"] == "super_resolution"}
+    assert restored == {"rsprune", "scratch", "nearest", "bicubic", "lanczos"}
     for name in ("generation", "convergence", "subset_quality", "super_resolution", "semantic_synthesis"):
         for suffix in ("md", "tex", "csv"):
             assert (results / "tables" / f"{name}.{suffix}").stat().st_size > 0
