@@ -84,7 +84,7 @@ def make_task(cfg: DictConfig) -> Task:
     return Task(
         name=NAME,
         condition=None,
-        facts={"conditions": list(facts.items()), "dropout": float(settings.dropout)},
+        facts={"version": 1, "conditions": list(facts.items()), "dropout": float(settings.dropout)},
         captioned=bool(settings.captioned),
         metrics=(*METRICS, *(key for condition in conditions.values() for key in condition.metrics)),
         curve=("kid_x1000", "feature_distance"),
