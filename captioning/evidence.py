@@ -16,7 +16,7 @@ MOST_DEVIATIONS = 8.0
 QUANTILES = (0.2, 0.3, 0.4, 0.5)
 #: Inverse strength of the L2 penalty of the regression.
 PENALTY = 0.1
-#: Parts of the images; the pairs of a part are crossed by what the others taught.
+#: Parts of the images; the evidence of a part's pairs is told by a regression on the others.
 PARTS = 5
 
 
@@ -27,13 +27,13 @@ class Evidence:
     Attributes:
         model: logistic regression of pairs against shuffled ones, on statistics and their products.
         shuffled: float64 [P'], the log ratios of the shuffled pairs, rows with NaN left out.
-        crossed: float64 [P] and [P'], log ratios of the pairs and of the shuffled ones, each by a regression that did
-            not learn from it: one that did puts its pairs above their shuffled ones, mismatched or not.
+        cross_fitted: float64 [P] and [P'], log ratios of the pairs and of the shuffled ones, each by a regression that
+            did not learn from it: one that did puts its pairs above their shuffled ones, mismatched or not.
     """
 
     model: Pipeline
     shuffled: np.ndarray
-    crossed: tuple[np.ndarray, np.ndarray]
+    cross_fitted: tuple[np.ndarray, np.ndarray]
 
     def __call__(self, statistics: np.ndarray) -> np.ndarray:
         """float64 [P] of statistics [P, F]."""
@@ -48,7 +48,7 @@ def learn_evidence(observed: np.ndarray, shuffled: np.ndarray, image: np.ndarray
 
     Args:
         observed: float [P, F]; shuffled: float [P, F] of the same images, rows with NaN are left out.
-        image: int64 [P], whose pairs are crossed together; None: each pair is of another image.
+        image: int64 [P], whose pairs are in one part; None: each pair is of another image.
     Returns:
         None where fewer than two pairs can be shuffled.
     """

@@ -16,7 +16,7 @@ import pandas as pd
 
 from captioning.captioners.captioner import Captioner
 from captioning.describing import describe
-from captioning.pairs import Pairs, given_pairs
+from captioning.pairs import GIVEN, SCENE_NAME, Pairs, given_pairs
 from captioning.scorers import Material, PairScorer
 from captioning.scoring import SHUFFLED, Scored, score_pairs
 from corpus.index import Corpus
@@ -27,6 +27,8 @@ from runtime.notices import notice
 CAPTIONS, REFUSED, SUMMARY = "captions.parquet", "quarantine.parquet", "summary.json"
 #: Images that are described again: none, those whose best caption is mismatched or that have none, or all.
 DESCRIBE = ("none", "mismatched", "all")
+#: Share of mismatched captions above which something else is wrong with them.
+SUSPICIOUS = 0.8
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Loops:
         if not 0 < self.most_mismatch < 1:
             raise UserError(f"captioning.most_mismatch={self.most_mismatch}: give a probability between 0 and 1")
         if not self.scorers:
-            raise UserError("captioning.scorers names no scorer: give one, for example scorer=fitted")
+            raise UserError(
+                "captioning.scorers names no scorer: give one, for example +scorer@captioning.scorers.fitted=fitted"
+            )
 
 
 def material_of(
@@ -97,6 +101,8 @@ def clean_captions(material: Material, loops: Loops, runs: Path | str) -> Path:
                 f"no image of {material.corpus.name} can be described ({failed['reason'].iloc[0]}): give captions "
                 "(docs/corpora.md), or take another captioner"
             )
+    if len(set(given.text.tolist())) == 1:
+        notice("captions: all are the same, so none can be told to be of another image")
     pairs, scored = given, score_pairs(material, given, given, loops.scorers, loops.seed, runs)
     for attempt in range(loops.rounds if loops.describe != "none" else 0):
         rows = images_to_describe(material, pairs, scored, loops)
@@ -199,13 +205,22 @@ def summarise(table: pd.DataFrame, refused: pd.DataFrame, scored: Scored, loops:
 
 
 def _announce(summary: dict[str, Any]) -> None:
-    repaired = summary["images"] - sum(
-        count for source, count in summary["chosen"].items() if source in ("given", "scene name")
-    )
+    if len(summary["scenes"]) < 2:
+        notice(
+            "captions: all images are of one scene, so captions of another scene cannot be told: none is called "
+            "mismatched; give scenes in sub-folders, or another reference"
+        )
+    elif summary["mismatched_share"] > SUSPICIOUS:
+        notice(
+            f"captions: {summary['mismatched_share']:.0%} look as if they belonged to other images: are they alike, "
+            "or in another order than the images?"
+        )
+    own = {GIVEN, SCENE_NAME} & set(summary["sources"])
+    repaired = summary["images"] - sum(summary["chosen"].get(source, 0) for source in own)
     line = (
         f"captions: {summary['pairs']:,} candidates of {summary['images']:,} images; "
-        f"{summary['mismatched_share']:.1%} of the given ones are of another scene; {repaired:,} images have a new "
-        f"caption, {summary['mismatched_images']:,} have no good one"
+        f"{summary['mismatched_share']:.1%} of the {'given' if own else 'first'} ones are of another scene; "
+        f"{repaired:,} images have a new caption, {summary['mismatched_images']:,} have no good one"
     )
     refused = ", ".join(f"{count:,} {reason}" for reason, count in summary["refused"].items())
     notice(line + (f"; no candidates: {refused}" if refused else ""))

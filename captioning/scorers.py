@@ -6,6 +6,7 @@ the pairs of a fold's images are embedded by what was fitted to the other folds.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -164,28 +165,28 @@ def _with_scene(reduction: Reduction, material: Material, options: DualEncoder, 
     return np.concatenate([reduced, codes], axis=1)
 
 
-@dataclass(frozen=True)
-class HubScorer:
-    """A CLIP of `transformers` in a folder or on the hub.
-
-    Args:
-        name: of its column.
-        path: folder or hub name; weights as safetensors.
-        revision: commit of the hub; None: the newest.
-    """
+class NetworkScorer(ABC):
+    """A CLIP from elsewhere; a frozen dataclass with `name` and `path`."""
 
     joint = True
 
     name: str
     path: str
-    revision: str | None = None
+
+    @abstractmethod
+    def load(self) -> ClipScorer:
+        """The network.
+
+        Raises:
+            one of `encoders.pixels.LOAD_ERRORS`: it is not there.
+        """
 
     @property
     def key(self) -> str:
         return self.clip().fingerprint
 
     def clip(self) -> ClipScorer:
-        """The network, loaded once.
+        """The network on this machine's accelerator, loaded once.
 
         Raises:
             UserError: it is not there.
@@ -197,7 +198,25 @@ class HubScorer:
 
 
 @dataclass(frozen=True)
-class OpenClipScorer:
+class HubScorer(NetworkScorer):
+    """A CLIP of `transformers` in a folder or on the hub.
+
+    Args:
+        name: of its column.
+        path: folder or hub name; weights as safetensors.
+        revision: commit of the hub; None: the newest.
+    """
+
+    name: str
+    path: str
+    revision: str | None = None
+
+    def load(self) -> ClipScorer:
+        return load_clip(self.path, self.path, self.name, revision=self.revision)
+
+
+@dataclass(frozen=True)
+class OpenClipScorer(NetworkScorer):
     """A CLIP in open_clip's form, as RemoteCLIP and GeoRSCLIP are published.
 
     Args:
@@ -208,40 +227,24 @@ class OpenClipScorer:
         revision: commit of the hub; None: the newest.
     """
 
-    joint = True
-
     name: str
     architecture: str
     path: str
     repository: str | None = None
     revision: str | None = None
 
-    @property
-    def key(self) -> str:
-        return self.clip().fingerprint
+    def load(self) -> ClipScorer:
+        from captioning.open_clip_networks import load_open_clip
 
-    def clip(self) -> ClipScorer:
-        """The network, loaded once.
-
-        Raises:
-            UserError: it is not there.
-        """
-        return _loaded(self)
-
-    def embed(self, material: Material, given: Pairs, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-        return embed_with_clip(self.clip(), material, pairs)
+        return load_open_clip(
+            self.name, self.architecture, self.path, repository=self.repository, revision=self.revision
+        )
 
 
 @lru_cache(maxsize=4)
-def _loaded(scorer: HubScorer | OpenClipScorer) -> ClipScorer:
+def _loaded(scorer: NetworkScorer) -> ClipScorer:
     try:
-        if isinstance(scorer, OpenClipScorer):
-            from captioning.open_clip_networks import load_open_clip
-
-            return load_open_clip(
-                scorer.name, scorer.architecture, scorer.path, repository=scorer.repository, revision=scorer.revision
-            )
-        found = load_clip(scorer.path, scorer.path, scorer.name, revision=scorer.revision)
+        found = scorer.load()
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(

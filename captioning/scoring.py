@@ -126,7 +126,7 @@ def _judged(
     mismatch = np.zeros(len(pairs))
     if other := learned["other"]:
         kept = ~np.isnan(statistics["other"][sample]).any(axis=1)
-        own, shuffled_pairs = other.crossed
+        own, shuffled_pairs = other.cross_fitted
         fitted = fit_mismatch(own, scene[sample], shuffled_pairs, scene[sample][kept], len(material.scenes))
         mismatch = fitted.probability(values["other"], scene)
         by_scene = dict(zip(material.scenes, fitted.by_scene.tolist(), strict=True))

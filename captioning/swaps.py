@@ -31,7 +31,7 @@ class Swaps:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
+        if not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
             raise UserError(f"captioning.swapped.share={self.share}: give a share in [0, 1], or null for none")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from runtime.errors import UserError
 
 
-class PackagedEncoder:
+class PackagedEncoder(ABC):
     """Features of a frozen network that sees [-1, 1] NCHW images; see `encoders.embedding.Encoder`.
 
     Subclasses are frozen dataclasses with the field `input_size` and the method `network`.
@@ -22,9 +23,9 @@ class PackagedEncoder:
 
     input_size: int
 
+    @abstractmethod
     def network(self) -> nn.Module:
         """The frozen feature network in eval mode: [-1, 1] NCHW float32 in, float32 [B, D] out."""
-        raise NotImplementedError
 
     def resize(self, images: torch.Tensor) -> torch.Tensor:
         """Float images [B, 3, H, W] as channels_last [B, 3, input_size, input_size], antialiased bilinear."""

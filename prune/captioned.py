@@ -39,8 +39,17 @@ class CleanedPairs:
 
 
 def loops_of(cfg: DictConfig) -> Loops:
-    """The two loops of `cfg.captioning`."""
+    """The two loops of `cfg.captioning`.
+
+    Raises:
+        UserError: an option is no number where one is wanted, or has another value that is none.
+    """
     options = cfg.captioning
+    for name, kind in (("rounds", int), ("most_mismatch", float), ("seed", int)):
+        try:
+            kind(options[name])
+        except (TypeError, ValueError):
+            raise UserError(f"captioning.{name}={options[name]}: give a number") from None
     return Loops(
         scorers=tuple(instantiate(scorer, _convert_="all") for scorer in options.scorers.values() if scorer),
         captioner=instantiate(options.captioner, _convert_="all"),

@@ -122,7 +122,7 @@ SECTIONS = {
     "pairs": Section(
         "Image-text pairs: AID's photographs with RSICD's captions",
         "aid_pairs/{profile}/pair_cleaning/results.jsonl",
-        ("pair_detection", "pair_training", "caption_quality", "caption_segmentation"),
+        ("pair_detection", "pair_training", "caption_quality"),
         "`scripts/pair_cleaning.py` on a folder ([pairs.md](pairs.md) has the commands). Detection and captions at 128 "
         "px. Trainings at 64 px, 2,000 steps from the shipped foundation with its autoencoder, all with one frozen "
         "text encoder that was trained on the clean captions; 300 images of the test split.",

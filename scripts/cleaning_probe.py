@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from captioning.probe import best_ratios
 from eval.distances import kernel_distance
 from eval.held_out import HeldOut
-from eval.measuring import evaluation_sets
+from eval.measuring import encoders_of, evaluation_sets
 from report.results import append_result, result_row
 from report.tables import publish
 from runtime.application import changed_config, run
@@ -40,8 +40,9 @@ def main(cfg: DictConfig) -> None:
         directory = pretrain(chosen, "dldc")
         held = evaluation_sets(chosen)["balanced"]
         measured = Path(read_json(directory / MEASURED)["balanced"])
-        features = np.load(measured / f"{chosen.yardstick.name}.npy")
-        by_scene, images, names, overall = scene_distances(features, held, str(chosen.yardstick.name))
+        encoder = encoders_of(chosen)[0].name  # the evaluation encoder
+        features = np.load(measured / f"{encoder}.npy")
+        by_scene, images, names, overall = scene_distances(features, held, encoder)
         distances.append(by_scene)
         everywhere.append(overall)
         metrics = read_json(directory / "summary.json")["metrics"]
@@ -53,8 +54,8 @@ def main(cfg: DictConfig) -> None:
     chosen_ratios = dict(zip(names, found.tolist(), strict=True))
     chosen_ratios[""] = float(ratios[int(np.argmin(everywhere))])
     write_json(results / RATIOS, chosen_ratios)
-    publish(results, PROBE)
     print(f"use it with prune=dldc ratio=null prune.cleaning_ratio={results / RATIOS}")
+    publish(results, PROBE)
 
 
 def scene_distances(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,7 +185,10 @@ def judged(judge: Judge, measured: Path, encoder: Encoder, held: HeldOut, corpus
     """CLIP score and zero-shot scene accuracy of generated images by a fitted judge."""
     reduction, fitted = judge
     images = fitted.images(reduction.images(np.load(measured / f"{encoder.name}.npy")))
-    texts: Callable[[list[str]], np.ndarray] = lambda lines: fitted.texts(reduction.texts(lines))  # noqa: E731
+
+    def texts(lines: list[str]) -> np.ndarray:
+        return fitted.texts(reduction.texts(lines))
+
     known = np.array([bool(caption) for caption in held.captions])
     cosines = (images * texts(list(held.captions))).sum(1)
     described: Mapping[str, list[str]] = scene_captions(corpus)

@@ -58,3 +58,16 @@ def test_bench_of_the_stages_names_their_limits(tmp_path: Path) -> None:
     } <= set(rates)  # fmt: skip
     assert {"entropy step at 16 px, of pure decoding", "entropy and embedding, of the bare network"} <= set(shares)
     assert positive(rates) and positive(shares)
+
+
+def test_bench_of_pairs_names_its_limits(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/bench_pairs.py", *tiny_overrides(tmp_path), "bench.sizes=[400,2000]"],
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().splitlines()[-1] == f"results: {tmp_path}/results"
+    found = read_json(tmp_path / "results" / "bench_pairs.json")
+    assert list(found["pairs"]) == ["400", "2000"] and found["machine"]
+    assert all(positive(figures) and "products alone (limit)" in figures for figures in found["pairs"].values())
+    assert positive(found["network"]) and found["network"]["CLIP scorer, of the bare network"] < 1.5

@@ -455,3 +455,19 @@ def test_the_order_of_batches_and_blocks_changes_no_text(tmp_path: Path, monkeyp
 def test_options_that_cannot_be_are_one_line(options: dict, line: str) -> None:
     with pytest.raises(UserError, match=line):
         Loops(**{"scorers": SCORERS, "captioner": Scripted({}), **options})
+
+
+@pytest.mark.parametrize(
+    ("captions", "scenes", "said"),
+    [
+        (["an aerial image"] * 80, world(80)[2], "captions: all are the same"),
+        (world(80)[1], ["forest"] * 80, "captions: all images are of one scene"),
+    ],
+)
+def test_what_cannot_be_told_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], captions: list[str], scenes: list[str], said: str
+) -> None:
+    notice.cache_clear()
+    found = material(world(80)[0], captions, scenes, tmp_path / "corpus")
+    cleaned(found, scripted(found, captions), tmp_path, describe="none")
+    assert sum(line.startswith(said) for line in capsys.readouterr().err.splitlines()) == 1

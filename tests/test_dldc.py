@@ -246,6 +246,12 @@ def test_pairs_are_scored_where_somebody_reads_them(choice: str, prune: str, wan
     assert captioned.wanted(cfg, instantiate(cfg.prune, _convert_="all")) == wanted
 
 
+@pytest.mark.parametrize("option", ["rounds=often", "most_mismatch=high", "seed=x"])
+def test_a_word_in_place_of_a_number_is_one_line(option: str) -> None:
+    with pytest.raises(UserError, match=f"captioning.{option}: give a number"):
+        captioned.loops_of(config(f"captioning.{option}"))
+
+
 def test_words_that_are_unknown_are_one_line() -> None:
     cfg = config("captioning.captions=mine")
     with pytest.raises(UserError, match=r"captioning\.captions=mine is unknown: give given, best, auto"):

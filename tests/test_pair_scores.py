@@ -389,7 +389,7 @@ def mixture(share: float, count: int = 6000, gap: float = 3.0, seed: int = 0) ->
 @pytest.mark.parametrize("gap", [2.0, 3.0])
 def test_the_share_of_mismatched_pairs_is_found(share: float, gap: float) -> None:
     observed, shuffled, wrong = mixture(share, 20_000, gap)
-    assert mismatched_share(*learn_evidence(observed, shuffled).crossed) == pytest.approx(wrong.mean(), abs=0.03)
+    assert mismatched_share(*learn_evidence(observed, shuffled).cross_fitted) == pytest.approx(wrong.mean(), abs=0.03)
 
 
 def test_few_pairs_bias_no_share() -> None:
@@ -397,7 +397,7 @@ def test_few_pairs_bias_no_share() -> None:
     errors = []
     for seed in range(12):
         observed, shuffled, wrong = mixture(0.3, 500, seed=seed)
-        errors.append(mismatched_share(*learn_evidence(observed, shuffled).crossed) - wrong.mean())
+        errors.append(mismatched_share(*learn_evidence(observed, shuffled).cross_fitted) - wrong.mean())
     assert np.mean(errors) == pytest.approx(0, abs=0.03)
 
 
@@ -405,8 +405,8 @@ def test_pairs_of_an_image_are_crossed_together() -> None:
     """Five equal pairs an image: alone, each would be judged by what its own copies taught."""
     random = np.random.default_rng(0)
     observed, shuffled = (random.standard_normal((40, 12)).repeat(5, 0) for _ in range(2))
-    together = learn_evidence(observed, shuffled, np.arange(40).repeat(5)).crossed
-    apart = learn_evidence(observed, shuffled).crossed
+    together = learn_evidence(observed, shuffled, np.arange(40).repeat(5)).cross_fitted
+    apart = learn_evidence(observed, shuffled).cross_fitted
     assert np.mean(apart[0]) - np.mean(apart[1]) > 1 + np.mean(together[0]) - np.mean(together[1])
 
 
@@ -414,7 +414,7 @@ def test_pairs_of_an_image_are_crossed_together() -> None:
 def test_mismatched_pairs_are_found(share: float, least: float) -> None:
     observed, shuffled, wrong = mixture(share)
     evidence = learn_evidence(observed, shuffled)
-    found = one_scene(*evidence.crossed)
+    found = one_scene(*evidence.cross_fitted)
     flagged = found.probability(evidence(observed), np.zeros(6000, int)) > 0.5
     assert wrong[flagged].mean() >= least and flagged[wrong].mean() >= least
 
@@ -424,7 +424,7 @@ def test_of_pairs_that_all_match_next_to_none_goes(count: int) -> None:
     for seed in range(3):
         observed, shuffled, _ = mixture(0, count, seed=seed)
         evidence = learn_evidence(observed, shuffled)
-        found = one_scene(*evidence.crossed)
+        found = one_scene(*evidence.cross_fitted)
         assert (found.probability(evidence(observed), np.zeros(count, int)) > 0.5).mean() <= 0.05
 
 
@@ -433,7 +433,7 @@ def test_the_probability_falls_with_the_evidence_and_is_one() -> None:
     observed, shuffled, wrong = mixture(0.4, 20_000, gap=1.2)
     evidence = learn_evidence(observed, shuffled)
     values = evidence(observed)
-    probability = one_scene(*evidence.crossed).probability(values, np.zeros(20_000, int))
+    probability = one_scene(*evidence.cross_fitted).probability(values, np.zeros(20_000, int))
     assert (np.diff(probability[np.argsort(values)]) <= 1e-12).all() and np.ptp(probability) > 0.9
     assert probability.min() >= 0 and probability.max() <= 1
     for low, high in ((0.1, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9)):
@@ -468,7 +468,7 @@ def test_a_scene_has_a_share_of_its_own_if_it_has_pairs_enough() -> None:
 
 def test_pairs_that_nothing_tells_apart_are_not_called_mismatched() -> None:
     evidence = learn_evidence(np.zeros((50, 4)), np.zeros((50, 4)))
-    found = one_scene(*evidence.crossed)
+    found = one_scene(*evidence.cross_fitted)
     assert found.share == 0 and not found.probability(np.zeros(50), np.zeros(50, int)).any()
 
 

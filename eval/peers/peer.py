@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ COUNTED = (".safetensors", ".json", ".txt", *IMAGES)
 
 
 @dataclass(frozen=True)
-class Peer:
+class Peer(ABC):
     """A system and how its authors draw with it.
 
     A subclass has `check` and `load`, and `extra` where the system is told more of an image than its caption.
@@ -47,21 +48,21 @@ class Peer:
     template: str = "{caption}"
     batch_size: int = field(default=8, metadata={"fingerprint": False})
 
+    @abstractmethod
     def check(self, folder: Path) -> None:
         """Look at what is there before anything is computed.
 
         Raises:
             UserError: the folder holds no such system, or holds it as a pickle.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, folder: Path) -> Any:
         """What `draw` draws with, of a folder that `check` let pass.
 
         Raises:
             UserError: a file is broken.
         """
-        raise NotImplementedError
 
     def prompt(self, caption: str, row: Mapping[str, Any]) -> str:
         """What the system is asked for.
