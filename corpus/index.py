@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,11 @@ from corpus.decoding import NO_PERMISSION, UNREADABLE_FILE, VANISHED
 from corpus.masks import Sample
 from corpus.quarantine import QUARANTINE, announce, announce_masks, quarantined
 from runtime.artefacts import COMPLETE, fingerprint, plain, read_json, stage, write_json
+from runtime.cost import StageLog
+from runtime.engine import Done, Step, engine
 from runtime.errors import UserError
 from runtime.notices import notice
-from runtime.parallel import cores, in_processes
+from runtime.parallel import cores
 from runtime.progress import progress
 from runtime.quiet import native_stderr_closed
 from runtime.versions import versions_of
@@ -160,6 +163,22 @@ def _name(source: Source) -> str:
     return source.name if split == "all" else f"{source.name} ({split})"
 
 
+def over_images(corpus: Corpus, groups: Iterable[np.ndarray], scan: Scan) -> Iterator[Done]:
+    """A scan of groups of images of an indexed corpus, in order: (rows, [K, ...]) with what it cost."""
+    images = ArrayFile(corpus.directory / "images.npy", corpus.images.shape, np.uint8)
+    steps = [Step(partial(_read, images), home=True), Step(partial(_values, scan), network=not scan.by_worker)]
+    return engine().run(steps, groups, workers=0)
+
+
+def _read(images: ArrayFile, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return rows, images.read(rows)
+
+
+def _values(scan: Scan, part: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    rows, images = part
+    return rows, _scan(scan, images, np.ones(len(rows), bool))
+
+
 def scanned(corpus: Corpus, key: str) -> Path | None:
     """The array that a `Scan` of this key left, zeros where unreadable, or None where it did not run."""
     path = corpus.directory / SCANNED / f"{key}.npy"
@@ -266,44 +285,98 @@ class _Files:
             if file is not None:
                 file.create()
 
-    def write_scan(self, scan: Scan, rows: np.ndarray, images: np.ndarray, readable: np.ndarray) -> None:
-        """Compute a scan of some images batch by batch and write it, zeros where there is no image."""
-        for start in range(0, len(rows), scan.batch_size):
-            part = slice(start, start + scan.batch_size)
-            values = scan.compute(images[part])
-            values[~readable[part]] = 0
-            self.scans[scan.key].write(rows[part], values)
+    def write(self, decoded: Decoded) -> None:
+        """Put what is known of a chunk in its place: pixels, masks and scans, as far as it holds them."""
+        if decoded.images is not None:
+            self.images.write(decoded.rows, decoded.images)
+        if self.masks is not None and decoded.masks is not None:
+            self.masks.write(decoded.rows, decoded.masks)
+        for key, values in decoded.scans.items():
+            self.scans[key].write(decoded.rows, values)
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """What a worker does: read some images, write them, and compute the scans that need no network."""
+class Work:
+    """Some images to read: a part of a manifest, int64 rows, ascending, and what reads them."""
 
     reader: Reader
     rows: np.ndarray
-    files: _Files
-    scans: tuple[Scan, ...]
 
-    def __call__(self) -> dict[int, str]:
-        """Returns the rows that have no image, and why."""
-        size = self.files.images.shape[1]
-        images = np.zeros((len(self.rows), size, size, 3), np.uint8)
-        masks = np.zeros((len(self.rows), size, size) if self.files.masks else 0, np.uint8)
-        problems = {}
-        with native_stderr_closed():
-            for position, sample in enumerate(self.reader()):
-                if isinstance(sample, str):
-                    problems[int(self.rows[position])] = sample
-                elif isinstance(sample, Sample):
-                    images[position], masks[position] = sample
-                else:
-                    images[position] = sample
-        self.files.images.write(self.rows, images)
-        if self.files.masks is not None:
-            self.files.masks.write(self.rows, masks)
-        for scan in self.scans:
-            self.files.write_scan(scan, self.rows, images, ~np.isin(self.rows, list(problems)))
-        return problems
+
+@dataclass(frozen=True)
+class Decoded:
+    """What is known of a chunk of images.
+
+    Attributes:
+        rows: int64 [K] of the manifest.
+        problems: why a row has no image.
+        images: uint8 [K, R, R, 3], zeros where there is none; None: they are in the corpus's file already.
+        masks: uint8 [K, R, R], or None.
+        scans: results of scans by their keys, [K, ...].
+    """
+
+    rows: np.ndarray
+    problems: dict[int, str]
+    images: np.ndarray | None
+    masks: np.ndarray | None
+    scans: dict[str, np.ndarray]
+
+    @property
+    def readable(self) -> np.ndarray:
+        """bool [K]."""
+        return ~np.isin(self.rows, list(self.problems))
+
+
+def decode(size: int, masked: bool, scans: Sequence[Scan], work: Work) -> Decoded:
+    """Read some images at a resolution, and compute the scans that need no network."""
+    images = np.zeros((len(work.rows), size, size, 3), np.uint8)
+    masks = np.zeros((len(work.rows), size, size), np.uint8) if masked else None
+    problems = {}
+    with native_stderr_closed():
+        for position, sample in enumerate(work.reader()):
+            if isinstance(sample, str):
+                problems[int(work.rows[position])] = sample
+            elif isinstance(sample, Sample):
+                images[position], masks[position] = sample
+            else:
+                images[position] = sample
+    decoded = Decoded(work.rows, problems, images, masks, {})
+    return replace(decoded, scans={scan.key: _scan(scan, images, decoded.readable) for scan in scans})
+
+
+def _stored(files: _Files, decoded: Decoded) -> Decoded:
+    """Write a chunk where the run directory is at hand; what goes on is the rest of it."""
+    files.write(decoded)
+    return replace(decoded, images=None, masks=None, scans={})
+
+
+def _scanned(scans: Sequence[Scan], files: _Files | None, decoded: Decoded) -> Decoded:
+    """Compute scans of a chunk, whose images are with it or in `files`."""
+    images = files.images.read(decoded.rows) if decoded.images is None else decoded.images
+    found = {scan.key: _scan(scan, images, decoded.readable) for scan in scans}
+    return replace(decoded, scans={**decoded.scans, **found})
+
+
+def _scan(scan: Scan, images: np.ndarray, readable: np.ndarray) -> np.ndarray:
+    """A scan of some images batch by batch, zeros where there is no image."""
+    values = np.zeros((len(images), *scan.shape), scan.dtype)
+    for start in range(0, len(images), scan.batch_size):
+        part = slice(start, start + scan.batch_size)
+        values[part] = scan.compute(images[part])
+    values[~readable] = 0
+    return values
+
+
+def _steps(files: _Files, source: Source, scans: Sequence[Scan], shares_files: bool) -> list[Step]:
+    """Of the index: decode, store where workers can, and scan by networks."""
+    by_worker = tuple(scan for scan in scans if scan.by_worker)
+    networks = tuple(scan for scan in scans if not scan.by_worker)
+    steps = [Step(partial(decode, source.resolution, bool(source.mask_classes), by_worker))]
+    if shares_files:
+        steps.append(Step(partial(_stored, files)))
+    if networks:
+        steps.append(Step(partial(_scanned, networks, files if shares_files else None), network=True))
+    return steps
 
 
 def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -> None:
@@ -328,21 +401,22 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     os.truncate(noted, read_json(state)["noted"])  # a killed run may have noted half a line more
 
     chunks = [todo[start : start + CHUNK] for start in range(done, len(todo), CHUNK)]
-    by_worker = tuple(scan for scan in scans if scan.by_worker)
-    work = (_Chunk(source.reader(rows), rows, files, by_worker) for rows in chunks)
     workers = min(cores() if source.workers is None else source.workers, len(chunks) // CHUNKS_PER_WORKER)
+    steps = _steps(files, source, scans, engine().shares_files)
+    work = (Work(source.reader(rows), rows) for rows in chunks)
+    ledger = StageLog(directory, "corpus", _name(source))
     bar = progress(range(len(todo)), f"index {source.name}", total=len(todo), initial=done)
     with bar, noted.open("a", encoding="ascii") as log:
-        for rows, problems in zip(chunks, in_processes(_Chunk.__call__, work, workers), strict=True):
-            images, readable = files.images.read(rows), ~np.isin(rows, list(problems))
-            for scan in scans:
-                if not scan.by_worker:
-                    files.write_scan(scan, rows, images, readable)
-            log.write(json.dumps(problems) + "\n")
+        for part in engine().run(steps, work, workers):
+            decoded = part.value
+            files.write(decoded)
+            log.write(json.dumps(decoded.problems) + "\n")
             log.flush()
-            done += len(rows)
+            done += len(decoded.rows)
+            ledger.add(part, decoded.rows, len(decoded.problems), _shards(source, decoded.rows))
             write_json(state, {**plan, "done": done, "noted": log.tell()})
-            bar.update(len(rows))
+            bar.update(len(decoded.rows))
+    ledger.close()
 
     reasons = _reasons(noted, previous, origin)
     manifest["readable"] = reasons == ""
@@ -353,6 +427,11 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     write_json(directory / "corpus.json", about)
     state.unlink()  # first: without it a killed run starts anew, with it the reasons must be there
     noted.unlink()
+
+
+def _shards(source: Source, rows: np.ndarray) -> list[str]:
+    """The shards that some rows lie in, of a source that has shards."""
+    return source.shards_of(rows) if hasattr(source, "shards_of") else []
 
 
 def _checked_manifest(source: Source) -> pd.DataFrame:

@@ -41,6 +41,10 @@ class Points:
             vectors /= vectors.norm(dim=1, keepdim=True).clamp_min_(1e-12)
         return vectors.numpy()
 
+    def restricted(self, rows: np.ndarray) -> Points:
+        """Some rows alone, read now, numbered from 0: they can be sent to another machine."""
+        return Points(np.array(self.embeddings[rows]), self.centre, self.spherical)
+
 
 def normalise(vectors: np.ndarray) -> np.ndarray:
     """Rows of unit length, float32 [N, D]; a zero row stays zero."""

@@ -11,10 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from corpus.index import CHUNK, Corpus, Scan, Source, index_corpus, indexes_of, rows_in, scanned
+from corpus.index import (
+    CHUNK,
+    ArrayFile,
+    Corpus,
+    Scan,
+    Source,
+    index_corpus,
+    indexes_of,
+    over_images,
+    rows_in,
+    scanned,
+)
 from encoders.efficientnet import EfficientNetLite0
 from prune.entropy import LocalEntropy, entropies
 from runtime.artefacts import COMPLETE, read_json, stage, stage_fingerprint, write_json
+from runtime.cost import StageLog
 from runtime.progress import progress
 
 
@@ -36,57 +48,53 @@ def scan_corpus(source: Source, runs: Path | str, measure: LocalEntropy, encoder
 
 def corpus_entropy(corpus: Corpus, measure: LocalEntropy, runs: Path | str) -> np.ndarray:
     """Local entropy float32 [N] in bits, zero where unreadable; cached."""
-
-    def build(directory: Path) -> None:
-        if _take(corpus, stage_fingerprint("entropy", {"measure": measure}), directory / "entropy.npy"):
-            return
-        values = np.zeros(len(corpus), np.float32)
-        known = _take_over(corpus, runs, "entropy", {"measure": measure}, "entropy.npy", values)
-        for row in progress(np.flatnonzero(~known), "entropy"):
-            values[row] = measure(corpus.images[row])
-        np.save(directory / "entropy.npy", np.where(corpus.readable, values, 0).astype(np.float32))
-
-    directory = stage(runs, "entropy", {"corpus": corpus.fingerprint, "measure": measure}, build)
-    return np.load(directory / "entropy.npy")
+    scan = Scan(stage_fingerprint("entropy", {"measure": measure}), partial(entropies, measure), CHUNK, np.float32)
+    return np.array(_computed(corpus, scan, "entropy", {"measure": measure}, "entropy.npy", runs))
 
 
 def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | str) -> np.ndarray:
-    """Embeddings float16 [N, D], memory-mapped, zeros where unreadable; cached, resumed batch by batch."""
+    """Embeddings float16 [N, D], memory-mapped, zeros where unreadable; cached, resumed chunk by chunk."""
+    key, options = stage_fingerprint("embedding", {"encoder": encoder}), {"encoder": encoder}
+    scan = Scan(key, encoder, encoder.batch_size, np.float16, (encoder.dimensions,))
+    return _computed(corpus, scan, "embedding", options, "embeddings.npy", runs)
+
+
+def _computed(
+    corpus: Corpus, scan: Scan, name: str, options: Mapping[str, Any], file: str, runs: Path | str
+) -> np.ndarray:
+    """A stage that computes a scan of an indexed corpus, of what is not known from the index or from earlier ones."""
 
     def build(directory: Path) -> None:
-        path, state, rest = directory / "embeddings.npy", directory / "progress.json", directory / "todo.npy"
-        if _take(corpus, stage_fingerprint("embedding", {"encoder": encoder}), path):
+        path, state, rest = directory / file, directory / "progress.json", directory / "todo.npy"
+        if _take(corpus, scan.key, path):
             return
-        batch = encoder.batch_size
+        array = ArrayFile(path, (len(corpus), *scan.shape), scan.dtype)
         done = read_json(state)["done"] if state.exists() and rest.exists() else 0
-        if done:
-            array = np.lib.format.open_memmap(path, mode="r+")
-        else:
-            shape = (len(corpus), encoder.dimensions)
-            array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-            known = _take_over(corpus, runs, "embedding", {"encoder": encoder}, path.name, array)
-            np.save(rest, np.flatnonzero(~known))
+        if not done:
+            array.create()
+            np.save(rest, np.flatnonzero(~_take_over(corpus, runs, name, options, file, array)))
         todo = np.load(rest)
-        starts = range(done, len(todo), batch)
-        total = -(-len(todo) // batch)
-        for start in progress(starts, "embed", total=total, initial=done // batch, unit="batch"):
-            rows = todo[start : start + batch]
-            array[rows] = encoder(corpus.images[rows])
-            if start // batch % 20 == 19:
-                array.flush()
-                write_json(state, {"done": start + batch})
-        array[~corpus.readable] = 0
-        array.flush()
+        log = StageLog(directory, name, corpus.name)
+        with progress(range(len(todo)), name, total=len(todo), initial=done, unit="image") as bar:
+            for part in over_images(corpus, [todo[at : at + CHUNK] for at in range(done, len(todo), CHUNK)], scan):
+                rows, values = part.value
+                array.write(rows, values)
+                log.add(part, rows)
+                done += len(rows)
+                write_json(state, {"done": done})
+                bar.update(len(rows))
+        log.close()
+        gone = np.flatnonzero(~corpus.readable)
+        array.write(gone, np.zeros((len(gone), *scan.shape), scan.dtype))
         state.unlink(missing_ok=True)
         rest.unlink()
 
-    inputs = {"corpus": corpus.fingerprint, "encoder": encoder}
-    directory = stage(runs, "embedding", inputs, build, resumable=True)
-    return np.load(directory / "embeddings.npy", mmap_mode="r")
+    directory = stage(runs, name, {"corpus": corpus.fingerprint, **options}, build, resumable=True)
+    return np.load(directory / file, mmap_mode="r")
 
 
 def _take_over(
-    corpus: Corpus, runs: Path | str, name: str, options: Mapping[str, Any], file: str, values: np.ndarray
+    corpus: Corpus, runs: Path | str, name: str, options: Mapping[str, Any], file: str, values: ArrayFile
 ) -> np.ndarray:
     """Fill in what earlier indexes of the same source have of the same images; returns which rows, bool [N]."""
     known = np.zeros(len(corpus), bool)
@@ -100,7 +108,7 @@ def _take_over(
             continue
         origin = rows_in(previous, corpus.manifest)
         rows = np.flatnonzero((origin >= 0) & ~known)
-        values[rows] = np.load(found, mmap_mode="r")[origin[rows]]
+        values.write(rows, np.load(found, mmap_mode="r")[origin[rows]])
         known[rows] = True
     return known
 

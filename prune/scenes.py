@@ -20,9 +20,12 @@ from prune.clusters import (
     nearest_centroid,
 )
 from prune.pool import Pool
+from runtime.engine import engine
 from runtime.errors import UserError
 
 OPEN_SCENE = "open"
+#: Images whose scenes are found together by one worker.
+BLOCK = 16 * CHUNK
 CLASSIFIERS = ("prototypes", "lda", "logistic")
 #: Most strata of a corpus without labels; docs/method.md says what other numbers gave.
 MOST_STRATA = 12
@@ -265,16 +268,27 @@ def assign_scenes(
         scene: int64 [N], index into `names`, or len(names) for the open scene.
         similarity: float32 [N], cosine to the nearest prototype.
     """
-    scene = np.empty(len(embeddings), dtype=np.int64)
-    similarity = np.empty(len(embeddings), dtype=np.float32)
+    blocks = [np.arange(at, min(at + BLOCK, len(embeddings))) for at in range(0, len(embeddings), BLOCK)]
     points = Points(embeddings, prototypes.centre)
-    for start in range(0, len(embeddings), CHUNK):
-        rows = slice(start, start + CHUNK)
-        vectors = points[rows]
-        nearest, distance = nearest_centroid(vectors, prototypes.vectors)
-        scene[rows] = prototypes.classes[nearest] if classify is None else classify(vectors)
-        similarity[rows] = 1 - distance
+    found = engine().map_rows(_nearest_scenes, points, blocks, [(prototypes, classify)] * len(blocks))
+    scene, similarity = np.empty(len(embeddings), dtype=np.int64), np.empty(len(embeddings), dtype=np.float32)
+    for rows, (of_block, cosine) in zip(blocks, found, strict=True):
+        scene[rows], similarity[rows] = of_block, cosine
     scene[similarity < prototypes.floor] = len(prototypes.names)
+    return scene, similarity
+
+
+def _nearest_scenes(
+    points: Points, rows: np.ndarray, prototypes: Prototypes, classify: Callable[[np.ndarray], np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`assign_scenes` of some rows, without the floor."""
+    scene, similarity = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.float32)
+    for start in range(0, len(rows), CHUNK):
+        part = slice(start, start + CHUNK)
+        vectors = points[rows[part]]
+        nearest, distance = nearest_centroid(vectors, prototypes.vectors)
+        scene[part] = prototypes.classes[nearest] if classify is None else classify(vectors)
+        similarity[part] = 1 - distance
     return scene, similarity
 
 

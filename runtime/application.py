@@ -57,10 +57,12 @@ def run(main: Callable) -> None:
     """Run a Hydra main function: user errors end in one line on stderr and exit code 2."""
     import hydra
     from hydra.errors import HydraException
+    from hydra.utils import instantiate
     from omegaconf.errors import OmegaConfBaseException
 
     from runtime.artefacts import is_main_process
     from runtime.command_line import is_sweep, quote_paths
+    from runtime.engine import using
     from runtime.errors import UserError
     from runtime.launch import check_launch, start_the_others
     from runtime.provenance import command
@@ -75,8 +77,8 @@ def run(main: Callable) -> None:
         with cells.counted():
             try:
                 quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
-                with quiet, command(cfg):  # of several processes the first alone prints the result
-                    main(cfg)
+                with quiet, command(cfg), using(instantiate(cfg.engine)):
+                    main(cfg)  # of several processes the first alone prints the result
             except Exception as error:  # inside, or Hydra prints a page first
                 message = explained(error, cfg.runs)
                 if cells.outlives() or cells.elsewhere():

@@ -13,7 +13,7 @@ from prune.clusters import Clustering, Points, members_of, normalise
 from prune.pool import Pool, Selection
 from prune.ranks import ascending, below_quantile
 from prune.scenes import OPEN_SCENE, SceneRule, Scenes
-from runtime.parallel import cores, in_threads
+from runtime.engine import engine
 
 
 @dataclass(frozen=True)
@@ -144,23 +144,24 @@ class RSPrune:
         similarities = self._repetition_similarities(pool, scenes)
         groups = [rows[group] for group in members_of(scenes.scene[rows], len(scenes.names))]
         # scenes side by side, each with randomness of its own: the result does not depend on who is first
-        jobs = list(zip(groups, generator.spawn(len(groups)), similarities, strict=True))
-        jobs = [job for job in jobs if len(job[0])]
-        workers = min(cores(), len(jobs))
-        found = list(in_threads(lambda job: self._of_scene(points, *job), jobs, workers))
-        sizes = np.array([len(scene.rows) for scene in found])
+        jobs = list(zip(groups, zip(generator.spawn(len(groups)), similarities, strict=True), strict=True))
+        groups, own = [group for group, _ in jobs if len(group)], [own for group, own in jobs if len(group)]
+        found = list(engine().map_rows(self._of_scene, points, groups, own))
+        sizes = np.array([len(group) for group in groups])
         distinct = np.array([int(scene.distinct.sum()) for scene in found])
         budgets = allocate_distinct(distinct, sizes, budget, self.uniformity)
-        picks = list(in_threads(lambda job: self._pick(points, *job), list(zip(found, budgets, strict=True)), workers))
+        given = [(scene, int(own)) for scene, own in zip(found, budgets, strict=True)]
+        picks = list(engine().map_rows(self._pick, points, groups, given))
 
         cluster = np.full(len(pool), -1, dtype=np.int32)
         distance = np.full(len(pool), np.nan, dtype=np.float32)
         count = 0
-        for scene in found:
-            cluster[scene.rows] = scene.labels + count
-            distance[scene.rows] = scene.distances
+        for group, scene in zip(groups, found, strict=True):
+            cluster[group] = scene.labels + count
+            distance[group] = scene.distances
             count += int(scene.labels.max()) + 1
-        kept = np.concatenate([np.empty(0, dtype=np.int64), *(rows for rows, _ in picks)])
+        picked = [group[positions] for group, (positions, _) in zip(groups, picks, strict=True)]
+        kept = np.concatenate([np.empty(0, dtype=np.int64), *picked])
         skipped = sum(passed_over for _, passed_over in picks)
         return _Clusters(kept, cluster, distance, count, skipped, int((sizes - distinct).sum()))
 
@@ -189,18 +190,18 @@ class RSPrune:
             if len(group):
                 order = np.argsort(distances[group], kind="stable")
                 distinct[group] = distinct_of(_unit(points, rows[group]), order, np.float32(similarity))
-        return _SceneClusters(rows, labels, distances, distinct)
+        return _SceneClusters(labels, distances, distinct)
 
-    def _pick(self, points: Points, scene: _SceneClusters, budget: int) -> tuple[np.ndarray, int]:
+    def _pick(self, points: Points, rows: np.ndarray, scene: _SceneClusters, budget: int) -> tuple[np.ndarray, int]:
         """Step 3: the budget over a scene's clusters, then representative and spread images of each.
 
         Returns:
-            int64 [budget] rows, and how many near-duplicates were passed over.
+            int64 [budget] positions in the scene's `rows`, and how many near-duplicates were passed over.
         """
         members = members_of(scene.labels, int(scene.labels.max()) + 1)
         sizes = np.array([len(group) for group in members])
         distinct = np.array([int(scene.distinct[group].sum()) for group in members])
-        budgets = allocate_distinct(distinct, sizes, int(budget), self.uniformity)
+        budgets = allocate_distinct(distinct, sizes, budget, self.uniformity)
         picks, skipped = [np.empty(0, dtype=np.int64)], 0
         for group, count, known in zip(members, budgets, distinct, strict=True):
             if count == 0:
@@ -213,7 +214,7 @@ class RSPrune:
             elif count == known:
                 picks.append(candidates)
             else:
-                vectors = _unit(points, scene.rows[candidates])
+                vectors = _unit(points, rows[candidates])
                 chosen, passed_over = pick_in_cluster(
                     vectors,
                     scene.distances[candidates],
@@ -223,7 +224,7 @@ class RSPrune:
                 )
                 picks.append(candidates[chosen])
                 skipped += passed_over
-        return scene.rows[np.concatenate(picks)], skipped
+        return np.concatenate(picks), skipped
 
 
 def _unit(points: Points, rows: np.ndarray) -> np.ndarray:
@@ -251,10 +252,9 @@ class _EntropyStep:
 
 @dataclass(frozen=True)
 class _SceneClusters:
-    """Clusters of one scene: int64 [n] rows of the pool, their labels int [n], distances to the centroid float32 [n],
-    and which repeat no other of their cluster, bool [n]."""
+    """Clusters of the n images of one scene: labels int [n], distances to the centroid float32 [n], and which repeat no
+    other of their cluster, bool [n]."""
 
-    rows: np.ndarray
     labels: np.ndarray
     distances: np.ndarray
     distinct: np.ndarray

@@ -1,0 +1,84 @@
+"""What a stage costs: a log with a line for every finished part, and its sums beside the results."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.artefacts import read_json, write_json
+from runtime.engine import Done, engine
+
+#: A line a finished part of a stage, and the sums, in the stage's directory.
+LOG, COST = "log.jsonl", "cost.json"
+
+
+class StageLog:
+    """The structured log of a stage that works part by part.
+
+    `log.jsonl` has a JSON object a line: time (UTC), stage, corpus, engine, worker (host and process), rows (first and
+    last), images, unreadable, shards, elapsed (seconds since this run of the stage began), and the worker's seconds,
+    cpu_seconds and gpu_seconds. A run that goes on where another was killed appends to its log.
+    """
+
+    def __init__(self, directory: Path, stage: str, corpus: str) -> None:
+        self._about = {"stage": stage, "corpus": corpus, "engine": engine().name}
+        self._directory, self._start = directory, time.perf_counter()
+        self._file = (directory / LOG).open("a", encoding="utf-8")
+
+    def add(self, part: Done, rows: np.ndarray, unreadable: int = 0, shards: Sequence[str] = ()) -> None:
+        """Note a finished part."""
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **self._about,
+            "worker": part.worker,
+            "rows": [int(rows[0]), int(rows[-1])],
+            "images": len(rows),
+            "unreadable": unreadable,
+            "shards": list(shards),
+            "elapsed": round(time.perf_counter() - self._start, 3),
+            **{name: round(getattr(part, name), 4) for name in ("seconds", "cpu_seconds", "gpu_seconds")},
+        }
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Sum up all runs of the stage in `cost.json`."""
+        self._file.close()
+        write_json(self._directory / COST, cost_of(logged(self._directory)))
+
+
+def logged(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's log, without one that a kill has cut."""
+    path, found = directory / LOG, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def cost_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums of a log: `seconds` on the clock, `cpu_seconds` and `gpu_seconds` of all workers, `images`, `workers`."""
+    seconds, before, workers = 0.0, 0.0, set()
+    total = {"images": 0, "cpu_seconds": 0.0, "gpu_seconds": 0.0}
+    for line in lines:
+        seconds += line["elapsed"] - (before if line["elapsed"] >= before else 0.0)  # less than before: a new run
+        before = line["elapsed"]
+        workers.add(line["worker"])
+        for name in total:
+            total[name] += line[name]
+    rounded = {name: round(value, 3) for name, value in total.items()}
+    return {"seconds": round(seconds, 3), **rounded, "workers": len(workers)}
+
+
+def stage_cost(directory: Path) -> dict[str, Any] | None:
+    """`cost_of` a finished stage; None for one that an earlier version built."""
+    path = directory / COST
+    return read_json(path) if path.is_file() else None
