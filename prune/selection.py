@@ -31,6 +31,7 @@ from prune.weights import effective_size, images_represented
 from report.pairs_report import PAIRS_LINK, PAIRS_PAGE, write_pairs_report
 from report.prune_report import REPORT_PAGE, write_prune_report
 from runtime.artefacts import COMPLETE, is_main_process, plain, read_json, stage, write_json
+from runtime.cost import Clock, stage_cost
 from runtime.errors import UserError
 from runtime.tracking import track
 
@@ -74,7 +75,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     """Run the pruning stage `name` of a config, or find it done. Returns the selection's directory and its corpus."""
     method, measure = captioned.method_of(cfg), instantiate(cfg.entropy)
     ratio = ratio_of(cfg, method, name)  # refused before anything is computed
-    clock, started = _Clock(), time.time()
+    clock, started = Clock(), time.time()
     encoder = instantiate(cfg.encoder)
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
@@ -108,6 +109,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
             weights = images_represented(pool.embeddings, pool.readable, selection.kept, generator)
         table = selection_table(pool, selection, weights)
         summary = summarise(table, corpus, selection, name, ratio, cfg.seed, clock.seconds)
+        summary["cost"] = cost_by_stage(clock, corpus)
         summary["source"] = dict(corpus.facts)
         with clock("leaks"):
             summary["leaks"] = found_leaks(cfg, corpus)
@@ -132,7 +134,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
 
 
 def _with_captions(
-    cfg: DictConfig, corpus: Corpus, method: Method, measure: LocalEntropy, encoder: EfficientNetLite0, clock: _Clock
+    cfg: DictConfig, corpus: Corpus, method: Method, measure: LocalEntropy, encoder: EfficientNetLite0, clock: Clock
 ) -> tuple[Corpus, captioned.CleanedPairs | None]:
     """The corpus with the captions that are to be read, and the scored pairs where the method uses them."""
     scoring, reading = captioned.wanted(cfg, method)
@@ -190,7 +192,7 @@ def _tell_of_strata(count: int) -> None:
 
 
 def corpus_pool(
-    cfg: DictConfig, corpus: Corpus, measure: LocalEntropy, encoder: EfficientNetLite0, clock: _Clock
+    cfg: DictConfig, corpus: Corpus, measure: LocalEntropy, encoder: EfficientNetLite0, clock: Clock
 ) -> Pool:
     """The pool of an indexed corpus, without a reference.
 
@@ -303,6 +305,11 @@ def summarise(
     }
 
 
+def cost_by_stage(clock: Clock, corpus: Corpus) -> dict[str, Any]:
+    """What each stage cost this command; `index`, which decodes and embeds, what it cost when it was built."""
+    return {"index": stage_cost(corpus.directory), **{name: own for name, own in clock.cost.items() if name != "scan"}}
+
+
 def _before_after(scenes: pd.Series, kept: pd.Series) -> dict[str, dict[str, int]]:
     before, after = scenes.value_counts(), scenes[kept.to_numpy()].value_counts()
     return {str(scene): {"before": int(count), "after": int(after.get(scene, 0))} for scene, count in before.items()}
@@ -311,19 +318,3 @@ def _before_after(scenes: pd.Series, kept: pd.Series) -> dict[str, dict[str, int
 def _scene_frame(scenes: dict[str, dict[str, int]]) -> pd.DataFrame:
     return pd.DataFrame([{"scene": scene, **counts} for scene, counts in scenes.items()])
 
-
-class _Clock:
-    """Seconds by name: `with clock("embedding"): ...`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, name: str) -> _Clock:
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self._name] = time.perf_counter() - self._start

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.artefacts import read_json, write_json
-from runtime.engine import Done, engine
+from runtime.engine import Done, engine, spent
 
 #: A line a finished part of a stage, and the sums, in the stage's directory.
 LOG, COST = "log.jsonl", "cost.json"
@@ -65,20 +67,52 @@ def logged(directory: Path) -> list[dict[str, Any]]:
 
 
 def cost_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums of a log: `seconds` on the clock, `cpu_seconds` and `gpu_seconds` of all workers, `images`, `workers`."""
-    seconds, before, workers = 0.0, 0.0, set()
+    """Sums of a log: `seconds` on the clock, `cpu_seconds` and `gpu_seconds` of all workers, `images`, `workers`, and
+    the `engine`."""
+    seconds, before, workers, engines = 0.0, 0.0, set(), set()
     total = {"images": 0, "cpu_seconds": 0.0, "gpu_seconds": 0.0}
     for line in lines:
         seconds += line["elapsed"] - (before if line["elapsed"] >= before else 0.0)  # less than before: a new run
         before = line["elapsed"]
         workers.add(line["worker"])
+        engines.add(line["engine"])
         for name in total:
             total[name] += line[name]
     rounded = {name: round(value, 3) for name, value in total.items()}
-    return {"seconds": round(seconds, 3), **rounded, "workers": len(workers)}
+    return {"seconds": round(seconds, 3), **rounded, "workers": len(workers), "engine": "+".join(sorted(engines))}
 
 
 def stage_cost(directory: Path) -> dict[str, Any] | None:
     """`cost_of` a finished stage; None for one that an earlier version built."""
     path = directory / COST
     return read_json(path) if path.is_file() else None
+
+
+class Clock:
+    """Seconds by name: `with clock("embedding"): ...`; of a name that is used again, the sum.
+
+    Attributes:
+        seconds: on the clock.
+        cost: of each name `seconds`, `cpu_seconds` (of this process and of workers) and `gpu_seconds`.
+    """
+
+    def __init__(self) -> None:
+        self.cost: dict[str, dict[str, float]] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: cost["seconds"] for name, cost in self.cost.items()}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start, cpu, before = time.perf_counter(), time.process_time(), Counter(spent)
+        yield
+        found = Counter(spent)
+        found.subtract(before)
+        now = {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu + found["cpu_seconds"],
+            "gpu_seconds": float(found["gpu_seconds"]),
+        }
+        known = self.cost.get(name, dict.fromkeys(now, 0.0))
+        self.cost[name] = {key: round(value + known[key], 3) for key, value in now.items()}

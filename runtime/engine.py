@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -100,8 +101,11 @@ class LocalEngine:
         first_network = next((at for at, step in enumerate(steps) if step.network), len(steps))
         in_workers = partial(through, functions_of(steps[:first_network]))
         here = partial(through, functions_of(steps[first_network:]), gpus=accelerators())
-        found = in_processes(in_workers, map(Done, items), workers if first_network else 0)
-        yield from map(here, found) if first_network < len(steps) else found
+        found = noted(in_processes(in_workers, map(Done, items), workers if first_network else 0))
+        for done in found:
+            part = here(done) if first_network < len(steps) else done
+            spent["gpu_seconds"] += part.gpu_seconds
+            yield part
 
     def map_rows(
         self, function: Callable[..., Result], table: Any, groups: Sequence[np.ndarray], arguments: Sequence[tuple]
@@ -136,6 +140,18 @@ def through(functions: Sequence[Callable[[Any], Any]], before: Done, gpus: float
         cpu_seconds=before.cpu_seconds + time.process_time() - cpu,
         gpu_seconds=before.gpu_seconds + seconds * gpus,
     )
+
+
+#: CPU seconds of other processes than this one, and GPU seconds, that engines have used for this command so far.
+spent: Counter[str] = Counter()
+
+
+def noted(found: Iterable[Done]) -> Iterator[Done]:
+    """Results of workers, whose CPU seconds are noted in `spent` as they arrive."""
+    for done in found:
+        if done.worker != worker_name():
+            spent["cpu_seconds"] += done.cpu_seconds
+        yield done
 
 
 def worker_name() -> str:

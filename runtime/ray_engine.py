@@ -12,26 +12,32 @@ import os
 import pickle
 import shutil
 import tempfile
-import warnings
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from queue import Empty, Full, Queue
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 
-from runtime.engine import Done, Result, Step, functions_of, through
+from runtime.application import keep_freed_memory
+from runtime.engine import Done, Result, Step, functions_of, noted, spent, through
 from runtime.errors import UserError
+from runtime.notices import notice
 from runtime.parallel import WINDOW, cores
 from runtime.provenance import ROOT
 from runtime.quiet import native_stderr_closed, silence_libraries
 
 #: Items of one Ray data set: it bounds what the driver holds of them, and how often actors load their networks.
 ITEMS = 2048
-#: The column of a block, which holds one pickled `Done`.
-COLUMN = "done"
+#: Seconds without a result after which the loss of a machine counts.
+PATIENCE = 15
+#: The columns of a block of one row: a pickled `Done`, and the item's number.
+COLUMN, ITEM = "done", "item"
 #: Packages of this project that go to the workers of a cluster.
 PACKAGES = ("runtime", "corpus", "encoders", "captioning", "prune", "report", "eval", "train")
 
@@ -68,9 +74,14 @@ class RayEngine:
         """See `runtime.engine.Engine.run`; `workers` is the local engine's, here `cpus` or the cluster decides."""
         source = iter(items)
         while window := list(islice(source, ITEMS)):
-            with _explained():
-                self._connect()
-                yield from self._results(steps, window)
+            done = 0
+            while done < len(window):  # once more where a machine was lost, with as many workers as there is room for
+                with _explained():
+                    self._connect()
+                    for part in noted(self._results(steps, window[done:])):
+                        done += 1
+                        spent["gpu_seconds"] += part.gpu_seconds
+                        yield part
 
     def map_rows(
         self, function: Callable[..., Result], table: Any, groups: Sequence[np.ndarray], arguments: Sequence[tuple]
@@ -87,9 +98,9 @@ class RayEngine:
 
             running = deque(submitted(WINDOW * max(1, int(ray.cluster_resources().get("CPU", 1)))))
             while running:
-                done = ray.get(running.popleft())
+                [done] = noted([ray.get(running.popleft())])
                 running.extend(submitted(1))
-                yield done
+                yield done.value
 
     def close(self) -> None:
         """End the cluster that this command started, or the connection to another one, and leave nothing behind."""
@@ -109,6 +120,7 @@ class RayEngine:
         if ray.is_initialized():
             return ray
         logging.getLogger("ray").setLevel(logging.ERROR)
+        ray._private.worker.print_to_stdstream = _say  # else it writes of lost workers to stdout, in many lines
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to the terminal
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         if self.address is None:
@@ -133,40 +145,77 @@ class RayEngine:
         return ray
 
     def _results(self, steps: Sequence[Step], window: Sequence[Any]) -> Iterator[Done]:
-        """One Ray data set of a window of items: a block an item, so that blocks keep their order."""
+        """One Ray data set of some items, a block an item, so that blocks keep their order.
+
+        It ends early where a machine was lost and no result came since: Ray waits for ever for room for its actors.
+        """
+        data = self._data(steps, window)
+        machines, found, ended = _machines(), Queue(maxsize=2), Event()
+        Thread(target=_read, args=(data, found, ended), daemon=True).start()
+        try:
+            yield from self._taken(data, found, machines)
+        finally:
+            ended.set()
+            if data._current_executor:
+                data._current_executor.shutdown(force=True)
+
+    def _taken(self, data: Any, found: Queue, machines: set[str]) -> Iterator[Done]:
+        """What the reader of a data set hands over, until it ends or a machine is lost."""
+        last = time.monotonic()
+        while True:
+            try:
+                table = found.get(timeout=1)
+            except Empty:
+                if machines - _machines() and time.monotonic() - last > PATIENCE and data._current_executor:
+                    notice("ray: a machine was lost: its work goes to the others")
+                    return
+                continue
+            if table is None:
+                return
+            if isinstance(table, BaseException):
+                raise table
+            last = time.monotonic()
+            yield _unpacked(table)
+
+    def _data(self, steps: Sequence[Step], window: Sequence[Any]) -> Any:
+        """The items as a Ray data set, with their steps."""
         import ray.data
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the stage's own bar counts what all workers have done
         context.execution_options.preserve_order = True
-        context.max_errored_blocks = 0
         for name in ("ray.data", "ray.data._internal"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        data = ray.data.from_items([{COLUMN: _packed(Done(item))} for item in window], override_num_blocks=len(window))
-        for part in _fused(steps, split=self.gpus_per_actor > 0):
-            with warnings.catch_warnings():  # of `max_retries`, for which Ray has no other name yet
-                warnings.simplefilter("ignore", DeprecationWarning)
-                data = data.map_batches(**self._stage(part, len(window)))
-        for table in data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
-            yield _unpacked(table)
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what it logs as well is raised
+        attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=_here()).remote(self.retries)
+        rows = [{COLUMN: _packed(Done(item)), ITEM: at} for at, item in enumerate(window)]
+        data = ray.data.from_items(rows, override_num_blocks=len(window))
+        for number, part in enumerate(_fused(steps, split=self.gpus_per_actor > 0)):
+            work = _Work(number, functions_of(part), attempts)
+            data = data.map_batches(**self._stage(part, len(window), work))
+        return data
 
-    def _stage(self, steps: tuple[Step, ...], items: int) -> dict[str, Any]:
-        """Arguments of `map_batches` for steps that run in one worker, one after the other."""
-        import ray
+    def _stage(self, steps: tuple[Step, ...], items: int, work: _Work) -> dict[str, Any]:
+        """Arguments of `map_batches` for steps that run in one worker, one after the other.
+
+        Ray tries an item again whose worker or machine is gone, without end; `_Attempts` ends it.
+        """
         from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-        functions, batches = functions_of(steps), {"batch_size": 1, "batch_format": "pyarrow"}
+        batches, task = {"batch_size": 1, "batch_format": "pyarrow"}, partial(_task, work)
         if steps[0].home:  # it copies from a disk, and must find room beside actors that have taken all CPUs
-            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-            own = {"num_cpus": 0, "label_selector": here, "compute": TaskPoolStrategy(size=2)}
-            return {"fn": partial(_task, functions), **own, "max_retries": self.retries, **batches}
+            return {
+                "fn": task,
+                "num_cpus": 0,
+                "label_selector": _here(),
+                "compute": TaskPoolStrategy(size=2),
+                **batches,
+            }
         if not any(step.network for step in steps):
-            own = {"num_cpus": self.cpus_per_worker, "compute": TaskPoolStrategy()}
-            return {"fn": partial(_task, functions), **own, "max_retries": self.retries, **batches}
-        actors = ActorPoolStrategy(size=min(items, self.actors or self._room()))
-        own = {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_actor or None, "compute": actors}
-        own |= {"max_restarts": -1, "max_task_retries": self.retries}
-        return {"fn": _actor(functions, self.gpus_per_actor), **own, **batches}
+            return {"fn": task, "num_cpus": self.cpus_per_worker, "compute": TaskPoolStrategy(), **batches}
+        actor = _actor(work, self.gpus_per_actor)
+        pool = ActorPoolStrategy(size=min(items, self.actors or self._room()))
+        needs = {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_actor or None}
+        return {"fn": actor, "compute": pool, **needs, **batches}
 
     def _room(self) -> int:
         """Actors for which the cluster has CPUs or GPUs."""
@@ -197,6 +246,39 @@ def _ray() -> Any:
     return ray
 
 
+def _machines() -> set[str]:
+    """The machines of the cluster that are alive."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _read(data: Any, found: Queue, ended: Event) -> None:
+    """The blocks of a data set in order; then None, or what went wrong; until nobody takes them any more."""
+
+    def give(value: Any) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(Full):
+                found.put(value, timeout=1)
+                return
+
+    try:
+        for table in data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
+            if ended.is_set():
+                return
+            give(table)
+    except BaseException as error:  # raised where the results are taken
+        give(error)
+    else:
+        give(None)
+
+
+def _say(message: dict[str, Any], **_: Any) -> None:
+    """What Ray reports of lost workers and machines, a line each on stderr."""
+    line = next((line for text in message["lines"] for line in str(text).splitlines() if line.strip()), "")
+    notice(f"ray: {line[:300]}")
+
+
 def _fused(steps: Sequence[Step], split: bool) -> list[tuple[Step, ...]]:
     """Steps that run in one worker together: neighbours but those at home and, if `split`, those before a network,
     which then fill GPUs from all CPUs."""
@@ -210,6 +292,34 @@ def _fused(steps: Sequence[Step], split: bool) -> list[tuple[Step, ...]]:
     return groups
 
 
+def _here() -> dict[str, str]:
+    """The label of the machine that runs the command."""
+    import ray
+
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+
+
+class _Attempts:
+    """Counts how often workers began an item: one that kills each of them must not be tried for ever."""
+
+    def __init__(self, retries: int) -> None:
+        self._allowed, self._begun = retries + 1, Counter()
+
+    def begin(self, key: tuple[int, int]) -> bool:
+        """Whether the item may be tried once more by the stage; `key`: the stage's and the item's numbers."""
+        self._begun[key] += 1
+        return self._begun[key] <= self._allowed
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the workers of a stage need: its number, its functions, and a handle of the `_Attempts`."""
+
+    stage: int
+    functions: tuple[Callable[[Any], Any], ...]
+    attempts: Any
+
+
 def _packed(done: Done) -> bytes:
     import cloudpickle
 
@@ -220,22 +330,33 @@ def _unpacked(table: Any) -> Done:
     return pickle.loads(table[COLUMN][0].as_buffer())
 
 
-def _table(done: Done) -> Any:
+def _through(work: _Work, gpus: float, table: Any) -> Any:
+    """A batch of one item through some steps.
+
+    Raises:
+        UserError: too many workers have died of it.
+    """
     import pyarrow as pa
+    import ray
 
-    return pa.table({COLUMN: pa.array([_packed(done)], pa.large_binary())})
+    item, done = table[ITEM][0].as_py(), _unpacked(table)
+    if not ray.get(work.attempts.begin.remote((work.stage, item))):
+        raise UserError(
+            "a worker was killed again and again at the same images, probably for want of memory: give each more "
+            "(engine.cpus_per_worker=2), or take engine=local corpus.workers=1"
+        )
+    done = through(work.functions, done, gpus)
+    return pa.table({COLUMN: pa.array([_packed(done)], pa.large_binary()), ITEM: table[ITEM]})
 
 
-def _task(functions: tuple[Callable[[Any], Any], ...], table: Any) -> Any:
-    """A batch of one item through steps without a network."""
-    from runtime.parallel import keep_freed_memory
-
+def _task(work: _Work, table: Any) -> Any:
+    """`_through` of steps without a network."""
     keep_freed_memory()
     silence_libraries()
-    return _table(through(functions, _unpacked(table)))
+    return _through(work, 0, table)
 
 
-def _actor(functions: tuple[Callable[[Any], Any], ...], gpus: float) -> type:
+def _actor(work: _Work, gpus: float) -> type:
     """A class of workers that keep their networks. Ray makes new ones where some die, so they take no arguments, which
     could be lost with a machine."""
 
@@ -246,13 +367,13 @@ def _actor(functions: tuple[Callable[[Any], Any], ...], gpus: float) -> type:
             prepare_process()
 
         def __call__(self, table: Any) -> Any:
-            return _table(through(functions, _unpacked(table), gpus))
+            return _through(work, gpus, table)
 
     return Actor
 
 
-def _on_rows(function: Callable[..., Result], table: Any, count: int, arguments: tuple) -> Result:
-    return function(table, np.arange(count), *arguments)
+def _on_rows(function: Callable[..., Result], table: Any, count: int, arguments: tuple) -> Done:
+    return through([lambda rows: function(table, rows, *arguments)], Done(np.arange(count)))
 
 
 @contextlib.contextmanager

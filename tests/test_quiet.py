@@ -56,9 +56,9 @@ def noisy_files() -> dict[str, bytes]:
 
 DECODE = """
 import sys, warnings
-from pathlib import Path
+from functools import partial
 import numpy as np
-from corpus.index import _Chunk, _Files, ArrayFile
+from corpus.index import Work, decode
 from corpus.sources.folder import ImageFolder
 from runtime.application import prepare_process
 from runtime.parallel import in_processes
@@ -75,11 +75,9 @@ if __name__ == "__main__":
     prepare_process()
     source = ImageFolder(sys.argv[1], resolution=16)
     rows = np.arange(len(source.manifest()))
-    images = ArrayFile(Path(sys.argv[2]), (len(rows), 16, 16, 3), np.uint8)
-    images.create()
-    work = [_Chunk(Loud(source.reader(rows)), rows, _Files(images, None, {}), ())] * 2
-    for problems in in_processes(_Chunk.__call__, work, int(sys.argv[3])):
-        print(len(problems))
+    work = [Work(Loud(source.reader(rows)), rows)] * 2
+    for decoded in in_processes(partial(decode, 16, False, ()), work, int(sys.argv[2])):
+        print(len(decoded.problems))
     print("closed again", file=sys.stderr)
 """
 
@@ -92,7 +90,7 @@ def test_readers_are_quiet_and_others_are_not(workers: int, tmp_path: Path) -> N
         (tmp_path / "images" / name).write_bytes(data)
     (tmp_path / "decode.py").write_text(DECODE)
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "decode.py"), str(tmp_path), str(tmp_path / "out.npy"), str(workers)],
+        [sys.executable, str(tmp_path / "decode.py"), str(tmp_path), str(workers)],
         capture_output=True, text=True, timeout=300, env={**environment(), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

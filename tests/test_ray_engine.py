@@ -1,0 +1,256 @@
+"""The Ray engine gives what the local engine gives, bit for bit, whatever dies meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from prune.clusters import Points
+from prune.selection import select
+from runtime.application import CONFIGS
+from runtime.cost import logged
+from runtime.engine import Done, LocalEngine, Step, using
+from runtime.errors import UserError
+from runtime.notices import notice
+from runtime.ray_engine import RayEngine
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("images.npy", "manifest.parquet", "quarantine.parquet")
+IMAGES = 1300  # six chunks
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Smooth tiles of four kinds in folders, of which three are broken."""
+    root = tmp_path_factory.mktemp("tiles")
+    generator = np.random.default_rng(3)
+    for number in range(IMAGES):
+        kind = number % 4
+        noise = gaussian_filter(generator.normal(size=(24, 24, 3)), (1 + kind, 1 + kind, 0))
+        image = np.clip(60 + 40 * kind + 30 * noise / noise.std(), 0, 255).astype(np.uint8)
+        path = root / f"kind{kind}" / f"{number:04d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    for number in (5, 700, 1299):
+        (root / f"kind{number % 4}" / f"{number:04d}.png").write_bytes(b"no image")
+    return root
+
+
+def overrides(tiles: Path, runs: Path) -> list[str]:
+    return [
+        *("corpus=folder", f"corpus.root={tiles}", f"runs={runs}", "corpus.train.resolution=24"),
+        *("corpus.train.split=all", "corpus.val_share=0", "corpus.test_share=0", "tracker=none"),
+        *("encoder.input_size=32", "ratio=0.7", f"results={runs / 'results'}"),
+    ]
+
+
+def selected(tiles: Path, runs: Path, *more: str) -> Path:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("config", [*overrides(tiles, runs), *more])
+    return select(cfg, "rsprune")[0]
+
+
+def results(runs: Path) -> dict[str, bytes]:
+    """What a run leaves, by name."""
+    found = {"selection": (next((runs / "selection").iterdir()) / "selection.parquet").read_bytes()}
+    [corpus] = (runs / "corpus").iterdir()
+    found |= {name: (corpus / name).read_bytes() for name in FILES}
+    found |= {path.name: path.read_bytes() for path in (corpus / "scanned").iterdir()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    runs = tmp_path_factory.mktemp("local")
+    selected(tiles, runs)
+    return results(runs)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_any_number_of_local_workers_gives_the_same(workers: int, tiles: Path, expected: dict, tmp_path: Path) -> None:
+    selected(tiles, tmp_path, f"corpus.workers={workers}")
+    assert results(tmp_path) == expected
+
+
+@pytest.mark.parametrize("cpus", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_any_number_of_ray_workers_gives_the_same(cpus: int, tiles: Path, expected: dict, tmp_path: Path) -> None:
+    with using(RayEngine(cpus=cpus)):
+        directory = selected(tiles, tmp_path)
+    assert results(tmp_path) == expected
+    [corpus] = (tmp_path / "corpus").iterdir()
+    lines = logged(corpus)
+    assert [line["rows"] for line in lines] == [[at, min(at + 255, IMAGES - 1)] for at in range(0, IMAGES, 256)]
+    assert {line["engine"] for line in lines} == {"ray"} and sum(line["unreadable"] for line in lines) == 3
+    assert f":{os.getpid()}" not in {line["worker"][line["worker"].index(":") :] for line in lines}
+    cost = json.loads((directory / "summary.json").read_text())["cost"]["index"]
+    assert cost["images"] == IMAGES and cost["cpu_seconds"] > 0 and cost["engine"] == "ray"
+
+
+@pytest.mark.slow
+def test_stages_of_an_indexed_corpus_and_other_scene_rules_are_the_same(tiles: Path, tmp_path: Path) -> None:
+    """Another encoder over the images that are there, read by the driver's machine; scenes by a classifier."""
+    more = ("encoder.input_size=48", "entropy.patch=8", "prune.scene_classifier=lda")
+    for name, engine in (("local", LocalEngine()), ("ray", RayEngine(cpus=2))):
+        selected(tiles, tmp_path / name)
+        with using(engine):
+            selected(tiles, tmp_path / name, *more)
+    for stage in ("selection", "embedding", "entropy"):
+        for directory in (tmp_path / "local" / stage).iterdir():
+            for file in (*directory.glob("*.parquet"), *directory.glob("*.npy")):
+                assert file.read_bytes() == (tmp_path / "ray" / stage / directory.name / file.name).read_bytes(), file
+
+
+def double(value: int) -> int:
+    return 2 * value
+
+
+def refuse(value: int) -> int:
+    raise UserError(f"item {value} is bad: mend it")
+
+
+def die_at_three(value: int) -> int:
+    if value == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return value
+
+
+def column_sums(table: Points, rows: np.ndarray, weight: float) -> np.ndarray:
+    return weight * table[rows].sum(axis=0)
+
+
+@pytest.fixture(scope="module")
+def ray_engine() -> Iterator[RayEngine]:
+    engine = RayEngine(cpus=2, retries=1)
+    with using(engine):
+        yield engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [False, True])
+def test_items_keep_their_order_and_errors_their_words(network: bool, ray_engine: RayEngine) -> None:
+    steps = [Step(double), Step(double, network=network)]
+    assert [done.value for done in ray_engine.run(steps, iter(range(20)))] == [4 * value for value in range(20)]
+    with pytest.raises(UserError, match="item 0 is bad: mend it"):
+        list(ray_engine.run([Step(refuse, network=network)], range(4)))
+    with pytest.raises(UserError, match="a worker was killed again and again at the same images"):
+        list(ray_engine.run([Step(die_at_three, network=network)], range(5)))
+
+
+@pytest.mark.slow
+def test_a_table_is_split_among_tasks(ray_engine: RayEngine) -> None:
+    table = Points(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float16), np.zeros(8, np.float32))
+    groups = [np.arange(0, 20), np.array([3, 40, 7]), np.arange(20, 50)]
+    found, wanted = (
+        list(engine.map_rows(column_sums, table, groups, [(1.0,), (2.0,), (0.5,)]))
+        for engine in (ray_engine, LocalEngine())
+    )
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_local_steps_say_who_computed_and_what_it_cost() -> None:
+    done = list(LocalEngine().run([Step(double), Step(double, network=True)], range(5), workers=2))
+    assert [part.value for part in done] == [0, 4, 8, 12, 16]
+    assert all(isinstance(part, Done) and not part.worker.endswith(f":{os.getpid()}") for part in done)
+    [alone] = LocalEngine().run([Step(double)], [1], workers=0)
+    assert alone.worker.endswith(f":{os.getpid()}") and alone.gpu_seconds == 0
+
+
+def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"needs Ray.*pip install '\.\[ray\]'"):
+        list(RayEngine().run([Step(double)], [1]))
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"engine\.address=127\.0\.0\.1:1: no Ray cluster answers"):
+        list(RayEngine(address="127.0.0.1:1").run([Step(double)], [1]))
+
+
+class Command:
+    """`prune/run.py` on a cluster, in a process of its own."""
+
+    def __init__(self, tiles: Path, runs: Path, *more: str) -> None:
+        words = [sys.executable, "prune/run.py", *overrides(tiles, runs), *more]
+        self.runs, environment = runs, {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_for_chunks(self, count: int) -> int:
+        """Until so many chunks of the index are done."""
+        for _ in range(1200):
+            found = sum(len(logged(path)) for path in (self.runs / "corpus").glob("*.partial"))
+            if found >= count or self.process.poll() is not None:
+                return found
+            time.sleep(0.1)
+        raise AssertionError("the index makes no progress")
+
+    def ended(self) -> tuple[int, str, str]:
+        out, errors = self.process.communicate(timeout=240)
+        return self.process.returncode, out, errors
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Two nodes of one CPU each, the first of which the command runs on."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    found.second = found.add_node(num_cpus=1)
+    found.wait_for_nodes()
+    yield found
+    found.shutdown()
+
+
+def workers_of_ray() -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if process.name().startswith("ray::MapWorker")]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_lost_node_change_nothing(cluster, tiles: Path, expected: dict, tmp_path: Path) -> None:
+    command = Command(tiles, tmp_path, "engine=ray", f"engine.address={cluster.address}")
+    assert command.wait_for_chunks(1) < 6
+    workers_of_ray()[0].kill()
+    assert command.wait_for_chunks(2) < 6
+    cluster.remove_node(cluster.second, allow_graceful=False)
+    code, out, errors = command.ended()
+    assert code == 0, errors
+    assert out.splitlines()[-1].startswith("selection: ") and "ray: " in errors
+    assert results(tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_what_a_dead_cluster_leaves_the_local_engine_finishes(
+    cluster, tiles: Path, expected: dict, tmp_path: Path
+) -> None:
+    command = Command(tiles, tmp_path, "engine=ray", f"engine.address={cluster.address}")
+    done = command.wait_for_chunks(2)
+    assert 0 < done < 6
+    for process in psutil.process_iter():
+        if process.name() in ("gcs_server", "raylet"):
+            process.kill()
+    code, _, errors = command.ended()
+    assert code != 0, "the command must not say that it is done"
+    notice.cache_clear()
+    selected(tiles, tmp_path)
+    assert results(tmp_path) == expected
+    [corpus] = (tmp_path / "corpus").iterdir()
+    engines: Sequence[str] = [line["engine"] for line in logged(corpus)]
+    assert engines[: done - 1] == ["ray"] * (done - 1) and engines[-1] == "local"
+    assert errors.splitlines()[-1].startswith("error: "), errors[-2000:]
