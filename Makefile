@@ -41,7 +41,7 @@ $(READY): requirements.txt pyproject.toml
 	@rm $(UNFINISHED) && touch $(READY)
 
 reproduce: $(READY)  ## the whole chain: results/PROFILE/report.html, tables, figures; with DRY=1 its plan alone
-	$(BIN)/python scripts/reproduce.py profile=$(PROFILE) $(if $(filter-out 0 false,$(DRY)),dry=true)
+	$(BIN)/python scripts/reproduce.py profile=$(PROFILE) $(if $(filter-out 0 false,$(DRY)),dry_run=true)
 
 test: $(READY)  ## all tests but the slow ones
 	$(PYTEST) -m "not slow"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,16 @@ from captioning.captioners.captioner import Captioner, Facts, Undescribed
 from captioning.pairs import NO_WORDS, Pairs, has_words
 from captioning.scorers import Material
 from corpus.captions import words
+from corpus.index import ArrayFile, image_file
 from eval.processes import first_process_says, over_processes
 from runtime.artefacts import fingerprint, is_main_process, stage
+from runtime.engine import Step, engine
 from runtime.progress import progress
 
 #: Images that are described between two notes of what is done.
 BLOCK = 2048
+#: Images that a worker of a cluster describes together, about.
+WORKER_IMAGES = 128
 #: Bytes of the longest caption.
 MOST_BYTES = 2048
 DESCRIPTIONS = "descriptions.parquet"
@@ -42,11 +48,8 @@ def describe(
             if path.is_file():
                 continue
             part = rows[start : start + BLOCK]
-            packed = over_processes(
-                lambda own, part=part: _packed(_texts(material, part[own], captioner, attempt, seed)), len(part)
-            )
+            texts = _lines(material, part, captioner, attempt, seed)
             if is_main_process():
-                texts = [bytes(row).rstrip(b"\0 ").decode("utf-8", "ignore") for row in packed]
                 partial = path.with_name(path.name + ".partial")
                 pd.DataFrame({"image": part, "text": texts}).to_parquet(partial, index=False)
                 partial.rename(path)
@@ -80,24 +83,57 @@ def facts_of(material: Material, row: int) -> Facts:
     return Facts(words(scene), mask, tuple(corpus.mask_classes))
 
 
-def _texts(
-    material: Material, rows: np.ndarray, captioner: Captioner, attempt: int, seed: int
-) -> list[str | Undescribed]:
+@dataclass(frozen=True)
+class _Asked:
+    """Images to describe: rows int64 [n], ascending, what is known of each, and its seed."""
+
+    rows: np.ndarray
+    facts: list[Facts]
+    seeds: list[int]
+
+
+def _asked(material: Material, rows: np.ndarray, attempt: int, seed: int) -> _Asked:
     ids = material.corpus.manifest["id"].to_numpy(dtype=object)
+    seeds = [int(fingerprint(id=str(ids[row]), seed=seed, attempt=attempt), 16) % 2**63 for row in rows]
+    return _Asked(rows, [facts_of(material, row) for row in rows], seeds)
+
+
+def _lines(material: Material, rows: np.ndarray, captioner: Captioner, attempt: int, seed: int) -> list[str]:
+    """A line an image, "=" and a caption or "!" and a reason, by all processes of a launch or all workers."""
+    if engine().shares_files:
+
+        def of_process(own: np.ndarray) -> np.ndarray:
+            asked = _asked(material, rows[own], attempt, seed)
+            return _packed(_described(captioner, attempt, (asked, material.corpus.images)))
+
+        return [bytes(row).rstrip(b"\0 ").decode("utf-8", "ignore") for row in over_processes(of_process, len(rows))]
+    size = captioner.batch_size * max(1, WORKER_IMAGES // captioner.batch_size)
+    groups = (_asked(material, rows[at : at + size], attempt, seed) for at in range(0, len(rows), size))
+    steps = [Step(partial(_pixels, image_file(material.corpus)), home=True)]
+    steps.append(Step(partial(_described, captioner, attempt), network=True))
+    return [line for part in engine().run(steps, groups) for line in part.value]
+
+
+def _pixels(images: ArrayFile, asked: _Asked) -> tuple[_Asked, np.ndarray]:
+    return replace(asked, rows=np.arange(len(asked.rows))), images.read(asked.rows)
+
+
+def _described(captioner: Captioner, attempt: int, work: tuple[_Asked, np.ndarray]) -> list[str]:
+    """Lines of the images [N, R, R, 3] that are asked for."""
+    asked, images = work
     found: list[str | Undescribed] = []
-    for start in range(0, len(rows), captioner.batch_size):
-        part = rows[start : start + captioner.batch_size]
-        facts = [facts_of(material, row) for row in part]
-        seeds = [int(fingerprint(id=str(ids[row]), seed=seed, attempt=attempt), 16) % 2**63 for row in part]
-        found += captioner(np.asarray(material.corpus.images[part]), facts, attempt, seeds)
-    return [text if isinstance(text, Undescribed) or has_words(text) else Undescribed(NO_WORDS) for text in found]
-
-
-def _packed(texts: Sequence[str | Undescribed]) -> np.ndarray:
-    """uint8 [n, MOST_BYTES] that processes can exchange: "=" and a caption, or "!" and a reason."""
+    for start in range(0, len(asked.rows), captioner.batch_size):
+        part = slice(start, start + captioner.batch_size)
+        found += captioner(np.asarray(images[asked.rows[part]]), asked.facts[part], attempt, asked.seeds[part])
+    texts = [text if isinstance(text, Undescribed) or has_words(text) else Undescribed(NO_WORDS) for text in found]
     lines = [f"!{text.reason}" if isinstance(text, Undescribed) else f"={text}" for text in texts]
+    return [line.encode()[:MOST_BYTES].decode("utf-8", "ignore").rstrip("\0 ") for line in lines]
+
+
+def _packed(lines: Sequence[str]) -> np.ndarray:
+    """uint8 [n, MOST_BYTES] that processes can exchange."""
     packed = np.zeros((len(lines), MOST_BYTES), np.uint8)
     for place, line in enumerate(lines):
-        data = line.encode()[:MOST_BYTES]
+        data = line.encode()
         packed[place, : len(data)] = np.frombuffer(data, np.uint8)
     return packed

@@ -9,25 +9,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
 
 from captioning.dual_encoder import CHUNK, DualEncoder, FittedEncoder, Reduction, fit_dual_encoder
 from captioning.pairs import Pairs
-from corpus.index import Corpus
+from corpus.index import Corpus, Scan, over_images
 from encoders.clip_scores import ClipScorer, load_clip
 from encoders.embedding import device
 from encoders.pixels import LOAD_ERRORS
 from eval.processes import over_processes
 from runtime.artefacts import fingerprint
+from runtime.engine import Step, engine
 from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.progress import progress
 
 #: Texts that are embedded at once.
 TEXTS = 1024
+#: Images that a network embeds together.
+IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ class NetworkScorer(ABC):
         return _loaded(self)
 
     def embed(self, material: Material, given: Pairs, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-        return embed_with_clip(self.clip(), material, pairs)
+        return embed_with_clip(self, material, pairs)
 
 
 @dataclass(frozen=True)
@@ -255,29 +258,40 @@ def _loaded(scorer: NetworkScorer) -> ClipScorer:
     return found
 
 
-def embed_with_clip(clip: ClipScorer, material: Material, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-    """As `PairScorer.embed`, over all processes of a launch; captions beyond the network's tokens are counted."""
-    corpus = material.corpus
+def embed_with_clip(scorer: NetworkScorer, material: Material, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """As `PairScorer.embed`, over all processes of a launch, or by the engine's workers.
 
-    def images(rows: np.ndarray) -> np.ndarray:
-        width = clip.text_embeddings(["a"]).shape[1]
-        found = np.zeros((len(rows), width), np.float16)
-        for start in progress(range(0, len(rows), 256), f"{clip.name}: images", unit="batch"):
-            part = rows[start : start + 256]
-            found[start : start + 256] = clip.image_embeddings(np.asarray(corpus.images[part])).cpu().numpy()
-        found[~corpus.readable[rows]] = 0
-        return found
-
+    Captions beyond the network's tokens are counted.
+    """
+    corpus, clip = material.corpus, scorer.clip()
+    width = clip.text_embeddings(["a"]).shape[1]
     distinct, position = np.unique(pairs.text, return_inverse=True)  # as objects: one long text widens no other
     cut = clip.cut(distinct.tolist()) if len(distinct) else 0
     if cut:
         notice(f"{cut} of {len(distinct)} different captions are longer than {clip.name} reads, and are cut")
+    scan = Scan("", partial(_image_embeddings, scorer), IMAGES, np.float16, (width,))
+
+    def images(rows: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(rows), width), np.float16)
+        groups = [rows[start : start + IMAGES] for start in range(0, len(rows), IMAGES)]
+        parts = over_images(corpus, groups, scan)
+        for at, part in enumerate(progress(parts, f"{clip.name}: images", total=len(groups), unit="batch")):
+            found[at * IMAGES : (at + 1) * IMAGES] = part.value[1]
+        found[~corpus.readable[rows]] = 0
+        return found
 
     def texts(rows: np.ndarray) -> np.ndarray:
-        parts = [
-            clip.text_embeddings(distinct[rows[start : start + TEXTS]].tolist()).cpu().numpy()
-            for start in progress(range(0, len(rows), TEXTS), f"{clip.name}: captions", unit="batch")
-        ]
-        return np.concatenate(parts).astype(np.float16) if parts else np.zeros((0, 1), np.float16)
+        groups = [distinct[rows[start : start + TEXTS]].tolist() for start in range(0, len(rows), TEXTS)]
+        parts = engine().run([Step(partial(_text_embeddings, scorer), network=True)], groups, workers=0)
+        bar = progress(parts, f"{clip.name}: captions", total=len(groups), unit="batch")
+        return np.concatenate([np.zeros((0, width), np.float16), *(part.value for part in bar)])
 
     return over_processes(images, len(corpus)), over_processes(texts, len(distinct))[position]
+
+
+def _image_embeddings(scorer: NetworkScorer, images: np.ndarray) -> np.ndarray:
+    return scorer.clip().image_embeddings(images).cpu().numpy()
+
+
+def _text_embeddings(scorer: NetworkScorer, texts: list[str]) -> np.ndarray:
+    return scorer.clip().text_embeddings(texts).cpu().numpy().astype(np.float16)

@@ -163,11 +163,21 @@ def _name(source: Source) -> str:
     return source.name if split == "all" else f"{source.name} ({split})"
 
 
+def image_file(corpus: Corpus) -> ArrayFile:
+    """The file of a corpus's images, which a worker on this machine can read."""
+    path = corpus.directory / "images.npy"
+    return ArrayFile(path, np.load(path, mmap_mode="r").shape, np.uint8)
+
+
 def over_images(corpus: Corpus, groups: Iterable[np.ndarray], scan: Scan) -> Iterator[Done]:
     """A scan of groups of images of an indexed corpus, in order: (rows, [K, ...]) with what it cost."""
-    images = ArrayFile(corpus.directory / "images.npy", corpus.images.shape, np.uint8)
-    steps = [Step(partial(_read, images), home=True), Step(partial(_values, scan), network=not scan.by_worker)]
+    read = partial(_taken, corpus.images) if engine().shares_files else partial(_read, image_file(corpus))
+    steps = [Step(read, home=True), Step(partial(_values, scan), network=not scan.by_worker)]
     return engine().run(steps, groups, workers=0)
+
+
+def _taken(images: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return rows, np.asarray(images[rows])
 
 
 def _read(images: ArrayFile, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

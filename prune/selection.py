@@ -317,4 +317,3 @@ def _before_after(scenes: pd.Series, kept: pd.Series) -> dict[str, dict[str, int
 
 def _scene_frame(scenes: dict[str, dict[str, int]]) -> pd.DataFrame:
     return pd.DataFrame([{"scene": scene, **counts} for scene, counts in scenes.items()])
-

@@ -31,7 +31,10 @@ class StageLog:
     def __init__(self, directory: Path, stage: str, corpus: str) -> None:
         self._about = {"stage": stage, "corpus": corpus, "engine": engine().name}
         self._directory, self._start = directory, time.perf_counter()
-        self._file = (directory / LOG).open("a", encoding="utf-8")
+        path = directory / LOG
+        cut = path.is_file() and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        self._file.write("\n" if cut else "")
 
     def add(self, part: Done, rows: np.ndarray, unreadable: int = 0, shards: Sequence[str] = ()) -> None:
         """Note a finished part."""

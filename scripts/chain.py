@@ -1,4 +1,4 @@
-"""What `make reproduce` trains, in its order: the list that both the chain and its plan (`dry=true`) go by."""
+"""What `make reproduce` trains, in its order: the list that both the chain and its plan (`dry_run=true`) go by."""
 
 from __future__ import annotations
 

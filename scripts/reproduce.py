@@ -258,7 +258,7 @@ def reproduce(cfg: DictConfig) -> Path:
 
 
 def main(cfg: DictConfig) -> None:
-    if cfg.dry:
+    if cfg.dry_run:
         if is_main_process():
             dry_run(cfg, references)
         return

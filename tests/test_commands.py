@@ -133,7 +133,7 @@ def test_reproduce_leaves_the_contract_behind(home):
 
 def test_the_plan_of_a_finished_chain_has_nothing_left(home):
     stages = sorted(str(path) for path in (home / "runs").glob("*/*"))
-    done = call("scripts/reproduce.py", "profile=smoke", "dry=true", cwd=home)
+    done = call("scripts/reproduce.py", "profile=smoke", "dry_run=true", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     [(finished, planned)] = re.findall(r"^done: (\d+) of (\d+); left: 0 optimizer steps", done.stdout, re.M)
     assert finished == planned and "to do" not in done.stdout

@@ -360,7 +360,7 @@ def test_what_the_cache_of_the_hub_holds_is_here(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_the_command_of_the_paper_lists_what_it_lacks(tmp_path: Path) -> None:
-    arguments = ["scripts/reproduce.py", "profile=paper", "dry=true", f"yardstick.folder={tmp_path}",
+    arguments = ["scripts/reproduce.py", "profile=paper", "dry_run=true", f"yardstick.folder={tmp_path}",
                  "yardstick.download=false", f"runs={tmp_path}/runs"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -46,9 +46,7 @@ class Critic(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(width, 1, 3, padding=1))
 
 
-def adversarial_losses(
-    critic: nn.Module, real: torch.Tensor, made: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def adversarial_losses(critic: nn.Module, real: torch.Tensor, made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The decoder's loss and the critic's, each with no gradient for the other.
 
     The non-saturating logistic losses (Goodfellow et al. 2014, section 3). The critic's has a penalty of its change
