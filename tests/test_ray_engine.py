@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import psutil
 import pytest
@@ -133,6 +137,9 @@ def column_sums(table: Points, rows: np.ndarray, weight: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def ray_engine() -> Iterator[RayEngine]:
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    for pickler in (cloudpickle, ray.cloudpickle):  # workers cannot import a module of tests
+        pickler.register_pickle_by_value(sys.modules[__name__])
     engine = RayEngine(cpus=2, retries=1)
     with using(engine):
         yield engine
@@ -204,6 +211,11 @@ class Command:
         return self.process.returncode, out, errors
 
 
+def of_ray(*names: str) -> list[psutil.Process]:
+    """Processes that this one has started, directly or not, by the beginnings of their names."""
+    return [process for process in psutil.Process().children(recursive=True) if process.name().startswith(names)]
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """Two nodes of one CPU each, the first of which the command runs on."""
@@ -211,22 +223,23 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    folder = tempfile.mkdtemp(prefix="rs-")
+    first = {"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
+    found = Cluster(initialize_head=True, head_node_args=first)
     found.second = found.add_node(num_cpus=1)
     found.wait_for_nodes()
     yield found
-    found.shutdown()
-
-
-def workers_of_ray() -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if process.name().startswith("ray::MapWorker")]
+    for process in of_ray(""):  # `shutdown` waits for ever where the head is dead
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_and_a_lost_node_change_nothing(cluster, tiles: Path, expected: dict, tmp_path: Path) -> None:
     command = Command(tiles, tmp_path, "engine=ray", f"engine.address={cluster.address}")
     assert command.wait_for_chunks(1) < 6
-    workers_of_ray()[0].kill()
+    of_ray("ray::MapWorker")[0].kill()
     assert command.wait_for_chunks(2) < 6
     cluster.remove_node(cluster.second, allow_graceful=False)
     code, out, errors = command.ended()
@@ -242,9 +255,8 @@ def test_what_a_dead_cluster_leaves_the_local_engine_finishes(
     command = Command(tiles, tmp_path, "engine=ray", f"engine.address={cluster.address}")
     done = command.wait_for_chunks(2)
     assert 0 < done < 6
-    for process in psutil.process_iter():
-        if process.name() in ("gcs_server", "raylet"):
-            process.kill()
+    for process in of_ray("gcs_server", "raylet"):
+        process.kill()
     code, _, errors = command.ended()
     assert code != 0, "the command must not say that it is done"
     notice.cache_clear()
