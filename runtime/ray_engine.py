@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from queue import Empty, Full, Queue
@@ -174,8 +174,10 @@ class RayEngine:
                 return
             if isinstance(table, BaseException):
                 raise table
-            last = time.monotonic()
-            yield _unpacked(table)
+            last, done = time.monotonic(), _unpacked(table)
+            if isinstance(done.value, UserError):
+                raise done.value
+            yield done
 
     def _data(self, steps: Sequence[Step], window: Sequence[Any]) -> Any:
         """The items as a Ray data set, with their steps."""
@@ -331,21 +333,23 @@ def _unpacked(table: Any) -> Done:
 
 
 def _through(work: _Work, gpus: float, table: Any) -> Any:
-    """A batch of one item through some steps.
-
-    Raises:
-        UserError: too many workers have died of it.
-    """
+    """A batch of one item through some steps; its value is a UserError where one was raised, or where too many workers
+    have died of it."""
     import pyarrow as pa
     import ray
 
     item, done = table[ITEM][0].as_py(), _unpacked(table)
-    if not ray.get(work.attempts.begin.remote((work.stage, item))):
-        raise UserError(
-            "a worker was killed again and again at the same images, probably for want of memory: give each more "
-            "(engine.cpus_per_worker=2), or take engine=local corpus.workers=1"
-        )
-    done = through(work.functions, done, gpus)
+    if isinstance(done.value, UserError):  # of the stage before
+        return table
+    try:
+        if not ray.get(work.attempts.begin.remote((work.stage, item))):
+            raise UserError(
+                "a worker was killed again and again at the same images, probably for want of memory: give each more "
+                "(engine.cpus_per_worker=2), or take engine=local corpus.workers=1"
+            )
+        done = through(work.functions, done, gpus)
+    except UserError as error:  # Ray Data would pass on its text alone
+        done = replace(done, value=error)
     return pa.table({COLUMN: pa.array([_packed(done)], pa.large_binary()), ITEM: table[ITEM]})
 
 
