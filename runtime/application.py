@@ -147,7 +147,7 @@ def changed_options(cfg: DictConfig) -> dict[str, Any]:
 
     own, defaults = (_leaves(config) for config in (cfg, _defaults()))
     changed = {key: value for key, value in own.items() if key not in defaults or defaults[key] != value}
-    ignored = ("runs", "results", "tracker", "experiment", "profile", "hydra", "copy_to")
+    ignored = ("runs", "results", "tracker", "experiment", "profile", "hydra", "copy_to", "storage")
     return {
         key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         for key, value in sorted(changed.items())

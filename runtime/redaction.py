@@ -17,9 +17,11 @@ HIDDEN = "***"
 SECRET = re.compile(r"(^|_)(tokens?|passwords?|passwd|secrets?|credentials?|(api|access|private|secret)_?key)$", re.I)
 #: Entries of `storage` that hold no secret; all others are not written down.
 HARMLESS = frozenset(
-    ("anon", "client_kwargs", "config_kwargs", "endpoint_url", "project", "region_name", "requester_pays")
-    + ("requests_timeout", "signature_version", "use_ssl", "verify", "version_aware", "account_name", "s3")
-    + ("addressing_style", "max_concurrency", "default_block_size", "fixed_upload_size", "host", "port")
+    (
+        *("account_name", "addressing_style", "anon", "client_kwargs", "config_kwargs", "default_block_size", "host"),
+        *("endpoint_url", "fixed_upload_size", "max_concurrency", "port", "project", "region_name", "requester_pays"),
+        *("requests_timeout", "s3", "signature_version", "use_ssl", "verify", "version_aware"),
+    )
 )
 #: Of a source's entry in a config: how its files are reached, which changes no result.
 ACCESS = ("retries", "timeout", "storage")
@@ -27,13 +29,15 @@ ACCESS = ("retries", "timeout", "storage")
 STORAGE = "storage"
 
 _USER = re.compile(
-    r"://[^\s@/:?#]*:(?!\d*(?:[/?#]|$))[^\s@]*@(?:[^\s@/?#]*@)*"  # a name and a password, in which a slash may stand
+    r"(?<!github)://[^\s@/:?#]*:(?!\d*(?:[/?#]|$))[^\s@]*@(?:[^\s@/?#]*@)*"  # in a password, slashes may stand
     r"|(?<=http)://[^\s@/:?#]+@|(?<=https)://[^\s@/:?#]+@|(?<=s3)://[^\s@/:?#]+@|(?<=s3a)://[^\s@/:?#]+@"
 )
 _WORDS = r"tokens?|secrets?|passwords?|passwd|pwd|credentials?|signature|api[-_]?key|access[-_]?key(?:[-_]?id)?|jwt"
 _WORDS += r"|access[-_]?id|account[-_]?key|private[-_]?key|key[-_]?pair[-_]?id|auth|authorization|session"
 _VALUE = r"=(?:(?!::|,\w+://)[^&#\s'\"<>])*"
-_PARAMETER = re.compile(rf"([?&#]|&amp;)(?:x-(?:amz|goog|oss|ms)-[\w.-]+|[\w.-]*(?:{_WORDS})|key|sig|pass){_VALUE}", re.I)
+_PARAMETER = re.compile(
+    rf"([?&#]|&amp;)(?:x-(?:amz|goog|oss|ms)-[\w.-]+|[\w.-]*(?:{_WORDS})|key|sig|pass){_VALUE}", re.I
+)
 #: What is signed with the others: until when, what for. Alone these names may mean anything.
 _SIGNED = re.compile(rf"([?&#]|&amp;)(?:expires|policy|s[eprtv]|spr|sip|sdd|ske|sks|skt|sktid|skoid|skv){_VALUE}", re.I)
 _IS_SIGNED = re.compile(r"[?&;]((awsaccesskeyid|googleaccessid|signature|sig)=|x-(amz|goog)-)", re.I)
