@@ -26,6 +26,7 @@ from urllib.parse import unquote
 
 import fsspec
 import numpy as np
+from omegaconf import OmegaConf
 
 from runtime.errors import UserError
 from runtime.parallel import in_threads
@@ -104,6 +105,16 @@ class Access:
     timeout: float = 30.0
     storage: Mapping[str, Any] | None = field(default=None, repr=False)
     tally: str = ""
+
+
+def access_of(cfg: Any) -> Access:
+    """How a command's config (OmegaConf) reaches what lies behind URLs: as its corpus does, where that is shards."""
+    options = OmegaConf.to_container(cfg.storage, resolve=True)
+    own = {name: cfg.corpus.get(name) for name in ("retries", "timeout") if cfg.corpus.get(name) is not None}
+    shards = cfg.corpus.get("storage")
+    return Access(
+        **own, storage={**options, **(OmegaConf.to_container(shards, resolve=True) if shards else {})} or None
+    )
 
 
 def is_remote(url: str) -> bool:
