@@ -109,12 +109,11 @@ class Access:
 
 def access_of(cfg: Any) -> Access:
     """How a command's config (OmegaConf) reaches what lies behind URLs: as its corpus does, where that is shards."""
-    options = OmegaConf.to_container(cfg.storage, resolve=True)
-    own = {name: cfg.corpus.get(name) for name in ("retries", "timeout") if cfg.corpus.get(name) is not None}
-    shards = cfg.corpus.get("storage")
-    return Access(
-        **own, storage={**options, **(OmegaConf.to_container(shards, resolve=True) if shards else {})} or None
-    )
+    found = {name: OmegaConf.select(cfg, f"corpus.{name}") for name in ("retries", "timeout")}
+    own = {name: value for name, value in found.items() if value is not None}
+    options = [OmegaConf.select(cfg, key) for key in ("storage", "corpus.storage")]
+    merged = OmegaConf.to_container(OmegaConf.merge(*(part or {} for part in options)), resolve=True)
+    return Access(**own, storage=merged or None)
 
 
 def is_remote(url: str) -> bool:
