@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import rasterio
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from corpus.index import Corpus, Sample, open_corpus, subset_fingerprint
@@ -174,8 +174,13 @@ def open_subset(selection: Path, access: Mapping[str, Any] | None = None) -> Sub
 def access_fields(cfg: DictConfig) -> dict[str, Any]:
     """What the options say about how shards behind URLs are reached; the URLs, with credentials, if they are given."""
     access = access_of(cfg)
-    urls = {"urls": cfg.corpus.urls} if cfg.corpus.get("urls") else {}
-    return {"retries": access.retries, "timeout": access.timeout, "storage": access.storage, **urls}
+    urls = OmegaConf.select(cfg, "corpus.urls")
+    return {
+        "retries": access.retries,
+        "timeout": access.timeout,
+        "storage": access.storage,
+        **({"urls": urls} if urls else {}),
+    }
 
 
 def _reached(kept: str, access: Mapping[str, Any]) -> dict[str, Any]:
@@ -377,7 +382,7 @@ def chosen_subset(cfg: DictConfig) -> Subset:
 def main(cfg: DictConfig) -> None:
     subset = chosen_subset(cfg)
     selection = Path(cfg.selection).expanduser().resolve().name
-    local = Path(cfg.results) / "export" / f"{selection}-{cfg.to}"
+    local = Path(cfg.get("results", "results")) / "export" / f"{selection}-{cfg.to}"
     if is_remote(str(cfg.export.out or "")):
         target = Target(str(cfg.export.out), access_of(cfg), "export.out")
         identity = {"selection": selection, "to": str(cfg.to), **{key: cfg.export[key] for key in IDENTITY}}
