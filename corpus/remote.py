@@ -41,6 +41,8 @@ FIRST_BLOCK, BLOCK = 2**16, 2**23
 GAP = 2**19
 #: Bytes a second; a request that is slower is given up, and made again.
 SLOWEST = 2**16
+#: Beyond all files.
+NOWHERE = 2**63
 #: Requests under way at once where many files are looked at or written.
 AT_ONCE = 8
 #: Answers after which asking again may help.
@@ -77,9 +79,13 @@ class Refused(OSError):
 
 
 class Cut(tarfile.ReadError):
-    """A file ends before its size is reached, as often as it was asked for; `data` is what there is."""
+    """A file ends before its size is reached, as often as it was asked for.
 
-    def __init__(self, message: str, data: bytes = b"") -> None:
+    Attributes:
+        data: all that there is of what was asked for; None: the connection ended before that could be told.
+    """
+
+    def __init__(self, message: str, data: bytes | None = None) -> None:
         super().__init__(message)
         self.data = data
 
@@ -231,31 +237,33 @@ def patiently(url: str, access: Access, ask: Callable[[], Answer]) -> Answer:
 
 def passing_trouble(error: BaseException) -> str | None:
     """What went wrong with a request, in a word or two, where asking again may help; else None."""
-    for each in _chain(error):
-        names = {kind.__name__ for kind in type(each).__mro__}
-        status = _status(each)
-        if names & _NOT_TRUSTED:
-            return None
-        if status is not None:
-            return f"status {status}" if status in PASSING_STATUS else None
+    chain = list(_chain(error))
+    kinds = [{kind.__name__ for kind in type(each).__mro__} for each in chain]
+    if any(names & _NOT_TRUSTED for names in kinds):
+        return None
+    if any(isinstance(each, _Short) or names & _ENDED_EARLY for each, names in zip(chain, kinds, strict=True)):
+        return "ended early"  # of a good answer
+    status = next((found for found in map(_status, chain) if found is not None), None)
+    if status is not None:
+        return f"status {status}" if status in PASSING_STATUS else None
+    for each, names in zip(chain, kinds, strict=True):
         if names & _LATE:
             return "time-out"
-        if isinstance(each, _Short) or names & _ENDED_EARLY:
-            return "ended early"
-        if names & _LOST or names & _GARBLED:
+        if names & _LOST or names & _GARBLED or (isinstance(each, OSError) and each.errno in _PASSING_ERRORS):
             return "no connection"
-        if isinstance(each, OSError) and each.errno in _PASSING_ERRORS:
-            return "busy" if each.errno == errno.EBUSY else "no connection"
     return None
 
 
 def _translated(url: str, error: BaseException, trouble: str | None) -> Exception:
     where = public(url)
     if trouble == "ended early":
-        return Cut(f"{where} ends early", next((each.data for each in _chain(error) if isinstance(each, _Short)), b""))
+        return Cut(f"{where} ends early", next((each.data for each in _chain(error) if isinstance(each, _Short)), None))
     if trouble is not None:
         return Unreachable(f"{where}: {trouble}")
     chain = list(_chain(error))
+    misfit = next((each for each in chain if isinstance(each, TypeError)), None)
+    if misfit is not None:  # HTTP's driver calls that a missing file, too
+        return Refused(f"{_first_line(misfit)}: an option of storage that its driver does not know?")
     names = {kind.__name__ for each in chain for kind in type(each).__mro__}
     statuses = {_status(each) for each in chain}
     if statuses & {401, 403} or "PermissionError" in names or names & _NO_CREDENTIALS:
@@ -423,7 +431,8 @@ class RemoteFile:
         self._system, self._path = opened_system(url, access)
         self._stretches, self._starts = list(stretches), [start for start, _ in stretches]
         self._pieces: list[tuple[int, bytes]] = []
-        self._at, self._next, self._block, self._most = 0, 0, FIRST_BLOCK, BLOCK
+        self._at, self._next, self._block = 0, 0, FIRST_BLOCK
+        self._bad = NOWHERE  # requests for the bytes before this place end early
         if size is None:
             self._pieces = [(0, read_whole(url, access))]
             size = len(self._pieces[0][1])
@@ -462,9 +471,9 @@ class RemoteFile:
             stop = self._stretches[planned][1]
         else:
             goes_on = self._next <= self._at <= self._next + GAP
-            self._block = min(self._most, 4 * self._block) if goes_on else FIRST_BLOCK
-            stop = max(self._at + self._block, min(end, self._at + self._most))
-        stop = min(stop, self._size)
+            self._block = min(BLOCK, 4 * self._block) if goes_on else FIRST_BLOCK
+            stop = max(self._at + self._block, min(end, self._at + BLOCK))
+        stop = self._before_bad(min(stop, self._size))
         try:
             data = self._fetched(self._at, stop)
         except Unreachable:
@@ -477,19 +486,35 @@ class RemoteFile:
         self._pieces = [*self._pieces[-1:], (self._at, data)]
         return self._pieces[-1]
 
+    def _before_bad(self, stop: int) -> int:
+        """Half of the way to the bytes that do not come, so that all that lie before them are had.
+
+        Raises:
+            Cut: the next byte is one of them.
+        """
+        if self._at >= self._bad:
+            self._bad = NOWHERE
+        if stop < self._bad:
+            return stop
+        if self._bad - self._at <= 1:
+            raise Cut(f"{public(self._url)} ends early")
+        return self._at + (self._bad - self._at) // 2
+
     def _fetched(self, start: int, end: int) -> bytes:
         """The bytes from start to end, or the first of them where the others do not come."""
-        access = self._access
         while True:
+            access = (
+                self._access if self._bad == NOWHERE else replace(self._access, retries=min(1, self._access.retries))
+            )
             try:
                 return patiently(self._url, access, functools.partial(self._asked, start, end))
             except Cut as cut:
                 if cut.data:
                     return cut.data
-                if end - start <= FIRST_BLOCK:
+                self._bad = end
+                if cut.data is not None or end - start <= 1:
                     raise
-                end = start + (end - start) // 2  # what comes before the cut can be had
-                self._most, access = max(FIRST_BLOCK, end - start), replace(access, retries=min(1, access.retries))
+                end = start + (end - start) // 2
 
     def _asked(self, start: int, end: int) -> bytes:
         deadline = self._access.timeout + (end - start) / SLOWEST

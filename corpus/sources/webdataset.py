@@ -240,6 +240,7 @@ class WebDataset(Shown):
         places = [item.image for item in self._items if item.image and item.image_suffix not in SHALLOW]
         places = [places[row] for row in spread(len(places))]
         with closing(_Members(self._reached(place.shard for place in places))) as members:
+            members.plan(places)
             return survey_files(_readable(members, places), self.raster)
 
     @property
