@@ -29,6 +29,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from runtime.errors import UserError
+from runtime.notices import notice
 from runtime.parallel import in_threads
 from runtime.progress import progress
 from runtime.redaction import hide, public, redacted, secret_values
@@ -317,14 +318,15 @@ def _count(access: Access, trouble: str) -> None:
             os.close(descriptor)
 
 
-def taken_tally(path: str) -> Counter[str]:
-    """What was counted since the last call."""
+def repeated_since(path: str) -> str:
+    """A line about what was counted since the last call; "" where that is nothing."""
     try:
         found = Counter(Path(path).read_text(encoding="ascii").split("\n")[:-1])
         os.truncate(path, 0)
     except OSError:
-        return Counter()
-    return found
+        return ""
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(found.items()))
+    return f"{found.total():,} requests were repeated: {kinds}" if found else ""
 
 
 # ------------------------------------------------------------------------------------------------ looking and listing
@@ -630,6 +632,18 @@ def copy_folder(source: Path, target: Target, identity: Mapping[str, Any], last:
         UserError: the target has files that are not of this copy, or it cannot be written.
     """
     refuse_foreign(target, identity, last)
+    tally = new_tally()
+    target = replace(target, access=replace(target.access, tally=tally))
+    try:
+        _copy(source, target, identity, last)
+    finally:
+        line = repeated_since(tally)
+        os.unlink(tally)
+        if line:
+            notice(f"{target.option}: {line}")
+
+
+def _copy(source: Path, target: Target, identity: Mapping[str, Any], last: Sequence[str]) -> None:
     target.put_json(UNDER_WAY, dict(identity))
     files = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
     data = [name for name in files if name not in last]

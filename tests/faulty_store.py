@@ -7,13 +7,13 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY, SECRET = "AKIAGOODGOODGOODGOOD", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYgoodsecret"
-DENIED = """<?xml version="1.0" encoding="UTF-8"?><Error><Code>InvalidAccessKeyId</Code><Message>The AWS Access Key Id you
-provided does not exist: {key}</Message><AWSAccessKeyId>{key}</AWSAccessKeyId></Error>"""
+DENIED = """<?xml version="1.0" encoding="UTF-8"?><Error><Code>InvalidAccessKeyId</Code>
+<Message>The AWS Access Key Id you provided does not exist: {key}</Message><AWSAccessKeyId>{key}</AWSAccessKeyId></Error>"""
 SLOW_DOWN = (
     '<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>'
 )
@@ -78,10 +78,8 @@ def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
             pass
 
         def handle(self) -> None:
-            try:
+            with suppress(ConnectionError, TimeoutError):  # the client gave up, as it should
                 super().handle()
-            except (ConnectionError, TimeoutError):  # the client gave up, as it should
-                pass
 
         def answer(self) -> None:
             path = self.path.split("?")[0]

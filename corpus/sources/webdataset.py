@@ -71,8 +71,8 @@ from corpus.remote import (
     is_remote,
     new_tally,
     read_whole,
+    repeated_since,
     stretches_of,
-    taken_tally,
 )
 from corpus.splits import assigned, check, elsewhere, thinned
 from runtime.errors import UserError
@@ -330,10 +330,9 @@ class WebDataset(Shown):
     @property
     def network_notes(self) -> Iterator[str]:
         """What was asked for more than once since the last look, for a line on stderr."""
-        repeated = taken_tally(self._access.tally) if self._access.tally else Counter()
-        if repeated:
-            kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(repeated.items()))
-            yield f"{repeated.total():,} requests were repeated: {kinds}"
+        line = repeated_since(self._access.tally) if self._access.tally else ""
+        if line:
+            yield line
 
     def _reached(self, shards: Iterable[str]) -> _Reached:
         far = {shard: self._facts[shard].get("size") for shard in set(shards) if is_remote(shard)}
