@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY, SECRET = "AKIAGOODGOODGOODGOOD", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYgoodsecret"
 DENIED = """<?xml version="1.0" encoding="UTF-8"?><Error><Code>InvalidAccessKeyId</Code>
-<Message>The AWS Access Key Id you provided does not exist: {key}</Message><AWSAccessKeyId>{key}</AWSAccessKeyId></Error>"""
+<Message>The AWS Access Key Id you provided does not exist: {key}</Message>
+<AWSAccessKeyId>{key}</AWSAccessKeyId></Error>"""
 SLOW_DOWN = (
     '<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>'
 )

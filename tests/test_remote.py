@@ -362,9 +362,9 @@ def test_what_may_pass_is_told_from_what_will_not() -> None:
     answer = lambda status: aiohttp.ClientResponseError(None, (), status=status)  # noqa: E731
     passing = [
         TimeoutError(), ConnectionResetError(), client(503, "SlowDown"), client(500), client(429), answer(502),
-        s3.EndpointConnectionError(endpoint_url="x"), s3.ReadTimeoutError(endpoint_url="x"), 
+        s3.EndpointConnectionError(endpoint_url="x"), s3.ReadTimeoutError(endpoint_url="x"),
         aiohttp.ClientPayloadError(),
-        aiohttp.ServerDisconnectedError(), caused(FileNotFoundError("x"), answer(503)), 
+        aiohttp.ServerDisconnectedError(), caused(FileNotFoundError("x"), answer(503)),
         caused(OSError(16, "x"), client(503)),
     ]  # fmt: skip
     lasting = [
