@@ -13,10 +13,20 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from corpus.decoding import NO_PERMISSION, UNREADABLE_FILE, VANISHED
+from corpus.decoding import NO_PERMISSION, UNREACHABLE, UNREADABLE_FILE, VANISHED
 from corpus.masks import Sample
 from corpus.quarantine import QUARANTINE, announce, announce_masks, quarantined
-from runtime.artefacts import COMPLETE, fingerprint, plain, read_json, stage, write_json
+from runtime.artefacts import (
+    COMPLETE,
+    fingerprint,
+    may_build,
+    plain,
+    process_count,
+    read_json,
+    stage,
+    stage_fingerprint,
+    write_json,
+)
 from runtime.cost import StageLog
 from runtime.engine import Done, Step, engine
 from runtime.errors import UserError
@@ -31,7 +41,9 @@ SCANNED = "scanned"
 #: Images that are decoded, scanned and noted as done together.
 CHUNK = 256
 #: Reasons that may be gone when one looks again, though the bytes are the same.
-PASSING = (VANISHED, NO_PERMISSION, UNREADABLE_FILE)
+PASSING = (VANISHED, NO_PERMISSION, UNREADABLE_FILE, UNREACHABLE)
+#: How often a source that has not changed is indexed anew because some images could not be reached.
+AGAIN = 3
 #: Rows of the manifest that are written together.
 ROW_GROUP = 65_536
 #: Chunks per worker from which worker processes are worth their start.
@@ -146,15 +158,35 @@ def index_corpus(source: Source, runs: Path | str, scans: Sequence[Scan] = ()) -
     Raises:
         UserError: no image can be read.
     """
-    inputs = {"source": source, "version": source.version}
+    inputs = _looked_again({"source": source, "version": source.version}, Path(runs))
     build = lambda directory: _build(source, Path(runs), directory, scans)  # noqa: E731
     corpus = open_corpus(stage(runs, "corpus", inputs, build, resumable=True))
+    for note in getattr(source, "network_notes", ()):
+        notice(f"{source.name}: {note}")
     for note in getattr(getattr(source, "survey", None), "notes", ()):
         notice(f"{source.name}: {note}")
     if getattr(source, "mask_rule", None):
         announce_masks(corpus.manifest, _name(source))
     announce(corpus.manifest, _name(source), corpus.directory)
     return corpus
+
+
+def _looked_again(inputs: dict[str, Any], runs: Path) -> dict[str, Any]:
+    """The inputs of the index of a source, which differ from those of one in which images could not be reached.
+
+    The source is the same when the network is back, so that its fingerprint alone would never look at them again. The
+    processes of a launch must agree, and so take what is there.
+    """
+    directory = lambda inputs: runs / "corpus" / stage_fingerprint("corpus", inputs)  # noqa: E731
+    for _ in range(AGAIN):
+        found = directory(inputs)
+        if not (found / COMPLETE).is_file() or UNREACHABLE not in set(pd.read_parquet(found / QUARANTINE)["reason"]):
+            break
+        further = {**inputs, "after": found.name}
+        if not (may_build() and process_count() == 1) and not (directory(further) / COMPLETE).is_file():
+            break
+        inputs = further
+    return inputs
 
 
 def _name(source: Source) -> str:

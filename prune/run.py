@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
+from corpus.remote import Target, access_of, copy_folder
 from prune.planning import plan_lines
 from prune.selection import method_name, select
 from runtime.application import run
+from runtime.artefacts import COMPLETE, is_main_process
+from runtime.errors import UserError
+
+
+def copied(directory: Path, target: Target) -> None:
+    """Copy a selection; its facts and then its summary come last, so that a copy with a summary is whole.
+
+    Raises:
+        UserError: the target has other files, or cannot be written; the selection is there all the same.
+    """
+    try:
+        copy_folder(
+            directory, target, {"stage": "selection", "fingerprint": directory.name}, (COMPLETE, "summary.json")
+        )
+    except UserError as error:
+        raise UserError(f"{error}; the selection itself is in {directory}, the same command copies it again") from None
+    print(f"copied: {target}")
 
 
 def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         print("\n".join(plan_lines(cfg, method_name())))
         return
+    target = None if cfg.copy_to is None else Target(str(cfg.copy_to), access_of(cfg), "copy_to")
+    if target is not None and is_main_process():
+        target.is_empty()  # one that cannot be reached is refused before anything is computed
     directory, _ = select(cfg, method_name())
+    if target is not None and is_main_process():
+        copied(directory, target)
     print(f"selection: {directory}")
 
 

@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def run(main: Callable) -> None:
     import hydra
     from hydra.errors import HydraException
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from runtime.artefacts import is_main_process
@@ -66,12 +68,15 @@ def run(main: Callable) -> None:
     from runtime.errors import UserError
     from runtime.launch import check_launch, start_the_others
     from runtime.provenance import command
+    from runtime.redaction import hide, secret_values
     from runtime.sweep import Cells
 
     cells = Cells()
+    sys.excepthook = _print_unforeseen
 
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
+        hide(secret_values(OmegaConf.to_container(cfg, resolve=False)))
         if cells.elsewhere():  # a launcher's process has run nothing of this function's set-up
             prepare_process()
         with cells.counted():
@@ -113,11 +118,12 @@ def explained(error: Exception, runs: str) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
 
     from runtime.errors import UserError
+    from runtime.redaction import redacted
 
     if isinstance(error, UserError):
-        return str(error)
+        return redacted(str(error))
     if isinstance(error, (OmegaConfBaseException, HydraException)):
-        return _one_line(error)
+        return redacted(_one_line(error))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the disk of {runs}: free some and run the same command again"
     return None
@@ -136,15 +142,18 @@ def changed_config(*overrides: str) -> DictConfig:
 def changed_options(cfg: DictConfig) -> dict[str, Any]:
     """The options of a config that are not as in configs/, by their dotted keys; folders by their names alone.
 
-    Where a run writes, how it is tracked and which experiment it belongs to are left out: they change no result.
+    Where a run writes, how it is tracked and which experiment it belongs to are left out: they change no result. So is
+    how files behind URLs are reached.
     """
+    from runtime.redaction import ACCESS
+
     own, defaults = (_leaves(config) for config in (cfg, _defaults()))
     changed = {key: value for key, value in own.items() if key not in defaults or defaults[key] != value}
-    ignored = ("runs", "results", "tracker", "experiment", "profile", "hydra")
+    ignored = ("runs", "results", "tracker", "experiment", "profile", "hydra", "copy_to", "storage")
     return {
         key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         for key, value in sorted(changed.items())
-        if key.split(".")[0] not in ignored
+        if key.split(".")[0] not in ignored and not (key.startswith("corpus.") and set(key.split(".")) & set(ACCESS))
     }
 
 
@@ -194,5 +203,14 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    from runtime.redaction import redacted
+
+    print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
+
+
+def _print_unforeseen(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Python's own report of an error that nobody foresaw, without credentials."""
+    from runtime.redaction import redacted
+
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from runtime.provenance import ROOT, origin
+from runtime.redaction import ACCESS, public
 from runtime.versions import versions_of
 
 COMPLETE = "stage.json"
@@ -29,7 +30,8 @@ COMPLETE = "stage.json"
 def plain(value: Any) -> Any:
     """A JSON-ready copy of configs, dataclasses, paths and NumPy scalars.
 
-    A dataclass field with the metadata {"fingerprint": False}, which changes no result, is left out.
+    A dataclass field with the metadata {"fingerprint": False}, which changes no result, is left out, and so is how a
+    source's files are reached. URLs are without credentials (`runtime.redaction`).
     """
     if isinstance(value, (DictConfig, ListConfig)):
         return plain(OmegaConf.to_container(value, resolve=True))
@@ -37,14 +39,15 @@ def plain(value: Any) -> Any:
         fields = [field for field in dataclasses.fields(value) if field.metadata.get("fingerprint", True)]
         return {"_class_": class_name(type(value)), **{f.name: plain(getattr(value, f.name)) for f in fields}}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        left_out = ACCESS if "_target_" in value else ()
+        return {str(key): plain(item) for key, item in value.items() if key not in left_out}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Path):
         return str(value)
-    return value
+    return public(value) if isinstance(value, str) else value
 
 
 def finite(value: Any) -> Any:
@@ -140,6 +143,11 @@ class NotBuilt(Exception):
 
 
 _looking = contextvars.ContextVar("looking", default=False)
+
+
+def may_build() -> bool:
+    """Whether `stage` builds what is not there: not inside `nothing_built`."""
+    return not _looking.get()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 #: Keys of the config that hold a path, whole, or by their last part (`corpus.root`, `corpus.val.root`, `encoder.path`).
 PATH_KEYS = (
-    *("runs", "results", "foundation", "selection", "of", "in", "mask", "run"),
+    *("runs", "results", "foundation", "selection", "of", "in", "mask", "run", "copy_to"),
     *("demo.super_resolution", "demo.semantic_synthesis"),
 )
 PATH_NAMES = ("root", "path", "folder", "dir", "masks", "urls", "out", "pretrained", "resume")

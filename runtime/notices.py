@@ -6,10 +6,11 @@ import sys
 from functools import cache
 
 from runtime.artefacts import is_main_process
+from runtime.redaction import redacted
 
 
 @cache
 def notice(line: str) -> None:
     """Print a line on stderr, once in the life of the process, by the first process of a launch alone."""
     if is_main_process():
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
+        print(redacted(" ".join(line.split())), file=sys.stderr, flush=True)

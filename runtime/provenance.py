@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
@@ -16,6 +15,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runtime.redaction import SECRET, STORAGE, harmless_options, public
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Packages on which results depend, in the version that is installed.
 PACKAGES = (
@@ -24,8 +25,6 @@ PACKAGES = (
     *("diffusers", "transformers", "tokenizers", "accelerate", "peft", "timm", "open_clip_torch", "safetensors"),
     *("torchmetrics", "torch-fidelity", "clean-fid", "basicsr"),
 )
-#: Keys of a config that are not written down.
-SECRET = re.compile(r"(^|_)(tokens?|passwords?|passwd|secrets?|credentials?|(api|access|private|secret)_?key)$", re.I)
 
 _config: Any = None
 
@@ -70,11 +69,13 @@ def _clean(raw: Any, value: Any, hidden: set[str]) -> Any:
     """`value` without secrets; an entry that shows one of the hidden texts stays the interpolation that it was."""
     if isinstance(value, dict):
         kept = [key for key in value if not SECRET.search(str(key))]
-        return {key: _clean(raw[key] if isinstance(raw, dict) else raw, value[key], hidden) for key in kept}
+        found = {key: _clean(raw[key] if isinstance(raw, dict) else raw, value[key], hidden) for key in kept}
+        return {key: harmless_options(item) if key == STORAGE else item for key, item in found.items()}
     if isinstance(value, list):
         return [_clean(raw[index] if isinstance(raw, list) else raw, item, hidden) for index, item in enumerate(value)]
     interpolated = isinstance(raw, str) and "${" in raw
-    return raw if interpolated and any(text in str(value) for text in hidden) else value
+    kept = raw if interpolated and any(text in str(value) for text in hidden) else value
+    return public(kept) if isinstance(kept, str) else kept
 
 
 def origin() -> dict[str, Any]:

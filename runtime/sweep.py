@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runtime.artefacts import fingerprint, is_main_process, process_count
+from runtime.redaction import hide, redacted, secret_values
 
 #: Below `runs`: tracebacks of cells that ended in an error nobody foresaw.
 FAILED = "failed_cells"
@@ -69,13 +70,14 @@ class Cells:
         """Report the running cell, which ended in an error that nobody foresaw, and keep the traceback in a file."""
         self._foreseen.append(False)
         text = "".join(traceback.format_exception(error))
-        path = Path(runs) / FAILED / f"{fingerprint(overrides=_running())}.txt"
+        path = Path(runs) / FAILED / f"{fingerprint(overrides=[redacted(text) for text in _running()])}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{' '.join(sys.argv)}\n{' '.join(_running())}\n\n{text}", encoding="utf-8")
+            whole = redacted(f"{' '.join(sys.argv)}\n{' '.join(_running())}\n\n{text}")
+            path.write_text(whole, encoding="utf-8")
             where = f"traceback: {path}"
         except OSError:
-            print(text, file=sys.stderr)
+            print(redacted(text), file=sys.stderr)
             where = "traceback: above"
         _report(f"{type(error).__name__}: {str(error)[:500]} ({where})", _running())
 
@@ -89,6 +91,8 @@ class Cells:
         before = Sweeper.validate_batch_is_legal
 
         def keep_legal(sweeper: Sweeper, batch: list[Sequence[str]]) -> None:
+            hide(secret_values(OmegaConf.to_container(sweeper.config, resolve=False)))
+            _redact_file(Path(sweeper.config.hydra.sweep.dir) / "multirun.yaml")
             for cell in list(batch):
                 try:
                     cfg = sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(cell))
@@ -103,6 +107,14 @@ class Cells:
             yield
         finally:
             Sweeper.validate_batch_is_legal = before
+
+
+def _redact_file(path: Path) -> None:
+    """Take the credentials out of what Hydra has just written about a sweep."""
+    with contextlib.suppress(OSError):
+        text = path.read_text(encoding="utf-8")
+        if redacted(text) != text:
+            path.write_text(redacted(text), encoding="utf-8")
 
 
 def duration(seconds: float) -> str:
@@ -123,4 +135,4 @@ def _running() -> list[str]:
 def _report(message: str, overrides: Sequence[str]) -> None:
     own = [override for override in overrides if override not in sys.argv] or overrides
     line = f"error: cell {' '.join(own)}: {message}"
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    print(redacted(" ".join(line.split())), file=sys.stderr, flush=True)

@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from runtime.artefacts import fingerprint, is_main_process, plain
-from runtime.provenance import SECRET, resolved
+from runtime.provenance import resolved
+from runtime.redaction import SECRET, redacted
 
 #: How long W&B's own process, once it has failed, may take to end.
 STOP_SECONDS = 10
@@ -195,7 +196,7 @@ def _event_files(cfg: DictConfig, stage: str, name: str) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     threading.excepthook = _but_for_event_files  # its thread raises what the next call raises again
-    return SummaryWriter(str(Path(cfg.runs) / "tensorboard" / f"{stage}-{name}-{fingerprint(cfg=cfg)[:8]}"))
+    return SummaryWriter(str(Path(cfg.runs) / "tensorboard" / f"{stage}-{name}-{fingerprint(cfg=resolved(cfg))[:8]}"))
 
 
 def _wandb_run(cfg: DictConfig, stage: str, name: str, mode: str) -> Any:
@@ -215,18 +216,25 @@ def _wandb_run(cfg: DictConfig, stage: str, name: str, mode: str) -> Any:
         dir=str(cfg.runs),
         mode=mode,
         config=resolved(cfg),
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, **patience),
+        settings=wandb.Settings(
+            silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=_names_secrets(), **patience
+        ),
     )
     for metric in ("balanced_*", "natural_*"):  # curves of runs with other batches meet on this axis
         run.define_metric(metric, step_metric="images_seen")
     return run
 
 
+def _names_secrets() -> bool:
+    """Whether the command line, which wandb would keep, has credentials in it."""
+    return any(redacted(argument) != argument for argument in sys.argv)
+
+
 def _sweep() -> str | None:
     """A name for the sweep that this run belongs to: the same command, the same sweep."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    return f"sweep-{fingerprint(command=sys.argv[1:])[:8]}"
+    return f"sweep-{fingerprint(command=[redacted(argument) for argument in sys.argv[1:]])[:8]}"
 
 
 def _logged_in() -> bool:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,20 +19,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import rasterio
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from corpus.index import Corpus, Sample, open_corpus, subset_fingerprint
+from corpus.remote import Target, access_of, copy_folder, is_remote, refuse_foreign
 from corpus.sources.folder import ImageFolder
 from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import WebDataset
 from corpus.splits import NAMES
 from runtime.application import run
-from runtime.artefacts import COMPLETE, class_name, finite, plain, read_json
+from runtime.artefacts import COMPLETE, class_name, finite, plain, read_json, write_json
 from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.progress import progress
+from runtime.redaction import public
 
+#: Of an export behind a URL: written last, so that one with it is whole; and the options that make it another one.
+MARK, IDENTITY = "export.json", ("reencode", "shard_size")
 FORMS = ("folder", "symlinks", "webdataset", "huggingface", "list")
 #: Sources that can hand on the bytes an image came in; of the others, the decoded image is exported.
 WITH_ORIGINALS = {class_name(kind): kind for kind in (ImageFolder, WebDataset, HuggingFace)}
@@ -131,9 +135,11 @@ class Subset:
             yield png(self.corpus.images[row]), ".png", mask
 
 
-def open_subset(selection: Path) -> Subset:
+def open_subset(selection: Path, access: Mapping[str, Any] | None = None) -> Subset:
     """The kept images of a selection stage.
 
+    Args:
+        access: fields of a source of shards behind URLs that a stage does not keep, of `access_fields`.
     Raises:
         UserError: the directory is no selection, its corpus is gone, or its images changed since.
     """
@@ -152,6 +158,8 @@ def open_subset(selection: Path) -> Subset:
     inputs = read_json(directory / COMPLETE)["inputs"]
     fields = dict(inputs["source"])
     kind = WITH_ORIGINALS.get(fields.pop("_class_"))
+    if kind is WebDataset:
+        fields.update(_reached(str(fields["urls"]), access or {}))
     source = None if kind is None else kind(**fields)
     if source is not None and plain(source.version) != inputs["version"]:
         raise UserError(f"the images of {selection} changed since they were pruned: prune again, then export")
@@ -161,6 +169,31 @@ def open_subset(selection: Path) -> Subset:
         manifest = manifest.rename(columns={"weight": OWN_WEIGHT})
     weighted = replace(corpus, manifest=manifest.assign(weight=kept["weight"]))
     return Subset(weighted, np.flatnonzero(kept["kept"].to_numpy()), source)
+
+
+def access_fields(cfg: DictConfig) -> dict[str, Any]:
+    """What the options say about how shards behind URLs are reached; the URLs, with credentials, if they are given."""
+    access = access_of(cfg)
+    urls = OmegaConf.select(cfg, "corpus.urls")
+    return {
+        "retries": access.retries,
+        "timeout": access.timeout,
+        "storage": access.storage,
+        **({"urls": urls} if urls else {}),
+    }
+
+
+def _reached(kept: str, access: Mapping[str, Any]) -> dict[str, Any]:
+    """`access`, where its URLs are those that a stage keeps, which are without credentials.
+
+    Raises:
+        UserError: they are others.
+    """
+    if "urls" in access and public(str(access["urls"])) != kept:
+        raise UserError(
+            f"corpus.urls={public(str(access['urls']))} is not what was pruned: give {kept}, or leave it out"
+        )
+    return dict(access)
 
 
 def content_suffix(data: bytes, suffix: str) -> str:
@@ -336,7 +369,7 @@ def chosen_subset(cfg: DictConfig) -> Subset:
         raise UserError(f"export.reencode={reencode} is unknown: give png, or null to keep all files as they are")
     if reencode and cfg.to == "symlinks":
         raise UserError("export.reencode=png makes new files, to=symlinks none: take to=folder")
-    subset = replace(open_subset(Path(cfg.selection).expanduser()), reencode=reencode is not None)
+    subset = replace(open_subset(Path(cfg.selection).expanduser(), access_fields(cfg)), reencode=reencode is not None)
     if len(subset.rows) == 0:
         unreadable = int((~subset.corpus.readable).sum())
         raise UserError(
@@ -348,10 +381,49 @@ def chosen_subset(cfg: DictConfig) -> Subset:
 
 def main(cfg: DictConfig) -> None:
     subset = chosen_subset(cfg)
-    name = f"{Path(cfg.selection).expanduser().resolve().name}-{cfg.to}"
-    target = Path(cfg.export.out or Path(cfg.results) / "export" / name).expanduser()
+    selection = Path(cfg.selection).expanduser().resolve().name
+    local = Path(cfg.get("results", "results")) / "export" / f"{selection}-{cfg.to}"
+    if is_remote(str(cfg.export.out or "")):
+        target = Target(str(cfg.export.out), access_of(cfg), "export.out")
+        identity = {"selection": selection, "to": str(cfg.to), **{key: cfg.export[key] for key in IDENTITY}}
+        upload(cfg, subset, local.with_name(local.name + ".upload"), target, identity)
+        return
+    target = Path(cfg.export.out or local).expanduser()
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise UserError(f"export.out={target} is not empty: name another, or remove it")
+    write(cfg, subset, target)
+    _tell_of_network(subset)
+    print(f"export: {target}")
+
+
+def upload(cfg: DictConfig, subset: Subset, local: Path, target: Target, identity: dict[str, Any]) -> None:
+    """Export into a folder, copy it behind a URL, with `export.json` as its last file, and remove the folder.
+
+    Raises:
+        UserError: the target has other files, or cannot be written; then the folder stays.
+    """
+    if cfg.to == "symlinks":
+        raise UserError(f"to=symlinks links files of this machine, which export.out={target} cannot: take to=folder")
+    refuse_foreign(target, identity, (MARK,))
+    shutil.rmtree(local, ignore_errors=True)
+    write(cfg, subset, local)
+    write_json(local / MARK, {**identity, "images": len(subset.rows)})
+    try:
+        copy_folder(local, target, identity, (MARK,))
+    except UserError as error:
+        raise UserError(f"{error}; the export itself is in {local}, the same command copies it again") from None
+    shutil.rmtree(local)
+    _tell_of_network(subset)
+    print(f"export: {target}")
+
+
+def _tell_of_network(subset: Subset) -> None:
+    for note in getattr(subset.source, "network_notes", ()):
+        notice(f"{subset.source.name}: {note}")
+
+
+def write(cfg: DictConfig, subset: Subset, target: Path) -> None:
+    """Export into a folder, which is there whole or not at all."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -371,7 +443,6 @@ def main(cfg: DictConfig) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"export: {target}")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import glob
 import hashlib
 import io
 import json
+import os
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -20,6 +22,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 from braceexpand import UnbalancedBracesError, braceexpand
+from omegaconf import DictConfig, OmegaConf
 
 from corpus.captions import (
     caption_facts,
@@ -35,7 +38,7 @@ from corpus.captions import (
     scene_name,
 )
 from corpus.copies import by_key, ends, firsts_of
-from corpus.decoding import UNREADABLE_FILE, VANISHED, survey_files
+from corpus.decoding import NO_PERMISSION, UNREACHABLE, UNREADABLE_FILE, VANISHED, survey_files
 from corpus.masks import MISSING, PREFIX, MaskRule, Sample, mask_rule
 from corpus.names import (
     CLASS_FILES,
@@ -52,10 +55,31 @@ from corpus.names import (
 )
 from corpus.raster import Survey, spread
 from corpus.reading import Decoding, Shown
+from corpus.remote import (
+    AT_ONCE,
+    HOW_TO_GIVE,
+    Access,
+    Cut,
+    Refused,
+    RemoteFile,
+    Unreachable,
+    as_file,
+    facts_of,
+    files_below,
+    is_folder,
+    is_pattern,
+    is_remote,
+    new_tally,
+    read_whole,
+    repeated_since,
+    stretches_of,
+)
 from corpus.splits import assigned, check, elsewhere, thinned
 from runtime.errors import UserError
 from runtime.notices import notice
+from runtime.parallel import in_threads
 from runtime.progress import progress
+from runtime.redaction import public
 
 CUT = "shard cut in the middle"
 BROKEN = "not a tar shard"
@@ -71,6 +95,8 @@ LARGEST_TEXT = 2**20
 LARGEST_MEMBER = 2**30
 #: Zeros after the last member; writers fill up to their own block size.
 LONGEST_END = 2**22
+#: Images in a row that cannot be reached, after which a network counts as gone.
+GONE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +150,7 @@ class WebDataset(Shown):
 
     Args:
         urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::"; or a folder of
-            .tar files on this machine, or a pattern with * or ?.
+            .tar files, or a pattern with * or ?, here or behind a URL.
         split: "all", "train", "val" or "test"; an image is of the split that its facts name, else of its hash's;
             `corpus.splits` has the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
@@ -138,8 +164,10 @@ class WebDataset(Shown):
         bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`.
         content_hash: an image has changed if its bytes have, all of which are read for it, not if its shard has.
         workers: decoding processes (None: one a core); the result does not depend on it.
+        retries, timeout, storage: of shards behind URLs, as in `corpus.remote.Access`; they change no result, and what
+            is in `storage` is written nowhere.
     Raises:
-        UserError: no shards given, or one cannot be found.
+        UserError: no shards given, or one cannot be found or reached.
     """
 
     urls: str | None = None
@@ -156,19 +184,26 @@ class WebDataset(Shown):
     mask_colours: Any = None
     content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
+    retries: int = field(default=5, metadata={"fingerprint": False})
+    timeout: float = field(default=30.0, metadata={"fingerprint": False})
+    storage: Any = field(default=None, repr=False, metadata={"fingerprint": False})
     name: str = "webdataset"
 
     def __post_init__(self) -> None:
         if not self.urls:
             raise UserError("corpus=webdataset reads no shards yet: say which with corpus.urls='DIR/{000..009}.tar'")
         check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        if self.retries < 0 or self.timeout <= 0:
+            raise UserError(
+                f"corpus.retries={self.retries}, corpus.timeout={self.timeout}: give 0 or more, and seconds"
+            )
         _ = self.raster
         _ = self.mask_rule  # refused before anything is read
 
     @property
     def version(self) -> dict[str, str]:
         """A digest of every shard's size and time of change, and the names of the classes where there are any."""
-        text = json.dumps([[shard, self._shard_stamp(shard)] for shard in self._shards])
+        text = json.dumps([[public(shard), self._shard_stamp(shard)] for shard in self._shards])
         names = {"class_names": list(self._class_names)} if self._class_names else {}
         return {"shards": hashlib.sha256(text.encode()).hexdigest()[:16], **names}
 
@@ -195,14 +230,18 @@ class WebDataset(Shown):
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
         items = [self._chosen[row] for row in rows]
         places = [(item.image, item.mask, item.problem) for item in items]
-        return partial(_read_places, places, Decoding(self.resolution, self.raster, self.survey, self.mask_rule))
+        reached = self._reached(place.shard for item in items for place in (item.image, item.mask) if place)
+        decoding = Decoding(self.resolution, self.raster, self.survey, self.mask_rule)
+        return partial(_read_places, places, decoding, reached)
 
     @cached_property
     def survey(self) -> Survey:
         """Of images that are spread over the shards, whichever split is read."""
         places = [item.image for item in self._items if item.image and item.image_suffix not in SHALLOW]
-        with closing(_Members()) as members:
-            return survey_files(_readable(members, [places[row] for row in spread(len(places))]), self.raster)
+        places = [places[row] for row in spread(len(places))]
+        with closing(_Members(self._reached(place.shard for place in places))) as members:
+            members.plan(places)
+            return survey_files(_readable(members, places), self.raster)
 
     @property
     def files(self) -> list[str]:
@@ -215,15 +254,19 @@ class WebDataset(Shown):
         Raises:
             UserError: a member is no longer there.
         """
-        with closing(_Members()) as members:
-            for row in rows:
-                item = self._chosen[row]
+        items = [self._chosen[row] for row in rows]
+        parts = [place for item in items for place in (item.image, item.mask) if place is not None]
+        with closing(_Members(self._reached(place.shard for place in parts))) as members:
+            members.plan(parts)
+            for item in items:
                 places = ((item.image, item.image_suffix), (item.mask, item.mask_suffix))
                 try:
                     parts = [(members.read(place), suffix) for place, suffix in places if place is not None]
+                except Unreachable as error:
+                    raise _gone(error) from None
                 except (OSError, tarfile.TarError):
                     raise UserError(
-                        f"{item.id} cannot be read any more from {item.image.shard}: prune again, or put the shard back"
+                        f"{item.id} cannot be read any more from {item.shard}: prune again, or put the shard back"
                     ) from None
                 data, suffix = parts[0]
                 yield data, honest_suffix(data, suffix), parts[1] if item.mask is not None else None
@@ -232,35 +275,74 @@ class WebDataset(Shown):
     def _shards(self) -> list[str]:
         try:
             listed = [url for urls in str(self.urls).split("::") for url in braceexpand(urls)]
-            shards = [shard for url in listed for shard in _shards_at(url)]
+            shards = [shard for url in listed for shard in self._shards_at(url)]
         except UnbalancedBracesError:
             raise UserError(
-                f"corpus.urls={self.urls} is no list of shards: close its braces, as in {{000..099}}"
+                f"corpus.urls={public(str(self.urls))} is no list of shards: close its braces, as in {{000..099}}"
             ) from None
         if len(set(shards)) < len(shards):
-            raise UserError(f"corpus.urls={self.urls} names a shard twice: name each once")
+            raise UserError(f"corpus.urls={public(str(self.urls))} names a shard twice: name each once")
         return shards
 
     def _shard_stamp(self, shard: str) -> str:
         """What changes with a shard: its size and, where its file system knows, its time of change or tag."""
-        try:
-            system, path = fsspec.core.url_to_fs(shard)
-            facts = system.info(path)
-            if facts.get("type") == "directory":
-                raise FileNotFoundError
-        except FileNotFoundError:
-            raise UserError(f"corpus.urls: there is no shard {shard}: check the path and the brace list") from None
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"corpus.urls: {shard} cannot be opened ({reason}): check the URL and the network"
-            ) from error
-        tag = next((facts[key] for key in ("mtime", "ETag", "etag", "LastModified", "md5") if facts.get(key)), "")
+        facts = self._facts[shard] if is_remote(shard) else _looked_at(shard, self._access)
+        tag = next((facts[key] for key in TAGS if facts.get(key)), "")
         return f"{facts.get('size')}-{tag}"
 
     @cached_property
+    def _facts(self) -> dict[str, dict[str, Any]]:
+        """What is known of every shard behind a URL: as it was listed, else as it is looked at once."""
+        far = [shard for shard in self._shards if is_remote(shard)]
+        known = {shard: self._listed[shard] for shard in far if self._listed.get(shard, {}).get("size") is not None}
+        others = [shard for shard in far if shard not in known]
+        looked = in_threads(partial(_looked_at, access=self._access), others, AT_ONCE)
+        looked = progress(looked, f"look at shards of {self.name}", total=len(others), unit="shard")
+        return {**known, **dict(zip(others, looked, strict=True))}
+
+    @cached_property
+    def _listed(self) -> dict[str, dict[str, Any]]:
+        """Facts of the shards that were found by a pattern or a folder behind a URL."""
+        return {}
+
+    def _shards_at(self, url: str) -> list[str]:
+        """The shards of a folder, or of a pattern with * or ?, sorted; the URL itself where it is neither."""
+        if not is_remote(url):
+            return _local_shards(url)
+        pattern = is_pattern(url)
+        if not pattern and as_file(url).endswith(".tar"):
+            return [url]
+        with _told(url):
+            if not pattern and not is_folder(url, self._access):
+                return [url]
+            found = files_below(url if pattern else url.rstrip("/") + "/", self._access, "" if pattern else ".tar")
+        self._listed.update(found)
+        return list(found) or [url]
+
+    @cached_property
+    def _access(self) -> Access:
+        storage = OmegaConf.to_container(self.storage) if isinstance(self.storage, DictConfig) else self.storage
+        tally = new_tally() if is_remote(str(self.urls)) else ""
+        if tally:
+            weakref.finalize(self, _removed, tally, os.getpid())
+        return Access(int(self.retries), float(self.timeout), storage or None, tally)
+
+    @property
+    def network_notes(self) -> Iterator[str]:
+        """What was asked for more than once since the last look, for a line on stderr."""
+        line = repeated_since(self._access.tally) if self._access.tally else ""
+        if line:
+            yield line
+
+    def _reached(self, shards: Iterable[str]) -> _Reached:
+        far = {shard: self._facts[shard].get("size") for shard in set(shards) if is_remote(shard)}
+        return _Reached(self._access, far)
+
+    @cached_property
     def _class_names(self) -> tuple[str, ...]:
-        return chosen_classes(self.class_names) if self.class_names is not None else _classes_beside(self._shards)
+        if self.class_names is not None:
+            return chosen_classes(self.class_names)
+        return _classes_beside(self._shards, self._access)
 
     @cached_property
     def _items(self) -> list[_Item]:
@@ -268,9 +350,9 @@ class WebDataset(Shown):
         items, passed, hollow = [], Counter(), []
         for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
             stamp = "" if self.content_hash else self._shard_stamp(shard)
-            digests = self.content_hash or (self.split != "all" and not _is_local(shard))
-            problems: list[tuple[int, _Item]] = []
-            places = list(_members(shard, problems, passed, digests, extra_suffixes(self.image_suffixes)))
+            digests = self.content_hash or (self.split != "all" and is_remote(shard))
+            places, problems, passed_here = self._looked_through(shard, digests)
+            passed += passed_here
             hollow += [] if places or problems else [shard]
             found = samples([place.name for place in places], [place.kind for place in places])
             for sample in found:
@@ -288,6 +370,22 @@ class WebDataset(Shown):
             notice(f"{self.name}: {sum(passed.values())} members passed over: {counted(passed)}")
         return _named(items)
 
+    def _looked_through(self, shard: str, digests: bool) -> tuple[list[_Place], list[tuple[int, _Item]], Counter[str]]:
+        """The members of a shard, what is wrong with it, and what was passed over; of one behind a URL, read once for
+        all splits."""
+        extra = extra_suffixes(self.image_suffixes)
+        far = is_remote(shard)
+        key = (shard, self._shard_stamp(shard), digests, tuple(extra)) if far else ()
+        if key not in _seen:
+            problems, passed = [], Counter()
+            with _told(shard):
+                places = list(_members(shard, self._reached([shard]), problems, passed, digests, extra))
+            if not far:
+                return places, problems, passed
+            _seen[key] = places, problems, passed
+        places, problems, passed = _seen[key]
+        return places, list(problems), passed
+
     @cached_property
     def _splits(self) -> tuple[list[str], dict[str, str]]:
         """The split of every sample, and the other splits in which some of them, by id, have copies."""
@@ -302,7 +400,7 @@ class WebDataset(Shown):
         images = [item.image for item in self._items]
         if any(image is not None and image.digest for image in images):
             return by_key(ids, [image.digest if image is not None and image.digest else None for image in images])
-        with closing(_Members()) as members:
+        with closing(_Members(self._reached(image.shard for image in images if image is not None))) as members:
 
             def read(at: int, whole: bool) -> bytes:
                 return ends(members.opened(images[at].shard), images[at].data, images[at].size, whole)
@@ -321,13 +419,79 @@ class WebDataset(Shown):
         return [items[row] for row in thinned(len(items), self.limit)]
 
 
-def _is_local(shard: str) -> bool:
-    return "://" not in shard or shard.startswith("file://")
+#: Facts by which a file system tells a file that has changed.
+TAGS = ("mtime", "ETag", "etag", "LastModified", "Last-Modified", "md5")
+#: What was found in shards behind URLs, so that each is read once for all splits of a corpus.
+_seen: dict[tuple, tuple[list[_Place], list[tuple[int, _Item]], Counter[str]]] = {}
 
 
-def _shards_at(url: str) -> list[str]:
-    """The shards of a local folder, or of a pattern with * or ?, sorted; the URL itself where it is neither."""
-    if not _is_local(url) or Path(url).is_file():
+@dataclass(frozen=True)
+class _Reached:
+    """How shards are opened; `sizes` are those of shards behind URLs, in bytes."""
+
+    access: Access = field(default_factory=Access)
+    sizes: Mapping[str, int | None] = field(default_factory=dict)
+
+    def opened(self, shard: str, stretches: Sequence[tuple[int, int]] = ()) -> Any:
+        if not is_remote(shard):
+            return fsspec.open(shard, "rb").open()
+        return RemoteFile(shard, self.access, self.sizes[shard], stretches)
+
+
+@contextlib.contextmanager
+def _told(shard: str) -> Iterator[None]:
+    """What a file system raises, as one line.
+
+    Raises:
+        UserError
+    """
+    where = public(shard)
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"corpus.urls: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"corpus.urls: there is no shard {where}: check the path and the brace list") from None
+    except PermissionError as error:
+        if not is_remote(shard):
+            raise UserError(f"corpus.urls: {where} cannot be opened ({error}): check its permissions") from None
+        raise UserError(
+            f"corpus.urls: {where} cannot be opened (no permission, or no credentials): {HOW_TO_GIVE}"
+        ) from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"corpus.urls: {where} cannot be opened ({reason}): check the URL and the network") from None
+
+
+def _looked_at(shard: str, access: Access) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: the shard is not there, or cannot be reached.
+    """
+    with _told(shard):
+        if is_remote(shard):
+            return facts_of(shard, access)
+        system, path = fsspec.core.url_to_fs(shard)
+        facts = system.info(path)
+        if facts.get("type") == "directory":
+            raise FileNotFoundError
+        return facts
+
+
+def _gone(error: Unreachable) -> UserError:
+    return UserError(f"{error}, after all repetitions: run the same command again to go on, or raise corpus.retries")
+
+
+def _removed(path: str, owner: int) -> None:
+    """A file of this process; a copy of it in another does nothing."""
+    if os.getpid() == owner:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _local_shards(url: str) -> list[str]:
+    """The shards of a local folder, or of a pattern with * or ?, sorted; the path itself where it is neither."""
+    if Path(url).is_file() or url.startswith("file://"):
         return [url]
     if Path(url).is_dir():
         return sorted(str(path) for path in Path(url).glob("*.tar")) or [url]
@@ -335,13 +499,22 @@ def _shards_at(url: str) -> list[str]:
     return found or [url]
 
 
-def _classes_beside(shards: Sequence[str]) -> tuple[str, ...]:
-    """Names of the classes in a list beside the first shard."""
-    folder = shards[0].rpartition("/")[0] if shards else ""
-    for name in CLASS_FILES if _is_local(shards[0]) else CLASS_FILES[:1]:
+def _classes_beside(shards: Sequence[str], access: Access) -> tuple[str, ...]:
+    """Names of the classes in a list beside the first shard.
+
+    Raises:
+        UserError: the network failed, so that nobody knows.
+    """
+    folder, far = as_file(shards[0]).rpartition("/")[0] if shards else "", is_remote(shards[0])
+    for name in CLASS_FILES[:1] if far else CLASS_FILES:
+        path = f"{folder}/{name}" if folder else name
         try:
-            with fsspec.open(f"{folder}/{name}" if folder else name, "rb") as file:
+            if far:
+                return class_list(read_whole(path, access)[:LARGEST_TEXT])
+            with fsspec.open(path, "rb") as file:
                 return class_list(file.read(LARGEST_TEXT))
+        except (Unreachable, Cut) as error:
+            raise _gone(error) from None
         except Exception:  # there is none, or its server says so in one of many ways
             continue
     return ()
@@ -374,7 +547,12 @@ def _passed_over(found: Sequence[Group], places: Sequence[_Place]) -> Counter[st
 
 
 def _members(
-    shard: str, problems: list[tuple[int, _Item]], passed: Counter[str], digests: bool, extra: Sequence[str]
+    shard: str,
+    reached: _Reached,
+    problems: list[tuple[int, _Item]],
+    passed: Counter[str],
+    digests: bool,
+    extra: Sequence[str],
 ) -> Iterator[_Place]:
     """Where the files of one shard lie, by its headers: they are read later, by many processes and more than once.
 
@@ -385,29 +563,31 @@ def _members(
         passed: suffixes of members that hold no bytes are counted here.
         digests: also of the bytes of images and masks.
         extra: suffixes of images.
+    Raises:
+        OSError: the shard cannot be read to its end, though it may be whole.
     """
-    count = 0
+    count, own_name = 0, public(shard)
 
     def wrong(identifier: str, problem: str) -> None:
-        problems.append((count, _Item(id=identifier, shard=shard, problem=problem)))
+        problems.append((count, _Item(id=identifier, shard=own_name, problem=problem)))
 
-    with fsspec.open(shard, "rb") as file:
+    with closing(reached.opened(shard)) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     name = PurePosixPath(member.name)
                     kind = member_kind(member.name, None, extra)
                     if (member.islnk() or member.issym()) and kind in ("image", "mask"):
-                        wrong(f"{shard}:{member.name}", LINK)
+                        wrong(f"{own_name}:{member.name}", LINK)
                     elif not (member.isfile() or member.isdir()) and kind != "companion":
                         passed[suffix_of(member.name)] += 1  # a link, a pipe or a device
                     if not member.isfile() or name.name.startswith("."):
                         continue
                     if name.is_absolute() or ".." in name.parts:
-                        wrong(f"{shard}:{member.name}", UNSAFE)
+                        wrong(f"{own_name}:{member.name}", UNSAFE)
                         continue
                     if kind not in ("?", "companion") and member.size > LARGEST_MEMBER:
-                        wrong(f"{shard}:{member.name}", TOO_LARGE)
+                        wrong(f"{own_name}:{member.name}", TOO_LARGE)
                         continue
                     count += 1
                     if kind == "?":
@@ -420,18 +600,23 @@ def _members(
                     size = 0 if member.issparse() or kind != "image" else member.size
                     yield _Place(shard, member.name, *place, text, digest, kind, member.offset_data, size)
                 whole = _ends_whole(file, tar)
+        except (Unreachable, Refused, FileNotFoundError, PermissionError):
+            raise
         except Exception:  # `tarfile` raises whatever it likes on broken headers
             whole = False
-    if not whole and not count:
-        wrong(shard, COMPRESSED if _compressed(shard) else BROKEN)
-    elif not whole:
-        wrong(f"{shard}:end", CUT)
+        if not whole and not count:
+            wrong(own_name, COMPRESSED if _compressed(file) else BROKEN)
+        elif not whole:
+            wrong(f"{own_name}:end", CUT)
 
 
-def _compressed(shard: str) -> bool:
+def _compressed(file: Any) -> bool:
     """Whether it begins as gzip, bzip2, xz or zstd files do."""
-    with fsspec.open(shard, "rb") as file:
+    file.seek(0)
+    try:
         return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
+    except Cut:
+        return False
 
 
 def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
@@ -459,7 +644,7 @@ def _rows(
     `stamp` is the shard's; empty: images are stamped with a digest of their bytes.
     """
     at = lambda position: None if position is None else places[position]  # noqa: E731
-    image, mask, shard = at(sample.image), at(sample.mask) if masks else None, places[0].shard
+    image, mask, shard = at(sample.image), at(sample.mask) if masks else None, public(places[0].shard)
     facts = _json(places[sample.facts].text) if sample.facts is not None else {}
     row = sample_captions([decoded(places[text].text) for text in sample.texts], facts)
     label = decoded(places[sample.label].text) if sample.label is not None else ""
@@ -502,8 +687,15 @@ def _json(data: bytes) -> dict:
 class _Members:
     """Reads members of shards, of which one is open at a time."""
 
-    def __init__(self) -> None:
-        self._shard, self._file = "", None
+    def __init__(self, reached: _Reached) -> None:
+        self._shard, self._file, self._reached = "", None, reached
+        self._parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
+
+    def plan(self, places: Iterable[_Place]) -> None:
+        """What will be read, so that members of a shard behind a URL that lie side by side come by one request."""
+        for place in places:
+            if is_remote(place.shard):
+                self._parts[place.shard].append((place.start, place.end))
 
     def read(self, place: _Place) -> bytes:
         """The bytes of a member, by its own header, since the shard may have changed or the member be sparse.
@@ -528,7 +720,7 @@ class _Members:
     def opened(self, shard: str) -> Any:
         if self._shard != shard:
             self.close()
-            self._file = fsspec.open(shard, "rb").open()
+            self._file = self._reached.opened(shard, stretches_of(self._parts[shard]))
             self._shard = shard
         return self._file
 
@@ -540,15 +732,26 @@ class _Members:
 
 def _readable(members: _Members, places: Sequence[_Place]) -> Iterator[bytes]:
     for place in places:
-        with contextlib.suppress(OSError, tarfile.TarError):  # its row will say so
+        try:
             yield members.read(place)
+        except Unreachable as error:  # without it, all images might be shown in another way
+            raise _gone(error) from None
+        except (OSError, tarfile.TarError):  # its row will say so
+            continue
 
 
 def _read_places(
-    places: Sequence[tuple[_Place | None, _Place | None, str]], decoding: Decoding
+    places: Sequence[tuple[_Place | None, _Place | None, str]], decoding: Decoding, reached: _Reached
 ) -> Iterator[np.ndarray | Sample | str]:
-    """Images at places in shards."""
-    with closing(_Members()) as members:
+    """Images at places in shards.
+
+    Raises:
+        UserError: several images in a row cannot be reached: the network is gone, and whoever runs the same command
+            again when it is back loses nothing.
+    """
+    failed = 0
+    with closing(_Members(reached)) as members:
+        members.plan(place for image, mask, problem in places if not problem for place in (image, mask) if place)
         for image_place, mask_place, problem in places:
             if problem:
                 yield problem
@@ -558,11 +761,19 @@ def _read_places(
                 data = members.read(image_place)
                 part = PREFIX
                 mask = members.read(mask_place) if mask_place is not None else MISSING
+            except Unreachable as error:
+                failed += 1
+                if failed >= GONE:
+                    raise _gone(error) from None
+                yield UNREACHABLE
             except FileNotFoundError:
                 yield VANISHED
             except tarfile.TarError:
                 yield part + CUT
+            except PermissionError:
+                yield NO_PERMISSION
             except OSError:
                 yield UNREADABLE_FILE
             else:
+                failed = 0
                 yield decoding(data, mask)

@@ -1,0 +1,125 @@
+"""Credentials are kept out of all that is written or said: those of URLs, of storage options, of the environment.
+
+`public` is pure, so it is what fingerprints, ids and stored configs go through. `redacted` also knows the secrets that
+this process was given, and is the last line of defence of every message.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+#: Stands for a secret in a message.
+HIDDEN = "***"
+#: Keys of a config that are not written down.
+SECRET = re.compile(r"(^|_)(tokens?|passwords?|passwd|secrets?|credentials?|(api|access|private|secret)_?key)$", re.I)
+#: Entries of `storage` that hold no secret; all others are not written down.
+HARMLESS = frozenset(
+    (
+        *("account_name", "addressing_style", "anon", "client_kwargs", "config_kwargs", "default_block_size", "host"),
+        *("endpoint_url", "fixed_upload_size", "max_concurrency", "port", "project", "region_name", "requester_pays"),
+        *("requests_timeout", "s3", "signature_version", "use_ssl", "verify", "version_aware"),
+    )
+)
+#: Of a source's entry in a config: how its files are reached, which changes no result.
+ACCESS = ("retries", "timeout", "storage")
+#: The entry of a config that holds file-system options.
+STORAGE = "storage"
+
+_USER = re.compile(
+    r"(?<!github)://[^\s@/:?#]*:(?!\d*(?:[/?#]|$))[^\s@]*@(?:[^\s@/?#]*@)*"  # in a password, slashes may stand
+    r"|(?<=http)://[^\s@/:?#]+@|(?<=https)://[^\s@/:?#]+@|(?<=s3)://[^\s@/:?#]+@|(?<=s3a)://[^\s@/:?#]+@"
+)
+_WORDS = r"tokens?|secrets?|passwords?|passwd|pwd|credentials?|signature|api[-_]?key|access[-_]?key(?:[-_]?id)?|jwt"
+_WORDS += r"|access[-_]?id|account[-_]?key|private[-_]?key|key[-_]?pair[-_]?id|auth|authorization|session"
+_VALUE = r"=(?:(?!::|,\w+://)[^&#\s'\"<>])*"
+_PARAMETER = re.compile(
+    rf"([?&#]|&amp;)(?:x-(?:amz|goog|oss|ms)-[\w.-]+|[\w.-]*(?:{_WORDS})|key|sig|pass){_VALUE}", re.I
+)
+#: What is signed with the others: until when, what for. Alone these names may mean anything.
+_SIGNED = re.compile(rf"([?&#]|&amp;)(?:expires|policy|s[eprtv]|spr|sip|sdd|ske|sks|skt|sktid|skoid|skv){_VALUE}", re.I)
+_IS_SIGNED = re.compile(r"[?&;]((awsaccesskeyid|googleaccessid|signature|sig)=|x-(amz|goog)-)", re.I)
+_NAMED = re.compile(
+    rf"((?:[\w.-]*(?:{_WORDS}|storage\.key)['\"]?\s*=|['\"](?:\w*(?:{_WORDS})|key)['\"]\s*:)\s*['\"]?)"
+    r"(?!null\b|None\b|\*\*\*)([^\s'\",}&)]+)",
+    re.I,
+)
+#: Of `storage={key:…,secret:…}` on a command line.
+_IN_BRACES = re.compile(r"(storage=\{)([^}]*)(\}?)")
+_HEADER = re.compile(r"\b((?:Bearer|Basic)\s+)[A-Za-z0-9+/=._~-]{8,}")
+#: Shorter ones are found in ordinary words.
+_SHORTEST = 4
+
+_hidden: set[str] = set()
+
+
+def public(text: str) -> str:
+    """A text in which URLs have no credentials: no user and password, no signature, token or key in a query.
+
+    Two URLs that differ in their credentials alone become the same, and one without any stays as it is.
+    """
+    if "://" not in text:
+        return text
+    signed, cleaned = _IS_SIGNED.search(text), _USER.sub("://", text)
+    for pattern in (_PARAMETER, _SIGNED) if signed else (_PARAMETER,):
+        while (found := pattern.search(cleaned)) is not None:
+            before, after = cleaned[: found.start()], cleaned[found.end() :]
+            if found[1] in "?#" and after[:1] == "&":
+                after = found[1] + after.removeprefix("&amp;").removeprefix("&")
+            cleaned = before + after
+    return cleaned
+
+
+def redacted(text: str) -> str:
+    """`public`, and without the secrets that this process knows or that are named as such (`token=…`)."""
+    text = public(text)
+    for secret in sorted(_hidden | set(_of_environment()), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    text = _IN_BRACES.sub(lambda found: f"{found[1]}{HIDDEN if found[2] else ''}{found[3]}", text)
+    return _HEADER.sub(rf"\1{HIDDEN}", _NAMED.sub(lambda found: found[1] + _mask(found[2]), text))
+
+
+def _mask(value: str) -> str:
+    """A number, as in `max_tokens=77`, is no secret."""
+    return value if value.rstrip(".;:").isdigit() and len(value) < 8 else HIDDEN
+
+
+def hide(values: Iterable[Any]) -> None:
+    """From now on `redacted` hides these values."""
+    _hidden.update(str(value) for value in values if value is not None and len(str(value)) >= _SHORTEST)
+
+
+def secret_values(config: Any, inside: bool = False) -> Iterator[str]:
+    """The texts in a config (JSON-ready) that are secret: by their keys, or as options of a file system.
+
+    Args:
+        inside: it is the options of a file system, where all texts are secret but those of `HARMLESS` keys.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if SECRET.search(str(key)) and isinstance(value, str):
+                yield value
+            elif isinstance(value, (Mapping, list, tuple)):
+                yield from secret_values(value, inside or key == STORAGE)
+            elif inside and key not in HARMLESS and isinstance(value, str):
+                yield value
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            yield from secret_values(value, inside)
+            if inside and isinstance(value, str):
+                yield value
+
+
+def harmless_options(options: Any) -> Any:
+    """File-system options as they may be written down."""
+    if isinstance(options, Mapping):
+        return {str(key): harmless_options(value) for key, value in options.items() if key in HARMLESS}
+    return public(options) if isinstance(options, str) else options
+
+
+def _of_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        if len(value) >= 8 and (SECRET.search(name) or name in ("AWS_ACCESS_KEY_ID", "AZURE_STORAGE_ACCOUNT_KEY")):
+            yield value
