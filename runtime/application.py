@@ -62,7 +62,7 @@ def run(main: Callable) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from runtime.artefacts import is_main_process
+    from runtime.artefacts import is_main_process, running_in
     from runtime.command_line import is_sweep, quote_paths
     from runtime.engine import using
     from runtime.errors import UserError
@@ -82,7 +82,7 @@ def run(main: Callable) -> None:
         with cells.counted():
             try:
                 quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
-                with quiet, command(cfg), using(instantiate(cfg.engine)):
+                with quiet, command(cfg), running_in(cfg.runs), using(instantiate(cfg.engine)):
                     main(cfg)  # of several processes the first alone prints the result
             except Exception as error:  # inside, or Hydra prints a page first
                 message = explained(error, cfg.runs)

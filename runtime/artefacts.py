@@ -143,6 +143,22 @@ class NotBuilt(Exception):
 
 
 _looking = contextvars.ContextVar("looking", default=False)
+_run_folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("run_folder", default=None)
+
+
+def run_folder() -> Path | None:
+    """The run directory of the running command, for what is worth keeping beside its stages; None outside of one."""
+    return _run_folder.get()
+
+
+@contextlib.contextmanager
+def running_in(folder: Path | str) -> Iterator[None]:
+    """While this lasts, `run_folder` is that one."""
+    token = _run_folder.set(Path(folder))
+    try:
+        yield
+    finally:
+        _run_folder.reset(token)
 
 
 def may_build() -> bool:

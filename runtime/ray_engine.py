@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 import tempfile
 import time
 from collections import Counter, deque
@@ -134,6 +135,7 @@ class RayEngine:
             if self.ship_code:
                 environment.setdefault("py_modules", [str(ROOT / name) for name in PACKAGES])
             try:
+                _knock(self.address)
                 with native_stderr_closed():
                     ray.init(self.address, **quiet, runtime_env=environment or None)
             except (ConnectionError, OSError, RuntimeError, ValueError) as error:
@@ -246,6 +248,17 @@ def _ray() -> Any:
             "engine=local"
         ) from None
     return ray
+
+
+def _knock(address: str) -> None:
+    """Open a connection to a cluster's address, and close it: Ray would try for minutes.
+
+    Raises:
+        OSError: nobody answers.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _machines() -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import gzip
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,6 +76,8 @@ from corpus.remote import (
     stretches_of,
 )
 from corpus.splits import assigned, check, elsewhere, thinned
+from runtime.artefacts import fingerprint, run_folder
+from runtime.engine import Step, engine
 from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.parallel import in_threads
@@ -95,6 +98,8 @@ LARGEST_TEXT = 2**20
 LARGEST_MEMBER = 2**30
 #: Zeros after the last member; writers fill up to their own block size.
 LONGEST_END = 2**22
+#: Fewer shards than that are looked through in this process.
+FEW_SHARDS = 16
 #: Images in a row that cannot be reached, after which a network counts as gone.
 GONE = 3
 
@@ -248,6 +253,10 @@ class WebDataset(Shown):
         """The shards."""
         return list(self._shards)
 
+    def shards_of(self, rows: np.ndarray) -> list[str]:
+        """The shards in which some rows lie, in order."""
+        return list(dict.fromkeys(public(self._chosen[row].shard) for row in rows))
+
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         """The bytes and suffix of every image member, and those of its mask or None.
 
@@ -348,11 +357,10 @@ class WebDataset(Shown):
     def _items(self) -> list[_Item]:
         """Every sample and everything that is wrong, under ids of their own."""
         items, passed, hollow = [], Counter(), []
-        for shard in progress(self._shards, f"read headers of {self.name}", unit="shard"):
+        for shard, headers in zip(self._shards, self._headers(), strict=True):
             stamp = "" if self.content_hash else self._shard_stamp(shard)
-            digests = self.content_hash or (self.split != "all" and is_remote(shard))
-            places, problems, passed_here = self._looked_through(shard, digests)
-            passed += passed_here
+            places, problems = headers.places, list(headers.problems)
+            passed += headers.passed
             hollow += [] if places or problems else [shard]
             found = samples([place.name for place in places], [place.kind for place in places])
             for sample in found:
@@ -370,21 +378,23 @@ class WebDataset(Shown):
             notice(f"{self.name}: {sum(passed.values())} members passed over: {counted(passed)}")
         return _named(items)
 
-    def _looked_through(self, shard: str, digests: bool) -> tuple[list[_Place], list[tuple[int, _Item]], Counter[str]]:
-        """The members of a shard, what is wrong with it, and what was passed over; of one behind a URL, read once for
-        all splits."""
-        extra = extra_suffixes(self.image_suffixes)
-        far = is_remote(shard)
-        key = (shard, self._shard_stamp(shard), digests, tuple(extra)) if far else ()
-        if key not in _seen:
-            problems, passed = [], Counter()
-            with _told(shard):
-                places = list(_members(shard, self._reached([shard]), problems, passed, digests, extra))
-            if not far:
-                return places, problems, passed
-            _seen[key] = places, problems, passed
-        places, problems, passed = _seen[key]
-        return places, list(problems), passed
+    def _headers(self) -> Iterator[Headers]:
+        """What the headers of every shard say, read by all workers; once in the life of a run directory."""
+        extra, reached = extra_suffixes(self.image_suffixes), self._reached(self._shards)
+        asked = [
+            Asked(shard, self._shard_stamp(shard), self.content_hash or (self.split != "all" and is_remote(shard)))
+            for shard in self._shards
+        ]
+        known = [read_headers(one, extra) for one in asked]
+        missing = [one for one, headers in zip(asked, known, strict=True) if headers is None]
+        steps = [Step(partial(_looked_through, reached, tuple(extra)))]
+        found = engine().run(steps, missing, 0 if len(missing) < FEW_SHARDS else self.workers)
+        label = f"read headers of {self.name}"
+        for one, headers in zip(progress(asked, label, unit="shard"), known, strict=True):
+            if headers is None:
+                headers = next(found).value
+                keep_headers(one, extra, headers)
+            yield headers
 
     @cached_property
     def _splits(self) -> tuple[list[str], dict[str, str]]:
@@ -422,7 +432,82 @@ class WebDataset(Shown):
 #: Facts by which a file system tells a file that has changed.
 TAGS = ("mtime", "ETag", "etag", "LastModified", "Last-Modified", "md5")
 #: What was found in shards behind URLs, so that each is read once for all splits of a corpus.
-_seen: dict[tuple, tuple[list[_Place], list[tuple[int, _Item]], Counter[str]]] = {}
+_seen: dict[str, Headers] = {}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A shard whose headers are asked for, with what changes when it does, and whether digests are."""
+
+    shard: str
+    stamp: str
+    digests: bool
+
+    def key(self, extra: Sequence[str]) -> str:
+        return fingerprint(shard=public(self.shard), stamp=self.stamp, digests=self.digests, extra=list(extra))
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What the headers of a shard say.
+
+    Attributes:
+        places: of its members.
+        problems: what is wrong, with the number of members before it.
+        passed: suffixes of members that hold no bytes.
+    """
+
+    places: list[_Place]
+    problems: list[tuple[int, _Item]]
+    passed: Counter[str]
+
+    def to_json(self) -> dict[str, Any]:
+        places = [[*astuple(place)[1:4], place.text.decode("latin-1"), *astuple(place)[5:]] for place in self.places]
+        problems = [[count, item.id, item.shard, item.problem] for count, item in self.problems]
+        return {"places": places, "problems": problems, "passed": dict(self.passed)}
+
+    @classmethod
+    def of_json(cls, shard: str, value: Mapping[str, Any]) -> Headers:
+        places = [_Place(shard, *row[:3], row[3].encode("latin-1"), *row[4:]) for row in value["places"]]
+        problems = [(count, _Item(id=name, shard=own, problem=why)) for count, name, own, why in value["problems"]]
+        return cls(places, problems, Counter(value["passed"]))
+
+
+def _looked_through(reached: _Reached, extra: tuple[str, ...], asked: Asked) -> Headers:
+    problems: list[tuple[int, _Item]] = []
+    passed: Counter[str] = Counter()
+    with _told(asked.shard):
+        places = list(_members(asked.shard, reached, problems, passed, asked.digests, extra))
+    return Headers(places, problems, passed)
+
+
+def read_headers(asked: Asked, extra: Sequence[str]) -> Headers | None:
+    """What was kept of a shard behind a URL, in this process or in the run directory; None: nothing."""
+    key = asked.key(extra)
+    path = _headers_file(key)
+    if key not in _seen and path is not None and path.is_file():
+        with contextlib.suppress(OSError, ValueError, EOFError):  # then it is read again
+            return Headers.of_json(asked.shard, json.loads(gzip.decompress(path.read_bytes())))
+    return _seen.get(key)
+
+
+def keep_headers(asked: Asked, extra: Sequence[str], headers: Headers) -> None:
+    """Keep what a shard behind a URL holds: it took a journey, or with digests the whole of its bytes."""
+    if not is_remote(asked.shard):
+        return
+    path = _headers_file(asked.key(extra))
+    if path is None:
+        _seen[asked.key(extra)] = headers
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(f".{os.getpid()}.partial")
+    partial_path.write_bytes(gzip.compress(json.dumps(headers.to_json()).encode(), 1, mtime=0))
+    os.replace(partial_path, path)
+
+
+def _headers_file(key: str) -> Path | None:
+    folder = run_folder()
+    return None if folder is None else folder / "shards" / f"{key}.json.gz"
 
 
 @dataclass(frozen=True)
