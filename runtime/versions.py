@@ -74,6 +74,7 @@ STAGES = {
         ),
         after=("entropy", "embedding"),
     ),
+    "leaks": Stage(version=1, modules=("prune.leaks", "prune.likeness", "eval.waste")),
     "text_encoder": Stage(version=1, modules=("train.text_encoder", "train.captions", *_NETWORKS)),
     "prompts": Stage(version=1, modules=("train.text_encoder",)),
     "latents": Stage(version=1, modules=("train.latents",)),

@@ -15,7 +15,8 @@ from scipy.ndimage import gaussian_filter
 
 from corpus.index import index_corpus
 from corpus.sources.folder import ImageFolder
-from prune.leaks import announce_leaks, correlation, leaks, near_duplicates
+from prune.leaks import WORST, announce_leaks, leak_grids, leaks, near_duplicates
+from prune.likeness import PairRule, correlation
 from prune.selection import select
 from runtime.application import CONFIGS
 from runtime.notices import notice
