@@ -1,4 +1,4 @@
-"""Where and when the images of a manifest were taken: which pairs show the same ground, and which another date of it."""
+"""Where and when the images of a manifest were taken: which pairs show the same ground, and which on another date."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def leaks(
         rule: which images of other dates and places count; None: none of these.
     Returns:
         `exact_copies`: images of the split whose bytes lie in another split, too. `held_out` by name, and `val_test`
-        where there are both: `looked_at`, held-out images that were compared; `exact_copies`, those of all of them whose
-        bytes lie in the other split; of those compared that look like one of it, `near_duplicates`,
+        where there are both: `looked_at`, held-out images that were compared; `exact_copies`, those of all of them
+        whose bytes lie in the other split; of those compared that look like one of it, `near_duplicates`,
         `same_place_other_date` and `look_alike_elsewhere`; and `pairs`, the table of these, below `runs`.
     """
     rule = PairRule() if rule is None else rule
@@ -124,7 +124,9 @@ def _alike(held: Looked, known: Looked, rule: PairRule) -> tuple[pd.DataFrame, n
     found = []
     for at in range(len(held) if len(known) else 0):
         distances = np.bitwise_count(known.hashes ^ held.hashes[at])
-        nearest = np.argsort(distances, kind="stable")[:CANDIDATES] if len(known) > CANDIDATES else np.arange(len(known))
+        nearest = (
+            np.argsort(distances, kind="stable")[:CANDIDATES] if len(known) > CANDIDATES else np.arange(len(known))
+        )
         near = nearest[distances[nearest] <= NEAR_DUPLICATE_BITS]
         if not len(near):
             continue

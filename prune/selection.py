@@ -75,7 +75,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     """Run the pruning stage `name` of a config, or find it done. Returns the selection's directory and its corpus."""
     method, measure = captioned.method_of(cfg), instantiate(cfg.entropy)
     ratio = ratio_of(cfg, method, name)  # refused before anything is computed
-    clock, started = _Clock(), time.time()
+    clock, started = Clock(), time.time()
     encoder = instantiate(cfg.encoder)
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
@@ -135,7 +135,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
 
 
 def _with_captions(
-    cfg: DictConfig, corpus: Corpus, method: Method, measure: LocalEntropy, encoder: EfficientNetLite0, clock: _Clock
+    cfg: DictConfig, corpus: Corpus, method: Method, measure: LocalEntropy, encoder: EfficientNetLite0, clock: Clock
 ) -> tuple[Corpus, captioned.CleanedPairs | None]:
     """The corpus with the captions that are to be read, and the scored pairs where the method uses them."""
     scoring, reading = captioned.wanted(cfg, method)
@@ -198,7 +198,7 @@ def _tell_of_strata(count: int) -> None:
 
 
 def corpus_pool(
-    cfg: DictConfig, corpus: Corpus, measure: LocalEntropy, encoder: EfficientNetLite0, clock: _Clock
+    cfg: DictConfig, corpus: Corpus, measure: LocalEntropy, encoder: EfficientNetLite0, clock: Clock
 ) -> Pool:
     """The pool of an indexed corpus, without a reference.
 
@@ -321,13 +321,13 @@ def _scene_frame(scenes: dict[str, dict[str, int]]) -> pd.DataFrame:
     return pd.DataFrame([{"scene": scene, **counts} for scene, counts in scenes.items()])
 
 
-class _Clock:
+class Clock:
     """Seconds by name: `with clock("embedding"): ...`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, name: str) -> _Clock:
+    def __call__(self, name: str) -> Clock:
         self._name = name
         return self
 

@@ -89,9 +89,9 @@ def write_prune_report(
             "scenes": "Images by scene before and after. A long tail that survives shows as a high kept share of the "
             "small scenes.",
             "reasons": "Why images were kept or dropped; each image has one reason.",
-            "sheets": "Images of two splits that look alike to the pixel. What is measured on the left one of a pair was "
-            "seen in the right one. Images of the same place on another date, and of different places, are counted but "
-            "are no duplicates, unless other_date or elsewhere says so.",
+            "sheets": "Images of two splits that look alike to the pixel. What is measured on the left one of a pair "
+            "was seen in the right one. Images of the same place on another date, and of different places, are counted "
+            "apart and are no duplicates, unless other_date or elsewhere says so.",
             "leaks": "Images of a split that look like one of another, of those looked at.",
             "seconds": "Time by stage; a stage whose result was cached takes next to none.",
             "clusters": "Sizes of the clusters that images were drawn from. Balanced pruning brings the largest down "
