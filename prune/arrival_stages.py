@@ -186,31 +186,43 @@ def judged(corpus: Corpus, kept: Kept, index: KeptIndex, limits: Thresholds, run
         entropy = corpus_entropy(corpus, kept.measure, runs)
         looks = _looks(corpus, kept, index, runs)
         refuse_not_finite(looks.points.embeddings, corpus.readable, f"the embeddings of corpus {corpus.name}")
-        table = pd.DataFrame({"id": corpus.manifest["id"], "row": np.arange(len(corpus)), "verdict": CANDIDATE})
-        table["reason"] = corpus.manifest["reason"].astype(str)
-        table["entropy"] = entropy.astype(np.float32)
-        readable = np.flatnonzero(corpus.readable)
-        scene, scene_similarity = assign_scenes(looks.points.embeddings, index.prototypes)
-        theirs = kept.looks(index.prototypes.centre)
-        scenes = scene[readable]
-        closest, cosine, found = beside_kept(looks, readable, scenes, theirs, index.index, kept.rows, likeness)
-        ids = kept.corpus.manifest["id"].to_numpy(dtype=object)
-        columns = _columns(len(corpus))
-        columns["scene_code"][readable] = scenes
-        columns["scene_similarity"][readable] = scene_similarity[readable]
-        columns["nearest_kept"][readable], columns["similarity"][readable] = ids[closest], cosine
-        columns["duplicate_of"][readable] = np.where(found.match < 0, "", ids[found.match])
-        columns["duplicate_in"][readable] = np.where(found.match < 0, "", KEPT)
-        columns["duplicate_similarity"][readable] = found.cosine
-        columns["correlation"][readable] = found.correlation
-        columns["digest"][readable] = digests(corpus.images, readable)
-        table = table.assign(**columns)
-        verdict = np.full(len(corpus), UNREADABLE, dtype=object)
-        verdict[readable] = np.where(found.verdict == "", CANDIDATE, found.verdict)
-        verdict[corpus.readable & (entropy < limits.entropy)] = LOW_ENTROPY
-        table.assign(verdict=verdict).to_parquet(directory / BESIDE, index=False)
+        beside(corpus, entropy, looks, kept, index, limits).to_parquet(directory / BESIDE, index=False)
 
     return stage(runs, "arrived", inputs, build)
+
+
+def beside(
+    corpus: Corpus, entropy: np.ndarray, looks: Looks, kept: Kept, index: KeptIndex, limits: Thresholds
+) -> pd.DataFrame:
+    """What every image of a corpus is beside the kept set alone, a row an image in corpus order.
+
+    Args:
+        entropy: float [N], bits; looks: of the N images.
+    """
+    readable = np.flatnonzero(corpus.readable)
+    scene, scene_similarity = assign_scenes(looks.points.embeddings, index.prototypes)
+    scenes, theirs = scene[readable], kept.looks(index.prototypes.centre)
+    closest, cosine, found = beside_kept(looks, readable, scenes, theirs, index.index, kept.rows, limits.likeness)
+    ids = kept.corpus.manifest["id"].to_numpy(dtype=object)
+    columns = _columns(len(corpus))
+    for name, values in (
+        ("scene_code", scenes),
+        ("scene_similarity", scene_similarity[readable]),
+        ("nearest_kept", ids[closest]),
+        ("similarity", cosine),
+        ("duplicate_of", np.where(found.match < 0, "", ids[found.match])),
+        ("duplicate_in", np.where(found.match < 0, "", KEPT)),
+        ("duplicate_similarity", found.cosine),
+        ("correlation", found.correlation),
+        ("digest", digests(corpus.images, readable)),
+    ):
+        columns[name][readable] = values
+    verdict = np.full(len(corpus), UNREADABLE, dtype=object)
+    verdict[readable] = np.where(found.verdict == "", CANDIDATE, found.verdict)
+    verdict[corpus.readable & (entropy < limits.entropy)] = LOW_ENTROPY
+    known = {"id": corpus.manifest["id"], "verdict": verdict, "reason": corpus.manifest["reason"].astype(str)}
+    columns |= {"entropy": entropy.astype(np.float32), "row": np.arange(len(corpus)), "corpus": corpus.fingerprint}
+    return pd.DataFrame({**known, **columns})
 
 
 def _columns(count: int) -> dict[str, np.ndarray]:
@@ -233,19 +245,20 @@ def _looks(corpus: Corpus, kept: Kept, index: KeptIndex, runs: Path | str) -> Lo
 def together(
     corpora: Sequence[Corpus], parts: Sequence[Path], kept: Kept, index: KeptIndex, runs: Path | str
 ) -> tuple[pd.DataFrame, Looks]:
-    """The tables and the images of all that arrived; `row` is then that of all images, one corpus after the other.
+    """`union` of the parts of an answer."""
+    tables = [pd.read_parquet(part / BESIDE) for part in parts]
+    return union(tables, [_looks(corpus, kept, index, runs) for corpus in corpora])
 
-    An image that came twice, with the same id and the same pixels, is one row.
+
+def union(tables: Sequence[pd.DataFrame], looks: Sequence[Looks]) -> tuple[pd.DataFrame, Looks]:
+    """The tables of `beside` and the images of all that arrived; `row` is then that of all, one part after the other.
+
+    An image that came twice, with the same id and the same pixels, or broken for the same reason, is one row.
     """
-    tables = [
-        pd.read_parquet(part / BESIDE).assign(corpus=corpus.fingerprint)
-        for corpus, part in zip(corpora, parts, strict=True)
-    ]
     starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])])
     table = pd.concat([part.assign(row=part["row"] + start) for part, start in zip(tables, starts, strict=False)])
-    again = table.duplicated(["id", "digest"]) & (table["digest"] != "")
-    looks = [_looks(corpus, kept, index, runs) for corpus in corpora]
-    points = Points(Gathered([part.points.embeddings for part in looks]), index.prototypes.centre)
+    again = table.duplicated(["id", "digest", "reason"])
+    points = Points(Gathered([part.points.embeddings for part in looks]), looks[0].points.centre)
     images = Gathered([part.images for part in looks])
     return table[~again].reset_index(drop=True), Looks(points, images, Places.together([part.places for part in looks]))
 

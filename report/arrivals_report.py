@@ -22,9 +22,9 @@ SIDE = 96
 MEANINGS = {
     "worth_adding": "new beside what is kept, and within the budget",
     "not_needed": "new beside what is kept, but the budget goes to others",
-    "near_duplicate": "the same picture as one that is kept or arrived: pixels correlate",
-    "copy": "equal in every pixel to one that is kept or arrived",
     "redundant": "so near to one that is kept or arrived that it adds nothing, by the embedding",
+    "copy": "equal in every pixel to one that is kept or arrived",
+    "near_duplicate": "the same picture as one that is kept or arrived: pixels correlate",
     "low_entropy": "local information entropy below the threshold, as of water, cloud or no data",
     "unreadable": "broken, or nothing that a decoder knows",
 }
