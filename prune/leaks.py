@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from corpus.index import Corpus, Sample, Source
 from corpus.places import Places
 from corpus.splits import copies_across_splits, thinned
 from eval.waste import BLOCK, NEAR_DUPLICATE_BITS, perceptual_hashes
-from prune.likeness import CORRELATION, KINDS, PairRule, correlations, kinds, names_in, same_pixels
+from prune.likeness import (
+    CORRELATION,
+    LOOK_ALIKE,
+    OTHER_DATE,
+    PairRule,
+    correlations,
+    kinds,
+    names_in,
+    same_pixels,
+)
 from report.page import SampleGrid
 from runtime.artefacts import read_json, stage, write_json
 from runtime.notices import notice
@@ -68,13 +78,13 @@ def leaks(
         `same_place_other_date` and `look_alike_elsewhere`; and `pairs`, the table of these, below `runs`.
     """
     rule = PairRule() if rule is None else rule
+    read = cache(lambda name: _held_out(held_out[name], most))  # only where a stage is not there yet
     found: dict[str, Any] = {"exact_copies": copies_across_splits(corpus.manifest), "held_out": {}}
     for name, source in held_out.items():
         inputs = {"corpus": corpus.fingerprint, "held_out": source, "version": source.version, "most": most}
 
-        def against_corpus(source: Source = source) -> tuple[pd.DataFrame, int, np.ndarray]:
-            held = _held_out(source, most)
-            return *_alike(held, _of_corpus(corpus), rule), len(held)
+        def against_corpus(name: str = name) -> tuple[pd.DataFrame, np.ndarray, int]:
+            return *_alike(read(name), _of_corpus(corpus), rule), len(read(name))
 
         found["held_out"][name] = _counted(runs, {**inputs, "rule": rule}, against_corpus)
         found["held_out"][name]["exact_copies"] = _copies_in(source, "train")
@@ -82,24 +92,24 @@ def leaks(
         val, test = held_out["val"], held_out["test"]
         inputs = {"val": val, "test": test, "versions": [val.version, test.version], "most": most, "rule": rule}
 
-        def against_test() -> tuple[pd.DataFrame, int, np.ndarray]:
-            held = _held_out(val, most)
-            return *_alike(held, _held_out(test, most), rule), len(held)
+        def against_test() -> tuple[pd.DataFrame, np.ndarray, int]:
+            return *_alike(read("val"), read("test"), rule), len(read("val"))
 
         found["val_test"] = {**_counted(runs, inputs, against_test), "exact_copies": _copies_in(val, "test")}
     return found
 
 
-def _counted(runs: Path | str, inputs: Mapping[str, Any], compare: Any) -> dict[str, Any]:
+def _counted(
+    runs: Path | str, inputs: Mapping[str, Any], compare: Callable[[], tuple[pd.DataFrame, np.ndarray, int]]
+) -> dict[str, Any]:
     """Counts of one pair of splits, from a stage of its own."""
 
     def build(directory: Path) -> None:
         pairs, worst, looked = compare()
         pairs.to_parquet(directory / PAIRS, index=False)
         np.save(directory / WORST, worst)
-        counts = {f"{kind}s" if kind == KINDS[0] else kind: int((pairs["kind"] == kind).sum()) for kind in KINDS}
-        counts[f"{KINDS[0]}s"] = int(pairs["counts"].sum())
-        write_json(directory / COUNTS, {"looked_at": looked, **counts})
+        apart = {kind: int((pairs["kind"] == kind).sum()) for kind in (OTHER_DATE, LOOK_ALIKE)}
+        write_json(directory / COUNTS, {"looked_at": looked, "near_duplicates": int(pairs["counts"].sum()), **apart})
 
     directory = stage(runs, "leaks", inputs, build)
     return {**read_json(directory / COUNTS), "pairs": f"leaks/{directory.name}/{PAIRS}"}

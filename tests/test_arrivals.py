@@ -1,4 +1,4 @@
-"""New images against a kept set: each verdict by brute force, parts against the whole, a selection that nobody touches."""
+"""New images against a kept set: verdicts by brute force, parts against the whole, a selection that nobody touches."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_places_share_ground_where_their_squares_overlap() -> None:
         {
             "Lon": [0, 0, 0, 0, np.nan, 179.9999], "lat": [0, 0, 60, 0, 0, 0],
             "ground_sampling_distance": [1.0, 1.0, 1.0, np.nan, 1.0, 1.0],
-            "date": ["2020", "2020-03-01", "2020-03-02T10:00:00Z", 2021, "", "no date"], "ground": list("aabba") + [""],
+            "date": ["2020", "2020-03-01", "2020-03-02T10:00:00Z", 2021, "", "no date"], "ground": [*list("aabba"), ""],
         }
     )  # fmt: skip
     first = Places.of(table, 100)
@@ -427,9 +427,9 @@ def test_files_get_their_verdicts_in_parts_as_at_once_and_the_selection_stays(
 def test_what_is_no_selection_or_another_one_is_refused_in_one_line(
     folders: Path, selection: Path, tmp_path: Path
 ) -> None:
-    for given, said in ((None, "selection=null"), (tmp_path, "is no selection: give the directory")):
+    for place, said in ((None, "selection=null"), (tmp_path, "is no selection: give the directory")):
         with pytest.raises(UserError, match=said):
-            open_selection(given)
+            open_selection(place)
     kept = open_selection(selection)
     cfg = config(folders / "new", tmp_path, "encoder=efficientnet_lite2")
     with pytest.raises(UserError, match="encoder is another than that"):
