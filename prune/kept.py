@@ -208,7 +208,8 @@ def _scenes(kept: Kept) -> tuple[Prototypes, tuple[float | None, float | None], 
     quantile, known = method.get("reference_duplicates"), duplicate
     if quantile is not None and len(set(labels.tolist())) < len(labels):
         centred = normalise(np.asarray(reference, dtype=np.float32) - prototypes.centre)
-        known = float(np.quantile(nearest_similarities(centred), quantile))
+        repeated = float(np.quantile(nearest_similarities(centred), quantile))
+        known = repeated if duplicate is None else min(repeated, duplicate)
     return prototypes, (known, duplicate), REFERENCE
 
 

@@ -454,17 +454,25 @@ def test_a_random_selection_and_one_with_labels_have_scenes_and_thresholds(folde
         save(labelled / "hill" / f"{number}.png", landscape(number))
         bright = np.clip(landscape(500 + number).astype(int) // 3 + 150, 0, 255).astype(np.uint8)
         save(labelled / "field" / f"{number}.png", bright)
-    for method, scenes in (("random", {"field", "hill"}), ("scene_random", {"field", "hill"})):
+    for method in ("random", "rsprune"):
+        runs = tmp_path / method
         options = ("corpus.train.split=all", "corpus.train.resolution=32", "ratio=0.5", f"prune={method}")
-        made = select(config(labelled, tmp_path / "runs", *options, *OPTIONS), method)[0]
-        found = arrived(made, folders / "new" / "a")
-        summary = json.loads((found / "summary.json").read_text())
-        assert set(summary["scenes"]) == {*scenes, "open"}
+        made = select(config(labelled, runs, *options, *OPTIONS), method)[0]
+        summary = json.loads((arrived(made, folders / "new" / "a") / "summary.json").read_text())
+        assert set(summary["scenes"]) == {"field", "hill", "open"}
         assert sum(part["kept"] for part in summary["scenes"].values()) == 14
-        bits = pd.read_parquet(made / "selection.parquet").query("kept")["entropy"].quantile(0.05)
-        assert summary["thresholds"]["entropy_bits"] == pytest.approx(float(bits))
-        facts = json.loads(next((tmp_path / "runs" / "arrival_index").glob("*/index.json")).read_text())
-        assert facts["scene_agreement"] in (None, 1.0)
+        bits = json.loads((made / "summary.json").read_text())["entropy_threshold"]
+        if method == "random":
+            bits = float(pd.read_parquet(made / "selection.parquet").query("kept")["entropy"].quantile(0.05))
+        assert summary["thresholds"]["entropy_bits"] == pytest.approx(bits)
+        [path] = (runs / "arrival_index").glob("*/index.json")
+        facts = json.loads(path.read_text())
+        if method == "random":
+            assert facts["scene_agreement"] is None and facts["similarity"] == [None, None]
+        else:
+            assert facts["scene_agreement"] == 1 and facts["similarity"][0] <= facts["similarity"][1] == 0.98
+            noted = json.loads((made / "summary.json").read_text())["facts"]["open_floor"]
+            assert facts["floor"] == pytest.approx(noted)
 
 
 @pytest.mark.slow
