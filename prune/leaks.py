@@ -1,8 +1,10 @@
-"""What a pruned split shares with the held-out ones: copies of files, and images that look alike to the pixel."""
+"""What the splits of a corpus share: copies of files, and images that look alike to the pixel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,79 +12,177 @@ import numpy as np
 import pandas as pd
 
 from corpus.index import Corpus, Sample, Source
+from corpus.places import Places
 from corpus.splits import copies_across_splits, thinned
 from eval.waste import BLOCK, NEAR_DUPLICATE_BITS, perceptual_hashes
+from prune.likeness import (
+    CORRELATION,
+    LOOK_ALIKE,
+    OTHER_DATE,
+    PairRule,
+    correlations,
+    kinds,
+    names_in,
+    same_pixels,
+)
+from report.page import SampleGrid
 from runtime.artefacts import read_json, stage, write_json
 from runtime.notices import notice
 from runtime.progress import progress
 
-#: The table of pairs in a stage's directory.
-PAIRS = "pairs.parquet"
+#: The table of pairs in a stage's directory, worst first, its counts, and the images of the worst pairs.
+PAIRS, COUNTS, WORST = "pairs.parquet", "leaks.json", "worst.npy"
+#: Pairs whose images are kept for the report.
+SHOWN = 12
 #: Nearest images by hash of which one must also resemble in its pixels: plain images of any place have like hashes.
 CANDIDATES = 8
-#: Two images are near-duplicates where their brightness correlates at least so. Two dates of a place stay below, and
-#: so do two patches of one sea; a copy in another format, size or stretch does not.
-CORRELATION = 0.95
 #: Images of the corpus that are compared, evenly spread: hashing all of millions would take hours.
 MOST_OF_CORPUS = 50_000
 _last_hashes: dict[tuple[str, int], np.ndarray] = {}
-#: Levels of 255 by which brightness must vary for it to say anything.
-LEAST_CONTRAST = 1.0
 
 
-def leaks(corpus: Corpus, held_out: Mapping[str, Source], most: int, runs: Path | str) -> dict[str, Any]:
-    """How many held-out images the pruned split has as well.
+@dataclass(frozen=True)
+class Looked:
+    """Images of a split that are compared.
+
+    Attributes:
+        ids: object [N].
+        images: uint8 [M, R, R, 3], perhaps a memory map; rows: int64 [N], theirs in it.
+        hashes: uint64 [N]; places: N of them.
+    """
+
+    ids: np.ndarray
+    images: np.ndarray
+    rows: np.ndarray
+    hashes: np.ndarray
+    places: Places
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def leaks(
+    corpus: Corpus, held_out: Mapping[str, Source], most: int, runs: Path | str, rule: PairRule | None = None
+) -> dict[str, Any]:
+    """How many held-out images the pruned split has as well, and what val and test share.
 
     Args:
         corpus: the split that is pruned.
         held_out: val and test, by name.
         most: images of each that are looked at, evenly spread; of the corpus `MOST_OF_CORPUS`.
+        rule: which images of other dates and places count; None: none of these.
     Returns:
-        `exact_copies`: images of the split whose bytes lie in another split, too; by split `looked_at` and
-        `near_duplicates`: held-out images that were compared, and those of them that look like one of the corpus, and
-        `pairs`: the table of these, below `runs`.
+        `exact_copies`: images of the split whose bytes lie in another split, too. `held_out` by name, and `val_test`
+        where there are both: `looked_at`, held-out images that were compared; `exact_copies`, those of all of them
+        whose bytes lie in the other split; of those compared that look like one of it, `near_duplicates`,
+        `same_place_other_date` and `look_alike_elsewhere`; and `pairs`, the table of these, below `runs`.
     """
+    rule = PairRule() if rule is None else rule
+    read = cache(lambda name: _held_out(held_out[name], most))  # only where a stage is not there yet
     found: dict[str, Any] = {"exact_copies": copies_across_splits(corpus.manifest), "held_out": {}}
     for name, source in held_out.items():
         inputs = {"corpus": corpus.fingerprint, "held_out": source, "version": source.version, "most": most}
 
-        def build(directory: Path, source: Source = source) -> None:
-            pairs, looked = near_duplicates(corpus, source, most)
-            pairs.to_parquet(directory / PAIRS, index=False)
-            write_json(directory / "leaks.json", {"looked_at": looked, "near_duplicates": len(pairs)})
+        def against_corpus(name: str = name) -> tuple[pd.DataFrame, np.ndarray, int]:
+            return *_alike(read(name), _of_corpus(corpus), rule), len(read(name))
 
-        directory = stage(runs, "leaks", inputs, build, code="selection")
-        found["held_out"][name] = {**read_json(directory / "leaks.json"), "pairs": f"leaks/{directory.name}/{PAIRS}"}
+        found["held_out"][name] = _counted(runs, {**inputs, "rule": rule}, against_corpus)
+        found["held_out"][name]["exact_copies"] = _copies_in(source, "train")
+    if {"val", "test"} <= set(held_out):
+        val, test = held_out["val"], held_out["test"]
+        inputs = {"val": val, "test": test, "versions": [val.version, test.version], "most": most, "rule": rule}
+
+        def against_test() -> tuple[pd.DataFrame, np.ndarray, int]:
+            return *_alike(read("val"), read("test"), rule), len(read("val"))
+
+        found["val_test"] = {**_counted(runs, inputs, against_test), "exact_copies": _copies_in(val, "test")}
     return found
 
 
-def near_duplicates(corpus: Corpus, source: Source, most: int) -> tuple[pd.DataFrame, int]:
+def _counted(
+    runs: Path | str, inputs: Mapping[str, Any], compare: Callable[[], tuple[pd.DataFrame, np.ndarray, int]]
+) -> dict[str, Any]:
+    """Counts of one pair of splits, from a stage of its own."""
+
+    def build(directory: Path) -> None:
+        pairs, worst, looked = compare()
+        pairs.to_parquet(directory / PAIRS, index=False)
+        np.save(directory / WORST, worst)
+        apart = {kind: int((pairs["kind"] == kind).sum()) for kind in (OTHER_DATE, LOOK_ALIKE)}
+        write_json(directory / COUNTS, {"looked_at": looked, "near_duplicates": int(pairs["counts"].sum()), **apart})
+
+    directory = stage(runs, "leaks", inputs, build)
+    return {**read_json(directory / COUNTS), "pairs": f"leaks/{directory.name}/{PAIRS}"}
+
+
+def near_duplicates(
+    corpus: Corpus, source: Source, most: int, rule: PairRule | None = None
+) -> tuple[pd.DataFrame, int]:
     """Pairs of a held-out image and the image of the corpus that looks like it, and how many were compared.
 
     Returns:
-        a table with `held_out` and `image` (their ids) and `correlation`.
+        a table with `held_out` and `image` (their ids), `correlation`, `kind` and whether it `counts` as a duplicate,
+        those that do and the most alike first.
     """
-    table = source.manifest()
-    rows = thinned(len(table), most)
-    images = [(row, image) for row, image in zip(rows, _images(source, rows), strict=True) if image is not None]
-    usable = np.flatnonzero(corpus.readable)
-    usable = usable[thinned(len(usable), MOST_OF_CORPUS)]
-    if not images or not len(usable):
-        return pd.DataFrame({"held_out": [], "image": [], "correlation": []}), len(images)
-    held = np.stack([image for _, image in images])
-    known = _hashes(corpus, usable)
+    held = _held_out(source, most)
+    return _alike(held, _of_corpus(corpus), PairRule() if rule is None else rule)[0], len(held)
+
+
+def _alike(held: Looked, known: Looked, rule: PairRule) -> tuple[pd.DataFrame, np.ndarray]:
+    """The best pair of every image that has one, as in `near_duplicates`, and images of the first `SHOWN` of them,
+    uint8 [n, 2, R, R, 3]: one that counts is better than one that does not."""
     found = []
-    for (row, image), hashed in zip(images, perceptual_hashes(held), strict=True):
-        distances = np.bitwise_count(known ^ hashed)
+    for at in range(len(held) if len(known) else 0):
+        distances = np.bitwise_count(known.hashes ^ held.hashes[at])
         nearest = (
             np.argsort(distances, kind="stable")[:CANDIDATES] if len(known) > CANDIDATES else np.arange(len(known))
         )
-        near = usable[nearest[distances[nearest] <= NEAR_DUPLICATE_BITS]]
-        likeness = [correlation(image, corpus.images[at]) for at in near]
-        if likeness and max(likeness) >= CORRELATION:
-            best = near[int(np.argmax(likeness))]
-            found.append((table["id"].iloc[int(row)], corpus.manifest["id"].iloc[int(best)], max(likeness)))
-    return pd.DataFrame(found, columns=["held_out", "image", "correlation"]), len(images)
+        near = nearest[distances[nearest] <= NEAR_DUPLICATE_BITS]
+        if not len(near):
+            continue
+        ours = np.repeat(held.images[held.rows[at]][None], len(near), axis=0)
+        theirs = np.stack([known.images[row] for row in known.rows[near]])
+        likeness = correlations(ours, theirs)
+        kind = kinds(held.places[np.full(len(near), at)], known.places[near], same_pixels(ours, theirs), one_grid=True)
+        counts = np.isin(kind, rule.counted)
+        alike = likeness >= CORRELATION
+        if alike.any():
+            best = int(np.argmax(np.where(alike, likeness + 10 * counts, -1)))
+            found.append((at, int(near[best]), float(likeness[best]), kind[best], bool(counts[best])))
+    found.sort(key=lambda pair: (not pair[4], -pair[2], pair[0]))
+    table = pd.DataFrame(found, columns=["held_out", "image", "correlation", "kind", "counts"])
+    table["counts"] = table["counts"].astype(bool)
+    shown = [(held.images[held.rows[pair[0]]], known.images[known.rows[pair[1]]]) for pair in found[:SHOWN]]
+    worst = np.array(shown) if shown else np.empty((0, 2, *held.images.shape[1:]), np.uint8)
+    for column, ids, at in (("held_out", held.ids, 0), ("image", known.ids, 1)):
+        table[column] = ids[np.array([pair[at] for pair in found], dtype=np.int64)]
+    return table, worst
+
+
+def _of_corpus(corpus: Corpus) -> Looked:
+    usable = np.flatnonzero(corpus.readable)
+    rows = usable[thinned(len(usable), MOST_OF_CORPUS)]
+    table = corpus.manifest.iloc[rows]
+    places = Places.of(table, corpus.resolution)
+    return Looked(table["id"].to_numpy(dtype=object), corpus.images, rows, _hashes(corpus, rows), places)
+
+
+def _held_out(source: Source, most: int) -> Looked:
+    """The readable ones of `most` images of a source, evenly spread."""
+    table = source.manifest()
+    rows = thinned(len(table), most)
+    read = [(row, image) for row, image in zip(rows, _images(source, rows), strict=True) if image is not None]
+    empty = np.empty((0, source.resolution, source.resolution, 3), np.uint8)
+    images = np.stack([image for _, image in read]) if read else empty
+    table = table.iloc[[row for row, _ in read]].reset_index(drop=True)
+    places = Places.of(table, source.resolution)
+    return Looked(table["id"].to_numpy(dtype=object), images, np.arange(len(read)), perceptual_hashes(images), places)
+
+
+def _copies_in(source: Source, split: str) -> int:
+    """Images of a split whose bytes lie in another one."""
+    manifest = source.manifest()
+    return names_in(manifest["copy_in"], split) if "copy_in" in manifest else 0
 
 
 def _hashes(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
@@ -92,26 +192,57 @@ def _hashes(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
         blocks = progress(range(0, len(rows), BLOCK), "look for leaks", unit="block")
         parts = [perceptual_hashes(corpus.images[rows[start : start + BLOCK]]) for start in blocks]
         _last_hashes.clear()
-        _last_hashes[key] = np.concatenate(parts)
+        _last_hashes[key] = np.concatenate([np.empty(0, np.uint64), *parts])
     return _last_hashes[key]
 
 
-def correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Pearson's correlation of the brightness of two images, uint8 [R, R, 3]; 0 where one is plain."""
-    luma = [image.mean(axis=-1, dtype=np.float64).ravel() for image in (first, second)]
-    if min(values.std() for values in luma) < LEAST_CONTRAST:
-        return 0.0
-    return float(np.corrcoef(luma)[0, 1])
+def pairs_of_splits(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The counts of every pair of splits in what `leaks` gives, by name."""
+    named = {f"train and {name}": part for name, part in found["held_out"].items()}
+    return {**named, **({"val and test": found["val_test"]} if found.get("val_test") else {})}
+
+
+def leak_grids(found: Mapping[str, Any] | None, runs: Path) -> list[SampleGrid]:
+    """The worst pairs of every pair of splits side by side, as far as their images are still there."""
+    grids = []
+    for name, part in pairs_of_splits(found).items() if found else ():
+        table, images = runs / part["pairs"], (runs / part["pairs"]).with_name(WORST)
+        if not table.is_file() or not images.is_file():
+            continue
+        worst, pairs = np.load(images), pd.read_parquet(table)
+        if not len(worst):
+            continue
+        other, held = name.split(" and ") if name != "val and test" else ("test", "val")
+        lines = [
+            f"{row.held_out} and {row.image}: {row.correlation:.3f}{'' if row.counts else ', ' + _words(row.kind)}"
+            for row in pairs.head(len(worst)).itertuples()
+        ]
+        caption = (
+            f"{len(worst)} of {len(pairs):,} pairs, those that count first, by the correlation of their brightness. "
+            f"{part['near_duplicates']:,} of {part['looked_at']:,} {held} images count as duplicates."
+        )
+        grids.append(SampleGrid(name.capitalize(), caption, {held: worst[:, 0], other: worst[:, 1]}, lines, "pair"))
+    return grids
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 def announce_leaks(found: Mapping[str, Any], name: str) -> None:
-    """Say on stderr, in one line, what the pruned split shares with the held-out ones; nothing where it shares none."""
-    near = {split: part for split, part in found["held_out"].items() if part["near_duplicates"]}
+    """Say on stderr, in one line, what the splits share; nothing where they share nothing."""
     parts = [
         f"{part['near_duplicates']:,} of {part['looked_at']:,} {split} images look like one that is trained on "
         f"(table: {part['pairs']})"
-        for split, part in near.items()
+        for split, part in found["held_out"].items()
+        if part["near_duplicates"]
     ]
+    between = found.get("val_test")
+    if between and between["near_duplicates"]:
+        parts.append(
+            f"{between['near_duplicates']:,} of {between['looked_at']:,} val images look like one of test "
+            f"(table: {between['pairs']})"
+        )
     if found["exact_copies"]:
         parts.insert(0, f"{found['exact_copies']:,} images have exact copies in another split")
     if parts:

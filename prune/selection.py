@@ -23,8 +23,9 @@ from encoders.efficientnet import EfficientNetLite0
 from prune import captioned
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
-from prune.leaks import announce_leaks, leaks
+from prune.leaks import announce_leaks, leak_grids, leaks
 from prune.library import budget_of, refuse_not_finite
+from prune.likeness import PairRule
 from prune.pool import Method, Pool, Selection
 from prune.scenes import corpus_strata
 from prune.weights import effective_size, images_represented
@@ -93,6 +94,8 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         inputs["reference"] = cfg.reference if scenes == REFERENCE else None
     if pairs is not None:
         inputs["captions"] = pairs.directory.name
+    if pair_rule(cfg) != PairRule():  # else as before there was a choice
+        inputs["pair_rule"] = pair_rule(cfg)
 
     def build(directory: Path) -> None:
         pool = corpus_pool(cfg, corpus, measure, encoder, clock)
@@ -165,7 +168,7 @@ def ratio_of(cfg: DictConfig, method: Method, name: str) -> float | None:
 
 
 def found_leaks(cfg: DictConfig, corpus: Corpus) -> dict[str, Any] | None:
-    """What the pruned split shares with val and test; None where `leaks` is 0 or all splits are pruned at once.
+    """What the pruned split, val and test share; None where `leaks` is 0 or all splits are pruned at once.
 
     A split that is empty or has no images of its own is left out.
     """
@@ -176,7 +179,12 @@ def found_leaks(cfg: DictConfig, corpus: Corpus) -> dict[str, Any] | None:
         source = instantiate(cfg.corpus[name])
         if not source.manifest().empty:
             held_out[name] = source
-    return leaks(corpus, held_out, int(cfg.leaks), cfg.runs)
+    return leaks(corpus, held_out, int(cfg.leaks), cfg.runs, pair_rule(cfg))
+
+
+def pair_rule(cfg: DictConfig) -> PairRule:
+    """Which images of other dates and places count as duplicates."""
+    return PairRule(cfg.other_date, cfg.elsewhere)
 
 
 @cache
@@ -247,6 +255,7 @@ def write_selection(
         embeddings=embeddings,
         places=corpus.manifest if {"lon", "lat"} <= set(corpus.manifest) else None,
         links={PAIRS_LINK: PAIRS_PAGE} if (directory / PAIRS_PAGE).is_file() else None,
+        leaks=leak_grids(summary.get("leaks"), directory.parent.parent),
     )
 
 

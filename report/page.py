@@ -24,6 +24,8 @@ from report.tables import REFERENCE, TABLE_NOTES, seeds_line, show
 HERE = Path(__file__).parent
 #: Style and scripts, written into the page.
 ASSETS = ("page.css", "sort.js", "chart.js")
+#: Headings of sections that a page may call otherwise.
+HEADINGS = {"sheets": "Samples"}
 #: The sentence under each section's heading.
 LEADS = {
     "tables": "What was measured, one row a method. ↓ lower is better, ↑ higher is better; the best measured value of "
@@ -65,13 +67,14 @@ class SampleGrid:
 
     Attributes:
         columns: by heading, uint8 [N, H, W, 3].
-        prompts: str [N].
+        prompts: str [N]; row: what one of them is.
     """
 
     title: str
     caption: str
     columns: Mapping[str, np.ndarray]
     prompts: Sequence[str]
+    row: str = "prompt"
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,7 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
     links: Mapping[str, str] | None = None,
+    headings: Mapping[str, str] | None = None,
 ) -> None:
     """Write the page; empty sections are left out.
 
@@ -180,6 +184,7 @@ def write_report(
         facts: short values for the head of the page.
         notes: replaces the text under a table (by its name) or under a section's heading (a key of `LEADS`).
         links: files beside this one, by what is said of them.
+        headings: replaces those of `HEADINGS`.
     """
     notes = notes or {}
     html = _template().render(
@@ -189,6 +194,7 @@ def write_report(
         intro=[paragraph.strip() for paragraph in intro.split("\n\n") if paragraph.strip()],
         facts={name: str(value) for name, value in (facts or {}).items()},
         leads={section: notes.get(section, lead) for section, lead in LEADS.items()},
+        headings={**HEADINGS, **(headings or {})},
         references=_references((tables or {}).values()),
         tables=[_table(name, table, notes) for name, table in (tables or {}).items()],
         figures=[_picture(Picture(*figure)) for figure in figures],
@@ -251,7 +257,7 @@ def _picture(picture: Picture) -> dict[str, Any]:
 def _grid(grid: SampleGrid) -> dict[str, Any]:
     tiles = [[_tile(image) for image in images] for images in grid.columns.values()]
     rows = [(prompt, [column[index] for column in tiles]) for index, prompt in enumerate(grid.prompts)]
-    return {"title": grid.title, "caption": grid.caption, "columns": list(grid.columns), "rows": rows}
+    return {"title": grid.title, "caption": grid.caption, "columns": list(grid.columns), "rows": rows, "row": grid.row}
 
 
 def _group(gallery: Gallery) -> dict[str, Any]:

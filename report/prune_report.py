@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 from report.embedding_map import embedding_map
 from report.figures import cluster_sizes, entropy_histogram, map_figure, scene_bars, world_figure
-from report.page import LEADS, Gallery, figure_bytes, write_report
+from report.page import LEADS, Gallery, SampleGrid, figure_bytes, write_report
 
 REPORT_PAGE = "report.html"
 #: Scenes with a gallery of their own, the largest first.
@@ -28,6 +28,7 @@ COUNTED = ("dropped_by_entropy", "returned_by_entropy", "skipped_as_duplicate")
 #: Images on the map.
 MAPPED = 3000
 WORLD_MAPPED = 6000
+LEAKS = "Leaks between the splits"
 
 
 def write_prune_report(
@@ -40,6 +41,7 @@ def write_prune_report(
     embeddings: np.ndarray | None = None,
     places: pd.DataFrame | None = None,
     links: Mapping[str, str] | None = None,
+    leaks: Sequence[SampleGrid] = (),
 ) -> None:
     """Write the report of one pruning run; reads at most `2 * per_group` images of at most `MOST_SCENES` scenes.
 
@@ -52,10 +54,13 @@ def write_prune_report(
         embeddings: float [N, D], memory-mapped, for the map; None draws none.
         places: N rows with lon and lat in degrees, NaN unknown, for the world map; None draws none.
         links: pages beside this one, by what is said of them.
+        leaks: images that the splits share, side by side.
     """
     galleries, left_out = _galleries(selection, images, generator, per_group)
     reasons = reason_galleries(selection, images, generator, per_group)
     tables = {"scenes": _scenes(summary), "reasons": _reasons(selection), "seconds": _seconds(summary)}
+    if found := summary.get("leaks"):
+        tables["leaks"] = _leaks(found)
     if (selection["cluster"] >= 0).any():
         tables["clusters"] = _clusters(selection)
     write_report(
@@ -71,6 +76,8 @@ def write_prune_report(
             *_map(selection, embeddings, generator),
             *_world(selection, places, generator),
         ],
+        grids=leaks,
+        headings={"sheets": LEAKS},
         galleries={
             title: groups
             for title, groups in ((str(summary["method"]), galleries), ("dropped, by reason", reasons))
@@ -82,6 +89,10 @@ def write_prune_report(
             "scenes": "Images by scene before and after. A long tail that survives shows as a high kept share of the "
             "small scenes.",
             "reasons": "Why images were kept or dropped; each image has one reason.",
+            "sheets": "Images of two splits that look alike to the pixel. What is measured on the left one of a pair "
+            "was seen in the right one. Images of the same place on another date, and of different places, are counted "
+            "apart and are no duplicates, unless other_date or elsewhere says so.",
+            "leaks": "Images of a split that look like one of another, of those looked at.",
             "seconds": "Time by stage; a stage whose result was cached takes next to none.",
             "clusters": "Sizes of the clusters that images were drawn from. Balanced pruning brings the largest down "
             "and leaves the smallest whole.",
@@ -249,6 +260,20 @@ def _reasons(selection: pd.DataFrame) -> pd.DataFrame:
         [
             {"reason": name, "images": int(count), "share": share_text(count / max(len(selection), 1))}
             for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ]
+    )
+
+
+def _leaks(found: Mapping[str, Any]) -> pd.DataFrame:
+    """A row a pair of splits."""
+    named = {f"{name} in train": part for name, part in found["held_out"].items()}
+    if found.get("val_test"):
+        named["val in test"] = found["val_test"]
+    counts = ("looked_at", "exact_copies", "near_duplicates", "same_place_other_date", "look_alike_elsewhere")
+    return pd.DataFrame(
+        [
+            {"splits": name, **{count.replace("_", " "): f"{part.get(count, 0):,}" for count in counts}}
+            for name, part in named.items()
         ]
     )
 

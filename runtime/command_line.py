@@ -12,7 +12,7 @@ from collections.abc import Sequence
 #: Keys of the config that hold a path, whole, or by their last part (`corpus.root`, `corpus.val.root`, `encoder.path`).
 PATH_KEYS = (
     *("runs", "results", "foundation", "selection", "of", "in", "mask", "run", "copy_to"),
-    *("demo.super_resolution", "demo.semantic_synthesis"),
+    *("arrive.after", "demo.super_resolution", "demo.semantic_synthesis"),
 )
 PATH_NAMES = ("root", "path", "folder", "dir", "masks", "urls", "out", "pretrained", "resume")
 #: Of shards: a brace list, whose commas do not separate the cells of a sweep; several joined by `::`.

@@ -74,6 +74,18 @@ STAGES = {
         ),
         after=("entropy", "embedding"),
     ),
+    "arrival_index": Stage(
+        version=1, modules=("prune.kept", "prune.neighbour_index", "prune.scenes"), after=("embedding",)
+    ),
+    "arrived": Stage(
+        version=1,
+        modules=("prune.arrival_stages", "prune.arrivals", "prune.likeness", "prune.neighbour_index", "corpus.places"),
+        after=("entropy", "embedding"),
+    ),
+    "arrivals": Stage(
+        version=1, modules=("prune.arrival_stages", "prune.arrivals", "prune.likeness"), after=("arrived",)
+    ),
+    "leaks": Stage(version=1, modules=("prune.leaks", "prune.likeness", "corpus.places", "eval.waste")),
     "text_encoder": Stage(version=1, modules=("train.text_encoder", "train.captions", *_NETWORKS)),
     "prompts": Stage(version=1, modules=("train.text_encoder",)),
     "latents": Stage(version=1, modules=("train.latents",)),

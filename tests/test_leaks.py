@@ -15,9 +15,11 @@ from scipy.ndimage import gaussian_filter
 
 from corpus.index import index_corpus
 from corpus.sources.folder import ImageFolder
-from prune.leaks import announce_leaks, correlation, leaks, near_duplicates
+from prune.leaks import announce_leaks, leak_grids, leaks, near_duplicates
+from prune.likeness import PairRule, correlation, correlations
 from prune.selection import select
 from runtime.application import CONFIGS
+from runtime.errors import UserError
 from runtime.notices import notice
 
 SIDE = 48
@@ -87,6 +89,86 @@ def test_correlation_is_that_of_numpy_and_of_plain_images_nothing() -> None:
     expected = np.corrcoef(first.mean(-1).ravel(), second.mean(-1).ravel())[0, 1]
     assert correlation(first, second) == pytest.approx(expected) and abs(expected) < 0.5
     assert correlation(np.full((8, 8, 3), 9, np.uint8), np.full((8, 8, 3), 9, np.uint8)) == 0
+
+
+def test_correlations_of_many_pairs_are_those_of_each_alone() -> None:
+    images = np.stack([landscape(number) for number in range(6)])
+    together = correlations(images, images[::-1])
+    assert together.tolist() == [correlation(*pair) for pair in zip(images, images[::-1], strict=True)]
+
+
+@pytest.fixture
+def placed(tmp_path: Path) -> Path:
+    """Recompressed training images in val: of the same place and date, another date, another place, and of none; one of
+    them is in test as well, and one is the training image itself with another place."""
+    root, rows = tmp_path / "placed", []
+
+    def add(name: str, number: int, lon: float | None, date: str, **options: object) -> None:
+        save(root, name, landscape(number), **options)
+        place = {} if lon is None else {"lon": lon, "lat": 0.0, "ground_sampling_distance": 10.0}
+        rows.append({"file_name": name, "date": date, **place})
+
+    for number in range(20):
+        add(f"train/a/{number:02d}.png", number, number, "2020-01-01")
+        add(f"test/a/{number:02d}.png", 100 + number, number + 0.5, "2020-01-01")
+    add("val/a/same.jpg", 1, 1.001, "2020-01-01", quality=85)
+    add("val/a/later.jpg", 2, 2.0, "2021-06-01", quality=85)
+    add("val/a/elsewhere.jpg", 3, 77.0, "2020-01-01", quality=85)
+    add("val/a/nowhere.jpg", 4, None, "2022-01-01", quality=85)
+    add("val/a/twin.png", 5, 80.0, "2020-01-01")
+    add("val/a/new.png", 300, 90.0, "2020-01-01")
+    add("test/a/too.jpg", 4, None, "2022-01-01", quality=75)
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return root
+
+
+def test_other_dates_and_places_are_counted_apart(placed: Path, tmp_path: Path, capsys) -> None:
+    corpus = index_corpus(ImageFolder(str(placed), split="train", resolution=32), tmp_path / "runs")
+    val = ImageFolder(str(placed), split="val", resolution=32)
+    pairs, looked = near_duplicates(corpus, val, 100)
+    kinds = dict(zip(pairs["held_out"], pairs["kind"], strict=True))
+    assert looked == 6 and kinds == {
+        "val/a/same.jpg": "near_duplicate", "val/a/later.jpg": "same_place_other_date",
+        "val/a/elsewhere.jpg": "look_alike_elsewhere", "val/a/nowhere.jpg": "near_duplicate",
+        "val/a/twin.png": "near_duplicate",
+    }  # fmt: skip
+    assert pairs["counts"].tolist() == sorted(pairs["counts"], reverse=True) and pairs["counts"].sum() == 3
+    for rule, count in ((PairRule("duplicate"), 4), (PairRule(elsewhere="duplicate"), 4)):
+        assert near_duplicates(corpus, val, 100, rule)[0]["counts"].sum() == count
+
+    held_out = {"val": val, "test": ImageFolder(str(placed), split="test", resolution=32)}
+    found = leaks(corpus, held_out, 100, tmp_path / "runs")
+    counts = {"looked_at": 6, "near_duplicates": 3, "same_place_other_date": 1, "look_alike_elsewhere": 1}
+    assert counts.items() <= found["held_out"]["val"].items() and found["held_out"]["val"]["exact_copies"] == 1
+    assert (found["val_test"]["looked_at"], found["val_test"]["near_duplicates"]) == (6, 1)
+    [pair] = pd.read_parquet(tmp_path / "runs" / found["val_test"]["pairs"]).itertuples()
+    assert (pair.held_out, pair.image, pair.kind) == ("val/a/nowhere.jpg", "test/a/too.jpg", "near_duplicate")
+    announce_leaks(found, "placed")
+    assert "1 of 6 val images look like one of test" in capsys.readouterr().err
+
+    first, second, third = leak_grids(found, tmp_path / "runs")
+    assert [grid.title for grid in (first, second, third)] == ["Train and val", "Train and test", "Val and test"]
+    assert list(first.columns) == ["val", "train"] and len(first.prompts) == 5 and len(third.prompts) == 1
+    rows = {name: row for row, name in enumerate(corpus.manifest["id"])}
+    for at, pair in enumerate(pairs.itertuples()):
+        assert first.prompts[at].startswith(f"{pair.held_out} and {pair.image}: {pair.correlation:.3f}")
+        assert (first.columns["train"][at] == corpus.images[rows[pair.image]]).all()
+    [image] = val.reader(np.flatnonzero(val.manifest()["id"] == pairs["held_out"][2]))()
+    assert (first.columns["val"][2] == image).all()
+
+
+def test_the_report_shows_the_worst_pairs_and_the_rule_is_part_of_the_selection(placed: Path, tmp_path: Path) -> None:
+    summary = prune(placed, tmp_path / "runs")
+    [selection] = (tmp_path / "runs" / "selection").iterdir()
+    page = (selection / "report.html").read_text()
+    assert "<h2>Leaks between the splits</h2>" in page and "val/a/later.jpg and train/a/02.png" in page
+    assert "same place other date" in page and page.count('alt="train: ') == 6
+    assert summary["leaks"]["val_test"]["near_duplicates"] == 1
+    again = prune(placed, tmp_path / "runs", "other_date=duplicate")
+    assert again["leaks"]["held_out"]["val"]["near_duplicates"] == 4
+    assert len(list((tmp_path / "runs" / "selection").iterdir())) == 2
+    with pytest.raises(UserError, match="elsewhere=no is unknown: give distinct or duplicate"):
+        prune(placed, tmp_path / "runs", "elsewhere=no")
 
 
 def prune(root: Path, runs: Path, *overrides: str) -> dict:

@@ -1,0 +1,122 @@
+"""Where and when the images of a manifest were taken: which pairs show the same ground, and which on another date."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pandas as pd
+
+from corpus.ground import DEGREE
+
+#: What `Places.ground_of` says of a pair.
+UNKNOWN, SAME, ELSEWHERE = 0, 1, 2
+#: Columns of a manifest, the first that is there counts; case is ignored.
+LONGITUDE, LATITUDE = ("lon", "longitude"), ("lat", "latitude")
+DATE = ("date", "datetime", "acquired", "year")
+PIXEL = ("ground_sampling_distance",)
+#: Metres between centres of images of unknown size: nearer, they are of one place; farther, no image is as large.
+ONE_PLACE, NO_IMAGE = 10.0, 100_000.0
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places and dates of images; unknown ones are NaN, "" and 0.
+
+    Attributes:
+        lon, lat: float64 [N], degrees of the centre.
+        side: float64 [N], metres.
+        cell: object [N], the manifest's `ground`.
+        year: int32 [N]; day: int32 [N], day of the year from 1.
+    """
+
+    lon: np.ndarray
+    lat: np.ndarray
+    side: np.ndarray
+    cell: np.ndarray
+    year: np.ndarray
+    day: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lon)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> Places:
+        return Places(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @classmethod
+    def of(cls, manifest: pd.DataFrame, resolution: int) -> Places:
+        """What a manifest's columns say; an image's side is `resolution` pixels of its ground sampling distance."""
+        lon, lat, pixel = (_numbers(manifest, names) for names in (LONGITUDE, LATITUDE, PIXEL))
+        known = np.isfinite(lon) & np.isfinite(lat) & (np.abs(lat) <= 90)
+        cell = manifest["ground"].fillna("").astype(str) if "ground" in manifest else pd.Series("", manifest.index)
+        year, day = _dates(manifest)
+        return cls(
+            lon=np.where(known, lon, np.nan),
+            lat=np.where(known, lat, np.nan),
+            side=np.where(pixel > 0, pixel * resolution, np.nan),
+            cell=cell.to_numpy(dtype=object),
+            year=year,
+            day=day,
+        )
+
+    @classmethod
+    def together(cls, parts: Sequence[Places]) -> Places:
+        """Those of several corpora, one after the other; their cells, which lie on grids of their own, are left out."""
+        joined = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)}
+        return cls(**{**joined, "cell": np.full(len(joined["lon"]), "", dtype=object)})
+
+    def ground_of(self, others: Places, one_grid: bool) -> np.ndarray:
+        """Whether each image shares ground with the other of its pair, int8 [N]: `SAME`, `ELSEWHERE` or `UNKNOWN`.
+
+        Images are squares around their centres. Where the size of one is unknown, images within `ONE_PLACE` are of the
+        same place and those beyond `NO_IMAGE` are not.
+
+        Args:
+            others: as many.
+            one_grid: cells of both are of one grid, as the splits of one corpus are; different ones share no ground.
+        """
+        east = ((others.lon - self.lon + 180) % 360 - 180) * np.cos(np.radians((self.lat + others.lat) / 2))
+        apart = np.maximum(np.abs(east), np.abs(others.lat - self.lat)) * DEGREE
+        reach = (self.side + others.side) / 2 * (1 - 1e-6)  # neighbours that only touch share nothing
+        sized = np.isfinite(reach)
+        found = np.full(len(self), UNKNOWN, dtype=np.int8)
+        with np.errstate(invalid="ignore"):
+            found[np.where(sized, apart < reach, apart < ONE_PLACE)] = SAME
+            found[np.where(sized, apart >= reach, apart > NO_IMAGE)] = ELSEWHERE
+        if one_grid:
+            cells = (self.cell != others.cell) & (self.cell != "") & (others.cell != "")
+            found[(found == UNKNOWN) & cells.astype(bool)] = ELSEWHERE
+        return found
+
+    def on_other_date(self, others: Places) -> np.ndarray:
+        """Whether the dates of each pair are known and differ, bool [N]; where one is a year, the years count."""
+        days = (self.day != others.day) & (self.day > 0) & (others.day > 0)
+        return (self.year > 0) & (others.year > 0) & ((self.year != others.year) | days)
+
+
+def _column(manifest: pd.DataFrame, names: Sequence[str]) -> pd.Series | None:
+    by_name = {str(name).lower(): name for name in reversed(list(manifest.columns))}
+    return next((manifest[by_name[name]] for name in names if name in by_name), None)
+
+
+def _numbers(manifest: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
+    column = _column(manifest, names)
+    if column is None:
+        return np.full(len(manifest), np.nan)
+    return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _dates(manifest: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Year and day of the year, int32 [N]; 0 unknown. A number of four digits is a year alone."""
+    year, day = np.zeros(len(manifest), np.int32), np.zeros(len(manifest), np.int32)
+    column = _column(manifest, DATE)
+    if column is None:
+        return year, day
+    texts = column.astype("string").fillna("").str.strip().str.replace(r"\.0$", "", regex=True)
+    alone = texts.str.fullmatch(r"\d{4}").to_numpy(dtype=bool)
+    year[alone] = texts[alone].astype(int)
+    dates = pd.to_datetime(texts.where(~alone, ""), errors="coerce", utc=True, format="mixed")
+    known = dates.notna().to_numpy()
+    year[known], day[known] = dates[known].dt.year, dates[known].dt.dayofyear
+    return year, day

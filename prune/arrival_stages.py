@@ -1,0 +1,388 @@
+"""The stages of `prune/arrive.py`: what each new corpus is beside the kept set, and the answer for all that arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from corpus.index import Corpus, open_corpus
+from corpus.places import Places
+from prune.arrivals import (
+    BLOCK,
+    CANDIDATE,
+    LOW_ENTROPY,
+    NOT_NEEDED,
+    UNREADABLE,
+    VERDICTS,
+    WORTH,
+    Gathered,
+    Likeness,
+    Looks,
+    among_arrivals,
+    beside_kept,
+    counts_of,
+    digests,
+    fill,
+    first_of_scenes,
+    priority,
+    swaps,
+)
+from prune.clusters import Points
+from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
+from prune.kept import Kept, KeptIndex, kept_index
+from prune.library import budget_of, refuse_not_finite
+from prune.neighbour_index import nearest, paired_cosines
+from prune.scenes import OPEN_SCENE, assign_scenes
+from prune.selection import Clock, pair_rule
+from report.arrivals_report import write_arrivals_report
+from runtime.artefacts import COMPLETE, read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.notices import notice
+
+#: Files of the stages.
+BESIDE, ARRIVALS, SUMMARY, REPORT_PAGE = "beside.parquet", "arrivals.parquet", "summary.json", "report.html"
+GROWING, FIXED = "growing", "fixed"
+#: Where an image lies that another one repeats.
+KEPT, ARRIVED = "kept", "arrived"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What new images are measured by.
+
+    Attributes:
+        entropy: bits below which an image is low in information.
+        likeness: when one repeats another.
+    """
+
+    entropy: float
+    likeness: Likeness
+
+
+def arrive(cfg: DictConfig, kept: Kept) -> Path:
+    """Judge a new corpus, and with `arrive.after` what arrived before it. Returns the directory of the answer.
+
+    Args:
+        cfg: after `prune.kept.as_selected`.
+    Raises:
+        UserError: an option that is none, or an earlier answer that is not of this selection.
+    """
+    budget, clock = budget_option(cfg.arrive.budget), Clock()
+    rule = pair_rule(cfg)
+    earlier = None if cfg.arrive.after is None else open_earlier(Path(str(cfg.arrive.after)).expanduser(), kept)
+    with clock("index of what is kept"):
+        index = kept_index(kept)
+    limits = thresholds(cfg, kept, index, rule)
+    with clock("scan"):
+        new = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, kept.measure, kept.encoder)
+    if new.resolution != kept.corpus.resolution:
+        raise UserError(
+            f"the images of {new.name} have {new.resolution} px, those of {kept.directory} {kept.corpus.resolution}: "
+            "give corpus.train.resolution"
+        )
+    corpora = {corpus.fingerprint: corpus for corpus in [*(earlier.corpora if earlier else ()), new]}
+    parts = {}
+    with clock("compare with what is kept"):
+        for name in sorted(corpora):  # of a set: the order in which they came is forgotten
+            parts[name] = judged(corpora[name], kept, index, limits, cfg.runs)
+    inputs = {"selection": kept.directory.resolve().name, "parts": {name: part.name for name, part in parts.items()}}
+    inputs["budget"] = budget
+
+    def build(directory: Path) -> None:
+        with clock("compare what arrived"):
+            table, looks = together([corpora[name] for name in parts], list(parts.values()), kept, index, cfg.runs)
+            table = answered(table, looks, kept, index, limits.likeness, budget)
+        summary = summarise(table, kept, index, limits, budget, clock.seconds)
+        table.drop(columns="row").to_parquet(directory / ARRIVALS, index=False)
+        write_json(directory / SUMMARY, summary)
+        write_arrivals_report(
+            directory / REPORT_PAGE, table, summary, looks.images, kept.corpus, np.random.default_rng([0, 7])
+        )
+
+    directory = stage(cfg.runs, "arrivals", inputs, build)
+    announce(directory, new, earlier)
+    return directory
+
+
+def budget_option(value: Any) -> str | int:
+    """
+    Raises:
+        UserError: neither `growing` nor `fixed` nor a number.
+    """
+    if value in (GROWING, FIXED):
+        return str(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise UserError(f"arrive.budget={value} is unknown: give {GROWING}, {FIXED} or a number of images")
+
+
+def thresholds(cfg: DictConfig, kept: Kept, index: KeptIndex, rule: Any) -> Thresholds:
+    """What images are measured by: the selection's own thresholds, else the options'.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    options = cfg.arrive
+    for name in ("near", "similarity"):
+        if not -1 <= options[name] <= 1:
+            raise UserError(f"arrive.{name}={options[name]} is no cosine: give a number between -1 and 1")
+    if not 0 <= options.entropy_quantile <= 1:
+        raise UserError(f"arrive.entropy_quantile={options.entropy_quantile} is no share: give one between 0 and 1")
+    if int(options.neighbours) < 1:
+        raise UserError(f"arrive.neighbours={options.neighbours} compares with nothing: give at least 1")
+    bits = options.entropy_bits
+    if bits is None:
+        bits = kept.summary.get("entropy_threshold")
+    if bits is None:
+        bits = float(np.quantile(kept.table["entropy"].to_numpy(dtype=np.float64), options.entropy_quantile))
+    likeness = Likeness(index.similarities(options.similarity), float(options.near), int(options.neighbours), rule)
+    return Thresholds(float(bits), likeness)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What arrived before: the corpora and the table of an answer."""
+
+    corpora: tuple[Corpus, ...]
+    table: pd.DataFrame
+
+
+def open_earlier(directory: Path, kept: Kept) -> Earlier:
+    """An earlier answer for the same selection.
+
+    Raises:
+        UserError: it is none, is of another selection, or a corpus of it is gone.
+    """
+    if not (directory / ARRIVALS).is_file() or not (directory / COMPLETE).is_file():
+        raise UserError(f"arrive.after={directory} is no answer: give the directory that prune/arrive.py prints")
+    inputs = read_json(directory / COMPLETE)["inputs"]
+    if inputs["selection"] != kept.directory.resolve().name:
+        raise UserError(f"arrive.after={directory} is of the selection {inputs['selection']}, not of {kept.directory}")
+    corpora = []
+    for name in inputs["parts"]:
+        place = directory.resolve().parent.parent / "corpus" / name
+        if not (place / COMPLETE).is_file():
+            raise UserError(f"arrive.after={directory}: what arrived then is not in {place}: let all arrive at once")
+        corpora.append(open_corpus(place))
+    return Earlier(tuple(corpora), pd.read_parquet(directory / ARRIVALS))
+
+
+def judged(corpus: Corpus, kept: Kept, index: KeptIndex, limits: Thresholds, runs: Path | str) -> Path:
+    """The stage that says what every image of a corpus is beside the kept set alone."""
+    likeness = limits.likeness
+    inputs = {
+        "index": index.fingerprint, "corpus": corpus.fingerprint, "entropy": limits.entropy, "near": likeness.near,
+        "neighbours": likeness.neighbours, "similarity": likeness.similarity.tolist(), "rule": likeness.rule,
+    }  # fmt: skip
+
+    def build(directory: Path) -> None:
+        entropy = corpus_entropy(corpus, kept.measure, runs)
+        looks = _looks(corpus, kept, index, runs)
+        refuse_not_finite(looks.points.embeddings, corpus.readable, f"the embeddings of corpus {corpus.name}")
+        beside(corpus, entropy, looks, kept, index, limits).to_parquet(directory / BESIDE, index=False)
+
+    return stage(runs, "arrived", inputs, build)
+
+
+def beside(
+    corpus: Corpus, entropy: np.ndarray, looks: Looks, kept: Kept, index: KeptIndex, limits: Thresholds
+) -> pd.DataFrame:
+    """What every image of a corpus is beside the kept set alone, a row an image in corpus order.
+
+    Args:
+        entropy: float [N], bits; looks: of the N images.
+    """
+    readable = np.flatnonzero(corpus.readable)
+    scene, scene_similarity = assign_scenes(looks.points.embeddings, index.prototypes)
+    scenes, theirs = scene[readable], kept.looks(index.prototypes.centre)
+    closest, cosine, found = beside_kept(looks, readable, scenes, theirs, index.index, kept.rows, limits.likeness)
+    ids = kept.corpus.manifest["id"].to_numpy(dtype=object)
+    columns = _columns(len(corpus))
+    for name, values in (
+        ("scene_code", scenes),
+        ("scene_similarity", scene_similarity[readable]),
+        ("nearest_kept", ids[closest]),
+        ("similarity", cosine),
+        ("duplicate_of", np.where(found.match < 0, "", ids[found.match])),
+        ("duplicate_in", np.where(found.match < 0, "", KEPT)),
+        ("duplicate_similarity", found.cosine),
+        ("correlation", found.correlation),
+        ("digest", digests(corpus.images, readable)),
+    ):
+        columns[name][readable] = values
+    verdict = np.full(len(corpus), UNREADABLE, dtype=object)
+    verdict[readable] = np.where(found.verdict == "", CANDIDATE, found.verdict)
+    verdict[corpus.readable & (entropy < limits.entropy)] = LOW_ENTROPY
+    known = {"id": corpus.manifest["id"], "verdict": verdict, "reason": corpus.manifest["reason"].astype(str)}
+    columns |= {"entropy": entropy.astype(np.float32), "row": np.arange(len(corpus)), "corpus": corpus.fingerprint}
+    return pd.DataFrame({**known, **columns})
+
+
+def _columns(count: int) -> dict[str, np.ndarray]:
+    """Columns of what is not known of an image."""
+    texts = ("nearest_kept", "duplicate_of", "duplicate_in", "digest")
+    numbers = ("scene_similarity", "similarity", "duplicate_similarity", "correlation")
+    return {
+        **{name: np.full(count, "", dtype=object) for name in texts},
+        **{name: np.full(count, np.nan, dtype=np.float32) for name in numbers},
+        "scene_code": np.full(count, -1),
+    }
+
+
+def _looks(corpus: Corpus, kept: Kept, index: KeptIndex, runs: Path | str) -> Looks:
+    embeddings = corpus_embeddings(corpus, kept.encoder, runs)
+    points = Points(embeddings, index.prototypes.centre)
+    return Looks(points, corpus.images, Places.together([Places.of(corpus.manifest, corpus.resolution)]))
+
+
+def together(
+    corpora: Sequence[Corpus], parts: Sequence[Path], kept: Kept, index: KeptIndex, runs: Path | str
+) -> tuple[pd.DataFrame, Looks]:
+    """`union` of the parts of an answer."""
+    tables = [pd.read_parquet(part / BESIDE) for part in parts]
+    return union(tables, [_looks(corpus, kept, index, runs) for corpus in corpora])
+
+
+def union(tables: Sequence[pd.DataFrame], looks: Sequence[Looks]) -> tuple[pd.DataFrame, Looks]:
+    """The tables of `beside` and the images of all that arrived; `row` is then that of all, one part after the other.
+
+    An image that came twice, with the same id and the same pixels, or broken for the same reason, is one row.
+    """
+    starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])])
+    table = pd.concat([part.assign(row=part["row"] + start) for part, start in zip(tables, starts, strict=False)])
+    again = table.duplicated(["id", "digest", "reason"])
+    points = Points(Gathered([part.points.embeddings for part in looks]), looks[0].points.centre)
+    images = Gathered([part.images for part in looks])
+    return table[~again].reset_index(drop=True), Looks(points, images, Places.together([part.places for part in looks]))
+
+
+def answered(
+    table: pd.DataFrame, looks: Looks, kept: Kept, index: KeptIndex, likeness: Likeness, budget: str | int
+) -> pd.DataFrame:
+    """The final verdicts: repetitions among what arrived, and the budget over what remains."""
+    names = np.array([*index.prototypes.names, OPEN_SCENE], dtype=object)
+    code = table["scene_code"].to_numpy()
+    table = table.assign(
+        scene=np.where(code < 0, "", names[code]), unknown_scene=code == len(index.prototypes.names),
+        gain=(1 - table["similarity"]).astype(np.float32), added=False, replaces="",
+    ).drop(columns="scene_code")  # fmt: skip
+    verdict = table["verdict"].to_numpy(dtype=object)
+    candidates = np.flatnonzero(verdict == CANDIDATE)
+    keys = (table[name].to_numpy()[candidates] for name in ("gain", "digest", "id"))
+    candidates = candidates[priority(*keys)]
+    found = among_arrivals(looks, table["row"].to_numpy()[candidates], code[candidates], likeness)
+    repeated = found.match >= 0
+    place = pd.Series(np.arange(len(table)), index=table["row"])
+    first = table["id"].to_numpy(dtype=object)[place[found.match[repeated]].to_numpy()]
+    at = candidates[repeated]
+    for name, values in (
+        ("duplicate_of", first),
+        ("duplicate_in", ARRIVED),
+        ("duplicate_similarity", found.cosine[repeated]),
+        ("correlation", found.correlation[repeated]),
+    ):
+        table.loc[at, name] = values
+    verdict[at] = found.verdict[repeated]
+    free = candidates[~repeated]
+    most = budget if isinstance(budget, int) else budget_of(len(table), float(kept.summary["ratio"]))
+    counts = fill(index.counts, np.bincount(code[free], minlength=len(names)), most)
+    chosen = free[first_of_scenes(code[free], counts)]
+    if budget == FIXED:
+        chosen, replaced = _proposed(table, chosen, kept, index)
+        table.loc[chosen, "replaces"] = replaced
+    verdict[free] = NOT_NEEDED
+    verdict[chosen] = WORTH
+    table.loc[chosen, "added"] = True
+    return table.assign(verdict=verdict)
+
+
+def _proposed(table: pd.DataFrame, chosen: np.ndarray, kept: Kept, index: KeptIndex) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that would take a kept image's place, and the ids of these."""
+    similarity, neighbour = nearest_others(kept, index)
+    ids = kept.table["id"].to_numpy(dtype=object)
+    order = np.lexsort((ids, -similarity))
+    pairs = swaps(table["gain"].to_numpy()[chosen], similarity, neighbour, order)
+    arrivals, places = (np.array([pair[at] for pair in pairs], dtype=np.int64) for at in (0, 1))
+    return chosen[arrivals], ids[places]
+
+
+def nearest_others(kept: Kept, index: KeptIndex) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine of each kept image to the nearest other one, float32 [K], and which it is, int64 [K]; -1: alone."""
+    points, rows = Points(kept.embeddings, index.prototypes.centre), kept.rows
+    similarity, neighbour = np.full(len(rows), -1, np.float32), np.full(len(rows), -1)
+    for start in range(0, len(rows) if len(rows) > 1 else 0, BLOCK):
+        own = np.arange(start, min(start + BLOCK, len(rows)))
+        vectors = points[rows[own]]
+        found = nearest(index.index, vectors, 3)  # itself, or its copies, are among them
+        others = points[rows[found.ravel().clip(0)]].reshape(*found.shape, -1)
+        cosines = np.where((found < 0) | (found == own[:, None]), -1, paired_cosines(vectors, others))
+        best = cosines.argmax(axis=1)
+        similarity[own], neighbour[own] = (values[np.arange(len(own)), best] for values in (cosines, found))
+    return similarity, neighbour
+
+
+def summarise(
+    table: pd.DataFrame,
+    kept: Kept,
+    index: KeptIndex,
+    limits: Thresholds,
+    budget: str | int,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """summary.json of an answer."""
+    added = table["added"].to_numpy(dtype=bool)
+    arrived, new = (rows["scene"].value_counts() for rows in (table, table[added]))
+    names = [*index.prototypes.names, OPEN_SCENE]
+    return {
+        "selection": str(kept.directory),
+        "method": kept.summary["method"],
+        "ratio": kept.summary["ratio"],
+        "kept": len(kept.table),
+        "arrived": len(table),
+        "parts": {name: int(count) for name, count in table["corpus"].value_counts(sort=False).items()},
+        "budget": budget,
+        "added": int(added.sum()),
+        "unknown_scene": int(table["unknown_scene"].sum()),
+        "verdicts": counts_of(table["verdict"], VERDICTS),
+        "scenes": {
+            name: {"kept": int(count), "arrived": int(arrived.get(name, 0)), "added": int(new.get(name, 0))}
+            for name, count in zip(names, index.counts, strict=True)
+        },
+        "unreadable": {
+            str(reason): int(count)
+            for reason, count in table.loc[table["verdict"] == UNREADABLE, "reason"].value_counts().items()
+        },
+        "thresholds": {
+            "entropy_bits": limits.entropy,
+            "scene_floor": index.prototypes.floor,
+            "redundant_similarity": {
+                "known scene": float(limits.likeness.similarity[0]),
+                "unknown scene": float(limits.likeness.similarity[-1]),
+            },
+            "near": limits.likeness.near,
+        },
+        "index_bytes": index.bytes,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }  # fmt: skip
+
+
+def announce(directory: Path, new: Corpus, earlier: Earlier | None) -> None:
+    """Say on stderr, in one line, what the new corpus is, and what that changes in an earlier answer."""
+    table = pd.read_parquet(directory / ARRIVALS)
+    own = table[table["corpus"] == new.fingerprint]
+    counts = ", ".join(f"{count:,} {name}" for name, count in counts_of(own["verdict"], VERDICTS).items() if count)
+    line = f"{new.name}: {len(own):,} images arrived: {counts}"
+    if earlier is not None:
+        keys = ["id", "digest"]
+        before = earlier.table.loc[earlier.table["added"], keys]
+        now = table.loc[table["added"], keys]
+        gone = len(before) - len(before.merge(now, on=keys))
+        line += f"; {len(now):,} of {len(table):,} so far are added, and {gone:,} that were before are not any more"
+    notice(line)

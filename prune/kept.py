@@ -1,0 +1,277 @@
+"""A selection as what arrives is compared with it: an index of the kept images, and scenes, as a stage beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors.numpy import load_file, save_file
+
+from corpus.index import Corpus, open_corpus
+from corpus.places import Places
+from encoders.efficientnet import EfficientNetLite0
+from prune.arrivals import Looks
+from prune.clusters import CHUNK, Clustering, Points, corpus_points, normalise
+from prune.entropy import LocalEntropy
+from prune.features import corpus_embeddings
+from prune.methods.rsprune import nearest_similarities
+from prune.neighbour_index import SAMPLE, new_index, read_index, write_index
+from prune.pool import Pool
+from prune.scenes import MOST_STRATA, OPEN_SCENE, Prototypes, assign_scenes, fit_prototypes
+from prune.selection import CORPUS, REFERENCE, with_reference
+from runtime.artefacts import COMPLETE, plain, read_json, stage, write_json
+from runtime.errors import UserError
+from runtime.notices import notice
+from runtime.progress import progress
+
+#: Files of the index's stage.
+INDEX, SCENES, FACTS, KEPT = "kept.faiss", "scenes.safetensors", "index.json", "kept.parquet"
+#: Images of a scene to which prototypes are fitted, where the scenes are those of the kept images themselves.
+OF_SCENE = 500
+#: By how much the similarity of a kept image to its scene may differ from what the selection noted.
+AGREE = 0.01
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An opened selection.
+
+    Attributes:
+        directory: of the selection; runs: of its stages.
+        inputs: what it was made from; summary: its summary.json.
+        table: the kept rows of selection.parquet, with `row`, theirs in the corpus.
+    """
+
+    directory: Path
+    runs: Path
+    inputs: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    corpus: Corpus
+    table: pd.DataFrame
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [K], ascending."""
+        return self.table["row"].to_numpy()
+
+    @property
+    def encoder(self) -> EfficientNetLite0:
+        return instantiate(OmegaConf.create(self.inputs["encoder"]))
+
+    @property
+    def measure(self) -> LocalEntropy:
+        return instantiate(OmegaConf.create(self.inputs["entropy"]))
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        """float16 [N, D] of the whole corpus, memory-mapped."""
+        return corpus_embeddings(self.corpus, self.encoder, self.runs)
+
+    def looks(self, centre: np.ndarray) -> Looks:
+        """All images of the corpus, as they are compared."""
+        places = Places.of(self.corpus.manifest, self.corpus.resolution)
+        return Looks(Points(self.embeddings, centre), self.corpus.images, Places.together([places]))
+
+
+@dataclass(frozen=True)
+class KeptIndex:
+    """The index stage, opened.
+
+    Attributes:
+        fingerprint: of the stage.
+        index: of the kept images, in their order.
+        prototypes: of the scenes.
+        counts: int64 [S], kept images by scene, the last one unknown.
+        similarity: cosine from which on an image of a known scene is redundant, then of an unknown one; None: the
+            method says nothing.
+        bytes: of the index's file.
+    """
+
+    fingerprint: str
+    index: faiss.Index
+    prototypes: Prototypes
+    counts: np.ndarray
+    similarity: tuple[float | None, float | None]
+    bytes: int
+
+    def similarities(self, otherwise: float) -> np.ndarray:
+        """float32 [S], by scene; `otherwise` where the method says nothing."""
+        known, unknown = (otherwise if value is None else value for value in self.similarity)
+        return np.array([known] * (len(self.counts) - 1) + [unknown], dtype=np.float32)
+
+
+def open_selection(directory: str | Path | None) -> Kept:
+    """Open what `prune/run.py` printed.
+
+    Raises:
+        UserError: nothing given, no selection, none kept, or its corpus is gone.
+    """
+    if directory is None:
+        raise UserError(
+            "selection=null: say what the images are compared with, selection=DIR as prune/run.py prints it"
+        )
+    selection = Path(directory).expanduser()
+    if not (selection / "selection.parquet").is_file() or not (selection / COMPLETE).is_file():
+        raise UserError(f"selection={directory} is no selection: give the directory that prune/run.py prints")
+    runs, inputs = selection.resolve().parent.parent, read_json(selection / COMPLETE)["inputs"]
+    place = runs / "corpus" / inputs["corpus"]
+    if not (place / COMPLETE).is_file():
+        raise UserError(f"the corpus of {selection} is not in {place}: prune again")
+    corpus, table = open_corpus(place), pd.read_parquet(selection / "selection.parquet")
+    if table["id"].tolist() != corpus.manifest["id"].tolist():
+        raise UserError(f"{selection} does not belong to {place}: prune again")
+    kept = table.assign(row=np.arange(len(table)))[table["kept"]].reset_index(drop=True)
+    if kept.empty:
+        raise UserError(f"{selection} keeps no image: there is nothing to compare with")
+    return Kept(selection, runs, inputs, read_json(selection / "summary.json"), corpus, kept)
+
+
+def kept_index(kept: Kept) -> KeptIndex:
+    """The index and the scenes of a selection, built beside it the first time that something arrives."""
+    inputs = {"selection": kept.directory.resolve().name}
+
+    def build(directory: Path) -> None:
+        prototypes, similarity, source = _scenes(kept)
+        embeddings, rows = kept.embeddings, kept.rows
+        scene, cosine = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            scene[part], cosine[part] = assign_scenes(embeddings[rows[part]], prototypes)
+        points = Points(embeddings, prototypes.centre)
+        size = write_index(_filled(points, rows), directory / INDEX)
+        arrays = {"centre": prototypes.centre, "vectors": prototypes.vectors, "classes": prototypes.classes}
+        counts = np.bincount(scene, minlength=len(prototypes.names) + 1)
+        save_file({**arrays, "counts": counts}, str(directory / SCENES))
+        kept.table[["id", "row"]].to_parquet(directory / KEPT, index=False)
+        noted = kept.table["scene_similarity"].to_numpy(dtype=np.float32)
+        facts = {
+            "names": prototypes.names, "floor": prototypes.floor, "similarity": similarity, "scenes": source,
+            "kept": len(rows), "bytes": size, "scene_agreement": _agreement(cosine, noted, source),
+        }  # fmt: skip
+        write_json(directory / FACTS, facts)
+
+    directory = stage(kept.runs, "arrival_index", inputs, build)
+    facts, arrays = read_json(directory / FACTS), load_file(str(directory / SCENES))
+    if (agreement := facts["scene_agreement"]) is not None and agreement < 1:
+        notice(
+            f"{kept.directory}: of the kept images {agreement:.1%} lie as near to their scene as the selection noted"
+        )
+    floor = -np.inf if facts["floor"] is None else facts["floor"]
+    prototypes = Prototypes(arrays["centre"], arrays["vectors"], arrays["classes"], tuple(facts["names"]), floor)
+    index = read_index(directory / INDEX)
+    return KeptIndex(directory.name, index, prototypes, arrays["counts"], tuple(facts["similarity"]), facts["bytes"])
+
+
+def _filled(points: Points, rows: np.ndarray) -> faiss.Index:
+    """The index of some rows, in their order."""
+    sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int)]
+    index = new_index(points[sample], len(rows))
+    for start in progress(range(0, len(rows), CHUNK), "index what is kept", unit="chunk"):
+        index.add(np.ascontiguousarray(points[rows[start : start + CHUNK]]))
+    return index
+
+
+def _agreement(cosine: np.ndarray, noted: np.ndarray, source: str) -> float | None:
+    """Share of the kept images whose similarity to their scene is as the selection noted; None where it noted none."""
+    known = np.isfinite(noted)
+    if source != REFERENCE or not known.any():
+        return None
+    return float((np.abs(cosine[known] - noted[known]) <= AGREE).mean())
+
+
+def _scenes(kept: Kept) -> tuple[Prototypes, tuple[float | None, float | None], str]:
+    """Prototypes, the cosines from which on an image of a known and of an unknown scene is redundant, and their source.
+
+    The scenes are those of the labelled set that the selection was made with, fitted with the same seed. Where there
+    was none, they are those of the kept images: the strata that the selection names, the corpus's own labels, or new
+    strata.
+    """
+    method, seed = kept.inputs["method"], int(kept.inputs["seed"])
+    per_class, floor = int(method.get("prototypes_per_class", 8)), float(method.get("floor_quantile", 0.01))
+    duplicate = method.get("duplicate_similarity")
+    if kept.inputs.get("reference") is None:
+        rows, labels = _own_labels(kept, seed)
+        embeddings = np.asarray(kept.embeddings[rows], dtype=np.float32)
+        return fit_prototypes(embeddings, labels, per_class, floor or 0.01, seed), (duplicate, duplicate), CORPUS
+    cfg = OmegaConf.create({"reference": kept.inputs["reference"], "seed": seed, "runs": str(kept.runs)})
+    pool = with_reference(cfg, _pool(kept, kept.rows), REFERENCE, kept.encoder)
+    reference, labels = pool.reference_embeddings, pool.reference_labels
+    fit_seed = int(np.random.default_rng([seed, 2]).integers(2**31))  # the first draw of the methods' generator
+    prototypes = fit_prototypes(reference, labels, per_class, floor, fit_seed)
+    quantile, known = method.get("reference_duplicates"), duplicate
+    if quantile is not None and len(set(labels.tolist())) < len(labels):
+        centred = normalise(np.asarray(reference, dtype=np.float32) - prototypes.centre)
+        repeated = float(np.quantile(nearest_similarities(centred), quantile))
+        known = repeated if duplicate is None else min(repeated, duplicate)
+    return prototypes, (known, duplicate), REFERENCE
+
+
+def _own_labels(kept: Kept, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `OF_SCENE` kept images of each scene, int64 rows of the corpus, and its name."""
+    rows = kept.rows
+    labels = kept.table["scene"].fillna("").to_numpy(dtype=object)
+    if set(labels) <= {"", OPEN_SCENE}:
+        labels = kept.corpus.manifest["scene"].to_numpy(dtype=object)[rows]
+    generator = np.random.default_rng([seed, 6])
+    if (labels == "").all():
+        sample = np.sort(generator.permutation(rows)[: OF_SCENE * MOST_STRATA])
+        inside, points = corpus_points(_pool(kept, sample))
+        wanted = max(1, min(MOST_STRATA, round((len(sample) / 2) ** 0.5)))
+        found, _ = Clustering(wanted, hierarchical=False)(points, inside, wanted, generator)
+        return sample, np.array([f"stratum {number:02d}" for number in found], dtype=object)
+    groups = [np.flatnonzero(labels == name) for name in sorted(set(labels) - {""})]
+    chosen = np.sort(np.concatenate([generator.permutation(group)[:OF_SCENE] for group in groups]))
+    return rows[chosen], labels[chosen]
+
+
+def _pool(kept: Kept, rows: np.ndarray) -> Pool:
+    """Some rows of the corpus as a pool without a reference."""
+    embeddings = kept.embeddings[rows] if len(rows) <= OF_SCENE * MOST_STRATA else kept.embeddings[:0]
+    return Pool(
+        ids=kept.corpus.manifest["id"].to_numpy()[rows],
+        readable=np.ones(len(embeddings), dtype=bool),
+        entropy=np.zeros(len(embeddings), np.float32),
+        embeddings=embeddings,
+        reference_embeddings=np.empty((0, embeddings.shape[1]), np.float32),
+        reference_labels=np.empty(0, dtype=object),
+    )
+
+
+def as_selected(cfg: DictConfig, kept: Kept, given: Mapping[str, Any]) -> DictConfig:
+    """The config with the encoder, the entropy and the resolution of a selection, and all splits of the new corpus.
+
+    Args:
+        given: options of the command line by their keys.
+    Raises:
+        UserError: one of them says otherwise.
+    """
+    found = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    for name in ("encoder", "entropy"):
+        own, wanted = plain(cfg[name]), kept.inputs[name]
+        if any(key == name or key.startswith(f"{name}.") for key in given) and own != wanted:
+            raise UserError(
+                f"{name} is another than that of {kept.directory}, whose images could not be compared: leave it out"
+            )
+        found[name] = wanted
+        if own != wanted:
+            notice(f"{name} is as in {kept.directory}: {wanted.get('name', wanted.get('_target_'))}")
+    resolution, train = kept.corpus.resolution, found.corpus.train
+    if "corpus.train.resolution" in given and int(cfg.corpus.train.resolution) != resolution:
+        raise UserError(
+            f"corpus.train.resolution={cfg.corpus.train.resolution}: the images of {kept.directory} have "
+            f"{resolution} px, leave it out"
+        )
+    if "resolution" in train:
+        if int(cfg.corpus.train.resolution) != resolution:
+            notice(f"images are read at {resolution} px, as in {kept.directory}")
+        train.resolution = resolution
+    if "split" in train and "corpus.train.split" not in given:
+        train.split = "all"
+    return found

@@ -1,0 +1,57 @@
+"""An index of embeddings that finds the nearest of them for others: exact while there are few, approximate beyond."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+#: Vectors up to which every one is compared.
+EXACT = 20_000
+#: Beyond: principal components, probed lists, and vectors that both are fitted to.
+COMPONENTS, PROBES, SAMPLE = 64, 16, 100_000
+
+
+def new_index(sample: np.ndarray, count: int) -> faiss.Index:
+    """An empty index for `count` unit vectors.
+
+    Up to `EXACT` of them are held in half precision and all compared. More are reduced to `COMPONENTS` principal
+    components, held in half precision in 2 sqrt(count) lists of which `PROBES` are searched.
+
+    Args:
+        sample: float32 [n, D], unit length, of the vectors that will be added.
+    """
+    dimensions = sample.shape[1]
+    if count <= EXACT:
+        return faiss.IndexScalarQuantizer(dimensions, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    lists = min(round(2 * count**0.5), len(sample))
+    index = faiss.index_factory(dimensions, f"PCA{min(COMPONENTS, dimensions)},IVF{lists},SQfp16", faiss.METRIC_L2)
+    inverted = faiss.extract_index_ivf(index)
+    inverted.cp.min_points_per_centroid, inverted.cp.niter, inverted.nprobe = 1, 10, PROBES
+    index.train(np.ascontiguousarray(sample))
+    return index
+
+
+def nearest(index: faiss.Index, vectors: np.ndarray, count: int) -> np.ndarray:
+    """Positions of up to `count` nearest vectors of an index for each of float32 [n, D], int64 [n, count]; -1: none."""
+    found = np.full((len(vectors), count), -1, dtype=np.int64)
+    wanted = min(count, index.ntotal)
+    if wanted and len(vectors):
+        found[:, :wanted] = index.search(np.ascontiguousarray(vectors, dtype=np.float32), wanted)[1]
+    return found
+
+
+def paired_cosines(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Products of unit vectors [n, D] with [n, k, D], float32 [n, k]; a row's do not depend on the other rows."""
+    return np.einsum("nd,nkd->nk", vectors, others)
+
+
+def write_index(index: faiss.Index, path: Path) -> int:
+    """Write an index in faiss's own format; returns bytes."""
+    faiss.write_index(index, str(path))
+    return path.stat().st_size
+
+
+def read_index(path: Path) -> faiss.Index:
+    return faiss.read_index(str(path))
