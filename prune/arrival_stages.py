@@ -40,9 +40,10 @@ from prune.kept import Kept, KeptIndex, kept_index
 from prune.library import budget_of, refuse_not_finite
 from prune.neighbour_index import nearest, paired_cosines
 from prune.scenes import OPEN_SCENE, assign_scenes
-from prune.selection import Clock, pair_rule
+from prune.selection import pair_rule
 from report.arrivals_report import write_arrivals_report
 from runtime.artefacts import COMPLETE, read_json, stage, write_json
+from runtime.cost import Clock
 from runtime.errors import UserError
 from runtime.notices import notice
 

@@ -63,7 +63,7 @@ def run(main: Callable) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from runtime.artefacts import is_main_process, running_in
-    from runtime.command_line import is_sweep, quote_paths
+    from runtime.command_line import is_sweep, quote_paths, refuse_unknown
     from runtime.engine import using
     from runtime.errors import UserError
     from runtime.launch import check_launch, start_the_others
@@ -100,6 +100,7 @@ def run(main: Callable) -> None:
         check_launch()
         prepare_process()
         sys.argv[1:] = quote_paths(sys.argv[1:], is_sweep(sys.argv[1:]))
+        refuse_unknown(sys.argv[1:])
         with cells.composed_alone(_one_line):
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(guarded)()
     except (HydraException, OmegaConfBaseException) as error:

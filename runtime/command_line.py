@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Sequence
 
+from runtime.errors import UserError
+
 #: Keys of the config that hold a path, whole, or by their last part (`corpus.root`, `corpus.val.root`, `encoder.path`).
 PATH_KEYS = (
     *("runs", "results", "foundation", "selection", "of", "in", "mask", "run", "copy_to"),
@@ -36,6 +38,19 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 
     options, _ = get_args_parser().parse_known_args(list(arguments))
     return bool(options.multirun) or "hydra.mode=MULTIRUN" in options.overrides
+
+
+def refuse_unknown(arguments: Sequence[str]) -> None:
+    """Hydra would print its usage, and the arguments as they are, with the credentials that may be among them.
+
+    Raises:
+        UserError: Hydra does not take some arguments.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    unknown = get_args_parser().parse_known_args(list(arguments))[1]
+    if unknown:
+        raise UserError(f"arguments that are not understood: {' '.join(unknown)}: give options such as -m first")
 
 
 def quote_paths(arguments: Sequence[str], sweep: bool = False) -> list[str]:

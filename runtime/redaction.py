@@ -51,6 +51,8 @@ _IN_BRACES = re.compile(r"(storage=\{)([^}]*)(\}?)")
 _HEADER = re.compile(r"\b((?:Bearer|Basic)\s+)[A-Za-z0-9+/=._~-]{8,}")
 #: Shorter ones are found in ordinary words.
 _SHORTEST = 4
+#: What stands in the place of a secret in gcsfs, and says where to look for one.
+_ORDINARY = frozenset(("anon", "cloud", "cache", "browser", "google_default", "true", "false", "null", "None"))
 
 _hidden: set[str] = set()
 
@@ -88,7 +90,8 @@ def _mask(value: str) -> str:
 
 def hide(values: Iterable[Any]) -> None:
     """From now on `redacted` hides these values."""
-    _hidden.update(str(value) for value in values if value is not None and len(str(value)) >= _SHORTEST)
+    found = {str(value) for value in values if value is not None}
+    _hidden.update(value for value in found - _ORDINARY if len(value) >= _SHORTEST)
 
 
 def secret_values(config: Any, inside: bool = False) -> Iterator[str]:
