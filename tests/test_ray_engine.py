@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,7 @@ def overrides(tiles: Path, runs: Path) -> list[str]:
     return [
         *("corpus=folder", f"corpus.root={tiles}", f"runs={runs}", "corpus.train.resolution=24"),
         *("corpus.train.split=all", "corpus.val_share=0", "corpus.test_share=0", "tracker=none"),
-        *("encoder.input_size=32", "ratio=0.7", f"results={runs / 'results'}"),
+        *("encoder.input_size=128", "ratio=0.7", f"results={runs / 'results'}"),
     ]
 
 
@@ -115,6 +116,27 @@ def test_stages_of_an_indexed_corpus_and_other_scene_rules_are_the_same(tiles: P
         for directory in (tmp_path / "local" / stage).iterdir():
             for file in (*directory.glob("*.parquet"), *directory.glob("*.npy")):
                 assert file.read_bytes() == (tmp_path / "ray" / stage / directory.name / file.name).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_shards_are_looked_through_and_read_by_ray(tiles: Path, tmp_path: Path) -> None:
+    files = sorted(tiles.rglob("*.png"))[:600]
+    for shard in range(20):
+        with tarfile.open(tmp_path / f"{shard:02d}.tar", "w") as tar:
+            for path in files[30 * shard : 30 * shard + 30]:
+                tar.add(path, f"{path.parent.name}/{path.name}")
+    more = ("corpus=webdataset", f"corpus.urls={tmp_path}", "corpus.train.resolution=24", "corpus.train.split=all")
+    found = []
+    for name, engine in (("local", LocalEngine()), ("ray", RayEngine(cpus=2))):
+        own = (f"runs={tmp_path / name}", "tracker=none", "encoder.input_size=32", "ratio=0.7", *more)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("config", list(own))
+        with using(engine):
+            select(cfg, "rsprune")
+        found.append(results(tmp_path / name))
+        [corpus] = (tmp_path / name / "corpus").iterdir()
+        assert logged(corpus)[0]["shards"] == [str(tmp_path / f"{shard:02d}.tar") for shard in range(9)]
+    assert found[0] == found[1]
 
 
 def double(value: int) -> int:
@@ -229,9 +251,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     found.second = found.add_node(num_cpus=1)
     found.wait_for_nodes()
     yield found
-    for process in of_ray(""):  # `shutdown` waits for ever where the head is dead
+    for process in psutil.Process().children(recursive=True):  # `shutdown` waits for ever where the head is dead
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+            if process.name().startswith("ray::") or folder in " ".join(process.cmdline()):
+                process.kill()
     shutil.rmtree(folder, ignore_errors=True)
 
 
