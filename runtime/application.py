@@ -59,10 +59,10 @@ def run(main: Callable) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from runtime.artefacts import is_main_process
+    from runtime.artefacts import is_main_process, process_count
     from runtime.command_line import is_sweep, quote_paths
     from runtime.errors import UserError
-    from runtime.launch import check_launch, start_the_others
+    from runtime.launch import check_launch, join_tasks, start_the_others
     from runtime.provenance import command
     from runtime.sweep import Cells
 
@@ -71,6 +71,7 @@ def run(main: Callable) -> None:
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
         if cells.elsewhere():  # a launcher's process has run nothing of this function's set-up
+            join_tasks()
             prepare_process()
         with cells.counted():
             try:
@@ -81,8 +82,10 @@ def run(main: Callable) -> None:
                 message = explained(error, cfg.runs)
                 if cells.outlives() or cells.elsewhere():
                     cells.unforeseen(error, cfg.runs) if message is None else cells.foreseen(message)
-                if cells.elsewhere():  # the launcher keeps it until all cells are done
-                    raise
+                if cells.elsewhere():
+                    if process_count() > 1:  # the others of this cell may wait for it in a collective operation
+                        sys.exit(cells.exit_code)
+                    raise  # the launcher keeps it until all cells are done
                 if not cells.outlives():
                     if message is None:
                         raise
@@ -93,7 +96,7 @@ def run(main: Callable) -> None:
         check_launch()
         prepare_process()
         sys.argv[1:] = quote_paths(sys.argv[1:], is_sweep(sys.argv[1:]))
-        with cells.composed_alone(_one_line):
+        with cells.survived(explained):
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error))
