@@ -24,8 +24,10 @@ STAGES = {
     "weights": "the nearest kept image of every image",
     "table": "selection.parquet",
 }
-#: Those that one node does, whatever the number of nodes.
-ON_ONE_NODE = ("selection", "weights", "table")
+#: Those that one node does, whatever the number of nodes, and of these what one process does in one thread.
+ON_ONE_NODE, ONE_THREAD = ("manifest", "selection", "weights", "table"), ("manifest", "table")
+#: What is measured on made embeddings as well, up to more of them.
+ALONE = ("selection", "weights", "table")
 TILES, SYNTHETIC, DEFAULT = "tiles", "synthetic", "embedding, default input"
 TARGETS = (10**8, 10**9)
 #: Bytes of an inverted file for a kept image: 64 components and its number (`prune.weights`).
@@ -163,8 +165,9 @@ def model_table(fitted: Mapping[str, Mapping[str, CostModel]]) -> str:
 def extrapolations(found: Mapping[str, Any], fitted: Mapping[str, Mapping[str, CostModel]]) -> list[str]:
     """Paragraphs for 10^8 and 10^9 images on the named cluster; none before all stages are measured."""
     tiles, alone = fitted[TILES], fitted[SYNTHETIC]
-    if not {"index", "embedding"} <= tiles.keys() or not set(ON_ONE_NODE) <= alone.keys():
+    if not {"manifest", "index"} <= tiles.keys() or not set(ALONE) <= alone.keys():
         return []
+    on_node = {"manifest": tiles["manifest"], **{name: alone[name] for name in ALONE}}
     cluster = found["cluster"]
     facts = (
         f"{cluster['name']}: {cluster['nodes']} nodes, each with {cluster['gpus']} GPUs, {cluster['vcpus']} vCPUs, "
@@ -179,17 +182,17 @@ def extrapolations(found: Mapping[str, Any], fitted: Mapping[str, Mapping[str, C
     )
     parts = ["## Extrapolation", facts]
     for images in TARGETS:
-        steps = arithmetic(images, found, tiles, alone)
+        steps = arithmetic(images, found, on_node)
         table = pd.DataFrame(
             [{"stage": step.stage, "arithmetic": step.text, "hours": f"{step.hours:,.2f}"} for step in steps]
         )
         parts += [
-            f"### {images:.0e} images".replace("e+0", " x 10^"),
+            f"### 10^{round(np.log10(images))} images",
             table.to_markdown(index=False, tablefmt="pipe", disable_numparse=True),
             bottleneck(steps),
-            memory(images, found, alone),
+            memory(images, found, on_node),
         ]
-    return [*parts, "### What would have to change for 10^9", *changes(found)]
+    return [*parts, "### What would have to change for 10^9", *changes(found, on_node)]
 
 
 @dataclass(frozen=True)
@@ -201,10 +204,12 @@ class Step:
     hours: float
 
 
-def arithmetic(
-    images: int, found: Mapping[str, Any], tiles: Mapping[str, CostModel], alone: Mapping[str, CostModel]
-) -> list[Step]:
-    """Hours of every stage on the cluster, with what they are computed from."""
+def arithmetic(images: int, found: Mapping[str, Any], on_node: Mapping[str, CostModel]) -> list[Step]:
+    """Hours of every stage on the cluster, with what they are computed from.
+
+    Args:
+        on_node: the models of `ON_ONE_NODE`.
+    """
     cluster, size = found["cluster"], found["bytes_per_image"]
     nodes, vcpus = cluster["nodes"], cluster["vcpus"]
     rate = nodes * cluster["network_gbit"] * 1e9 / 8 * cluster["network_share"]
@@ -237,16 +242,15 @@ def arithmetic(
     )
     cores = max(1.0, vcpus * cluster["cores_share"])
     for name in ON_ONE_NODE:
-        model, threads = alone[name], 1 if name == "table" else cores / found["cores"]
-        text = (
-            f"{model.a:.3g} x ({images:.0e})^{model.b:.2f} = {model.seconds(images):,.0f} s on {found['cores']} cores"
-        )
-        text += "" if threads == 1 else f"; / ({cores:.0f} / {found['cores']}) on one node"
+        model, threads = on_node[name], 1 if name in ONE_THREAD else cores / found["cores"]
+        text = f"{model.a:.3g} x ({images:.0e})^{model.b:.2f} = {model.seconds(images):,.0f} s"
+        text += " in one process" if threads == 1 else f" on {found['cores']} cores; / ({cores:.0f} / {found['cores']})"
         steps.append(Step(name, text, model.seconds(images) / threads / 3600))
-    return steps
+    return sorted(steps, key=lambda step: ["read the shards", *STAGES].index(step.stage))
 
 
 _WHY = {
+    "manifest": "one process walks the headers of all shards, and more nodes do not help",
     "read the shards": "the network between the shards and the nodes: more nodes, or shards on the nodes' own disks, "
     "shorten it",
     "index": "decoding and entropy, which divide over all cores of all nodes",
@@ -265,13 +269,13 @@ def bottleneck(steps: Sequence[Step]) -> str:
     )
 
 
-def memory(images: int, found: Mapping[str, Any], alone: Mapping[str, CostModel]) -> str:
-    """What one node has to hold for selection, weights and table."""
+def memory(images: int, found: Mapping[str, Any], on_node: Mapping[str, CostModel]) -> str:
+    """What one node has to hold."""
     dimensions, room = found["settings"]["dimensions"], found["cluster"]["memory_gib"] * 2**30 / 1e9
     disk, kept = images * dimensions * 2, images * 0.15
-    needs = {name: alone[name].gigabytes(images) for name in ON_ONE_NODE}
+    needs = {name: on_node[name].gigabytes(images) for name in ON_ONE_NODE}
     lines = "; ".join(
-        f"{name} {alone[name].c:.2f} + {alone[name].d:.2e} N = {need:,.0f} GB" for name, need in needs.items()
+        f"{name} {on_node[name].c:.2f} + {on_node[name].d:.2e} N = {need:,.0f} GB" for name, need in needs.items()
     )
     over = [name for name, need in needs.items() if need > room]
     verdict = (
@@ -289,9 +293,14 @@ def memory(images: int, found: Mapping[str, Any], alone: Mapping[str, CostModel]
     )
 
 
-def changes(found: Mapping[str, Any]) -> list[str]:
+def changes(found: Mapping[str, Any], on_node: Mapping[str, CostModel]) -> list[str]:
+    """What the code does not do yet."""
     disk = 1e9 * found["settings"]["dimensions"] * 2 / 1e9
     return [
+        f"- **The manifest.** Each image is a row of Python objects in one process, "
+        f"{on_node['manifest'].d * 1e6:.2f} GB for "
+        f"10^6: {on_node['manifest'].gigabytes(1e9):,.0f} GB at 10^9. It would be a table a shard, which the nodes "
+        f"write.",
         "- **The order of reading.** k-means runs on bounded samples and needs no more memory than at 10^6, but the "
         "images of "
         f"a scene lie all over the file: of {disk:,.0f} GB most reads then come from the disk, a row of "

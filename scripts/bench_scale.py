@@ -33,7 +33,7 @@ from prune.scenes import corpus_strata
 from prune.selection import selection_table
 from prune.weights import images_represented
 from report.figures import scale_figure
-from report.scale import DEFAULT, STAGES, SYNTHETIC, TILES, models, write_scale
+from report.scale import ALONE, DEFAULT, STAGES, SYNTHETIC, TILES, models, write_scale
 from runtime.application import run
 from runtime.artefacts import COMPLETE, fingerprint, stage_fingerprint, write_json
 from runtime.errors import UserError
@@ -177,7 +177,6 @@ WORK: dict[str, Callable[[Plan], Callable[[], None] | None]] = {
     "weights": weigh,
     "table": tabulate,
 }
-ALONE = ("selection", "weights", "table")
 
 # ---------------------------------------------------------------- measuring
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from report.figures import scale_figure
-from report.scale import ON_ONE_NODE, STAGES, SYNTHETIC, TILES, arithmetic, fit, memory, models, scale_document
+from report.scale import ALONE, ON_ONE_NODE, STAGES, SYNTHETIC, TILES, arithmetic, fit, memory, models, scale_document
 from runtime.errors import UserError
 from scripts.bench_scale import NOISE, Plan, jittered, measured
 
@@ -67,13 +67,16 @@ def test_the_model_is_found_again() -> None:
 
 def test_the_arithmetic_of_the_extrapolation(found: dict[str, Any]) -> None:
     fitted = {part: models(found["rows"], part, found["fit_from"]) for part in (TILES, SYNTHETIC)}
-    steps = {step.stage: step.hours for step in arithmetic(10**8, found, fitted[TILES], fitted[SYNTHETIC])}
+    on_node = {**fitted[SYNTHETIC], "manifest": fitted[TILES]["manifest"]}
+    steps = {step.stage: step.hours for step in arithmetic(10**8, found, on_node)}
+    assert list(steps) == ["read the shards", *STAGES]
+    assert steps["manifest"] == pytest.approx(1e-5 * 1e8 / 3600)
     assert steps["read the shards"] == pytest.approx(1e8 * 2500 / (2 * 40e9 / 8 * 0.5) / 3600)
     assert steps["index"] == pytest.approx(1e8 * 4e-5 / (2 * 48) / 3600)
     assert steps["embedding"] == pytest.approx(1e8 / (8 * 5000) / 3600)
     assert steps["selection"] == pytest.approx(4e-5 * 1e8**1.05 / (24 / 2) / 3600)
     assert steps["table"] == pytest.approx(6e-5 * 1e8**1.05 / 3600), "one process writes it"
-    said = memory(10**9, found, fitted[SYNTHETIC])
+    said = memory(10**9, found, on_node)
     assert "= 512 GB on its disk, which does not fit" in said and "within the 206 GB" in said
     for name in ON_ONE_NODE:
         assert f"{name} 0.50 + 1.00e-07 N = 100 GB" in said or f"{name} 0.50 + 1.00e-07 N = 101 GB" in said
@@ -120,11 +123,11 @@ def test_the_bench_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     noted = tmp_path / "results" / "smoke" / "bench_scale.jsonl"
     before = noted.read_text().splitlines()
-    assert len(before) == 2 * len(STAGES) + 1 + len(ON_ONE_NODE)
+    assert len(before) == 2 * len(STAGES) + 1 + len(ALONE)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in noted.read_text().splitlines()]
-    assert len(rows) == len(before) + len(ON_ONE_NODE)
+    assert len(rows) == len(before) + len(ALONE)
     for row in rows:
         assert row["seconds"] > 0 and row["cpu_seconds"] > 0
         assert 0 < row["peak_anonymous_gb"] <= row["peak_rss_gb"]
