@@ -91,6 +91,8 @@ class Cells:
         runs: Path,
     ) -> Sequence[JobReturn]:
         """The good cells of a batch that a launcher runs in processes of their own; the others count as failed."""
+        if not batch:  # none could be composed, and submitit takes no empty list
+            return []
         to_files = "submitit" in launch.func.__module__  # what a cell's process says
         try:
             with _lost_cells_return():

@@ -110,3 +110,5 @@ def test_the_processes_of_a_submitted_cell_join_and_a_bad_cell_ends_with_2(tmp_p
     assert [text.rpartition(" threads")[0] for text in ended(tmp_path).values()] == ["processes 2 sum 3"] * 2
     bad = sweep(tmp_path, "slurm_trial", "seed=6")
     assert bad.returncode == 2 and said(bad) == ["error: cell seed=6: seed=6 is no good"]
+    none = sweep(tmp_path, "slurm_trial", "prune=no_such,neither")
+    assert none.returncode == 2 and len(said(none)) == 2 and "cell prune=neither: In" in said(none)[0]
