@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench bench-quality sweep quality ablation augmentation pair-cleaning cleaning-probe suggest demo tables readme foundation autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint bench bench-quality bench-scale sweep quality ablation augmentation pair-cleaning cleaning-probe suggest demo tables readme foundation autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -90,6 +90,9 @@ readme: $(READY)  ## tables and pictures of results/local into README.md
 
 bench-quality: $(READY)  ## what helps the generator in equal seconds of training (hours)
 	$(BIN)/python scripts/bench_quality.py profile=$(PROFILE)
+
+bench-scale: $(READY)  ## every stage at 10,000 to 1,000,000 tiles: time, memory, cost model (hours)
+	$(BIN)/python scripts/bench_scale.py profile=$(PROFILE)
 
 foundation: $(READY)  ## train the shipped foundation model again (minutes)
 	$(BIN)/python scripts/foundation.py profile=$(PROFILE)

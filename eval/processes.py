@@ -1,9 +1,9 @@
-"""Evaluation over all processes of a launch: each draws and embeds its rows, and all get the whole."""
+"""Work over all processes of a launch: each draws, embeds or encodes its share, and all get the whole."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,35 @@ def first_process_says(own: bool) -> bool:
     answer = torch.tensor(int(own and state.is_main_process), device=state.device)
     torch.distributed.all_reduce(answer)
     return bool(answer)
+
+
+def place_in_launch() -> tuple[int, int]:
+    """This process's number and how many take part; (0, 1) in a build of the first process alone."""
+    if alone_in_launch():
+        return 0, 1
+    state = _state()
+    return state.process_index, state.num_processes
+
+
+def told_by_first(numbers: Sequence[int]) -> list[int]:
+    """Whole numbers of the first process of a launch; all processes must ask, with as many numbers."""
+    if alone_in_launch():
+        return list(numbers)
+    state = _state()
+    told = torch.tensor(numbers, dtype=torch.int64, device=state.device)
+    torch.distributed.broadcast(told, src=0)
+    return told.tolist()
+
+
+def gathered(own: np.ndarray) -> list[np.ndarray]:
+    """What every process of a launch has, in the order of the processes; all must call it, with one shape and dtype."""
+    if alone_in_launch():
+        return [own]
+    state = _state()
+    sent = torch.from_numpy(np.ascontiguousarray(own)).to(state.device)
+    parts = [torch.empty_like(sent) for _ in range(state.num_processes)]
+    torch.distributed.all_gather(parts, sent)
+    return [part.cpu().numpy() for part in parts]
 
 
 def over_processes(function: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:

@@ -116,7 +116,7 @@ def _pool(
         )
     refuse_not_finite(reference, np.ones(len(reference), dtype=bool), "reference")
     return Pool(
-        ids=np.arange(size).astype(str),
+        ids=np.arange(size).astype(f"U{len(str(size))}"),  # no wider than needed: four bytes a digit
         readable=readable,
         entropy=entropy,
         embeddings=embeddings,

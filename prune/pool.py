@@ -81,16 +81,24 @@ class Selection:
         """A selection whose diagnostics default to none; the rest is `dropped_reason` or unreadable."""
         size = len(pool)
         kept = np.sort(np.asarray(kept, dtype=np.int64))
-        reason = diagnostics.pop("reason", np.full(size, dropped_reason, dtype=object))
+        reason = diagnostics.pop("reason") if "reason" in diagnostics else everywhere(size, dropped_reason)
         reason[~pool.readable] = "unreadable"
         reason[kept] = "kept"
         defaults = {
-            "scene": np.full(size, "", dtype=object),
-            "scene_similarity": np.full(size, np.nan, dtype=np.float32),
-            "cluster": np.full(size, -1, dtype=np.int32),
-            "centroid_distance": np.full(size, np.nan, dtype=np.float32),
+            "scene": lambda: everywhere(size, ""),
+            "scene_similarity": lambda: np.full(size, np.nan, dtype=np.float32),
+            "cluster": lambda: np.full(size, -1, dtype=np.int32),
+            "centroid_distance": lambda: np.full(size, np.nan, dtype=np.float32),
         }
-        return cls(kept=kept, reason=reason, **{**defaults, **diagnostics})
+        missing = {name: default() for name, default in defaults.items() if name not in diagnostics}
+        return cls(kept=kept, reason=reason, **missing, **diagnostics)
+
+
+def everywhere(size: int, text: str) -> np.ndarray:
+    """One string in every place of an object [size]; `numpy.full` would make a string of its own for each."""
+    array = np.empty(size, dtype=object)
+    array[:] = text
+    return array
 
 
 class Method(Protocol):

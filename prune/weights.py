@@ -7,13 +7,18 @@ from collections.abc import Callable
 import faiss
 import numpy as np
 
-from prune.clusters import CHUNK, Points, mean_embedding
+from prune.clusters import CHUNK, Clustering, Points, mean_embedding, members_of
 from runtime.progress import progress
 
 #: Multiplications up to which every kept image is looked at; above, an inverted file on fewer dimensions finds one.
 EXACT = 5e11
 #: Principal components and probed lists of the inverted file, and the images that its lists are fitted to.
 COMPONENTS, PROBES, SAMPLE = 64, 8, 50_000
+#: Kept images up to which the lists grow with the square root of their number, and above which each list has so many:
+#: the work of one look-up then no longer grows, as the lists themselves are found by an inverted file.
+MANY_KEPT, LIST_IMAGES = 250_000, 250
+#: Images by which the centre of one of these lists is found, and images that are looked up together.
+LIST_SAMPLE, TOGETHER = 32, 16 * CHUNK
 Projection = Callable[[np.ndarray], np.ndarray]
 
 
@@ -40,9 +45,9 @@ def images_represented(
     points = Points(embeddings, mean_embedding(embeddings, rows))
     index, project = _index(points, kept, len(rows), generator)
     owner = np.empty(len(rows), dtype=np.int64)
-    for start in progress(range(0, len(rows), CHUNK), "weights", unit="chunk"):
-        part = rows[start : start + CHUNK]
-        owner[start : start + len(part)] = _nearest(index, project(points[part]))
+    for start in progress(range(0, len(rows), TOGETHER), "weights", unit="chunk"):
+        part = rows[start : start + TOGETHER]
+        owner[start : start + len(part)] = _nearest(index, _projected(points, part, project))
     position = np.full(len(embeddings), -1, dtype=np.int64)
     position[kept] = np.arange(len(kept))
     own = position[rows]
@@ -69,23 +74,68 @@ def _index(
     sample = np.sort(generator.permutation(kept)[:SAMPLE])
     basis = _principal_components(points[sample], min(COMPONENTS, dimensions))
     project = lambda vectors: np.ascontiguousarray(vectors @ basis)  # noqa: E731
-    lists = max(1, round(2 * len(kept) ** 0.5))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(basis.shape[1]), basis.shape[1], lists)
-    index.cp.min_points_per_centroid = 1
-    index.cp.niter = 10
-    index.train(project(points[sample]))
+    if len(kept) > MANY_KEPT:
+        index = _two_levels(points, kept, project, generator)
+    else:
+        index = _inverted(basis.shape[1], max(1, round(2 * len(kept) ** 0.5)))
+        index.train(project(points[sample]))
     index.nprobe = PROBES
     _add(index, points, kept, project)
     return index, project
 
 
+def _inverted(dimensions: int, lists: int) -> faiss.IndexIVFFlat:
+    """An untrained inverted file whose lists are found by looking at every centre."""
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dimensions), dimensions, lists)
+    index.cp.min_points_per_centroid = 1
+    index.cp.niter = 10
+    return index
+
+
+def _two_levels(
+    points: Points, kept: np.ndarray, project: Projection, generator: np.random.Generator
+) -> faiss.IndexIVFFlat:
+    """An inverted file of lists of `LIST_IMAGES` kept images, whose centres are in an inverted file of their own.
+
+    The centres are means of hierarchical k-means, since one k-means with so many would be quadratic.
+    """
+    lists = max(1, len(kept) // LIST_IMAGES)
+    rows = np.sort(generator.choice(kept, min(len(kept), LIST_SAMPLE * lists), replace=False))
+    sample = _projected(points, rows, project)
+    flat = Points(sample, np.zeros(sample.shape[1], np.float32), spherical=False)
+    labels, _ = Clustering(iterations=10)(flat, np.arange(len(sample)), lists, generator)
+    centres = np.stack([sample[group].mean(axis=0) for group in members_of(labels, int(labels.max()) + 1)])
+    coarse = _inverted(sample.shape[1], min(len(centres), round(2 * len(centres) ** 0.5)))
+    coarse.train(centres)
+    coarse.add(centres)
+    coarse.nprobe = PROBES
+    index = faiss.IndexIVFFlat(coarse, sample.shape[1], len(centres))
+    index.train(centres)  # finds the centres in place and keeps them
+    return index
+
+
 def _nearest(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
-    """Position of the nearest kept image, int64 [n]; where all probed lists are empty, all lists are."""
-    found = index.search(vectors, 1)[1][:, 0]
+    """Position of the nearest kept image, int64 [n]; where all probed lists are empty, all lists are.
+
+    Vectors of one list are looked up one after the other, so that a list is read from memory once for many.
+    """
+    if not isinstance(index, faiss.IndexIVF):
+        return index.search(vectors, 1)[1][:, 0]
+    distances, lists = index.quantizer.search(vectors, index.nprobe)
+    order = np.argsort(lists[:, 0], kind="stable")
+    found = np.empty(len(vectors), dtype=np.int64)
+    found[order] = index.search_preassigned(vectors[order], 1, lists[order], distances[order])[1][:, 0]
     if len(missed := np.flatnonzero(found < 0)):
         everywhere = faiss.SearchParametersIVF(nprobe=index.nlist)
+        if isinstance(centres := faiss.downcast_index(index.quantizer), faiss.IndexIVF):
+            everywhere.quantizer_params = faiss.SearchParametersIVF(nprobe=centres.nlist)
         found[missed] = index.search(vectors[missed], 1, params=everywhere)[1][:, 0]
     return found
+
+
+def _projected(points: Points, rows: np.ndarray, project: Projection) -> np.ndarray:
+    """What `project` makes of rows, float32 [n, d], read part by part."""
+    return np.concatenate([project(points[rows[start : start + CHUNK]]) for start in range(0, len(rows), CHUNK)])
 
 
 def _add(index: faiss.Index, points: Points, kept: np.ndarray, project: Projection) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -331,6 +332,29 @@ def ratio_curve(table: pd.DataFrame, suggested: float, title: str) -> Figure:
     axes.axvline(100 * suggested, color=ACCENT, linewidth=2, zorder=2, label=f"knee of the curve, ratio={suggested:g}")
     _dress(axes, title, "removed (%)", "cosine to the nearest kept image")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=11)
+    return figure
+
+
+def scale_figure(rows: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> Figure:
+    """Seconds and peak memory of every stage over the number of images, both axes logarithmic.
+
+    Args:
+        rows: with `part` ("tiles" or "synthetic", which is dashed), `stage`, `images`, `seconds`, `peak_anonymous_gb`.
+    """
+    figure = _figure(9.0, 4.4)
+    panels = figure.subplots(1, 2)
+    colours = dict(zip(stages, (AFTER, ACCENT, *_OTHERS), strict=False))
+    for axes, key, label in zip(panels, ("seconds", "peak_anonymous_gb"), ("seconds", "anonymous GB"), strict=True):
+        _dress(axes, label, "images", "", grid="both")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for name, marker in zip(stages, _MARKERS, strict=False):
+            for part, line in (("tiles", "-"), ("synthetic", "--")):
+                found = sorted((row["images"], row[key]) for row in rows if (row["part"], row["stage"]) == (part, name))
+                if found:
+                    label = name if part == "tiles" else None
+                    axes.plot(*zip(*found, strict=True), line, color=colours[name], marker=marker, label=label)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=6)
     return figure
 
 

@@ -62,11 +62,11 @@ def run(main: Callable) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from runtime.artefacts import is_main_process, running_in
+    from runtime.artefacts import is_main_process, process_count, running_in
     from runtime.command_line import is_sweep, quote_paths, refuse_unknown
     from runtime.engine import using
     from runtime.errors import UserError
-    from runtime.launch import check_launch, start_the_others
+    from runtime.launch import check_launch, join_tasks, start_the_others
     from runtime.provenance import command
     from runtime.redaction import hide, secret_values
     from runtime.sweep import Cells
@@ -78,6 +78,7 @@ def run(main: Callable) -> None:
     def guarded(cfg: DictConfig) -> None:
         hide(secret_values(OmegaConf.to_container(cfg, resolve=False)))
         if cells.elsewhere():  # a launcher's process has run nothing of this function's set-up
+            join_tasks()
             prepare_process()
         with cells.counted():
             try:
@@ -88,8 +89,10 @@ def run(main: Callable) -> None:
                 message = explained(error, cfg.runs)
                 if cells.outlives() or cells.elsewhere():
                     cells.unforeseen(error, cfg.runs) if message is None else cells.foreseen(message)
-                if cells.elsewhere():  # the launcher keeps it until all cells are done
-                    raise
+                if cells.elsewhere():
+                    if process_count() > 1:  # the others of this cell may wait for it in a collective operation
+                        sys.exit(cells.exit_code)
+                    raise  # the launcher keeps it until all cells are done
                 if not cells.outlives():
                     if message is None:
                         raise
@@ -101,7 +104,7 @@ def run(main: Callable) -> None:
         prepare_process()
         sys.argv[1:] = quote_paths(sys.argv[1:], is_sweep(sys.argv[1:]))
         refuse_unknown(sys.argv[1:])
-        with cells.composed_alone(_one_line):
+        with cells.survived(explained):
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error))

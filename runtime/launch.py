@@ -68,6 +68,19 @@ def start_the_others() -> None:
         os.execv(command[0], command)
 
 
+def join_tasks() -> None:
+    """Let the processes that submitit has started for one cell of a sweep join as those of torchrun do.
+
+    Each keeps sight of all GPUs of its machine, and takes the one of its local rank.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ or "RANK" in os.environ:
+        return
+    from submitit.helpers import JobEnvironment, TorchDistributedEnvironment
+
+    if JobEnvironment().num_tasks > 1:
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+
+
 def asked_for() -> str | None:
     """The plugin of Accelerate that the launch asks for: "FSDP", "DeepSpeed" or none."""
     return next((name for name in ("FSDP", "DeepSpeed") if _flag(f"ACCELERATE_USE_{name.upper()}")), None)

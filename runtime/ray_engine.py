@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import shutil
 import socket
 import tempfile
@@ -37,7 +36,7 @@ from runtime.quiet import native_stderr_closed, silence_libraries
 ITEMS = 2048
 #: Seconds without a result after which the loss of a machine counts.
 PATIENCE = 15
-#: The columns of a block of one row: a pickled `Done`, and the item's number.
+#: The columns of a block of one row: a `Done`, and the item's number.
 COLUMN, ITEM = "done", "item"
 #: Packages of this project that go to the workers of a cluster.
 PACKAGES = ("runtime", "corpus", "encoders", "captioning", "prune", "report", "eval", "train")
@@ -166,17 +165,17 @@ class RayEngine:
         last = time.monotonic()
         while True:
             try:
-                table = found.get(timeout=1)
+                block = found.get(timeout=1)
             except Empty:
                 if machines - _machines() and time.monotonic() - last > PATIENCE and data._current_executor:
                     notice("ray: a machine was lost: its work goes to the others")
                     return
                 continue
-            if table is None:
+            if block is None:
                 return
-            if isinstance(table, BaseException):
-                raise table
-            last, done = time.monotonic(), _unpacked(table)
+            if isinstance(block, BaseException):
+                raise block
+            last, done = time.monotonic(), block[COLUMN][0]
             if isinstance(done.value, UserError):
                 raise done.value
             yield done
@@ -191,7 +190,7 @@ class RayEngine:
         for name in ("ray.data", "ray.data._internal"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what it logs as well is raised
         attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=_here()).remote(self.retries)
-        rows = [{COLUMN: _packed(Done(item)), ITEM: at} for at, item in enumerate(window)]
+        rows = [{COLUMN: Done(item), ITEM: at} for at, item in enumerate(window)]
         data = ray.data.from_items(rows, override_num_blocks=len(window))
         for number, part in enumerate(_fused(steps, split=self.gpus_per_actor > 0)):
             work = _Work(number, functions_of(part), attempts)
@@ -205,7 +204,7 @@ class RayEngine:
         """
         from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-        batches, task = {"batch_size": 1, "batch_format": "pyarrow"}, partial(_task, work)
+        batches, task = {"batch_size": 1, "batch_format": "numpy"}, partial(_task, work)
         if steps[0].home:  # it copies from a disk, and must find room beside actors that have taken all CPUs
             return {
                 "fn": task,
@@ -278,10 +277,10 @@ def _read(data: Any, found: Queue, ended: Event) -> None:
                 return
 
     try:
-        for table in data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
+        for block in data.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
             if ended.is_set():
                 return
-            give(table)
+            give(block)
     except BaseException as error:  # raised where the results are taken
         give(error)
     else:
@@ -335,25 +334,21 @@ class _Work:
     attempts: Any
 
 
-def _packed(done: Done) -> bytes:
-    import cloudpickle
-
-    return cloudpickle.dumps(done)
-
-
-def _unpacked(table: Any) -> Done:
-    return pickle.loads(table[COLUMN][0].as_buffer())
+def _block(done: Done, item: int) -> dict[str, np.ndarray]:
+    """A batch of one row."""
+    column = np.empty(1, dtype=object)
+    column[0] = done
+    return {COLUMN: column, ITEM: np.array([item])}
 
 
-def _through(work: _Work, gpus: float, table: Any) -> Any:
+def _through(work: _Work, gpus: float, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A batch of one item through some steps; its value is a UserError where one was raised, or where too many workers
     have died of it."""
-    import pyarrow as pa
     import ray
 
-    item, done = table[ITEM][0].as_py(), _unpacked(table)
+    item, done = int(batch[ITEM][0]), batch[COLUMN][0]
     if isinstance(done.value, UserError):  # of the stage before
-        return table
+        return _block(done, item)
     try:
         if not ray.get(work.attempts.begin.remote((work.stage, item))):
             raise UserError(
@@ -363,14 +358,14 @@ def _through(work: _Work, gpus: float, table: Any) -> Any:
         done = through(work.functions, done, gpus)
     except UserError as error:  # Ray Data would pass on its text alone
         done = replace(done, value=error)
-    return pa.table({COLUMN: pa.array([_packed(done)], pa.large_binary()), ITEM: table[ITEM]})
+    return _block(done, item)
 
 
-def _task(work: _Work, table: Any) -> Any:
+def _task(work: _Work, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`_through` of steps without a network."""
     keep_freed_memory()
     silence_libraries()
-    return _through(work, 0, table)
+    return _through(work, 0, batch)
 
 
 def _actor(work: _Work, gpus: float) -> type:
@@ -383,8 +378,8 @@ def _actor(work: _Work, gpus: float) -> type:
 
             prepare_process()
 
-        def __call__(self, table: Any) -> Any:
-            return _through(work, gpus, table)
+        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return _through(work, gpus, batch)
 
     return Actor
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from report.documents import fill_readme, publish, screenshot, write_benchmarks, write_results
+from report.scale import write_scale
 from runtime.application import run
 from runtime.artefacts import read_json
 from runtime.errors import UserError
@@ -30,6 +31,7 @@ def main(cfg: DictConfig) -> None:
     shutil.copy(samples, images / "samples.png")
     write_results(published, ROOT / "docs" / "results.md")
     write_benchmarks(Path(cfg.results), ROOT / "docs" / "benchmarks.md")
+    write_scale(results / "bench_scale.json", ROOT / "docs" / "scale.md")
     print(f"results: {readme}")
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cloudpickle
 import numpy as np
 import psutil
 import pytest
@@ -160,8 +159,7 @@ def column_sums(table: Points, rows: np.ndarray, weight: float) -> np.ndarray:
 @pytest.fixture(scope="module")
 def ray_engine() -> Iterator[RayEngine]:
     ray = pytest.importorskip("ray", reason="Ray is not installed")
-    for pickler in (cloudpickle, ray.cloudpickle):  # workers cannot import a module of tests
-        pickler.register_pickle_by_value(sys.modules[__name__])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a module of tests
     engine = RayEngine(cpus=2, retries=1)
     with using(engine):
         yield engine

@@ -49,7 +49,11 @@ def test_weights_count_the_images_that_are_nearest() -> None:
     np.testing.assert_array_equal(found, by_hand(embeddings, readable, kept))
 
 
-def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("many", [10**9, 0])
+def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+    """One of lists, and one whose lists are in an inverted file themselves."""
+    monkeypatch.setattr(weights, "MANY_KEPT", many)
+    monkeypatch.setattr(weights, "LIST_IMAGES", 12)
     embeddings, kind = clustered(4000)
     readable = np.ones(len(embeddings), bool)
     kept = np.arange(0, len(embeddings), 7)
@@ -64,14 +68,29 @@ def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch)
     assert np.corrcoef(found[kept], exact[kept])[0, 1] > 0.8
 
 
-def test_lists_without_images_hide_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("many", [10**9, 0])
+def test_lists_without_images_hide_nobody(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
     """Every list but one is empty where all kept images are alike."""
+    monkeypatch.setattr(weights, "MANY_KEPT", many)
+    monkeypatch.setattr(weights, "LIST_IMAGES", 5)
     embeddings = np.random.default_rng(1).standard_normal((200, 8)).astype(np.float32)
     kept = np.arange(50)
     embeddings[kept] = embeddings[0]
     monkeypatch.setattr(weights, "EXACT", 0)
     monkeypatch.setattr(weights, "PROBES", 1)
     assert images_represented(embeddings, np.ones(200, bool), kept, np.random.default_rng(0)).sum() == 200
+
+
+def test_images_looked_up_together_find_what_each_finds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, _ = clustered(3000)
+    kept = np.arange(0, 3000, 5)
+    monkeypatch.setattr(weights, "EXACT", 0)
+    monkeypatch.setattr(weights, "MANY_KEPT", 0)
+    monkeypatch.setattr(weights, "LIST_IMAGES", 20)
+    readable = np.ones(3000, bool)
+    found = images_represented(embeddings, readable, kept, np.random.default_rng(0))
+    monkeypatch.setattr(weights, "TOGETHER", 7)
+    np.testing.assert_array_equal(images_represented(embeddings, readable, kept, np.random.default_rng(0)), found)
 
 
 def test_nothing_kept_and_everything_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,16 @@ from torch import nn
 
 from corpus.index import Corpus
 from encoders.pixels import to_tensor
+from eval.processes import first_process_says, gathered, place_in_launch, told_by_first
 from runtime.artefacts import read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.progress import progress
 
 PATCH = 8
 ENCODE_BATCH = 128
+#: Batches between two notes of what is done.
+NOTE_EVERY = 20
+LATENTS = "latents.npy"
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,8 @@ def cached_latents(
 ) -> np.ndarray:
     """Latents of rows of a corpus, encoded once, [V, K, C or 2 C, h, w], memory-mapped (see `encode_moments`).
 
+    In a launch every process must call it: the processes share the batches out among them (see `_encode_jobs`).
+
     Args:
         key: fingerprint of the autoencoder.
         views: what of each image is encoded; None: each as it is.
@@ -181,26 +188,14 @@ def cached_latents(
     views.side(corpus.resolution)
 
     @torch.no_grad()
-    def encoded(start: int, view: int) -> np.ndarray:
+    def encoded(view: int, start: int) -> np.ndarray:
         part = rows[start : start + ENCODE_BATCH]
         images = views.take(to_tensor(corpus.images[part]), part, view, seed)
         return encode_moments(autoencoder, images.to(device)).float().cpu().numpy().astype(dtype)
 
     def build(directory: Path) -> None:
-        path, state = directory / "latents.npy", directory / "progress.json"
         jobs = [(view, start) for view in range(len(views)) for start in range(0, len(rows), ENCODE_BATCH)]
-        done = read_json(state)["done"] if state.exists() else 0
-        array = np.lib.format.open_memmap(path, mode="r+") if done else None
-        bar = progress(jobs[done:], "encode latents", total=len(jobs), initial=done, unit="batch")
-        for count, (view, start) in enumerate(bar, start=done + 1):
-            latents = encoded(start, view)
-            if array is None:
-                shape = (len(views), len(rows), *latents.shape[1:])
-                array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-            array[view, start : start + len(latents)] = latents
-            if count % 20 == 0 or count == len(jobs):
-                array.flush()
-                write_json(state, {"done": count})
+        _encode_jobs(directory, jobs, encoded, (len(views), len(rows)), dtype)
 
     inputs = {
         "corpus": corpus.fingerprint,
@@ -210,5 +205,48 @@ def cached_latents(
         "half": half,
         **({"seed": seed} if views.crop else {}),
     }
-    directory = stage(runs, "latents", inputs, build, resumable=True)
-    return np.load(directory / "latents.npy", mmap_mode="r")
+    directory = stage(runs, "latents", inputs, build, resumable=True, together=first_process_says)
+    return np.load(directory / LATENTS, mmap_mode="r")
+
+
+def _encode_jobs(
+    directory: Path,
+    jobs: Sequence[tuple[int, int]],
+    encoded: Callable[[int, int], np.ndarray],
+    shape: tuple[int, int],
+    dtype: type,
+) -> None:
+    """Fill latents.npy, in rounds of one batch for each process of the launch; the last round may be short.
+
+    Whole batches are dealt, so that every number of processes computes the same products and leaves the same bytes.
+    The first process writes all: pages of a file that several machines write at once may lose one's part (NFS).
+
+    Args:
+        jobs: (view, first row) of every batch; the first ones may be there from an earlier try, on other processes.
+        encoded: the latents [B, C, h, w] of a batch.
+        shape: (V, K).
+    """
+    state, (own, processes) = directory / "progress.json", place_in_launch()
+    (done,) = told_by_first([read_json(state)["done"] if state.exists() else 0])
+    array, inner = (np.lib.format.open_memmap(directory / LATENTS, mode="r+") if done and own == 0 else None), None
+    noted, total = done, -(-len(jobs) // processes)
+    rounds = range(done, len(jobs), processes)
+    bar = {"total": total, "initial": total - len(rounds), "unit": "batch", "unit_scale": processes}
+    for first in progress(rounds, "encode latents", **bar):
+        dealt = jobs[first : first + processes]
+        latents = encoded(*dealt[own]) if own < len(dealt) else np.empty((0, 0, 0, 0), dtype)
+        inner = inner or tuple(told_by_first(latents.shape[1:]))  # a process without a batch has not seen it
+        whole = np.zeros((ENCODE_BATCH, *inner), dtype)
+        whole[: len(latents)] = latents.reshape(-1, *inner)
+        parts = gathered(whole)
+        if own > 0:
+            continue
+        if array is None:
+            array = np.lib.format.open_memmap(directory / LATENTS, mode="w+", dtype=dtype, shape=(*shape, *inner))
+        for (view, start), part in zip(dealt, parts, strict=False):
+            array[view, start : start + ENCODE_BATCH] = part[: shape[1] - start]
+        done = first + len(dealt)
+        if done - noted >= NOTE_EVERY or done == len(jobs):
+            array.flush()
+            write_json(state, {"done": done})
+            noted = done

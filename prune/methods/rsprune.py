@@ -10,7 +10,7 @@ from skimage.filters import threshold_otsu
 
 from prune.allocation import allocate_distinct
 from prune.clusters import Clustering, Points, members_of, normalise
-from prune.pool import Pool, Selection
+from prune.pool import Pool, Selection, everywhere
 from prune.ranks import ascending, below_quantile
 from prune.scenes import OPEN_SCENE, SceneRule, Scenes
 from runtime.engine import engine
@@ -80,7 +80,7 @@ class RSPrune:
         scenes = self._scenes(pool, generator)
         clusters = self._clusters(pool, scenes, np.flatnonzero(step.informative), budget, generator)
 
-        reason = np.full(len(pool), "redundant", dtype=object)
+        reason = everywhere(len(pool), "redundant")
         reason[~step.informative] = "low_entropy"
         scene_names = np.array(scenes.names, dtype=object)[scenes.scene]
         scene_names[~pool.readable] = ""
