@@ -29,6 +29,9 @@ from runtime.artefacts import COMPLETE, read_json, stage, stage_fingerprint, wri
 from runtime.cost import StageLog
 from runtime.progress import progress
 
+#: Files of the stages.
+ENTROPY, EMBEDDINGS = "entropy.npy", "embeddings.npy"
+
 
 def scan_corpus(source: Source, runs: Path | str, measure: LocalEntropy, encoder: EfficientNetLite0) -> Corpus:
     """Index a source, its entropies and its embeddings in one pass over the bytes, or open what is there.
@@ -48,49 +51,52 @@ def scan_corpus(source: Source, runs: Path | str, measure: LocalEntropy, encoder
 
 def corpus_entropy(corpus: Corpus, measure: LocalEntropy, runs: Path | str) -> np.ndarray:
     """Local entropy float32 [N] in bits, zero where unreadable; cached."""
-    scan = Scan(stage_fingerprint("entropy", {"measure": measure}), partial(entropies, measure), CHUNK, np.float32)
-    return np.array(_computed(corpus, scan, "entropy", {"measure": measure}, "entropy.npy", runs))
+    options = {"measure": measure}
+    scan = Scan(stage_fingerprint("entropy", options), partial(entropies, measure), CHUNK, np.float32)
+    build = partial(_compute, corpus, scan, "entropy", options, ENTROPY, runs)
+    directory = stage(runs, "entropy", {"corpus": corpus.fingerprint, **options}, build, resumable=True)
+    return np.load(directory / ENTROPY)
 
 
 def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | str) -> np.ndarray:
     """Embeddings float16 [N, D], memory-mapped, zeros where unreadable; cached, resumed chunk by chunk."""
-    key, options = stage_fingerprint("embedding", {"encoder": encoder}), {"encoder": encoder}
+    options = {"encoder": encoder}
+    key = stage_fingerprint("embedding", options)
     scan = Scan(key, encoder, encoder.batch_size, np.float16, (encoder.dimensions,))
-    return _computed(corpus, scan, "embedding", options, "embeddings.npy", runs)
+    build = partial(_compute, corpus, scan, "embedding", options, EMBEDDINGS, runs)
+    directory = stage(runs, "embedding", {"corpus": corpus.fingerprint, **options}, build, resumable=True)
+    return np.load(directory / EMBEDDINGS, mmap_mode="r")
 
 
-def _computed(
-    corpus: Corpus, scan: Scan, name: str, options: Mapping[str, Any], file: str, runs: Path | str
-) -> np.ndarray:
-    """A stage that computes a scan of an indexed corpus, of what is not known from the index or from earlier ones."""
-
-    def build(directory: Path) -> None:
-        path, state, rest = directory / file, directory / "progress.json", directory / "todo.npy"
-        if _take(corpus, scan.key, path):
-            return
-        array = ArrayFile(path, (len(corpus), *scan.shape), scan.dtype)
-        done = read_json(state)["done"] if state.exists() and rest.exists() else 0
-        if not done:
-            array.create()
-            np.save(rest, np.flatnonzero(~_take_over(corpus, runs, name, options, file, array)))
-        todo = np.load(rest)
-        log = StageLog(directory, name, corpus.name)
-        with progress(range(len(todo)), name, total=len(todo), initial=done, unit="image") as bar:
-            for part in over_images(corpus, [todo[at : at + CHUNK] for at in range(done, len(todo), CHUNK)], scan):
-                rows, values = part.value
-                array.write(rows, values)
-                log.add(part, rows)
-                done += len(rows)
-                write_json(state, {"done": done})
-                bar.update(len(rows))
-        log.close()
-        gone = np.flatnonzero(~corpus.readable)
-        array.write(gone, np.zeros((len(gone), *scan.shape), scan.dtype))
-        state.unlink(missing_ok=True)
-        rest.unlink()
-
-    directory = stage(runs, name, {"corpus": corpus.fingerprint, **options}, build, resumable=True)
-    return np.load(directory / file, mmap_mode="r")
+def _compute(
+    corpus: Corpus, scan: Scan, name: str, options: Mapping[str, Any], file: str, runs: Path | str, directory: Path
+) -> None:
+    """Fill a stage's directory with a scan of an indexed corpus: only what is not known from the index or from earlier
+    ones is computed."""
+    path, state, rest = directory / file, directory / "progress.json", directory / "todo.npy"
+    if _take(corpus, scan.key, path):
+        return
+    array = ArrayFile(path, (len(corpus), *scan.shape), scan.dtype)
+    done = read_json(state)["done"] if state.exists() and rest.exists() else 0
+    if not done:
+        array.create()
+        np.save(rest, np.flatnonzero(~_take_over(corpus, runs, name, options, file, array)))
+    todo = np.load(rest)
+    log = StageLog(directory, name, corpus.name)
+    groups = [todo[at : at + CHUNK] for at in range(done, len(todo), CHUNK)]
+    with progress(range(len(todo)), name, total=len(todo), initial=done, unit="image") as bar:
+        for part in over_images(corpus, groups, scan):
+            rows, values = part.value
+            array.write(rows, values)
+            log.add(part, rows)
+            done += len(rows)
+            write_json(state, {"done": done})
+            bar.update(len(rows))
+    log.close()
+    gone = np.flatnonzero(~corpus.readable)
+    array.write(gone, np.zeros((len(gone), *scan.shape), scan.dtype))
+    state.unlink(missing_ok=True)
+    rest.unlink()
 
 
 def _take_over(
