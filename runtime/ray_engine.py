@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 import time
 from collections import Counter, deque
@@ -36,6 +37,12 @@ from runtime.quiet import native_stderr_closed, silence_libraries
 ITEMS = 2048
 #: Seconds without a result after which the loss of a machine counts.
 PATIENCE = 15
+#: Ray ends this process at once, and without a word, where the cluster's first node dies. A shell that waits for its end
+#: says so.
+WITNESS = (
+    'read -r ended || echo "error: the Ray cluster is gone, or this command was killed: what is done is kept, run the '
+    'same command again to go on, or with engine=local" >&2'
+)
 #: The columns of a block of one row: a `Done`, and the item's number.
 COLUMN, ITEM = "done", "item"
 #: Packages of this project that go to the workers of a cluster.
@@ -104,9 +111,10 @@ class RayEngine:
 
     def close(self) -> None:
         """End the cluster that this command started, or the connection to another one, and leave nothing behind."""
-        ray = _ray()
-        if ray.is_initialized():
-            ray.shutdown()
+        if _witnesses:  # else this command has not connected
+            _ray().shutdown()
+        while _witnesses:
+            _witnesses.pop().communicate(b"ended\n")
         while _folders:
             shutil.rmtree(_folders.pop(), ignore_errors=True)
 
@@ -143,6 +151,7 @@ class RayEngine:
                     f"engine.address={self.address}: no Ray cluster answers there ({reason}): start one with "
                     "`ray start --head`, or take engine=local"
                 ) from None
+        _witnesses.append(subprocess.Popen(["sh", "-c", WITNESS], stdin=subprocess.PIPE))
         return ray
 
     def _results(self, steps: Sequence[Step], window: Sequence[Any]) -> Iterator[Done]:
@@ -235,6 +244,7 @@ class RayEngine:
 
 
 _folders: list[str] = []  # of the clusters that this process started
+_witnesses: list[subprocess.Popen] = []
 
 
 def _ray() -> Any:

@@ -203,6 +203,8 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_one_line() -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    ray.shutdown()  # a fixture's engine may be connected
     with pytest.raises(UserError, match=r"engine\.address=127\.0\.0\.1:1: no Ray cluster answers"):
         list(RayEngine(address="127.0.0.1:1").run([Step(double)], [1]))
 
