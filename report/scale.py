@@ -226,7 +226,8 @@ def arithmetic(images: int, found: Mapping[str, Any], on_node: Mapping[str, Cost
             images * size / rate / 3600,
         )
     ]
-    largest = max((row for row in found["rows"] if row["stage"] == "index"), key=lambda row: row["images"])
+    indexed = [row for row in found["rows"] if (row["part"], row["stage"]) == (TILES, "index")]
+    largest = max(indexed, key=lambda row: row["images"])
     core = largest["cpu_seconds"] / largest["images"]
     steps.append(
         Step(
