@@ -30,6 +30,8 @@ ON_ONE_NODE, ONE_THREAD = ("manifest", "selection", "weights", "table"), ("manif
 ALONE = ("selection", "weights", "table")
 TILES, SYNTHETIC, DEFAULT = "tiles", "synthetic", "embedding, default input"
 TARGETS = (10**8, 10**9)
+#: Made images from which a model is carried on to these: below, other ways are taken (`prune.weights`).
+ENOUGH = 10**6
 #: Bytes of an inverted file for a kept image: 64 components and its number (`prune.weights`).
 INDEX_BYTES = 64 * 4 + 8
 
@@ -167,6 +169,8 @@ def extrapolations(found: Mapping[str, Any], fitted: Mapping[str, Mapping[str, C
     tiles, alone = fitted[TILES], fitted[SYNTHETIC]
     if not {"manifest", "index"} <= tiles.keys() or not set(ALONE) <= alone.keys():
         return []
+    if min(max(alone[name].sizes) for name in ALONE) < ENOUGH:
+        return ["## Extrapolation", f"None: the largest made set that is measured has fewer than {ENOUGH:,} images."]
     on_node = {"manifest": tiles["manifest"], **{name: alone[name] for name in ALONE}}
     cluster = found["cluster"]
     facts = (
@@ -222,7 +226,8 @@ def arithmetic(images: int, found: Mapping[str, Any], on_node: Mapping[str, Cost
             images * size / rate / 3600,
         )
     ]
-    largest = max((row for row in found["rows"] if row["stage"] == "index"), key=lambda row: row["images"])
+    indexed = [row for row in found["rows"] if (row["part"], row["stage"]) == (TILES, "index")]
+    largest = max(indexed, key=lambda row: row["images"])
     core = largest["cpu_seconds"] / largest["images"]
     steps.append(
         Step(

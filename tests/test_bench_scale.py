@@ -36,9 +36,9 @@ def found() -> dict[str, Any]:
     """As bench_scale.json, of stages that grow as they are said to."""
     rows = [
         row
-        for part, exponent in ((TILES, 1.0), (SYNTHETIC, 1.05))
+        for part, exponent, sizes in ((TILES, 1.0, (10_000, 30_000, 100_000)), (SYNTHETIC, 1.05, (10**6, 10**7)))
         for number, stage in enumerate(STAGES, start=1)
-        for row in rows_of(part, stage, 1e-5 * number, exponent, 0.5, 1e-7, (10_000, 30_000, 100_000))
+        for row in rows_of(part, stage, 1e-5 * number, exponent, 0.5, 1e-7, sizes)
     ]
     cluster = {
         "name": "two nodes", "nodes": 2, "gpus": 4, "vcpus": 48, "memory_gib": 192, "network_gbit": 40, "source": "a "
@@ -132,7 +132,7 @@ def test_the_bench_goes_on_where_it_ended(tmp_path: Path) -> None:
         assert row["seconds"] > 0 and row["cpu_seconds"] > 0
         assert 0 < row["peak_anonymous_gb"] <= row["peak_rss_gb"]
     assert list((tmp_path / "runs" / "bench_scale").iterdir()) == [], "a size that is done leaves nothing"
-    assert "## Extrapolation" in (tmp_path / "scale.md").read_text()
+    assert "None: the largest made set" in (tmp_path / "scale.md").read_text()
     assert (tmp_path / "results" / "smoke" / "bench_scale.png").stat().st_size > 10_000
 
 
