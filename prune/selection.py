@@ -267,9 +267,9 @@ def selection_table(pool: Pool, selection: Selection, weights: np.ndarray) -> pd
         {
             "id": pool.ids,
             "kept": kept,
-            "reason": selection.reason.astype(str),
+            "reason": pd.array(selection.reason, dtype="str"),
             "entropy": pool.entropy.astype(np.float32),
-            "scene": selection.scene.astype(str),
+            "scene": pd.array(selection.scene, dtype="str"),
             "scene_similarity": selection.scene_similarity.astype(np.float32),
             "cluster": selection.cluster.astype(np.int32),
             "centroid_distance": selection.centroid_distance.astype(np.float32),
