@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 from scipy.fft import dct
 
@@ -120,6 +119,8 @@ def jpeg_bytes_per_pixel(images: np.ndarray | ImageRows) -> np.ndarray:
     Args:
         images: uint8 [N, H, W, 3].
     """
+    import simplejpeg  # near-duplicates are found without it
+
     sizes = [
         len(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=JPEG_QUALITY, colorsubsampling="444"))
         / (image.shape[0] * image.shape[1])
