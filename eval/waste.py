@@ -87,7 +87,8 @@ def perceptual_hashes(images: np.ndarray | ImageRows) -> np.ndarray:
     hashes = np.empty(len(images), dtype=np.uint64)
     for start, block in _blocks(images):
         side = (_HASHED_SIDE, _HASHED_SIDE)
-        luma = [Image.fromarray(image).convert("L").resize(side, Image.Resampling.LANCZOS) for image in block]
+        grey = (Image.fromarray(image).convert("L") for image in block)
+        luma = [np.asarray(image.resize(side, Image.Resampling.LANCZOS)) for image in grey]
         spectrum = dct(dct(np.stack(luma).astype(np.float64), axis=1), axis=2)
         lowest = spectrum[:, :_HASH_SIDE, :_HASH_SIDE].reshape(len(block), -1)
         bits = np.packbits(lowest > np.median(lowest, axis=1, keepdims=True), axis=1)

@@ -17,7 +17,10 @@ def main() -> None:
     images = (128 + contrast * random.uniform(-1, 1, size=(600, 32, 32, 3))).astype(np.uint8)
 
     bits = np.array([local_entropy(image) for image in images])
-    known, names = embeddings[::10], np.array(["sea", "field", "town"])[scene[::10]]  # a labelled sample, if there is one
+    known, names = (
+        embeddings[::10],
+        np.array(["sea", "field", "town"])[scene[::10]],
+    )  # a labelled sample, if there is one
     selection = RSPrune(ratio=0.85, seed=0).select(embeddings, entropy=bits, reference=known, labels=names)
     print(f"kept {len(selection.kept)} of {len(images)}")
     for reason, count in zip(*np.unique(selection.reason.astype(str), return_counts=True), strict=True):

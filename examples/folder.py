@@ -1,4 +1,4 @@
-"""I have a folder of images: `python examples/folder.py [FOLDER]`. Needs the extra `images`, and `encoders` if it can."""
+"""I have a folder of images: `python examples/folder.py [FOLDER]`. Needs the extra `images`; `encoders` is better."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def main(folder: Path) -> None:
     bits = np.array([local_entropy(image) for image in found.images])
     selection = RSPrune(ratio=0.5).select(embeddings, entropy=bits, readable=found.readable)
     before, after = (near_duplicate_fraction(images) for images in (found.images, found.images[selection.kept]))
-    print(f"kept {len(selection.kept)} of {len(found)}; near-duplicates: {before:.2f} of them before, {after:.2f} after")
+    print(
+        f"kept {len(selection.kept)} of {len(found)}; near-duplicates: {before:.2f} of them before, {after:.2f} after"
+    )
     table = selection_table(selection, found.ids)
     table.to_csv(folder / "selection.csv", index=False)
     print(table.head(3).to_string(index=False))

@@ -44,7 +44,9 @@ def main(folder: Path) -> None:
         for sample in wds.WebDataset(shards, shardshuffle=False):  # bytes: nothing is encoded a second time
             if sample["__key__"] in kept:
                 sink.write({name: value for name, value in sample.items() if name not in ("__url__", "__local_path__")})
-    written = sum(1 for _ in wds.WebDataset([str(path) for path in sorted(folder.glob("kept-*.tar"))], shardshuffle=False))
+    written = sum(
+        1 for _ in wds.WebDataset([str(path) for path in sorted(folder.glob("kept-*.tar"))], shardshuffle=False)
+    )
     print(f"kept {written} of {len(keys)} samples")
 
 

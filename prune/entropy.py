@@ -29,7 +29,7 @@ def _luma(image: np.ndarray) -> np.ndarray:
 def _patch_entropies(
     luma: np.ndarray,
     patch: int,
-    shift: int,
+    shift: np.uint8,
     no_data: int,
     steps: np.ndarray,
     unit: float,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import faiss
 import numpy as np
@@ -63,7 +64,7 @@ def _index(
     """A faiss index of the kept images, and what brings vectors to its dimensions."""
     dimensions = points.embeddings.shape[1]
     if float(images) * len(kept) * dimensions <= EXACT:
-        index = faiss.IndexFlatIP(dimensions)
+        index: Any = faiss.IndexFlatIP(dimensions)
         _add(index, points, kept, lambda vectors: vectors)
         return index, lambda vectors: vectors
     sample = np.sort(generator.permutation(kept)[:SAMPLE])
@@ -79,11 +80,11 @@ def _index(
     return index, project
 
 
-def _nearest(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+def _nearest(index: Any, vectors: np.ndarray) -> np.ndarray:
     """Position of the nearest kept image, int64 [n]; where all probed lists are empty, all lists are."""
     found = index.search(vectors, 1)[1][:, 0]
     if len(missed := np.flatnonzero(found < 0)):
-        everywhere = faiss.SearchParametersIVF(nprobe=index.nlist)
+        everywhere = faiss.SearchParametersIVF(nprobe=index.nlist)  # type: ignore[call-arg]
         found[missed] = index.search(vectors[missed], 1, params=everywhere)[1][:, 0]
     return found
 

@@ -62,7 +62,9 @@ def read_selection(directory: str | Path) -> pd.DataFrame:
     path = Path(directory)
     path = path / _TABLE if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give the directory that `python prune/run.py` printed after selection:")
+        raise UserError(
+            f"{path} does not exist: give the directory that `python prune/run.py` printed after selection:"
+        )
     table = pd.read_parquet(path)
     if missing := {"id", "kept", "reason"} - set(table):
         raise UserError(f"{path} is no selection: it has no column {', '.join(sorted(missing))}")
