@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint bench bench-quality bench-scale sweep quality ablation augmentation pair-cleaning cleaning-probe suggest demo tables readme foundation autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint format types docs-check bench bench-quality bench-scale sweep quality ablation augmentation pair-cleaning cleaning-probe suggest demo tables readme foundation autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -49,8 +49,19 @@ test: $(READY)  ## all tests but the slow ones
 test-all: $(READY)  ## all tests
 	$(PYTEST)
 
-lint: $(READY)  ## ruff
+lint: $(READY)  ## ruff: rules and layout
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## ruff: lay the code out, and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(READY)  ## mypy on the public API and what its names lead to
+	$(BIN)/mypy
+
+docs-check: $(READY)  ## links, code blocks, commands and generated tables of all documents
+	$(BIN)/python scripts/docs_check.py
 
 bench: $(READY)  ## speed of every stage on this machine
 	$(BIN)/python scripts/bench.py profile=$(PROFILE)
@@ -101,7 +112,7 @@ autoencoder: $(READY)  ## train the shipped autoencoder again (hours)
 	$(BIN)/python train/autoencoder.py
 
 clean:  ## remove what tools left: caches, bytecode, logs
-	rm -rf .pytest_cache .ruff_cache .hypothesis *.egg-info outputs multirun wandb
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info outputs multirun wandb
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove .venv, runs and results

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 from scipy.fft import dct
 
@@ -88,7 +87,8 @@ def perceptual_hashes(images: np.ndarray | ImageRows) -> np.ndarray:
     hashes = np.empty(len(images), dtype=np.uint64)
     for start, block in _blocks(images):
         side = (_HASHED_SIDE, _HASHED_SIDE)
-        luma = [Image.fromarray(image).convert("L").resize(side, Image.Resampling.LANCZOS) for image in block]
+        grey = (Image.fromarray(image).convert("L") for image in block)
+        luma = [np.asarray(image.resize(side, Image.Resampling.LANCZOS)) for image in grey]
         spectrum = dct(dct(np.stack(luma).astype(np.float64), axis=1), axis=2)
         lowest = spectrum[:, :_HASH_SIDE, :_HASH_SIDE].reshape(len(block), -1)
         bits = np.packbits(lowest > np.median(lowest, axis=1, keepdims=True), axis=1)
@@ -120,6 +120,8 @@ def jpeg_bytes_per_pixel(images: np.ndarray | ImageRows) -> np.ndarray:
     Args:
         images: uint8 [N, H, W, 3].
     """
+    import simplejpeg  # near-duplicates are found without it
+
     sizes = [
         len(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=JPEG_QUALITY, colorsubsampling="444"))
         / (image.shape[0] * image.shape[1])

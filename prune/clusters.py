@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import faiss
+import numba
 import numpy as np
-import torch
 
 from prune.pool import Pool, Selection
 from prune.ranks import ascending
@@ -17,6 +18,8 @@ CHUNK = 16_384
 MANY_PRODUCTS = 4_000_000
 #: Levels of clusters at most: images that are all alike cannot be split, however often one tries.
 DEEPEST = 6
+#: Least length by which a vector is divided.
+TINY = np.float32(1e-12)
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,74 @@ class Points:
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         """float32 [K, D], centred and, if spherical, of unit length; a zero vector stays zero."""
-        # torch, since NumPy converts half precision one number at a time
-        vectors = torch.from_numpy(np.array(self.embeddings[rows])).float().sub_(torch.from_numpy(self.centre))
-        if self.spherical:
-            vectors /= vectors.norm(dim=1, keepdim=True).clamp_min_(1e-12)
-        return vectors.numpy()
+        values = np.asarray(self.embeddings[rows])
+        vectors = np.empty(values.shape, np.float32)
+        if values.dtype == np.float16:
+            _from_half(np.ascontiguousarray(values).view(np.uint16), _halves(), self.centre, self.spherical, vectors)
+        else:
+            _from_single(np.ascontiguousarray(values, np.float32), self.centre, self.spherical, vectors)
+        return vectors
 
     def restricted(self, rows: np.ndarray) -> Points:
         """Some rows alone, read now, numbered from 0: they can be sent to another machine."""
         return Points(np.array(self.embeddings[rows]), self.centre, self.spherical)
+
+
+@cache
+def _halves() -> np.ndarray:
+    """float32 [65536], the value of every half-precision number by its bits."""
+    return np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+@numba.njit(cache=True, nogil=True)
+def _from_half(bits: np.ndarray, halves: np.ndarray, centre: np.ndarray, spherical: bool, out: np.ndarray) -> None:
+    """Rows of half-precision numbers, uint16 [K, D], centred and, if spherical, of unit length."""
+    for row in range(len(bits)):
+        for column in range(bits.shape[1]):
+            out[row, column] = halves[bits[row, column]] - centre[column]
+        if spherical:
+            _to_unit_length(out[row])
+
+
+@numba.njit(cache=True, nogil=True)
+def _from_single(values: np.ndarray, centre: np.ndarray, spherical: bool, out: np.ndarray) -> None:
+    """As `_from_half`, of float32 [K, D]."""
+    for row in range(len(values)):
+        for column in range(values.shape[1]):
+            out[row, column] = values[row, column] - centre[column]
+        if spherical:
+            _to_unit_length(out[row])
+
+
+@numba.njit(nogil=True)
+def _to_unit_length(vector: np.ndarray) -> None:
+    """Divide by the norm, whose squares are summed as PyTorch's `norm` sums them: published selections stay the same.
+
+    That is eight sums side by side, then four numbers, then the rest with fused multiplication and addition.
+    """
+    size = len(vector)
+    whole = size - size % 8
+    a = b = c = d = e = f = g = h = np.float32(0)
+    for start in range(0, whole, 8):
+        a += vector[start] * vector[start]
+        b += vector[start + 1] * vector[start + 1]
+        c += vector[start + 2] * vector[start + 2]
+        d += vector[start + 3] * vector[start + 3]
+        e += vector[start + 4] * vector[start + 4]
+        f += vector[start + 5] * vector[start + 5]
+        g += vector[start + 6] * vector[start + 6]
+        h += vector[start + 7] * vector[start + 7]
+    total = a + b + c + d + e + f + g + h
+    fused = size - size % 4
+    for column in range(whole, fused):
+        total += vector[column] * vector[column]
+    for column in range(fused, size):
+        total = np.float32(np.float64(vector[column]) * np.float64(vector[column]) + np.float64(total))
+    norm = np.sqrt(total)
+    if norm < TINY:
+        norm = TINY
+    for column in range(size):
+        vector[column] /= norm
 
 
 def normalise(vectors: np.ndarray) -> np.ndarray:

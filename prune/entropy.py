@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import cv2
 import numba
 import numpy as np
 
@@ -30,7 +29,7 @@ def _luma(image: np.ndarray) -> np.ndarray:
 def _patch_entropies(
     luma: np.ndarray,
     patch: int,
-    shift: int,
+    shift: np.uint8,
     no_data: int,
     steps: np.ndarray,
     unit: float,
@@ -142,6 +141,8 @@ class LocalEntropy:
         """Entropy of uint8 [H, W, 3] or [H, W]; 0 where nothing but no-data is left."""
         grey = luma(image)
         if self.denoise:
+            import cv2  # for this alone
+
             filtered = cv2.medianBlur(grey, 3)
             # the hole stays as it was: a median at its rim would eat into the image, or grow into it
             grey = filtered if self.no_data is None else np.where(grey == self.no_data, grey, filtered)

@@ -106,7 +106,7 @@ def _pool(
         refuse_not_finite(entropy[:, None], readable, "entropy")
     if (reference is None) != (labels is None):
         raise UserError("reference and labels belong together: give both or neither")
-    if reference is None:
+    if reference is None or labels is None:
         reference, labels = np.empty((0, embeddings.shape[1]), np.float32), np.empty(0, dtype=object)
     reference = _matrix(reference, "reference")
     if reference.shape[1] != embeddings.shape[1]:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
 
 from prune.clusters import (
     CHUNK,
@@ -171,6 +169,9 @@ def _halves(groups: list[np.ndarray], seed: int) -> list[list[np.ndarray]]:
 
 def fit_classifier(points: np.ndarray, classes: np.ndarray, kind: str) -> Callable[[np.ndarray], np.ndarray]:
     """A linear classifier of unit vectors float32 [M, D]; returns (float32 [n, D]) -> int64 [n]."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # slow to import, and seldom asked for
+    from sklearn.linear_model import LogisticRegression
+
     if kind == "lda":
         count = int(classes.max()) + 1
         model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=np.full(count, 1 / count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import faiss
 import numpy as np
@@ -68,7 +69,7 @@ def _index(
     """A faiss index of the kept images, and what brings vectors to its dimensions."""
     dimensions = points.embeddings.shape[1]
     if float(images) * len(kept) * dimensions <= EXACT:
-        index = faiss.IndexFlatIP(dimensions)
+        index: Any = faiss.IndexFlatIP(dimensions)
         _add(index, points, kept, lambda vectors: vectors)
         return index, lambda vectors: vectors
     sample = np.sort(generator.permutation(kept)[:SAMPLE])
@@ -114,7 +115,7 @@ def _two_levels(
     return index
 
 
-def _nearest(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+def _nearest(index: Any, vectors: np.ndarray) -> np.ndarray:
     """Position of the nearest kept image, int64 [n]; where all probed lists are empty, all lists are.
 
     Vectors of one list are looked up one after the other, so that a list is read from memory once for many.

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from runtime.provenance import ROOT, origin
 from runtime.redaction import ACCESS, public
@@ -33,8 +32,9 @@ def plain(value: Any) -> Any:
     A dataclass field with the metadata {"fingerprint": False}, which changes no result, is left out, and so is how a
     source's files are reached. URLs are without credentials (`runtime.redaction`).
     """
-    if isinstance(value, (DictConfig, ListConfig)):
-        return plain(OmegaConf.to_container(value, resolve=True))
+    omegaconf = sys.modules.get("omegaconf")  # the library works without it; where there is a config, it is imported
+    if omegaconf and isinstance(value, (omegaconf.DictConfig, omegaconf.ListConfig)):
+        return plain(omegaconf.OmegaConf.to_container(value, resolve=True))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field for field in dataclasses.fields(value) if field.metadata.get("fingerprint", True)]
         return {"_class_": class_name(type(value)), **{f.name: plain(getattr(value, f.name)) for f in fields}}

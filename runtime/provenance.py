@@ -10,16 +10,17 @@ import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from runtime.redaction import SECRET, STORAGE, harmless_options, public
 
+if TYPE_CHECKING:  # the library works without it
+    from omegaconf import DictConfig
+
 ROOT = Path(__file__).resolve().parent.parent
-#: Packages on which results depend, in the version that is installed.
+#: This project, and the packages on which results depend, in the version that is installed.
 PACKAGES = (
+    "rs-prune",
     *("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow", "numba", "scikit-learn", "faiss-cpu", "faiss-gpu"),
     *("pillow", "simplejpeg", "opencv-python", "opencv-python-headless", "rasterio", "tifffile", "datasets"),
     *("diffusers", "transformers", "tokenizers", "accelerate", "peft", "timm", "open_clip_torch", "safetensors"),
@@ -42,6 +43,9 @@ def command(cfg: DictConfig) -> Iterator[None]:
 
 def resolved(cfg: DictConfig) -> Any:
     """A config with its interpolations resolved where they can be, without secrets or values of the environment."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     raw = OmegaConf.to_container(cfg, resolve=False)
     try:
         value = OmegaConf.to_container(cfg, resolve=True)
@@ -52,6 +56,8 @@ def resolved(cfg: DictConfig) -> Any:
 
 def unresolved(cfg: DictConfig) -> Any:
     """A config with its interpolations as they are written, without secrets."""
+    from omegaconf import OmegaConf
+
     raw = OmegaConf.to_container(cfg, resolve=False)
     return _clean(raw, raw, set())
 

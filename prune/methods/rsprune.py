@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
-from skimage.filters import threshold_otsu
 
 from prune.allocation import allocate_distinct
 from prune.clusters import Clustering, Points, members_of, normalise
@@ -283,6 +282,8 @@ class _Clusters:
 
 def otsu(values: np.ndarray) -> float:
     """Otsu's (1979) threshold of a sample, from 256 bins; values from it on are the upper class."""
+    from skimage.filters import threshold_otsu  # slow to import, and seldom asked for
+
     low, high = float(values.min()), float(values.max())
     return threshold_otsu(values, 256) + (high - low) / 512 if low < high else low  # of the bin, its upper edge
 

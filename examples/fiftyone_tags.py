@@ -1,0 +1,46 @@
+"""I want to look at a selection in FiftyOne: tags of the samples. Needs `pip install fiftyone`.
+
+`python examples/fiftyone_tags.py DATASET SELECTION`: a data set of FiftyOne whose files the command
+`python prune/run.py corpus=folder corpus.root=FOLDER` pruned, and the directory that it printed.
+Then `fiftyone app launch DATASET`, and filter by `rsprune:kept` or `rsprune:redundant`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from rsprune import read_selection, selection_tags
+
+
+def tag_samples(dataset: Any, tags: Mapping[str, list[str]]) -> int:
+    """Tag every sample whose file path ends as an id of the selection does; returns how many were found.
+
+    Of FiftyOne it uses `Dataset.iter_samples(autosave=True)`, `sample.filepath` and the list `sample.tags` alone.
+    Older tags of ours are replaced, others stay.
+    """
+    by_name: dict[str, list[str]] = {PurePath(name).as_posix(): given for name, given in tags.items()}
+    depths = {len(PurePath(name).parts) for name in by_name}
+    found = 0
+    for sample in dataset.iter_samples(autosave=True):
+        parts = PurePath(sample.filepath).parts
+        names = ("/".join(parts[-depth:]) for depth in sorted(depths, reverse=True))
+        given = next((by_name[name] for name in names if name in by_name), None)
+        if given is not None:
+            sample.tags = [tag for tag in sample.tags if not tag.startswith("rsprune:")] + given
+            found += 1
+    return found
+
+
+def main(name: str, directory: str) -> None:
+    import fiftyone as fo
+
+    table = read_selection(directory)
+    found = tag_samples(fo.load_dataset(name), selection_tags(table))
+    print(f"{found} samples of {name} tagged; the selection has {len(table)} images")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

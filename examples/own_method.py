@@ -1,0 +1,40 @@
+"""My own method: a frozen dataclass with one method `select`. CONTRIBUTING.md makes a command's choice of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rsprune import Pool, RSPrune, Selection, select_from_arrays
+
+
+@dataclass(frozen=True)
+class FarFromMean:
+    """Keep what is least like the average image.
+
+    Args:
+        jitter: noise on the distances, as a share of their standard deviation: 0 is the strict order.
+    """
+
+    jitter: float = 0.0
+
+    def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
+        rows = np.flatnonzero(pool.readable)  # the others are never kept
+        vectors = np.asarray(pool.embeddings[rows], dtype=np.float32)
+        distance = np.linalg.norm(vectors - vectors.mean(axis=0), axis=1)
+        score = distance + self.jitter * distance.std() * generator.standard_normal(len(rows))
+        kept = rows[np.argsort(-score, kind="stable")[:budget]]
+        return Selection.of(pool, kept, "not_drawn", facts={"mean_distance": float(distance.mean())})
+
+
+def main() -> None:
+    random = np.random.default_rng(0)
+    embeddings = random.standard_normal((500, 32)).astype(np.float32)
+    mine = select_from_arrays(FarFromMean(jitter=0.1), embeddings, ratio=0.9, seed=0)
+    theirs = RSPrune(ratio=0.9).select(embeddings)
+    print(f"{len(mine.kept)} kept, {len(np.intersect1d(mine.kept, theirs.kept))} of them by RS-Prune as well")
+
+
+if __name__ == "__main__":
+    main()
