@@ -158,7 +158,7 @@ def _compared(
         rows: int [n]; candidates: int [n, c], positions in `others`, int rows of the corpus; -1: none.
     """
     found, cosines = _filled(len(rows), count)
-    for part in _parts(rows, ROWS, "neighbours"):
+    for part in _parts(rows if count else rows[:0], ROWS, "neighbours"):
         nearest = candidates[part]
         vectors = points[others[nearest.clip(0).ravel()]].reshape(*nearest.shape, -1)
         cosine = np.where(nearest < 0, -np.inf, paired_cosines(points[rows[part]], vectors))

@@ -256,7 +256,7 @@ function graticule(own, context) {
       context.globalAlpha = 1; context.lineWidth = 3; context.strokeStyle = ink.card; context.fillStyle = ink.ink;
       const text = number(Math.abs(value) < 1e-9 ? 0 : Math.abs(value), digits) + "°" + (Math.abs(value) < 1e-9 ? "" : axis === 0 ? (value < 0 ? "W" : "E") : value < 0 ? "S" : "N");
       const where = axis === 0 ? [at + 3, own.high - 4] : [3, at - 3];
-      context.strokeText(text, ...where); context.fillText(text, ...where);
+      if (axis || at < own.wide - 40) { context.strokeText(text, ...where); context.fillText(text, ...where); }
       context.strokeStyle = ink.muted; context.globalAlpha = 0.25; context.lineWidth = 1;
     }
   }
@@ -422,7 +422,8 @@ function budget() {
 }
 function coverage() {
   const all = new Int32Array(base.scenes.length), kept = new Int32Array(base.scenes.length);
-  for (let row = 0; row < count; row += 1) { all[base.scene[row]] += 1; kept[base.scene[row]] += isKept(row); }
+  const unreadable = base.reasons.indexOf("unreadable");
+  for (let row = 0; row < count; row += 1) if (base.reason[row] !== unreadable) { all[base.scene[row]] += 1; kept[base.scene[row]] += isKept(row); }
   const codes = [...all.keys()].filter((code) => all[code]).sort((one, other) => all[other] - all[one]);
   const lines = codes.slice(0, MOST_SCENES).map((code) => {
     const line = made("tr"), cell = made("td"), track = made("span", undefined, "track"), part = made("i"), name = made("th", base.scenes[code] || "no scene");
@@ -430,7 +431,9 @@ function coverage() {
     part.style.width = `${100 * kept[code] / all[code]}%`;
     track.append(part);
     track.setAttribute("aria-hidden", "true");
-    cell.append(track, percent(kept[code], all[code]));
+    const share = made("span", undefined, "share");
+    share.append(track, percent(kept[code], all[code]));
+    cell.append(share);
     line.append(name, made("td", number(kept[code]), "number"), made("td", number(all[code]), "number"), cell);
     return line;
   });
