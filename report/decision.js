@@ -371,7 +371,7 @@ function detail() {
   button.addEventListener("click", () => move(row));
   entry("state", (isKept(row) ? "kept" : "dropped") + (moved.has(row) ? ", moved by hand" : ""));
   entry("scene", sceneOf(row) + (Number.isFinite(base.similarity[row]) ? `, cosine ${number(base.similarity[row], 3)}` : ""));
-  entry("entropy", `${number(data.entropy[row], 2)} bits` + (base.entropy_threshold == null ? "" : `, threshold ${number(base.entropy_threshold, 2)}`));
+  if (Number.isFinite(data.entropy[row])) entry("entropy", `${number(data.entropy[row], 2)} bits` + (base.entropy_threshold == null ? "" : `, threshold ${number(base.entropy_threshold, 2)}`));
   if (cluster) entry("cluster", `${base.cluster[row]}: ${number(cluster.kept)} of ${number(cluster.size)} kept, distance ${number(base.distance[row], 3)}, number ${number(cluster.rank)}`);
   if (nearestOne) entry("nearest kept", `${data.ids[nearestOne[0]]}, cosine ${number(nearestOne[1], 3)}`);
   else entry("nearest kept", "none among its neighbours");
@@ -583,7 +583,7 @@ function listen() {
   $("open-edits").addEventListener("change", (event) => { if (event.target.files[0]) openEdits(event.target.files[0]); event.target.value = ""; });
   $("undo").addEventListener("click", () => { moved.clear(); keep(); refilter(); });
   document.addEventListener("keydown", (event) => {
-    if (event.target.closest("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.closest?.("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
     const at = shown.indexOf(chosen);
     if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
       const next = at + (event.key === "ArrowRight" ? 1 : -1);
@@ -617,7 +617,11 @@ const loads = (address) => new Promise((done) => { const image = new Image(); im
   for (const [index, row] of (data.drawn ?? []).entries()) drawn.set(row, index);
   adopt(data, facts.scenes, facts.reasons, { entropy_threshold: facts.entropy_threshold });
   let low = Infinity, high = -Infinity;
-  for (const value of data.entropy) if (Number.isFinite(value)) { low = Math.min(low, value); high = Math.max(high, value); }
+  const unreadable = base.reasons.indexOf("unreadable");
+  data.entropy.forEach((value, row) => {
+    if (base.reason[row] === unreadable) data.entropy[row] = NaN;
+    else if (Number.isFinite(value)) { low = Math.min(low, value); high = Math.max(high, value); }
+  });
   data.range = low <= high ? [low, high] : [0, 1];
   const atlas = Uint8Array.from(atob($("atlas").textContent.trim()), (letter) => letter.charCodeAt(0));
   document.documentElement.style.setProperty("--inside", `url("${URL.createObjectURL(new Blob([atlas], { type: "image/jpeg" }))}")`);
