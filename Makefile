@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint format types docs-check bench bench-quality bench-scale sweep quality ablation augmentation pair-cleaning cleaning-probe suggest demo tables readme foundation autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint format types docs-check bench bench-quality bench-scale sweep quality ablation augmentation pair-cleaning cleaning-probe suggest page demo tables readme foundation autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -92,6 +92,9 @@ suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 
 demo: $(READY)  ## a page that draws images, of the shipped model or of FOUNDATION=DIR, a pretraining run
 	$(BIN)/python scripts/demo.py $(if $(FOUNDATION),foundation="$(FOUNDATION)")
+
+page: $(READY)  ## look at SELECTION=DIR and decide: a page on this machine; with STATIC=1 a file for others
+	$(BIN)/python scripts/page.py selection="$(SELECTION)" $(if $(filter-out 0 false,$(STATIC)),page.static=true)
 
 tables: $(READY)  ## tables from results/PROFILE/results.jsonl; docs/results.md from results/published
 	$(BIN)/python scripts/tables.py profile=$(PROFILE)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -9,6 +12,31 @@ from sklearn.preprocessing import normalize
 
 #: Principal components that the discriminant axes are sought in: with fewer images than dimensions all can be parted.
 COMPONENTS = 50
+
+
+@dataclass(frozen=True)
+class PlaneMap:
+    """A fitted map of embeddings into the plane; see `fit_map`.
+
+    Attributes:
+        mean: float32 [D], subtracted before rows are brought to unit length.
+        steps: fitted transformations, one after the other; none: everything lies at the origin.
+        centre, spread: float [2], of the images it was fitted to.
+    """
+
+    mean: np.ndarray
+    steps: tuple[Any, ...]
+    centre: np.ndarray
+    spread: np.ndarray
+
+    def __call__(self, embeddings: np.ndarray) -> np.ndarray:
+        """float [n, D] to float32 [n, 2]."""
+        if not self.steps or len(embeddings) == 0:
+            return np.zeros((len(embeddings), 2), dtype=np.float32)
+        flat = normalize(np.asarray(embeddings, dtype=np.float32) - self.mean)
+        for step in self.steps:
+            flat = step.transform(flat)
+        return ((flat[:, :2] - self.centre) / self.spread).astype(np.float32)
 
 
 def embedding_map(embeddings: np.ndarray, scenes: np.ndarray) -> np.ndarray:
@@ -19,15 +47,25 @@ def embedding_map(embeddings: np.ndarray, scenes: np.ndarray) -> np.ndarray:
     Returns:
         float32 [n, 2], each axis with unit variance.
     """
+    return fit_map(embeddings, scenes)(embeddings)
+
+
+def fit_map(embeddings: np.ndarray, scenes: np.ndarray) -> PlaneMap:
+    """The map of `embedding_map`, which can then be applied to further images."""
     points = np.asarray(embeddings, dtype=np.float32)
-    points = normalize(points - points.mean(axis=0)) if len(points) else points
+    origin, unit = np.zeros(2, np.float32), np.ones(2, np.float32)
+    mean = points.mean(axis=0) if len(points) else np.zeros(points.shape[1], np.float32)
+    points = normalize(points - mean) if len(points) else points
     count = min(COMPONENTS, *points.shape)
     if count < 2 or np.ptp(points) == 0:
-        return np.zeros((len(points), 2), dtype=np.float32)
-    reduced = PCA(count, svd_solver="randomized", random_state=0).fit_transform(points)
+        return PlaneMap(mean, (), origin, unit)
+    steps: list[Any] = [PCA(count, svd_solver="randomized", random_state=0).fit(points)]
+    reduced = steps[0].transform(points)
     names, sizes = np.unique(scenes.astype(str), return_counts=True)
     if len(names) >= 3 and len(points) > len(names) + 2 and sizes.max() > 1 and np.ptp(reduced) > 0:
         fitted = LinearDiscriminantAnalysis(n_components=2, solver="eigen", shrinkage=0.1, priors=sizes / sizes.sum())
-        reduced = fitted.fit_transform(reduced, scenes.astype(str))
-    flat = reduced[:, :2] - reduced[:, :2].mean(axis=0)
-    return (flat / np.maximum(flat.std(axis=0), 1e-12)).astype(np.float32)
+        steps.append(fitted.fit(reduced, scenes.astype(str)))
+        reduced = fitted.transform(reduced)
+    centre = reduced[:, :2].mean(axis=0)
+    spread = np.maximum((reduced[:, :2] - centre).std(axis=0), 1e-12)
+    return PlaneMap(mean, tuple(steps), centre, spread)

@@ -85,6 +85,12 @@ STAGES = {
     "arrivals": Stage(
         version=1, modules=("prune.arrival_stages", "prune.arrivals", "prune.likeness"), after=("arrived",)
     ),
+    "page": Stage(
+        version=1,
+        modules=("prune.page_arrays", "prune.neighbours", "report.embedding_map"),
+        after=("embedding",),
+    ),
+    "edited_selection": Stage(version=1, modules=("prune.decisions",), after=("entropy", "embedding")),
     "leaks": Stage(version=1, modules=("prune.leaks", "prune.likeness", "corpus.places", "eval.waste")),
     "text_encoder": Stage(version=1, modules=("train.text_encoder", "train.captions", *_NETWORKS)),
     "prompts": Stage(version=1, modules=("train.text_encoder",)),

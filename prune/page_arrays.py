@@ -1,0 +1,193 @@
+"""What the page of a selection shows and no selection has: a map of the embeddings, neighbours, near-duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.decomposition import PCA
+
+from prune.clusters import CHUNK, Points, mean_embedding
+from prune.neighbour_index import paired_cosines
+from prune.neighbours import nearest_neighbours
+from report.embedding_map import fit_map
+from runtime.artefacts import stage
+from runtime.progress import progress
+
+ARRAYS = "page.safetensors"
+#: Principal components in which neighbours are sought, and how many times as many of them are compared in full.
+COMPONENTS, CANDIDATES = 64, 4
+#: Images to which the components and the map are fitted; rows compared in full at once.
+SAMPLE, ROWS = 20_000, 2048
+
+
+@dataclass(frozen=True)
+class PageArrays:
+    """A row an image, in corpus order.
+
+    Attributes:
+        plane: float32 [N, 2], NaN where unreadable.
+        neighbours: int32 [N, k], nearest other images by cosine of centred embeddings, best first; -1: none.
+        cosines: float32 [N, k], NaN where there is none.
+        group: int32 [N], near-duplicate group, numbered by its first image; -1: alone.
+        nearest_kept: int32 [N], the nearest other image that the selection keeps; -1: none.
+        nearest_cosine: float32 [N], NaN where there is none.
+    """
+
+    plane: np.ndarray
+    neighbours: np.ndarray
+    cosines: np.ndarray
+    group: np.ndarray
+    nearest_kept: np.ndarray
+    nearest_cosine: np.ndarray
+
+
+def page_arrays(
+    selection: str,
+    embeddings: np.ndarray,
+    readable: np.ndarray,
+    kept: np.ndarray,
+    scenes: np.ndarray,
+    neighbours: int,
+    duplicate: float,
+    runs: Path | str,
+) -> PageArrays:
+    """The stage of `computed` for a selection, by its name."""
+    inputs = {"selection": selection, "neighbours": neighbours, "duplicate": duplicate}
+
+    def build(directory: Path) -> None:
+        found = computed(embeddings, readable, kept, scenes, neighbours, duplicate)
+        save_file({name: np.ascontiguousarray(values) for name, values in asdict(found).items()}, directory / ARRAYS)
+
+    return PageArrays(**load_file(stage(runs, "page", inputs, build) / ARRAYS))
+
+
+def computed(
+    embeddings: np.ndarray,
+    readable: np.ndarray,
+    kept: np.ndarray,
+    scenes: np.ndarray,
+    neighbours: int,
+    duplicate: float,
+) -> PageArrays:
+    """Everything the page shows of a corpus's embeddings.
+
+    Neighbours are sought among `COMPONENTS` principal components and then compared in all dimensions, so that cosines
+    are exact, and a neighbour may be missed beyond `prune.neighbours.EXACT` images or `COMPONENTS` dimensions.
+
+    Args:
+        embeddings: float [N, D]; readable, kept: bool [N]; scenes: str [N].
+        neighbours: of each image; duplicate: cosine from which on two of them are of one group.
+    """
+    rows, count = np.flatnonzero(readable), len(embeddings)
+    points = Points(embeddings, mean_embedding(embeddings, rows))
+    low = _reduced(points, rows)
+    found, cosines = _filled(count, neighbours)
+    candidates = nearest_neighbours(low, neighbours if low.shape[1] == embeddings.shape[1] else CANDIDATES * neighbours)
+    taken = min(neighbours, candidates[0].shape[1])
+    found[rows, :taken], cosines[rows, :taken] = _compared(points, rows, rows, candidates[0], taken)
+    group = np.full(count, -1, np.int32)
+    group[rows] = groups_of(np.where(found >= 0, found, 0)[rows], cosines[rows], rows, duplicate)
+    nearest, nearest_cosine = _filled(count, 1)
+    chosen = np.flatnonzero(kept & readable)
+    if len(chosen) > 1:
+        others = _among(low, np.searchsorted(rows, chosen), rows, chosen)
+        nearest[rows], nearest_cosine[rows] = _compared(points, rows, chosen, others, 1)
+    plane = np.full((count, 2), np.nan, np.float32)
+    plane[rows] = _plane(embeddings, rows, scenes)
+    return PageArrays(plane, found, cosines, group, nearest[:, 0], nearest_cosine[:, 0])
+
+
+def groups_of(neighbours: np.ndarray, cosines: np.ndarray, rows: np.ndarray, duplicate: float) -> np.ndarray:
+    """Connected components of the pairs at `duplicate` or nearer, int32 [n]; -1: an image alone.
+
+    Args:
+        neighbours: int [n, k], rows of the corpus; cosines: float [n, k]; rows: int [n], ascending, of the n images.
+    """
+    count = len(rows)
+    first, place = np.nonzero(cosines >= duplicate)  # NaN is not
+    second = np.searchsorted(rows, neighbours[first, place])
+    graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
+    labels = connected_components(graph, directed=False)[1] if count else np.empty(0, int)
+    sizes = np.bincount(labels, minlength=1)
+    numbers = np.full(len(sizes), -1)
+    starts = np.unique(labels, return_index=True)[1]
+    ordered = [label for label in labels[np.sort(starts)] if sizes[label] > 1]
+    numbers[ordered] = np.arange(len(ordered))
+    return numbers[labels].astype(np.int32) if count else np.empty(0, np.int32)
+
+
+def _filled(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.full((count, width), -1, np.int32), np.full((count, width), np.nan, np.float32)
+
+
+def _parts(rows: np.ndarray, size: int, label: str) -> Iterator[slice]:
+    parts: Iterable[int] = progress(range(0, len(rows), size), label, unit="part")
+    return (slice(start, start + size) for start in parts)
+
+
+def _sample(rows: np.ndarray) -> np.ndarray:
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int))] if len(rows) else rows
+
+
+def _reduced(points: Points, rows: np.ndarray) -> np.ndarray:
+    """Unit vectors of some rows in at most `COMPONENTS` dimensions, float32 [n, d]."""
+    dimensions, sample = points.embeddings.shape[1], _sample(rows)
+    width = min(COMPONENTS, dimensions)
+    if dimensions <= COMPONENTS or len(sample) <= COMPONENTS:
+        return points[rows]
+    axes = PCA(width, svd_solver="covariance_eigh").fit(points[sample]).components_.T.astype(np.float32)
+    low = np.empty((len(rows), width), np.float32)
+    for part in _parts(rows, CHUNK, "principal components"):
+        low[part] = points[rows[part]] @ axes
+    return low / np.maximum(np.linalg.norm(low, axis=1, keepdims=True), 1e-12)
+
+
+def _compared(
+    points: Points, rows: np.ndarray, others: np.ndarray, candidates: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best `count` of candidates by the cosine in all dimensions: rows of the corpus int32, cosines float32.
+
+    Args:
+        rows: int [n]; candidates: int [n, c], positions in `others`, int rows of the corpus; -1: none.
+    """
+    found, cosines = _filled(len(rows), count)
+    for part in _parts(rows if count else rows[:0], ROWS, "neighbours"):
+        nearest = candidates[part]
+        vectors = points[others[nearest.clip(0).ravel()]].reshape(*nearest.shape, -1)
+        cosine = np.where(nearest < 0, -np.inf, paired_cosines(points[rows[part]], vectors))
+        order = np.argsort(-cosine, axis=1, kind="stable")[:, :count]
+        cosine, nearest = (np.take_along_axis(values, order, axis=1) for values in (cosine, nearest))
+        found[part] = np.where(nearest < 0, -1, others[nearest.clip(0)])
+        cosines[part] = np.where(nearest < 0, np.nan, cosine)
+    return found, cosines
+
+
+def _among(low: np.ndarray, chosen: np.ndarray, rows: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Positions in `chosen` of the nearest of them, other than the image itself, int64 [n, c]; -1: none.
+
+    Args:
+        low: float32 [n, d]; chosen: int [K], positions in it; own: int [K], which of `rows` these are.
+    """
+    index = faiss.IndexFlatIP(low.shape[1])
+    index.add(np.ascontiguousarray(low[chosen]))
+    width = min(CANDIDATES + 1, len(chosen))
+    found = np.empty((len(low), width), np.int64)
+    for part in _parts(rows, CHUNK, "nearest kept"):
+        found[part] = index.search(low[part], width)[1]
+    return np.where(own[found] == rows[:, None], -1, found)
+
+
+def _plane(embeddings: np.ndarray, rows: np.ndarray, scenes: np.ndarray) -> np.ndarray:
+    sample = _sample(rows)
+    if len(sample) < 3:
+        return np.zeros((len(rows), 2), np.float32)
+    fitted = fit_map(np.asarray(embeddings[sample], dtype=np.float32), scenes[sample])
+    parts = [fitted(np.asarray(embeddings[rows[part]])) for part in _parts(rows, CHUNK, "map of the embeddings")]
+    return np.concatenate(parts)
