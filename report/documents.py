@@ -1,7 +1,7 @@
-"""README's tables and pictures, docs/results.md and docs/benchmarks.md.
+"""README's table and pictures, docs/results.md and docs/benchmarks.md.
 
 What the commands measured goes from `results/` to `results/published/`, a file of rows for every section, which the
-repository keeps: README's tables and docs/results.md can be made anew from it anywhere, byte for byte.
+repository keeps: README's table and docs/results.md can be made anew from it anywhere, byte for byte.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from PIL import Image
 
 from eval.metrics import Quantity
 from report.experiments import overtaken, snapshots
-from report.results import Row, read_results, write_text
-from report.starts import starts_table
-from report.tables import TABLE_NOTES, build_tables, evaluation_encoder, metric_of, to_markdown
+from report.results import BASELINE, SUBJECT, Row, read_results, weighting_name, write_text
+from report.starts import starts, starts_table
+from report.tables import TABLE_NOTES, build_tables, evaluation_encoder, to_markdown
 from runtime.artefacts import finite, read_json
 from runtime.errors import UserError
 
@@ -129,37 +129,71 @@ SECTIONS = {
     ),
     TAIL_FILE: Section("A made long tail", "long_tail/long_tail.json", ()),
 }
-#: README's tables and the metrics they show; docs/results.md has all of them.
-TABLES = {
-    "generation": ("kid_x1000", "scene_accuracy"),
-    "subset_quality": ("kid_x1000", "near_duplicates", "scene_entropy"),
-    "super_resolution": ("kid_x1000", "feature_distance", "psnr", "consistency"),
-    "semantic_synthesis": ("kid_x1000", "miou", "pixel_accuracy"),
+#: What README calls the rows of its table; others have their own names.
+NAMES = {
+    "full": "`full`: all images",
+    "random": "`random`",
+    "rsprune": "`rsprune`",
+    "reconstructed_train": "reference row: real images through the autoencoder",
 }
 
 
 def fill_readme(published: Path, readme: Path) -> None:
-    """Put the published tables of the chain between the marks of a README; what they share is said once, below."""
-    tables = build_tables(read_results(published / "chain.jsonl"))
-    parts, shared = [], ""
-    for name, metrics in TABLES.items():
-        if name not in tables:
-            continue
-        seeds, table, explained = to_markdown(name, headline(tables[name], metrics)).strip().split("\n\n")
-        first = TABLE_NOTES[name]
-        shared = max(shared, explained.removeprefix(first).strip(), key=len)
-        parts.append(f"**{name.replace('_', ' ').capitalize()}.** {seeds} {first}\n\n{table}")
-    if found := starts_text(read_results(published / "chain.jsonl")):
-        parts.append(f"**Starts of the downstream tasks.** {found}")
+    """Put the table of four columns and its sentence between the marks of a README."""
+    rows = read_results(published / "chain.jsonl")
+    table = overview_table(rows)
+    body = table.to_markdown(index=False, tablefmt="pipe", colalign=["left", *["right"] * 3], disable_numparse=True)
+    filled = "\n\n".join(["<!-- results -->", body, overview_sentence(rows), "<!-- /results -->"])
     text = readme.read_text(encoding="utf-8")
-    filled = "<!-- results -->\n" + "\n\n".join([*parts, shared]) + "\n<!-- /results -->"
     text = re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: filled, text, flags=re.DOTALL)
     write_text(readme, text)
 
 
-def headline(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """A table with some of its metrics, in their place; all that is no metric stays."""
-    return table[[name for name in table.columns if (found := metric_of(name)) is None or found in metrics]]
+def overview_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Generation in four columns: method, KID×1000 to the balanced and to the natural set, seeds; as texts."""
+    generation, encoder = build_tables(rows)["generation"], evaluation_encoder(rows)
+    generation = generation[(generation["kind"] == "measured") | generation["prune"].isin(NAMES)]
+    columns = {name: Quantity("kid_x1000", encoder, name).name for name in ("balanced", "natural")}
+    lines = []
+    for _, row in generation.iterrows():
+        kept = f", {1 - row['ratio']:.0%} kept" if pd.notna(row["ratio"]) and row["ratio"] else ""
+        weighted = ", sampled by weight" if row["weighting"] == weighting_name(1) else ""
+        values = {
+            f"{name} ↓": f"{row[column]:.1f}" + (f" ± {spread:.1f}" if pd.notna(spread) else "")
+            for name, column in columns.items()
+            for spread in [row.get(f"{column}_spread")]
+        }
+        seeds = str(row["seeds"]) if row["kind"] == "measured" else "–"
+        lines.append({"method": f"{NAMES.get(row['prune'], row['prune'])}{kept}{weighted}", **values, "seeds": seeds})
+    return pd.DataFrame(lines)
+
+
+def overview_sentence(rows: Sequence[Row]) -> str:
+    """What the rows say of `SUBJECT` against `BASELINE`, the unfavourable included; the words follow from the numbers."""
+    generation, encoder = build_tables(rows)["generation"], evaluation_encoder(rows)
+    uniform = generation[(generation["kind"] == "measured") & (generation["weighting"] == weighting_name(0))]
+    uniform = uniform.set_index("prune")
+    parts = []
+    for name in ("balanced", "natural"):
+        column = Quantity("kid_x1000", encoder, name).name
+        mine, theirs = (float(uniform.loc[method, column]) for method in (SUBJECT, BASELINE))
+        parts.append(f"{'better' if mine < theirs else 'worse'} on the {name} set ({mine:.1f} against {theirs:.1f})")
+    text = f"Compared with random pruning, training on the subset of `{SUBJECT}` is {parts[0]} and {parts[1]}"
+    found = starts(rows)
+    found = found[found["other"] == BASELINE]
+    if not len(found):
+        return text + "."
+    last = found[found["step"] == found["step"].max()]
+    counts = [int((last["verdict"] == verdict).sum()) for verdict in ("better", "tie", "worse")]
+    return (
+        f"{text}; its foundation is no reliable gain for the downstream tasks: of {len(last)} comparisons at equal steps "
+        f"({int(last['step'].max())} steps, {int(last['seeds'].max())} seeds), {counts[0]} are better, {counts[1]} are "
+        f"ties and {counts[2]} are worse."
+        if counts[0] <= counts[2]
+        else f"{text}; in the downstream tasks its foundation is better in {counts[0]} of {len(last)} comparisons at "
+        f"equal steps ({int(last['step'].max())} steps, {int(last['seeds'].max())} seeds), {counts[1]} are ties and "
+        f"{counts[2]} are worse."
+    )
 
 
 def screenshot(page: Path, target: Path, width: int, height: int) -> None:
