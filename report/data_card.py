@@ -44,6 +44,7 @@ class Record:
         summary: the content of summary.json.
         stage: the content of stage.json: configuration, commit and versions.
         defaults: groups of `configs/` as they are written, by name: corpus, prune, entropy, encoder.
+        given_licence: of the data, as the export's options name it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Record:
     summary: Mapping[str, Any] = field(default_factory=dict)
     stage: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    given_licence: str | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -59,8 +61,8 @@ class Record:
 
     @property
     def licence(self) -> str | None:
-        """`corpus.licence`; None: not given."""
-        return (self.config.get("corpus") or {}).get("licence")
+        """That of the export, else `corpus.licence` as it was pruned; None: not given."""
+        return self.given_licence or (self.config.get("corpus") or {}).get("licence")
 
 
 def data_card(record: Record, form: str) -> str:
@@ -84,7 +86,7 @@ def data_card(record: Record, form: str) -> str:
         "## Leaks between the splits",
         _leaks(record),
         "## Licence",
-        record.licence or "Not given. Set it with `corpus.licence=NAME` when you prune; look it up before you publish.",
+        record.licence or "Not given. Look it up before you publish, and name it with `export.licence=NAME`.",
         "## How to repeat it",
         *_repeat(record, form),
     ]

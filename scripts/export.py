@@ -381,7 +381,7 @@ def chosen_subset(cfg: DictConfig) -> Subset:
     return subset
 
 
-def card_record(selection: Path, corpus: Corpus) -> Record:
+def card_record(selection: Path, corpus: Corpus, licence: str | None = None) -> Record:
     """What the data card of a selection is written from; a selection of an earlier version may know less."""
     found = {name: selection / f"{name}.json" for name in ("summary", "stage")}
     found = {name: read_json(path) if path.is_file() else {} for name, path in found.items()}
@@ -400,7 +400,7 @@ def card_record(selection: Path, corpus: Corpus) -> Record:
     }
     table, scenes = pd.read_parquet(selection / "selection.parquet"), corpus.manifest["scene"].to_numpy(dtype=object)
     name = ((found["stage"].get("config") or {}).get("corpus") or {}).get("name") or corpus.name
-    return Record(str(name), scenes, table, found["summary"], found["stage"], defaults)
+    return Record(str(name), scenes, table, found["summary"], found["stage"], defaults, licence)
 
 
 def main(cfg: DictConfig) -> None:
@@ -461,7 +461,7 @@ def write(cfg: DictConfig, subset: Subset, target: Path) -> None:
             to_huggingface(subset, partial, scratch)
         else:
             to_list(subset, partial)
-        record = card_record(Path(cfg.selection).expanduser(), subset.corpus)
+        record = card_record(Path(cfg.selection).expanduser(), subset.corpus, cfg.export.get("licence"))
         write_text(partial / DATA_CARD, data_card(record, str(cfg.to)))
         if target.exists():
             target.rmdir()

@@ -90,7 +90,11 @@ def test_unlabelled_images_are_counted_by_the_scenes_of_the_method() -> None:
 def test_an_earlier_selection_without_records_has_a_card_too() -> None:
     bare = record().selection[["id", "kept", "weight"]]
     text = data_card(Record("tiles", np.full(10, "", dtype=object), bare), "webdataset")
-    assert "Not given. Set it with `corpus.licence=NAME`" in text and "Not looked for" in text
+    assert "Not given. Look it up" in text and "Not looked for" in text
+
+
+def test_the_licence_of_the_export_comes_first() -> None:
+    assert "## Licence\n\nCC0\n" in data_card(record(given_licence="CC0"), "folder")
 
 
 def test_the_command_has_the_options_that_are_not_as_in_the_files() -> None:
