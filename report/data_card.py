@@ -1,7 +1,7 @@
 """The data card of an exported subset: what was kept and why, licence, bias, leaks, and how to repeat it.
 
-Pure functions on the tables and records that a selection leaves; the same selection gives the same bytes, since no clock
-and no folder of this machine goes in.
+Pure functions on the tables and records that a selection leaves. The same selection gives the same bytes: neither a
+clock nor a path of the machine goes in.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def scene_balance(scenes: Sequence[str], kept: np.ndarray, weight: np.ndarray) -
         columns scene, before, after (images), factor (the scene's fraction of the subset over its fraction of the
         corpus; 1 is proportional, 0 is lost) and weighted (the same of the subset with its weights).
     """
-    frame = pd.DataFrame({"scene": np.asarray(scenes, dtype=object), "after": kept, "weight": np.where(kept, weight, 0)})
+    frame = pd.DataFrame(
+        {"scene": np.asarray(scenes, dtype=object), "after": kept, "weight": np.where(kept, weight, 0)}
+    )
     table = frame.groupby("scene", sort=True).agg(
         before=("after", "size"), after=("after", "sum"), weight=("weight", "sum")
     )
@@ -123,7 +125,10 @@ def repeat_command(record: Record) -> str:
     method, ratio = record.summary.get("method"), (record.stage.get("inputs") or {}).get("ratio", "RATIO")
     words = [f"corpus={kind[0] if kind else 'CORPUS'}", *_changed("corpus", corpus, record.defaults.get("corpus"))]
     words += _reference(record.config)
-    words += [f"prune={method or 'METHOD'}", *_changed("prune", record.config.get("prune"), record.defaults.get("prune"))]
+    words += [
+        f"prune={method or 'METHOD'}",
+        *_changed("prune", record.config.get("prune"), record.defaults.get("prune")),
+    ]
     for group in ("entropy", "encoder"):
         words += _changed(group, record.config.get(group), record.defaults.get(group))
     words += [f"ratio={'null' if ratio is None else ratio}", f"seed={record.summary.get('seed', 'SEED')}"]
@@ -279,8 +284,10 @@ def _override(key: str, value: Any) -> str:
     if folder and (PurePath(value).is_absolute() or key.endswith(".root")):
         return f"{key}=DIR"
     text = _hydra(value)
-    return f"{key}={text}" if all(character.isalnum() or character in "._-/:" for character in text) else (
-        "'" + f"{key}={text}".replace("'", "'\\''") + "'"
+    return (
+        f"{key}={text}"
+        if all(character.isalnum() or character in "._-/:" for character in text)
+        else ("'" + f"{key}={text}".replace("'", "'\\''") + "'")
     )
 
 

@@ -29,26 +29,26 @@ from runtime.errors import UserError
 
 #: What the tables say of the method, the unfavourable included.
 FINDINGS = (
-    "**Blue Marble.** A model trained on the subset of `rsprune` draws images that are nearer to scene-balanced ones than "
-    "models trained on everything or on a random subset, with every seed. It is farther from images in the corpus's own "
-    "proportions. If each image is drawn as often as its weight says, it is as near to these as the other models, and no "
-    "nearer to balanced ones. As a subset it cannot be told from `scene_random`, which takes random images inside the "
-    "same scenes; on a corpus of overlapping crops and damaged tiles the two differ.\n\n"
-    "**Downstream tasks.** Over three seeds and at equal steps, the foundation of `rsprune` is no better start than that "
-    "of a random subset beyond the interval. Super-resolution is far nearer to real images than bicubic enlargement and "
-    "than a regression network of as many weights and steps, at about one decibel less than that network; after 500 "
-    "steps the start no longer matters. Images drawn from masks are nearer to real ones from any foundation than from "
-    "scratch, and follow their masks less closely.\n\n"
-    "**AID.** This corpus is curated and balanced already. `rsprune` loses to `random` and to `scene_random` there: its "
-    "subset is farther from both held-out sets, with every seed. With its images weighted it is as near as theirs. "
-    "Trainings on AID are missing here until they are computed with the evaluation encoder.\n\n"
-    "**Version.** The tables of methods and of single choices judged without training, of AID's subsets and of the made "
-    "long tail were made before the reference set decided which images repeat each other. On Blue Marble both versions "
-    "keep the same images for seed 0. On the made long tail `rsprune` now keeps 0.092 near-duplicates in place of "
-    "0.207.\n\n"
+    "**Blue Marble.** A model trained on the subset of `rsprune` draws images that are nearer to scene-balanced ones "
+    "than models trained on everything or on a random subset, with every seed. It is farther from images in the "
+    "corpus's own proportions. If each image is drawn as often as its weight says, it is as near to these as the "
+    "other models, and no nearer to balanced ones. As a subset it cannot be told from `scene_random`, which takes "
+    "random images inside the same scenes; on a corpus of overlapping crops and damaged tiles the two differ.\n\n"
+    "**Downstream tasks.** Over three seeds and at equal steps, the foundation of `rsprune` is no better start than "
+    "that of a random subset beyond the interval. Super-resolution is far nearer to real images than bicubic "
+    "enlargement and than a regression network of as many weights and steps, at about one decibel less than that "
+    "network; after 500 steps the start no longer matters. Images drawn from masks are nearer to real ones from any "
+    "foundation than from scratch, and follow their masks less closely.\n\n"
+    "**AID.** This corpus is curated and balanced already. `rsprune` loses to `random` and to `scene_random` there: "
+    "its subset is farther from both held-out sets, with every seed. With its images weighted it is as near as "
+    "theirs. Trainings on AID are missing here until they are computed with the evaluation encoder.\n\n"
+    "**Version.** The tables of methods and of single choices judged without training, of AID's subsets and of the "
+    "made long tail were made before the reference set decided which images repeat each other. On Blue Marble both "
+    "versions keep the same images for seed 0. On the made long tail `rsprune` now keeps 0.092 near-duplicates in "
+    "place of 0.207.\n\n"
     "**Image-text pairs.** `dldc` finds captions of other scenes and estimates how many there are. Models of cleaned "
-    "pairs are as good as models of pairs that were never exchanged. Captions of other images of the same scene are not "
-    "found; `dldc` only orders them better than `clip_score`."
+    "pairs are as good as models of pairs that were never exchanged. Captions of other images of the same scene are "
+    "not found; `dldc` only orders them better than `clip_score`."
 )
 #: Directories of results on AID's photographs, how they are called and what they were made with.
 AID = {
@@ -170,7 +170,7 @@ def overview_table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def overview_sentence(rows: Sequence[Row]) -> str:
-    """What the rows say of `SUBJECT` against `BASELINE`, the unfavourable included; the words follow from the numbers."""
+    """What the rows say of `SUBJECT` against `BASELINE`; its words follow from the numbers, the unfavourable too."""
     generation, encoder = build_tables(rows)["generation"], evaluation_encoder(rows)
     uniform = generation[(generation["kind"] == "measured") & (generation["weighting"] == weighting_name(0))]
     uniform = uniform.set_index("prune")
@@ -186,14 +186,11 @@ def overview_sentence(rows: Sequence[Row]) -> str:
         return text + "."
     last = found[found["step"] == found["step"].max()]
     counts = [int((last["verdict"] == verdict).sum()) for verdict in ("better", "tie", "worse")]
+    gain = "a gain" if counts[0] > counts[1] + counts[2] else "no reliable gain"
     return (
-        f"{text}; its foundation is no reliable gain for the downstream tasks: of {len(last)} comparisons at equal steps "
-        f"({int(last['step'].max())} steps, {int(last['seeds'].max())} seeds), {counts[0]} are better, {counts[1]} are "
-        f"ties and {counts[2]} are worse."
-        if counts[0] <= counts[2]
-        else f"{text}; in the downstream tasks its foundation is better in {counts[0]} of {len(last)} comparisons at "
-        f"equal steps ({int(last['step'].max())} steps, {int(last['seeds'].max())} seeds), {counts[1]} are ties and "
-        f"{counts[2]} are worse."
+        f"{text}. For the downstream tasks its foundation is {gain}: of {len(last)} comparisons at equal steps "
+        f"({int(last['step'].max())} steps, up to {int(last['seeds'].max())} seeds), {counts[0]} are better, "
+        f"{counts[1]} are ties and {counts[2]} are worse."
     )
 
 

@@ -28,7 +28,9 @@ SHOWN, MAPPED = 24, 6000
 
 def write_overview(selection: Path, target: Path) -> None:
     """README's picture of a selection of a corpus whose images know their place; the same bytes every time."""
-    corpus = open_corpus(selection.resolve().parent.parent / "corpus" / read_json(selection / COMPLETE)["inputs"]["corpus"])
+    corpus = open_corpus(
+        selection.resolve().parent.parent / "corpus" / read_json(selection / COMPLETE)["inputs"]["corpus"]
+    )
     kept = pd.read_parquet(selection / "selection.parquet", columns=["kept"])["kept"].to_numpy(dtype=bool)
     generator = np.random.default_rng(0)
     groups = [np.arange(len(kept)), np.flatnonzero(kept)]

@@ -50,7 +50,7 @@ def lifted(points: np.ndarray) -> np.ndarray:
 
 
 def toy_example(seed: int = 0) -> Toy:
-    """Prune the points to 15 %, at random and by RS-Prune, which gets labelled points of both rings and none of the cloud."""
+    """Prune the points to 15 %, at random and by RS-Prune, which gets labels of both rings and none of the cloud."""
     generator = np.random.default_rng(seed)
     points, classes = two_rings(generator)
     features = lifted(points)

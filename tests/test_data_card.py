@@ -22,7 +22,9 @@ CORPUS = {
 DEFAULTS = {
     "corpus": {
         "name": "folder", "licence": None, "root": None, "bands": None, "val_share": 0.1,
-        "train": {"_target_": "corpus.sources.folder.ImageFolder", "root": "${..root}", "split": "train", "limit": None},
+        "train": {
+            "_target_": "corpus.sources.folder.ImageFolder", "root": "${..root}", "split": "train", "limit": None,
+        },
     },
     "prune": {"_target_": "prune.methods.rsprune.RSPrune", "uniformity": 1.0, "scenes": True},
 }  # fmt: skip
@@ -46,7 +48,12 @@ def record(**changes: object) -> Record:
         "leaks": {"exact_copies": 1, "held_out": {"val": {"looked_at": 50, "near_duplicates": 4}}},
         "strata": {"source": "corpus", "count": 5},
     }  # fmt: skip
-    stage = {"commit": "abc", "version": 5, "inputs": {"ratio": 0.6, "encoder": {"_target_": "e.Net"}}, "config": config}
+    stage = {
+        "commit": "abc",
+        "version": 5,
+        "inputs": {"ratio": 0.6, "encoder": {"_target_": "e.Net"}},
+        "config": config,
+    }
     scenes = np.array(["sea"] * 6 + ["land"] * 3 + ["ice"], dtype=object)
     fields = {"name": "tiles", "scenes": scenes, "selection": table, "summary": summary, "stage": stage}
     return Record(**{**fields, "defaults": DEFAULTS, **changes})

@@ -54,11 +54,15 @@ def test_the_words_of_the_sentence_follow_from_the_numbers(mine: tuple[float, fl
 def test_readme_has_the_table_of_the_published_rows(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     copy = tmp_path / "README.md"
-    copy.write_text(re.sub(r"(<!-- results -->).*(<!-- /results -->)", r"\1 old \2", text, flags=re.S), encoding="utf-8")
+    copy.write_text(
+        re.sub(r"(<!-- results -->).*(<!-- /results -->)", r"\1 old \2", text, flags=re.S), encoding="utf-8"
+    )
     fill_readme(PUBLISHED, copy)
     assert copy.read_text(encoding="utf-8") == text
     found = read_results(PUBLISHED / "chain.jsonl")
-    mine = [row for row in found if row["stage"] == "generation" and row["prune"] == "rsprune" and "weighting" not in row]
+    mine = [
+        row for row in found if row["stage"] == "generation" and row["prune"] == "rsprune" and "weighting" not in row
+    ]
     value = np.mean([row["metrics"]["balanced_kid_x1000_efficientnet_lite2"] for row in mine])
     assert f"| {value:.1f} ± " in re.sub(" +", " ", text)
 
@@ -89,6 +93,9 @@ def test_the_toy_example_keeps_the_rare_and_thins_the_frequent() -> None:
     assert sum(random.values()) == sum(pruned.values()) == budget
     assert pruned["outliers"] == COUNTS["outliers"]  # a scene of its own, below its fair part of the budget
     assert abs(pruned["outer ring"] - pruned["inner ring"]) <= 2 and random["outer ring"] > 8 * random["inner ring"]
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    for method, counts in (("random", random), ("rsprune", pruned)):
+        assert f"| `{method}` | " + " | ".join(str(counts[name]) for name in COUNTS) + " |" in text
     assert all((example.kept[name] == toy_example().kept[name]).all() for name in example.kept)
     # spread along the ring: the largest gap between neighbours is smaller than at random
     gaps = []
