@@ -40,7 +40,7 @@ $(READY): requirements.txt pyproject.toml
 	        "$$(sed -n 's/^opencv-python==/opencv-python-headless==/p' requirements.txt)"; }
 	@rm $(UNFINISHED) && touch $(READY)
 
-reproduce: $(READY)  ## the whole chain: results/PROFILE/report.html, tables, figures; with DRY=1 its plan alone
+reproduce: $(READY)  ## the whole experiment: results/PROFILE/report.html, tables, figures; DRY=1 prints its plan alone
 	$(BIN)/python scripts/reproduce.py profile=$(PROFILE) $(if $(filter-out 0 false,$(DRY)),dry_run=true)
 
 test: $(READY)  ## all tests but the slow ones
@@ -78,19 +78,19 @@ quality: $(READY)  ## every pruning method at several ratios, judged without tra
 ablation: $(READY)  ## RS-Prune with one choice changed at a time, judged without training
 	$(BIN)/python scripts/ablation.py profile=$(PROFILE)
 
-augmentation: $(READY)  ## what generated images are worth as training data of a segmenter
+augmentation: $(READY)  ## how much generated images help as training data of a segmenter
 	$(BIN)/python scripts/augmentation.py profile=$(PROFILE) $(if $(RUN),augmentation.run="$(RUN)")
 
-pair-cleaning: $(READY)  ## whether exchanged captions are found, and what cleaning them is worth in training
+pair-cleaning: $(READY)  ## whether wrong captions are found, and how much cleaning them helps a training
 	$(BIN)/python scripts/pair_cleaning.py profile=$(PROFILE)
 
-cleaning-probe: $(READY)  ## how much of each scene's pairs to clean, by small trainings
+cleaning-probe: $(READY)  ## how many of each scene's pairs to remove, found by small trainings
 	$(BIN)/python scripts/cleaning_probe.py profile=$(PROFILE)
 
 suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 	$(BIN)/python scripts/suggest.py profile=$(PROFILE)
 
-demo: $(READY)  ## a page that draws images, of the shipped model or of FOUNDATION=DIR, a pretraining run
+demo: $(READY)  ## a page in the browser that draws images, by the shipped model or by FOUNDATION=DIR, a pretraining run
 	$(BIN)/python scripts/demo.py $(if $(FOUNDATION),foundation="$(FOUNDATION)")
 
 page: $(READY)  ## look at SELECTION=DIR and decide: a page on this machine; with STATIC=1 a file for others
@@ -99,10 +99,10 @@ page: $(READY)  ## look at SELECTION=DIR and decide: a page on this machine; wit
 tables: $(READY)  ## tables from results/PROFILE/results.jsonl; docs/results.md from results/published
 	$(BIN)/python scripts/tables.py profile=$(PROFILE)
 
-readme: $(READY)  ## tables and pictures of results/local into README.md
+readme: $(READY)  ## the table and pictures of results/local into README.md, and docs/
 	$(BIN)/python scripts/readme.py profile=$(PROFILE) tracker=none
 
-bench-quality: $(READY)  ## what helps the generator in equal seconds of training (hours)
+bench-quality: $(READY)  ## which options help the generator at equal seconds of training (hours)
 	$(BIN)/python scripts/bench_quality.py profile=$(PROFILE)
 
 bench-scale: $(READY)  ## every stage at 10,000 to 1,000,000 tiles: time, memory, cost model (hours)

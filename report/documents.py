@@ -1,7 +1,7 @@
-"""README's tables and pictures, docs/results.md and docs/benchmarks.md.
+"""README's table and pictures, docs/results.md and docs/benchmarks.md.
 
 What the commands measured goes from `results/` to `results/published/`, a file of rows for every section, which the
-repository keeps: README's tables and docs/results.md can be made anew from it anywhere, byte for byte.
+repository keeps: README's table and docs/results.md can be made anew from it anywhere, byte for byte.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from PIL import Image
 
 from eval.metrics import Quantity
 from report.experiments import overtaken, snapshots
-from report.results import Row, read_results, write_text
-from report.starts import starts_table
-from report.tables import TABLE_NOTES, build_tables, evaluation_encoder, metric_of, to_markdown
+from report.results import BASELINE, SUBJECT, Row, read_results, weighting_name, write_text
+from report.starts import starts, starts_table
+from report.tables import TABLE_NOTES, build_tables, evaluation_encoder, to_markdown
 from runtime.artefacts import finite, read_json
 from runtime.errors import UserError
 
 #: What the tables say of the method, the unfavourable included.
 FINDINGS = (
-    "In plain sentences: on Blue Marble a model trained on the share that `rsprune` keeps draws images nearer to "
-    "scene-balanced ones than models trained on everything or on a random share, with every seed, and farther from "
-    "images in nature's proportions. With each image drawn as often as the images that it stands for, it is as near "
-    "to these as they are, and no nearer to balanced ones. As a subset it cannot be told from `scene_random`, which "
-    "takes images at random inside the same scenes; a corpus of overlapping crops and spoilt tiles parts the two. In "
-    "the downstream tasks, over three seeds and at equal lengths of fine-tuning, the foundation of `rsprune` is no "
-    "better a start than that of a random share beyond the interval. Super-resolution is far nearer to real images "
-    "than bicubic enlargement and than a regression network of as many weights and steps, at about one decibel less "
-    "than that network; after 500 steps it does not matter what it started from, a foundation or nothing. Images "
-    "drawn from masks are nearer to real ones from any foundation than from scratch, and follow their masks less "
-    "well. On AID, which is curated and balanced already, `rsprune` loses to `random` and to `scene_random`: its "
-    "subset is farther from both held-out sets, with every seed. With its images weighted by those that they stand "
-    "for it is as near as theirs. Trainings on AID are missing here until they are computed with the evaluation "
-    "encoder. Tables of methods and of single choices judged without training, of AID's subsets and of the made long "
-    "tail are of the selection before repetitions were told by the reference. On Blue Marble both keep the same "
-    "images for seed 0; on the made long tail `rsprune` now keeps 0.092 near-duplicates in place of 0.207. Of "
-    "image-text pairs, `dldc` finds captions of other scenes and how many there are, and models of cleaned pairs are "
-    "as good as models of pairs that were never exchanged; captions of other images of the same scene it only orders "
-    "better than `clip_score`."
+    "**Blue Marble.** A model trained on the subset of `rsprune` draws images that are nearer to scene-balanced ones "
+    "than models trained on everything or on a random subset, with every seed. It is farther from images in the "
+    "corpus's own proportions. If each image is drawn as often as its weight says, it is as near to these as the "
+    "other models, and no nearer to balanced ones. As a subset it cannot be told from `scene_random`, which takes "
+    "random images inside the same scenes; on a corpus of overlapping crops and damaged tiles the two differ.\n\n"
+    "**Downstream tasks.** Over three seeds and at equal steps, the foundation of `rsprune` is no better start than "
+    "that of a random subset beyond the interval. Super-resolution is far nearer to real images than bicubic "
+    "enlargement and than a regression network of as many weights and steps, at about one decibel less than that "
+    "network; after 500 steps the start no longer matters. Images drawn from masks are nearer to real ones from any "
+    "foundation than from scratch, and follow their masks less closely.\n\n"
+    "**AID.** This corpus is curated and balanced already. `rsprune` loses to `random` and to `scene_random` there: "
+    "its subset is farther from both held-out sets, with every seed. With its images weighted it is as near as "
+    "theirs. Trainings on AID are missing here until they are computed with the evaluation encoder.\n\n"
+    "**Version.** The tables of methods and of single choices judged without training, of AID's subsets and of the "
+    "made long tail were made before the reference set decided which images repeat each other. On Blue Marble both "
+    "versions keep the same images for seed 0. On the made long tail `rsprune` now keeps 0.092 near-duplicates in "
+    "place of 0.207.\n\n"
+    "**Image-text pairs.** `dldc` finds captions of other scenes and estimates how many there are. Models of cleaned "
+    "pairs are as good as models of pairs that were never exchanged. Captions of other images of the same scene are "
+    "not found; `dldc` only orders them better than `clip_score`."
 )
 #: Directories of results on AID's photographs, how they are called and what they were made with.
 AID = {
@@ -129,37 +130,68 @@ SECTIONS = {
     ),
     TAIL_FILE: Section("A made long tail", "long_tail/long_tail.json", ()),
 }
-#: README's tables and the metrics they show; docs/results.md has all of them.
-TABLES = {
-    "generation": ("kid_x1000", "scene_accuracy"),
-    "subset_quality": ("kid_x1000", "near_duplicates", "scene_entropy"),
-    "super_resolution": ("kid_x1000", "feature_distance", "psnr", "consistency"),
-    "semantic_synthesis": ("kid_x1000", "miou", "pixel_accuracy"),
+#: What README calls the rows of its table; others have their own names.
+NAMES = {
+    "full": "`full`: all images",
+    "random": "`random`",
+    "rsprune": "`rsprune`",
+    "reconstructed_train": "reference row: real images through the autoencoder",
 }
 
 
 def fill_readme(published: Path, readme: Path) -> None:
-    """Put the published tables of the chain between the marks of a README; what they share is said once, below."""
-    tables = build_tables(read_results(published / "chain.jsonl"))
-    parts, shared = [], ""
-    for name, metrics in TABLES.items():
-        if name not in tables:
-            continue
-        seeds, table, explained = to_markdown(name, headline(tables[name], metrics)).strip().split("\n\n")
-        first = TABLE_NOTES[name]
-        shared = max(shared, explained.removeprefix(first).strip(), key=len)
-        parts.append(f"**{name.replace('_', ' ').capitalize()}.** {seeds} {first}\n\n{table}")
-    if found := starts_text(read_results(published / "chain.jsonl")):
-        parts.append(f"**Starts of the downstream tasks.** {found}")
+    """Put the table of four columns and its sentence between the marks of a README."""
+    rows = read_results(published / "chain.jsonl")
+    table = overview_table(rows)
+    body = table.to_markdown(index=False, tablefmt="pipe", colalign=["left", *["right"] * 3], disable_numparse=True)
+    filled = "\n\n".join(["<!-- results -->", body, overview_sentence(rows), "<!-- /results -->"])
     text = readme.read_text(encoding="utf-8")
-    filled = "<!-- results -->\n" + "\n\n".join([*parts, shared]) + "\n<!-- /results -->"
     text = re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: filled, text, flags=re.DOTALL)
     write_text(readme, text)
 
 
-def headline(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """A table with some of its metrics, in their place; all that is no metric stays."""
-    return table[[name for name in table.columns if (found := metric_of(name)) is None or found in metrics]]
+def overview_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Generation in four columns: method, KID×1000 to the balanced and to the natural set, seeds; as texts."""
+    generation, encoder = build_tables(rows)["generation"], evaluation_encoder(rows)
+    generation = generation[(generation["kind"] == "measured") | generation["prune"].isin(NAMES)]
+    columns = {name: Quantity("kid_x1000", encoder, name).name for name in ("balanced", "natural")}
+    lines = []
+    for _, row in generation.iterrows():
+        kept = f", {1 - row['ratio']:.0%} kept" if pd.notna(row["ratio"]) and row["ratio"] else ""
+        weighted = ", sampled by weight" if row["weighting"] == weighting_name(1) else ""
+        values = {
+            f"{name} ↓": f"{row[column]:.1f}" + (f" ± {spread:.1f}" if pd.notna(spread) else "")
+            for name, column in columns.items()
+            for spread in [row.get(f"{column}_spread")]
+        }
+        seeds = str(row["seeds"]) if row["kind"] == "measured" else "–"
+        lines.append({"method": f"{NAMES.get(row['prune'], row['prune'])}{kept}{weighted}", **values, "seeds": seeds})
+    return pd.DataFrame(lines)
+
+
+def overview_sentence(rows: Sequence[Row]) -> str:
+    """What the rows say of `SUBJECT` against `BASELINE`; its words follow from the numbers, the unfavourable too."""
+    generation, encoder = build_tables(rows)["generation"], evaluation_encoder(rows)
+    uniform = generation[(generation["kind"] == "measured") & (generation["weighting"] == weighting_name(0))]
+    uniform = uniform.set_index("prune")
+    parts = []
+    for name in ("balanced", "natural"):
+        column = Quantity("kid_x1000", encoder, name).name
+        mine, theirs = (float(uniform.loc[method, column]) for method in (SUBJECT, BASELINE))
+        parts.append(f"{'better' if mine < theirs else 'worse'} on the {name} set ({mine:.1f} against {theirs:.1f})")
+    text = f"Compared with random pruning, training on the subset of `{SUBJECT}` is {parts[0]} and {parts[1]}"
+    found = starts(rows)
+    found = found[found["other"] == BASELINE]
+    if not len(found):
+        return text + "."
+    last = found[found["step"] == found["step"].max()]
+    counts = [int((last["verdict"] == verdict).sum()) for verdict in ("better", "tie", "worse")]
+    gain = "a gain" if counts[0] > counts[1] + counts[2] else "no reliable gain"
+    return (
+        f"{text}. For the downstream tasks its foundation is {gain}: of {len(last)} comparisons at equal steps "
+        f"({int(last['step'].max())} steps, up to {int(last['seeds'].max())} seeds), {counts[0]} are better, "
+        f"{counts[1]} are ties and {counts[2]} are worse."
+    )
 
 
 def screenshot(page: Path, target: Path, width: int, height: int) -> None:
@@ -201,8 +233,8 @@ def write_results(published: Path, target: Path) -> None:
     titles.sort(key=lambda title: [*order, title].index(title))
     texts = (f"## {title}\n\n{found.get(title) or old[title]}" for title in titles)
     note = (
-        "Generated by `make tables` from `results/published/`: do not edit. How to read the columns: "
-        "[method.md](method.md), 5."
+        "Generated by `make tables` from `results/published/`: do not edit. [numbers.md](numbers.md) explains "
+        "the columns, [method.md](method.md), section 5, has the formulas."
     )
     write_text(target, "\n\n".join(["# Results", note, FINDINGS, *texts]) + "\n")
 

@@ -5,6 +5,7 @@ Colours are Okabe and Ito's (2008), told apart with every common colour blindnes
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -158,6 +159,30 @@ def metric_title(metric: str) -> str:
     if quantity is None:
         return PLAIN[metric][0] if metric in PLAIN else metric.replace("_", " ")
     return " ".join(word for word in (quantity.held_out, quantity.entry.name, quantity.of) if word)
+
+
+def toy_figure(points: np.ndarray, classes: np.ndarray, kept: Mapping[str, np.ndarray]) -> Figure:
+    """Points in the plane before pruning and after it, a panel a method, with the counts of each class.
+
+    Args:
+        points: float [n, 2]; classes: str [n]; kept: bool [n] by method.
+    """
+    figure = _figure(3.4 * (1 + len(kept)), 4.2)
+    panels = figure.subplots(1, 1 + len(kept), sharex=True, sharey=True)
+    names = sorted(set(classes.tolist()), key=lambda name: (-int((classes == name).sum()), name))
+    colours = dict(zip(names, (AFTER, ACCENT, *_OTHERS), strict=False))
+    shown = {"before": np.ones(len(points), dtype=bool), **kept}
+    for axes, (title, rows) in zip(panels, shown.items(), strict=True):
+        for name in names:
+            inside = rows & (classes == name)
+            label = f"{name}: {int(inside.sum()):,}"
+            axes.scatter(*points[inside].T, s=8, color=colours[name], label=label, linewidths=0)
+        _dress(axes, f"{title} ({int(rows.sum()):,})", "", "", grid="both")
+        axes.set_xticklabels([])
+        axes.set_yticklabels([])
+        axes.set_aspect("equal")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False, fontsize=10, markerscale=2)
+    return figure
 
 
 def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.ndarray) -> Figure:
@@ -318,6 +343,34 @@ def world_figure(lon: np.ndarray, lat: np.ndarray, kept: np.ndarray) -> Figure:
     _dress(axes, "", "longitude (°)", "latitude (°)", grid="both")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, markerscale=3)
     return figure
+
+
+def overview(
+    lon: np.ndarray, lat: np.ndarray, kept: np.ndarray, before: np.ndarray, after: np.ndarray, columns: int = 8
+) -> Image.Image:
+    """README's picture: where the kept images lie, above images before and after pruning.
+
+    Args:
+        lon, lat: float [n] in degrees; kept: bool [n].
+        before, after: uint8 [m, H, W, 3], random images of the corpus and of the subset.
+        columns: images in a row of each sheet.
+    """
+    sheets = [contact_sheet(images, columns, scale=1) for images in (before, after)]
+    width = sum(sheet.width for sheet in sheets) + 4 * GAP
+    figure = world_figure(lon, lat, kept)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=width / figure.get_size_inches()[0])
+    world = Image.open(buffer).convert("RGB")
+    titles = ("before: random tiles of the corpus", f"after: random tiles of the {kept.mean():.0%} that were kept")
+    line = 28
+    picture = Image.new("RGB", (width, world.height + line + sheets[0].height + GAP), "white")
+    picture.paste(world.resize((width, round(world.height * width / world.width))), (0, 0))
+    draw, x = ImageDraw.Draw(picture), 0
+    for sheet, title in zip(sheets, titles, strict=True):
+        draw.text((x + GAP, world.height + 4), title, font=_font(16), fill=INK)
+        picture.paste(sheet, (x, world.height + line))
+        x += sheet.width + 4 * GAP
+    return picture
 
 
 def ratio_curve(table: pd.DataFrame, suggested: float, title: str) -> Figure:

@@ -28,7 +28,9 @@ from corpus.sources.folder import ImageFolder
 from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import WebDataset
 from corpus.splits import NAMES
-from runtime.application import run
+from report.data_card import DATA_CARD, Record, data_card
+from report.results import write_text
+from runtime.application import CONFIGS, run
 from runtime.artefacts import COMPLETE, class_name, finite, plain, read_json, write_json
 from runtime.errors import UserError
 from runtime.notices import notice
@@ -379,6 +381,28 @@ def chosen_subset(cfg: DictConfig) -> Subset:
     return subset
 
 
+def card_record(selection: Path, corpus: Corpus, licence: str | None = None) -> Record:
+    """What the data card of a selection is written from; a selection of an earlier version may know less."""
+    found = {name: selection / f"{name}.json" for name in ("summary", "stage")}
+    found = {name: read_json(path) if path.is_file() else {} for name, path in found.items()}
+    source = ((found["stage"].get("config") or {}).get("corpus") or {}).get("train") or {}
+    files = {
+        "corpus": str(source.get("_target_", "")).split(".")[-2:-1],
+        "prune": [found["summary"].get("method")],
+        "entropy": ["local"],
+        "encoder": ["efficientnet_lite0"],
+    }
+    paths = {group: CONFIGS / group / f"{names[0]}.yaml" for group, names in files.items() if names}
+    defaults = {
+        group: OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        for group, path in paths.items()
+        if path.is_file()
+    }
+    table, scenes = pd.read_parquet(selection / "selection.parquet"), corpus.manifest["scene"].to_numpy(dtype=object)
+    name = ((found["stage"].get("config") or {}).get("corpus") or {}).get("name") or corpus.name
+    return Record(str(name), scenes, table, found["summary"], found["stage"], defaults, licence)
+
+
 def main(cfg: DictConfig) -> None:
     subset = chosen_subset(cfg)
     selection = Path(cfg.selection).expanduser().resolve().name
@@ -437,6 +461,8 @@ def write(cfg: DictConfig, subset: Subset, target: Path) -> None:
             to_huggingface(subset, partial, scratch)
         else:
             to_list(subset, partial)
+        record = card_record(Path(cfg.selection).expanduser(), subset.corpus, cfg.export.get("licence"))
+        write_text(partial / DATA_CARD, data_card(record, str(cfg.to)))
         if target.exists():
             target.rmdir()
         os.rename(partial, target)

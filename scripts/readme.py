@@ -1,19 +1,50 @@
-"""Publish what results/local holds: its rows, README's tables and pictures, docs/: `make readme`."""
+"""Publish what results/local holds: its rows, README's table and pictures, docs/: `make readme`."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from omegaconf import DictConfig
+from PIL import Image
 
+from corpus.index import open_corpus
 from report.documents import fill_readme, publish, screenshot, write_benchmarks, write_results
+from report.figures import overview, toy_figure
+from report.page import figure_bytes
+from report.results import write_bytes
 from report.scale import write_scale
 from runtime.application import run
-from runtime.artefacts import read_json
+from runtime.artefacts import COMPLETE, read_json
 from runtime.errors import UserError
+from scripts.toy_example import toy_example
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Images of the corpus and of the subset in README's picture, and images on its map.
+SHOWN, MAPPED = 24, 6000
+
+
+def write_overview(selection: Path, target: Path) -> None:
+    """README's picture of a selection of a corpus whose images know their place; the same bytes every time."""
+    corpus = open_corpus(
+        selection.resolve().parent.parent / "corpus" / read_json(selection / COMPLETE)["inputs"]["corpus"]
+    )
+    kept = pd.read_parquet(selection / "selection.parquet", columns=["kept"])["kept"].to_numpy(dtype=bool)
+    generator = np.random.default_rng(0)
+    groups = [np.arange(len(kept)), np.flatnonzero(kept)]
+    before, after = (corpus.images[np.sort(generator.permutation(group)[:SHOWN])] for group in groups)
+    rows = np.sort(generator.permutation(len(kept))[:MAPPED])
+    places = corpus.manifest.iloc[rows]
+    picture = overview(places["lon"].to_numpy(), places["lat"].to_numpy(), kept[rows], before, after)
+    picture.convert("P", palette=Image.Palette.ADAPTIVE).save(target, optimize=True)
+
+
+def write_toy(target: Path) -> None:
+    """The picture of docs/method.md."""
+    example = toy_example()
+    write_bytes(target, figure_bytes(toy_figure(example.points, example.classes, example.kept), dpi=100))
 
 
 def main(cfg: DictConfig) -> None:
@@ -26,6 +57,8 @@ def main(cfg: DictConfig) -> None:
     images = ROOT / "docs" / "images"
     images.mkdir(exist_ok=True)
     screenshot(results / "report.html", images / "report.png", 1200, 1500)
+    write_overview(Path(read_json(results / "runs.json")["selection/rsprune"][0]), images / "overview.png")
+    write_toy(images / "toy.png")
     (foundation, *_) = read_json(results / "runs.json")["foundation/rsprune"]
     samples = sorted((Path(foundation) / "samples").glob("step_*.png"))[-1]
     shutil.copy(samples, images / "samples.png")

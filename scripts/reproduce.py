@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from downstream.corpora import held_out_images
 from downstream.fine_tuning import fine_tune, loop_options
 from downstream.measured_task import measure_baselines, measure_drawn, real_segmentation_metrics
-from downstream.registry import TASKS, suitable_tasks
+from downstream.registry import TASKS, suitable_names, suitable_tasks
 from downstream.regression import REGRESSION, measured_regression
 from downstream.task import Task
 from encoders.pixels import to_tensor, to_uint8
@@ -33,7 +33,8 @@ from eval.reference_rows import Rebuild, reference_rows
 from prune.features import scan_corpus
 from prune.measured_subset import measured_subset
 from prune.selection import select
-from report.results import BASELINE, SUBJECT, append_result, result_row, run_name, weighting_name
+from report.documents import overview_table
+from report.results import BASELINE, SUBJECT, append_result, read_results, result_row, run_name, weighting_name
 from report.results_report import rebuild
 from report.starts import DIAL, LENGTHS
 from runtime.application import changed_config, run
@@ -46,6 +47,7 @@ from train.foundation import pretrain
 from train.latents import PatchPCA, decode, encode, fit_pca
 from train.measured_run import MEASURED, TRAINING, corpus_features
 
+ROOT = Path(__file__).resolve().parent.parent
 SUPER_RESOLUTION = "super_resolution"
 
 
@@ -257,17 +259,50 @@ def reproduce(cfg: DictConfig) -> Path:
     return results
 
 
+def opening(cfg: DictConfig) -> list[str]:
+    """What the command is about to do and how long its training takes, in a few lines."""
+    parts = chain(cfg, suitable_names(cfg))
+    steps = [int(cfg.train.loop.steps)] * sum(len(part.pretrainings) for part in parts)
+    tuned = [loop_options(tuning.cfg, None).steps for part in parts for tuning in part.fine_tunings]
+    speed = published_seconds_per_step()
+    duration = "time: not known, since no results are published in results/published"
+    if speed is not None:
+        duration = (
+            f"time: about {max(1, round(sum(steps + tuned) * speed / 60)):,} min of training, at {speed:.2f} s a step "
+            "as published for two CPU cores, the default model and 64 px; measuring comes on top"
+        )
+    return [
+        f"profile {cfg.profile.name}: prune, train {len(steps)} foundation models ({sum(steps):,} steps), fine-tune "
+        f"them {len(tuned)} times ({sum(tuned):,} steps), measure all of them, write tables and a report",
+        duration,
+        f"finished parts are taken from {cfg.runs}; an interrupted run continues with the same command; DRY=1 "
+        "(dry_run=true) prints the plan alone",
+    ]
+
+
+def published_seconds_per_step() -> float | None:
+    """Mean seconds of an optimizer step of the published pretrainings; None where no rows are published."""
+    path = ROOT / "results" / "published" / "chain.jsonl"
+    rows = [row for row in read_results(path) if row["stage"] == "convergence"] if path.is_file() else []
+    last = {(row["prune"], row.get("weighting"), row["seed"]): row for row in rows if row.get("seconds")}
+    return float(np.mean([row["seconds"] / row["step"] for row in last.values()])) if last else None
+
+
 def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         if is_main_process():
             dry_run(cfg, references)
         return
     start = time.perf_counter()
+    if is_main_process():
+        print("\n".join(opening(cfg)), flush=True)
     results = reproduce(cfg)
     if not is_main_process():
         return
-    print((results / "tables" / "generation.md").read_text())
-    print(f"done in {time.perf_counter() - start:.0f} s; open {results}/report.html")
+    print(overview_table(read_results(results / "results.jsonl")).to_markdown(index=False, disable_numparse=True))
+    print(f"\ndone in {time.perf_counter() - start:.0f} s; where to look:")
+    print(f"  {results}/report.html    everything on one page: verdict, tables, figures, images")
+    print(f"  {results}/tables         the same tables as .md, .tex and .csv; docs/numbers.md explains the columns")
     print(f"results: {results}")
 
 

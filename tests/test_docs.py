@@ -114,6 +114,28 @@ def test_the_first_example_runs_as_written(repository: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_worked_example_runs_as_written(repository: Path, tmp_path: Path) -> None:
+    """docs/worked_example.md: an archive is made, checked, pruned, exported and read back."""
+    environment = checkout(repository, tmp_path)
+    text = (repository / "docs" / "worked_example.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(python|sh)\n(.*?)^```", text, re.M | re.S)
+    assert [kind for kind, _ in blocks] == ["python", "sh", "sh", "sh", "sh", "python"]
+    for kind, block in blocks:
+        shell = [sys.executable, "-c", block] if kind == "python" else ["bash", "-euo", "pipefail", "-c", block]
+        done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, block + done.stderr[-2000:]
+    scene, weight, *side = done.stdout.strip().splitlines()[-1].split(maxsplit=2)
+    assert scene in ("plain", "delta", "coast") and float(weight) >= 1 and side == ["(64, 64)"]
+    cards = [(tmp_path / name / "DATA_CARD.md").read_text(encoding="utf-8") for name in ("subset", "subset-shards")]
+    for card in cards:
+        assert "| plain " in card and "CC-BY-4.0" in card and str(tmp_path) not in card
+    table = pd.read_parquet(next((tmp_path / "runs" / "selection").glob("*/selection.parquet")))
+    kept = len(table) - round(0.7 * len(table))
+    assert f"# Data card: {kept} of {len(table)} images of geotiff" in cards[0]
+    assert len(list((tmp_path / "subset" / "images").rglob("*.png"))) == kept == table["kept"].sum()
+
+
+@pytest.mark.slow
 def test_the_torchgeo_example_runs_as_written(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchgeo", reason="torchgeo is the extra `geo`, which is not installed")
     environment = checkout(repository, tmp_path)

@@ -432,8 +432,8 @@ def test_a_third_task_is_one_file_and_one_yaml(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """Those of docs/tasks.md, as they stand there."""
-    text = (repository / "docs" / "tasks.md").read_text(encoding="utf-8")
+    """Those of docs/add_a_task.md, as they stand there."""
+    text = (repository / "docs" / "add_a_task.md").read_text(encoding="utf-8")
     for name, content in re.findall(r"^```\w+\n# (\S+)\n(.*?)^```", text, re.M | re.S):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(content)

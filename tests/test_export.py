@@ -26,6 +26,7 @@ from corpus.sources.folder import ImageFolder
 from corpus.sources.geotiff import GeoTiff
 from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import WebDataset
+from report.data_card import DATA_CARD
 from runtime.artefacts import stage
 from runtime.errors import UserError
 from scripts.export import FORMS, content_suffix, main, open_subset, safe_names
@@ -216,7 +217,7 @@ def read_folder(out: Path) -> tuple[list[dict[str, Any]], list[tuple[bytes, str]
 
 def read_shards(out: Path) -> tuple[list[dict[str, Any]], list[tuple[bytes, str]], list[bytes]]:
     samples: dict[str, dict[str, bytes]] = {}
-    for path in sorted(out.iterdir()):
+    for path in sorted(out.glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 name, _, suffix = member.name.partition(".")
@@ -306,6 +307,7 @@ def test_shards_are_deterministic_and_of_equal_size(folder: ImageFolder, tmp_pat
     files = sorted((tmp_path / "one").iterdir())
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in sorted((tmp_path / "two").iterdir())]
     sizes = []
+    assert files.pop(0).name == DATA_CARD
     for path in files:
         with tarfile.open(path) as tar:
             names = tar.getnames()
