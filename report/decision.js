@@ -636,6 +636,7 @@ const loads = (address) => new Promise((done) => { const image = new Image(); im
   menus();
   listen();
   if (live) serve();
+  else tell("Another ratio or uniformity, and export: make page SELECTION=DIR, on the machine that has the corpus.");
   refilter();
   document.documentElement.dataset.ready = Math.round(performance.now());
 })();

@@ -7,6 +7,7 @@ import contextvars
 import io
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -167,12 +168,24 @@ def live(html: str, decision: Decision) -> str:
     return html.replace("<html ", f'<html data-live="{escape(json.dumps(told), quote=True)}" ', 1)
 
 
+class Server(ThreadingHTTPServer):
+    """One that ends with its command, and says nothing of a browser that does not wait for its answer."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def handler_of(session: Session) -> type[BaseHTTPRequestHandler]:
     """Requests to a session. Other sites' pages get nothing: the host must be this one, and what changes something
     carries a header that they cannot send."""
     context = contextvars.copy_context()  # the engine and the run folder of the command
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # else every thumbnail is a connection of its own
+
         def log_message(self, *_: Any) -> None:
             """Nothing: the browser shows what happens."""
 
@@ -249,7 +262,7 @@ def main(cfg: DictConfig) -> None:
         return
     session = Session(cfg, decision, decision_page(shown, replace(thumbnails, embedded=0), beside=False))
     try:
-        server = ThreadingHTTPServer((HOST, options["port"]), handler_of(session))
+        server = Server((HOST, options["port"]), handler_of(session))
     except OSError as error:
         raise UserError(f"page.port={options['port']}: cannot listen there, give another: {error}") from error
     print(f"page: http://{HOST}:{options['port']}/", flush=True)

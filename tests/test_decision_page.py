@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from html import unescape
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ from report.decision_page import (
 from runtime.application import CONFIGS
 from runtime.artefacts import COMPLETE, read_json
 from runtime.errors import UserError
-from scripts.page import HOST, Session, checked, content, handler_of, live
+from scripts.page import HOST, Server, Session, checked, content, handler_of, live
 
 EVIL = "<script>evil</script>&\"'.png"
 SIZE = 60
@@ -375,9 +374,20 @@ def test_edits_leave_the_selection_as_it_was() -> None:
 # ---------------------------------------------------------------- the server
 
 
+def test_a_browser_that_leaves_is_no_error(capfd: pytest.CaptureFixture) -> None:
+    server = Server((HOST, 0), type("Handler", (), {}))
+    for error, said in ((BrokenPipeError(), False), (ZeroDivisionError(), True)):
+        try:
+            raise error
+        except Exception:
+            server.handle_error(None, (HOST, 1))
+        assert bool(capfd.readouterr().err) == said
+    server.server_close()
+
+
 @contextmanager
 def serving(session: Session) -> Iterator[int]:
-    server = ThreadingHTTPServer((HOST, 0), handler_of(session))
+    server = Server((HOST, 0), handler_of(session))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
