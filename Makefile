@@ -80,7 +80,9 @@ suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 	$(BIN)/python scripts/suggest.py profile=$(PROFILE)
 
 demo: $(READY)  ## a page that draws images, of the shipped model or of FOUNDATION=DIR, a pretraining run
-	$(BIN)/python scripts/demo.py $(if $(FOUNDATION),foundation="$(FOUNDATION)")
+	$(BIN)/python scripts/demo.py $(if $(FOUNDATION),foundation="$(FOUNDATION)") \
+	    $(if $(SUPER_RESOLUTION),demo.super_resolution="$(SUPER_RESOLUTION)") \
+	    $(if $(SEMANTIC_SYNTHESIS),demo.semantic_synthesis="$(SEMANTIC_SYNTHESIS)")
 
 page: $(READY)  ## look at SELECTION=DIR and decide: a page on this machine; with STATIC=1 a file for others
 	$(BIN)/python scripts/page.py selection="$(SELECTION)" $(if $(filter-out 0 false,$(STATIC)),page.static=true)
