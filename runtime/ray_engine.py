@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from runtime.application import keep_freed_memory
-from runtime.engine import Done, Result, Step, functions_of, noted, spent, through
+from runtime.engine import Done, LocalEngine, Result, Step, functions_of, noted, spent, through
 from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.parallel import WINDOW, cores
@@ -60,6 +60,7 @@ class RayEngine:
         gpus_per_actor: GPUs that an actor takes; 0.25: four actors share one.
         actors: most actors of a step; None: as many as there are CPUs or, with `gpus_per_actor`, GPUs for.
         retries: of an item whose worker dies, before the command ends.
+        rows_from: images from which on their scenes and clusters are found by tasks; fewer take no time here.
         object_store_gb: memory for what is under way on this machine's cluster; None: Ray's own rule.
         ship_code: send this project's packages to the workers of a cluster, whose installed ones may be older.
         runtime_env: more of Ray's runtime environment, such as env_vars or pip.
@@ -71,6 +72,7 @@ class RayEngine:
     gpus_per_actor: float = 0
     actors: int | None = None
     retries: int = 3
+    rows_from: int = 1_000_000
     object_store_gb: float | None = None
     ship_code: bool = True
     runtime_env: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +96,9 @@ class RayEngine:
         self, function: Callable[..., Result], table: Any, groups: Sequence[np.ndarray], arguments: Sequence[tuple]
     ) -> Iterator[Result]:
         """See `runtime.engine.Engine.map_rows`: a task a group, whose rows travel through the object store."""
+        if sum(map(len, groups)) < self.rows_from:
+            yield from LocalEngine().map_rows(function, table, groups, arguments)
+            return
         with _explained():
             ray = self._connect()
             task = ray.remote(_on_rows).options(num_cpus=self.cpus_per_worker, max_retries=self.retries)
@@ -389,6 +394,9 @@ def _actor(work: _Work, gpus: float) -> type:
             prepare_process()
 
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            import torch
+
+            torch.set_flush_denormal(True)  # of this thread, which need not be the one of `__init__`
             return _through(work, gpus, batch)
 
     return Actor

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
+from torch import nn
 
 from corpus.masks import IGNORED
-from downstream.any_size import TileOptions, agreeing, synthesized, upscaled, whole
+from downstream.any_size import TileOptions, agreeing, grid_of, synthesized, upscaled, whole
 from downstream.drawing import (
     Synthesizer,
     load_restorer,
@@ -120,10 +123,47 @@ def shown(handler: Callable) -> Callable:
     return guarded
 
 
+@contextlib.contextmanager
+def counted(network: nn.Module, calls: int, bar: gr.Progress) -> Iterator[None]:
+    """While this lasts, a progress bar counts the calls of a network."""
+    done = itertools.count(1)
+
+    def advance(*_: Any) -> None:
+        bar((min(next(done), calls), calls), unit="steps")
+
+    bar((0, calls), unit="steps")
+    hook = network.register_forward_hook(advance)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def network_of(pipeline: Any) -> nn.Module:
+    """The network that a pipeline calls once a step."""
+    return getattr(pipeline, "unet", None) or pipeline.transformer
+
+
 def drawing(label: str, height: int) -> gr.Image:
     """A place for a picture that a model draws."""
     return gr.Image(
         label=label, height=height, format="png", interactive=False, buttons=BUTTONS, elem_classes="picture"
+    )
+
+
+def batches(picture: Picture, model: Restorer | Synthesizer, options: TileOptions) -> int:
+    """In how many batches a model draws the tiles of a picture: each row of tiles begins one."""
+    grid = grid_of(picture, model, options.overlap)
+    return len(grid.rows) * -(-len(grid.columns) // options.batch_size)
+
+
+def absent_tab(name: str, variable: str) -> None:
+    """What to do for a task of which there is no network."""
+    gr.Markdown(
+        f"This tab needs a network that was fine-tuned for the task; none comes with the repository. One is made by\n"
+        f"```\npython downstream/{name}.py foundation=shipped\n```\n"
+        f"which prints `run: DIR` at its end, after some minutes on two CPU cores. Then start the page by\n"
+        f"```\nmake demo {variable}=DIR\n```"
     )
 
 
@@ -145,13 +185,16 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
         seed: int,
         steps: int,
         guidance_scale: float,
+        bar: gr.Progress = gr.Progress(),  # noqa: B008  where Gradio looks for it, before what may be left out
         use_place: bool = False,
         lon: float = 0.0,
         lat: float = 0.0,
     ) -> list[Image.Image]:
         metadata = {"lon": lon, "lat": lat} if use_place else {}
         settings = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
-        drawn = sampler.draw(prompt or "", images, metadata=metadata, **settings)
+        calls = -(-images // sampler.batch_size) * steps
+        with counted(network_of(sampler.pipeline), calls, bar):
+            drawn = sampler.draw(prompt or "", images, metadata=metadata, **settings)
         return [Image.fromarray(image) for image in drawn]
 
     with gr.Row():
@@ -171,7 +214,9 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
                     [[str(text)] for text in cfg.demo.examples], [prompt], label="Examples", cache_examples=False
                 )
             place: list[gr.components.Component] = []
-            if placed:
+            if not placed:
+                gr.Markdown("This model knows no places; one that was trained with `metadata=place` does.")
+            else:
                 with gr.Group():
                     use = gr.Checkbox(False, label="Use place")
                     names = {"lon": "Longitude", "lat": "Latitude"}
@@ -204,7 +249,13 @@ def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarra
     """A low-resolution picture → an image."""
     factor, most = restorer.factor, int(cfg.demo.most_side) // restorer.factor
 
-    def enlarge(image: Image.Image | None, seed: int, steps: int, dial: float) -> tuple[Image.Image, Image.Image]:
+    def enlarge(
+        image: Image.Image | None,
+        seed: int,
+        steps: int,
+        dial: float,
+        bar: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Image.Image, Image.Image]:
         if image is None:
             raise UserError("no picture: upload one")
         model = with_dial(with_settings(restorer, steps=checked_steps(seed, steps)), dial)
@@ -212,7 +263,9 @@ def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarra
         options = TileOptions(cfg.upscale.overlap, cfg.upscale.batch_size, seed)
         size = (picture.width * factor, picture.height * factor)
         bicubic = Image.fromarray(picture.values).resize(size, Image.Resampling.BICUBIC)
-        return bicubic, Image.fromarray(whole(upscaled(picture, model, options, **agreeing(model))))
+        each = (dial < 1) * model.options.mean_draws + (dial > 0) * model.options.samples * steps
+        with counted(model.pipeline.unet, batches(picture, model, options) * each, bar):
+            return bicubic, Image.fromarray(whole(upscaled(picture, model, options, **agreeing(model))))
 
     gr.Markdown(
         f"A picture of any shape is drawn at {factor} times its size. One of more than {most} px is reduced to that "
@@ -253,7 +306,12 @@ def mask_tab(
     classes, most = len(synthesizer.classes), int(cfg.demo.most_side)
 
     def from_mask(
-        painted: Mapping[str, Any] | None, prompt: str, seed: int, steps: int, longer: int
+        painted: Mapping[str, Any] | None,
+        prompt: str,
+        seed: int,
+        steps: int,
+        longer: int,
+        bar: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Image.Image, Image.Image]:
         image = (painted or {}).get("composite") or (painted or {}).get("background")
         if image is None:
@@ -262,7 +320,9 @@ def mask_tab(
         mask = painted_classes(image, int(longer), colours)
         numbers = np.where(mask < classes, mask, np.uint8(IGNORED))
         options = TileOptions(cfg.synthesize.overlap, cfg.synthesize.batch_size, seed)
-        return Image.fromarray(colours[mask]), Image.fromarray(whole(synthesized(Picture(numbers), model, options)))
+        picture = Picture(numbers)
+        with counted(model.pipeline.unet, batches(picture, model, options) * steps, bar):
+            return Image.fromarray(colours[mask]), Image.fromarray(whole(synthesized(picture, model, options)))
 
     swatch = "display:inline-block;width:1em;height:1em;margin-left:.6em;vertical-align:-.15em;border:1px solid #8888"
     legend = " ".join(
@@ -338,11 +398,15 @@ def page(cfg: DictConfig) -> gr.Blocks:
         gr.Markdown(f"# RS-Prune\nRemote-sensing images from the foundation model `{name}`.")
         with gr.Tab("Text → image"):
             text_tab(cfg, sampler)
-        if restorer is not None:
-            with gr.Tab("Super-resolution"):
+        with gr.Tab("Super-resolution"):
+            if restorer is None:
+                absent_tab("super_resolution", "SUPER_RESOLUTION")
+            else:
                 super_resolution_tab(cfg, restorer, example_of(runs["super_resolution"]))
-        if synthesizer is not None:
-            with gr.Tab("Mask → image"):
+        with gr.Tab("Mask → image"):
+            if synthesizer is None:
+                absent_tab("semantic_synthesis", "SEMANTIC_SYNTHESIS")
+            else:
                 mask_tab(cfg, synthesizer, palette, example_of(runs["semantic_synthesis"]))
     return blocks
 

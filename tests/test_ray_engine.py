@@ -91,7 +91,7 @@ def test_any_number_of_local_workers_gives_the_same(workers: int, tiles: Path, e
 
 @pytest.mark.parametrize("cpus", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ray_workers_gives_the_same(cpus: int, tiles: Path, expected: dict, tmp_path: Path) -> None:
-    with using(RayEngine(cpus=cpus)):
+    with using(RayEngine(cpus=cpus, rows_from=0)):
         directory = selected(tiles, tmp_path)
     assert results(tmp_path) == expected
     [corpus] = (tmp_path / "corpus").iterdir()
@@ -107,7 +107,7 @@ def test_any_number_of_ray_workers_gives_the_same(cpus: int, tiles: Path, expect
 def test_stages_of_an_indexed_corpus_and_other_scene_rules_are_the_same(tiles: Path, tmp_path: Path) -> None:
     """Another encoder over the images that are there, read by the driver's machine; scenes by a classifier."""
     more = ("encoder.input_size=48", "entropy.patch=8", "prune.scene_classifier=lda")
-    for name, engine in (("local", LocalEngine()), ("ray", RayEngine(cpus=2))):
+    for name, engine in (("local", LocalEngine()), ("ray", RayEngine(cpus=2, rows_from=0))):
         selected(tiles, tmp_path / name)
         with using(engine):
             selected(tiles, tmp_path / name, *more)
@@ -126,7 +126,7 @@ def test_shards_are_looked_through_and_read_by_ray(tiles: Path, tmp_path: Path) 
                 tar.add(path, f"{path.parent.name}/{path.name}")
     more = ("corpus=webdataset", f"corpus.urls={tmp_path}", "corpus.train.resolution=24", "corpus.train.split=all")
     found = []
-    for name, engine in (("local", LocalEngine()), ("ray", RayEngine(cpus=2))):
+    for name, engine in (("local", LocalEngine()), ("ray", RayEngine(cpus=2, rows_from=0))):
         own = (f"runs={tmp_path / name}", "tracker=none", "encoder.input_size=32", "ratio=0.7", *more)
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cfg = compose("config", list(own))
@@ -160,7 +160,7 @@ def column_sums(table: Points, rows: np.ndarray, weight: float) -> np.ndarray:
 def ray_engine() -> Iterator[RayEngine]:
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a module of tests
-    engine = RayEngine(cpus=2, retries=1)
+    engine = RayEngine(cpus=2, retries=1, rows_from=0)
     with using(engine):
         yield engine
 

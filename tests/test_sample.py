@@ -502,13 +502,16 @@ def test_the_page_renders_in_a_browser_without_a_network(demo: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_page_has_no_place_and_no_further_tab_unless_the_models_have(plain_run: Path) -> None:
+def test_the_page_has_no_place_and_says_what_its_tabs_need_unless_the_models_have(plain_run: Path) -> None:
     from scripts.demo import page
 
     blocks = page(config(f"foundation={plain_run}"))
-    labels = [block.get("props", {}).get("label") for block in blocks.get_config_file()["components"]]
-    assert {"Prompt", "Images", "Seed", "Steps", "Guidance", "Text → image"} <= set(labels)
-    assert not {"Longitude", "Use place", "Super-resolution", "Mask → image"} & set(labels)
+    props = [block.get("props", {}) for block in blocks.get_config_file()["components"]]
+    labels, texts = {own.get("label") for own in props}, "".join(str(own.get("value")) for own in props)
+    assert {"Prompt", "Images", "Seed", "Steps", "Guidance", "Text → image"} <= labels
+    assert not {"Longitude", "Use place", "Bicubic", "Mask"} & labels and "knows no places" in texts
+    for name in ("super_resolution", "semantic_synthesis"):
+        assert f"downstream/{name}.py" in texts and f"make demo {name.upper()}=DIR" in texts
 
 
 @pytest.mark.slow
@@ -536,6 +539,17 @@ def test_the_demo_refuses_in_one_line(plain_run: Path, translation_run: Path, tm
     ):
         with pytest.raises(UserError, match=message):
             call(config(*overrides))
+
+
+def test_the_bar_counts_the_calls_of_a_network() -> None:
+    from scripts.demo import counted
+
+    network, shown = torch.nn.Linear(2, 2), []
+    with counted(network, 3, lambda step, unit: shown.append(step)):
+        for _ in range(4):
+            network(torch.zeros(1, 2))
+    network(torch.zeros(1, 2))
+    assert shown == [(0, 3), (1, 3), (2, 3), (3, 3), (3, 3)]
 
 
 def test_the_page_takes_pictures_and_masks_of_any_shape() -> None:

@@ -99,7 +99,7 @@ LARGEST_MEMBER = 2**30
 #: Zeros after the last member; writers fill up to their own block size.
 LONGEST_END = 2**22
 #: Fewer shards than that are looked through in this process.
-FEW_SHARDS = 16
+FEW_SHARDS = 64
 #: Images in a row that cannot be reached, after which a network counts as gone.
 GONE = 3
 
