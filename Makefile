@@ -90,15 +90,10 @@ cleaning-probe: $(READY)  ## how many of each scene's pairs to remove, found by 
 suggest: $(READY)  ## the ratio to prune at: a curve and its knee
 	$(BIN)/python scripts/suggest.py profile=$(PROFILE)
 
-<<<<<<< HEAD
 demo: $(READY)  ## a page in the browser that draws images, by the shipped model or by FOUNDATION=DIR, a pretraining run
-	$(BIN)/python scripts/demo.py $(if $(FOUNDATION),foundation="$(FOUNDATION)")
-=======
-demo: $(READY)  ## a page that draws images, of the shipped model or of FOUNDATION=DIR, a pretraining run
 	$(BIN)/python scripts/demo.py $(if $(FOUNDATION),foundation="$(FOUNDATION)") \
 	    $(if $(SUPER_RESOLUTION),demo.super_resolution="$(SUPER_RESOLUTION)") \
 	    $(if $(SEMANTIC_SYNTHESIS),demo.semantic_synthesis="$(SEMANTIC_SYNTHESIS)")
->>>>>>> i19-page
 
 page: $(READY)  ## look at SELECTION=DIR and decide: a page on this machine; with STATIC=1 a file for others
 	$(BIN)/python scripts/page.py selection="$(SELECTION)" $(if $(filter-out 0 false,$(STATIC)),page.static=true)
