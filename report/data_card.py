@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from report.prune_report import REASONS
 from runtime.redaction import ACCESS, public
 
 #: The card's name in an export. Not README.md: `datasets` would read its head as settings.
@@ -23,6 +22,12 @@ DATA_CARD = "DATA_CARD.md"
 MOST_SCENES = 40
 #: A scene counts as over- or under-represented beyond this factor.
 EVEN = 1.1
+#: What the reasons of selection.parquet mean.
+REASONS = {
+    "low_entropy": "local information entropy below the threshold, as of water, cloud or no data",
+    "redundant": "others of their kind fill the budget",
+    "not_drawn": "left out by a random draw",
+}
 MEANINGS = {"kept": "in this subset", "unreadable": "could not be decoded; see Quarantine", **REASONS}
 FORMS = {
     "folder": "image files in `images/`, with `images/metadata.jsonl`",
@@ -238,6 +243,12 @@ def _leaks(record: Record) -> str:
     for name, counts in found.get("held_out", {}).items():
         lines.append(
             f"- `{name}`: {counts['near_duplicates']:,} near-duplicates of other splits among "
+            f"{counts['looked_at']:,} images looked at"
+        )
+    if found.get("val_test"):
+        counts = found["val_test"]
+        lines.append(
+            f"- `val` and `test`: {counts['near_duplicates']:,} near-duplicates of each other among "
             f"{counts['looked_at']:,} images looked at"
         )
     return "\n".join(lines)

@@ -188,9 +188,9 @@ def overview_sentence(rows: Sequence[Row]) -> str:
     counts = [int((last["verdict"] == verdict).sum()) for verdict in ("better", "tie", "worse")]
     gain = "a gain" if counts[0] > counts[1] + counts[2] else "no reliable gain"
     return (
-        f"{text}. For the downstream tasks its foundation is {gain}: of {len(last)} comparisons at equal steps "
-        f"({int(last['step'].max())} steps, up to {int(last['seeds'].max())} seeds), {counts[0]} are better, "
-        f"{counts[1]} are ties and {counts[2]} are worse."
+        f"{text}. For the downstream tasks its foundation is {gain}: {len(last)} comparisons at equal steps "
+        f"({int(last['step'].max())} steps, up to {int(last['seeds'].max())} seeds) give {counts[0]} better, "
+        f"{counts[1]} ties and {counts[2]} worse."
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from report.data_card import REASONS
 from report.embedding_map import embedding_map
 from report.figures import cluster_sizes, entropy_histogram, map_figure, scene_bars, world_figure
 from report.page import LEADS, Gallery, SampleGrid, figure_bytes, write_report
@@ -17,12 +18,6 @@ REPORT_PAGE = "report.html"
 #: Scenes with a gallery of their own, the largest first.
 MOST_SCENES = 40
 NO_SCENE = "no scene"
-#: What the reasons of selection.parquet mean.
-REASONS = {
-    "low_entropy": "local information entropy below the threshold, as of water, cloud or no data",
-    "redundant": "others of their kind fill the budget",
-    "not_drawn": "left out by a random draw",
-}
 #: Counts of a method that the page shows, where it gives them.
 COUNTED = ("dropped_by_entropy", "returned_by_entropy", "skipped_as_duplicate")
 #: Images on the map.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import yaml
@@ -20,11 +23,15 @@ def blocks(page: str, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
 
 
-def defined(page: str) -> dict:
+def defined(page: str) -> dict[str, Any]:
     """What the first Python block of a page defines."""
-    names: dict = {"__name__": "example_of_docs"}
-    exec(compile(blocks(page, "python")[0], page, "exec"), names)
-    return names
+    module = ModuleType("example_of_docs")
+    sys.modules[module.__name__] = module  # where a dataclass looks its module up
+    try:
+        exec(compile(blocks(page, "python")[0], page, "exec"), module.__dict__)
+    finally:
+        del sys.modules[module.__name__]
+    return module.__dict__
 
 
 def test_the_method_keeps_its_budget_and_spreads_over_entropies() -> None:
