@@ -28,7 +28,7 @@ REASONS = {
     "redundant": "others of their kind fill the budget",
     "not_drawn": "left out by a random draw",
 }
-MEANINGS = {"kept": "in this subset", "unreadable": "could not be decoded; see Quarantine", **REASONS}
+MEANINGS = {"kept": "in this subset", "unreadable": "could not be used; see Quarantine", **REASONS}
 FORMS = {
     "folder": "image files in `images/`, with `images/metadata.jsonl`",
     "symlinks": "links to the corpus's files in `images/`, with `images/metadata.jsonl`",
@@ -149,7 +149,7 @@ def _why(record: Record) -> Iterator[str]:
         "method": summary.get("method", "unknown"),
         "ratio (fraction removed)": "found by the method" if inputs.get("ratio", 0) is None else summary.get("ratio"),
         "seed": summary.get("seed"),
-        "scenes": _strata(summary),
+        "scenes": _strata(record),
         "encoder": str((inputs.get("encoder") or {}).get("_target_", "unknown")).rpartition(".")[2],
         "entropy threshold (bits)": summary.get("entropy_threshold"),
     }
@@ -165,10 +165,13 @@ def _why(record: Record) -> Iterator[str]:
     yield _markdown(pd.DataFrame(rows))
 
 
-def _strata(summary: Mapping[str, Any]) -> str | None:
-    found = summary.get("strata")
+def _strata(record: Record) -> str | None:
+    found, config = record.summary.get("strata"), record.config
     if not found:
         return None
+    source, own = ((config.get(group) or {}).get(key) for group, key in (("reference", "source"), ("corpus", "train")))
+    if found["source"] == "reference" and source is not None and source == own:
+        return f"{found['count']} scene labels of the corpus itself"
     if found["source"] == "corpus":
         return f"{found['count']} strata that k-means made of the corpus (no labels)"
     return f"{found['count']} classes of a labelled reference set"
@@ -179,10 +182,13 @@ def _bias(record: Record) -> Iterator[str]:
     scenes, named = labelled, "the corpus's own scene labels"
     if not (labelled != "").any() and "scene" in record.selection:
         scenes, named = record.selection["scene"].fillna("").to_numpy(dtype=object), "the scenes that the method used"
-    kept = record.selection["kept"].to_numpy(dtype=bool)
-    table = scene_balance(np.where(scenes == "", "(none)", scenes), kept, record.selection["weight"].to_numpy())
+    kept, weights = record.selection["kept"].to_numpy(dtype=bool), record.selection["weight"].to_numpy(dtype=float)
+    readable = np.ones(len(kept), dtype=bool)
+    if "reason" in record.selection:
+        readable = (record.selection["reason"] != "unreadable").to_numpy()
+    table = scene_balance(np.where(scenes == "", "(none)", scenes)[readable], kept[readable], weights[readable])
     yield (
-        f"By {named}. `factor`: the scene's fraction of the subset, divided by its fraction of the corpus (2: twice as "
+        f"By {named}, of readable images. `factor`: the scene's fraction of the subset, divided by its fraction of the corpus (2: twice as "
         "frequent as in the corpus). `weighted`: the same when each image counts `weight` times."
     )
     shown = table.head(MOST_SCENES)
@@ -200,7 +206,7 @@ def _bias(record: Record) -> Iterator[str]:
     if len(table) > MOST_SCENES:
         yield f"{len(table) - MOST_SCENES:,} smaller scenes are not listed."
     yield _sentence(table)
-    weights = record.selection["weight"].to_numpy(dtype=float)[kept]
+    weights = weights[kept]
     yield (
         "Every image has a `weight`: the number of corpus images that it stands for, itself included. Weights go up to "
         f"{weights.max(initial=0):,.0f}; the effective size of the weighted subset is "
@@ -230,9 +236,9 @@ def _quarantine(record: Record) -> str:
     if reasons is None:
         return "Not recorded."
     if not reasons:
-        return "Every image of the corpus could be read."
+        return "Every image of the corpus could be used."
     lines = [f"- {reason}: {count:,}" for reason, count in reasons.items()]
-    return "\n".join([f"{sum(reasons.values()):,} images could not be read and are never kept.", "", *lines])
+    return "\n".join([f"{sum(reasons.values()):,} images could not be used and are never kept.", "", *lines])
 
 
 def _leaks(record: Record) -> str:

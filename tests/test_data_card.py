@@ -81,12 +81,19 @@ def test_the_card_says_what_went_why_and_what_is_biased() -> None:
         "| sea     | 6               | 4               | 1.67     | 1.67       |",
         "Over-represented: sea (× 1.67). Not in the subset at all: land, ice.",
         "effective size of the weighted subset is 2 images",  # 10² / 52
-        "2 images could not be read", "- empty file: 2", "exact copies across splits: 1",
+        "2 images could not be used", "- empty file: 2", "exact copies across splits: 1",
         "`val`: 4 near-duplicates of other splits among 50 images", "## Licence\n\nCC-BY-4.0",
         "5 strata that k-means made of the corpus", "| RS-Prune, commit  | abc       |",
     ):  # fmt: skip
         assert line in text, text
     assert "/home/me" not in text and data_card(record(), "folder") == text
+
+
+def test_images_that_cannot_be_used_do_not_count_in_the_bias() -> None:
+    whole = record()
+    broken = whole.selection.assign(reason=np.where(np.arange(10) == 9, "unreadable", whole.selection["reason"]))
+    text = data_card(record(selection=broken), "folder")
+    assert "| sea     | 6               | 4               | 1.50 " in text and "| ice " not in text
 
 
 def test_unlabelled_images_are_counted_by_the_scenes_of_the_method() -> None:
