@@ -188,8 +188,8 @@ def _bias(record: Record) -> Iterator[str]:
         readable = (record.selection["reason"] != "unreadable").to_numpy()
     table = scene_balance(np.where(scenes == "", "(none)", scenes)[readable], kept[readable], weights[readable])
     yield (
-        f"By {named}, of readable images. `factor`: the scene's fraction of the subset, divided by its fraction of the corpus (2: twice as "
-        "frequent as in the corpus). `weighted`: the same when each image counts `weight` times."
+        f"By {named}, of readable images. `factor`: the scene's fraction of the subset, divided by its fraction of the "
+        "corpus (2: twice as frequent as in the corpus). `weighted`: the same when each image counts `weight` times."
     )
     shown = table.head(MOST_SCENES)
     yield _markdown(
