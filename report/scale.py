@@ -255,7 +255,9 @@ def arithmetic(images: int, found: Mapping[str, Any], on_node: Mapping[str, Cost
 
 
 _WHY = {
-    "manifest": "one process walks the headers of all shards, and more nodes do not help",
+    "manifest": (
+        "one process makes the rows of all images from the headers, which all workers read, and more nodes help little"
+    ),
     "read the shards": "the network between the shards and the nodes: more nodes, or shards on the nodes' own disks, "
     "shorten it",
     "index": "decoding and entropy, which divide over all cores of all nodes",
