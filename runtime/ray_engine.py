@@ -37,7 +37,7 @@ from runtime.quiet import native_stderr_closed, silence_libraries
 ITEMS = 2048
 #: Seconds without a result after which the loss of a machine counts.
 PATIENCE = 15
-#: Ray ends this process at once, without a word, where the cluster's first node dies. A shell that waits for its end
+#: Ray ends this process without a word where the cluster's first node stays away. A shell that waits for its end
 #: says so.
 WITNESS = (
     'read -r ended || echo "error: the Ray cluster is gone, or this command was killed: what is done is kept, run the '
