@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from captioning.captioners.captioner import Captioner, Facts, Undescribed
+from captioning.captioners.captioner import Captioner, ImageMetadata, Undescribed
 from captioning.pairs import NO_WORDS, Pairs, has_words
 from captioning.scorers import Material
 from corpus.captions import words
 from corpus.index import ArrayFile, image_file
-from eval.processes import first_process_says, over_processes
+from eval.processes import first_process_decides, over_processes
 from runtime.artefacts import fingerprint, is_main_process, stage
 from runtime.engine import Step, engine
 from runtime.progress import progress
@@ -65,7 +65,7 @@ def describe(
         "corpus": material.corpus.fingerprint, "rows": fingerprint(of=rows.tolist()), "captioner": captioner,
         "attempt": attempt, "seed": seed, "scenes": fingerprint(of=[material.scenes, material.scene[rows].tolist()]),
     }  # fmt: skip
-    directory = stage(runs, "descriptions", inputs, build, resumable=True, together=first_process_says)
+    directory = stage(runs, "descriptions", inputs, build, resumable=True, together=first_process_decides)
     table = pd.read_parquet(directory / DESCRIPTIONS)
     failed = table["text"].str.startswith("!")
     ids = material.corpus.manifest["id"].to_numpy(dtype=object)[table["image"][failed]]
@@ -75,27 +75,27 @@ def describe(
     return pairs, refused
 
 
-def facts_of(material: Material, row: int) -> Facts:
+def metadata_of(material: Material, row: int) -> ImageMetadata:
     """What is known of an image beside its pixels."""
     corpus = material.corpus
     mask = None if corpus.masks is None else np.asarray(corpus.masks[row])
     scene = material.scenes[material.scene[row]] if material.labelled else ""
-    return Facts(words(scene), mask, tuple(corpus.mask_classes))
+    return ImageMetadata(words(scene), mask, tuple(corpus.mask_classes))
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Request:
     """Images to describe: rows int64 [n], ascending, what is known of each, and its seed."""
 
     rows: np.ndarray
-    facts: list[Facts]
+    metadata: list[ImageMetadata]
     seeds: list[int]
 
 
-def _asked(material: Material, rows: np.ndarray, attempt: int, seed: int) -> _Asked:
+def _request(material: Material, rows: np.ndarray, attempt: int, seed: int) -> _Request:
     ids = material.corpus.manifest["id"].to_numpy(dtype=object)
     seeds = [int(fingerprint(id=str(ids[row]), seed=seed, attempt=attempt), 16) % 2**63 for row in rows]
-    return _Asked(rows, [facts_of(material, row) for row in rows], seeds)
+    return _Request(rows, [metadata_of(material, row) for row in rows], seeds)
 
 
 def _lines(material: Material, rows: np.ndarray, captioner: Captioner, attempt: int, seed: int) -> list[str]:
@@ -103,29 +103,31 @@ def _lines(material: Material, rows: np.ndarray, captioner: Captioner, attempt: 
     if engine().shares_files:
 
         def of_process(own: np.ndarray) -> np.ndarray:
-            asked = _asked(material, rows[own], attempt, seed)
-            return _packed(_described(captioner, attempt, (asked, material.corpus.images)))
+            requested = _request(material, rows[own], attempt, seed)
+            return _packed(_described(captioner, attempt, (requested, material.corpus.images)))
 
         return [bytes(row).rstrip(b"\0 ").decode("utf-8", "ignore") for row in over_processes(of_process, len(rows))]
     size = captioner.batch_size * max(1, WORKER_IMAGES // captioner.batch_size)
-    groups = (_asked(material, rows[at : at + size], attempt, seed) for at in range(0, len(rows), size))
+    groups = (_request(material, rows[at : at + size], attempt, seed) for at in range(0, len(rows), size))
     steps = [Step(partial(_pixels, image_file(material.corpus)), home=True)]
     steps.append(Step(partial(_described, captioner, attempt), network=True))
     return [line for part in engine().run(steps, groups) for line in part.value]
 
 
-def _pixels(images: ArrayFile, asked: _Asked) -> tuple[_Asked, np.ndarray]:
-    return replace(asked, rows=np.arange(len(asked.rows))), images.read(asked.rows)
+def _pixels(images: ArrayFile, requested: _Request) -> tuple[_Request, np.ndarray]:
+    return replace(requested, rows=np.arange(len(requested.rows))), images.read(requested.rows)
 
 
-def _described(captioner: Captioner, attempt: int, work: tuple[_Asked, np.ndarray]) -> list[str]:
-    """Lines of the images [N, R, R, 3] that are asked for."""
-    asked, images = work
-    found: list[str | Undescribed] = []
-    for start in range(0, len(asked.rows), captioner.batch_size):
+def _described(captioner: Captioner, attempt: int, work: tuple[_Request, np.ndarray]) -> list[str]:
+    """Lines of the images [N, R, R, 3] that are requested."""
+    requested, images = work
+    result: list[str | Undescribed] = []
+    for start in range(0, len(requested.rows), captioner.batch_size):
         part = slice(start, start + captioner.batch_size)
-        found += captioner(np.asarray(images[asked.rows[part]]), asked.facts[part], attempt, asked.seeds[part])
-    texts = [text if isinstance(text, Undescribed) or has_words(text) else Undescribed(NO_WORDS) for text in found]
+        result += captioner(
+            np.asarray(images[requested.rows[part]]), requested.metadata[part], attempt, requested.seeds[part]
+        )
+    texts = [text if isinstance(text, Undescribed) or has_words(text) else Undescribed(NO_WORDS) for text in result]
     lines = [f"!{text.reason}" if isinstance(text, Undescribed) else f"={text}" for text in texts]
     return [line.encode()[:MOST_BYTES].decode("utf-8", "ignore").rstrip("\0 ") for line in lines]
 

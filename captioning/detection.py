@@ -18,7 +18,7 @@ def detection(swapped: np.ndarray, order: np.ndarray, removed: int) -> dict[str,
     Args:
         swapped: bool [P]; order: int64 [P], the first to go first.
     Returns:
-        swap_removed (share), swap_precision, swap_recall, swap_precision_at_true and swap_auc, the area under the
+        swap_removed (fraction), swap_precision, swap_recall, swap_precision_at_true and swap_auc, the area under the
         curve of the order; None where it is undefined.
     """
     true, gone = int(swapped.sum()), order[:removed]
@@ -34,8 +34,8 @@ def detection(swapped: np.ndarray, order: np.ndarray, removed: int) -> dict[str,
     }
 
 
-def share_error(swapped: np.ndarray, scene: np.ndarray, shares: np.ndarray) -> float:
-    """Mean over scenes of the distance between a found share float [S] and the true one."""
-    pairs = np.bincount(scene, minlength=len(shares))
-    true = np.bincount(scene, swapped, len(shares)) / np.maximum(pairs, 1)
-    return float(np.abs(shares - true)[pairs > 0].mean())
+def fraction_error(swapped: np.ndarray, scene: np.ndarray, fractions: np.ndarray) -> float:
+    """Mean over scenes of the distance between a found fraction float [S] and the true one."""
+    pairs = np.bincount(scene, minlength=len(fractions))
+    true = np.bincount(scene, swapped, len(fractions)) / np.maximum(pairs, 1)
+    return float(np.abs(fractions - true)[pairs > 0].mean())

@@ -172,9 +172,9 @@ def fit_dual_encoder(options: DualEncoder, images: np.ndarray, texts: np.ndarray
         images: float32 [P, R], texts: float32 [P, S], of a `Reduction`.
         weights: float [P], how much each pair counts, not negative, one at least above zero.
     """
-    share = (weights / weights.sum()).astype(np.float64)
-    image_centre, text_centre = share @ images, share @ texts
-    image_map, text_map = canonical_directions(images - image_centre, texts - text_centre, share, options)
+    fraction = (weights / weights.sum()).astype(np.float64)
+    image_centre, text_centre = fraction @ images, fraction @ texts
+    image_map, text_map = canonical_directions(images - image_centre, texts - text_centre, fraction, options)
     return FittedEncoder(*(value.astype(np.float32) for value in (image_centre, image_map, text_centre, text_map)))
 
 
@@ -189,10 +189,10 @@ def principal_directions(features: np.ndarray, most: int) -> tuple[np.ndarray, n
 
 
 def canonical_directions(
-    images: np.ndarray, texts: np.ndarray, share: np.ndarray, options: DualEncoder
+    images: np.ndarray, texts: np.ndarray, fraction: np.ndarray, options: DualEncoder
 ) -> tuple[np.ndarray, np.ndarray]:
     """Maps float64 [R, D] and [S, D] of centred images and texts onto their canonical directions."""
-    part = share[:, None].astype(np.float32)
+    part = fraction[:, None].astype(np.float32)
     by_image = inverse_root((images.T @ (images * part)).astype(np.float64), options.image_ridge)
     by_text = inverse_root((texts.T @ (texts * part)).astype(np.float64), options.text_ridge)
     cross = (images.T @ (texts * part)).astype(np.float64)

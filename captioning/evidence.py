@@ -16,7 +16,7 @@ MOST_DEVIATIONS = 8.0
 QUANTILES = (0.2, 0.3, 0.4, 0.5)
 #: Inverse strength of the L2 penalty of the regression.
 PENALTY = 0.1
-#: Parts of the images; the evidence of a part's pairs is told by a regression on the others.
+#: Parts of the images; the evidence of a part's pairs is given by a regression on the others.
 PARTS = 5
 
 
@@ -64,9 +64,9 @@ def learn_evidence(observed: np.ndarray, shuffled: np.ndarray, image: np.ndarray
         if min(map(len, others)) == 0:
             continue  # as few pairs as that say nothing anyway
         fitted = _regression(*others)
-        for found, values, own in zip(crossed, data, parts, strict=True):
+        for result, values, own in zip(crossed, data, parts, strict=True):
             if (own == number).any():
-                found[own == number] = fitted.decision_function(values[own == number])
+                result[own == number] = fitted.decision_function(values[own == number])
     return Evidence(model, model.decision_function(data[1]), (crossed[0], crossed[1]))
 
 
@@ -82,23 +82,23 @@ def _regression(observed: np.ndarray, shuffled: np.ndarray) -> Pipeline:
 class Mismatch:
     """
     Attributes:
-        share: of the pairs that are mismatched, in all scenes.
+        fraction: of the pairs that are mismatched, in all scenes.
         by_scene: float64 [S], in every scene.
         likelihood_ratio: from evidence to the ratio of the densities of matched and of shuffled pairs.
     """
 
-    share: float
+    fraction: float
     by_scene: np.ndarray
     likelihood_ratio: IsotonicRegression
 
     def probability(self, evidence: np.ndarray, scene: np.ndarray) -> np.ndarray:
         """Probability of pairs with this evidence float [P] in these scenes int64 [P] to be mismatched; float64 [P]."""
-        share = self.by_scene[scene]
+        fraction = self.by_scene[scene]
         density = np.maximum(self.likelihood_ratio.predict(evidence), 0)
-        return share / np.maximum(share + (1 - share) * density, 1e-12)
+        return fraction / np.maximum(fraction + (1 - fraction) * density, 1e-12)
 
 
-def mismatched_share(evidence: np.ndarray, shuffled: np.ndarray) -> float:
+def mismatched_fraction(evidence: np.ndarray, shuffled: np.ndarray) -> float:
     """The part of pairs that are shuffled, by how many fall where next to no matched pair does (Storey 2002).
 
     Args:
@@ -108,19 +108,19 @@ def mismatched_share(evidence: np.ndarray, shuffled: np.ndarray) -> float:
     return float(np.clip(np.mean(parts), 0, 1))
 
 
-def scene_shares(
+def scene_fractions(
     evidence: np.ndarray, scene: np.ndarray, shuffled: np.ndarray, shuffled_scene: np.ndarray, scenes: int, prior: float
 ) -> np.ndarray:
-    """`mismatched_share` of every scene by its own shuffled pairs, float64 [S], towards the mean over all pairs.
+    """`mismatched_fraction` of every scene by its own shuffled pairs, float64 [S], towards the mean over all pairs.
 
     By its own, since what a caption of another scene looks like depends on the scene, and so does how many there are.
     """
-    everywhere = mismatched_share(evidence, shuffled)
+    everywhere = mismatched_fraction(evidence, shuffled)
     own, pairs = np.full(scenes, everywhere), np.bincount(scene, minlength=scenes)
     for number in np.flatnonzero(pairs):
         there = shuffled[shuffled_scene == number]
         if len(there):
-            own[number] = mismatched_share(evidence[scene == number], there)
+            own[number] = mismatched_fraction(evidence[scene == number], there)
     mean = float(np.average(own, weights=pairs)) if pairs.sum() else everywhere
     return (pairs * own + prior * mean) / (pairs + prior)
 
@@ -135,18 +135,18 @@ def fit_mismatch(
 ) -> Mismatch:
     """A mixture of matched and shuffled pairs: f = (1 - π) f_matched + π f_shuffled, where f_shuffled is known.
 
-    The shares are found where f_matched is next to nothing; the ratio f / f_shuffled is the isotonic regression of
+    The fractions are found where f_matched is next to nothing; the ratio f / f_shuffled is the isotonic regression of
     pairs against shuffled ones on the evidence, from which that of f_matched follows. Shuffled pairs count in it as
     often as their scene has mismatched ones.
 
     Args:
         evidence: float [P]; scene: int64 [P], 0..`scenes` - 1.
         shuffled: float [P'], at least one; shuffled_scene: int64 [P'].
-        prior_pairs: the share of all scenes counts in each scene as so many pairs.
+        prior_pairs: the fraction of all scenes counts in each scene as so many pairs.
     """
-    shares = scene_shares(evidence, scene, shuffled, shuffled_scene, scenes, prior_pairs)
-    share = float(shares[scene].mean())
-    weights = shares[shuffled_scene] + 1e-6
+    fractions = scene_fractions(evidence, scene, shuffled, shuffled_scene, scenes, prior_pairs)
+    fraction = float(fractions[scene].mean())
+    weights = fractions[shuffled_scene] + 1e-6
     weights *= len(evidence) / weights.sum()
     values = np.concatenate([evidence, shuffled])
     labels = np.repeat([1.0, 0.0], [len(evidence), len(shuffled)])
@@ -155,5 +155,7 @@ def fit_mismatch(
     grid = np.unique(values)
     chance = known.predict(grid)
     ratio = chance / (1 - chance)
-    matched = IsotonicRegression(out_of_bounds="clip").fit(grid, np.maximum(ratio - share, 0) / max(1 - share, 1e-6))
-    return Mismatch(share, shares, matched)
+    matched = IsotonicRegression(out_of_bounds="clip").fit(
+        grid, np.maximum(ratio - fraction, 0) / max(1 - fraction, 1e-6)
+    )
+    return Mismatch(fraction, fractions, matched)

@@ -27,7 +27,7 @@ from runtime.notices import notice
 CAPTIONS, REFUSED, SUMMARY = "captions.parquet", "quarantine.parquet", "summary.json"
 #: Images that are described again: none, those whose best caption is mismatched or that have none, or all.
 DESCRIBE = ("none", "mismatched", "all")
-#: Share of mismatched captions above which something else is wrong with them.
+#: Fraction of mismatched captions above which something else is wrong with them.
 SUSPICIOUS = 0.8
 
 
@@ -102,7 +102,7 @@ def clean_captions(material: Material, loops: Loops, runs: Path | str) -> Path:
                 "(docs/corpora.md), or take another captioner"
             )
     if len(set(given.text.tolist())) == 1:
-        notice("captions: all are the same, so none can be told to be of another image")
+        notice("captions: all are the same, so none can be determined to be of another image")
     pairs, scored = given, score_pairs(material, given, given, loops.scorers, loops.seed, runs)
     for attempt in range(loops.rounds if loops.describe != "none" else 0):
         rows = images_to_describe(material, pairs, scored, loops)
@@ -178,11 +178,11 @@ def summarise(table: pd.DataFrame, refused: pd.DataFrame, scored: Scored, loops:
     """Counts and means, over all and by scene."""
     bad = table["mismatch"] > loops.most_mismatch
     chosen = table[table["chosen"]]
-    shares = scored.shares
+    fractions = scored.fractions
     scenes = {
         name: {
             "images": len(rows),
-            "mismatched_share": shares.get(name),
+            "mismatched_fraction": fractions.get(name),
             "mismatched": int((rows["mismatch"] > loops.most_mismatch).sum()),
             "repaired": int((rows["round"] > 0).sum()),
         }
@@ -193,7 +193,7 @@ def summarise(table: pd.DataFrame, refused: pd.DataFrame, scored: Scored, loops:
         "images": len(chosen),
         "sources": {str(name): int(count) for name, count in table["source"].value_counts().items()},
         "chosen": {str(name): int(count) for name, count in chosen["source"].value_counts().items()},
-        "mismatched_share": read_json(scored.directory / "scenes.json")["share"],
+        "mismatched_fraction": read_json(scored.directory / "scenes.json")["fraction"],
         "mismatched_given": int((bad & (table["round"] == 0)).sum()),
         "mismatched_images": int((chosen["mismatch"] > loops.most_mismatch).sum()),
         "most_mismatch": loops.most_mismatch,
@@ -207,19 +207,19 @@ def summarise(table: pd.DataFrame, refused: pd.DataFrame, scored: Scored, loops:
 def _announce(summary: dict[str, Any]) -> None:
     if len(summary["scenes"]) < 2:
         notice(
-            "captions: all images are of one scene, so captions of another scene cannot be told: none is called "
+            "captions: all images are of one scene, so captions of another scene cannot be determined: none is called "
             "mismatched; give scenes in sub-folders, or another reference"
         )
-    elif summary["mismatched_share"] > SUSPICIOUS:
+    elif summary["mismatched_fraction"] > SUSPICIOUS:
         notice(
-            f"captions: {summary['mismatched_share']:.0%} look as if they belonged to other images: are they alike, "
+            f"captions: {summary['mismatched_fraction']:.0%} look as if they belonged to other images: are they alike, "
             "or in another order than the images?"
         )
     own = {GIVEN, SCENE_NAME} & set(summary["sources"])
     repaired = summary["images"] - sum(summary["chosen"].get(source, 0) for source in own)
     line = (
         f"captions: {summary['pairs']:,} candidates of {summary['images']:,} images; "
-        f"{summary['mismatched_share']:.1%} of the {'given' if own else 'first'} ones are of another scene; "
+        f"{summary['mismatched_fraction']:.1%} of the {'given' if own else 'first'} ones are of another scene; "
         f"{repaired:,} images have a new caption, {summary['mismatched_images']:,} have no good one"
     )
     refused = ", ".join(f"{count:,} {reason}" for reason, count in summary["refused"].items())
@@ -251,7 +251,7 @@ def scores_of_images(corpus: Corpus, directory: Path) -> dict[str, np.ndarray]:
     table = table[table["chosen"]]
     cosines: Sequence[str] = [name for name in table if name.startswith("cosine_")]
     columns = {"mismatch": table["mismatch"], "fit": table["fit"], "cosine": table[cosines].mean(axis=1)}
-    found = {name: np.full(len(corpus), np.nan, np.float32) for name in columns}
+    result = {name: np.full(len(corpus), np.nan, np.float32) for name in columns}
     for name, values in columns.items():
-        found[name][table["image"]] = values
-    return found
+        result[name][table["image"]] = values
+    return result

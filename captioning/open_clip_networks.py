@@ -94,10 +94,10 @@ def _weights(file: Path) -> dict[str, torch.Tensor]:
     if file.suffix == ".safetensors":
         return load_file(file)
     try:
-        found: Any = torch.load(file, map_location="cpu", weights_only=True)
+        result: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: what the file says decides which
         raise ValueError("it is no file of tensors alone, and nothing else is read from it") from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    result = result.get("state_dict", result) if isinstance(result, dict) else result
+    if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
         raise ValueError("it holds no tensors by name")
-    return {key.removeprefix("module."): value for key, value in found.items()}
+    return {key.removeprefix("module."): value for key, value in result.items()}

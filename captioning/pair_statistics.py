@@ -57,7 +57,7 @@ def pair_statistics(
             same whatever other pairs there are.
     """
     count = len(image_of)
-    found = PairStatistics(np.zeros(count, np.float32), *(np.full((count, 4), np.nan, np.float32) for _ in range(3)))
+    result = PairStatistics(np.zeros(count, np.float32), *(np.full((count, 4), np.nan, np.float32) for _ in range(3)))
     fold_of, scene_of = fold[image_of], scene[image_of]
     order = np.lexsort((scene_of, fold_of))
     seed = int(generator.integers(2**63))
@@ -66,8 +66,8 @@ def pair_statistics(
         for group in groups if count else ():
             outside = np.sort(part[partner[part] & (scene_of[part] != scene_of[group[0]])])
             own = np.random.default_rng([seed, fold_of[group[0]], scene_of[group[0]]])
-            _of_group(found, _Vectors(images, texts, image_of), group, group[partner[group]], outside, own)
-    return found
+            _of_group(result, _Vectors(images, texts, image_of), group, group[partner[group]], outside, own)
+    return result
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Vectors:
 
 
 def _of_group(
-    found: PairStatistics,
+    result: PairStatistics,
     vectors: _Vectors,
     group: np.ndarray,
     inside: np.ndarray,
@@ -103,12 +103,12 @@ def _of_group(
     for start in range(0, len(group), BLOCK):
         rows = slice(start, start + BLOCK)
         pairs = group[rows]
-        found.cosine[pairs], found.observed[pairs] = _columns(vectors, pairs, pairs, samples)
+        result.cosine[pairs], result.observed[pairs] = _columns(vectors, pairs, pairs, samples)
         for name, partners in drawn.items():
             usable = np.flatnonzero(partners[rows] >= 0)
             if len(usable):
                 _, values = _columns(vectors, pairs[usable], partners[rows][usable], samples)
-                getattr(found, name)[pairs[usable]] = values
+                getattr(result, name)[pairs[usable]] = values
 
 
 def _drawn(group: np.ndarray, partners: np.ndarray, image_of: np.ndarray, generator: np.random.Generator) -> np.ndarray:

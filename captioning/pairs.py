@@ -71,7 +71,7 @@ def given_pairs(manifest: pd.DataFrame) -> tuple[Pairs, pd.DataFrame]:
     first = manifest["caption"].to_numpy(dtype=object)
     lists = manifest["captions"].tolist() if "captions" in manifest else [None] * len(manifest)
     scenes = manifest["scene"].to_numpy(dtype=object)
-    found: list[tuple[int, str, str]] = []
+    result: list[tuple[int, str, str]] = []
     refused: list[tuple[str, str, str]] = []
     for row in np.flatnonzero(manifest["readable"].to_numpy()):
         several = lists[row]
@@ -79,8 +79,8 @@ def given_pairs(manifest: pd.DataFrame) -> tuple[Pairs, pd.DataFrame]:
         named = scene_caption(scenes[row])
         for text in dict.fromkeys(str(text).strip() for text in texts):
             if has_words(text):
-                found.append((row, text, SCENE_NAME if text == named else GIVEN))
+                result.append((row, text, SCENE_NAME if text == named else GIVEN))
             else:
                 refused.append((manifest["id"].iloc[row], text, NO_WORDS if text else EMPTY))
-    columns = list(zip(*found, strict=True)) if found else [(), (), ()]
+    columns = list(zip(*result, strict=True)) if result else [(), (), ()]
     return Pairs.of(*columns, made_in=0), pd.DataFrame(refused, columns=["id", "caption", "reason"])

@@ -134,26 +134,26 @@ class FittedScorer:
     def _images(
         self, material: Material, reduction: Reduction, encoders: Sequence[FittedEncoder], folds: Sequence[np.ndarray]
     ) -> np.ndarray:
-        found = np.zeros((len(material.corpus), encoders[0].image_map.shape[1]), np.float32)
+        result = np.zeros((len(material.corpus), encoders[0].image_map.shape[1]), np.float32)
         for encoder, rows in zip(encoders, folds, strict=True):
             for start in range(0, len(rows), CHUNK):
                 part = rows[start : start + CHUNK]
-                found[part] = encoder.images(_with_scene(reduction, material, self.options, part))
-        found[~material.corpus.readable] = 0
-        return found
+                result[part] = encoder.images(_with_scene(reduction, material, self.options, part))
+        result[~material.corpus.readable] = 0
+        return result
 
     def _texts(
         self, material: Material, reduction: Reduction, encoders: Sequence[FittedEncoder], pairs: Pairs
     ) -> np.ndarray:
-        found = np.zeros((len(pairs), encoders[0].text_map.shape[1]), np.float32)
+        result = np.zeros((len(pairs), encoders[0].text_map.shape[1]), np.float32)
         fold = material.fold[pairs.image]
         for start in range(0, len(pairs), CHUNK):
             rows = np.arange(start, min(start + CHUNK, len(pairs)))
             reduced = reduction.texts(pairs.text[rows].tolist())
             for number, encoder in enumerate(encoders):
                 own = fold[rows] == number
-                found[rows[own]] = encoder.texts(reduced[own])
-        return found
+                result[rows[own]] = encoder.texts(reduced[own])
+        return result
 
 
 def _with_scene(reduction: Reduction, material: Material, options: DualEncoder, rows: np.ndarray) -> np.ndarray:
@@ -247,15 +247,15 @@ class OpenClipScorer(NetworkScorer):
 @lru_cache(maxsize=4)
 def _loaded(scorer: NetworkScorer) -> ClipScorer:
     try:
-        found = scorer.load()
+        result = scorer.load()
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"no CLIP for captioning.scorers.{scorer.name} at {scorer.path} ({reason}): give a file, a folder or a hub "
             "name that can be reached, or leave it out: captioning.scorers has what is fitted to the corpus"
         ) from error
-    found.model.to(device())
-    return found
+    result.model.to(device())
+    return result
 
 
 def embed_with_clip(scorer: NetworkScorer, material: Material, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -272,13 +272,13 @@ def embed_with_clip(scorer: NetworkScorer, material: Material, pairs: Pairs) -> 
     scan = Scan("", partial(_image_embeddings, scorer), IMAGES, np.float16, (width,))
 
     def images(rows: np.ndarray) -> np.ndarray:
-        found = np.zeros((len(rows), width), np.float16)
+        result = np.zeros((len(rows), width), np.float16)
         groups = [rows[start : start + IMAGES] for start in range(0, len(rows), IMAGES)]
         parts = over_images(corpus, groups, scan)
         for at, part in enumerate(progress(parts, f"{clip.name}: images", total=len(groups), unit="batch")):
-            found[at * IMAGES : (at + 1) * IMAGES] = part.value[1]
-        found[~corpus.readable[rows]] = 0
-        return found
+            result[at * IMAGES : (at + 1) * IMAGES] = part.value[1]
+        result[~corpus.readable[rows]] = 0
+        return result
 
     def texts(rows: np.ndarray) -> np.ndarray:
         groups = [distinct[rows[start : start + TEXTS]].tolist() for start in range(0, len(rows), TEXTS)]

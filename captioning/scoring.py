@@ -13,7 +13,7 @@ from captioning.evidence import Evidence, fit_mismatch, learn_evidence
 from captioning.pair_statistics import PairStatistics, pair_statistics
 from captioning.pairs import Pairs
 from captioning.scorers import Material, PairScorer
-from eval.processes import first_process_says
+from eval.processes import first_process_decides
 from runtime.artefacts import fingerprint, is_main_process, read_json, stage, write_json
 
 SCORES, SCENES = "scores.parquet", "scenes.json"
@@ -40,7 +40,7 @@ class Scored:
     directory: Path
 
     @property
-    def shares(self) -> dict[str, float]:
+    def fractions(self) -> dict[str, float]:
         """Mismatched part of the given pairs in every scene."""
         return read_json(self.directory / SCENES)["by_scene"]
 
@@ -60,16 +60,16 @@ def score_pairs(
 
     def build(directory: Path) -> None:
         partner = _part_of(given, pairs)
-        found = [_statistics(path, material, pairs, partner, seed) for path in embedded]
+        result = [_statistics(path, material, pairs, partner, seed) for path in embedded]
         averages = {
-            name: sum(getattr(one, name) for one in found) / len(found) for name in ("observed", "same", "other")
+            name: sum(getattr(one, name) for one in result) / len(result) for name in ("observed", "same", "other")
         }
-        table = {f"cosine_{scorer.name}": one.cosine for scorer, one in zip(scorers, found, strict=True)}
-        scores, facts, shuffled = _judged(averages, material, pairs, partner, np.random.default_rng([seed, 620]))
+        table = {f"cosine_{scorer.name}": one.cosine for scorer, one in zip(scorers, result, strict=True)}
+        scores, metadata, shuffled = _judged(averages, material, pairs, partner, np.random.default_rng([seed, 620]))
         for name, values in shuffled.items():
             np.save(directory / SHUFFLED[name], values.astype(np.float32))
         pd.DataFrame({**table, **scores}).to_parquet(directory / SCORES, index=False)
-        write_json(directory / SCENES, facts)
+        write_json(directory / SCENES, metadata)
 
     directory = stage(runs, "pair_scores", inputs, build)
     return Scored(pd.read_parquet(directory / SCORES), directory)
@@ -84,7 +84,7 @@ def _embedded(material: Material, given: Pairs, pairs: Pairs, scorer: PairScorer
 
     inputs = {"material": material.key, "pairs": _digest(pairs), "given": _digest(given), "scorer": scorer}
     inputs["weights"] = scorer.key
-    return stage(runs, "pair_embeddings", inputs, build, together=first_process_says if scorer.joint else None)
+    return stage(runs, "pair_embeddings", inputs, build, together=first_process_decides if scorer.joint else None)
 
 
 def _digest(pairs: Pairs) -> str:
@@ -111,7 +111,7 @@ def _judged(
     partner: np.ndarray,
     generator: np.random.Generator,
 ) -> tuple[dict[str, np.ndarray], dict, dict[str, np.ndarray]]:
-    """Scores by column, facts, and the evidence of the shuffled pairs."""
+    """Scores by column, metadata, and the evidence of the shuffled pairs."""
     observed = statistics["observed"]
     scene = material.scene[pairs.image]
     sample = np.sort(generator.permutation(np.flatnonzero(partner))[:FITTED])
@@ -120,9 +120,9 @@ def _judged(
         for name, used in USED.items()
     }
     values = {
-        name: found(observed[:, USED[name]]) if found else np.zeros(len(pairs)) for name, found in learned.items()
+        name: result(observed[:, USED[name]]) if result else np.zeros(len(pairs)) for name, result in learned.items()
     }
-    facts: dict = {"share": 0.0, "by_scene": dict.fromkeys(material.scenes, 0.0)}
+    metadata: dict = {"fraction": 0.0, "by_scene": dict.fromkeys(material.scenes, 0.0)}
     mismatch = np.zeros(len(pairs))
     if other := learned["other"]:
         kept = ~np.isnan(statistics["other"][sample]).any(axis=1)
@@ -130,7 +130,7 @@ def _judged(
         fitted = fit_mismatch(own, scene[sample], shuffled_pairs, scene[sample][kept], len(material.scenes))
         mismatch = fitted.probability(values["other"], scene)
         by_scene = dict(zip(material.scenes, fitted.by_scene.tolist(), strict=True))
-        facts = {"share": fitted.share, "by_scene": by_scene}
+        metadata = {"fraction": fitted.fraction, "by_scene": by_scene}
     scores = {"evidence": values["other"], "fit": values["same"], "mismatch": mismatch}
-    shuffled = {name: np.sort(found.shuffled) if found else np.empty(0) for name, found in learned.items()}
-    return {name: value.astype(np.float32) for name, value in scores.items()}, facts, shuffled
+    shuffled = {name: np.sort(result.shuffled) if result else np.empty(0) for name, result in learned.items()}
+    return {name: value.astype(np.float32) for name, value in scores.items()}, metadata, shuffled

@@ -19,24 +19,24 @@ TRIES = 1000
 class Swaps:
     """
     Args:
-        share: of the images with a caption whose captions are exchanged among them, in [0, 1].
+        fraction: of the images with a caption whose captions are exchanged among them, in [0, 1].
         within_scene: only between images of one scene; otherwise only between scenes.
-        uneven: the share of each scene is drawn between 0 and twice the share.
+        uneven: the fraction of each scene is drawn between 0 and twice the fraction.
         seed: of who exchanges with whom.
     """
 
-    share: float
+    fraction: float
     within_scene: bool = False
     uneven: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
-            raise UserError(f"captioning.swapped.share={self.share}: give a share in [0, 1], or null for none")
+        if not isinstance(self.fraction, (int, float)) or not 0 <= self.fraction <= 1:
+            raise UserError(f"captioning.swapped.fraction={self.fraction}: give a fraction in [0, 1], or null for none")
 
 
 def swapped_corpus(corpus: Corpus, swaps: Swaps) -> tuple[Corpus, np.ndarray]:
-    """The corpus with one caption an image, its first, a share of them exchanged.
+    """The corpus with one caption an image, its first, a fraction of them exchanged.
 
     Returns:
         the corpus, and bool [N], which images have another text than their own.
@@ -56,12 +56,13 @@ def exchanged(rows: np.ndarray, scene: np.ndarray, swaps: Swaps, generator: np.r
     """For each of `rows` the row whose caption it gets, int64 [n]: itself, or one of its scene, or one of another."""
     givers = rows.copy()
     names, code = np.unique(scene[rows], return_inverse=True)
-    shares = np.full(len(names), swaps.share)
+    fractions = np.full(len(names), swaps.fraction)
     if swaps.uneven:
-        shares = np.minimum(2 * swaps.share * generator.random(len(names)), 1)
+        fractions = np.minimum(2 * swaps.fraction * generator.random(len(names)), 1)
     groups = [np.flatnonzero(code == number) for number in range(len(names))]
     drawn = [
-        generator.permutation(group)[: round(share * len(group))] for group, share in zip(groups, shares, strict=True)
+        generator.permutation(group)[: round(fraction * len(group))]
+        for group, fraction in zip(groups, fractions, strict=True)
     ]
     if swaps.within_scene:
         for chosen in drawn:

@@ -1,4 +1,4 @@
-"""Captions, scene words and facts out of what people keep beside their images: one rule for every source."""
+"""Captions, scene words and metadata out of what people keep beside their images: one rule for every source."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _BOMS = (
 )  # fmt: skip
 
 
-def caption_facts(row: Mapping[str, Any], scene: str, labels: Sequence[str] = ()) -> dict[str, Any]:
+def caption_metadata(row: Mapping[str, Any], scene: str, labels: Sequence[str] = ()) -> dict[str, Any]:
     """`caption`, the first that a row has (`CAPTION_KEYS`), and `captions` if it has several.
 
     A row without one is called after its scene or its several labels, and by "" where there is none.
@@ -89,11 +89,11 @@ def _list_in(text: str) -> list[str] | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Python about a text that was never meant to be code
-                found = parse(text)
+                result = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(found, list) and all(isinstance(one, str) for one in found):
-            return [text for one in found for text in _texts(one)]
+        if isinstance(result, list) and all(isinstance(one, str) for one in result):
+            return [text for one in result for text in _texts(one)]
     return None
 
 
@@ -108,9 +108,9 @@ def captions_in(text: str) -> list[str]:
     return [encodable(line) for line in (lines if alike else ["\n".join(lines)])]
 
 
-def sample_captions(texts: Sequence[str], facts: Mapping[str, Any]) -> dict[str, list[str]]:
-    """A row of the captions of one image: a list in its facts, else the text files about it, else one in its facts."""
-    listed = own_captions(facts)
+def sample_captions(texts: Sequence[str], metadata: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The captions of one image: a list in its metadata, else its text files, else one caption in its metadata."""
+    listed = own_captions(metadata)
     written = [caption for text in texts for caption in captions_in(text)]
     return {"captions": list(dict.fromkeys(listed if len(listed) > 1 or not written else written))}
 
@@ -159,7 +159,7 @@ def scene_name(value: Any, names: Sequence[str] = ()) -> str:
 
 def row_scene(row: Mapping[str, Any], names: Sequence[str] = (), keys: Sequence[str] = SCENE_KEYS) -> str:
     """The scene that a row names, "" for none; where it is a number, its name in the same row goes first."""
-    scene = next((found for key in keys if (found := scene_name(row.get(key), names))), "")
+    scene = next((result for key in keys if (result := scene_name(row.get(key), names))), "")
     named = next((scene_name(row[key]) for key in NAME_KEYS if isinstance(row.get(key), str)), "")
     return named if named and re.fullmatch(r"class \d+", scene) else scene
 
@@ -168,8 +168,8 @@ def label_list(row: Mapping[str, Any], names: Sequence[str] = ()) -> list[str]:
     """The names in the first field that lists several labels of one image, as BigEarthNet's do; numbers without names
     are left out."""
     listed = next((value for key in LABEL_KEYS if isinstance(value := row.get(key), (list, tuple))), ())
-    found = [scene_name(value, names) for value in listed]
-    return [name for name in found if name and not re.fullmatch(r"class \d+", name)]
+    result = [scene_name(value, names) for value in listed]
+    return [name for name in result if name and not re.fullmatch(r"class \d+", name)]
 
 
 def class_list(data: bytes) -> tuple[str, ...]:
@@ -295,17 +295,19 @@ def _json_lines(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _document(data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        found = json.loads(decoded(data))
+        result = json.loads(decoded(data))
     except (ValueError, RecursionError):
         return
-    if isinstance(found, dict) and isinstance(found.get("images"), list):
-        yield from _images_of(found)
+    if isinstance(result, dict) and isinstance(result.get("images"), list):
+        yield from _images_of(result)
         return
-    if isinstance(found, dict):
-        found = next((found[key] for key in ("data", "annotations", "rows") if isinstance(found.get(key), list)), found)
-    if isinstance(found, dict) and any(suffix_of(name) in IMAGE_SUFFIXES for name in found):
-        found = [{"file_name": name, **_row_of(value)} for name, value in found.items()]
-    for row in found if isinstance(found, list) else ():
+    if isinstance(result, dict):
+        result = next(
+            (result[key] for key in ("data", "annotations", "rows") if isinstance(result.get(key), list)), result
+        )
+    if isinstance(result, dict) and any(suffix_of(name) in IMAGE_SUFFIXES for name in result):
+        result = [{"file_name": name, **_row_of(value)} for name, value in result.items()]
+    for row in result if isinstance(result, list) else ():
         name = _file_of(row) if isinstance(row, dict) else None
         if name is not None:
             yield name, row
@@ -315,13 +317,13 @@ def _row_of(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"captions": value}
 
 
-def _images_of(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _images_of(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """COCO's images and annotations, or Karpathy's images with sentences; the folder may stand in `filepath`."""
     about: dict[Any, list[str]] = {}
-    for annotation in found.get("annotations") or ():
+    for annotation in result.get("annotations") or ():
         if isinstance(annotation, dict):
             about.setdefault(str(annotation.get("image_id")), []).extend(own_captions(annotation))
-    for image in found["images"]:
+    for image in result["images"]:
         if not isinstance(image, dict):
             continue
         name = next(

@@ -35,11 +35,11 @@ def firsts_of(
     if key not in _answers:
         while len(_answers) >= _KEPT:
             _answers.pop(next(iter(_answers)))
-        _answers[key] = _found(corpus, ids, sizes, read)
+        _answers[key] = _result(corpus, ids, sizes, read)
     return _answers[key]
 
 
-def _found(corpus: str, ids: Sequence[str], sizes: Sequence[int], read: Callable[[int, bool], bytes]) -> np.ndarray:
+def _result(corpus: str, ids: Sequence[str], sizes: Sequence[int], read: Callable[[int, bool], bytes]) -> np.ndarray:
     keys: list[Hashable] = [size or None for size in sizes]
     for whole in (False, True):
         again = [at for at in _repeated(keys) if not whole or sizes[at] > 2 * END]

@@ -47,7 +47,7 @@ TOO_MANY_PIXELS = "too many pixels"
 LARGEST_FILE = 2**30
 #: Refused before a pixel is decoded; what Pillow, too, calls a decompression bomb.
 MAX_PIXELS = 89_478_485
-#: How a single image is shown where nothing else is said, and what is known of it then.
+#: How a single image is shown where nothing else is specified, and what is known of it then.
 SHOWN, ALONE = RasterOptions(), Survey()
 
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -84,10 +84,10 @@ def read_bytes(path: Path | str) -> bytes | str:
 
 def _read_bytes(path: Path | str) -> bytes | str:
     try:
-        facts = os.stat(path)
-        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):  # a pipe or a device may have no end
+        status = os.stat(path)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe or a device may have no end
             return NOT_A_FILE
-        if facts.st_size > LARGEST_FILE:
+        if status.st_size > LARGEST_FILE:
             return TOO_LARGE
         with open(path, "rb") as file:
             return file.read() or EMPTY
@@ -102,15 +102,15 @@ def _read_bytes(path: Path | str) -> bytes | str:
 
 
 def read_image(
-    path: Path | str, resolution: int, options: RasterOptions = SHOWN, facts: Survey = ALONE
+    path: Path | str, resolution: int, options: RasterOptions = SHOWN, survey: Survey = ALONE
 ) -> np.ndarray | str:
     """`decode_image` of a file."""
     data = read_bytes(path)
-    return data if isinstance(data, str) else decode_image(data, resolution, options, facts)
+    return data if isinstance(data, str) else decode_image(data, resolution, options, survey)
 
 
 def decode_image(
-    data: bytes, resolution: int, options: RasterOptions = SHOWN, facts: Survey = ALONE
+    data: bytes, resolution: int, options: RasterOptions = SHOWN, survey: Survey = ALONE
 ) -> np.ndarray | str:
     """The central square of an image, upright (EXIF), first frame or page, as RGB uint8 [R, R, 3]; or a reason.
 
@@ -121,22 +121,22 @@ def decode_image(
         pixels = decode_jpeg(data, resolution)
         if pixels is not None:
             return square(pixels, resolution)
-    return _squared(image_pixels(data, options, resolution), resolution, options, facts)
+    return _squared(image_pixels(data, options, resolution), resolution, options, survey)
 
 
 def decode_stack(
-    parts: Sequence[bytes], resolution: int, options: RasterOptions = SHOWN, facts: Survey = ALONE
+    parts: Sequence[bytes], resolution: int, options: RasterOptions = SHOWN, survey: Survey = ALONE
 ) -> np.ndarray | str:
     """`decode_image` of one file a band, of red, green and blue, or of grey."""
-    return _squared(stack_pixels(parts, options), resolution, options, facts)
+    return _squared(stack_pixels(parts, options), resolution, options, survey)
 
 
-def _squared(image: Pixels | str, resolution: int, options: RasterOptions, facts: Survey) -> np.ndarray | str:
+def _squared(image: Pixels | str, resolution: int, options: RasterOptions, survey: Survey) -> np.ndarray | str:
     if isinstance(image, str):
         return image
     if image.valid is not None and not image.valid.any():
         return NO_DATA
-    return square(to_rgb(image, options, facts), resolution)
+    return square(to_rgb(image, options, survey), resolution)
 
 
 def stack_pixels(parts: Sequence[bytes], options: RasterOptions) -> Pixels | str:
@@ -207,12 +207,12 @@ def image_pixels(data: bytes, options: RasterOptions, resolution: int | None = N
             return _picked(np.asarray(image)[..., None], options)
         return _picked(_rgb(image), options)
 
-    found = _with_pillow(data, read)
-    if isinstance(found, Pixels):
-        return found
-    if found is None or (found in (NOT_AN_IMAGE, DAMAGED) and data.startswith(RASTERS)):
+    result = _with_pillow(data, read)
+    if isinstance(result, Pixels):
+        return result
+    if result is None or (result in (NOT_AN_IMAGE, DAMAGED) and data.startswith(RASTERS)):
         return _raster_pixels(data, options, turned)
-    return NO_HEIF if found == NOT_AN_IMAGE and data[4:12] in _HEIF_BRANDS else found
+    return NO_HEIF if result == NOT_AN_IMAGE and data[4:12] in _HEIF_BRANDS else result
 
 
 def survey_files(files: Iterable[bytes | Sequence[bytes]], options: RasterOptions) -> Survey:
@@ -248,10 +248,10 @@ def _picked(values: np.ndarray, options: RasterOptions) -> Pixels | str:
     """The bands of a picture [H, W, 1 or 3] that was read without GDAL, which are red, green and blue, or grey."""
     if options.bands is not None:
         names = ("red", "green", "blue") if values.shape[-1] == 3 else ("gray",)
-        places = [names.index(band) + 1 if band in names else band for band in options.bands]
-        if not all(isinstance(place, int) and place <= len(names) for place in places):
+        positions = [names.index(band) + 1 if band in names else band for band in options.bands]
+        if not all(isinstance(place, int) and place <= len(names) for place in positions):
             return f"has {len(names)} bands, not those of corpus.bands"
-        values = values[..., [place - 1 for place in places]]
+        values = values[..., [place - 1 for place in positions]]
     if options.no_data is None and values.dtype == np.uint8:
         return Pixels(values)
     valid = has_data(values, [options.no_data] * values.shape[-1])
@@ -266,12 +266,12 @@ def _raster_pixels(data: bytes, options: RasterOptions, turned: int) -> Pixels |
             bands = choose_bands(raster, options)
             if isinstance(bands, str):
                 return bands
-            found = read_pixels(raster, bands, options)
+            result = read_pixels(raster, bands, options)
     except Exception as error:  # GDAL raises whatever it likes on damaged files
         lacking = missing_codec(error)
         return f"no decoder: {lacking}" if lacking else DAMAGED
     turn = lambda part: None if part is None else _upright(part, turned)  # noqa: E731
-    return found._replace(values=turn(found.values), valid=turn(found.valid), alpha=turn(found.alpha))
+    return result._replace(values=turn(result.values), valid=turn(result.valid), alpha=turn(result.alpha))
 
 
 def _upright(values: np.ndarray, turned: int) -> np.ndarray:

@@ -55,18 +55,18 @@ def grounds_of(corpus: str, files: Sequence[Path | None], key: Hashable) -> list
 def _grounds(corpus: str, files: Sequence[Path | None]) -> list[tuple[str, ...]]:
     cells: list[tuple[str, ...]] = [()] * len(files)
     placed = [at for at, file in enumerate(files) if file is not None and file.suffix.lower() in PLACED]
-    found = {}
-    for at in progress(placed, f"look for places of {corpus}", unit="image"):
+    result = {}
+    for at in progress(placed, f"look for locations of {corpus}", unit="image"):
         footprint = footprint_of(files[at])
         if footprint is not None:
-            found[at] = footprint
-    if not found:
+            result[at] = footprint
+    if not result:
         return cells
-    side = max(footprint.side for footprint in found.values())
-    lon, lat = (np.stack([footprint[axis] for footprint in found.values()]) for axis in (0, 1))
+    side = max(footprint.side for footprint in result.values())
+    lon, lat = (np.stack([footprint[axis] for footprint in result.values()]) for axis in (0, 1))
     grids = [touched(lon, lat, float(max(round(times * side), 1))) for times in CELL_SIDES]
     enough = (grid for grid in grids if len({touching[0] for touching in grid}) >= ENOUGH)
-    for at, touching in zip(found, next(enough, grids[0]), strict=True):
+    for at, touching in zip(result, next(enough, grids[0]), strict=True):
         cells[at] = touching
     return cells
 
@@ -84,7 +84,7 @@ def footprint_of(path: Path) -> Footprint | None:
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path) as raster:
                 return _footprint(raster)
-    except Exception:  # damaged files have no place; that they are is said where they are read
+    except Exception:  # damaged files have no place; that they are is reported where they are read
         return None
 
 

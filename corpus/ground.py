@@ -35,6 +35,6 @@ def touched(lon: np.ndarray, lat: np.ndarray, side: float) -> list[tuple[str, ..
         lon, lat: degrees of some points of every footprint, such as its centre and its corners, [N, K]. A footprint
             smaller than a cell touches no cell but those of its corners.
     """
-    found = cells(lon, lat, side)
-    names = [[f"{row},{column}" for row, column in points] for points in found.tolist()]
+    result = cells(lon, lat, side)
+    names = [[f"{row},{column}" for row, column in points] for points in result.tolist()]
     return [tuple(dict.fromkeys(points)) for points in names]

@@ -58,8 +58,8 @@ Reader = Callable[[], Iterable["np.ndarray | Sample | str"]]
 class Source(Protocol):
     """What a corpus must offer; see `corpus.sources.bluemarble` and `corpus.sources.folder`.
 
-    One that reads its masks from files has a `mask_rule`, a `corpus.masks.MaskRule`; how many matched is then said.
-    One that shows rasters has a `survey`, a `corpus.raster.Survey`, whose notes are said.
+    One that reads its masks from files has a `mask_rule`, a `corpus.masks.MaskRule`; how many matched is then reported.
+    One that shows rasters has a `survey`, a `corpus.raster.Survey`, whose notes are reported.
 
     Attributes:
         workers: processes that decode; None: one a core; 1: in this process, and a reader need not be picklable.
@@ -97,7 +97,7 @@ class Corpus:
         manifest: N rows with id, scene, caption, readable, reason and the source's own columns.
         masks: uint8 [N, R, R], memory-mapped, or None.
         mask_classes: names of the mask values.
-        facts: what the source says about itself, for the summary.
+        metadata: what the source says about itself, for the summary.
         captions: fingerprint of the captions in the manifest where they are not the source's own.
     """
 
@@ -107,7 +107,7 @@ class Corpus:
     manifest: pd.DataFrame
     masks: np.ndarray | None
     mask_classes: tuple[str, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     captions: str = ""
 
     def __len__(self) -> int:
@@ -179,10 +179,10 @@ def _looked_again(inputs: dict[str, Any], runs: Path) -> dict[str, Any]:
     """
     directory = lambda inputs: runs / "corpus" / stage_fingerprint("corpus", inputs)  # noqa: E731
     for _ in range(AGAIN):
-        found = directory(inputs)
-        if not (found / COMPLETE).is_file() or UNREACHABLE not in set(pd.read_parquet(found / QUARANTINE)["reason"]):
+        result = directory(inputs)
+        if not (result / COMPLETE).is_file() or UNREACHABLE not in set(pd.read_parquet(result / QUARANTINE)["reason"]):
             break
-        further = {**inputs, "after": found.name}
+        further = {**inputs, "after": result.name}
         if not (may_build() and process_count() == 1) and not (directory(further) / COMPLETE).is_file():
             break
         inputs = further
@@ -229,16 +229,16 @@ def scanned(corpus: Corpus, key: str) -> Path | None:
 
 def open_corpus(directory: Path) -> Corpus:
     """Open an index stage's directory."""
-    facts = read_json(directory / "corpus.json")
+    metadata = read_json(directory / "corpus.json")
     masks = directory / "masks.npy"
     return Corpus(
-        name=facts["name"],
+        name=metadata["name"],
         directory=directory,
         images=np.load(directory / "images.npy", mmap_mode="r"),
         manifest=pd.read_parquet(directory / "manifest.parquet"),
         masks=np.load(masks, mmap_mode="r") if masks.exists() else None,
-        mask_classes=tuple(facts["mask_classes"]),
-        facts=facts.get("facts", {}),  # absent from an older index
+        mask_classes=tuple(metadata["mask_classes"]),
+        metadata=metadata.get("metadata", {}),  # absent from an older index
     )
 
 
@@ -395,8 +395,8 @@ def _stored(files: _Files, decoded: Decoded) -> Decoded:
 def _scanned(scans: Sequence[Scan], files: _Files | None, decoded: Decoded) -> Decoded:
     """Compute scans of a chunk, whose images are with it or in `files`."""
     images = files.images.read(decoded.rows) if decoded.images is None else decoded.images
-    found = {scan.key: _scan(scan, images, decoded.readable) for scan in scans}
-    return replace(decoded, scans={**decoded.scans, **found})
+    result = {scan.key: _scan(scan, images, decoded.readable) for scan in scans}
+    return replace(decoded, scans={**decoded.scans, **result})
 
 
 def _scan(scan: Scan, images: np.ndarray, readable: np.ndarray) -> np.ndarray:
@@ -465,7 +465,11 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     manifest["reason"] = reasons
     manifest.to_parquet(directory / "manifest.parquet", index=False, row_group_size=ROW_GROUP)
     quarantined(manifest).to_parquet(directory / QUARANTINE, index=False)
-    about = {"name": source.name, "mask_classes": list(source.mask_classes), "facts": getattr(source, "facts", {})}
+    about = {
+        "name": source.name,
+        "mask_classes": list(source.mask_classes),
+        "metadata": getattr(source, "metadata", {}),
+    }
     write_json(directory / "corpus.json", about)
     state.unlink()  # first: without it a killed run starts anew, with it the reasons must be there
     noted.unlink()
@@ -520,8 +524,8 @@ def indexes_of(source: Any, runs: Path | str) -> Iterator[Corpus]:
     """What this code has indexed of a source (as JSON) from before files came, went or changed, the newest first."""
     stages = sorted((Path(runs) / "corpus").glob(f"*/{COMPLETE}"), key=lambda path: -path.stat().st_mtime_ns)
     for path in stages:
-        facts = read_json(path)
-        if facts["inputs"]["source"] == source and facts.get("version") == versions_of("corpus")["corpus"]:
+        metadata = read_json(path)
+        if metadata["inputs"]["source"] == source and metadata.get("version") == versions_of("corpus")["corpus"]:
             corpus = open_corpus(path.parent)
             if "stamp" in corpus.manifest:
                 yield corpus

@@ -1,4 +1,4 @@
-"""What a corpus holds, told from a sample of it before anything is indexed: kinds of files, bands, values, reasons."""
+"""What a sample of a corpus holds, before anything is indexed: kinds of files, bands, values, reasons."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Inspection:
         return len(self.images) + sum(self.reasons.values())
 
 
-def inspect(source: Source, rows: np.ndarray, found: Inspection) -> None:
+def inspect(source: Source, rows: np.ndarray, result: Inspection) -> None:
     """Read some rows of a source as the index would, and note what they are.
 
     Where the source hands out its files, they are described and decoded from the same bytes: nothing is read twice.
@@ -62,35 +62,35 @@ def inspect(source: Source, rows: np.ndarray, found: Inspection) -> None:
             [sample] = source.reader(np.array([row]))()
         else:
             data, mask = files[row]
-            found.formats[describe(data)] += 1
+            result.formats[describe(data)] += 1
             pixels = image_pixels(data, options)
             if isinstance(pixels, Pixels) and is_deep(pixels.values.dtype):
-                _widen(found.values, pixels)
+                _widen(result.values, pixels)
             sample = decoding(data, mask)
-        _note(found, sample)
+        _note(result, sample)
 
 
-def _note(found: Inspection, sample: np.ndarray | Sample | str) -> None:
+def _note(result: Inspection, sample: np.ndarray | Sample | str) -> None:
     if isinstance(sample, str):
-        found.reasons[sample] += 1
+        result.reasons[sample] += 1
         return
     if isinstance(sample, Sample):
         values, counts = np.unique(sample.mask, return_counts=True)
-        found.classes.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        result.classes.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         sample = sample.image
-    found.images.append(sample)
+    result.images.append(sample)
 
 
 def _files(source: Source, rows: np.ndarray) -> dict[int, tuple[bytes, bytes | str]]:
     """The bytes of the rows' images and masks; a row that cannot be read is missing, and its reader says why."""
-    found = {}
+    result = {}
     for row in rows.tolist():
         try:
             data, _, mask = next(iter(source.originals(np.array([row]))))
         except Exception:
             continue
-        found[row] = data, MISSING if mask is None else mask[0]
-    return found
+        result[row] = data, MISSING if mask is None else mask[0]
+    return result
 
 
 def _widen(values: dict[str, tuple[float, float]], pixels: Pixels) -> None:
@@ -121,14 +121,14 @@ def describe_scenes(files: Sequence[Path]) -> Counter[str]:
     """`describe` of the headers of at most `SCENES` files, evenly spread."""
     import rasterio
 
-    found: Counter[str] = Counter()
+    result: Counter[str] = Counter()
     for place in spread(len(files), SCENES):
         try:
             with quiet_gdal(), rasterio.open(files[place]) as raster:
-                found[f"{_raster(raster)}, {raster.width} x {raster.height} px"] += 1
+                result[f"{_raster(raster)}, {raster.width} x {raster.height} px"] += 1
         except Exception:
-            found["no scene that can be opened"] += 1
-    return found
+            result["no scene that can be opened"] += 1
+    return result
 
 
 def _raster(raster: Any) -> str:
@@ -142,10 +142,11 @@ def _raster(raster: Any) -> str:
     return f"{raster.driver} {raster.dtypes[0]}, {count} ({listed}{shown}), {place}{no_data}"
 
 
-def levels(facts: Survey) -> list[str]:
+def levels(survey: Survey) -> list[str]:
     """How each kind of deep pixels is stretched, one line a kind."""
     return [
-        f"{kind}: " + ", ".join(f"{low:.4g} to {high:.4g}" for low, high in ends) for kind, ends in facts.levels.items()
+        f"{kind}: " + ", ".join(f"{low:.4g} to {high:.4g}" for low, high in ends)
+        for kind, ends in survey.levels.items()
     ]
 
 
@@ -156,7 +157,7 @@ def shared_ground(splits: Mapping[str, pd.DataFrame]) -> dict[str, int]:
     return {f"{one} and {other}": len(both) for one, other in pairs if (both := grounds[one] & grounds[other])}
 
 
-def class_shares(classes: Counter[int], names: Sequence[str]) -> str:
+def class_fractions(classes: Counter[int], names: Sequence[str]) -> str:
     """`water 61 %, forest 30 %, ignored 9 %`: of all pixels of the masks."""
     total = max(1, classes.total())
     named = {**dict(enumerate(names)), IGNORED: "ignored"}

@@ -112,9 +112,9 @@ def mask_rule(classes: Sequence[str] = (), ignore: Any = None, values: Any = Non
         UserError: too many classes, an unknown one, or something that is no number or no colour.
     """
     ignore, values, colours = plain(ignore), plain(values), plain(colours)
-    for key, found in (("mask_values", values), ("mask_colours", colours)):
-        if found is not None and not isinstance(found, dict):
-            raise UserError(f"corpus.{key}={found} is no map: see docs/corpora.md, Masks")
+    for key, result in (("mask_values", values), ("mask_colours", colours)):
+        if result is not None and not isinstance(result, dict):
+            raise UserError(f"corpus.{key}={result} is no map: see docs/corpora.md, Masks")
     if values is not None and colours is not None:
         raise UserError("corpus.mask_values and corpus.mask_colours exclude each other: give one of them")
     names = (classes,) if isinstance(classes, str) else tuple(str(name) for name in classes)
@@ -127,14 +127,16 @@ def mask_rule(classes: Sequence[str] = (), ignore: Any = None, values: Any = Non
     if not names and any(option is not None for option in (ignore, values, colours)):
         raise UserError("corpus.mask_… needs the names of the classes: corpus.classes=[water,forest,…]")
     listed = [] if ignore is None else ignore if isinstance(ignore, list) else [ignore]
-    wanted = {colour: IGNORED for item in listed if isinstance(item, str) for colour in _colours(item, "mask_ignore")}
-    if wanted and colours is None:
+    requested = {
+        colour: IGNORED for item in listed if isinstance(item, str) for colour in _colours(item, "mask_ignore")
+    }
+    if requested and colours is None:
         raise UserError("corpus.mask_ignore names colours: give corpus.mask_colours too")
     return MaskRule(
         classes=names,
         ignored=tuple(float(item) for item in listed if not isinstance(item, str) and _is_number(item, "mask_ignore")),
         numbers=None if values is None else {_key(key): _class_of(name, names) for key, name in values.items()},
-        colours=None if colours is None else {**_by_colour(colours, names), **wanted},
+        colours=None if colours is None else {**_by_colour(colours, names), **requested},
     )
 
 
@@ -163,12 +165,12 @@ def _class_of(name: Any, names: Sequence[str]) -> int:
 
 
 def _by_colour(colours: Mapping[str, Any], names: Sequence[str]) -> dict[int, int]:
-    found: dict[int, int] = {}
+    result: dict[int, int] = {}
     for name, given in colours.items():
         for colour in _colours(given, "mask_colours"):
-            if found.setdefault(colour, _class_of(name, names)) != _class_of(name, names):
+            if result.setdefault(colour, _class_of(name, names)) != _class_of(name, names):
                 raise UserError(f"corpus.mask_colours gives #{colour:06x} to two classes: give each its own")
-    return found
+    return result
 
 
 def _colours(given: Any, key: str) -> list[int]:
@@ -192,8 +194,8 @@ def with_mask(image: np.ndarray, resolution: int, rule: MaskRule, mask: bytes | 
         mask: the bytes of the mask's file, or the reason why there are none.
         stored: the bytes of the image's file, whose shape the mask must have.
     """
-    found = mask if isinstance(mask, str) else decode_mask(mask, rule, resolution, stored)
-    return PREFIX + found if isinstance(found, str) else Sample(image, found)
+    result = mask if isinstance(mask, str) else decode_mask(mask, rule, resolution, stored)
+    return PREFIX + result if isinstance(result, str) else Sample(image, result)
 
 
 def decode_mask(data: bytes, rule: MaskRule, resolution: int, image: bytes | None = None) -> np.ndarray | str:
@@ -224,8 +226,8 @@ def decode_mask(data: bytes, rule: MaskRule, resolution: int, image: bytes | Non
     rows, columns = (
         (length - side) // 2 + (np.arange(resolution) * 2 + 1) * side // (2 * resolution) for length in upright.shape
     )
-    found = upright[np.ix_(rows, columns)]
-    return NOTHING if (found == IGNORED).all() else found
+    result = upright[np.ix_(rows, columns)]
+    return NOTHING if (result == IGNORED).all() else result
 
 
 #: Numbers [H, W] or colours uint8 [H, W, 3], and EXIF's orientation or None.
@@ -328,18 +330,18 @@ def _classes(values: np.ndarray, rule: MaskRule) -> np.ndarray | str:
 
 
 def _looked_up(values: np.ndarray, class_of: Callable[[float], int | str]) -> np.ndarray | str:
-    """`class_of` of every value [H, W], uint8, asked once for each that occurs; or the first reason that it gives."""
+    """`class_of` of every value [H, W], uint8, called once for each that occurs; or the first reason that it gives."""
     if values.dtype.kind not in "buif":
         return NOT_WHOLE
     values = values.astype({"b": np.uint8, "f": np.float64}.get(values.dtype.kind, values.dtype.newbyteorder("=")))
-    found = np.sort(pd.unique(values.ravel()))
-    table = np.zeros(len(found), np.uint8)
-    for position, value in enumerate(found.tolist()):
+    result = np.sort(pd.unique(values.ravel()))
+    table = np.zeros(len(result), np.uint8)
+    for position, value in enumerate(result.tolist()):
         number = class_of(value)
         if isinstance(number, str):
             return number
         table[position] = number
-    return table[np.searchsorted(found, values)]
+    return table[np.searchsorted(result, values)]
 
 
 def _upright(mask: np.ndarray, own: int | None, stored: tuple[int, int, int | None] | None) -> np.ndarray | str:
@@ -377,8 +379,8 @@ def _stored(image: bytes) -> tuple[int, int, int | None] | None:
                 tag = page.tags.get(_ORIENTATION)
                 return page.imagelength, page.imagewidth, None if tag is None else int(tag.value)
         with Image.open(io.BytesIO(image)) as opened:
-            told = opened.format != "PNG" or b"eXIf" in image or b"tiff:Orientation" in image  # else Pillow decodes it
-            return opened.height, opened.width, opened.getexif().get(_ORIENTATION) if told else None
+            given = opened.format != "PNG" or b"eXIf" in image or b"tiff:Orientation" in image  # else Pillow decodes it
+            return opened.height, opened.width, opened.getexif().get(_ORIENTATION) if given else None
     except Exception:  # a format of which only its decoder knows the shape
         return None
 
@@ -402,14 +404,14 @@ def matching(images: Iterable[str], masks: Iterable[str]) -> dict[str, str]:
         plain_names.setdefault(name, mask)
         if base := _MASK_ENDING.sub("", name):
             ended.setdefault(base, mask)
-    found = {}
+    result = {}
     for image in images:
         name = _name(image)
         base = _IMAGE_ENDING.sub("", name)
-        places = ((plain_names, name), (ended, name), (ended, base), (plain_names, image))
-        if mask := next((names[key] for names, key in places if key in names), None):
-            found[image] = mask
-    return found
+        positions = ((plain_names, name), (ended, name), (ended, base), (plain_names, image))
+        if mask := next((names[key] for names, key in positions if key in names), None):
+            result[image] = mask
+    return result
 
 
 def beside(files: Sequence[str]) -> dict[str, str]:

@@ -38,16 +38,16 @@ class Images:
         for place in (posixpath.join(folder, name), posixpath.join(folder, "images", name)):
             if posixpath.normpath(place) in self._exact:
                 return posixpath.normpath(place), True
-        places = list(self._places(name, folder))
+        positions = list(self._candidates(name, folder))
         for table, key in ((self._by_form, normal), (self._loose, _loose_key), (self._stems, _stem_key)):
-            for place, sure in places:
+            for place, sure in positions:
                 if file := table.get(key(place), _SEVERAL):
                     return file, sure and table is self._by_form
-            if table is self._loose and (found := self._below(name, folder)):
-                return found, False
+            if table is self._loose and (result := self._below(name, folder)):
+                return result, False
         return None
 
-    def _places(self, name: str, folder: str) -> Iterator[tuple[str, bool]]:
+    def _candidates(self, name: str, folder: str) -> Iterator[tuple[str, bool]]:
         """Paths below the root that the name may mean, the likeliest first, and whether it says where they begin."""
         name = re.sub(r"^file://", "", name).replace("\\", "/")
         if name.startswith("/") or re.match(r"[A-Za-z]:/", name):
@@ -103,10 +103,10 @@ class Images:
 
 
 def _one_each(pairs: Iterator[tuple[str, str]]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for key, file in pairs:
-        found[key] = file if found.get(key, file) == file else _SEVERAL
-    return found
+        result[key] = file if result.get(key, file) == file else _SEVERAL
+    return result
 
 
 def _loose_key(path: str) -> str:
@@ -120,7 +120,7 @@ def _stem_key(path: str) -> str:
 
 
 class Rows:
-    """What tables say about images: the first row's facts and the captions of all, and the rows that match none."""
+    """What tables say about images: the first row's metadata and the captions of all, and the rows that match none."""
 
     def __init__(self, images: Images) -> None:
         self._images = images
@@ -130,11 +130,11 @@ class Rows:
     def add(self, name: str, row: dict[str, Any], folder: str) -> None:
         """Note a row about the image that `name` means in a table in `folder`."""
         self.count += 1
-        found = self._images.find(name, folder)
-        if found is None:
+        result = self._images.find(name, folder)
+        if result is None:
             self.lost.append(name)
         else:
-            self._of.setdefault(found[0], []).append((found[1], row))
+            self._of.setdefault(result[0], []).append((result[1], row))
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """One row an image, with all its captions; where a row names it exactly, others that only resemble do not

@@ -22,13 +22,13 @@ SHALLOW = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".webp", ".bmp", 
 #: Of arrays of NumPy, which hold masks.
 ARRAY_SUFFIX = ".npy"
 TEXT_SUFFIXES = (".txt", ".caption", ".captions", ".text", ".cap")
-FACTS_SUFFIX, CLASS_SUFFIX = ".json", ".cls"
+METADATA_SUFFIX, CLASS_SUFFIX = ".json", ".cls"
 #: Lists of the class names 0, 1, ..., a line each.
 CLASS_FILES = ("classnames.txt", "class_names.txt", "classes.txt", "labels.txt")
 #: Bytes that `image_suffix` needs.
 HEAD = 64
 
-#: Suffixes of files that belong to an image or to the system and hold neither pixels, words nor facts.
+#: Suffixes of files that belong to an image or to the system and hold neither pixels, words nor metadata.
 _COMPANIONS = (
     ".aux.xml", ".tfw", ".tifw", ".tiffw", ".jgw", ".jpgw", ".jpegw", ".pgw", ".pngw", ".bpw", ".gfw", ".j2w", ".wld",
     ".prj", ".ovr", ".msk",
@@ -83,9 +83,9 @@ def image_suffix(head: bytes) -> str:
 
 def honest_suffix(data: bytes, suffix: str) -> str:
     """The suffix that an image's bytes deserve; its own where they say nothing or nothing else."""
-    found = image_suffix(data[:HEAD])
-    same = next((row for row in _SAME if found in row), (found,))
-    return suffix if not found or suffix in same else found
+    result = image_suffix(data[:HEAD])
+    same = next((row for row in _SAME if result in row), (result,))
+    return suffix if not result or suffix in same else result
 
 
 def extra_suffixes(given: Iterable[str]) -> tuple[str, ...]:
@@ -94,13 +94,13 @@ def extra_suffixes(given: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of this name is known to hold neither pixels, words nor facts."""
+    """Whether a file of this name is known to hold neither pixels, words nor metadata."""
     base = name.rpartition("/")[2].lower()
     return base.endswith(_COMPANIONS) or _COMPANION_NAMES.fullmatch(base) is not None
 
 
 def kind_of(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
-    """What a file or member is: "image", "mask", "text", "facts", "class", "companion", "other", or "?".
+    """What a file or member is: "image", "mask", "text", "metadata", "class", "companion", "other", or "?".
 
     Args:
         head: its first bytes; None: not read yet, and then "?" asks for them.
@@ -113,8 +113,8 @@ def kind_of(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
         return "companion"
     if suffix in TEXT_SUFFIXES:
         return "text"
-    if suffix in (FACTS_SUFFIX, CLASS_SUFFIX):
-        return "facts" if suffix == FACTS_SUFFIX else "class"
+    if suffix in (METADATA_SUFFIX, CLASS_SUFFIX):
+        return "metadata" if suffix == METADATA_SUFFIX else "class"
     if head is None:
         return "?"
     return "image" if image_suffix(head) else "other"
@@ -142,7 +142,7 @@ class Group:
     image: int | None = None
     mask: int | None = None
     texts: list[int] = field(default_factory=list)
-    facts: int | None = None
+    metadata: int | None = None
     label: int | None = None
     doubled: list[int] = field(default_factory=list)
     others: list[int] = field(default_factory=list)
@@ -184,7 +184,7 @@ def _of_key(key: str, members: list[int], names: Sequence[str], kinds: Sequence[
 
 def _sample(key: str, members: list[int], names: Sequence[str], kinds: Sequence[str]) -> Group:
     sample, taken = Group(key, min(members)), set()
-    found: dict[str, list[int]] = {}
+    result: dict[str, list[int]] = {}
     for position in members:
         name, kind = names[position], kinds[position]
         ending = name[len(_split(name)[0]) :].lower()
@@ -192,17 +192,17 @@ def _sample(key: str, members: list[int], names: Sequence[str], kinds: Sequence[
         if ending in taken and kind != "other":
             sample.doubled.append(position)
         else:
-            found.setdefault(kind, []).append(position)
+            result.setdefault(kind, []).append(position)
         taken.add(ending)
     plainest = lambda position: _rank(names[position])  # noqa: E731
-    for kind, slot in (("image", "image"), ("mask", "mask"), ("facts", "facts"), ("class", "label")):
-        first, *rest = sorted(found.get(kind, []), key=plainest) or [None]
+    for kind, slot in (("image", "image"), ("mask", "mask"), ("metadata", "metadata"), ("class", "label")):
+        first, *rest = sorted(result.get(kind, []), key=plainest) or [None]
         setattr(sample, slot, first)
         sample.others += rest
     if sample.image is None and sample.mask is not None and _roles(names[sample.mask]) <= _WEAK_MASK_WORDS:
         sample.image, sample.mask = sample.mask, None
-    sample.texts = sorted(found.get("text", []), key=lambda at: TEXT_SUFFIXES.index(suffix_of(names[at])))
-    sample.others += found.get("other", [])
+    sample.texts = sorted(result.get("text", []), key=lambda at: TEXT_SUFFIXES.index(suffix_of(names[at])))
+    sample.others += result.get("other", [])
     return sample
 
 
@@ -231,16 +231,16 @@ def _roles(name: str) -> set[str]:
     return roles
 
 
-def unique_ids(wanted: Sequence[str], keys: Sequence[str], shards: Sequence[str]) -> list[str]:
+def unique_ids(requested: Sequence[str], keys: Sequence[str], shards: Sequence[str]) -> list[str]:
     """An id for every sample: what it wants where no other wants it, else `<shard>/<key>`; "#2" marks what remains.
 
     Args:
         keys: of the samples in their shards; shards: path of each sample's shard.
     """
     names = _shard_names(sorted(set(shards)))
-    repeated = {identifier for identifier, count in Counter(wanted).items() if count > 1}
-    taken, ids = set(wanted) - repeated, []
-    for identifier, key, shard in zip(wanted, keys, shards, strict=True):
+    repeated = {identifier for identifier, count in Counter(requested).items() if count > 1}
+    taken, ids = set(requested) - repeated, []
+    for identifier, key, shard in zip(requested, keys, shards, strict=True):
         if identifier in repeated:
             base = f"{names[shard]}/{key}" if names[shard] else key
             identifier, number = base, 1

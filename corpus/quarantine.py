@@ -47,7 +47,7 @@ def reason_counts(reasons: Iterable[str]) -> dict[str, int]:
 def _name(template: str, reasons: list[str]) -> str:
     """The reason itself, or the template with the values that all reasons of the group share."""
     values = zip(*(VALUE.findall(reason) for reason in reasons), strict=True)
-    filled = iter([found[0] if len(set(found)) == 1 else "…" for found in values])
+    filled = iter([result[0] if len(set(result)) == 1 else "…" for result in values])
     return re.sub("\0", lambda _: next(filled), template)
 
 
@@ -74,16 +74,16 @@ def announce(manifest: pd.DataFrame, name: str, directory: Path) -> None:
     Raises:
         UserError: no image can be read.
     """
-    found, table = quarantined(manifest), directory / QUARANTINE
-    if found.empty:
+    result, table = quarantined(manifest), directory / QUARANTINE
+    if result.empty:
         return
-    reasons = counted(reason_counts(found["reason"]))
-    if len(found) == len(manifest):
+    reasons = counted(reason_counts(result["reason"]))
+    if len(result) == len(manifest):
         raise UserError(
             f"{name}: none of {len(manifest):,} images can be read: {reasons} (table: {table}): mend what the reasons "
             "name, or give other images"
         )
-    notice(f"{name}: {len(found):,} of {len(manifest):,} images quarantined: {reasons} (table: {table})")
+    notice(f"{name}: {len(result):,} of {len(manifest):,} images quarantined: {reasons} (table: {table})")
 
 
 def announce_masks(manifest: pd.DataFrame, name: str) -> None:

@@ -32,8 +32,8 @@ PERCENTILES = (2.0, 98.0)
 SAMPLE_IMAGES, SAMPLE_PIXELS = 128, 4096
 #: Names of red, green and blue, in this order, as data sets describe their bands.
 COLOURS = (("red", "green", "blue"), ("r", "g", "b"), ("b4", "b3", "b2"))
-#: A declared alpha band is believed where at least this share of its pixels is fully clear or fully opaque.
-ALPHA_SHARE = 0.9
+#: A declared alpha band is believed where at least this fraction of its pixels is fully clear or fully opaque.
+ALPHA_FRACTION = 0.9
 #: How files begin that GDAL reads from bytes, and by which of its drivers; others might open files that the bytes name.
 DRIVERS = {
     b"II*\0": "GTiff",
@@ -150,9 +150,9 @@ def survey_of(images: Iterable[Pixels], options: RasterOptions) -> Survey:
     doubt = "since their files name no colours: corpus.bands=[…] chooses others"
     notes = [f"{guess}, {doubt}" for guess in sorted(guesses)]
     notes += [
-        f"images of {kind} are black: all that were sampled hold {found[0][0]:g}; corpus.stretch=range sets the levels"
-        for kind, found in levels.items()
-        if all(low == high for low, high in found)
+        f"images of {kind} are black: all that were sampled hold {result[0][0]:g}; corpus.stretch=range sets the levels"
+        for kind, result in levels.items()
+        if all(low == high for low, high in result)
     ]
     alpha = {kind: _is_alpha(np.concatenate(parts)) for kind, parts in alphas.items()}
     return Survey(levels, alpha, tuple(notes))
@@ -168,7 +168,7 @@ def is_deep(dtype: np.dtype) -> bool:
     return dtype not in (np.uint8, np.bool_)
 
 
-def to_rgb(image: Pixels, options: RasterOptions, facts: Survey) -> np.ndarray:
+def to_rgb(image: Pixels, options: RasterOptions, survey: Survey) -> np.ndarray:
     """uint8 [H, W, 3]; what has no data or is clear is black.
 
     An image of a kind that the survey did not meet is judged by itself.
@@ -178,7 +178,7 @@ def to_rgb(image: Pixels, options: RasterOptions, facts: Survey) -> np.ndarray:
         if options.stretch == "range":
             levels = ((options.low, options.high),) * values.shape[-1]
         else:
-            levels = facts.levels.get(image.kind) or _levels(_sample(image))
+            levels = survey.levels.get(image.kind) or _levels(_sample(image))
         low, high = np.array(levels, dtype=np.float64).T
         with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest that there are
             values = (_finite(values) - low) * (255 / np.where(high > low, high - low, np.inf))
@@ -188,7 +188,7 @@ def to_rgb(image: Pixels, options: RasterOptions, facts: Survey) -> np.ndarray:
         values = np.repeat(values, 3, axis=-1)
     if image.valid is not None and not image.valid.all():
         values = np.where(image.valid[..., None], values, np.uint8(0))
-    if image.alpha is not None and facts.alpha.get(image.kind, _is_alpha(image.alpha)):
+    if image.alpha is not None and survey.alpha.get(image.kind, _is_alpha(image.alpha)):
         values = over_black(values, image.alpha)
     return np.ascontiguousarray(values)
 
@@ -239,27 +239,27 @@ def quiet_gdal() -> Iterator[None]:
 
 
 def choose_bands(raster: DatasetReader, options: RasterOptions) -> Bands | str:
-    """Which bands are shown, or the reason why that cannot be told."""
+    """Which bands are shown, or the reason why that cannot be determined."""
     from rasterio.enums import ColorInterp
 
     uses = [use.name for use in raster.colorinterp]
     alpha = raster.count if raster.count in (2, 4) and uses[-1] == ColorInterp.alpha.name else None
     names = [_key(name or "") for name in raster.descriptions]
     if options.bands is not None:
-        found = [_number(band, names, uses) for band in options.bands]
-        if all(0 < number <= raster.count for number in found):
-            return Bands(tuple(found), alpha if alpha not in found else None)
+        result = [_number(band, names, uses) for band in options.bands]
+        if all(0 < number <= raster.count for number in result):
+            return Bands(tuple(result), alpha if alpha not in result else None)
         missing = next(
-            band for band, number in zip(options.bands, found, strict=True) if not 0 < number <= raster.count
+            band for band, number in zip(options.bands, result, strict=True) if not 0 < number <= raster.count
         )
         if isinstance(missing, int):
             return f"has {raster.count} bands, not {missing}"
         known = ", ".join(name for name in raster.descriptions if name) or f"{raster.count} without names"
         return f"has no band {missing}, but {known}"
-    for wanted in COLOURS:
+    for requested in COLOURS:
         for where in (uses, names):
-            if set(wanted) <= set(where):
-                return Bands(tuple(where.index(colour) + 1 for colour in wanted), alpha)
+            if set(requested) <= set(where):
+                return Bands(tuple(where.index(colour) + 1 for colour in requested), alpha)
     others = raster.count - (alpha is not None)
     if raster.count <= 2:
         return Bands((1,), alpha, "band 1 of 2 is shown in grey" if others == 2 else "")
@@ -393,7 +393,7 @@ def _levels(values: np.ndarray) -> tuple[tuple[float, float], ...]:
 
 def _is_alpha(alpha: np.ndarray) -> bool:
     """Whether values of a declared alpha band can be one: nearly all clear or opaque, and not all of them clear."""
-    return bool(alpha.any()) and float(np.isin(alpha, (0, 255)).mean()) >= ALPHA_SHARE
+    return bool(alpha.any()) and float(np.isin(alpha, (0, 255)).mean()) >= ALPHA_FRACTION
 
 
 def _eight_bits(alpha: np.ndarray) -> np.ndarray:

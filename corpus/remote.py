@@ -1,7 +1,7 @@
 """Files behind URLs: the one place through which they are listed, looked at, read and written, with patience.
 
-What may pass (a time-out, a lost connection, 429, 5xx, a body that ends early) is asked for again after a pause that
-doubles; what will not (403, 404) is not. Nothing that is said here names a credential.
+What may pass (a time-out, a lost connection, 429, 5xx, a body that ends early) is requested again after a pause that
+doubles; what will not (403, 404) is not. Nothing that is written here names a credential.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ Answer = TypeVar("Answer")
 
 
 class Unreachable(OSError):
-    """The network or the server failed, as often as it was asked."""
+    """The network or the server failed, at every attempt."""
 
 
 class Refused(OSError):
@@ -80,10 +80,10 @@ class Refused(OSError):
 
 
 class Cut(tarfile.ReadError):
-    """A file ends before its size is reached, as often as it was asked for.
+    """A file ends before its size is reached, as often as it was requested.
 
     Attributes:
-        data: all that there is of what was asked for; None: the connection ended before that could be told.
+        data: all that there is of what was requested; None: the connection ended before that could be determined.
     """
 
     def __init__(self, message: str, data: bytes | None = None) -> None:
@@ -116,8 +116,8 @@ class Access:
 
 def access_of(cfg: Any) -> Access:
     """How a command's config (OmegaConf) reaches what lies behind URLs: as its corpus does, where that is shards."""
-    found = {name: OmegaConf.select(cfg, f"corpus.{name}") for name in ("retries", "timeout")}
-    own = {name: value for name, value in found.items() if value is not None}
+    result = {name: OmegaConf.select(cfg, f"corpus.{name}") for name in ("retries", "timeout")}
+    own = {name: value for name, value in result.items() if value is not None}
     options = [OmegaConf.select(cfg, key) for key in ("storage", "corpus.storage")]
     merged = OmegaConf.to_container(OmegaConf.merge(*(part or {} for part in options)), resolve=True)
     return Access(**own, storage=merged or None)
@@ -244,7 +244,7 @@ def passing_trouble(error: BaseException) -> str | None:
         return None
     if any(isinstance(each, _Short) or names & _ENDED_EARLY for each, names in zip(chain, kinds, strict=True)):
         return "ended early"  # of a good answer
-    status = next((found for found in map(_status, chain) if found is not None), None)
+    status = next((result for result in map(_status, chain) if result is not None), None)
     if status is not None:
         return f"status {status}" if status in PASSING_STATUS else None
     for each, names in zip(chain, kinds, strict=True):
@@ -286,8 +286,8 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status that an error of a driver carries."""
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):
-        found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return {"SlowDown": 503, "RequestTimeout": 408}.get(str(answer.get("Error", {}).get("Code")), found)
+        result = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return {"SlowDown": 503, "RequestTimeout": 408}.get(str(answer.get("Error", {}).get("Code")), result)
     values = (getattr(error, name, None) for name in ("status", "code"))
     return next((int(value) for value in values if str(value).isdigit() and 100 <= int(value) < 600), None)
 
@@ -321,28 +321,28 @@ def _count(access: Access, trouble: str) -> None:
 def repeated_since(path: str) -> str:
     """A line about what was counted since the last call; "" where that is nothing."""
     try:
-        found = Counter(Path(path).read_text(encoding="ascii").split("\n")[:-1])
+        result = Counter(Path(path).read_text(encoding="ascii").split("\n")[:-1])
         os.truncate(path, 0)
     except OSError:
         return ""
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(found.items()))
-    return f"{found.total():,} requests were repeated: {kinds}" if found else ""
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(result.items()))
+    return f"{result.total():,} requests were repeated: {kinds}" if result else ""
 
 
 # ------------------------------------------------------------------------------------------------ looking and listing
 
 
-def facts_of(url: str, access: Access) -> dict[str, Any]:
+def metadata_of(url: str, access: Access) -> dict[str, Any]:
     """What the file system knows of a file: at least `size`, None where it does not say.
 
     Raises:
         As `patiently`; a folder is no file.
     """
     system, path = opened_system(url, access)
-    found = patiently(url, access, lambda: _called(system, 2 * access.timeout, "info", path))
-    if found.get("type") == "directory":
+    result = patiently(url, access, lambda: _called(system, 2 * access.timeout, "info", path))
+    if result.get("type") == "directory":
         raise FileNotFoundError(public(url))
-    return found
+    return result
 
 
 def is_pattern(url: str) -> bool:
@@ -366,7 +366,7 @@ def is_folder(url: str, access: Access) -> bool:
 
 
 def files_below(url: str, access: Access, suffix: str) -> dict[str, dict[str, Any]]:
-    """URLs and facts of the files that a pattern with * fits, or that lie in a folder and end so; sorted.
+    """URLs and metadata of the files that a pattern with * fits, or that lie in a folder and end so; sorted.
 
     Raises:
         As `patiently`.
@@ -374,17 +374,17 @@ def files_below(url: str, access: Access, suffix: str) -> dict[str, dict[str, An
     system, path = opened_system(url, access)
     try:
         if is_pattern(url):
-            found = patiently(url, access, lambda: _called(system, None, "glob", path, detail=True)).values()
+            result = patiently(url, access, lambda: _called(system, None, "glob", path, detail=True)).values()
         else:
-            found = patiently(url, access, lambda: _called(system, None, "ls", path, detail=True))
+            result = patiently(url, access, lambda: _called(system, None, "ls", path, detail=True))
     except FileNotFoundError:
         return {}
-    files = [entry for entry in found if entry["type"] == "file" and entry["name"].split("?")[0].endswith(suffix)]
+    files = [entry for entry in result if entry["type"] == "file" and entry["name"].split("?")[0].endswith(suffix)]
     return {_whole_url(url, entry["name"]): entry for entry in sorted(files, key=lambda entry: entry["name"])}
 
 
 def _whole_url(url: str, name: str) -> str:
-    """The name of a file in a file system, as a URL with the user of the one that was asked for."""
+    """The name of a file in a file system, as a URL with the user of the one that was requested."""
     if "://" in name:
         return name
     scheme, _, rest = url.partition("://")
@@ -464,7 +464,7 @@ class RemoteFile:
         self._pieces = []
 
     def _piece(self, end: int) -> tuple[int, bytes]:
-        """A piece that holds the byte at which the file stands; `end`: of what is asked for."""
+        """A piece that holds the byte at which the file stands; `end`: of what is requested."""
         for start, data in self._pieces:
             if start <= self._at < start + len(data):
                 return start, data
@@ -509,7 +509,7 @@ class RemoteFile:
                 self._access if self._bad == NOWHERE else replace(self._access, retries=min(1, self._access.retries))
             )
             try:
-                return patiently(self._url, access, functools.partial(self._asked, start, end))
+                return patiently(self._url, access, functools.partial(self._request, start, end))
             except Cut as cut:
                 if cut.data:
                     return cut.data
@@ -518,7 +518,7 @@ class RemoteFile:
                     raise
                 end = start + (end - start) // 2
 
-    def _asked(self, start: int, end: int) -> bytes:
+    def _request(self, start: int, end: int) -> bytes:
         deadline = self._access.timeout + (end - start) / SLOWEST
         try:
             data = _called(self._system, deadline, "cat_file", self._path, start=start, end=end)
@@ -663,7 +663,7 @@ def refuse_foreign(target: Target, identity: Mapping[str, Any], last: Sequence[s
     if target.is_empty():
         return
     for name in (UNDER_WAY, *last):
-        found = target.json(name)
-        if isinstance(found, dict) and all(found.get(key) == value for key, value in identity.items()):
+        result = target.json(name)
+        if isinstance(result, dict) and all(result.get(key) == value for key, value in identity.items()):
             return
     raise UserError(f"{target.option}={target} is not empty: name another, or remove it")

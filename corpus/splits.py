@@ -3,9 +3,9 @@
 A data set that names its splits keeps them. Where it leaves one out, a hash of the id decides, which is always the same
 whatever images come or go:
 
-- no names: `test_share` of the images are test, `val_share` are val, the others train;
+- no names: `test_fraction` of the images are test, `val_fraction` are val, the others train;
 - train alone: the same, which is what a hub calls a table without splits;
-- train and test: `val_share` of train is val;
+- train and test: `val_fraction` of train is val;
 - train and val: half of val is test, for who tunes on held-out images has none left to measure on;
 - a name that `NAMES` does not have is held out as test.
 
@@ -52,15 +52,15 @@ _DECORATION = {
 }  # fmt: skip
 
 
-def hashed_split(identifier: str, val_share: float, test_share: float) -> str:
-    """ "test" for about `test_share` of all ids, "val" for about `val_share`, "train" for the others.
+def hashed_split(identifier: str, val_fraction: float, test_fraction: float) -> str:
+    """ "test" for about `test_fraction` of all ids, "val" for about `val_fraction`, "train" for the others.
 
-    The test ids do not depend on `val_share`, and a larger share holds out the ids of a smaller one too.
+    The test ids do not depend on `val_fraction`, and a larger fraction holds out the ids of a smaller one too.
     """
     number = _number(identifier)
-    if number < test_share * 2**64:
+    if number < test_fraction * 2**64:
         return "test"
-    return "val" if number < (test_share + val_share) * 2**64 else "train"
+    return "val" if number < (test_fraction + val_fraction) * 2**64 else "train"
 
 
 def _number(identifier: str) -> int:
@@ -93,12 +93,12 @@ def assigned(
     corpus: str,
     ids: Sequence[str],
     names: Sequence[str],
-    val_share: float,
-    test_share: float,
+    val_fraction: float,
+    test_fraction: float,
     firsts: np.ndarray | None = None,
     grounds: Sequence[tuple[str, ...]] | None = None,
 ) -> list[str]:
-    """The split of every image, by the rules above; what is not as named is said on stderr, in one line.
+    """The split of every image, by the rules above; what is not as named is reported on stderr, in one line.
 
     Where an image has a place, its cell of the ground is hashed instead of its id, and an image across the border of
     two splits is in none, "". Where that leaves a split empty, the cells of the lowest hashes are test, the next ones
@@ -120,11 +120,16 @@ def assigned(
     nameless = sum(not name for name in names)
     if known and nameless:
         notice(f"{corpus}: {nameless} of {len(names)} images are named no split, others are: a hash decides about them")
-    carved, shares = _missing(set(known.values()), val_share, test_share)
+    carved, fractions = _missing(set(known.values()), val_fraction, test_fraction)
     firsts = np.arange(len(ids)) if firsts is None else firsts
     named = [known[name] if name else "" for name in names]
     divide = partial(
-        _divided, named=named, firsts=firsts, carved=carved, all_shares=(val_share, test_share), shares=shares
+        _divided,
+        named=named,
+        firsts=firsts,
+        carved=carved,
+        all_fractions=(val_fraction, test_fraction),
+        fractions=fractions,
     )
     alone = [(identifier,) for identifier in ids]
     placed = grounds is not None and any(grounds)
@@ -174,17 +179,17 @@ def _ranked(cells: Sequence[str]) -> Callable[[str, float, float], str]:
     """`hashed_split`, but of the cells, sorted by their number, at least the first is test and the next one val."""
 
     @cache
-    def table(val_share: float, test_share: float) -> dict[str, str]:
-        splits = [hashed_split(cell, val_share, test_share) for cell in cells]
-        tests = max(splits.count("test"), int(test_share > 0))
-        held_out = tests + max(splits.count("val"), int(val_share > 0))
+    def table(val_fraction: float, test_fraction: float) -> dict[str, str]:
+        splits = [hashed_split(cell, val_fraction, test_fraction) for cell in cells]
+        tests = max(splits.count("test"), int(test_fraction > 0))
+        held_out = tests + max(splits.count("val"), int(val_fraction > 0))
         return {
             cell: "test" if position < tests else "val" if position < held_out else "train"
             for position, cell in enumerate(cells)
         }
 
-    def split_for(key: str, val_share: float, test_share: float) -> str:
-        return table(val_share, test_share).get(key) or hashed_split(key, val_share, test_share)
+    def split_for(key: str, val_fraction: float, test_fraction: float) -> str:
+        return table(val_fraction, test_fraction).get(key) or hashed_split(key, val_fraction, test_fraction)
 
     return split_for
 
@@ -196,15 +201,16 @@ def _divided(
     firsts: np.ndarray,
     carved: str,
     split_for: Callable[[str, float, float], str],
-    all_shares: tuple[float, float],
-    shares: tuple[float, float],
+    all_fractions: tuple[float, float],
+    fractions: tuple[float, float],
 ) -> list[str]:
     """The split of every image: as named, or by what is hashed, "" where that falls into several splits.
 
     Args:
         named: "" where nothing is.
-        carved: the named split of which the hash gives `shares` to val and test; `all_shares` of what has no name.
-        split_for: (key, share of val, share of test) -> the split of what is hashed.
+        carved: the named split of which the hash gives `fractions` to val and test; `all_fractions` is for what
+            has no name.
+        split_for: (key, fraction of val, fraction of test) -> the split of what is hashed.
     """
     of_copies: dict[int, set[str]] = {}
     for first, name in zip(firsts.tolist(), named, strict=True):
@@ -217,31 +223,31 @@ def _divided(
         elif name and name != carved:
             splits.append(name)
         else:
-            by_hash = {split_for(key, *(shares if of_them else all_shares)) for key in hashed[first]}
+            by_hash = {split_for(key, *(fractions if of_them else all_fractions)) for key in hashed[first]}
             splits.append(by_hash.pop() if len(by_hash) == 1 else "")
     return splits
 
 
-def _missing(named: set[str], val_share: float, test_share: float) -> tuple[str, tuple[float, float]]:
-    """The named split that gives images to one that is missing, "" for none, and the shares of val and test."""
+def _missing(named: set[str], val_fraction: float, test_fraction: float) -> tuple[str, tuple[float, float]]:
+    """The named split that gives images to one that is missing, "" for none, and the fractions of val and test."""
     if named == {"train"}:
-        return "train", (val_share, test_share)
+        return "train", (val_fraction, test_fraction)
     if named == {"train", "test"}:
-        return "train", (val_share, 0.0)
+        return "train", (val_fraction, 0.0)
     if named == {"train", "val"}:
         return "val", (0.5, 0.5)
     return "", (0.0, 0.0)
 
 
 def elsewhere(corpus: str, splits: Sequence[str], firsts: np.ndarray) -> list[str]:
-    """The other splits that hold an image of the same bytes, "" for none; how many there are is said in one line."""
+    """The other splits that hold an image of the same bytes, "" for none; their number is reported in one line."""
     held: dict[int, set[str]] = {}
     for first, split in zip(firsts.tolist(), splits, strict=True):
         held.setdefault(first, set()).add(split)
     order = {split: position for position, split in enumerate(SPLITS)}
     for group in held.values():
         group.discard("")
-    found = [
+    result = [
         ", ".join(sorted(held[first] - {split}, key=order.get))
         for first, split in zip(firsts.tolist(), splits, strict=True)
     ]
@@ -252,7 +258,7 @@ def elsewhere(corpus: str, splits: Sequence[str], firsts: np.ndarray) -> list[st
             f"{corpus}: {sum(shared.values())} images have exact copies in more than one split ({kinds}), as the data "
             "set names its splits: what is measured on them was trained on"
         )
-    return found
+    return result
 
 
 def copies_across_splits(manifest: pd.DataFrame) -> int:
@@ -267,20 +273,21 @@ def part_names(parts: Iterable[str]) -> dict[str, str]:
     return {part: part if trained else "" for part in parts}
 
 
-def check(split: str, val_share: float, test_share: float, limit: int | None, resolution: int) -> None:
+def check(split: str, val_fraction: float, test_fraction: float, limit: int | None, resolution: int) -> None:
     """Refuse what no source can do.
 
     Raises:
-        UserError: an unknown split, shares below 0 or that leave nothing, a limit or a resolution below 1.
+        UserError: an unknown split, fractions below 0 or that leave nothing, a limit or a resolution below 1.
     """
     if split not in SPLITS:
         raise UserError(f"corpus.split={split!r} is unknown: there are the splits {', '.join(SPLITS)}")
-    for name, share in (("val_share", val_share), ("test_share", test_share)):
-        if not 0 <= share < 1:
-            raise UserError(f"corpus.{name}={share} is outside [0, 1): give the share to hold out")
-    if val_share + test_share >= 1:
+    for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= fraction < 1:
+            raise UserError(f"corpus.{name}={fraction} is outside [0, 1): give the fraction to hold out")
+    if val_fraction + test_fraction >= 1:
         raise UserError(
-            f"corpus.val_share={val_share} and corpus.test_share={test_share} leave nothing to train on: lower one"
+            f"corpus.val_fraction={val_fraction} and corpus.test_fraction={test_fraction} leave nothing to train "
+            "on: lower one"
         )
     if limit is not None and limit < 1:
         raise UserError(f"corpus.limit={limit} keeps nothing: give at least 1, or null for all")

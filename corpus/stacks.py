@@ -31,7 +31,7 @@ Place = tuple[str, str]
 def grouped(
     corpus: str, root: Path, files: Sequence[str], bands: Sequence[int | str] | None
 ) -> tuple[dict[str, tuple[str, ...]], set[str]]:
-    """`stacks` of a corpus; how many there are, and what is left out, is said on stderr in one line.
+    """`stacks` of a corpus; how many there are, and what is left out, is reported on stderr in one line.
 
     Args:
         files: POSIX paths below the root.
@@ -44,7 +44,7 @@ def grouped(
         example = f" (e.g. {min(others)})" if others else ""
         notice(
             f"{corpus}: {len(stacked):,} images are stacked from files of one band each; {len(others):,} other files "
-            f"of these places are left out{example}"
+            f"of these scenes are left out{example}"
         )
     elif not any(isinstance(band, str) for band in bands or ()):
         single = single_bands(files)
@@ -74,12 +74,12 @@ def place_of(file: str, names: Collection[str]) -> str | None:
     """The place of `stacks` that a file is about whose name begins as the place's, in the same folder; or None."""
     folder, slash, base = file.rpartition("/")
     stem = PurePosixPath(base).stem
-    ends = sorted((found.start() for found in re.finditer(r"(?<=[A-Za-z0-9])(?![A-Za-z0-9])", stem)), reverse=True)
+    ends = sorted((result.start() for result in re.finditer(r"(?<=[A-Za-z0-9])(?![A-Za-z0-9])", stem)), reverse=True)
     return next((folder + slash + stem[:end] for end in ends if folder + slash + stem[:end] in names), None)
 
 
 def stacks(files: Sequence[str], bands: Sequence[int | str]) -> tuple[dict[str, tuple[str, ...]], set[str]]:
-    """Files that are the named bands of one place, and every further file of these places.
+    """Files that are the named bands of one place, and every further file of these scenes.
 
     The band stands in the file's name or in a folder's. Of a band in several pixel sizes the finest is taken. In a
     Sentinel-2 product only the folder IMG_DATA has images.
@@ -89,21 +89,21 @@ def stacks(files: Sequence[str], bands: Sequence[int | str]) -> tuple[dict[str, 
         bands: names such as B04; B4 and band4 are the same. A number is no name.
     Returns:
         by place (the first band's path without band, pixel size and suffix) a file for each band; and the files of
-        these places that show something else, such as other bands or a map of classes.
+        these scenes that show something else, such as other bands or a map of classes.
     """
     if not all(isinstance(band, str) for band in bands):
         return {}, set()
     patterns = [_pattern(str(band)) for band in bands]
-    places: dict[Place, dict[int, str]] = defaultdict(dict)
+    positions: dict[Place, dict[int, str]] = defaultdict(dict)
     for file in sorted(files, key=lambda file: (_metres(file), file)):
         for position, pattern in enumerate(patterns):
             place = None if _beside_images(file) else _place(file, pattern)
             if place is not None:
-                places[place].setdefault(position, file)
+                positions[place].setdefault(position, file)
     whole = {
-        place: tuple(found[position] for position in range(len(bands)))
-        for place, found in places.items()
-        if len(found) == len(bands)
+        place: tuple(result[position] for position in range(len(bands)))
+        for place, result in positions.items()
+        if len(result) == len(bands)
     }
     used = {file for group in whole.values() for file in group}
     begun = {(folder, beginning.lower()) for folder, stem in whole for beginning in (stem, _product(stem))}
@@ -113,13 +113,13 @@ def stacks(files: Sequence[str], bands: Sequence[int | str]) -> tuple[dict[str, 
 
 def single_bands(files: Sequence[str]) -> list[str]:
     """Files of a place that has at least three bands, or two polarisations, in files of their own; else none."""
-    places: dict[tuple[Place, int], list[str]] = defaultdict(list)
+    positions: dict[tuple[Place, int], list[str]] = defaultdict(list)
     for file in files:
         for pattern, least in ((_BAND, 3), (_RADAR, 2)):
             place = _place(file, pattern) if file.lower().endswith(_RASTERS) else None
             if place is not None:
-                places[place, least].append(file)
-    return next((sorted(group) for (_, least), group in places.items() if len(group) >= least), [])
+                positions[place, least].append(file)
+    return next((sorted(group) for (_, least), group in positions.items() if len(group) >= least), [])
 
 
 def _pattern(band: str) -> str:
@@ -130,13 +130,13 @@ def _pattern(band: str) -> str:
 def _place(file: str, pattern: str) -> Place | None:
     """A path without the band that the pattern finds in it, and without pixel sizes; None: no such band."""
     path = PurePosixPath(file)
-    stem, found = _without(path.stem, pattern)
+    stem, result = _without(path.stem, pattern)
     folders = []
     for folder in path.parent.parts:
         rest, inside = _without(folder, pattern)
         folders.append(rest if inside else folder)
-        found |= inside
-    if not found:
+        result |= inside
+    if not result:
         return None
     return _folder(folders), _without(stem, _SIZE)[0]
 
@@ -164,7 +164,7 @@ def _belongs(file: str, begun: set[Place]) -> bool:
     """Whether a file is a further band of a place, or its name begins as the place's, in the same folder."""
     path, band = PurePosixPath(file), _place(file, _BAND)
     folder, stem = _folder(path.parent.parts), path.stem.lower()
-    ends = [0, *(found.start() for found in re.finditer(r"(?<=[a-z0-9])(?![a-z0-9])", stem))]
+    ends = [0, *(result.start() for result in re.finditer(r"(?<=[a-z0-9])(?![a-z0-9])", stem))]
     if _beside_images(file) or (band is not None and (band[0], band[1].lower()) in begun):
         return True
     return any((folder, stem[:end]) in begun for end in ends)

@@ -42,7 +42,7 @@ class TileOptions:
     """How an image is cut into tiles.
 
     Attributes:
-        overlap: least of neighbours, as a share of a tile's side.
+        overlap: least of neighbours, as a fraction of a tile's side.
         batch_size: tiles drawn at once.
         seed: of the noise that tiles start from.
     Raises:
@@ -56,7 +56,7 @@ class TileOptions:
     def __post_init__(self) -> None:
         number = isinstance(self.overlap, int | float) and not isinstance(self.overlap, bool)
         if not (number and 0 <= self.overlap < 1):
-            raise UserError(f"overlap={self.overlap}: give a share of a tile's side, 0 to less than 1")
+            raise UserError(f"overlap={self.overlap}: give a fraction of a tile's side, 0 to less than 1")
         for name, least in (("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -67,7 +67,7 @@ def grid_of(source: Source, model: Restorer | Synthesizer, overlap: float) -> Gr
     """The tiles of what a model draws of a source.
 
     Args:
-        overlap: least of neighbours, as a share of a tile's side; tiles advance by a latent cell at least.
+        overlap: least of neighbours, as a fraction of a tile's side; tiles advance by a latent cell at least.
     """
     factor = getattr(model, "factor", 1)
     multiple = math.lcm(_cell(model), factor)

@@ -72,8 +72,8 @@ class AugmentationOptions:
         real_images: training images with masks, every scene with the same chance, that stand for 100 percent.
         amounts: percents of them; a smaller amount's images are part of a larger one's.
         pool: images drawn for each amount and seed.
-        ratio: share of the pool that is not used.
-        generated_share: of a batch, where it mixes real and generated images.
+        ratio: fraction of the pool that is not used.
+        generated_fraction: of a batch, where it mixes real and generated images.
         steps: of the optimizer, in every training.
         seeds: each chooses images, draws and trains anew.
     """
@@ -83,7 +83,7 @@ class AugmentationOptions:
     amounts: tuple[float, ...]
     pool: int
     ratio: float
-    generated_share: float
+    generated_fraction: float
     steps: int
     seeds: tuple[int, ...]
 
@@ -95,8 +95,10 @@ class AugmentationOptions:
             raise UserError(f"augmentation.amounts={list(self.amounts)}: give percents above 0, up to 100")
         if not self.seeds:
             raise UserError("augmentation.seeds=[]: give at least one seed")
-        if not 0 < self.generated_share < 1:
-            raise UserError(f"augmentation.generated_share={self.generated_share}: give a share between 0 and 1")
+        if not 0 < self.generated_fraction < 1:
+            raise UserError(
+                f"augmentation.generated_fraction={self.generated_fraction}: give a fraction between 0 and 1"
+            )
         if not budget_of(self.pool, self.ratio):
             raise UserError(f"augmentation.ratio={self.ratio} keeps none of {self.pool} images: lower it")
 
@@ -144,7 +146,7 @@ def rows_of_amount(corpus: Corpus, rows: np.ndarray, percent: float, seed: int) 
 
 
 def scene_weights(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
-    """Weights float64 [N] of sum 1 that give every scene of some rows the same share, and all other rows none."""
+    """Weights float64 [N] of sum 1 that give every scene of some rows the same fraction, and all other rows none."""
     codes, _ = pd.factorize(corpus.manifest["scene"].to_numpy(dtype=object)[rows])
     weights = np.zeros(len(corpus))
     weights[rows] = 1 / np.bincount(codes)[codes]
@@ -162,25 +164,25 @@ def deal(weights: np.ndarray, size: int, generator: np.random.Generator) -> tupl
     Returns:
         int64 [size] rows, ascending, and int64 [size] symmetries of `train.latents.symmetric`.
     """
-    places = (np.arange(size) + generator.random()) / size
+    positions = (np.arange(size) + generator.random()) / size
     upto = np.cumsum(weights)
     last = int(np.flatnonzero(weights)[-1])  # the sum may round to less than the last place
-    rows = np.minimum(np.searchsorted(upto, places, side="right"), last)
+    rows = np.minimum(np.searchsorted(upto, positions, side="right"), last)
     use = np.arange(size) - np.searchsorted(rows, rows)
     return rows, (generator.integers(8, size=len(weights))[rows] + use) % 8
 
 
 def turned(masks: np.ndarray, symmetries: np.ndarray) -> np.ndarray:
     """Masks uint8 [K, R, R], each in its symmetry."""
-    found = np.empty_like(masks)
+    result = np.empty_like(masks)
     for symmetry in np.unique(symmetries):
         rows = symmetries == symmetry
-        found[rows] = symmetric(torch.from_numpy(masks[rows])[:, None], int(symmetry))[:, 0].numpy()
-    return found
+        result[rows] = symmetric(torch.from_numpy(masks[rows])[:, None], int(symmetry))[:, 0].numpy()
+    return result
 
 
 def sources_of(
-    real: LabelledImages | None, generated: LabelledImages | None, batch_size: int, generated_share: float
+    real: LabelledImages | None, generated: LabelledImages | None, batch_size: int, generated_fraction: float
 ) -> list[tuple[LabelledImages, int]]:
     """What a training's batches are drawn from, with the number of images of each.
 
@@ -189,11 +191,11 @@ def sources_of(
     """
     if real is None or generated is None:
         return [(source, batch_size) for source in (real, generated) if source is not None]
-    count = round(generated_share * batch_size)
+    count = round(generated_fraction * batch_size)
     if not 0 < count < batch_size:
         raise UserError(
-            f"augmentation.generated_share={generated_share} of downstream.segmenter.batch_size={batch_size} leaves "
-            "no place for real or for generated images: give a larger batch or a share nearer to 0.5"
+            f"augmentation.generated_fraction={generated_fraction} of downstream.segmenter.batch_size={batch_size} "
+            "leaves no place for real or for generated images: give a larger batch or a fraction nearer to 0.5"
         )
     return [(real, batch_size - count), (generated, count)]
 
@@ -362,7 +364,7 @@ def chosen(study: Study, pool: Path, choice: str, seed: int) -> np.ndarray:
         selection = method.select(_pool(study, pool, scenes), budget, np.random.default_rng([seed, 2]))
         np.save(directory / KEPT, selection.kept)
         reasons = pd.Series(selection.reason.astype(str)).value_counts()
-        write_json(directory / "summary.json", {"reasons": reasons.to_dict(), "facts": selection.facts})
+        write_json(directory / "summary.json", {"reasons": reasons.to_dict(), "diagnostics": selection.diagnostics})
 
     inputs = {
         "pool": pool.name,
@@ -381,7 +383,7 @@ def _pool(study: Study, pool: Path, scenes: str | None) -> Pool:
     cfg, images = study.cfg, np.load(pool / IMAGES, mmap_mode="r")
     encoder = instantiate(cfg.encoder)
     embeddings = embed(encoder, images, batch_size=encoder.batch_size, label="embed generated images")
-    found = Pool(
+    result = Pool(
         ids=np.arange(len(images)).astype(str),
         readable=np.ones(len(images), dtype=bool),
         entropy=entropies(instantiate(cfg.entropy), images),
@@ -389,7 +391,7 @@ def _pool(study: Study, pool: Path, scenes: str | None) -> Pool:
         reference_embeddings=np.empty((0, embeddings.shape[1]), np.float32),
         reference_labels=np.empty(0, dtype=object),
     )
-    return found if scenes is None else with_reference(cfg, found, scenes, encoder)
+    return result if scenes is None else with_reference(cfg, result, scenes, encoder)
 
 
 # ---------------------------------------------------------------- training and measuring
@@ -407,20 +409,20 @@ def trained_cell(study: Study, cell: Cell) -> Path:
         start = time.perf_counter()
         real = LabelledImages(corpus.images, corpus.masks, scene_weights(corpus, rows)) if cell.real else None
         generated = None if pool is None else generated_images(pool, kept)
-        sources = sources_of(real, generated, settings.batch_size, options.generated_share)
+        sources = sources_of(real, generated, settings.batch_size, options.generated_fraction)
         network = new_network(settings, len(corpus.mask_classes)).to(device())
         batches = labelled_batches(sources, np.random.default_rng([cell.seed, 63]))
         state, losses = train_for(network, batches, settings, options.steps)
         save_file(state, directory / WEIGHTS)
-        facts = {"steps": options.steps, "loss": float(np.mean(losses[-max(1, len(losses) // 10) :]))}
+        metadata = {"steps": options.steps, "loss": float(np.mean(losses[-max(1, len(losses) // 10) :]))}
         seconds = round(time.perf_counter() - start, 1)
-        write_json(directory / TRAINING, {**facts, **images_of(study, cell), "seconds": seconds})
+        write_json(directory / TRAINING, {**metadata, **images_of(study, cell), "seconds": seconds})
 
     inputs: dict[str, Any] = {
         "classes": list(corpus.mask_classes),
         "real": [corpus.fingerprint, rows.tolist()] if cell.real else None,
         "generated": None if pool is None else [pool.name, kept.tolist()],
-        "share": options.generated_share if cell.real and pool is not None else None,
+        "fraction": options.generated_fraction if cell.real and pool is not None else None,
         "network": [settings.encoder, settings.channels, settings.seed],
         "optimizer": [settings.batch_size, settings.learning_rate, settings.weight_decay, settings.ema_decay],
         "steps": options.steps,

@@ -21,7 +21,7 @@ from train.shipped import SHIPPED
 def run_task(cfg: DictConfig, name: str) -> None:
     """Fine-tune the configured foundation for a task, measure it and the baselines; prints metrics and the run."""
     start = time.perf_counter()
-    task = TASKS[name](cfg)  # what the corpus lacks is said before minutes go into a foundation
+    task = TASKS[name](cfg)  # what the corpus lacks is reported before minutes go into a foundation
     directory = fine_tune(cfg, task, *resolve_foundation(cfg))
     for baseline, measured in measure_baselines(cfg, task).items():
         _print_metrics(read_json(measured / METRICS_FILE), f"{baseline} ")
@@ -43,7 +43,7 @@ def _publish_combinations(cfg: DictConfig, name: str, directory: Path) -> None:
 
 
 def run_or_fine_tuned(cfg: DictConfig, name: str) -> Path:
-    """The run that `run` names; null: of a foundation, the shipped one unless told otherwise, fine-tuned once.
+    """The run that `run` names; null: of a foundation, the shipped one unless specified otherwise, fine-tuned once.
 
     Raises:
         UserError: the foundation is none, or does not fit the corpus.

@@ -31,17 +31,17 @@ def back_project(images: np.ndarray, low: np.ndarray, factor: int, kind: LinearK
     Returns:
         float32 [N, H, W, 3] in 0..255.
     """
-    target, found = np.asarray(low, dtype=np.float32), np.asarray(images, dtype=np.float32).clip(0, 255)
-    unfinished = np.arange(len(found))
+    target, result = np.asarray(low, dtype=np.float32), np.asarray(images, dtype=np.float32).clip(0, 255)
+    unfinished = np.arange(len(result))
     for step in range(iterations + MOST_EXACT_STEPS):
-        rest = target[unfinished] - reduce(found[unfinished], factor, kind)
+        rest = target[unfinished] - reduce(result[unfinished], factor, kind)
         wrong = np.abs(rest).max(axis=(1, 2, 3)) > TOLERANCE
         unfinished, rest = unfinished[wrong], rest[wrong]
         if not len(unfinished):
             break
         up = _smooth(rest, factor) if step < iterations else _least(rest, factor, kind)
-        found[unfinished] = (found[unfinished] + up).clip(0, 255)
-    return found
+        result[unfinished] = (result[unfinished] + up).clip(0, 255)
+    return result
 
 
 def _smooth(rest: np.ndarray, factor: int) -> np.ndarray:

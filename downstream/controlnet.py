@@ -40,10 +40,10 @@ def new_controlnet(parts: Parts, *channels: int, seed: int) -> ControlNetModel |
         UserError: there is no foundation, or its autoencoder's factor is not 8, which a ControlNet reduces masks by.
     """
     if parts.unet is None:
-        raise UserError("a ControlNet steers a foundation: give foundation=DIR, or network=shares for scratch")
+        raise UserError("a ControlNet steers a foundation: give foundation=DIR, or network=fractions for scratch")
     factor = 2 ** (len(parts.autoencoder.config.block_out_channels) - 1)
     if factor != 8:
-        raise UserError(f"a ControlNet reduces masks by 8, this autoencoder by {factor}: give network=shares")
+        raise UserError(f"a ControlNet reduces masks by 8, this autoencoder by {factor}: give network=fractions")
     if max(channels) >= IGNORED:
         raise UserError(f"{max(channels)} classes are too many: masks hold at most {IGNORED - 1}")
     with torch.random.fork_rng():

@@ -134,17 +134,20 @@ def degradation_of(cfg: DictConfig) -> Degradation:
 
 def _checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options with ranges as tuples; UserError for chances outside 0..1 and for ranges that are none."""
-    found = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    for name, value in found.items():
+    result = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    for name, value in result.items():
         if name.endswith("chance"):
-            right, wanted = 0 <= value <= 1, "a number from 0 to 1"
+            right, requested = 0 <= value <= 1, "a number from 0 to 1"
         elif name.endswith("sides"):
-            right, wanted = _is_range(value) and value[0] % 2 == value[1] % 2 == 1, "two odd numbers, the least first"
+            right, requested = (
+                _is_range(value) and value[0] % 2 == value[1] % 2 == 1,
+                "two odd numbers, the least first",
+            )
         else:
-            right, wanted = name == "seed" or _is_range(value), "two positive numbers, the least first"
+            right, requested = name == "seed" or _is_range(value), "two positive numbers, the least first"
         if not right:
-            raise UserError(f"downstream.super_resolution.{where}.{name}={options[name]}: give {wanted}")
-    return found
+            raise UserError(f"downstream.super_resolution.{where}.{name}={options[name]}: give {requested}")
+    return result
 
 
 def _is_range(value: Any) -> bool:

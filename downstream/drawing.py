@@ -103,17 +103,17 @@ def load_restorer(
     Args:
         option: that names the run, for messages.
         factor, options: by which it enlarges, and how, where the run does not say so.
-        noise_level: of the inputs in grey levels; of those that the run was trained with, the nearest is told.
+        noise_level: of the inputs in grey levels; the network gets the nearest of those that it was trained with.
     Raises:
         UserError: there is none, it is of another task, or it does not load.
     """
     pipeline, _ = load_pipeline(run, option, (_CONCATENATED,))
-    facts = _facts(run, option, "super_resolution").get("condition", {})
-    factor = int(facts.get("factor", factor))
-    levels = facts.get("noise_levels", [0])
+    metadata = _metadata(run, option, "super_resolution").get("condition", {})
+    factor = int(metadata.get("factor", factor))
+    levels = metadata.get("noise_levels", [0])
     nearest = min(levels, key=lambda level: abs(level - noise_level))
-    relative = facts["target"] == "difference" if "target" in facts else options.relative
-    kind = facts.get("degradation", {}).get("kind", options.kind)
+    relative = metadata["target"] == "difference" if "target" in metadata else options.relative
+    kind = metadata.get("degradation", {}).get("kind", options.kind)
     options = replace(options, relative=relative, kind=kind if kind in ("area", "bicubic") else "area")
     restorer = Restorer(pipeline, factor, steps, options, with_level("", levels, nearest))
     if factor < 1 or restorer.side % factor:
@@ -135,7 +135,7 @@ def load_synthesizer(
     """
     palette = palette_of(run, option)
     pipeline, _ = load_pipeline(run, option, (_CONCATENATED, _STEERED))
-    _facts(run, option, "semantic_synthesis")
+    _metadata(run, option, "semantic_synthesis")
     return Synthesizer(pipeline, palette, steps, prompt, guidance or UNGUIDED)
 
 
@@ -167,13 +167,13 @@ def colour_numbers(palette: Mapping[str, list[int]]) -> dict[int, int]:
     return numbers
 
 
-def _facts(run: Path, option: str, task: str) -> dict[str, Any]:
+def _metadata(run: Path, option: str, task: str) -> dict[str, Any]:
     """The inputs that a run's training had, {} where it does not say.
 
     Raises:
         UserError: it was a training for another task.
     """
-    facts = read_json(run / COMPLETE) if (run / COMPLETE).is_file() else {}
-    if facts.get("stage", task) != task:
-        raise UserError(f"{option}={run} is a run of {facts['stage']}: give one of {task}")
-    return facts.get("inputs", {})
+    metadata = read_json(run / COMPLETE) if (run / COMPLETE).is_file() else {}
+    if metadata.get("stage", task) != task:
+        raise UserError(f"{option}={run} is a run of {metadata['stage']}: give one of {task}")
+    return metadata.get("inputs", {})

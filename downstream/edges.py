@@ -22,7 +22,7 @@ class Canny:
     Attributes:
         sigma: of the Gaussian blur before it, in pixels.
         low, high: thresholds of the gradient's size; an edge has a pixel above `high` and none below `low`. Levels are
-            shares of the largest grey level, gradients those of a Sobel filter of unit weight.
+            fractions of the largest grey level, gradients those of a Sobel filter of unit weight.
     Raises:
         ValueError: sigma is not above 0, or the thresholds are not 0 < low <= high.
     """
@@ -38,25 +38,25 @@ class Canny:
 
 def edges(images: np.ndarray, options: Canny) -> np.ndarray:
     """Edges of the images' BT.601 luma by scikit-image, bool [N, H, W] of uint8 [N, H, W, 3]."""
-    found = np.zeros(images.shape[:3], dtype=bool)
-    for edge, grey in zip(found, luma(images)[..., 0] / 255, strict=True):
+    result = np.zeros(images.shape[:3], dtype=bool)
+    for edge, grey in zip(result, luma(images)[..., 0] / 255, strict=True):
         edge[:] = canny(grey, options.sigma, options.low, options.high)
-    return found
+    return result
 
 
-def edge_agreement(found: np.ndarray, truth: np.ndarray) -> float:
+def edge_agreement(result: np.ndarray, truth: np.ndarray) -> float:
     """F-score of edge pixels over all images together, bool [N, H, W] each; NaN where neither has any.
 
-    The harmonic mean of precision, the share of the found pixels that have a true one within `TOLERANCE`, and of
-    recall, the share of the true pixels that have a found one there (as boundaries are compared by Martin et al. 2004,
-    but without their one-to-one assignment).
+    The harmonic mean of precision, the fraction of the found pixels that have a true one within `TOLERANCE`, and of
+    recall, the fraction of the true pixels that have a found one there (as boundaries are compared by Martin et al.
+    2004, but without their one-to-one assignment).
     """
     around = np.ones((1, 2 * TOLERANCE + 1, 2 * TOLERANCE + 1), dtype=bool)
-    right = np.count_nonzero(found & binary_dilation(truth, around))
-    met = np.count_nonzero(truth & binary_dilation(found, around))
-    if not found.any() and not truth.any():
+    right = np.count_nonzero(result & binary_dilation(truth, around))
+    met = np.count_nonzero(truth & binary_dilation(result, around))
+    if not result.any() and not truth.any():
         return math.nan
     if not right:
         return 0.0
-    precision, recall = right / np.count_nonzero(found), met / np.count_nonzero(truth)
+    precision, recall = right / np.count_nonzero(result), met / np.count_nonzero(truth)
     return 2 * precision * recall / (precision + recall)

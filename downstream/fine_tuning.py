@@ -38,7 +38,7 @@ from eval.models import SNAPSHOT, SNAPSHOTS
 from runtime.artefacts import is_main_process, read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.tracking import Tracker, track
-from train.components import first_process_says, make_accelerator
+from train.components import first_process_decides, make_accelerator
 from train.foundation import objective_of
 from train.latents import cached_latents
 from train.loop import Batch, ComputeLoss, DrawBatch, LoopOptions, Modules, train_loop
@@ -63,7 +63,7 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
     Raises:
         UserError: the foundation is none, or does not fit the corpus.
     """
-    objective_of(cfg)  # what does not go together is said before anything is computed
+    objective_of(cfg)  # what does not go together is reported before anything is computed
     corpus = corpus_of(cfg, "train")
     parts = load_parts(cfg, foundation, corpus)
     _check_sides(corpus, held_out_images(cfg).corpus)
@@ -83,7 +83,7 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
         inputs,
         build,
         resumable=True,
-        together=first_process_says(cfg),
+        together=first_process_decides(cfg),
         code="downstream",
     )
     # found in the cache just after the build; anew where what it is measured with has changed since
@@ -104,7 +104,7 @@ def training_inputs(
     """All that the trained network depends on, for its fingerprint."""
     settings = cfg.downstream
     return {
-        "condition": task.facts,
+        "condition": task.metadata,
         "name": name,
         "network": weights_digest(parts.unet) if parts.unet is not None else cfg.model,
         "autoencoder": weights_digest(parts.autoencoder),
@@ -245,8 +245,8 @@ def _examples(run: _Run) -> Examples:
 
 def _latents(cfg: DictConfig, corpus: Corpus, rows: np.ndarray, autoencoder: nn.Module) -> np.ndarray:
     """Unit-scale latents of images, float32 [K, C, h, w]; of a variational autoencoder the means. Kept on disk."""
-    found = cached_latents(autoencoder, weights_digest(autoencoder), corpus, rows, cfg.runs)[0]
-    return found[:, : autoencoder.config.latent_channels]
+    result = cached_latents(autoencoder, weights_digest(autoencoder), corpus, rows, cfg.runs)[0]
+    return result[:, : autoencoder.config.latent_channels]
 
 
 def _conditions(
@@ -262,7 +262,7 @@ def _conditions(
         "corpus": corpus.fingerprint,
         "rows": rows.tolist(),
         "autoencoder": weights_digest(autoencoder),
-        "of": [task.name, task.facts],
+        "of": [task.name, task.metadata],
     }
     return np.load(stage(cfg.runs, "condition_latents", inputs, build) / "latents.npy")
 
@@ -275,12 +275,12 @@ class Dropout:
         condition: chance of a whole condition to be blanked; half of these lose their caption too, so that a draw can
             be guided by its condition.
         channel: chance of each channel of a condition to be blanked.
-        mean_share: share of the images that are all noise.
+        mean_fraction: fraction of the images that are all noise.
     """
 
     condition: float = 0.0
     channel: float = 0.0
-    mean_share: float = 0.0
+    mean_fraction: float = 0.0
 
 
 def conditioned_batches(examples: Examples, objective: Objective, size: int, dropout: Dropout) -> DrawBatch:
@@ -291,7 +291,7 @@ def conditioned_batches(examples: Examples, objective: Objective, size: int, dro
     def draw(random: np.random.Generator, part: slice) -> Batch:
         picked = random.integers(len(examples.latents), size=size)
         noise, times, dropped = objective.draw(random, (size, *shape))
-        times[torch.from_numpy(random.random(size) < dropout.mean_share)] = objective.last_time
+        times[torch.from_numpy(random.random(size) < dropout.mean_fraction)] = objective.last_time
         chance = random.random(size)
         caption = torch.from_numpy(examples.caption_of[picked])
         caption[dropped | torch.from_numpy(chance < dropout.condition / 2)] = empty
@@ -338,7 +338,7 @@ def conditioned_loss(objective: Objective) -> ComputeLoss:
 
 
 def _dropout(run: _Run) -> Dropout:
-    return Dropout(float(run.cfg.downstream.condition_dropout), run.task.channel_dropout, run.task.mean_share)
+    return Dropout(float(run.cfg.downstream.condition_dropout), run.task.channel_dropout, run.task.mean_fraction)
 
 
 def snapshot_steps(cfg: DictConfig, options: LoopOptions) -> list[int]:
@@ -360,8 +360,8 @@ def _keep_snapshot(
             for_raw_condition(modules[NETWORK], scale).save_pretrained(partial_folder / NETWORK)
         else:
             modules[CONTROLNET].save_pretrained(str(partial_folder / CONTROLNET))
-        facts = {"step": step, "images_seen": images_seen, "seconds": round(seconds, 2), "loss": mean_loss}
-        write_json(partial_folder / SNAPSHOT, facts)
+        metadata = {"step": step, "images_seen": images_seen, "seconds": round(seconds, 2), "loss": mean_loss}
+        write_json(partial_folder / SNAPSHOT, metadata)
         shutil.rmtree(folder, ignore_errors=True)
         partial_folder.rename(folder)
     accelerator.wait_for_everyone()
@@ -381,5 +381,5 @@ def _finish(
     for file, content in run.task.files.items():
         write_json(run.directory / file, content)
     last = read_json(run.directory / CHECKPOINTS / f"{run.options.steps:08d}" / "state.json")
-    facts = {"seconds": round(last["seconds"], 2), "loss": float(np.mean(last["losses"]))}
-    write_json(run.directory / TRAINING, {**training, **facts})
+    metadata = {"seconds": round(last["seconds"], 2), "loss": float(np.mean(last["losses"]))}
+    write_json(run.directory / TRAINING, {**training, **metadata})

@@ -94,7 +94,7 @@ class Place:
 
     @property
     def known(self) -> bool:
-        """Whether the ground is told."""
+        """Whether the ground location is known."""
         return self.crs is not None or self.transform is not None or bool(self.control_points[0])
 
     def enlarged(self, factor: int) -> Place:
@@ -462,9 +462,9 @@ class Mask:
     def rows(self, start: int, stop: int) -> Strip:
         strip = self.of.rows(start, stop)
         valid = np.ones(strip.values.shape[:2], bool) if strip.valid is None else strip.valid
-        found = np.full(valid.shape, IGNORED, np.uint8)
-        found[valid] = self.classes[np.searchsorted(self.keys, _keys(strip.values[valid], self.coloured))]
-        return Strip(found, strip.valid)
+        result = np.full(valid.shape, IGNORED, np.uint8)
+        result[valid] = self.classes[np.searchsorted(self.keys, _keys(strip.values[valid], self.coloured))]
+        return Strip(result, strip.valid)
 
 
 @contextlib.contextmanager
@@ -556,14 +556,14 @@ def _occurring(source: Source, coloured: bool) -> np.ndarray:
     Raises:
         Unknown: `_keys` does not know them, or there are more than `MOST_VALUES`.
     """
-    found = np.zeros(0, np.int64)
+    result = np.zeros(0, np.int64)
     for start in range(0, source.height, BLOCK):
         strip = source.rows(start, min(start + BLOCK, source.height))
         values = strip.values if strip.valid is None else strip.values[strip.valid]
-        found = np.union1d(found, pd.unique(_keys(values, coloured).ravel()).astype(np.int64))
-        if len(found) > MOST_VALUES:
+        result = np.union1d(result, pd.unique(_keys(values, coloured).ravel()).astype(np.int64))
+        if len(result) > MOST_VALUES:
             raise Unknown(f"more than {MOST_VALUES:,} different values")
-    return found
+    return result
 
 
 def _keys(values: np.ndarray, coloured: bool) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""Masks as conditions: class shares per latent cell, and an autoencoder whose encoder reads them from a picture.
+"""Masks as conditions: class fractions per latent cell, and an autoencoder whose encoder reads them from a picture.
 
-The network is given, for every latent cell, the share of its pixels that each class has. A pixel without a class counts
-for none, so that an unknown mask is all zeros, which is also what the pipeline guides away from.
+The network is given, for every latent cell, the fraction of its pixels that each class has. A pixel without a class
+counts for none, so that an unknown mask is all zeros, which is also what the pipeline guides away from.
 
 A StableDiffusionInstructPix2PixPipeline encodes its condition with its autoencoder and uses that encoder for nothing
 else. So the saved pipeline holds a copy of the autoencoder with another encoder of the same class, AutoencoderTiny,
-whose weights are set by hand: it takes the mask as a picture in the colours of a palette and gives the class shares.
+whose weights are set by hand: it takes the mask as a picture in the colours of a palette and gives the class fractions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DIRECTIONS = 4000
 def class_codes(classes: int, channels: int) -> np.ndarray:
     """What each class adds to the channels of a condition, float32 [K, C].
 
-    One channel a class where there are enough, so that channel k is the share of class k. Otherwise unit vectors in
+    One channel a class where there are enough, so that channel k is the fraction of class k. Otherwise unit vectors in
     random directions, of which no two of up to some dozens are alike.
     """
     if classes <= channels:
@@ -34,7 +34,7 @@ def class_codes(classes: int, channels: int) -> np.ndarray:
     return (codes / np.linalg.norm(codes, axis=1, keepdims=True)).astype(np.float32)
 
 
-def class_shares(masks: np.ndarray, codes: np.ndarray, cell: int) -> np.ndarray:
+def class_fractions(masks: np.ndarray, codes: np.ndarray, cell: int) -> np.ndarray:
     """The mean of the codes of each cell's pixels, float32 [N, C, H / cell, W / cell].
 
     Args:
@@ -47,15 +47,15 @@ def class_shares(masks: np.ndarray, codes: np.ndarray, cell: int) -> np.ndarray:
     table[: len(codes)] = codes
     table[IGNORED] = 0
     rows = masks.reshape(count, height // cell, cell, width // cell, cell)
-    shares = np.empty((count, height // cell, width // cell, codes.shape[1]), np.float32)
+    fractions = np.empty((count, height // cell, width // cell, codes.shape[1]), np.float32)
     for start in range(0, count, 256):
         part = slice(start, start + 256)
-        shares[part] = table[rows[part]].mean(axis=(2, 4))
-    return np.ascontiguousarray(shares.transpose(0, 3, 1, 2))
+        fractions[part] = table[rows[part]].mean(axis=(2, 4))
+    return np.ascontiguousarray(fractions.transpose(0, 3, 1, 2))
 
 
 def mask_autoencoder(autoencoder: nn.Module, palette: np.ndarray, codes: np.ndarray) -> nn.Module:
-    """The autoencoder with an encoder that turns pictures in the palette's colours into `class_shares`.
+    """The autoencoder with an encoder that turns pictures in the palette's colours into `class_fractions`.
 
     Its decoder is the given one's. The first layers project a pixel's colour on one axis, on which all colours differ,
     and interpolate between them: a piecewise linear function of the axis that is a class's code at its colour and zero
@@ -147,5 +147,5 @@ def _hats(knots: np.ndarray) -> np.ndarray:
     Row i holds the coefficients of relu(x - knot j). At and above its last knot a hat stays constant.
     """
     values = np.maximum(knots[1:, None] - knots[None], 0)  # of every hinge at every knot but the first
-    wanted = np.eye(len(knots) - 1)
-    return np.linalg.lstsq(values, wanted, rcond=None)[0].T
+    requested = np.eye(len(knots) - 1)
+    return np.linalg.lstsq(values, requested, rcond=None)[0].T

@@ -31,7 +31,7 @@ from eval.held_out import HeldOut
 from eval.measuring import embed_rows, encoders_of
 from eval.metrics import METRICS, compute
 from eval.models import SNAPSHOT, snapshots_of
-from eval.processes import first_process_says, over_processes
+from eval.processes import first_process_decides, over_processes
 from eval.restoration import spread_map
 from report.figures import comparison_sheet
 from runtime.artefacts import is_main_process, read_json, stage, write_json
@@ -90,7 +90,7 @@ def draw_outputs(cfg: DictConfig, task: Task, run: Path, held: HeldOut, snapshot
 
     inputs = _drawing_inputs(cfg, task, run, held)
     inputs |= {} if snapshot is None else {"snapshot": pipeline_fingerprint(snapshot)}
-    return stage(cfg.runs, "task_outputs", inputs, build, together=first_process_says)
+    return stage(cfg.runs, "task_outputs", inputs, build, together=first_process_decides)
 
 
 def draw_variants(cfg: DictConfig, task: Task, run: Path, held: HeldOut) -> Path:
@@ -105,7 +105,7 @@ def draw_variants(cfg: DictConfig, task: Task, run: Path, held: HeldOut) -> Path
         _save_outputs(directory, outputs.reshape(len(held), count, *outputs.shape[1:]))
 
     inputs = {**_drawing_inputs(cfg, task, run, held), "variants": count}
-    return stage(cfg.runs, "task_outputs", inputs, build, together=first_process_says)
+    return stage(cfg.runs, "task_outputs", inputs, build, together=first_process_decides)
 
 
 def _repeated(held: HeldOut, count: int) -> HeldOut:
@@ -117,7 +117,7 @@ def _repeated(held: HeldOut, count: int) -> HeldOut:
 def _drawing_inputs(cfg: DictConfig, task: Task, run: Path, held: HeldOut) -> dict[str, Any]:
     inputs = {
         "model": pipeline_fingerprint(run / "pipeline"),
-        "condition": [task.name, task.facts, task.draw_facts, task.guidance, task.samples],
+        "condition": [task.name, task.metadata, task.draw_metadata, task.guidance, task.samples],
         "held_out": held.key,
         "captions": task.texts(held.corpus, held.rows),
         "sampling": [int(cfg.downstream.steps), int(cfg.eval.seed)],
@@ -197,7 +197,7 @@ def computed_outputs(
     def build(directory: Path) -> None:
         _save_outputs(directory, compute_all())
 
-    inputs = {"baseline": method, "condition": [task.name, task.facts], "held_out": held.key, "of": of}
+    inputs = {"baseline": method, "condition": [task.name, task.metadata], "held_out": held.key, "of": of}
     return stage(cfg.runs, "task_outputs", inputs, build)
 
 
@@ -233,10 +233,10 @@ def measure_outputs(
         "encoders": list(judges.encoders),
         "segmenter": judges.segmenter and judges.segmenter.key,
         "perceptual": judges.perceptual and judges.perceptual.fingerprint,
-        "task": [sorted(task.metrics), task.facts],
+        "task": [sorted(task.metrics), task.metadata],
         "metrics": sorted(METRICS),
     }
-    return stage(cfg.runs, "task_measured", inputs, build, together=first_process_says)
+    return stage(cfg.runs, "task_measured", inputs, build, together=first_process_decides)
 
 
 def output_metrics(
@@ -286,7 +286,7 @@ def real_segmentation_metrics(cfg: DictConfig, held: HeldOut) -> dict[str, float
             write_json(directory / METRICS_FILE, metrics)
 
     inputs = {"segmenter": segmenter.key, "held_out": held.key, "metrics": sorted(METRICS)}
-    directory = stage(cfg.runs, "real_segmentation", inputs, build, together=first_process_says)
+    directory = stage(cfg.runs, "real_segmentation", inputs, build, together=first_process_decides)
     return read_json(directory / METRICS_FILE)
 
 
@@ -315,11 +315,11 @@ def measured_combinations(
     cfg: DictConfig, task: Task, run: Path, held: HeldOut, judges: TaskJudges
 ) -> dict[str, tuple[Path, Path]]:
     """The stages that measure a finished training in every one of `Task.combinations`: outputs and metrics, by name."""
-    found = {}
+    result = {}
     for name, chosen in task.combinations().items():
         outputs = draw_outputs(cfg, chosen, run, held)
-        found[name] = outputs, measure_outputs(cfg, chosen, outputs, held, judges)
-    return found
+        result[name] = outputs, measure_outputs(cfg, chosen, outputs, held, judges)
+    return result
 
 
 def measure_run(cfg: DictConfig, task: Task, run: Path, tracker: Tracker) -> None:

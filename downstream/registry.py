@@ -36,18 +36,18 @@ def chain_tasks() -> dict[str, MakeTask]:
 
 
 def suitable_names(cfg: DictConfig) -> list[str]:
-    """The names of `suitable_tasks`, told by the sources of the corpus, without an index."""
+    """The names of `suitable_tasks`, determined by the sources of the corpus, without an index."""
     modules = {name: sys.modules[make_task.__module__] for name, make_task in chain_tasks().items()}
     return [name for name, module in modules.items() if not getattr(module, "unsuited", lambda _: None)(cfg)]
 
 
 def suitable_tasks(cfg: DictConfig) -> dict[str, Task]:
-    """The tasks of `chain_tasks` that the corpus can be used for; what keeps it from another is said on stderr."""
-    found = {}
+    """The tasks of `chain_tasks` that the corpus can be used for; what keeps it from another is reported on stderr."""
+    result = {}
     for name, make_task in chain_tasks().items():
         try:
-            found[name] = make_task(cfg)
+            result[name] = make_task(cfg)
         except Unsuited as reason:
             if is_main_process():
                 print(f"no {name}: {reason}", file=sys.stderr, flush=True)
-    return found
+    return result

@@ -27,7 +27,7 @@ from encoders.pixels import to_tensor, to_uint8
 from runtime.artefacts import is_main_process, read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.tracking import track
-from train.components import first_process_says, make_accelerator
+from train.components import first_process_decides, make_accelerator
 from train.latents import symmetric
 from train.loop import Batch, DrawBatch, LoopOptions, Modules, train_loop
 from train.measured_run import TRAINING
@@ -41,7 +41,7 @@ BATCH = 100
 MOST_BLOCKS = 32
 #: Channels are multiples of this.
 WIDTH_STEP = 8
-#: By how much the number of weights may differ from what was asked for.
+#: By how much the number of weights may differ from what was requested.
 LEEWAY = 0.1
 
 
@@ -155,7 +155,7 @@ def train_regression(cfg: DictConfig, parameters: int, options: LoopOptions) -> 
         "loop": options,
         "mixed_precision": cfg.train.mixed_precision,
     }
-    return stage(cfg.runs, "regression", inputs, build, resumable=True, together=first_process_says(cfg))
+    return stage(cfg.runs, "regression", inputs, build, resumable=True, together=first_process_decides(cfg))
 
 
 def _train(
@@ -168,7 +168,7 @@ def _train(
 ) -> None:
     """Train, and leave the weights and training.json in the directory."""
     accelerator = make_accelerator(cfg)
-    facts = {
+    metadata = {
         "method": REGRESSION,
         "network": network.shape,
         "steps": options.steps,
@@ -193,8 +193,8 @@ def _train(
         state = {name: value.detach().cpu().contiguous() for name, value in trained.state_dict().items()}
         save_file(state, directory / WEIGHTS)
         last = read_json(directory / CHECKPOINTS / f"{options.steps:08d}" / "state.json")
-        facts |= {"seconds": round(last["seconds"], 2), "loss": float(np.mean(last["losses"]))}
-        write_json(directory / TRAINING, facts)
+        metadata |= {"seconds": round(last["seconds"], 2), "loss": float(np.mean(last["losses"]))}
+        write_json(directory / TRAINING, metadata)
         shutil.rmtree(directory / CHECKPOINTS)
     accelerator.wait_for_everyone()
 

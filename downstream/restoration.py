@@ -131,24 +131,24 @@ class Restorer:
         text = encode_prompts(self.pipeline.text_encoder, self.pipeline.tokenizer, list(texts)).to(vae.device)[text_of]
         drawn = self._between(condition, torch.from_numpy(np.ascontiguousarray(noise)).to(vae.device), text)
         raw = drawn / vae.config.scaling_factor
-        found = _decoded(vae, raw + condition if options.relative else raw)
+        result = _decoded(vae, raw + condition if options.relative else raw)
         if options.residual:
-            found = enlarged + found - (_decoded(vae, condition) if rebuilt is None else rebuilt)
+            result = enlarged + result - (_decoded(vae, condition) if rebuilt is None else rebuilt)
         if options.consistency:
-            found = back_project(found.astype(np.float32), low, self.factor, options.kind, options.consistency)
-        return found.clip(0, 255).astype(np.float32)
+            result = back_project(result.astype(np.float32), low, self.factor, options.kind, options.consistency)
+        return result.clip(0, 255).astype(np.float32)
 
     def _between(self, condition: torch.Tensor, noise: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Latents [N, C, h, w] of unit scale, where the dial points to."""
         dial, options = self.options.dial, self.options
-        found = torch.zeros_like(noise[:, 0])
+        result = torch.zeros_like(noise[:, 0])
         if dial < 1:  # one solver step: the network's estimate of the latents from noise alone
             means = [self.draw(condition, part, text, 1) for part in noise[:, : options.mean_draws].unbind(1)]
-            found += (1 - dial) * torch.stack(means).mean(0)
+            result += (1 - dial) * torch.stack(means).mean(0)
         if dial > 0:
             draws = [self.draw(condition, part, text, self.steps) for part in noise[:, : options.samples].unbind(1)]
-            found += dial * torch.stack(draws).mean(0)
-        return found
+            result += dial * torch.stack(draws).mean(0)
+        return result
 
     @torch.inference_mode()
     def draw(self, condition: torch.Tensor, noise: torch.Tensor, text: torch.Tensor, steps: int) -> torch.Tensor:

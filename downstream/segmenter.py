@@ -139,9 +139,9 @@ def trained_segmenter(cfg: DictConfig) -> Segmenter:
         network = new_network(options, classes).to(device())
         state, rounds = train_segmenter(network, training, val, options)
         save_file(state, directory / WEIGHTS)
-        best = max(rounds, key=lambda found: found["miou"])
-        facts = {"best_round": best["round"], "rounds": rounds, "seconds": round(time.perf_counter() - start, 1)}
-        write_json(directory / "training.json", facts)
+        best = max(rounds, key=lambda result: result["miou"])
+        metadata = {"best_round": best["round"], "rounds": rounds, "seconds": round(time.perf_counter() - start, 1)}
+        write_json(directory / "training.json", metadata)
 
     inputs = {"training": training.fingerprint, "val": val.fingerprint, "options": options}
     return Segmenter(stage(cfg.runs, "segmenter", inputs, build), options, classes)
@@ -202,13 +202,13 @@ def train_segmenter(
         average.update_parameters(network)
         if (step + 1) % steps:
             continue
-        found = {"round": len(rounds) + 1, "loss": float(np.mean(losses)), **_measured(average.module, images, masks)}
-        if not rounds or found["miou"] > max(earlier["miou"] for earlier in rounds):
+        result = {"round": len(rounds) + 1, "loss": float(np.mean(losses)), **_measured(average.module, images, masks)}
+        if not rounds or result["miou"] > max(earlier["miou"] for earlier in rounds):
             best = _weights(average)
-        rounds.append(found)
-        schedule.step(found["miou"])
+        rounds.append(result)
+        schedule.step(result["miou"])
         losses.clear()
-        bar.set_postfix(miou=f"{found['miou']:.3f}", refresh=False)
+        bar.set_postfix(miou=f"{result['miou']:.3f}", refresh=False)
         if _stopped_improving(rounds, options.patience):
             break
     bar.close()
@@ -268,10 +268,10 @@ def _update(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.
 
 
 def _measured(network: nn.Module, images: np.ndarray, masks: np.ndarray) -> dict[str, float]:
-    found, classes = segment(network.eval(), images), network.segmentation_head[0].out_channels
+    result, classes = segment(network.eval(), images), network.segmentation_head[0].out_channels
     return {
-        "miou": mean_intersection_over_union(found, masks, classes),
-        "pixel_accuracy": pixel_accuracy(found, masks, classes),
+        "miou": mean_intersection_over_union(result, masks, classes),
+        "pixel_accuracy": pixel_accuracy(result, masks, classes),
     }
 
 

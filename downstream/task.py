@@ -46,7 +46,7 @@ class Task:
         name: of its file, its stage and its table.
         condition: (corpus, rows) -> the pictures that the pipeline is given, uint8 [K, R, R, 3]; None: all that it is
             given are `controls`.
-        facts: what the trained network depends on beside the corpus, for fingerprints.
+        metadata: what the trained network depends on beside the corpus, for fingerprints.
         captioned: whether the network reads the captions of the images.
         metrics: keys of `eval.metrics.METRICS` that are measured; those that need a segmentation get one.
         curve: those of them that are measured at every length of `downstream.lengths`; the others at the end alone.
@@ -63,12 +63,12 @@ class Task:
         examples: (corpus, rows) -> condition pictures and texts of training images, where they differ from those of
             held-out ones.
         relative: the network learns the difference of the latents to those of the condition picture.
-        mean_share: share of the training images that are all noise, from which the network learns the mean image.
+        mean_fraction: fraction of the training images that are all noise, from which the network learns the mean image.
         channel_dropout: chance of each channel of a condition to be blanked in training.
         guidance: of the outputs.
         draw: (pipeline, corpus, rows, noise) -> outputs uint8 [K, R, R, 3], where one call of the pipeline is not all;
             noise is float32 [K, samples, C, h, w].
-        draw_facts: what the outputs depend on beside the trained network, for fingerprints.
+        draw_metadata: what the outputs depend on beside the trained network, for fingerprints.
         samples: noise that an output is drawn from.
         measured: (held-out images, outputs) -> further inputs of metrics, by name.
         own_metrics: (held-out images, outputs) -> numbers that `eval.metrics.METRICS` does not know, by name.
@@ -77,7 +77,7 @@ class Task:
 
     name: str
     condition: Callable[[Corpus, np.ndarray], np.ndarray] | None
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     captioned: bool
     metrics: tuple[str, ...]
     inputs: Callable[[HeldOut], dict[str, np.ndarray]]
@@ -89,11 +89,11 @@ class Task:
     scales: tuple[float, ...] = ()
     examples: Callable[[Corpus, np.ndarray], tuple[np.ndarray, Sequence[str]]] | None = None
     relative: bool = False
-    mean_share: float = 0.0
+    mean_fraction: float = 0.0
     channel_dropout: float = 0.0
     guidance: Guidance = Guidance()
     draw: Callable[[DiffusionPipeline, Corpus, np.ndarray, np.ndarray], np.ndarray] | None = None
-    draw_facts: Mapping[str, Any] = field(default_factory=dict)
+    draw_metadata: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 1
     measured: Callable[[HeldOut, np.ndarray], dict[str, Any]] | None = None
     own_metrics: Callable[[HeldOut, np.ndarray], dict[str, float]] | None = None

@@ -1,6 +1,6 @@
 """Images of any size as overlapping tiles: where tiles lie, their weights, the noise of the ground, blending in strips.
 
-Lengths are in pixels of the drawn image unless said otherwise. Nothing here holds more of an image than one row of
+Lengths are in pixels of the drawn image unless specified otherwise. Nothing here holds more of an image than one row of
 tiles.
 """
 
@@ -86,8 +86,8 @@ def reflected(start: int, stop: int, length: int) -> np.ndarray:
     if length == 1:
         return np.zeros(stop - start, np.int64)
     period = 2 * (length - 1)
-    places = np.arange(start, stop) % period
-    return np.minimum(places, period - places)
+    positions = np.arange(start, stop) % period
+    return np.minimum(positions, period - positions)
 
 
 def tile_window(side: int, overlap: int) -> np.ndarray:
@@ -98,7 +98,7 @@ def tile_window(side: int, overlap: int) -> np.ndarray:
     return np.sin(np.pi / 2 * np.minimum(to_end / overlap, 1)) ** 2
 
 
-def tile_shares(starts: list[int], side: int, overlap: int) -> np.ndarray:
+def tile_fractions(starts: list[int], side: int, overlap: int) -> np.ndarray:
     """Weights of tiles along an axis that add up to one at every pixel, float32 [tiles, side].
 
     Those of a tile in the plane are the product over both axes, and add up to one as well.
@@ -145,13 +145,13 @@ def blended(grid: Grid, tile_rows: Iterable[Iterable[tuple[int, np.ndarray]]]) -
         float32 [h, width, 3]; the heights add up to that of the image.
     """
     side = grid.side
-    across, down = (tile_shares(starts, side, grid.overlap) for starts in (grid.columns, grid.rows))
+    across, down = (tile_fractions(starts, side, grid.overlap) for starts in (grid.columns, grid.rows))
     waiting = np.zeros((side, grid.padded_width, 3), np.float32)
     ends = [*grid.rows[1:], grid.padded_height]
-    for shares, top, end, tiles in zip(down, grid.rows, ends, tile_rows, strict=True):
+    for fractions, top, end, tiles in zip(down, grid.rows, ends, tile_rows, strict=True):
         for column, tile in tiles:
             left = grid.columns[column]
-            waiting[:, left : left + side] += tile * (shares[:, None] * across[column])[..., None]
+            waiting[:, left : left + side] += tile * (fractions[:, None] * across[column])[..., None]
         yield waiting[: min(end, grid.height) - top, : grid.width].copy()
         done = end - top
         waiting[: side - done] = waiting[done:]

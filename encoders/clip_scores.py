@@ -38,16 +38,16 @@ class ClipScorer:
         """Unit embeddings float32 [N, D] of uint8 images [N, H, W, 3]."""
         device = next(self.model.parameters()).device
         parts = (self.pixels(images[start : start + BATCH]).to(device) for start in range(0, len(images), BATCH))
-        found = [self.model.get_image_features(pixel_values=part).pooler_output.float() for part in parts]
-        return nn.functional.normalize(torch.cat(found), dim=1)
+        result = [self.model.get_image_features(pixel_values=part).pooler_output.float() for part in parts]
+        return nn.functional.normalize(torch.cat(result), dim=1)
 
     @torch.no_grad()
     def text_embeddings(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit embeddings float32 [T, D]; texts beyond the model's length are cut."""
         device = next(self.model.parameters()).device
         tokens = tokenize(self.tokenizer, list(texts)).split(BATCH)
-        found = [self.model.get_text_features(input_ids=part.to(device)).pooler_output.float() for part in tokens]
-        return nn.functional.normalize(torch.cat(found), dim=1)
+        result = [self.model.get_text_features(input_ids=part.to(device)).pooler_output.float() for part in tokens]
+        return nn.functional.normalize(torch.cat(result), dim=1)
 
     def cut(self, texts: Sequence[str]) -> int:
         """How many of the texts have more tokens than the model reads."""
@@ -72,8 +72,8 @@ class ClipScorer:
         """
         names = sorted(described)
         centres = torch.stack([self.text_embeddings(described[name]).mean(0) for name in names])
-        found = self.image_embeddings(images) @ nn.functional.normalize(centres, dim=1).T
-        return np.array(names)[found.argmax(1).cpu().numpy()]
+        result = self.image_embeddings(images) @ nn.functional.normalize(centres, dim=1).T
+        return np.array(names)[result.argmax(1).cpu().numpy()]
 
 
 def load_clip(

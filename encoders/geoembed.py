@@ -56,9 +56,9 @@ def _geoembed() -> nn.Module:
         with np.load(weights, allow_pickle=False) as arrays:
             state = {_torchvision_name(name): torch.from_numpy(arrays[name]) for name in arrays.files}
     state["fc.weight"] = state["fc.weight"].T.contiguous()
-    wanted = {key for key in network.state_dict() if not key.endswith("num_batches_tracked")}
+    requested = {key for key in network.state_dict() if not key.endswith("num_batches_tracked")}
     try:
-        network.load_state_dict({key: state[key] for key in wanted}, strict=False)
+        network.load_state_dict({key: state[key] for key in requested}, strict=False)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{weights} does not fit GeoEmbed's ResNet-18: {str(error).splitlines()[0]}") from error
     network = network.eval().requires_grad_(False)

@@ -98,7 +98,7 @@ def _inception(folder: Path, download: bool) -> nn.Module:
 def _missing(path: Path, reason: str) -> UserError:
     return UserError(
         f"no {path}, the InceptionV3 that fid is defined on, and it was not fetched ({reason}): put the file there, "
-        f"name its folder with encoder.folder (in profile=paper yardstick.folder), or {AVOID}"
+        f"name its folder with encoder.folder (in profile=paper evaluation_encoder.folder), or {AVOID}"
     )
 
 

@@ -51,8 +51,8 @@ class PerceptualScorer:
             )
         parts = [slice(start, start + BATCH) for start in range(0, len(images), BATCH)]
         pairs = ((to_tensor(x[part]).to(device()) for x in (images, truth)) for part in parts)
-        found = [self.network(*pair).flatten().float().cpu().numpy() for pair in pairs]
-        return np.concatenate(found) if found else np.empty(0, np.float32)
+        result = [self.network(*pair).flatten().float().cpu().numpy() for pair in pairs]
+        return np.concatenate(result) if result else np.empty(0, np.float32)
 
 
 def perceptual_scorer(weights: str | None) -> PerceptualScorer | None:
@@ -95,11 +95,11 @@ def _backbone(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
     except Exception as error:  # a broken file raises whatever its reader stumbles on
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{refusal} ({reason}): {remedy}") from error
-    found = {}
+    result = {}
     for name, value in network.state_dict().items():
         key = f"features.{name.split('.', 1)[1]}"
         tensor = source.get(key) if isinstance(source, dict) else None
         if not isinstance(tensor, torch.Tensor) or tensor.shape != value.shape:
             raise UserError(f"{refusal} ({key} is missing or of another shape): {remedy}")
-        found[name] = tensor
-    return found
+        result[name] = tensor
+    return result

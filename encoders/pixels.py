@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor
 #: What `from_pretrained` raises for a network that is not there, cannot be reached or is broken.
 LOAD_ERRORS = (OSError, ValueError, HTTPError, SafetensorError)
 #: What a message about a missing encoder advises.
-AVOID = "choose encoder=efficientnet_lite0, which a package ships (in profile=paper also encoder@yardstick=…)"
+AVOID = "choose encoder=efficientnet_lite0, which a package ships (in profile=paper also encoder@evaluation_encoder=…)"
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:

@@ -30,8 +30,8 @@ def first_reached(
     index = int(reached[0])
     if index == 0:
         return float(x[0])
-    share = -gain[index - 1] / (gain[index] - gain[index - 1])
-    return float(x[index - 1] + share * (x[index] - x[index - 1]))
+    fraction = -gain[index - 1] / (gain[index] - gain[index - 1])
+    return float(x[index - 1] + fraction * (x[index] - x[index - 1]))
 
 
 def lower_is_better(name: str) -> bool:

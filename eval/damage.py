@@ -56,13 +56,13 @@ def recoloured(images: np.ndarray, strength: float, generator: np.random.Generat
 
 
 def flattened(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
-    """Less contrast: pixels move to the mean colour of their image; strength is the share of the way."""
+    """Less contrast: pixels move to the mean colour of their image; strength is the fraction of the way."""
     mean = images.mean(axis=(1, 2), keepdims=True)
     return _bytes(images + strength * (mean - images))
 
 
 def shuffled(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
-    """Cells of a GRID x GRID grid change places within their image; strength is the share of cells that move."""
+    """Cells of a GRID x GRID grid change positions within their image; strength is the fraction of cells that move."""
     size = np.array(images.shape[1:3]) // GRID
     result = images.copy()
     for before, after in zip(images, result, strict=True):
@@ -115,29 +115,29 @@ def deal(images: np.ndarray, scenes: np.ndarray, size: int, generator: np.random
 
 
 def swapped(pool: Pool, strength: float, generator: np.random.Generator) -> np.ndarray:
-    """The clean set's rows with a share, the strength, of all other scenes' images replaced by the commonest scene's.
+    """The clean set's rows; a fraction (the strength) of the other scenes' images is replaced by the commonest scene's.
 
     Raises:
         UserError: that scene has too few spare images.
     """
     names, counts = np.unique(pool.scenes[pool.spare], return_counts=True)
     intruder = names[counts.argmax()]
-    places = generator.permutation(np.flatnonzero(pool.scenes[pool.clean] != intruder))
-    places = places[: round(strength * len(places))]
+    positions = generator.permutation(np.flatnonzero(pool.scenes[pool.clean] != intruder))
+    positions = positions[: round(strength * len(positions))]
     spare = generator.permutation(pool.spare[pool.scenes[pool.spare] == intruder])
-    if len(spare) < len(places):
+    if len(spare) < len(positions):
         raise UserError(
-            f"scene {intruder} has {len(spare)} spare images, {len(places)} are needed: lower damage.images"
+            f"scene {intruder} has {len(spare)} spare images, {len(positions)} are needed: lower damage.images"
         )
     rows = pool.clean.copy()
-    rows[places] = spare[: len(places)]
+    rows[positions] = spare[: len(positions)]
     return rows
 
 
 def fewer_modes(pool: Pool, strength: float, generator: np.random.Generator) -> np.ndarray:
     """The clean set's rows with the images of lost scenes replaced by further images of the other scenes, in turn.
 
-    Strength is the share of scenes that are lost, in random order; one is left at least. Where the spare images of a
+    Strength is the fraction of scenes that are lost, in random order; one is left at least. Where the spare images of a
     scene run out, its images repeat.
     """
     names = generator.permutation(np.unique(pool.scenes))
@@ -174,15 +174,15 @@ DAMAGES: dict[str, Damage] = {
     "noise": Damage("σ, grey levels", (2, 4, 8, 16, 32), pixels=noisy),
     "jpeg": Damage("100 − quality", (5, 15, 30, 60, 90), pixels=compressed),
     "colour": Damage("hue, degrees", (3, 6, 12, 24, 48), pixels=recoloured),
-    "contrast": Damage("share of contrast lost", (0.1, 0.2, 0.35, 0.5, 0.7), pixels=flattened),
-    "shuffle": Damage("share of 8 × 8 cells moved", (0.05, 0.1, 0.25, 0.5, 1.0), pixels=shuffled),
-    "swapped_scenes": Damage("share of images swapped", (0.1, 0.2, 0.35, 0.5, 0.8), mixture=swapped),
-    "fewer_modes": Damage("share of scenes lost", (0.125, 0.25, 0.5, 0.75, 0.875), mixture=fewer_modes),
+    "contrast": Damage("fraction of contrast lost", (0.1, 0.2, 0.35, 0.5, 0.7), pixels=flattened),
+    "shuffle": Damage("fraction of 8 × 8 cells moved", (0.05, 0.1, 0.25, 0.5, 1.0), pixels=shuffled),
+    "swapped_scenes": Damage("fraction of images swapped", (0.1, 0.2, 0.35, 0.5, 0.8), mixture=swapped),
+    "fewer_modes": Damage("fraction of scenes lost", (0.125, 0.25, 0.5, 0.75, 0.875), mixture=fewer_modes),
 }
 
 
 class PoolFeatures:
-    """Features of a pool's images, each image embedded when it is first asked for."""
+    """Features of a pool's images, each image embedded when it is first requested."""
 
     def __init__(self, encoder: Encoder, pool: Pool) -> None:
         self.encoder, self.pool = encoder, pool
@@ -211,15 +211,15 @@ def damage_curve(features: PoolFeatures, name: str, strengths: Sequence[float], 
     for strength in (0.0, *strengths):
         generator = np.random.default_rng(seed)
         if not strength:
-            found = features(pool.clean)
+            result = features(pool.clean)
         elif damage.mixture is not None:
-            found = features(damage.mixture(pool, strength, generator))
+            result = features(damage.mixture(pool, strength, generator))
         else:
             images = damage.pixels(pool.images[pool.clean], strength, generator)
-            found = embed(encoder, images, batch_size=encoder.batch_size, label=f"{encoder.name}, {name} {strength:g}")
-        value, low, high = kernel_distance(found, reference)
+            result = embed(encoder, images, batch_size=encoder.batch_size, label=f"{encoder.name}, {name} {strength:g}")
+        value, low, high = kernel_distance(result, reference)
         distances = {"kid_x1000": value, "kid_x1000_low": low, "kid_x1000_high": high}
-        rows.append({"strength": strength, **distances, "fd": frechet_distance(found, reference)})
+        rows.append({"strength": strength, **distances, "fd": frechet_distance(result, reference)})
     return pd.DataFrame(rows)
 
 
@@ -238,14 +238,14 @@ def verdict(curve: pd.DataFrame) -> dict[str, float]:
         in the wrong order; `beyond_intervals`, those of them whose KID intervals lie apart; `seen_at`, the first step
         (1, 2, ...) whose KID interval lies above the undamaged one, NaN where none does.
     """
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for metric in ("kid_x1000", "fd"):
-        found[f"{metric}_spearman"] = float(spearmanr(curve["strength"], curve[metric]).statistic)
-        found[f"{metric}_inversions"] = inversions(curve[metric].tolist())
+        result[f"{metric}_spearman"] = float(spearmanr(curve["strength"], curve[metric]).statistic)
+        result[f"{metric}_inversions"] = inversions(curve[metric].tolist())
     low, high = curve["kid_x1000_low"].to_numpy(), curve["kid_x1000_high"].to_numpy()
-    found["beyond_intervals"] = int(np.triu(low[:, None] > high[None], 1).sum())
+    result["beyond_intervals"] = int(np.triu(low[:, None] > high[None], 1).sum())
     above = np.flatnonzero(low > high[0])
-    return {**found, "seen_at": float(above[0]) if len(above) else float("nan")}
+    return {**result, "seen_at": float(above[0]) if len(above) else float("nan")}
 
 
 def kernel_alignment(features: np.ndarray, other: np.ndarray) -> float:

@@ -74,11 +74,11 @@ def extrapolated_frechet_distance(
         return float("nan")
     counts = np.unique(np.linspace(size // 2, size, sizes).round().astype(np.int64))
     generator = np.random.default_rng([seed, 320])
-    found = []
+    result = []
     for count in counts:
         first, second = (x[generator.permutation(len(x))[:count]] for x in (features, reference))
-        found.append(frechet_distance(first, second))
-    return float(np.polyfit(1 / counts, found, 1)[1])
+        result.append(frechet_distance(first, second))
+    return float(np.polyfit(1 / counts, result, 1)[1])
 
 
 def kernel_distance(features: np.ndarray, reference: np.ndarray, *, blocks: int = 23) -> Interval:
@@ -195,7 +195,7 @@ def _jackknife(estimates: np.ndarray) -> Interval:
 
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019): share of one set inside the other's k-NN balls."""
+    """Improved precision and recall (Kynkäänniemi et al. 2019): fraction of one set inside the other's k-NN balls."""
     if too_few(features, reference):
         return float("nan"), float("nan")
     first, second = (torch.from_numpy(np.asarray(x, dtype=np.float32)) for x in (features, reference))
@@ -223,7 +223,7 @@ def density_coverage(features: np.ndarray, reference: np.ndarray, neighbours: in
     """Density and coverage (Naeem et al. 2020, equations 5 and 6) on the reference's k-NN balls.
 
     Density: how many reference balls an image lies in, over k; above 1 where images crowd the dense parts.
-    Coverage: share of reference balls with at least one image inside.
+    Coverage: fraction of reference balls with at least one image inside.
 
     Args:
         features: float [N, D]; reference: float [M, D].

@@ -137,9 +137,9 @@ def held_out_sets(
         rows = draw(corpus, usable, size, np.random.default_rng([seed, 100 + index, half]))
         if len(rows) < size and half == 0:
             raise UserError(
-                f"the held-out corpus {corpus.name} has {len(rows)} usable images, eval.images={size} are asked for: "
-                "lower eval.images (eval.convergence_images of snapshots) or hold out more images (corpus.test_share, "
-                "corpus.val_share)"
+                f"the held-out corpus {corpus.name} has {len(rows)} usable images, eval.images={size} are requested: "
+                "lower eval.images (eval.convergence_images of snapshots) or hold out more images "
+                "(corpus.test_fraction, corpus.val_fraction)"
             )
         features = {encoder.name: _features(corpus, rows, encoder, name, runs) for encoder in encoders}
         captions = corpus.manifest["caption"].iloc[rows].tolist()

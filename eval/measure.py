@@ -16,8 +16,8 @@ from runtime.artefacts import read_json
 
 def main(cfg: DictConfig) -> None:
     directory = measure_any(cfg)
-    facts = read_json(directory / PEER) if (directory / PEER).is_file() else {}
-    print(json.dumps({**facts, **read_json(directory / "metrics.json")}))
+    metadata = read_json(directory / PEER) if (directory / PEER).is_file() else {}
+    print(json.dumps({**metadata, **read_json(directory / "metrics.json")}))
     print(f"results: {directory}")
 
 

@@ -21,7 +21,7 @@ from eval.metrics import METRICS, compute
 from eval.models import Model
 from eval.pairs import Confusion
 from eval.peers.peer import PeerModel
-from eval.processes import first_process_says, over_processes
+from eval.processes import first_process_decides, over_processes
 from runtime.artefacts import fingerprint, is_main_process, read_json, stage, write_json
 
 #: Captions of a scene, of training images, whose mean embedding stands for it when images are classified.
@@ -71,9 +71,9 @@ class Judges:
 
 def encoders_of(cfg: DictConfig) -> tuple[Encoder, ...]:
     """The evaluation encoder, the encoder of the selection where that is another one, and those of `eval.encoders`."""
-    configs = (cfg.yardstick, cfg.encoder, *cfg.eval.encoders.values())
-    found = {encoder.name: encoder for encoder in map(instantiate, configs)}
-    return tuple(found.values())
+    configs = (cfg.evaluation_encoder, cfg.encoder, *cfg.eval.encoders.values())
+    result = {encoder.name: encoder for encoder in map(instantiate, configs)}
+    return tuple(result.values())
 
 
 def scene_captions(corpus: Corpus) -> dict[str, list[str]]:
@@ -100,17 +100,17 @@ def draw_images(model: Model | PeerModel, held: HeldOut, sampling: Sampling, run
 
     Image i starts from noise that depends on the seed and i alone. All processes of a launch take part.
     """
-    facts = held.corpus.manifest.iloc[held.rows]
+    metadata = held.corpus.manifest.iloc[held.rows]
 
     def build(directory: Path) -> None:
         loaded, options = model.load(), {**asdict(sampling), "label": f"generate {held.name}"}
-        images = over_processes(lambda rows: model.draw(loaded, held.captions, facts, rows, **options), len(held))
+        images = over_processes(lambda rows: model.draw(loaded, held.captions, metadata, rows, **options), len(held))
         if is_main_process():
             np.save(directory / IMAGES, images)
 
     inputs = {"model": model.key, "captions": held.captions, "sampling": sampling}
-    inputs |= model.conditions(held.captions, facts)
-    return stage(runs, "generated", inputs, build, together=first_process_says)
+    inputs |= model.conditions(held.captions, metadata)
+    return stage(runs, "generated", inputs, build, together=first_process_decides)
 
 
 def measure_images(
@@ -138,7 +138,7 @@ def measure_images(
             write_json(directory / "confusion.json", measured.confusion)
             write_json(directory / "metrics.json", measured.metrics)
 
-    return stage(runs, "measured", inputs, build, together=first_process_says)
+    return stage(runs, "measured", inputs, build, together=first_process_decides)
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ def compare(
     if scenes is not None and (held.scenes != "").any():
         labels = {"scenes": scenes, "reference_scenes": held.scenes}
     metrics: dict[str, float | None] = {}
-    for name, found in features.items():
-        inputs = {"features": found, "reference": held.features[name], **labels}
+    for name, result in features.items():
+        inputs = {"features": result, "reference": held.features[name], **labels}
         if training is not None:
             inputs |= {"training_embeddings": training.embeddings(name), "training_rows": training.rows}
         metrics |= compute(inputs, of={"encoder": name})
@@ -240,8 +240,8 @@ def scene_confusion(judges: Judges, held: HeldOut, images: np.ndarray) -> Confus
     seen = judges.clip.recognise(np.asarray(images[known]), described)
     counts = collections.Counter(zip(scenes[known].tolist(), seen.tolist(), strict=True))
     confusion: dict[str, dict[str, int]] = {}
-    for (scene, found), count in sorted(counts.items()):
-        confusion.setdefault(scene, {})[found] = count
+    for (scene, result), count in sorted(counts.items()):
+        confusion.setdefault(scene, {})[result] = count
     return confusion
 
 
@@ -277,7 +277,7 @@ def measure_model(
 
 def metrics_of(directories: Mapping[str, Path]) -> dict[str, float | None]:
     """All metrics of `measure_model`'s directories by their full names."""
-    found: dict[str, float | None] = {}
+    result: dict[str, float | None] = {}
     for name, directory in directories.items():
-        found |= with_set(name, read_json(directory / "metrics.json"))
-    return found
+        result |= with_set(name, read_json(directory / "metrics.json"))
+    return result

@@ -88,23 +88,25 @@ def measure_peer(cfg: DictConfig) -> Path:
     judges = Judges(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
     sampling = Sampling(peer.steps, peer.guidance_scale, int(cfg.eval.seed))
     measured = measure_model(model, sets, judges, sampling, cfg.runs)
-    facts = {**model.facts, "images": {name: len(held) for name, held in sets.items()}}
-    return _result(cfg, peer.name, measured, facts)
+    metadata = {**model.metadata, "images": {name: len(held) for name, held in sets.items()}}
+    return _result(cfg, peer.name, measured, metadata)
 
 
-def _result(cfg: DictConfig, name: str, measured: Mapping[str, Path], facts: Mapping[str, Any] | None = None) -> Path:
+def _result(
+    cfg: DictConfig, name: str, measured: Mapping[str, Path], metadata: Mapping[str, Any] | None = None
+) -> Path:
     """The directory of `measure_any`.
 
     Args:
         measured: directories of `measure_model`, by set.
-        facts: of peer.json.
+        metadata: of peer.json.
     """
 
     def build(directory: Path) -> None:
         metrics = metrics_of(measured)
         write_json(directory / "metrics.json", metrics)
-        if facts is not None:
-            write_json(directory / PEER, facts)
+        if metadata is not None:
+            write_json(directory / PEER, metadata)
         with track(cfg, "measure", name) as tracker:
             tracker.summary(metrics)
 
@@ -161,9 +163,9 @@ def find_scorer(cfg: DictConfig, source: Path) -> ClipScorer | None:
     """
     for run in (source, source.parent, source.parent.parent):
         if (run / SCORER).is_file():
-            facts = read_json(run / SCORER)
-            place = {key: _in_run(run, facts[key]) for key in ("folder", "tokenizer")}
-            return load_scorer(**place, name=facts["name"], revision=facts["revision"], plain=facts["plain"])
+            metadata = read_json(run / SCORER)
+            place = {key: _in_run(run, metadata[key]) for key in ("folder", "tokenizer")}
+            return load_scorer(**place, name=metadata["name"], revision=metadata["revision"], plain=metadata["plain"])
     options = cfg.text_encoder
     if options.kind == "train":
         print(
@@ -231,12 +233,12 @@ def sample_rows(folder: Corpus, images: int, seed: int, source: Path) -> np.ndar
     if len(readable) < FEWEST_IMAGES:
         raise UserError(
             f"of={source} has {len(readable)} readable images: give at least {FEWEST_IMAGES}, of which a distance "
-            "between sets can be told"
+            "between sets can be determined"
         )
     if len(readable) < images:
         biased = ", ".join(metric.name for metric in METRICS.values() if metric.biased)
         print(
-            f"{len(readable)} images are compared with as many held-out ones (eval.images={images} were asked for): "
+            f"{len(readable)} images are compared with as many held-out ones (eval.images={images} were requested): "
             f"{biased} depend on that number, compare them with those of {len(readable)} images only",
             file=sys.stderr,
         )

@@ -180,7 +180,7 @@ def compute(
         held_out: name of the held-out set.
         only: keys of `METRICS` to compute; None: all that can be.
     """
-    found: dict[str, float | None] = {}
+    result: dict[str, float | None] = {}
     for key, metric in METRICS.items():
         if (only is not None and key not in only) or not set(metric.needs) <= inputs.keys():
             continue
@@ -188,10 +188,10 @@ def compute(
         value = metric.compute(*(inputs[need] for need in metric.needs))
         if isinstance(value, Interval):
             parts = zip(("", "low", "high"), value, strict=True)
-            found |= {replace(quantity, part=part).name: _finite(number) for part, number in parts}
+            result |= {replace(quantity, part=part).name: _finite(number) for part, number in parts}
         else:
-            found[quantity.name] = _finite(value)
-    return found
+            result[quantity.name] = _finite(value)
+    return result
 
 
 def _finite(value: float | None) -> float | None:

@@ -14,7 +14,7 @@ from corpus.masks import IGNORED
 
 #: Images by the scene that they are of, then by the one that CLIP sees in them.
 Confusion = Mapping[str, Mapping[str, int]]
-#: Rounding to 8 bits alone leaves a mean squared error of 1/12: above this, two images cannot be told apart.
+#: Rounding to 8 bits alone leaves a mean squared error of 1/12: above this, two images cannot be distinguished.
 LARGEST_PSNR = float(10 * np.log10(12 * 255**2))
 #: Standard deviation of SSIM's Gaussian window in pixels; the window has 11 of them.
 SSIM_SIGMA = 1.5
@@ -52,7 +52,7 @@ def peak_signal_noise_ratio(images: np.ndarray, truth: np.ndarray) -> float:
 def structural_similarity(images: np.ndarray, truth: np.ndarray) -> float:
     """Mean over the pairs of each pair's SSIM over its channels (Wang et al. 2004: Gaussian window, sigma 1.5).
 
-    By scikit-image, whose window is separable and which leaves out places where it leaves the image.
+    By scikit-image, whose window is separable and which leaves out positions where it leaves the image.
 
     Args:
         images, truth: [N, H, W, C] in 0..255, H and W at least 11.
@@ -125,10 +125,10 @@ def mean_intersection_over_union(segmentation: np.ndarray, masks: np.ndarray, cl
             nowhere.
     """
     known = np.asarray(masks) != IGNORED
-    found, truth = (torch.from_numpy(np.asarray(x)[known]).long() for x in (segmentation, masks))
-    per_class = multiclass_jaccard_index(found, truth, classes, average="none")
+    result, truth = (torch.from_numpy(np.asarray(x)[known]).long() for x in (segmentation, masks))
+    per_class = multiclass_jaccard_index(result, truth, classes, average="none")
     occurs = (torch.bincount(truth.flatten(), minlength=classes) > 0) | (
-        torch.bincount(found.flatten(), minlength=classes) > 0
+        torch.bincount(result.flatten(), minlength=classes) > 0
     )
     return float(per_class[occurs].mean())
 

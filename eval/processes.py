@@ -1,4 +1,4 @@
-"""Work over all processes of a launch: each draws, embeds or encodes its share, and all get the whole."""
+"""Work over all processes of a launch: each draws, embeds or encodes its fraction, and all get the whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _state():
     return PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
 
 
-def first_process_says(own: bool) -> bool:
+def first_process_decides(own: bool) -> bool:
     """What the first process of a launch says; all processes must ask."""
     state = _state()
     answer = torch.tensor(int(own and state.is_main_process), device=state.device)
@@ -33,14 +33,14 @@ def place_in_launch() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
-def told_by_first(numbers: Sequence[int]) -> list[int]:
+def from_first_process(numbers: Sequence[int]) -> list[int]:
     """Whole numbers of the first process of a launch; all processes must ask, with as many numbers."""
     if alone_in_launch():
         return list(numbers)
     state = _state()
-    told = torch.tensor(numbers, dtype=torch.int64, device=state.device)
-    torch.distributed.broadcast(told, src=0)
-    return told.tolist()
+    given = torch.tensor(numbers, dtype=torch.int64, device=state.device)
+    torch.distributed.broadcast(given, src=0)
+    return given.tolist()
 
 
 def gathered(own: np.ndarray) -> list[np.ndarray]:

@@ -68,10 +68,10 @@ def reference_rows(
             images |= {name: rebuild.function(images["real_train"]) for name, rebuild in rebuilds.items()}
             for name, pixels in images.items():
                 features = {encoder.name: embed_rows(encoder, pixels) for encoder in judges.encoders}
-                found = compare(features, held, scenes=scenes, training=training)
+                result = compare(features, held, scenes=scenes, training=training)
                 if name in rebuilds:
-                    found |= compute({"images": pixels, "truth": images["real_train"]}, of={}, only=("psnr", "ssim"))
-                rows[name] |= with_set(prefix, found)
+                    result |= compute({"images": pixels, "truth": images["real_train"]}, of={}, only=("psnr", "ssim"))
+                rows[name] |= with_set(prefix, result)
             if index == 0:
                 for name, pixels in images.items():
                     np.save(directory / f"{name}.npy", pixels[:SHOWN])

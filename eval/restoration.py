@@ -24,8 +24,8 @@ NIQE_BLOCKS_ALONG = 2
 SHIFT_STEPS = 20
 #: Standard deviation in grey levels below which an image has nothing that could be seen to shift.
 FLAT = 1.0
-#: The shares of a pixel that the output changes or should have changed, in the order of `correctness_maps`.
-SHARES = ("hallucination", "omission", "improvement")
+#: The fractions of a pixel that the output changes or should have changed, in the order of `correctness_maps`.
+FRACTIONS = ("hallucination", "omission", "improvement")
 #: Defaults of opensr-test 1.3.3: bend of the three scores, temperature of the softmin, quantile of pixels left out.
 SCORE_BEND = 0.05
 TEMPERATURE = 0.25
@@ -177,28 +177,30 @@ def colour_error(images: np.ndarray, truth: np.ndarray) -> float:
 
 
 def hallucination(images: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> float | None:
-    """Share of detail in the output that is not in the truth; see `correctness_maps`."""
-    return _share(SHARES.index("hallucination"), images, truth, enlarged)
+    """Fraction of detail in the output that is not in the truth; see `correctness_maps`."""
+    return _fraction(FRACTIONS.index("hallucination"), images, truth, enlarged)
 
 
 def omission(images: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> float | None:
-    """Share of detail of the truth that is not in the output; see `correctness_maps`."""
-    return _share(SHARES.index("omission"), images, truth, enlarged)
+    """Fraction of detail of the truth that is not in the output; see `correctness_maps`."""
+    return _fraction(FRACTIONS.index("omission"), images, truth, enlarged)
 
 
 def improvement(images: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> float | None:
-    """Share of detail of the truth that is in the output and not in the input; see `correctness_maps`."""
-    return _share(SHARES.index("improvement"), images, truth, enlarged)
+    """Fraction of detail of the truth that is in the output and not in the input; see `correctness_maps`."""
+    return _fraction(FRACTIONS.index("improvement"), images, truth, enlarged)
 
 
-def _share(index: int, *sets: np.ndarray) -> float | None:
-    """One of the shares: the mean over an image's pixels that count, then over the images that have such."""
-    shares = (image[..., index] for image in _correctness(*sets))
-    return _mean([float(share[np.isfinite(share)].mean()) for share in shares if np.isfinite(share).any()])
+def _fraction(index: int, *sets: np.ndarray) -> float | None:
+    """One of the fractions: the mean over an image's pixels that count, then over the images that have such."""
+    fractions = (image[..., index] for image in _correctness(*sets))
+    return _mean(
+        [float(fraction[np.isfinite(fraction)].mean()) for fraction in fractions if np.isfinite(fraction).any()]
+    )
 
 
 def correctness_maps(images: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> np.ndarray:
-    """The shares of hallucination, omission and improvement in every pixel (Aybar et al. 2024), by `SHARES`.
+    """The fractions of hallucination, omission and improvement in every pixel (Aybar et al. 2024), by `FRACTIONS`.
 
     Args:
         images, truth: uint8 [N, H, W, 3].
@@ -211,11 +213,13 @@ def correctness_maps(images: np.ndarray, truth: np.ndarray, enlarged: np.ndarray
 
 def _correctness(images: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> Iterator[np.ndarray]:
     _check_colour(images, truth, enlarged)
-    return (_shares(*(np.asarray(x, np.float64) for x in each)) for each in zip(images, truth, enlarged, strict=True))
+    return (
+        _fractions(*(np.asarray(x, np.float64) for x in each)) for each in zip(images, truth, enlarged, strict=True)
+    )
 
 
-def _shares(image: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> np.ndarray:
-    """Float32 [H, W, 3] of one image, by `SHARES`."""
+def _fractions(image: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> np.ndarray:
+    """Float32 [H, W, 3] of one image, by `FRACTIONS`."""
     to_truth, to_input, needed = (
         np.abs(a - b).mean(-1) for a, b in ((image, truth), (image, enlarged), (truth, enlarged))
     )
@@ -227,8 +231,8 @@ def _shares(image: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> np.nd
         bend = -np.expm1(-SCORE_BEND * (missed + changed - 1))
         scores = np.stack([np.exp(-SCORE_BEND * missed * changed), changed + missed * bend, missed + changed * bend])
         weights = np.exp(-scores / TEMPERATURE)
-        shares = np.where(counts, weights / weights.sum(0), np.nan)
-    return np.moveaxis(shares, 0, -1).astype(np.float32)
+        fractions = np.where(counts, weights / weights.sum(0), np.nan)
+    return np.moveaxis(fractions, 0, -1).astype(np.float32)
 
 
 # ---------------------------------------------------------------- among samples of one input

@@ -37,8 +37,8 @@ def scene_entropy(scenes: np.ndarray, known: int) -> float:
         scenes: str [K]; "" (unlabelled) does not count.
     """
     counts = np.unique(scenes[scenes != ""], return_counts=True)[1]
-    shares = counts / max(counts.sum(), 1)
-    return float(-(shares * np.log(shares)).sum() / np.log(known)) if known > 1 else 1.0
+    fractions = counts / max(counts.sum(), 1)
+    return float(-(fractions * np.log(fractions)).sum() / np.log(known)) if known > 1 else 1.0
 
 
 def representation(points: np.ndarray, kept: np.ndarray, groups: np.ndarray) -> float:

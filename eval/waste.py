@@ -16,7 +16,7 @@ from scipy.fft import dct
 BLOCK = 256
 #: Bits of 64 in which the hashes of near-duplicates differ at most (docs/method.md, section 5, has the measured rates).
 NEAR_DUPLICATE_BITS = 8
-#: Share of the corpus, the cheapest to compress, that counts as low in information.
+#: Fraction of the corpus, the cheapest to compress, that counts as low in information.
 LOW_INFORMATION = 0.2
 #: Quality of the JPEGs whose size is measured, without chroma subsampling.
 JPEG_QUALITY = 75
@@ -46,7 +46,7 @@ class ImageRows:
 
 
 def near_duplicate_fraction(images: np.ndarray | ImageRows, bits: int = NEAR_DUPLICATE_BITS) -> float:
-    """Share of images with another image in the set whose perceptual hash differs in at most `bits` of 64 bits; exact.
+    """Fraction of images of which another image's perceptual hash differs in at most `bits` of 64 bits; exact.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -57,9 +57,9 @@ def near_duplicate_fraction(images: np.ndarray | ImageRows, bits: int = NEAR_DUP
 def low_information_fraction(
     images: np.ndarray | ImageRows, corpus_sample: np.ndarray | ImageRows, quantile: float = LOW_INFORMATION
 ) -> float:
-    """Share of images that compress to as few bytes as the lowest `quantile` of the corpus.
+    """Fraction of images that compress to as few bytes as the lowest `quantile` of the corpus.
 
-    A size that several images of the sample share may lie across the quantile. Of such a size the same share counts
+    A size that several images of the sample share may lie across the quantile. Of such a size the same fraction counts
     here as in the sample, so that a sample measured against itself gives `quantile` exactly.
 
     Args:
@@ -71,8 +71,8 @@ def low_information_fraction(
     known, values = np.sort(jpeg_bytes_per_pixel(corpus_sample)), jpeg_bytes_per_pixel(images)
     below, up_to = (np.searchsorted(known, values, side) / len(known) for side in ("left", "right"))
     tied = up_to > below
-    share = (quantile - below) / np.where(tied, up_to - below, 1)
-    return float(np.where(tied, share.clip(0, 1), below < quantile).mean())
+    fraction = (quantile - below) / np.where(tied, up_to - below, 1)
+    return float(np.where(tied, fraction.clip(0, 1), below < quantile).mean())
 
 
 def perceptual_hashes(images: np.ndarray | ImageRows) -> np.ndarray:

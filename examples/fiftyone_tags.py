@@ -23,23 +23,23 @@ def tag_samples(dataset: Any, tags: Mapping[str, list[str]]) -> int:
     """
     by_name: dict[str, list[str]] = {PurePath(name).as_posix(): given for name, given in tags.items()}
     depths = {len(PurePath(name).parts) for name in by_name}
-    found = 0
+    result = 0
     for sample in dataset.iter_samples(autosave=True):
         parts = PurePath(sample.filepath).parts
         names = ("/".join(parts[-depth:]) for depth in sorted(depths, reverse=True))
         given = next((by_name[name] for name in names if name in by_name), None)
         if given is not None:
             sample.tags = [tag for tag in sample.tags if not tag.startswith("rsprune:")] + given
-            found += 1
-    return found
+            result += 1
+    return result
 
 
 def main(name: str, directory: str) -> None:
     import fiftyone as fo
 
     table = read_selection(directory)
-    found = tag_samples(fo.load_dataset(name), selection_tags(table))
-    print(f"{found} samples of {name} tagged; the selection has {len(table)} images")
+    result = tag_samples(fo.load_dataset(name), selection_tags(table))
+    print(f"{result} samples of {name} tagged; the selection has {len(table)} images")
 
 
 if __name__ == "__main__":

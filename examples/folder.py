@@ -30,15 +30,15 @@ def thumbnails(images: np.ndarray) -> np.ndarray:
 
 
 def main(folder: Path) -> None:
-    found = read_folder(folder, side=64)
-    embeddings = embed_images(found.images) if find_spec("timm") else thumbnails(found.images)
-    bits = np.array([local_entropy(image) for image in found.images])
-    selection = RSPrune(ratio=0.5).select(embeddings, entropy=bits, readable=found.readable)
-    before, after = (near_duplicate_fraction(images) for images in (found.images, found.images[selection.kept]))
+    result = read_folder(folder, side=64)
+    embeddings = embed_images(result.images) if find_spec("timm") else thumbnails(result.images)
+    bits = np.array([local_entropy(image) for image in result.images])
+    selection = RSPrune(ratio=0.5).select(embeddings, entropy=bits, readable=result.readable)
+    before, after = (near_duplicate_fraction(images) for images in (result.images, result.images[selection.kept]))
     print(
-        f"kept {len(selection.kept)} of {len(found)}; near-duplicates: {before:.2f} of them before, {after:.2f} after"
+        f"kept {len(selection.kept)} of {len(result)}; near-duplicates: {before:.2f} of them before, {after:.2f} after"
     )
-    table = selection_table(selection, found.ids)
+    table = selection_table(selection, result.ids)
     table.to_csv(folder / "selection.csv", index=False)
     print(table.head(3).to_string(index=False))
 

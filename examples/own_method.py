@@ -14,7 +14,7 @@ class FarFromMean:
     """Keep what is least like the average image.
 
     Args:
-        jitter: noise on the distances, as a share of their standard deviation: 0 is the strict order.
+        jitter: noise on the distances, as a fraction of their standard deviation: 0 is the strict order.
     """
 
     jitter: float = 0.0
@@ -25,7 +25,7 @@ class FarFromMean:
         distance = np.linalg.norm(vectors - vectors.mean(axis=0), axis=1)
         score = distance + self.jitter * distance.std() * generator.standard_normal(len(rows))
         kept = rows[np.argsort(-score, kind="stable")[:budget]]
-        return Selection.of(pool, kept, "not_drawn", facts={"mean_distance": float(distance.mean())})
+        return Selection.of(pool, kept, "not_drawn", diagnostics={"mean_distance": float(distance.mean())})
 
 
 def main() -> None:

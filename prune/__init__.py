@@ -15,7 +15,7 @@ __all__ = ["RSPrune", "Selection", "select_from_arrays"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: a worker process that measures entropies needs none of the methods' libraries."""
+    """Import what is requested: a worker process that measures entropies needs none of the methods' libraries."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -41,9 +41,9 @@ def proportional(capacities: np.ndarray, budget: int) -> np.ndarray:
     total = int(capacities.sum())
     if not 0 <= budget <= total:
         raise ValueError(f"budget {budget} does not fit capacities that sum to {total}")
-    shares = capacities * (budget / max(total, 1))
-    allocation = np.minimum(np.floor(shares).astype(np.int64), capacities)
-    order = np.argsort(allocation - shares, kind="stable")
+    fractions = capacities * (budget / max(total, 1))
+    allocation = np.minimum(np.floor(fractions).astype(np.int64), capacities)
+    order = np.argsort(allocation - fractions, kind="stable")
     order = order[allocation[order] < capacities[order]]
     allocation[order[: budget - allocation.sum()]] += 1
     return allocation
@@ -55,8 +55,8 @@ def allocate(capacities: np.ndarray, budget: int, uniformity: float) -> np.ndarr
     Returns int64 [G] that sums to `budget`.
     """
     capacities = np.asarray(capacities, dtype=np.int64)
-    even, share = water_fill(capacities, budget), proportional(capacities, budget)
-    blend = uniformity * even + (1 - uniformity) * share
+    even, fraction = water_fill(capacities, budget), proportional(capacities, budget)
+    blend = uniformity * even + (1 - uniformity) * fraction
     allocation = np.floor(blend + 1e-9).astype(np.int64)
     order = np.argsort(allocation - blend, kind="stable")
     order = order[allocation[order] < capacities[order]]

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from corpus.index import Corpus, open_corpus
-from corpus.places import Places
+from corpus.locations import Locations
 from prune.arrivals import (
     BLOCK,
     CANDIDATE,
@@ -135,7 +135,7 @@ def thresholds(cfg: DictConfig, kept: Kept, index: KeptIndex, rule: Any) -> Thre
         if not -1 <= options[name] <= 1:
             raise UserError(f"arrive.{name}={options[name]} is no cosine: give a number between -1 and 1")
     if not 0 <= options.entropy_quantile <= 1:
-        raise UserError(f"arrive.entropy_quantile={options.entropy_quantile} is no share: give one between 0 and 1")
+        raise UserError(f"arrive.entropy_quantile={options.entropy_quantile} is no fraction: give one between 0 and 1")
     if int(options.neighbours) < 1:
         raise UserError(f"arrive.neighbours={options.neighbours} compares with nothing: give at least 1")
     bits = options.entropy_bits
@@ -203,7 +203,7 @@ def beside(
     readable = np.flatnonzero(corpus.readable)
     scene, scene_similarity = assign_scenes(looks.points.embeddings, index.prototypes)
     scenes, theirs = scene[readable], kept.looks(index.prototypes.centre)
-    closest, cosine, found = beside_kept(looks, readable, scenes, theirs, index.index, kept.rows, limits.likeness)
+    closest, cosine, result = beside_kept(looks, readable, scenes, theirs, index.index, kept.rows, limits.likeness)
     ids = kept.corpus.manifest["id"].to_numpy(dtype=object)
     columns = _columns(len(corpus))
     for name, values in (
@@ -211,15 +211,15 @@ def beside(
         ("scene_similarity", scene_similarity[readable]),
         ("nearest_kept", ids[closest]),
         ("similarity", cosine),
-        ("duplicate_of", np.where(found.match < 0, "", ids[found.match])),
-        ("duplicate_in", np.where(found.match < 0, "", KEPT)),
-        ("duplicate_similarity", found.cosine),
-        ("correlation", found.correlation),
+        ("duplicate_of", np.where(result.match < 0, "", ids[result.match])),
+        ("duplicate_in", np.where(result.match < 0, "", KEPT)),
+        ("duplicate_similarity", result.cosine),
+        ("correlation", result.correlation),
         ("digest", digests(corpus.images, readable)),
     ):
         columns[name][readable] = values
     verdict = np.full(len(corpus), UNREADABLE, dtype=object)
-    verdict[readable] = np.where(found.verdict == "", CANDIDATE, found.verdict)
+    verdict[readable] = np.where(result.verdict == "", CANDIDATE, result.verdict)
     verdict[corpus.readable & (entropy < limits.entropy)] = LOW_ENTROPY
     known = {"id": corpus.manifest["id"], "verdict": verdict, "reason": corpus.manifest["reason"].astype(str)}
     columns |= {"entropy": entropy.astype(np.float32), "row": np.arange(len(corpus)), "corpus": corpus.fingerprint}
@@ -240,7 +240,7 @@ def _columns(count: int) -> dict[str, np.ndarray]:
 def _looks(corpus: Corpus, kept: Kept, index: KeptIndex, runs: Path | str) -> Looks:
     embeddings = corpus_embeddings(corpus, kept.encoder, runs)
     points = Points(embeddings, index.prototypes.centre)
-    return Looks(points, corpus.images, Places.together([Places.of(corpus.manifest, corpus.resolution)]))
+    return Looks(points, corpus.images, Locations.together([Locations.of(corpus.manifest, corpus.resolution)]))
 
 
 def together(
@@ -261,7 +261,9 @@ def union(tables: Sequence[pd.DataFrame], looks: Sequence[Looks]) -> tuple[pd.Da
     again = table.duplicated(["id", "digest", "reason"])
     points = Points(Gathered([part.points.embeddings for part in looks]), looks[0].points.centre)
     images = Gathered([part.images for part in looks])
-    return table[~again].reset_index(drop=True), Looks(points, images, Places.together([part.places for part in looks]))
+    return table[~again].reset_index(drop=True), Looks(
+        points, images, Locations.together([part.locations for part in looks])
+    )
 
 
 def answered(
@@ -278,19 +280,19 @@ def answered(
     candidates = np.flatnonzero(verdict == CANDIDATE)
     keys = (table[name].to_numpy()[candidates] for name in ("gain", "digest", "id"))
     candidates = candidates[priority(*keys)]
-    found = among_arrivals(looks, table["row"].to_numpy()[candidates], code[candidates], likeness)
-    repeated = found.match >= 0
+    result = among_arrivals(looks, table["row"].to_numpy()[candidates], code[candidates], likeness)
+    repeated = result.match >= 0
     place = pd.Series(np.arange(len(table)), index=table["row"])
-    first = table["id"].to_numpy(dtype=object)[place[found.match[repeated]].to_numpy()]
+    first = table["id"].to_numpy(dtype=object)[place[result.match[repeated]].to_numpy()]
     at = candidates[repeated]
     for name, values in (
         ("duplicate_of", first),
         ("duplicate_in", ARRIVED),
-        ("duplicate_similarity", found.cosine[repeated]),
-        ("correlation", found.correlation[repeated]),
+        ("duplicate_similarity", result.cosine[repeated]),
+        ("correlation", result.correlation[repeated]),
     ):
         table.loc[at, name] = values
-    verdict[at] = found.verdict[repeated]
+    verdict[at] = result.verdict[repeated]
     free = candidates[~repeated]
     most = budget if isinstance(budget, int) else budget_of(len(table), float(kept.summary["ratio"]))
     counts = fill(index.counts, np.bincount(code[free], minlength=len(names)), most)
@@ -310,8 +312,8 @@ def _proposed(table: pd.DataFrame, chosen: np.ndarray, kept: Kept, index: KeptIn
     ids = kept.table["id"].to_numpy(dtype=object)
     order = np.lexsort((ids, -similarity))
     pairs = swaps(table["gain"].to_numpy()[chosen], similarity, neighbour, order)
-    arrivals, places = (np.array([pair[at] for pair in pairs], dtype=np.int64) for at in (0, 1))
-    return chosen[arrivals], ids[places]
+    arrivals, neighbours = (np.array([pair[at] for pair in pairs], dtype=np.int64) for at in (0, 1))
+    return chosen[arrivals], ids[neighbours]
 
 
 def nearest_others(kept: Kept, index: KeptIndex) -> tuple[np.ndarray, np.ndarray]:
@@ -321,11 +323,11 @@ def nearest_others(kept: Kept, index: KeptIndex) -> tuple[np.ndarray, np.ndarray
     for start in range(0, len(rows) if len(rows) > 1 else 0, BLOCK):
         own = np.arange(start, min(start + BLOCK, len(rows)))
         vectors = points[rows[own]]
-        found = nearest(index.index, vectors, 3)  # itself, or its copies, are among them
-        others = points[rows[found.ravel().clip(0)]].reshape(*found.shape, -1)
-        cosines = np.where((found < 0) | (found == own[:, None]), -1, paired_cosines(vectors, others))
+        result = nearest(index.index, vectors, 3)  # itself, or its copies, are among them
+        others = points[rows[result.ravel().clip(0)]].reshape(*result.shape, -1)
+        cosines = np.where((result < 0) | (result == own[:, None]), -1, paired_cosines(vectors, others))
         best = cosines.argmax(axis=1)
-        similarity[own], neighbour[own] = (values[np.arange(len(own)), best] for values in (cosines, found))
+        similarity[own], neighbour[own] = (values[np.arange(len(own)), best] for values in (cosines, result))
     return similarity, neighbour
 
 
@@ -362,7 +364,7 @@ def summarise(
         },
         "thresholds": {
             "entropy_bits": limits.entropy,
-            "scene_floor": index.prototypes.floor,
+            "scene_threshold": index.prototypes.threshold,
             "redundant_similarity": {
                 "known scene": float(limits.likeness.similarity[0]),
                 "unknown scene": float(limits.likeness.similarity[-1]),

@@ -15,7 +15,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from corpus.places import Places
+from corpus.locations import Locations
 from prune.clusters import Points
 from prune.likeness import CORRELATION, NEAR_DUPLICATE, OTHER_DATE, PairRule, correlations, kinds, same_pixels
 from prune.neighbour_index import SAMPLE, nearest, new_index, paired_cosines
@@ -35,7 +35,7 @@ GAIN_STEP = 0.01
 
 @dataclass(frozen=True)
 class Gathered:
-    """Arrays one after the other, of which only the rows asked for are read."""
+    """Arrays one after the other, of which only the rows requested are read."""
 
     parts: Sequence[np.ndarray]
 
@@ -49,13 +49,13 @@ class Gathered:
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         """[K, ...] of rows int64 [K] or a slice."""
         rows = np.arange(len(self))[rows] if isinstance(rows, slice) else rows
-        found = np.empty((len(rows), *self.shape[1:]), self.parts[0].dtype)
+        result = np.empty((len(rows), *self.shape[1:]), self.parts[0].dtype)
         start = 0
         for part in self.parts:
             inside = np.flatnonzero((rows >= start) & (rows < start + len(part)))
-            found[inside] = part[rows[inside] - start]
+            result[inside] = part[rows[inside] - start]
             start += len(part)
-        return found
+        return result
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Looks:
     Attributes:
         points: unit embeddings [N, D].
         images: uint8 [N, R, R, 3].
-        places: N of them.
+        locations: N of them.
     """
 
     points: Points
     images: np.ndarray | Gathered
-    places: Places
+    locations: Locations
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Likeness:
         similarity: float32 [S], by scene, the cosine from which on it is redundant.
         near: cosine from which on pixels are compared.
         neighbours: images that each is compared with.
-        rule: of other dates and places.
+        rule: of other dates and locations.
     """
 
     similarity: np.ndarray
@@ -123,8 +123,8 @@ def repeats(
     """Which of its candidates each image repeats.
 
     An image is a copy of one that is equal in every pixel; a near-duplicate of one at a cosine of at least `near` whose
-    brightness correlates at `CORRELATION`, unless their places are known to differ; redundant beside one at a cosine of
-    at least `need`. The same place on another date is none of the last two. `likeness.rule` may say otherwise of both.
+    brightness correlates at `CORRELATION`, unless their locations are known to differ; redundant beside one at a cosine
+    of at least `need`. The same place on another date is none of the last two, unless `likeness.rule` says otherwise.
     The first of these counts, and of several images the nearest.
 
     Args:
@@ -140,7 +140,7 @@ def repeats(
     at, place = np.nonzero(there & (cosines >= np.minimum(need, likeness.near)[:, None]))
     other = candidates[at, place]
     equal, correlation = _compared(mine.images, rows[at], theirs.images, other)
-    kind = kinds(mine.places[rows[at]], theirs.places[other], equal, one_grid=False)
+    kind = kinds(mine.locations[rows[at]], theirs.locations[other], equal, one_grid=False)
     counted = np.isin(kind, likeness.rule.counted)
     another_date = (kind == OTHER_DATE) & ~counted
     close = cosines[at, place]
@@ -148,14 +148,14 @@ def repeats(
     rank[(close >= need[at]) & ~another_date] = 2
     rank[(correlation >= CORRELATION) & (close >= likeness.near) & counted] = 1
     rank[equal] = 0
-    found = Repeats.none(count)
+    result = Repeats.none(count)
     best = np.lexsort((place, rank, at))
     best = best[np.concatenate([[True], np.diff(at[best]) > 0])] if len(best) else best
     best = best[rank[best] < 3]
     names = np.array([COPY, NEAR_DUPLICATE, REDUNDANT], dtype=object)
     own = Repeats(names[rank[best]], other[best], close[best], correlation[best].astype(np.float32))
-    found.put(at[best], own)
-    return found
+    result.put(at[best], own)
+    return result
 
 
 def _compared(
@@ -182,7 +182,7 @@ def beside_kept(
     Returns:
         the nearest kept image, int64 [n] row of `kept`, the cosine to it, float32 [n], and what the arrivals repeat.
     """
-    closest, cosine, found = np.full(len(rows), -1), np.full(len(rows), np.nan, np.float32), Repeats.none(len(rows))
+    closest, cosine, result = np.full(len(rows), -1), np.full(len(rows), np.nan, np.float32), Repeats.none(len(rows))
     for start in progress(range(0, len(rows), BLOCK), "compare with what is kept", unit="block"):
         part = np.arange(start, min(start + BLOCK, len(rows)))
         vectors = arrived.points[rows[part]]
@@ -192,8 +192,8 @@ def beside_kept(
         best = np.argmax(np.where(candidates < 0, -np.inf, cosines), axis=1)
         closest[part], cosine[part] = (values[np.arange(len(part)), best] for values in (candidates, cosines))
         need = likeness.similarity[scene[part]]
-        found.put(part, repeats(arrived, rows[part], kept, candidates, cosines, need, likeness))
-    return closest, cosine, found
+        result.put(part, repeats(arrived, rows[part], kept, candidates, cosines, need, likeness))
+    return closest, cosine, result
 
 
 def _cosines(vectors: np.ndarray, points: Points, candidates: np.ndarray) -> np.ndarray:
@@ -213,7 +213,7 @@ def among_arrivals(arrived: Looks, rows: np.ndarray, scene: np.ndarray, likeness
     Args:
         rows: int64 [n] of `arrived` in the order of their priority; scene: int64 [n].
     """
-    found = Repeats.none(len(rows))
+    result = Repeats.none(len(rows))
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int)] if len(rows) else rows
     index = new_index(arrived.points[sample], len(rows))
     leaders = np.empty(0, dtype=np.int64)
@@ -223,24 +223,24 @@ def among_arrivals(arrived: Looks, rows: np.ndarray, scene: np.ndarray, likeness
         positions = nearest(index, vectors, likeness.neighbours)
         candidates = np.where(positions < 0, -1, leaders[positions] if len(leaders) else -1)
         cosines = _cosines(vectors, arrived.points, candidates)
-        found.put(part, repeats(arrived, rows[part], arrived, candidates, cosines, need, likeness))
-        free = np.flatnonzero(found.verdict[part] == "")
-        new = _first_of_block(arrived, rows[part], vectors, need, free, likeness, found, start)
+        result.put(part, repeats(arrived, rows[part], arrived, candidates, cosines, need, likeness))
+        free = np.flatnonzero(result.verdict[part] == "")
+        new = _first_of_block(arrived, rows[part], vectors, need, free, likeness, result, start)
         index.add(np.ascontiguousarray(vectors[new]))
         leaders = np.concatenate([leaders, rows[part][new]])
-    return found
+    return result
 
 
 def _first_of_block(
     arrived: Looks, rows: np.ndarray, vectors: np.ndarray, need: np.ndarray, free: np.ndarray, likeness: Likeness,
-    found: Repeats, start: int,
+    result: Repeats, start: int,
 ) -> np.ndarray:  # fmt: skip
-    """Of images of a block that repeat none before it those that repeat none in it, int64; `found` gets the rest."""
+    """Of images of a block that repeat none before it those that repeat none in it, int64; `result` gets the rest."""
     products = vectors[free] @ vectors[free].T
     leads = np.zeros(len(free), dtype=bool)
-    floor = np.minimum(need, likeness.near)
+    least = np.minimum(need, likeness.near)
     for number, at in enumerate(free):
-        before = np.flatnonzero(leads[:number] & (products[number, :number] >= floor[at] - 1e-3))
+        before = np.flatnonzero(leads[:number] & (products[number, :number] >= least[at] - 1e-3))
         before = before[np.argsort(-products[number, before], kind="stable")][: likeness.neighbours]
         leads[number] = True
         if len(before):
@@ -248,7 +248,7 @@ def _first_of_block(
             cosines = _cosines(vectors[at : at + 1], arrived.points, candidates)
             own = repeats(arrived, rows[at : at + 1], arrived, candidates, cosines, need[at : at + 1], likeness)
             leads[number] = own.verdict[0] == ""
-            found.put(np.array([start + at]), own)
+            result.put(np.array([start + at]), own)
     return free[leads]
 
 
@@ -299,16 +299,16 @@ def swaps(gain: np.ndarray, similarity: np.ndarray, neighbour: np.ndarray, order
     Returns:
         pairs of the position of an arrival and that of a kept image.
     """
-    found: list[tuple[int, int]] = []
+    result: list[tuple[int, int]] = []
     gone: set[int] = set()
     for kept in order.tolist():
-        if len(found) == len(gain) or gain[len(found)] <= 1 - similarity[kept]:
+        if len(result) == len(gain) or gain[len(result)] <= 1 - similarity[kept]:
             break
         if neighbour[kept] in gone:  # it is alone now
             continue
         gone.add(kept)
-        found.append((len(found), kept))
-    return found
+        result.append((len(result), kept))
+    return result
 
 
 def digests(images: np.ndarray, rows: Iterable[int]) -> np.ndarray:

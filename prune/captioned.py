@@ -42,7 +42,7 @@ def loops_of(cfg: DictConfig) -> Loops:
     """The two loops of `cfg.captioning`.
 
     Raises:
-        UserError: an option is no number where one is wanted, or has another value that is none.
+        UserError: an option is no number where one is needed, or has another value that is none.
     """
     options = cfg.captioning
     for name, kind in (("rounds", int), ("most_mismatch", float), ("seed", int)):
@@ -61,9 +61,9 @@ def loops_of(cfg: DictConfig) -> Loops:
 
 
 def given_captions(cfg: DictConfig, corpus: Corpus) -> Corpus:
-    """The corpus with captions exchanged where `captioning.swapped.share` says so."""
+    """The corpus with captions exchanged where `captioning.swapped.fraction` says so."""
     options = cfg.captioning.swapped
-    if options.share is None:
+    if options.fraction is None:
         return corpus
     return swapped_corpus(corpus, Swaps(**options))[0]
 
@@ -87,7 +87,7 @@ def method_of(cfg: DictConfig) -> Method:
     return instantiate(cfg.prune, _convert_="all", cleaning_ratio=ratios)
 
 
-def wanted(cfg: DictConfig, method: Method) -> tuple[bool, bool]:
+def requested(cfg: DictConfig, method: Method) -> tuple[bool, bool]:
     """Whether pairs are to be scored, and whether the loops' captions are to be read.
 
     Raises:
@@ -110,7 +110,7 @@ def cleaned(cfg: DictConfig, pool: Pool, corpus: Corpus, scene_pool: Callable[[]
     loops = loops_of(cfg)
     labels = corpus.manifest["scene"].to_numpy(dtype=object)
     labelled = bool((labels[corpus.readable] != "").any())
-    scenes = labels if labelled else _found_scenes(scene_pool(), int(cfg.captioning.seed))
+    scenes = labels if labelled else _estimated_scenes(scene_pool(), int(cfg.captioning.seed))
     options = [getattr(scorer, "options", None) for scorer in loops.scorers]
     folds = max((option.folds for option in options if option is not None), default=FOLDS)
     key = fingerprint(encoder=cfg.encoder)
@@ -118,10 +118,10 @@ def cleaned(cfg: DictConfig, pool: Pool, corpus: Corpus, scene_pool: Callable[[]
     return CleanedPairs(clean_captions(material, loops, cfg.runs), material)
 
 
-def _found_scenes(pool: Pool, seed: int) -> np.ndarray:
+def _estimated_scenes(pool: Pool, seed: int) -> np.ndarray:
     """Scenes by the prototypes of the pool's reference, str [N]; "" unreadable."""
-    found = SceneRule()(pool, seed)
-    return np.where(pool.readable, np.array(found.names, dtype=object)[found.scene], "")
+    result = SceneRule()(pool, seed)
+    return np.where(pool.readable, np.array(result.names, dtype=object)[result.scene], "")
 
 
 def read_captions(cfg: DictConfig, corpus: Corpus, directory: Path) -> Corpus:

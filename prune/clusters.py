@@ -164,7 +164,7 @@ class Clustering:
 
     Args:
         branches: most clusters of one k-means.
-        hierarchical: beyond `branches`, split every cluster again until there are as many as asked for; otherwise
+        hierarchical: beyond `branches`, split every cluster again until there are as many as requested; otherwise
             `branches` is the most there will be.
         sample_per_cluster: rows per cluster on which one k-means runs; the rest is assigned.
         iterations: of Lloyd's algorithm.
@@ -207,9 +207,9 @@ class Clustering:
         if self.hierarchical and clusters > branches and levels > 1:
             groups, offset = members_of(labels, branches), 0
             for group in groups:
-                wanted = round(len(group) * clusters / len(rows))
-                if wanted > 1:
-                    labels[group], distances[group] = self._split(points, rows[group], wanted, generator, levels - 1)
+                requested = round(len(group) * clusters / len(rows))
+                if requested > 1:
+                    labels[group], distances[group] = self._split(points, rows[group], requested, generator, levels - 1)
                     labels[group] += offset
                 else:
                     labels[group] = offset

@@ -33,7 +33,7 @@ class Settings:
     """What the page lets one change; None: as in the selection's directory.
 
     Attributes:
-        ratio: share that is removed; uniformity: of methods that have one.
+        ratio: fraction that is removed; uniformity: of methods that have one.
     """
 
     ratio: float | None = None
@@ -115,8 +115,8 @@ class Decision:
         columns = ("reason", "scene", "scene_similarity", "cluster", "centroid_distance")
         kept = np.flatnonzero(self.table["kept"].to_numpy())
         summary = self.kept.summary
-        facts = {**(summary.get("facts") or {}), "entropy_threshold": summary.get("entropy_threshold")}
-        return Selection(kept, *(self.table[name].to_numpy() for name in columns), facts)
+        diagnostics = {**(summary.get("diagnostics") or {}), "entropy_threshold": summary.get("entropy_threshold")}
+        return Selection(kept, *(self.table[name].to_numpy() for name in columns), diagnostics)
 
     def select(self, settings: Settings) -> Selection:
         """What `prune/run.py` selects with these settings and otherwise the same, bit for bit.

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numba
 import numpy as np
 
-AGGREGATES = ("mean", "min", "quantile", "share")
+AGGREGATES = ("mean", "min", "quantile", "fraction")
 
 
 @numba.njit(cache=True, nogil=True)
@@ -114,9 +114,9 @@ class LocalEntropy:
     Args:
         patch: side in pixels; an image smaller than it is one patch.
         bins: of each patch's histogram, a power of two up to 256.
-        aggregate: "mean", "min" or "quantile" over the patches, in bits; or "share" of the patches above `bits`.
+        aggregate: "mean", "min" or "quantile" over the patches, in bits; or "fraction" of the patches above `bits`.
         quantile: of "quantile".
-        bits: of "share".
+        bits: of "fraction".
         denoise: take a 3 x 3 median first: sensor noise is not information.
         no_data: luma of pixels that are not there (borders of a mosaic): not counted. None: every pixel counts.
     Raises:
@@ -155,7 +155,7 @@ class LocalEntropy:
             return float(patches.min())
         if self.aggregate == "quantile":
             return float(np.quantile(patches, self.quantile))
-        if self.aggregate == "share":
+        if self.aggregate == "fraction":
             return float((patches > self.bits).mean())
         return float(patches.sum() / len(patches))
 

@@ -109,26 +109,26 @@ def _take_over(
     source = read_json(corpus.directory / COMPLETE)["inputs"]["source"]
     for previous in indexes_of(source, runs):
         stages = Path(runs) / name / stage_fingerprint(name, {"corpus": previous.fingerprint, **options})
-        found = scanned(previous, stage_fingerprint(name, options)) or stages / file
-        if not found.is_file():
+        result = scanned(previous, stage_fingerprint(name, options)) or stages / file
+        if not result.is_file():
             continue
         origin = rows_in(previous, corpus.manifest)
         rows = np.flatnonzero((origin >= 0) & ~known)
-        values.write(rows, np.load(found, mmap_mode="r")[origin[rows]])
+        values.write(rows, np.load(result, mmap_mode="r")[origin[rows]])
         known[rows] = True
     return known
 
 
 def _take(corpus: Corpus, key: str, path: Path) -> bool:
     """Put what a scan left at `path`, by a second name of the same file where the file system can."""
-    found = scanned(corpus, key)
-    if found is None:
+    result = scanned(corpus, key)
+    if result is None:
         return False
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
-        os.link(found, partial)
+        os.link(result, partial)
     except OSError:
-        shutil.copyfile(found, partial)
+        shutil.copyfile(result, partial)
     os.replace(partial, path)
     return True

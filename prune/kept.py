@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import load_file, save_file
 
 from corpus.index import Corpus, open_corpus
-from corpus.places import Places
+from corpus.locations import Locations
 from encoders.efficientnet import EfficientNetLite0
 from prune.arrivals import Looks
 from prune.clusters import CHUNK, Clustering, Points, corpus_points, normalise
@@ -32,7 +32,7 @@ from runtime.notices import notice
 from runtime.progress import progress
 
 #: Files of the index's stage.
-INDEX, SCENES, FACTS, KEPT = "kept.faiss", "scenes.safetensors", "index.json", "kept.parquet"
+INDEX, SCENES, PARAMETERS, KEPT = "kept.faiss", "scenes.safetensors", "index.json", "kept.parquet"
 #: Images of a scene to which prototypes are fitted, where the scenes are those of the kept images themselves.
 OF_SCENE = 500
 #: By how much the similarity of a kept image to its scene may differ from what the selection noted.
@@ -76,8 +76,8 @@ class Kept:
 
     def looks(self, centre: np.ndarray) -> Looks:
         """All images of the corpus, as they are compared."""
-        places = Places.of(self.corpus.manifest, self.corpus.resolution)
-        return Looks(Points(self.embeddings, centre), self.corpus.images, Places.together([places]))
+        locations = Locations.of(self.corpus.manifest, self.corpus.resolution)
+        return Looks(Points(self.embeddings, centre), self.corpus.images, Locations.together([locations]))
 
 
 @dataclass(frozen=True)
@@ -151,22 +151,26 @@ def kept_index(kept: Kept) -> KeptIndex:
         save_file({**arrays, "counts": counts}, str(directory / SCENES))
         kept.table[["id", "row"]].to_parquet(directory / KEPT, index=False)
         noted = kept.table["scene_similarity"].to_numpy(dtype=np.float32)
-        facts = {
-            "names": prototypes.names, "floor": prototypes.floor, "similarity": similarity, "scenes": source,
+        parameters = {
+            "names": prototypes.names, "threshold": prototypes.threshold, "similarity": similarity, "scenes": source,
             "kept": len(rows), "bytes": size, "scene_agreement": _agreement(cosine, noted, source),
         }  # fmt: skip
-        write_json(directory / FACTS, facts)
+        write_json(directory / PARAMETERS, parameters)
 
     directory = stage(kept.runs, "arrival_index", inputs, build)
-    facts, arrays = read_json(directory / FACTS), load_file(str(directory / SCENES))
-    if (agreement := facts["scene_agreement"]) is not None and agreement < 1:
+    parameters, arrays = read_json(directory / PARAMETERS), load_file(str(directory / SCENES))
+    if (agreement := parameters["scene_agreement"]) is not None and agreement < 1:
         notice(
             f"{kept.directory}: of the kept images {agreement:.1%} lie as near to their scene as the selection noted"
         )
-    floor = -np.inf if facts["floor"] is None else facts["floor"]
-    prototypes = Prototypes(arrays["centre"], arrays["vectors"], arrays["classes"], tuple(facts["names"]), floor)
+    threshold = -np.inf if parameters["threshold"] is None else parameters["threshold"]
+    prototypes = Prototypes(
+        arrays["centre"], arrays["vectors"], arrays["classes"], tuple(parameters["names"]), threshold
+    )
     index = read_index(directory / INDEX)
-    return KeptIndex(directory.name, index, prototypes, arrays["counts"], tuple(facts["similarity"]), facts["bytes"])
+    return KeptIndex(
+        directory.name, index, prototypes, arrays["counts"], tuple(parameters["similarity"]), parameters["bytes"]
+    )
 
 
 def _filled(points: Points, rows: np.ndarray) -> faiss.Index:
@@ -179,7 +183,7 @@ def _filled(points: Points, rows: np.ndarray) -> faiss.Index:
 
 
 def _agreement(cosine: np.ndarray, noted: np.ndarray, source: str) -> float | None:
-    """Share of the kept images whose similarity to their scene is as the selection noted; None where it noted none."""
+    """Fraction of the kept images whose similarity to their scene is as the selection recorded; None if it has none."""
     known = np.isfinite(noted)
     if source != REFERENCE or not known.any():
         return None
@@ -194,17 +198,17 @@ def _scenes(kept: Kept) -> tuple[Prototypes, tuple[float | None, float | None], 
     strata.
     """
     method, seed = kept.inputs["method"], int(kept.inputs["seed"])
-    per_class, floor = int(method.get("prototypes_per_class", 8)), float(method.get("floor_quantile", 0.01))
+    per_class, threshold = int(method.get("prototypes_per_class", 8)), float(method.get("threshold_quantile", 0.01))
     duplicate = method.get("duplicate_similarity")
     if kept.inputs.get("reference") is None:
         rows, labels = _own_labels(kept, seed)
         embeddings = np.asarray(kept.embeddings[rows], dtype=np.float32)
-        return fit_prototypes(embeddings, labels, per_class, floor or 0.01, seed), (duplicate, duplicate), CORPUS
+        return fit_prototypes(embeddings, labels, per_class, threshold or 0.01, seed), (duplicate, duplicate), CORPUS
     cfg = OmegaConf.create({"reference": kept.inputs["reference"], "seed": seed, "runs": str(kept.runs)})
     pool = with_reference(cfg, _pool(kept, kept.rows), REFERENCE, kept.encoder)
     reference, labels = pool.reference_embeddings, pool.reference_labels
     fit_seed = int(np.random.default_rng([seed, 2]).integers(2**31))  # the first draw of the methods' generator
-    prototypes = fit_prototypes(reference, labels, per_class, floor, fit_seed)
+    prototypes = fit_prototypes(reference, labels, per_class, threshold, fit_seed)
     quantile, known = method.get("reference_duplicates"), duplicate
     if quantile is not None and len(set(labels.tolist())) < len(labels):
         centred = normalise(np.asarray(reference, dtype=np.float32) - prototypes.centre)
@@ -223,9 +227,9 @@ def _own_labels(kept: Kept, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if (labels == "").all():
         sample = np.sort(generator.permutation(rows)[: OF_SCENE * MOST_STRATA])
         inside, points = corpus_points(_pool(kept, sample))
-        wanted = max(1, min(MOST_STRATA, round((len(sample) / 2) ** 0.5)))
-        found, _ = Clustering(wanted, hierarchical=False)(points, inside, wanted, generator)
-        return sample, np.array([f"stratum {number:02d}" for number in found], dtype=object)
+        requested = max(1, min(MOST_STRATA, round((len(sample) / 2) ** 0.5)))
+        result, _ = Clustering(requested, hierarchical=False)(points, inside, requested, generator)
+        return sample, np.array([f"stratum {number:02d}" for number in result], dtype=object)
     groups = [np.flatnonzero(labels == name) for name in sorted(set(labels) - {""})]
     chosen = np.sort(np.concatenate([generator.permutation(group)[:OF_SCENE] for group in groups]))
     return rows[chosen], labels[chosen]
@@ -252,17 +256,17 @@ def as_selected(cfg: DictConfig, kept: Kept, given: Mapping[str, Any]) -> DictCo
     Raises:
         UserError: one of them says otherwise.
     """
-    found = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    result = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     for name in ("encoder", "entropy"):
-        own, wanted = plain(cfg[name]), kept.inputs[name]
-        if any(key == name or key.startswith(f"{name}.") for key in given) and own != wanted:
+        own, requested = plain(cfg[name]), kept.inputs[name]
+        if any(key == name or key.startswith(f"{name}.") for key in given) and own != requested:
             raise UserError(
                 f"{name} is another than that of {kept.directory}, whose images could not be compared: leave it out"
             )
-        found[name] = wanted
-        if own != wanted:
-            notice(f"{name} is as in {kept.directory}: {wanted.get('name', wanted.get('_target_'))}")
-    resolution, train = kept.corpus.resolution, found.corpus.train
+        result[name] = requested
+        if own != requested:
+            notice(f"{name} is as in {kept.directory}: {requested.get('name', requested.get('_target_'))}")
+    resolution, train = kept.corpus.resolution, result.corpus.train
     if "corpus.train.resolution" in given and int(cfg.corpus.train.resolution) != resolution:
         raise UserError(
             f"corpus.train.resolution={cfg.corpus.train.resolution}: the images of {kept.directory} have "
@@ -274,4 +278,4 @@ def as_selected(cfg: DictConfig, kept: Kept, given: Mapping[str, Any]) -> DictCo
         train.resolution = resolution
     if "split" in train and "corpus.train.split" not in given:
         train.split = "all"
-    return found
+    return result

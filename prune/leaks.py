@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from corpus.index import Corpus, Sample, Source
-from corpus.places import Places
+from corpus.locations import Locations
 from corpus.splits import copies_across_splits, thinned
 from eval.waste import BLOCK, NEAR_DUPLICATE_BITS, perceptual_hashes
 from prune.likeness import (
@@ -48,14 +48,14 @@ class Looked:
     Attributes:
         ids: object [N].
         images: uint8 [M, R, R, 3], perhaps a memory map; rows: int64 [N], theirs in it.
-        hashes: uint64 [N]; places: N of them.
+        hashes: uint64 [N]; locations: N of them.
     """
 
     ids: np.ndarray
     images: np.ndarray
     rows: np.ndarray
     hashes: np.ndarray
-    places: Places
+    locations: Locations
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,24 +70,24 @@ def leaks(
         corpus: the split that is pruned.
         held_out: val and test, by name.
         most: images of each that are looked at, evenly spread; of the corpus `MOST_OF_CORPUS`.
-        rule: which images of other dates and places count; None: none of these.
+        rule: which images of other dates and locations count; None: none of these.
     Returns:
         `exact_copies`: images of the split whose bytes lie in another split, too. `held_out` by name, and `val_test`
         where there are both: `looked_at`, held-out images that were compared; `exact_copies`, those of all of them
         whose bytes lie in the other split; of those compared that look like one of it, `near_duplicates`,
-        `same_place_other_date` and `look_alike_elsewhere`; and `pairs`, the table of these, below `runs`.
+        `same_location_other_date` and `look_alike_elsewhere`; and `pairs`, the table of these, below `runs`.
     """
     rule = PairRule() if rule is None else rule
     read = cache(lambda name: _held_out(held_out[name], most))  # only where a stage is not there yet
-    found: dict[str, Any] = {"exact_copies": copies_across_splits(corpus.manifest), "held_out": {}}
+    result: dict[str, Any] = {"exact_copies": copies_across_splits(corpus.manifest), "held_out": {}}
     for name, source in held_out.items():
         inputs = {"corpus": corpus.fingerprint, "held_out": source, "version": source.version, "most": most}
 
         def against_corpus(name: str = name) -> tuple[pd.DataFrame, np.ndarray, int]:
             return *_alike(read(name), _of_corpus(corpus), rule), len(read(name))
 
-        found["held_out"][name] = _counted(runs, {**inputs, "rule": rule}, against_corpus)
-        found["held_out"][name]["exact_copies"] = _copies_in(source, "train")
+        result["held_out"][name] = _counted(runs, {**inputs, "rule": rule}, against_corpus)
+        result["held_out"][name]["exact_copies"] = _copies_in(source, "train")
     if {"val", "test"} <= set(held_out):
         val, test = held_out["val"], held_out["test"]
         inputs = {"val": val, "test": test, "versions": [val.version, test.version], "most": most, "rule": rule}
@@ -95,8 +95,8 @@ def leaks(
         def against_test() -> tuple[pd.DataFrame, np.ndarray, int]:
             return *_alike(read("val"), read("test"), rule), len(read("val"))
 
-        found["val_test"] = {**_counted(runs, inputs, against_test), "exact_copies": _copies_in(val, "test")}
-    return found
+        result["val_test"] = {**_counted(runs, inputs, against_test), "exact_copies": _copies_in(val, "test")}
+    return result
 
 
 def _counted(
@@ -131,7 +131,7 @@ def near_duplicates(
 def _alike(held: Looked, known: Looked, rule: PairRule) -> tuple[pd.DataFrame, np.ndarray]:
     """The best pair of every image that has one, as in `near_duplicates`, and images of the first `SHOWN` of them,
     uint8 [n, 2, R, R, 3]: one that counts is better than one that does not."""
-    found = []
+    result = []
     for at in range(len(held) if len(known) else 0):
         distances = np.bitwise_count(known.hashes ^ held.hashes[at])
         nearest = (
@@ -143,19 +143,21 @@ def _alike(held: Looked, known: Looked, rule: PairRule) -> tuple[pd.DataFrame, n
         ours = np.repeat(held.images[held.rows[at]][None], len(near), axis=0)
         theirs = np.stack([known.images[row] for row in known.rows[near]])
         likeness = correlations(ours, theirs)
-        kind = kinds(held.places[np.full(len(near), at)], known.places[near], same_pixels(ours, theirs), one_grid=True)
+        kind = kinds(
+            held.locations[np.full(len(near), at)], known.locations[near], same_pixels(ours, theirs), one_grid=True
+        )
         counts = np.isin(kind, rule.counted)
         alike = likeness >= CORRELATION
         if alike.any():
             best = int(np.argmax(np.where(alike, likeness + 10 * counts, -1)))
-            found.append((at, int(near[best]), float(likeness[best]), kind[best], bool(counts[best])))
-    found.sort(key=lambda pair: (not pair[4], -pair[2], pair[0]))
-    table = pd.DataFrame(found, columns=["held_out", "image", "correlation", "kind", "counts"])
+            result.append((at, int(near[best]), float(likeness[best]), kind[best], bool(counts[best])))
+    result.sort(key=lambda pair: (not pair[4], -pair[2], pair[0]))
+    table = pd.DataFrame(result, columns=["held_out", "image", "correlation", "kind", "counts"])
     table["counts"] = table["counts"].astype(bool)
-    shown = [(held.images[held.rows[pair[0]]], known.images[known.rows[pair[1]]]) for pair in found[:SHOWN]]
+    shown = [(held.images[held.rows[pair[0]]], known.images[known.rows[pair[1]]]) for pair in result[:SHOWN]]
     worst = np.array(shown) if shown else np.empty((0, 2, *held.images.shape[1:]), np.uint8)
     for column, ids, at in (("held_out", held.ids, 0), ("image", known.ids, 1)):
-        table[column] = ids[np.array([pair[at] for pair in found], dtype=np.int64)]
+        table[column] = ids[np.array([pair[at] for pair in result], dtype=np.int64)]
     return table, worst
 
 
@@ -163,8 +165,8 @@ def _of_corpus(corpus: Corpus) -> Looked:
     usable = np.flatnonzero(corpus.readable)
     rows = usable[thinned(len(usable), MOST_OF_CORPUS)]
     table = corpus.manifest.iloc[rows]
-    places = Places.of(table, corpus.resolution)
-    return Looked(table["id"].to_numpy(dtype=object), corpus.images, rows, _hashes(corpus, rows), places)
+    locations = Locations.of(table, corpus.resolution)
+    return Looked(table["id"].to_numpy(dtype=object), corpus.images, rows, _hashes(corpus, rows), locations)
 
 
 def _held_out(source: Source, most: int) -> Looked:
@@ -175,8 +177,10 @@ def _held_out(source: Source, most: int) -> Looked:
     empty = np.empty((0, source.resolution, source.resolution, 3), np.uint8)
     images = np.stack([image for _, image in read]) if read else empty
     table = table.iloc[[row for row, _ in read]].reset_index(drop=True)
-    places = Places.of(table, source.resolution)
-    return Looked(table["id"].to_numpy(dtype=object), images, np.arange(len(read)), perceptual_hashes(images), places)
+    locations = Locations.of(table, source.resolution)
+    return Looked(
+        table["id"].to_numpy(dtype=object), images, np.arange(len(read)), perceptual_hashes(images), locations
+    )
 
 
 def _copies_in(source: Source, split: str) -> int:
@@ -196,16 +200,16 @@ def _hashes(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
     return _last_hashes[key]
 
 
-def pairs_of_splits(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def pairs_of_splits(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The counts of every pair of splits in what `leaks` gives, by name."""
-    named = {f"train and {name}": part for name, part in found["held_out"].items()}
-    return {**named, **({"val and test": found["val_test"]} if found.get("val_test") else {})}
+    named = {f"train and {name}": part for name, part in result["held_out"].items()}
+    return {**named, **({"val and test": result["val_test"]} if result.get("val_test") else {})}
 
 
-def leak_grids(found: Mapping[str, Any] | None, runs: Path) -> list[SampleGrid]:
+def leak_grids(result: Mapping[str, Any] | None, runs: Path) -> list[SampleGrid]:
     """The worst pairs of every pair of splits side by side, as far as their images are still there."""
     grids = []
-    for name, part in pairs_of_splits(found).items() if found else ():
+    for name, part in pairs_of_splits(result).items() if result else ():
         table, images = runs / part["pairs"], (runs / part["pairs"]).with_name(WORST)
         if not table.is_file() or not images.is_file():
             continue
@@ -229,22 +233,22 @@ def _words(kind: str) -> str:
     return kind.replace("_", " ")
 
 
-def announce_leaks(found: Mapping[str, Any], name: str) -> None:
+def announce_leaks(result: Mapping[str, Any], name: str) -> None:
     """Say on stderr, in one line, what the splits share; nothing where they share nothing."""
     parts = [
         f"{part['near_duplicates']:,} of {part['looked_at']:,} {split} images look like one that is trained on "
         f"(table: {part['pairs']})"
-        for split, part in found["held_out"].items()
+        for split, part in result["held_out"].items()
         if part["near_duplicates"]
     ]
-    between = found.get("val_test")
+    between = result.get("val_test")
     if between and between["near_duplicates"]:
         parts.append(
             f"{between['near_duplicates']:,} of {between['looked_at']:,} val images look like one of test "
             f"(table: {between['pairs']})"
         )
-    if found["exact_copies"]:
-        parts.insert(0, f"{found['exact_copies']:,} images have exact copies in another split")
+    if result["exact_copies"]:
+        parts.insert(0, f"{result['exact_copies']:,} images have exact copies in another split")
     if parts:
         notice(f"{name}: leaks between the splits: {'; '.join(parts)}")
 

@@ -21,7 +21,7 @@ class RSPrune:
     >>> subset = images[selection.kept]
 
     Args:
-        ratio: share that is removed, in [0, 1): exactly N - round(ratio N) images are kept.
+        ratio: fraction that is removed, in [0, 1): exactly N - round(ratio N) images are kept.
         seed: same seed, same selection bit for bit.
         parameters: of `prune.methods.rsprune.RSPrune`, for example `uniformity=0.5`.
     Raises:
@@ -73,9 +73,9 @@ def select_from_arrays(
     Args:
         method: for example `prune.methods.semdedup.SemDeDup()`.
         embeddings: float [N, D], one row an image; a memory map is read in parts.
-        ratio: share that is removed, in [0, 1).
+        ratio: fraction that is removed, in [0, 1).
         entropy: float [N] in bits (`prune.entropy.local_entropy`); None: no image is dropped for its entropy.
-        reference: float [M, D], embeddings of a labelled set by the same encoder; None: no scenes are told apart.
+        reference: float [M, D], embeddings of a labelled set by the same encoder; None: no scenes are distinguished.
         labels: [M], the reference's class of each row.
         readable: bool [N]; images that are not count in N and are never kept. None: all are.
     Returns:
@@ -132,7 +132,7 @@ def budget_of(images: int, ratio: float) -> int:
         UserError: the ratio is not in [0, 1).
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise UserError(f"ratio={ratio} is outside [0, 1): it is the share that is removed, for example ratio=0.85")
+        raise UserError(f"ratio={ratio} is outside [0, 1): it is the fraction that is removed, for example ratio=0.85")
     return images - round(ratio * images)
 
 
@@ -150,14 +150,14 @@ def _vector(values: np.ndarray, size: int, name: str) -> np.ndarray:
     return values
 
 
-def refuse_not_finite(values: np.ndarray, wanted: np.ndarray, name: str) -> None:
+def refuse_not_finite(values: np.ndarray, requested: np.ndarray, name: str) -> None:
     """Raise a UserError that names the first bad rows."""
     bad: list[int] = []
     for start in range(0, len(values), CHUNK):
         part = slice(start, start + CHUNK)
         # a sum over a row is finite only if the row is; its overflow would need a row beyond any encoder's
         sums = values[part].sum(axis=1, dtype=np.float32)
-        suspects = np.flatnonzero(~np.isfinite(sums) & wanted[part]) + start
+        suspects = np.flatnonzero(~np.isfinite(sums) & requested[part]) + start
         bad += [int(row) for row in suspects if not np.isfinite(values[row]).all()]
     if bad:
         named = ", ".join(map(str, bad[:NAMED])) + (" ..." if len(bad) > NAMED else "")

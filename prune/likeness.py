@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from corpus.places import ELSEWHERE, SAME, Places
+from corpus.locations import ELSEWHERE, SAME, Locations
 from runtime.errors import UserError
 
 #: Two images are near-duplicates where their brightness correlates at least so. Two dates of a place stay below, and
@@ -17,7 +17,7 @@ CORRELATION = 0.95
 #: Levels of 255 by which brightness must vary for it to say anything.
 LEAST_CONTRAST = 1.0
 #: What a pair of images is that correlate so.
-NEAR_DUPLICATE, OTHER_DATE, LOOK_ALIKE = "near_duplicate", "same_place_other_date", "look_alike_elsewhere"
+NEAR_DUPLICATE, OTHER_DATE, LOOK_ALIKE = "near_duplicate", "same_location_other_date", "look_alike_elsewhere"
 KINDS = (NEAR_DUPLICATE, OTHER_DATE, LOOK_ALIKE)
 CHOICES = ("distinct", "duplicate")
 
@@ -28,7 +28,7 @@ class PairRule:
 
     Args:
         other_date: of the same place on another date: "distinct" or "duplicate".
-        elsewhere: of places that are known and share no ground: the same.
+        elsewhere: of locations that are known and share no ground: the same.
     Raises:
         UserError: another word.
     """
@@ -44,25 +44,25 @@ class PairRule:
     @property
     def counted(self) -> tuple[str, ...]:
         """The kinds of pairs that are duplicates."""
-        wanted = {OTHER_DATE: self.other_date, LOOK_ALIKE: self.elsewhere}
-        return tuple(kind for kind in KINDS if wanted.get(kind, CHOICES[1]) == CHOICES[1])
+        requested = {OTHER_DATE: self.other_date, LOOK_ALIKE: self.elsewhere}
+        return tuple(kind for kind in KINDS if requested.get(kind, CHOICES[1]) == CHOICES[1])
 
 
-def kinds(first: Places, second: Places, equal: np.ndarray, one_grid: bool) -> np.ndarray:
+def kinds(first: Locations, second: Locations, equal: np.ndarray, one_grid: bool) -> np.ndarray:
     """What each pair of images is, str [N], if the two look alike: one of `KINDS`.
 
-    Images that are equal in every pixel are near-duplicates whatever is said of their places and dates.
+    Images that are equal in every pixel are near-duplicates whatever is reported of their locations and dates.
 
     Args:
         equal: bool [N].
-        one_grid: as in `Places.ground_of`.
+        one_grid: as in `Locations.ground_of`.
     """
     ground = first.ground_of(second, one_grid)
-    found = np.full(len(first), NEAR_DUPLICATE, dtype=object)
-    found[(ground == SAME) & first.on_other_date(second)] = OTHER_DATE
-    found[ground == ELSEWHERE] = LOOK_ALIKE
-    found[equal] = NEAR_DUPLICATE
-    return found
+    result = np.full(len(first), NEAR_DUPLICATE, dtype=object)
+    result[(ground == SAME) & first.on_other_date(second)] = OTHER_DATE
+    result[ground == ELSEWHERE] = LOOK_ALIKE
+    result[equal] = NEAR_DUPLICATE
+    return result
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -75,9 +75,9 @@ def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     side = math.prod(first.shape[1:3])
     luma = [images.mean(axis=-1, dtype=np.float64).reshape(len(images), side) for images in (first, second)]
     spread = [values.std(axis=1) for values in luma]
-    said = np.minimum(*spread) >= LEAST_CONTRAST
+    message = np.minimum(*spread) >= LEAST_CONTRAST
     one, other = (values - values.mean(axis=1, keepdims=True) for values in luma)
-    return np.where(said, (one * other).mean(axis=1) / np.where(said, spread[0] * spread[1], 1), 0.0)
+    return np.where(message, (one * other).mean(axis=1) / np.where(message, spread[0] * spread[1], 1), 0.0)
 
 
 def same_pixels(first: np.ndarray, second: np.ndarray) -> np.ndarray:

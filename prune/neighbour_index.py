@@ -35,11 +35,11 @@ def new_index(sample: np.ndarray, count: int) -> faiss.Index:
 
 def nearest(index: faiss.Index, vectors: np.ndarray, count: int) -> np.ndarray:
     """Positions of up to `count` nearest vectors of an index for each of float32 [n, D], int64 [n, count]; -1: none."""
-    found = np.full((len(vectors), count), -1, dtype=np.int64)
-    wanted = min(count, index.ntotal)
-    if wanted and len(vectors):
-        found[:, :wanted] = index.search(np.ascontiguousarray(vectors, dtype=np.float32), wanted)[1]
-    return found
+    result = np.full((len(vectors), count), -1, dtype=np.int64)
+    requested = min(count, index.ntotal)
+    if requested and len(vectors):
+        result[:, :requested] = index.search(np.ascontiguousarray(vectors, dtype=np.float32), requested)[1]
+    return result
 
 
 def paired_cosines(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -30,10 +30,10 @@ def nearest_neighbours(points: np.ndarray, count: int) -> tuple[np.ndarray, np.n
         index.nprobe = 16
         index.train(points[:: max(1, len(points) // (lists * 64))])
     index.add(points)
-    cosines, found = index.search(points, count + 1)
-    itself = found == np.arange(len(points))[:, None]
+    cosines, result = index.search(points, count + 1)
+    itself = result == np.arange(len(points))[:, None]
     itself[~itself.any(axis=1), -1] = True  # crowded out by exact duplicates: drop the last instead
     keep = ~itself
     shape = (len(points), count)
-    found, cosines = found[keep].reshape(shape), cosines[keep].reshape(shape)
-    return found, np.where(found < 0, -np.inf, cosines)
+    result, cosines = result[keep].reshape(shape), cosines[keep].reshape(shape)
+    return result, np.where(result < 0, -np.inf, cosines)

@@ -62,8 +62,8 @@ def page_arrays(
     inputs = {"selection": selection, "neighbours": neighbours, "duplicate": duplicate}
 
     def build(directory: Path) -> None:
-        found = computed(embeddings, readable, kept, scenes, neighbours, duplicate)
-        save_file({name: np.ascontiguousarray(values) for name, values in asdict(found).items()}, directory / ARRAYS)
+        result = computed(embeddings, readable, kept, scenes, neighbours, duplicate)
+        save_file({name: np.ascontiguousarray(values) for name, values in asdict(result).items()}, directory / ARRAYS)
 
     return PageArrays(**load_file(stage(runs, "page", inputs, build) / ARRAYS))
 
@@ -88,12 +88,12 @@ def computed(
     rows, count = np.flatnonzero(readable), len(embeddings)
     points = Points(embeddings, mean_embedding(embeddings, rows))
     low = _reduced(points, rows)
-    found, cosines = _filled(count, neighbours)
+    result, cosines = _filled(count, neighbours)
     candidates = nearest_neighbours(low, neighbours if low.shape[1] == embeddings.shape[1] else CANDIDATES * neighbours)
     taken = min(neighbours, candidates[0].shape[1])
-    found[rows, :taken], cosines[rows, :taken] = _compared(points, rows, rows, candidates[0], taken)
+    result[rows, :taken], cosines[rows, :taken] = _compared(points, rows, rows, candidates[0], taken)
     group = np.full(count, -1, np.int32)
-    group[rows] = groups_of(np.where(found >= 0, found, 0)[rows], cosines[rows], rows, duplicate)
+    group[rows] = groups_of(np.where(result >= 0, result, 0)[rows], cosines[rows], rows, duplicate)
     nearest, nearest_cosine = _filled(count, 1)
     chosen = np.flatnonzero(kept & readable)
     if len(chosen) > 1:
@@ -101,7 +101,7 @@ def computed(
         nearest[rows], nearest_cosine[rows] = _compared(points, rows, chosen, others, 1)
     plane = np.full((count, 2), np.nan, np.float32)
     plane[rows] = _plane(embeddings, rows, scenes)
-    return PageArrays(plane, found, cosines, group, nearest[:, 0], nearest_cosine[:, 0])
+    return PageArrays(plane, result, cosines, group, nearest[:, 0], nearest_cosine[:, 0])
 
 
 def groups_of(neighbours: np.ndarray, cosines: np.ndarray, rows: np.ndarray, duplicate: float) -> np.ndarray:
@@ -157,16 +157,16 @@ def _compared(
     Args:
         rows: int [n]; candidates: int [n, c], positions in `others`, int rows of the corpus; -1: none.
     """
-    found, cosines = _filled(len(rows), count)
+    result, cosines = _filled(len(rows), count)
     for part in _parts(rows if count else rows[:0], ROWS, "neighbours"):
         nearest = candidates[part]
         vectors = points[others[nearest.clip(0).ravel()]].reshape(*nearest.shape, -1)
         cosine = np.where(nearest < 0, -np.inf, paired_cosines(points[rows[part]], vectors))
         order = np.argsort(-cosine, axis=1, kind="stable")[:, :count]
         cosine, nearest = (np.take_along_axis(values, order, axis=1) for values in (cosine, nearest))
-        found[part] = np.where(nearest < 0, -1, others[nearest.clip(0)])
+        result[part] = np.where(nearest < 0, -1, others[nearest.clip(0)])
         cosines[part] = np.where(nearest < 0, np.nan, cosine)
-    return found, cosines
+    return result, cosines
 
 
 def _among(low: np.ndarray, chosen: np.ndarray, rows: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -178,10 +178,10 @@ def _among(low: np.ndarray, chosen: np.ndarray, rows: np.ndarray, own: np.ndarra
     index = faiss.IndexFlatIP(low.shape[1])
     index.add(np.ascontiguousarray(low[chosen]))
     width = min(CANDIDATES + 1, len(chosen))
-    found = np.empty((len(low), width), np.int64)
+    result = np.empty((len(low), width), np.int64)
     for part in _parts(rows, CHUNK, "nearest kept"):
-        found[part] = index.search(low[part], width)[1]
-    return np.where(own[found] == rows[:, None], -1, found)
+        result[part] = index.search(low[part], width)[1]
+    return np.where(own[result] == rows[:, None], -1, result)
 
 
 def _plane(embeddings: np.ndarray, rows: np.ndarray, scenes: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What `prune/run.py` would do (`dry_run=true`): which stages are there, how many images are left, and what they cost.
 
-Whether a stage is there is asked of the very functions that would build it, inside `nothing_built`.
+Whether a stage is there is determined by the very functions that would build it, inside `nothing_built`.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def _index_row(cfg: DictConfig, part: str, source: Source) -> Row:
     """Decoding, entropy and embedding of a source, in one pass."""
     label = f"index, entropy and embedding of the {part}"
     measure, encoder = instantiate(cfg.entropy), instantiate(cfg.encoder)
-    found: list[Any] = []
-    state = _state(lambda: found.append(scan_corpus(source, cfg.runs, measure, encoder)))
+    result: list[Any] = []
+    state = _state(lambda: result.append(scan_corpus(source, cfg.runs, measure, encoder)))
     if state == DONE:
-        return Row(label, len(found[0]), 0, DONE)
+        return Row(label, len(result[0]), 0, DONE)
     images = len(source.manifest())
     partial = Path(state).with_name(Path(state).name + ".partial")
     done = sum(line["images"] for line in logged(partial)) if (partial / "progress.json").is_file() else 0
@@ -90,8 +90,8 @@ def _state(ask: Callable[[], Any]) -> str:
 
 def _speed(runs: Path | str) -> float | None:
     """Images a second of the newest index that this engine built here; None: there is none."""
-    found = sorted(Path(runs).glob(f"corpus/*/{COST}"), key=lambda path: -path.stat().st_mtime_ns)
-    for path in found:
+    result = sorted(Path(runs).glob(f"corpus/*/{COST}"), key=lambda path: -path.stat().st_mtime_ns)
+    for path in result:
         cost = read_json(path)
         if cost["engine"] == engine().name and cost["seconds"] > 0 and cost["images"]:
             return cost["images"] / cost["seconds"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,7 +66,7 @@ class Selection:
         scene_similarity: float32 [N], cosine to the nearest prototype, NaN where there is none.
         cluster: int32 [N], -1 where there is none.
         centroid_distance: float32 [N], NaN where there is none.
-        facts: what the summary should say besides (thresholds, counts).
+        diagnostics: what the summary should say besides (thresholds, counts).
     """
 
     kept: np.ndarray
@@ -74,24 +75,24 @@ class Selection:
     scene_similarity: np.ndarray
     cluster: np.ndarray
     centroid_distance: np.ndarray
-    facts: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, pool: Pool, kept: np.ndarray, dropped_reason: str, **diagnostics: Any) -> Selection:
-        """A selection whose diagnostics default to none; the rest is `dropped_reason` or unreadable."""
+    def of(cls, pool: Pool, kept: np.ndarray, dropped_reason: str, **columns: Any) -> Selection:
+        """A selection; columns and diagnostics are empty by default, other rows are `dropped_reason` or unreadable."""
         size = len(pool)
         kept = np.sort(np.asarray(kept, dtype=np.int64))
-        reason = diagnostics.pop("reason") if "reason" in diagnostics else everywhere(size, dropped_reason)
+        reason = columns.pop("reason") if "reason" in columns else everywhere(size, dropped_reason)
         reason[~pool.readable] = "unreadable"
         reason[kept] = "kept"
-        defaults = {
+        defaults: dict[str, Callable[[], Any]] = {
             "scene": lambda: everywhere(size, ""),
             "scene_similarity": lambda: np.full(size, np.nan, dtype=np.float32),
             "cluster": lambda: np.full(size, -1, dtype=np.int32),
             "centroid_distance": lambda: np.full(size, np.nan, dtype=np.float32),
         }
-        missing = {name: default() for name, default in defaults.items() if name not in diagnostics}
-        return cls(kept=kept, reason=reason, **missing, **diagnostics)
+        missing: dict[str, Any] = {name: default() for name, default in defaults.items() if name not in columns}
+        return cls(kept=kept, reason=reason, **missing, **columns)
 
 
 def everywhere(size: int, text: str) -> np.ndarray:
@@ -106,7 +107,7 @@ class Method(Protocol):
 
     A method that reads the pool's reference says so with an attribute `uses_reference = True`, which is no field; the
     others get none, and need no labelled images anywhere. One that reads `pair_scores` says `uses_captions = True`. One
-    that can say itself how much goes has `found_budget(pool) -> int`, the budget with `ratio=null`.
+    that can say itself how much goes has `estimated_budget(pool) -> int`, the budget with `ratio=null`.
     """
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:

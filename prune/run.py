@@ -15,7 +15,7 @@ from runtime.errors import UserError
 
 
 def copied(directory: Path, target: Target) -> None:
-    """Copy a selection; its facts and then its summary come last, so that a copy with a summary is whole.
+    """Copy a selection; its metadata and then its summary come last, so that a copy with a summary is whole.
 
     Raises:
         UserError: the target has other files, or cannot be written; the selection is there all the same.

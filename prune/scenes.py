@@ -40,7 +40,7 @@ class Scenes:
         scene: int64 [N], index into `names`.
         similarity: float32 [N], cosine to the nearest prototype; NaN where there are no prototypes.
         centre: float32 [D] of the embedding space.
-        floor: cosine below which an image is in an open scene; None where there are no prototypes.
+        threshold: cosine below which an image is in an open scene; None where there are no prototypes.
         accuracy: fraction of labelled images, each half by what was fitted to the other, that get their own scene; None
             where no class has two.
         open: how many of the names are open.
@@ -50,7 +50,7 @@ class Scenes:
     scene: np.ndarray
     similarity: np.ndarray
     centre: np.ndarray
-    floor: float | None = None
+    threshold: float | None = None
     accuracy: float | None = None
     open: int = 1
 
@@ -61,14 +61,15 @@ class SceneRule:
 
     Args:
         prototypes_per_class: k-means prototypes of each reference class.
-        floor_quantile: images less similar to every prototype than this quantile of the reference are open.
-        classifier: of the images above the floor: "prototypes" (the nearest one's class), "lda" (linear discriminant
-            analysis with Ledoit and Wolf's shrinkage, classes alike) or "logistic" (L2-regularised regression).
+        threshold_quantile: images less similar to every prototype than this quantile of the reference are open.
+        classifier: of the images above the threshold: "prototypes" (the nearest one's class), "lda" (linear
+            discriminant analysis with Ledoit and Wolf's shrinkage, classes alike) or "logistic" (L2-regularised
+            regression).
         split_open: strata of the open images as tight as the known scenes, instead of one.
     """
 
     prototypes_per_class: int = 8
-    floor_quantile: float = 0.01
+    threshold_quantile: float = 0.01
     classifier: str = "prototypes"
     split_open: bool = False
 
@@ -79,7 +80,7 @@ class SceneRule:
     def __call__(self, pool: Pool, seed: int) -> Scenes:
         """The scenes of a pool with a reference."""
         reference, labels = pool.reference_embeddings, pool.reference_labels
-        prototypes = fit_prototypes(reference, labels, self.prototypes_per_class, self.floor_quantile, seed)
+        prototypes = fit_prototypes(reference, labels, self.prototypes_per_class, self.threshold_quantile, seed)
         names, accuracy = prototypes.names, prototypes.accuracy
         classify = None
         if self.classifier != "prototypes" and len(names) > 1:
@@ -96,7 +97,9 @@ class SceneRule:
             scene[is_open] += labels_of_open
             count = int(labels_of_open.max()) + 1
             strata = tuple(f"{OPEN_SCENE} {number:03d}" for number in range(count)) if count > 1 else strata
-        return Scenes((*names, *strata), scene, similarity, prototypes.centre, prototypes.floor, accuracy, len(strata))
+        return Scenes(
+            (*names, *strata), scene, similarity, prototypes.centre, prototypes.threshold, accuracy, len(strata)
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Prototypes:
         vectors: float32 [P, D], unit length.
         classes: int64 [P], index into `names`.
         names: class names, sorted.
-        floor: cosine below which an image belongs to no known scene.
+        threshold: cosine below which an image belongs to no known scene.
         accuracy: of the nearest prototype, as in `Scenes`.
     """
 
@@ -116,18 +119,18 @@ class Prototypes:
     vectors: np.ndarray
     classes: np.ndarray
     names: tuple[str, ...]
-    floor: float
+    threshold: float
     accuracy: float | None = None
 
 
 def fit_prototypes(
-    embeddings: np.ndarray, labels: np.ndarray, per_class: int, floor_quantile: float, seed: int
+    embeddings: np.ndarray, labels: np.ndarray, per_class: int, threshold_quantile: float, seed: int
 ) -> Prototypes:
-    """Spherical k-means prototypes of every reference class, and the floor below which an image is of none.
+    """Spherical k-means prototypes of every reference class, and the threshold below which an image is of none.
 
-    The floor is the `floor_quantile` of the cosine of labelled images to their nearest prototype: what is farther from
-    every prototype than almost every labelled image is of no known scene. Each half of the reference is measured on
-    prototypes fitted to the other half, since images lie nearer to prototypes fitted to themselves.
+    The threshold is the `threshold_quantile` of the cosine of labelled images to their nearest prototype: what is
+    farther from every prototype than almost every labelled image is of no known scene. Each half of the reference is
+    measured on prototypes fitted to the other half, since images lie nearer to prototypes fitted to themselves.
 
     Args:
         embeddings: float [M, D], M at least 1; labels: str [M].
@@ -140,8 +143,8 @@ def fit_prototypes(
     vectors = np.concatenate(fitted)
     classes = np.repeat(np.arange(len(names)), [len(part) for part in fitted])
     nearest, right = _across_halves(points, groups, per_class, seed)
-    floor = float(np.quantile(nearest, floor_quantile)) if floor_quantile > 0 and len(nearest) else -np.inf
-    return Prototypes(centre, vectors, classes, names, floor, float(right.mean()) if len(right) else None)
+    threshold = float(np.quantile(nearest, threshold_quantile)) if threshold_quantile > 0 and len(nearest) else -np.inf
+    return Prototypes(centre, vectors, classes, names, threshold, float(right.mean()) if len(right) else None)
 
 
 def _across_halves(
@@ -169,7 +172,7 @@ def _halves(groups: list[np.ndarray], seed: int) -> list[list[np.ndarray]]:
 
 def fit_classifier(points: np.ndarray, classes: np.ndarray, kind: str) -> Callable[[np.ndarray], np.ndarray]:
     """A linear classifier of unit vectors float32 [M, D]; returns (float32 [n, D]) -> int64 [n]."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # slow to import, and seldom asked for
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # slow to import, and seldom needed
     from sklearn.linear_model import LogisticRegression
 
     if kind == "lda":
@@ -242,15 +245,15 @@ def open_strata(points: Points, rows: np.ndarray, target: float, generator: np.r
         return np.zeros(len(rows), np.int64)
     while cosine < target and low < high:  # double, then halve the last step
         step = min(2 * low, high)
-        found, cosine = fitted(step)
+        result, cosine = fitted(step)
         if cosine >= target:
             high = step
             break
-        low, centroids = step, found
+        low, centroids = step, result
     while cosine >= target and high - low > max(1, low // 8):
         middle = (low + high) // 2
-        found = fitted(middle)
-        low, high = (low, middle) if found[1] >= target else (middle, high)
+        result = fitted(middle)
+        low, high = (low, middle) if result[1] >= target else (middle, high)
     if low < high:
         centroids, _ = fitted(high)
     labels = np.empty(len(rows), np.int64)
@@ -263,7 +266,7 @@ def open_strata(points: Points, rows: np.ndarray, target: float, generator: np.r
 def assign_scenes(
     embeddings: np.ndarray, prototypes: Prototypes, classify: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The scene of every image, by its nearest prototype or, above the floor, by a classifier; streamed.
+    """The scene of every image, by its nearest prototype or, above the threshold, by a classifier; streamed.
 
     Returns:
         scene: int64 [N], index into `names`, or len(names) for the open scene.
@@ -271,18 +274,18 @@ def assign_scenes(
     """
     blocks = [np.arange(at, min(at + BLOCK, len(embeddings))) for at in range(0, len(embeddings), BLOCK)]
     points = Points(embeddings, prototypes.centre)
-    found = engine().map_rows(_nearest_scenes, points, blocks, [(prototypes, classify)] * len(blocks))
+    result = engine().map_rows(_nearest_scenes, points, blocks, [(prototypes, classify)] * len(blocks))
     scene, similarity = np.empty(len(embeddings), dtype=np.int64), np.empty(len(embeddings), dtype=np.float32)
-    for rows, (of_block, cosine) in zip(blocks, found, strict=True):
+    for rows, (of_block, cosine) in zip(blocks, result, strict=True):
         scene[rows], similarity[rows] = of_block, cosine
-    scene[similarity < prototypes.floor] = len(prototypes.names)
+    scene[similarity < prototypes.threshold] = len(prototypes.names)
     return scene, similarity
 
 
 def _nearest_scenes(
     points: Points, rows: np.ndarray, prototypes: Prototypes, classify: Callable[[np.ndarray], np.ndarray] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`assign_scenes` of some rows, without the floor."""
+    """`assign_scenes` of some rows, without the threshold."""
     scene, similarity = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.float32)
     for start in range(0, len(rows), CHUNK):
         part = slice(start, start + CHUNK)
@@ -306,8 +309,8 @@ def corpus_strata(pool: Pool, generator: np.random.Generator) -> tuple[np.ndarra
     rows, points = corpus_points(pool)
     if len(rows) == 0:
         return np.empty((0, pool.embeddings.shape[1]), np.float32), np.empty(0, dtype=object)
-    wanted = max(1, min(MOST_STRATA, round((len(rows) / 2) ** 0.5)))
-    labels, _ = Clustering(wanted, hierarchical=False)(points, rows, wanted, generator)
+    requested = max(1, min(MOST_STRATA, round((len(rows) / 2) ** 0.5)))
+    labels, _ = Clustering(requested, hierarchical=False)(points, rows, requested, generator)
     groups = [rows[group] for group in members_of(labels, int(labels.max()) + 1)]
     means = np.stack([mean_embedding(pool.embeddings, group) for group in groups])
     return means, np.array([f"stratum {number:02d}" for number in range(len(groups))], dtype=object)

@@ -105,7 +105,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         if pairs is not None:
             pool = replace(pool, pair_scores=pairs.scores(corpus))
         with clock("selection"):
-            budget = method.found_budget(pool) if ratio is None else budget_of(len(pool), ratio)
+            budget = method.estimated_budget(pool) if ratio is None else budget_of(len(pool), ratio)
             selection = method.select(pool, budget, np.random.default_rng([cfg.seed, 2]))
         with clock("weights"):
             generator = np.random.default_rng([cfg.seed, 5])
@@ -113,9 +113,9 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         table = selection_table(pool, selection, weights)
         summary = summarise(table, corpus, selection, name, ratio, cfg.seed, clock.seconds)
         summary["cost"] = cost_by_stage(clock, corpus)
-        summary["source"] = dict(corpus.facts)
+        summary["source"] = dict(corpus.metadata)
         with clock("leaks"):
-            summary["leaks"] = found_leaks(cfg, corpus)
+            summary["leaks"] = leaks_of(cfg, corpus)
         summary["strata"] = scenes and {"source": scenes, "count": len(set(pool.reference_labels.tolist()))}
         if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run, whose time we have not
             summary["images_per_second"] = None
@@ -128,9 +128,9 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
             tracker.table("scenes", _scene_frame(summary["true_scenes"]))
 
     directory = stage(cfg.runs, "selection", inputs, build)
-    found = read_json(directory / "summary.json").get("leaks")
-    if found and is_main_process():
-        announce_leaks(found, corpus.name)
+    result = read_json(directory / "summary.json").get("leaks")
+    if result and is_main_process():
+        announce_leaks(result, corpus.name)
     if scenes == CORPUS:
         _tell_of_strata(read_json(directory / "summary.json")["strata"]["count"])
     return directory, corpus
@@ -140,7 +140,7 @@ def _with_captions(
     cfg: DictConfig, corpus: Corpus, method: Method, measure: LocalEntropy, encoder: EfficientNetLite0, clock: Clock
 ) -> tuple[Corpus, captioned.CleanedPairs | None]:
     """The corpus with the captions that are to be read, and the scored pairs where the method uses them."""
-    scoring, reading = captioned.wanted(cfg, method)
+    scoring, reading = captioned.requested(cfg, method)
     if not scoring:
         return corpus, None
     pool, kind = corpus_pool(cfg, corpus, measure, encoder, clock), reference_kind(cfg, corpus)
@@ -152,7 +152,7 @@ def _with_captions(
 
 
 def ratio_of(cfg: DictConfig, method: Method, name: str) -> float | None:
-    """The share that is removed: 0 by a method that keeps everything, None where the method finds it itself.
+    """The fraction that is removed: 0 by a method that keeps everything, None where the method finds it itself.
 
     Raises:
         UserError: it is out of range, or null for a method that finds none.
@@ -160,14 +160,14 @@ def ratio_of(cfg: DictConfig, method: Method, name: str) -> float | None:
     if getattr(method, "keeps_everything", False):
         return 0.0
     if cfg.ratio is None:
-        if not hasattr(method, "found_budget"):
+        if not hasattr(method, "estimated_budget"):
             raise UserError(f"ratio=null: prune={name} cannot tell how much to remove, give ratio=0.85 for example")
         return None
     budget_of(1, cfg.ratio)
     return float(cfg.ratio)
 
 
-def found_leaks(cfg: DictConfig, corpus: Corpus) -> dict[str, Any] | None:
+def leaks_of(cfg: DictConfig, corpus: Corpus) -> dict[str, Any] | None:
     """What the pruned split, val and test share; None where `leaks` is 0 or all splits are pruned at once.
 
     A split that is empty or has no images of its own is left out.
@@ -183,7 +183,7 @@ def found_leaks(cfg: DictConfig, corpus: Corpus) -> dict[str, Any] | None:
 
 
 def pair_rule(cfg: DictConfig) -> PairRule:
-    """Which images of other dates and places count as duplicates."""
+    """Which images of other dates and locations count as duplicates."""
     return PairRule(cfg.other_date, cfg.elsewhere)
 
 
@@ -253,7 +253,7 @@ def write_selection(
         corpus.images,
         np.random.default_rng([summary["seed"], 3]),
         embeddings=embeddings,
-        places=corpus.manifest if {"lon", "lat"} <= set(corpus.manifest) else None,
+        locations=corpus.manifest if {"lon", "lat"} <= set(corpus.manifest) else None,
         links={PAIRS_LINK: PAIRS_PAGE} if (directory / PAIRS_PAGE).is_file() else None,
         leaks=leak_grids(summary.get("leaks"), directory.parent.parent),
     )
@@ -306,8 +306,8 @@ def summarise(
             "largest": float(table["weight"].max()),
             "effective_size": effective_size(table["weight"].to_numpy()),
         },
-        "entropy_threshold": selection.facts.get("entropy_threshold"),
-        "facts": plain(selection.facts),
+        "entropy_threshold": selection.diagnostics.get("entropy_threshold"),
+        "diagnostics": plain(selection.diagnostics),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "images_per_second": len(table) / max(sum(seconds.values()), 1e-9),
         "versions": {package: metadata.version(package) for package in packages},

@@ -120,18 +120,21 @@ def _nearest(index: Any, vectors: np.ndarray) -> np.ndarray:
 
     Vectors of one list are looked up one after the other, so that a list is read from memory once for many.
     """
+    # faiss's type hints describe its C++ calls, not their Python wrappers
+    inverted: Any = index
+    parameters: Any = faiss.SearchParametersIVF
     if not isinstance(index, faiss.IndexIVF):
-        return index.search(vectors, 1)[1][:, 0]
+        return inverted.search(vectors, 1)[1][:, 0]
     distances, lists = index.quantizer.search(vectors, index.nprobe)
     order = np.argsort(lists[:, 0], kind="stable")
-    found = np.empty(len(vectors), dtype=np.int64)
-    found[order] = index.search_preassigned(vectors[order], 1, lists[order], distances[order])[1][:, 0]
-    if len(missed := np.flatnonzero(found < 0)):
-        everywhere = faiss.SearchParametersIVF(nprobe=index.nlist)
+    result = np.empty(len(vectors), dtype=np.int64)
+    result[order] = inverted.search_preassigned(vectors[order], 1, lists[order], distances[order])[1][:, 0]
+    if len(missed := np.flatnonzero(result < 0)):
+        options = {"nprobe": index.nlist}
         if isinstance(centres := faiss.downcast_index(index.quantizer), faiss.IndexIVF):
-            everywhere.quantizer_params = faiss.SearchParametersIVF(nprobe=centres.nlist)
-        found[missed] = index.search(vectors[missed], 1, params=everywhere)[1][:, 0]
-    return found
+            options["quantizer_params"] = parameters(nprobe=centres.nlist)
+        result[missed] = inverted.search(vectors[missed], 1, params=parameters(**options))[1][:, 0]
+    return result
 
 
 def _projected(points: Points, rows: np.ndarray, project: Projection) -> np.ndarray:

@@ -12,7 +12,7 @@ import pandas as pd
 from corpus.index import Corpus
 from report.figures import contact_sheet
 from report.page import Picture, SampleGrid, png_bytes, write_report
-from report.prune_report import share_text
+from report.prune_report import percentage
 
 #: Images of a sheet, a row of them, and pairs side by side.
 SHOWN, COLUMNS, PAIRS = 48, 12, 12
@@ -31,7 +31,7 @@ MEANINGS = {
 
 
 class Images(Protocol):
-    """uint8 [N, R, R, 3], read where it is asked for."""
+    """uint8 [N, R, R, 3], read where it is requested."""
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...
 
@@ -58,7 +58,7 @@ def write_arrivals_report(
         title=f"{summary['added']:,} of {summary['arrived']:,} new images are worth adding",
         intro=f"New images beside the {summary['kept']:,} that {summary['method']} kept. The kept set is as it was: "
         "this is a proposal.",
-        facts=_facts(summary),
+        key_figures=_key_figures(summary),
         tables={name: part for name, part in {"verdicts": _verdicts(counts), "scenes": _scenes(summary)}.items()},
         sheets=_sheets(table, images, generator),
         grids=[grid for grid in (_repeated(table, images, kept), _swaps(table, images, kept)) if grid is not None],
@@ -72,7 +72,7 @@ def write_arrivals_report(
     )
 
 
-def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
+def _key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
     limits = summary["thresholds"]
     similar = limits["redundant_similarity"]
     return {
@@ -91,7 +91,12 @@ def _verdicts(counts: Mapping[str, int]) -> pd.DataFrame:
     total = max(sum(counts.values()), 1)
     return pd.DataFrame(
         [
-            {"verdict": name, "images": f"{counts[name]:,}", "share": share_text(counts[name] / total), "meaning": text}
+            {
+                "verdict": name,
+                "images": f"{counts[name]:,}",
+                "fraction": percentage(counts[name] / total),
+                "meaning": text,
+            }
             for name, text in MEANINGS.items()
         ]
     )
@@ -108,13 +113,13 @@ def _sheets(table: pd.DataFrame, images: Images, generator: np.random.Generator)
     groups["unknown_scene"] = (table["unknown_scene"], "like no scene that is known, whatever the verdict")
     sheets = []
     for name, (chosen, text) in groups.items():
-        places = np.flatnonzero(chosen.to_numpy(dtype=bool))
-        if not len(places):
+        locations = np.flatnonzero(chosen.to_numpy(dtype=bool))
+        if not len(locations):
             continue
-        shown = table["row"].to_numpy()[np.sort(generator.permutation(places)[:SHOWN])]
+        shown = table["row"].to_numpy()[np.sort(generator.permutation(locations)[:SHOWN])]
         pixels = np.asarray(images[shown])
         sheet = contact_sheet(pixels, COLUMNS, scale=max(1, round(SIDE / pixels.shape[1])))
-        title = f"{name.replace('_', ' ').capitalize()}: {len(places):,}"
+        title = f"{name.replace('_', ' ').capitalize()}: {len(locations):,}"
         sheets.append(Picture(title, f"{len(shown):,} of them: {text}.", png_bytes(sheet), folded=len(sheets) > 2))
     return sheets
 

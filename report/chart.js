@@ -123,7 +123,7 @@ class Chart {
     this.x = scale(left - room, right + room, MARGIN.left, width - MARGIN.right, false);
     this.y = scale(low, high, HEIGHT - MARGIN.bottom, MARGIN.top, log);
     this.frame(width, ticks(left, right, false), ticks(low, high, log));
-    this.places = [];
+    this.positions = [];
     for (const line of shown) this.line(line);
     this.mark = this.make("circle", { r: 8, fill: "none", stroke: INK, "stroke-width": 2, visibility: "hidden" });
     this.show(null);
@@ -169,7 +169,7 @@ class Chart {
     for (const point of points) {
       const place = { x: this.x(point[this.axis]), y: this.y(point.value), point, line };
       this.make("circle", { cx: place.x, cy: place.y, r: 4, fill: line.colour, stroke: "#fff" });
-      this.places.push(place);
+      this.positions.push(place);
     }
   }
 
@@ -177,16 +177,16 @@ class Chart {
     const bounds = this.svg.getBoundingClientRect();
     const [x, y] = [event.clientX - bounds.left, event.clientY - bounds.top];
     const away = (place) => Math.hypot(place.x - x, place.y - y);
-    const nearest = this.places.reduce((best, place) => (!best || away(place) < away(best) ? place : best), null);
+    const nearest = this.positions.reduce((best, place) => (!best || away(place) < away(best) ? place : best), null);
     this.show(nearest && away(nearest) < 60 ? nearest : null);
   }
 
   key(event) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step || !this.places.length) return;
+    if (!step || !this.positions.length) return;
     event.preventDefault();
-    const index = this.places.indexOf(this.current);
-    this.show(this.places.at(index < 0 ? 0 : (index + step) % this.places.length));
+    const index = this.positions.indexOf(this.current);
+    this.show(this.positions.at(index < 0 ? 0 : (index + step) % this.positions.length));
   }
 
   show(place) {

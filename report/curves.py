@@ -43,11 +43,11 @@ def chart(
         references: horizontal lines.
         seeds: the most that a curve is made of.
     """
-    found = {name: frame for name, frame in curves.items() if metric in frame.columns and len(frame)}
-    axes = [axis for axis in LABELS if all(axis in frame.columns for frame in found.values())]
-    colours = method_colours(found)
+    result = {name: frame for name, frame in curves.items() if metric in frame.columns and len(frame)}
+    axes = [axis for axis in LABELS if all(axis in frame.columns for frame in result.values())]
+    colours = method_colours(result)
     series = [
-        {"name": name, "colour": colour, "points": _points(found[name], metric, axes)}
+        {"name": name, "colour": colour, "points": _points(result[name], metric, axes)}
         for name, colour in colours.items()
     ]
     shown = [point[key] for line in series for point in line["points"] for key in ("value", "low", "high")]

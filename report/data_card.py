@@ -145,7 +145,7 @@ def repeat_command(record: Record) -> str:
 
 def _why(record: Record) -> Iterator[str]:
     summary, inputs = record.summary, record.stage.get("inputs") or {}
-    facts = {
+    metadata = {
         "method": summary.get("method", "unknown"),
         "ratio (fraction removed)": "found by the method" if inputs.get("ratio", 0) is None else summary.get("ratio"),
         "seed": summary.get("seed"),
@@ -153,7 +153,7 @@ def _why(record: Record) -> Iterator[str]:
         "encoder": str((inputs.get("encoder") or {}).get("_target_", "unknown")).rpartition(".")[2],
         "entropy threshold (bits)": summary.get("entropy_threshold"),
     }
-    rows = [{"": name, "value": _text(value)} for name, value in facts.items() if value is not None]
+    rows = [{"": name, "value": _text(value)} for name, value in metadata.items() if value is not None]
     yield _markdown(pd.DataFrame(rows))
     if "reason" not in record.selection:
         return
@@ -166,15 +166,15 @@ def _why(record: Record) -> Iterator[str]:
 
 
 def _strata(record: Record) -> str | None:
-    found, config = record.summary.get("strata"), record.config
-    if not found:
+    result, config = record.summary.get("strata"), record.config
+    if not result:
         return None
     source, own = ((config.get(group) or {}).get(key) for group, key in (("reference", "source"), ("corpus", "train")))
-    if found["source"] == "reference" and source is not None and source == own:
-        return f"{found['count']} scene labels of the corpus itself"
-    if found["source"] == "corpus":
-        return f"{found['count']} strata that k-means made of the corpus (no labels)"
-    return f"{found['count']} classes of a labelled reference set"
+    if result["source"] == "reference" and source is not None and source == own:
+        return f"{result['count']} scene labels of the corpus itself"
+    if result["source"] == "corpus":
+        return f"{result['count']} strata that k-means made of the corpus (no labels)"
+    return f"{result['count']} classes of a labelled reference set"
 
 
 def _bias(record: Record) -> Iterator[str]:
@@ -242,17 +242,17 @@ def _quarantine(record: Record) -> str:
 
 
 def _leaks(record: Record) -> str:
-    found = record.summary.get("leaks")
-    if not found:
+    result = record.summary.get("leaks")
+    if not result:
         return "Not looked for: `leaks=0` was given, or all splits were pruned at once (`corpus.train.split=all`)."
-    lines = [f"- exact copies across splits: {found.get('exact_copies', 0):,}"]
-    for name, counts in found.get("held_out", {}).items():
+    lines = [f"- exact copies across splits: {result.get('exact_copies', 0):,}"]
+    for name, counts in result.get("held_out", {}).items():
         lines.append(
             f"- `{name}`: {counts['near_duplicates']:,} near-duplicates of other splits among "
             f"{counts['looked_at']:,} images looked at"
         )
-    if found.get("val_test"):
-        counts = found["val_test"]
+    if result.get("val_test"):
+        counts = result["val_test"]
         lines.append(
             f"- `val` and `test`: {counts['near_duplicates']:,} near-duplicates of each other among "
             f"{counts['looked_at']:,} images looked at"
@@ -277,13 +277,13 @@ def _changed(group: str, own: Any, defaults: Any) -> list[str]:
         return []
     words = []
     for key, default in _leaves(defaults):
-        found: Any = own
+        result: Any = own
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
+            result = result.get(part) if isinstance(result, Mapping) else None
         derived = isinstance(default, str) and "${" in default
-        if derived or found == default or set(key.split(".")) & {"_target_", *ACCESS}:
+        if derived or result == default or set(key.split(".")) & {"_target_", *ACCESS}:
             continue
-        words.append(_override(f"{group}.{key}", found))
+        words.append(_override(f"{group}.{key}", result))
     return words
 
 

@@ -1,7 +1,7 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
-const facts = JSON.parse($("facts").textContent), count = facts.images, live = "live" in document.documentElement.dataset;
-const PER_PAGE = 60, MOST_SCENES = 80, KEY = "rs-prune " + facts.selection;
+const metadata = JSON.parse($("metadata").textContent), count = metadata.images, live = "live" in document.documentElement.dataset;
+const PER_PAGE = 60, MOST_SCENES = 80, KEY = "rs-prune " + metadata.selection;
 const PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a900", "#7b5ea7"];
 const REASONS = { kept: "kept", low_entropy: "low entropy", redundant: "redundant", not_drawn: "not drawn", unreadable: "unreadable", added_by_hand: "added by hand", removed_by_hand: "removed by hand" };
 const number = (value, digits = 0) => Number(value).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
@@ -105,8 +105,8 @@ function pack(colour) { // as a pixel of ImageData, on little-endian machines
   return packed.get(colour);
 }
 const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
-function ramp(share) {
-  const at = Math.min(0.9999, Math.max(0, share)) * 4, index = Math.floor(at), part = at - index;
+function ramp(fraction) {
+  const at = Math.min(0.9999, Math.max(0, fraction)) * 4, index = Math.floor(at), part = at - index;
   return `rgb(${RAMP[index].map((value, axis) => Math.round(value + part * (RAMP[index + 1][axis] - value))).join(" ")})`;
 }
 
@@ -120,7 +120,7 @@ function colouring() { // a function from row to pixel, and the legend
   if (kind === "entropy") {
     const [low, high] = data.range, colours = Array.from({ length: 64 }, (_, index) => pack(ramp(index / 63)));
     return [(row) => colours[Math.min(63, Math.max(0, Math.floor(64 * (data.entropy[row] - low) / (high - low || 1))))],
-      [0, 0.25, 0.5, 0.75, 1].map((share) => [number(low + share * (high - low), 2) + " bits", ramp(share)])];
+      [0, 0.25, 0.5, 0.75, 1].map((fraction) => [number(low + fraction * (high - low), 2) + " bits", ramp(fraction)])];
   }
   if (kind === "group") {
     const none = pack(ink.dropped), colours = PALETTE.map(pack);
@@ -297,13 +297,13 @@ function picture(row) { // a span with an image's thumbnail
   if (live) span.style.background = `center / 100% 100% no-repeat url("image/${row}.png")`;
   else if (inside.has(row)) sheet(span, "var(--inside)", inside.get(row), inside.size);
   else if (beside && drawn.has(row)) {
-    const index = drawn.get(row), size = facts.side ** 2, file = Math.floor(index / size);
-    sheet(span, `url("thumbs/${String(file).padStart(4, "0")}.jpg")`, index % size, Math.min(size, facts.beside - file * size));
+    const index = drawn.get(row), size = metadata.side ** 2, file = Math.floor(index / size);
+    sheet(span, `url("thumbs/${String(file).padStart(4, "0")}.jpg")`, index % size, Math.min(size, metadata.beside - file * size));
   } else span.className = "none";
   return span;
 }
 function sheet(span, source, index, size) {
-  const columns = Math.min(facts.side, size), lines = Math.ceil(size / columns), x = index % columns, y = Math.floor(index / columns);
+  const columns = Math.min(metadata.side, size), lines = Math.ceil(size / columns), x = index % columns, y = Math.floor(index / columns);
   span.style.backgroundImage = source;
   span.style.backgroundSize = `${columns * 100}% ${lines * 100}%`;
   span.style.backgroundPosition = `${columns > 1 ? x / (columns - 1) * 100 : 0}% ${lines > 1 ? y / (lines - 1) * 100 : 0}%`;
@@ -415,8 +415,8 @@ function budget() {
   const hand = moved.size ? ` · by hand +${inward} −${outward}: ${kept === base.size ? "on budget" : Math.abs(kept - base.size).toLocaleString("en") + (kept > base.size ? " over budget" : " under budget")}` : "";
   const clusters = base.clusters ? ` · ${percent(covered, base.clusters)} of ${number(base.clusters)} clusters have a kept image` : "";
   $("budget").textContent = `${number(kept)} of ${number(count)} images kept, ${percent(count - kept, count)} removed${hand}${clusters}`;
-  $("share").firstElementChild.style.width = `${100 * kept / count}%`;
-  $("share").lastElementChild.style.left = `${100 * base.size / count}%`;
+  $("fraction").firstElementChild.style.width = `${100 * kept / count}%`;
+  $("fraction").lastElementChild.style.left = `${100 * base.size / count}%`;
   $("hand-text").textContent = moved.size ? `${number(inward)} in, ${number(outward)} out. They stay in this browser until they are undone.` : "Nothing yet: choose an image and move it.";
   for (const id of ["save-edits", "undo"]) $(id).disabled = !moved.size;
 }
@@ -431,9 +431,9 @@ function coverage() {
     part.style.width = `${100 * kept[code] / all[code]}%`;
     track.append(part);
     track.setAttribute("aria-hidden", "true");
-    const share = made("span", undefined, "share");
-    share.append(track, percent(kept[code], all[code]));
-    cell.append(share);
+    const fraction = made("span", undefined, "fraction");
+    fraction.append(track, percent(kept[code], all[code]));
+    cell.append(fraction);
     line.append(name, made("td", number(kept[code]), "number"), made("td", number(all[code]), "number"), cell);
     return line;
   });
@@ -499,17 +499,17 @@ function take(given) {
 function tell(text) { $("done").textContent = text; }
 function saveEdits() {
   const { added, removed } = lists(), ids = (rows) => rows.map((row) => data.ids[row]);
-  const text = JSON.stringify({ selection: facts.selection, corpus: facts.corpus, added, removed, added_ids: ids(added), removed_ids: ids(removed) }, null, 1);
+  const text = JSON.stringify({ selection: metadata.selection, corpus: metadata.corpus, added, removed, added_ids: ids(added), removed_ids: ids(removed) }, null, 1);
   const link = made("a");
   link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  link.download = `moved-by-hand-${facts.selection}.json`;
+  link.download = `moved-by-hand-${metadata.selection}.json`;
   link.click();
   URL.revokeObjectURL(link.href);
 }
 async function openEdits(file) {
   try {
     const given = JSON.parse(await file.text());
-    if (given.corpus !== facts.corpus) { tell("This file is of another corpus."); return; }
+    if (given.corpus !== metadata.corpus) { tell("This file is of another corpus."); return; }
     take(given);
     keep();
     refilter();
@@ -610,12 +610,12 @@ function pictures() { // the order in which images are shown: mixed, and those w
 const loads = (address) => new Promise((done) => { const image = new Image(); image.onload = () => done(true); image.onerror = () => done(false); image.src = address; });
 
 (async () => {
-  data = await unpacked($("data").textContent, facts.columns);
+  data = await unpacked($("data").textContent, metadata.columns);
   $("data").remove();
-  for (const { name, width: own } of facts.columns) width[name] = own;
+  for (const { name, width: own } of metadata.columns) width[name] = own;
   for (const [index, row] of data.inside.entries()) inside.set(row, index);
   for (const [index, row] of (data.drawn ?? []).entries()) drawn.set(row, index);
-  adopt(data, facts.scenes, facts.reasons, { entropy_threshold: facts.entropy_threshold });
+  adopt(data, metadata.scenes, metadata.reasons, { entropy_threshold: metadata.entropy_threshold });
   let low = Infinity, high = -Infinity;
   const unreadable = base.reasons.indexOf("unreadable");
   data.entropy.forEach((value, row) => {
@@ -625,7 +625,7 @@ const loads = (address) => new Promise((done) => { const image = new Image(); im
   data.range = low <= high ? [low, high] : [0, 1];
   const atlas = Uint8Array.from(atob($("atlas").textContent.trim()), (letter) => letter.charCodeAt(0));
   document.documentElement.style.setProperty("--inside", `url("${URL.createObjectURL(new Blob([atlas], { type: "image/jpeg" }))}")`);
-  beside = !live && facts.beside > 0 && (await loads("thumbs/0000.jpg"));
+  beside = !live && metadata.beside > 0 && (await loads("thumbs/0000.jpg"));
   pictures();
   readInk();
   document.querySelector("main").hidden = false;

@@ -34,7 +34,7 @@ class Shown:
     """What the page holds of a selection, a row an image in corpus order.
 
     Attributes:
-        title: of the page; facts: what its script needs besides, JSON-ready.
+        title: of the page; metadata: what its script needs besides, JSON-ready.
         table: the rows of selection.parquet.
         manifest: with id, caption, lon and lat where they are known.
         columns: further arrays [N] or [N, k]: x, y, neighbours, cosines, group, nearest_kept, nearest_cosine.
@@ -42,7 +42,7 @@ class Shown:
     """
 
     title: str
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     table: pd.DataFrame
     manifest: pd.DataFrame
     columns: Mapping[str, np.ndarray]
@@ -90,8 +90,8 @@ def decision_page(shown: Shown, options: Thumbnails, beside: bool) -> str:
     columns = {**selection_columns(shown.table), **_known(shown), **shown.columns, "inside": inside.astype(np.int32)}
     if beside:
         columns["drawn"] = drawn.astype(np.int32)
-    facts = {
-        **shown.facts, **names_of(shown.table), "images": len(shown.table), "tile": options.tile, "side": ATLAS_SIDE,
+    metadata = {
+        **shown.metadata, **names_of(shown.table), "images": len(shown.table), "tile": options.tile, "side": ATLAS_SIDE,
         "beside": len(drawn) if beside else 0,
     }  # fmt: skip
     header, data = bundle(columns, _texts(shown.manifest))
@@ -100,7 +100,7 @@ def decision_page(shown: Shown, options: Thumbnails, beside: bool) -> str:
     )
     return environment.get_template("decision.html.j2").render(
         title=shown.title,
-        facts={**facts, "columns": header},
+        metadata={**metadata, "columns": header},
         data=base64.b64encode(data).decode(),
         atlas=base64.b64encode(_atlas(shown.images, inside, options.tile)).decode(),
         style=Markup((HERE / "decision.css").read_text(encoding="utf-8")),
@@ -150,13 +150,13 @@ def bundle(columns: Mapping[str, np.ndarray], texts: Mapping[str, list[str]]) ->
 
 
 def _known(shown: Shown) -> dict[str, np.ndarray]:
-    """Entropy, and places where there are any."""
+    """Entropy, and locations where there are any."""
     columns = {"entropy": shown.table["entropy"].to_numpy(dtype=np.float32)}
     if {"lon", "lat"} <= set(shown.manifest):
-        places = shown.manifest[["lon", "lat"]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float32)
-        places = np.where(np.isfinite(places).all(axis=1, keepdims=True), places, np.float32(np.nan))
-        if np.isfinite(places).any():
-            columns |= {"lon": places[:, 0].copy(), "lat": places[:, 1].copy()}
+        locations = shown.manifest[["lon", "lat"]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float32)
+        locations = np.where(np.isfinite(locations).all(axis=1, keepdims=True), locations, np.float32(np.nan))
+        if np.isfinite(locations).any():
+            columns |= {"lon": locations[:, 0].copy(), "lat": locations[:, 1].copy()}
     return columns
 
 

@@ -15,7 +15,7 @@ from report.curves import averaged
 from report.figures import convergence_figure
 from report.page import figure_bytes, figure_svg
 from report.results import append_result, read_results, result_row, write_bytes
-from report.tables import ROW_FACTS, build_tables, evaluation_encoder, write_tables
+from report.tables import ROW_METADATA, build_tables, evaluation_encoder, write_tables
 from runtime.artefacts import read_json
 
 #: Below `results`: a file and a folder of tables for every experiment.
@@ -32,7 +32,7 @@ def experiment_rows(cfg: DictConfig, method: str, run: Path) -> list[dict[str, A
     fields = {str(key): _text(OmegaConf.select(cfg, key)) for key in cfg.experiment.columns}
     summary = read_json(run / "summary.json")
     ratio = 0.0 if method == "full" else None if cfg.ratio is None else float(cfg.ratio)
-    facts = {"kept": summary["images"], "seconds": summary["seconds"], "flops": summary["training_flops_per_image"]}
+    metadata = {"kept": summary["images"], "seconds": summary["seconds"], "flops": summary["training_flops_per_image"]}
     lines = [
         *pd.read_json(run / CONVERGENCE, lines=True).to_dict("records"),
         {"step": summary["steps"], "images_seen": summary["images_seen"], **summary["metrics"]},
@@ -43,7 +43,7 @@ def experiment_rows(cfg: DictConfig, method: str, run: Path) -> list[dict[str, A
         step = int(line.pop("step"))
         what = "final" if number == len(lines) - 1 else "snapshot"
         row = result_row(cfg, name, method, ratio, line, run, step=step, what=what, split=split, **fields)
-        rows.append({**row, **facts})
+        rows.append({**row, **metadata})
     return rows
 
 
@@ -108,8 +108,8 @@ def overtaken(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
         for ratio, subset in by_ratio.items():
             if ratio:
                 gap = (by_ratio[0] - subset).dropna().sort_index()
-                found = first_reached(gap.index, gap, 0.0) if len(gap) else None
-                rows.append({"ratio": ratio, "seed": seed, "images_seen": float("nan") if found is None else found})
+                result = first_reached(gap.index, gap, 0.0) if len(gap) else None
+                rows.append({"ratio": ratio, "seed": seed, "images_seen": float("nan") if result is None else result})
     return pd.DataFrame(rows, columns=["ratio", "seed", "images_seen"])
 
 
@@ -125,14 +125,14 @@ def best_ratio(rows: list[dict[str, Any]], metric: str, images_seen: float) -> p
         if metric in curve and curve["images_seen"].iloc[0] <= images_seen <= curve["images_seen"].iloc[-1]:
             x, y = curve["images_seen"].to_numpy(float), curve[metric].to_numpy(float)
             values.append({"ratio": ratio, "value": float(np.interp(images_seen, x, y))})
-    found = pd.DataFrame(values, columns=["ratio", "value"]).groupby("ratio")["value"]
-    return found.agg(["mean", "std", "count"]).reset_index()
+    result = pd.DataFrame(values, columns=["ratio", "value"]).groupby("ratio")["value"]
+    return result.agg(["mean", "std", "count"]).reset_index()
 
 
 def snapshots(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The snapshots of an experiment: prune, ratio, seed, step, its columns as `field:<name>`, and every metric."""
-    known = {"what", "split", "prune", "corpus", *ROW_FACTS}
-    found = [
+    known = {"what", "split", "prune", "corpus", *ROW_METADATA}
+    result = [
         {
             **{key: row[key] for key in ("prune", "ratio", "seed", "step")},
             **{f"field:{key}": text for key, text in row.items() if isinstance(text, str) and key not in known},
@@ -141,7 +141,7 @@ def snapshots(rows: list[dict[str, Any]]) -> pd.DataFrame:
         for row in rows
         if row.get("what") == "snapshot"
     ]
-    return pd.DataFrame(found)
+    return pd.DataFrame(result)
 
 
 def read_experiment(results: Path | str, name: str) -> list[dict[str, Any]]:

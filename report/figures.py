@@ -1,6 +1,6 @@
 """Figures and picture sheets: Matplotlib `Figure`s without global state, PIL images with crisp tiles.
 
-Colours are Okabe and Ito's (2008), told apart with every common colour blindness; curves also differ by marker.
+Colours are Okabe and Ito's (2008), distinguished with every common colour blindness; curves also differ by marker.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from eval.convergence import lower_is_better
 from eval.metrics import Quantity
-from eval.restoration import SHARES
+from eval.restoration import FRACTIONS
 from report.tables import PLAIN, method_order
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e3e8ee"
@@ -39,7 +39,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
 GAP = 6
 PAPER = (233, 237, 241)
 #: Colours of `correctness_pictures` and legend of their row: red, blue, green, and grey where nothing counts.
-CORRECTNESS = dict(zip((*SHARES, "no detail"), ("#d55e00", "#0072b2", "#009e73", "#b4bdc9"), strict=True))
+CORRECTNESS = dict(zip((*FRACTIONS, "no detail"), ("#d55e00", "#0072b2", "#009e73", "#b4bdc9"), strict=True))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -91,19 +91,19 @@ def convergence_figure(
     Raises:
         ValueError: no method has the metric.
     """
-    found = {name: frame for name, frame in convergence.items() if metric in frame.columns and len(frame)}
-    if not found:
+    result = {name: frame for name, frame in convergence.items() if metric in frame.columns and len(frame)}
+    if not result:
         raise ValueError(f"no method has the metric {metric!r}")
     figure = _figure(6.4 * len(x), 4.4)
     panels = figure.subplots(1, len(x), sharey=True, squeeze=False)[0]
     for number, (axes, along) in enumerate(zip(panels, x, strict=True)):
-        _convergence_panel(axes, found, metric, along, references or {}, titled=number == 0)
+        _convergence_panel(axes, result, metric, along, references or {}, titled=number == 0)
     return figure
 
 
 def _convergence_panel(
     axes: Axes,
-    found: Mapping[str, pd.DataFrame],
+    result: Mapping[str, pd.DataFrame],
     metric: str,
     x: str,
     references: Mapping[str, float],
@@ -111,8 +111,8 @@ def _convergence_panel(
     titled: bool,
 ) -> None:
     values: list[float] = []
-    for index, (name, colour) in enumerate(method_colours(found).items()):
-        frame = found[name].sort_values(x)
+    for index, (name, colour) in enumerate(method_colours(result).items()):
+        frame = result[name].sort_values(x)
         y = frame[metric].to_numpy(dtype=float)
         values += y[np.isfinite(y)].tolist()
         axes.plot(
@@ -228,7 +228,7 @@ def score_edges(*values: np.ndarray) -> np.ndarray:
     return np.linspace(low, max(high, low + 1e-3), SCORE_BINS + 1)
 
 
-def score_shares(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def score_fractions(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Part of the pairs in each bin, those beyond the edges in the outermost; float64, all 0 of none."""
     counts, _ = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)
     return counts / max(len(scores), 1)
@@ -243,7 +243,7 @@ def pair_histogram(
     title: str = "",
     small: bool = False,
 ) -> Figure:
-    """A score of given and of shuffled pairs, as shares of each, with the cut.
+    """A score of given and of shuffled pairs, as fractions of each, with the cut.
 
     Args:
         given, shuffled: float [P] and [P'], log ratios up to a constant.
@@ -256,7 +256,7 @@ def pair_histogram(
     axes = figure.add_axes((0.03, 0.2, 0.94, 0.77)) if small else figure.add_subplot()
     for values, name, colour in ((shuffled, "shuffled", BEFORE), (given, "given", AFTER)):
         label = f"{name}, {len(values):,} pairs"
-        axes.stairs(score_shares(values, edges), edges, fill=True, color=colour, alpha=0.8, label=label, zorder=2)
+        axes.stairs(score_fractions(values, edges), edges, fill=True, color=colour, alpha=0.8, label=label, zorder=2)
     if len(cuts):
         low, middle, high = np.min(cuts), np.median(cuts), np.max(cuts)
         label = f"cut, {signed(middle)}"
@@ -265,7 +265,7 @@ def pair_histogram(
             label += f" ({signed(low)} to {signed(high)} by scene)"
         axes.axvline(middle, color=ACCENT, linewidth=1.5 if small else 2, zorder=4, label=label)
     axes.set_xlim(edges[0], edges[-1])
-    _dress(axes, title, "" if small else "log ratio to shuffled pairs", "" if small else "share of pairs")
+    _dress(axes, title, "" if small else "log ratio to shuffled pairs", "" if small else "fraction of pairs")
     if small:
         axes.set_yticks([])
         axes.locator_params(axis="x", nbins=4)
@@ -287,11 +287,11 @@ def _label(name: str) -> str:
     return text.replace("$", r"\$").replace("_", " _", 1) if text.startswith("_") else text.replace("$", r"\$")
 
 
-def map_figure(places: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most: int = 10) -> Figure:
+def map_figure(positions: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most: int = 10) -> Figure:
     """A 2-D map of images: by scene, and what was kept.
 
     Args:
-        places: float [n, 2]; scenes: str [n]; kept: bool [n].
+        positions: float [n, 2]; scenes: str [n]; kept: bool [n].
         most: scenes with a colour of their own, the largest first.
     """
     figure = _figure(6.8, 4.4)
@@ -302,14 +302,19 @@ def map_figure(places: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most
     for index, name in enumerate(names[:most]):
         inside = scenes.astype(str) == name
         left.scatter(
-            *places[inside].T, s=3, color=palette(index % 10), label=_label(name) or "no scene", linewidths=0, zorder=3
+            *positions[inside].T,
+            s=3,
+            color=palette(index % 10),
+            label=_label(name) or "no scene",
+            linewidths=0,
+            zorder=3,
         )
     rest = np.isin(scenes.astype(str), names[most:])
     if rest.any():
         label = f"{len(names) - most} more"
-        left.scatter(*places[rest].T, s=3, color=BEFORE, label=label, linewidths=0, zorder=2)
-    right.scatter(*places[~kept].T, s=3, color=BEFORE, label="dropped", linewidths=0, zorder=2)
-    right.scatter(*places[kept].T, s=4, color=AFTER, label="kept", linewidths=0, zorder=3)
+        left.scatter(*positions[rest].T, s=3, color=BEFORE, label=label, linewidths=0, zorder=2)
+    right.scatter(*positions[~kept].T, s=3, color=BEFORE, label="dropped", linewidths=0, zorder=2)
+    right.scatter(*positions[kept].T, s=4, color=AFTER, label="kept", linewidths=0, zorder=3)
     for axes, title in ((left, "By scene"), (right, "Kept and dropped")):
         _dress(axes, title, "", "", grid="both")
         axes.set_xticklabels([])
@@ -377,7 +382,7 @@ def ratio_curve(table: pd.DataFrame, suggested: float, title: str) -> Figure:
     """Representation of the corpus by its subset over ratios, and the suggested ratio.
 
     Args:
-        table: columns ratio (share removed) and representation (cosine of an image to its nearest kept one).
+        table: columns ratio (fraction removed) and representation (cosine of an image to its nearest kept one).
     """
     figure = _figure(6.4, 4.0)
     axes = figure.add_subplot()
@@ -403,10 +408,12 @@ def scale_figure(rows: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> Fi
         axes.set_yscale("log")
         for name, marker in zip(stages, _MARKERS, strict=False):
             for part, line in (("tiles", "-"), ("synthetic", "--")):
-                found = sorted((row["images"], row[key]) for row in rows if (row["part"], row["stage"]) == (part, name))
-                if found:
+                result = sorted(
+                    (row["images"], row[key]) for row in rows if (row["part"], row["stage"]) == (part, name)
+                )
+                if result:
                     label = name if part == "tiles" else None
-                    axes.plot(*zip(*found, strict=True), line, color=colours[name], marker=marker, label=label)
+                    axes.plot(*zip(*result, strict=True), line, color=colours[name], marker=marker, label=label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=6)
     return figure
 
@@ -447,7 +454,7 @@ def damage_figure(curves: pd.DataFrame) -> Figure:
 
 
 def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int = 30) -> Figure:
-    """Images (log scale) and shares of every scene before and after pruning, largest scene first.
+    """Images (log scale) and fractions of every scene before and after pruning, largest scene first.
 
     Args:
         before, after: images by scene.
@@ -459,11 +466,11 @@ def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int
         rest = pairs[most - 1 :]
         pairs = [*pairs[: most - 1], (f"{len(rest)} more", sum(p[1] for p in rest), sum(p[2] for p in rest))]
     counts = np.array([pair[1:] for pair in pairs], dtype=float).reshape(-1, 2)
-    shares = counts / np.maximum(counts.sum(axis=0), 1)
+    fractions = counts / np.maximum(counts.sum(axis=0), 1)
     figure = _figure(6.8, 1.7 + 0.42 * max(len(pairs), 1))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.1, 1))
     rows = np.arange(len(pairs))
-    for axes, values in ((left, counts), (right, shares)):
+    for axes, values in ((left, counts), (right, fractions)):
         for column, (label, colour) in enumerate((("before", BEFORE), ("after", AFTER))):
             bars = axes.barh(
                 rows + (column - 0.5) * 0.38, values[:, column], height=0.36, color=colour, label=label, zorder=2
@@ -471,11 +478,11 @@ def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int
             form = _whole if axes is left else _percent
             axes.bar_label(bars, [form(value) for value in values[:, column]], padding=3, fontsize=9, color=MUTED)
     _dress(left, "Images (log scale)", "", "", grid="x")
-    _dress(right, "Share", "", "", grid="x")
+    _dress(right, "Fraction", "", "", grid="x")
     left.set_xscale("log")
     left.set_xlim(0.7, max(counts.max(initial=1), 1) * 6)
     left.xaxis.set_major_formatter(FuncFormatter(_counts))
-    right.set_xlim(0, max(shares.max(initial=0.01), 0.01) * 1.3)
+    right.set_xlim(0, max(fractions.max(initial=0.01), 0.01) * 1.3)
     right.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     left.set_yticks(rows, [pair[0] for pair in pairs], color=INK)
     left.invert_yaxis()
@@ -484,7 +491,7 @@ def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int
 
 
 def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]], *, most: int = 40) -> Figure:
-    """What is seen in images of each scene, as shares of its images: a panel a model or the photographs.
+    """What is seen in images of each scene, as fractions of its images: a panel a model or the photographs.
 
     Args:
         confusions: by panel, images by the scene that they are of and then by the one seen in them.
@@ -500,15 +507,15 @@ def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]], 
     for axes, (title, confusion) in zip(panels, confusions.items(), strict=True):
         rows = [confusion.get(scene, {}) for scene in names]
         counts = np.array([[row.get(seen, 0) for seen in names] for row in rows], dtype=float)
-        shares = counts / np.maximum([[sum(row.values())] for row in rows], 1)
-        drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="equal", interpolation="nearest")
+        fractions = counts / np.maximum([[sum(row.values())] for row in rows], 1)
+        drawn = axes.imshow(fractions, cmap="cividis", vmin=0, vmax=1, aspect="equal", interpolation="nearest")
         _dress(axes, title, "scene that CLIP sees", "", grid="y")
         axes.grid(visible=False)
         labels = [_label(name) for name in names]
         axes.set_xticks(range(len(names)), labels, rotation=90)
         axes.set_yticks(range(len(names)), labels)
         axes.tick_params(labelsize=9 if len(names) > 12 else 11)
-    panels[0].set_ylabel("scene asked for", fontsize=12, color=MUTED)
+    panels[0].set_ylabel("requested scene", fontsize=12, color=MUTED)
     bar = figure.colorbar(drawn, ax=panels, shrink=0.7, format=PercentFormatter(1, decimals=0))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=10, colors=MUTED, length=0)
@@ -594,18 +601,18 @@ def contact_sheet(
     return sheet
 
 
-def correctness_pictures(shares: np.ndarray) -> np.ndarray:
-    """A picture of each image's hallucination (red), omission (blue) and improvement (green), mixed by their shares.
+def correctness_pictures(fractions: np.ndarray) -> np.ndarray:
+    """A picture of each image's hallucination (red), omission (blue) and improvement (green), mixed by their fractions.
 
     A row of `comparison_sheet`, whose legend is `CORRECTNESS`.
 
     Args:
-        shares: float [N, H, W, 3] of `eval.restoration.correctness_maps`; NaN, which does not count, is grey.
+        fractions: float [N, H, W, 3] of `eval.restoration.correctness_maps`; NaN, which does not count, is grey.
     Returns:
         uint8 [N, H, W, 3].
     """
     *colours, rest = (ImageColor.getrgb(colour) for colour in CORRECTNESS.values())
-    mixed = np.asarray(shares, dtype=np.float64) @ np.array(colours, dtype=np.float64)
+    mixed = np.asarray(fractions, dtype=np.float64) @ np.array(colours, dtype=np.float64)
     mixed = np.where(np.isfinite(mixed), mixed, rest)
     return mixed.round().clip(0, 255).astype(np.uint8)
 
@@ -638,16 +645,16 @@ def _with_legend(sheet: Image.Image, legend: Mapping[str, str]) -> Image.Image:
     """A sheet with a line of swatches and names below it, on more lines where one is too short."""
     font, side = _font(13), 12
     widths = [side + GAP + math.ceil(font.getlength(name)) for name in legend]
-    places, x, y = [], GAP, sheet.height
+    positions, x, y = [], GAP, sheet.height
     for width in widths:
         if x > GAP and x + width + GAP > sheet.width:
             x, y = GAP, y + side + GAP
-        places.append((x, y))
+        positions.append((x, y))
         x += width + 2 * GAP
     whole = Image.new("RGB", (max(sheet.width, max(widths) + 2 * GAP), y + side + GAP), PAPER)
     whole.paste(sheet)
     draw = ImageDraw.Draw(whole)
-    for (name, colour), (left, top) in zip(legend.items(), places, strict=True):
+    for (name, colour), (left, top) in zip(legend.items(), positions, strict=True):
         draw.rectangle((left, top, left + side - 1, top + side - 1), fill=colour)
         draw.text((left + side + GAP, top + side // 2), name, font=font, fill=INK, anchor="lm")
     return whole

@@ -167,7 +167,7 @@ def write_report(
     pairs: Sequence[ScenePairs] = (),
     grids: Sequence[SampleGrid] = (),
     sheets: Sequence[Picture | tuple[str, str, bytes | Path]] = (),
-    facts: Mapping[str, str] | None = None,
+    key_figures: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
     links: Mapping[str, str] | None = None,
     headings: Mapping[str, str] | None = None,
@@ -181,9 +181,9 @@ def write_report(
         figures, sheets: of `Picture` the first fields at least.
         galleries: by method.
         panels: small figures side by side, below the others; pairs: by scene.
-        facts: short values for the head of the page.
+        key_figures: short values for the head of the page.
         notes: replaces the text under a table (by its name) or under a section's heading (a key of `LEADS`).
-        links: files beside this one, by what is said of them.
+        links: files beside this one, by their titles.
         headings: replaces those of `HEADINGS`.
     """
     notes = notes or {}
@@ -192,7 +192,7 @@ def write_report(
         verdict=verdict,
         assets={name: Markup((HERE / name).read_text(encoding="utf-8")) for name in ASSETS},
         intro=[paragraph.strip() for paragraph in intro.split("\n\n") if paragraph.strip()],
-        facts={name: str(value) for name, value in (facts or {}).items()},
+        key_figures={name: str(value) for name, value in (key_figures or {}).items()},
         leads={section: notes.get(section, lead) for section, lead in LEADS.items()},
         headings={**HEADINGS, **(headings or {})},
         references=_references((tables or {}).values()),
@@ -228,7 +228,7 @@ def _template() -> Template:
 
 def _table(name: str, table: pd.DataFrame, notes: Mapping[str, str]) -> dict[str, Any]:
     shown = show(table)
-    first = int(shown.headings[0] == "kind")  # told by shading here
+    first = int(shown.headings[0] == "kind")  # shown by shading here
     return {
         "name": name,
         "note": notes.get(name, TABLE_NOTES.get(name, "")),

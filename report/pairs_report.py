@@ -13,7 +13,7 @@ from PIL import Image
 
 from report.figures import pair_histogram, score_edges, signed
 from report.page import LEADS, Caption, PairCard, Picture, ScenePairs, figure_bytes, write_report
-from report.prune_report import MOST_SCENES, NO_SCENE, REPORT_PAGE, share_text
+from report.prune_report import MOST_SCENES, NO_SCENE, REPORT_PAGE, percentage
 from runtime.artefacts import read_json
 from runtime.progress import progress
 
@@ -98,10 +98,10 @@ def cut_of(evidence: np.ndarray, bad: np.ndarray) -> float | None:
 
 def cuts_by_scene(table: PairTable) -> dict[str, float]:
     """The cut of every scene that has one."""
-    found = {
+    result = {
         name: cut_of(rows["evidence"].to_numpy(), rows["bad"].to_numpy()) for name, rows in table.rows.groupby("scene")
     }
-    return {str(name): cut for name, cut in found.items() if cut is not None}
+    return {str(name): cut for name, cut in result.items() if cut is not None}
 
 
 def best_pairs(rows: pd.DataFrame, most: int) -> pd.DataFrame:
@@ -139,17 +139,17 @@ def write_pairs_report(path: Path | str, captions: Path, kept: np.ndarray, image
     table = PairTable.of(candidates, kept, float(summary["most_mismatch"]))
     scenes = table.chosen["scene"].value_counts()
     names = sorted(scenes.index, key=lambda scene: (-scenes[scene], scene))
-    shares = {scene: facts.get("mismatched_share") for scene, facts in summary["scenes"].items()}
-    by_scene = _scenes(table, names, shares)
+    fractions = {scene: key_figures.get("mismatched_fraction") for scene, key_figures in summary["scenes"].items()}
+    by_scene = _scenes(table, names, fractions)
     pairs = _pairs(table, images, names, by_scene)
     write_report(
         path,
         title=f"{name}: {len(table.rows):,} captions of {len(scenes):,} scenes",
         intro=_intro(table, summary, name),
-        facts=_facts(table, summary, kept),
+        key_figures=_key_figures(table, summary, kept),
         tables={"scenes": by_scene} if len(by_scene) else {},
         figures=_figures(table, captions),
-        panels=_panels(table, captions, names, shares),
+        panels=_panels(table, captions, names, fractions),
         pairs=pairs,
         links={BACK_LINK: REPORT_PAGE},
         notes={
@@ -158,8 +158,8 @@ def write_pairs_report(path: Path | str, captions: Path, kept: np.ndarray, image
             "has a cut of its own. Below a scene: the estimated part of its captions that is mismatched."
             + _left_out(len(names) - MOST_PANELS, "drawn"),
             "tables": "Exact counts, the largest scene first. A click on a heading sorts.",
-            "scenes": "Mismatched share: estimated part of the given captions that are of another scene. Thrown out: "
-            "given captions beyond the cut, other than the only one left. Repaired: images whose new caption is "
+            "scenes": "Mismatched fraction: estimated part of the given captions that are of another scene. Thrown "
+            "out: given captions beyond the cut, other than the only one left. Repaired: images whose new caption is "
             "better than what they had. No good one: images whose best caption is beyond the cut.",
             "pairs": LEADS["pairs"] + _left_out(len(names) - MOST_SCENES, "shown"),
         },
@@ -177,14 +177,14 @@ def _intro(table: PairTable, summary: Mapping[str, Any], name: str) -> str:
     more = f", {described:,} that had none were described" if described else ""
     return (
         f"Every caption was scored by how well it fits its image, against captions of other scenes. An estimated "
-        f"{share_text(summary['mismatched_share'])} of the given ones are of another scene. {repaired:,} images got a "
-        f"better caption from the captioner {summary['captioner']}{more}, {without:,} have no good one.\n\n"
+        f"{percentage(summary['mismatched_fraction'])} of the given ones are of another scene. {repaired:,} images got "
+        f"a better caption from the captioner {summary['captioner']}{more}, {without:,} have no good one.\n\n"
         f"The method {name} keeps {int(table.chosen['kept'].sum()):,} of the {len(table.chosen):,} images that have a "
         "caption. Training reads the best captions, unless captioning.captions=given."
     )
 
 
-def _facts(table: PairTable, summary: Mapping[str, Any], kept: np.ndarray) -> dict[str, str]:
+def _key_figures(table: PairTable, summary: Mapping[str, Any], kept: np.ndarray) -> dict[str, str]:
     new, chosen = table.new, table.chosen
     sources = ", ".join(f"{count:,} {source}" for source, count in summary["sources"].items())
     refused = ", ".join(f"{count:,} {reason}" for reason, count in summary["refused"].items())
@@ -193,7 +193,7 @@ def _facts(table: PairTable, summary: Mapping[str, Any], kept: np.ndarray) -> di
     return {
         "candidates": f"{len(table.rows):,}" + (f": {sources}" if sources else ""),
         "images": f"{len(chosen):,}",
-        "mismatched share": share_text(summary["mismatched_share"]),
+        "mismatched fraction": percentage(summary["mismatched_fraction"]),
         "given captions thrown out": f"{int(table.given['thrown'].sum()):,}",
         "images repaired": f"{int((new == 'repaired').sum()):,}",
         **({"images described that had no caption": f"{described:,}"} if described else {}),
@@ -233,7 +233,7 @@ def _figures(table: PairTable, captions: Path) -> list[Picture]:
 
 
 def _panels(
-    table: PairTable, captions: Path, names: Sequence[str], shares: Mapping[str, float | None]
+    table: PairTable, captions: Path, names: Sequence[str], fractions: Mapping[str, float | None]
 ) -> list[Picture]:
     """A small histogram of the evidence in each of the largest scenes, all on the same axis."""
     cuts, shuffled = cuts_by_scene(table), np.load(captions / "shuffled_other.npy")
@@ -242,17 +242,17 @@ def _panels(
     panels = []
     for name in progress(names[:MOST_PANELS], "histograms of scenes", unit="scene"):
         own, scores = [cuts[name]] if name in cuts else [], by_scene.get(name, pd.Series(dtype=float)).to_numpy()
-        caption = f"{_known(shares.get(name))} mismatched, " + (f"cut\u00a0{signed(own[0])}" if own else "no cut")
+        caption = f"{_known(fractions.get(name))} mismatched, " + (f"cut\u00a0{signed(own[0])}" if own else "no cut")
         figure = pair_histogram(scores, shuffled, edges, own, small=True)
         panels.append(Picture(name or NO_SCENE, caption, figure_bytes(figure)))
     return panels
 
 
-def _known(share: float | None) -> str:
-    return "unknown" if share is None else share_text(share)
+def _known(fraction: float | None) -> str:
+    return "unknown" if fraction is None else percentage(fraction)
 
 
-def _scenes(table: PairTable, names: Sequence[str], shares: Mapping[str, float | None]) -> pd.DataFrame:
+def _scenes(table: PairTable, names: Sequence[str], fractions: Mapping[str, float | None]) -> pd.DataFrame:
     """Counts by scene, in this order."""
     chosen = table.chosen.assign(**{word: table.new == word for word in ("repaired", "described")})
     chosen["images"] = 1
@@ -265,7 +265,7 @@ def _scenes(table: PairTable, names: Sequence[str], shares: Mapping[str, float |
             "scene": [name or NO_SCENE for name in names],
             "images": counts["images"],
             "captions": counts["captions"],
-            "mismatched share": [_known(shares.get(name)) for name in names],
+            "mismatched fraction": [_known(fractions.get(name)) for name in names],
             "thrown out": counts["thrown"],
             "repaired": counts["repaired"],
             **described,
@@ -288,15 +288,16 @@ def _pairs(table: PairTable, images: np.ndarray, names: Sequence[str], counts: p
     }
     shown = {int(image) for both in groups.values() for group in both for image in group["image"]}
     thumbnails = {image: _thumbnail(images[image]) for image in sorted(shown)}  # sorted: one pass over the file
-    found = []
-    for (name, (best, worst)), facts in zip(groups.items(), counts.to_dict("records"), strict=False):
+    result = []
+    for (name, (best, worst)), row in zip(groups.items(), counts.to_dict("records"), strict=False):
         cards = _cards(by_scene[name], best, worst, thumbnails)
-        thrown = f"{facts['thrown out']:,} of {facts['captions']:,} given captions thrown out"
+        thrown = f"{row['thrown out']:,} of {row['captions']:,} given captions thrown out"
         titles = {"best": "Best pairs", "worst": f"Worst pairs; {thrown}"}
-        line = f"{facts['images']:,} images, {facts['mismatched share']} of captions mismatched, {facts['kept']:,} kept"
+        line = f"{row['images']:,} images, {row['mismatched fraction']} of captions mismatched, "
+        line += f"{row['kept']:,} kept"
         shown_groups = {kind: (titles[kind], cards[kind]) for kind in cards if cards[kind]}
-        found.append(ScenePairs(name or NO_SCENE, line, shown_groups))
-    return found
+        result.append(ScenePairs(name or NO_SCENE, line, shown_groups))
+    return result
 
 
 def _cards(

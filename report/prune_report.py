@@ -34,7 +34,7 @@ def write_prune_report(
     generator: np.random.Generator,
     per_group: int = 24,
     embeddings: np.ndarray | None = None,
-    places: pd.DataFrame | None = None,
+    locations: pd.DataFrame | None = None,
     links: Mapping[str, str] | None = None,
     leaks: Sequence[SampleGrid] = (),
 ) -> None:
@@ -47,29 +47,29 @@ def write_prune_report(
         generator: draws the images shown.
         per_group: images shown of the kept and of the dropped ones of a scene, and of those dropped for one reason.
         embeddings: float [N, D], memory-mapped, for the map; None draws none.
-        places: N rows with lon and lat in degrees, NaN unknown, for the world map; None draws none.
-        links: pages beside this one, by what is said of them.
+        locations: N rows with lon and lat in degrees, NaN unknown, for the world map; None draws none.
+        links: pages beside this one, by their titles.
         leaks: images that the splits share, side by side.
     """
     galleries, left_out = _galleries(selection, images, generator, per_group)
     reasons = reason_galleries(selection, images, generator, per_group)
     tables = {"scenes": _scenes(summary), "reasons": _reasons(selection), "seconds": _seconds(summary)}
-    if found := summary.get("leaks"):
-        tables["leaks"] = _leaks(found)
+    if result := summary.get("leaks"):
+        tables["leaks"] = _leaks(result)
     if (selection["cluster"] >= 0).any():
         tables["clusters"] = _clusters(selection)
     write_report(
         path,
         title=f"{summary['method']}: {summary['kept']:,} of {summary['images']:,} images kept",
-        intro=f"{share_text(1 - summary['kept'] / max(summary['images'], 1))} of the corpus was removed by the method "
+        intro=f"{percentage(1 - summary['kept'] / max(summary['images'], 1))} of the corpus was removed by the method "
         f"{summary['method']}. This page shows what stayed, what went and why.",
-        facts=_facts(summary),
+        key_figures=_key_figures(summary),
         links=links,
         tables={name: table for name, table in tables.items() if len(table)},
         figures=[
             *_figures(selection, summary),
             *_map(selection, embeddings, generator),
-            *_world(selection, places, generator),
+            *_world(selection, locations, generator),
         ],
         grids=leaks,
         headings={"sheets": LEAKS},
@@ -81,12 +81,12 @@ def write_prune_report(
         notes={
             "tables": "Exact counts. The budget counts every image of the corpus, unreadable ones included.",
             "figures": "Grey is the corpus before pruning, blue is what was kept.",
-            "scenes": "Images by scene before and after. A long tail that survives shows as a high kept share of the "
-            "small scenes.",
+            "scenes": "Images by scene before and after. A long tail that survives shows as a high kept fraction of "
+            "the small scenes.",
             "reasons": "Why images were kept or dropped; each image has one reason.",
             "sheets": "Images of two splits that look alike to the pixel. What is measured on the left one of a pair "
-            "was seen in the right one. Images of the same place on another date, and of different places, are counted "
-            "apart and are no duplicates, unless other_date or elsewhere says so.",
+            "was seen in the right one. Images of the same place on another date, and of different locations, are "
+            "counted apart and are no duplicates, unless other_date or elsewhere says so.",
             "leaks": "Images of a split that look like one of another, of those looked at.",
             "seconds": "Time by stage; a stage whose result was cached takes next to none.",
             "clusters": "Sizes of the clusters that images were drawn from. Balanced pruning brings the largest down "
@@ -144,28 +144,28 @@ def _map(
     if len(rows) < 3:
         return []
     scenes = selection["scene"].fillna("").to_numpy(dtype=str)[rows]
-    places = embedding_map(np.asarray(embeddings[rows], dtype=np.float32), scenes)
+    locations = embedding_map(np.asarray(embeddings[rows], dtype=np.float32), scenes)
     caption = (
         f"{len(rows):,} sampled images in the plane of the embedding space that parts the scenes best. Blue should "
         "reach wherever grey does, and evenly."
     )
-    return [("Map", caption, figure_bytes(map_figure(places, scenes, kept[rows])))]
+    return [("Map", caption, figure_bytes(map_figure(locations, scenes, kept[rows])))]
 
 
 def _world(
-    selection: pd.DataFrame, places: pd.DataFrame | None, generator: np.random.Generator
+    selection: pd.DataFrame, locations: pd.DataFrame | None, generator: np.random.Generator
 ) -> list[tuple[str, str, bytes]]:
     """The world map of a sample, half of it kept if there are as many, of the images whose place is known."""
-    if places is None:
+    if locations is None:
         return []
-    places = places[["lon", "lat"]].apply(pd.to_numeric, errors="coerce")
-    known = np.isfinite(places.to_numpy(dtype=float)).all(axis=1)
+    locations = locations[["lon", "lat"]].apply(pd.to_numeric, errors="coerce")
+    known = np.isfinite(locations.to_numpy(dtype=float)).all(axis=1)
     kept = selection["kept"].to_numpy(dtype=bool)
     groups = [np.flatnonzero(known & state) for state in (kept, ~kept)]
     rows = np.sort(np.concatenate([generator.permutation(group)[: WORLD_MAPPED // 2] for group in groups]))
     if len(rows) == 0:
         return []
-    shown = places.iloc[rows]
+    shown = locations.iloc[rows]
     figure = world_figure(shown["lon"].to_numpy(), shown["lat"].to_numpy(), kept[rows])
     caption = f"Where {len(rows):,} images lie. What is kept should reach every region that has anything to show."
     return [("World", caption, figure_bytes(figure))]
@@ -178,7 +178,7 @@ def _figures(selection: pd.DataFrame, summary: Mapping[str, Any]) -> list[tuple[
         if len(scenes) < 2 or (key == "true_scenes" and scenes == summary.get("scenes")):
             continue
         before, after = ({name: counts[state] for name, counts in scenes.items()} for state in ("before", "after"))
-        caption = "Left: images on a log scale. Right: their share; after pruning, even bars mean a balanced subset."
+        caption = "Left: images on a log scale. Right: their fraction; after pruning, even bars mean a balanced subset."
         figures.append((title, caption, figure_bytes(scene_bars(before, after))))
     entropy = selection["entropy"].to_numpy(dtype=np.float32)
     if np.isfinite(entropy).any():
@@ -196,9 +196,9 @@ def _figures(selection: pd.DataFrame, summary: Mapping[str, Any]) -> list[tuple[
     return figures
 
 
-def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
+def _key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
     threshold = summary.get("entropy_threshold")
-    facts = {
+    key_figures = {
         "method": str(summary["method"]),
         "images": f"{summary['images']:,}",
         "kept": f"{summary['kept']:,}",
@@ -209,20 +209,20 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
     }
     if strata := summary.get("strata"):
         origin = "of the reference set" if strata["source"] == "reference" else "made from the corpus, no reference"
-        facts["scenes"] = f"{strata['count']:,}, {origin}"
+        key_figures["scenes"] = f"{strata['count']:,}, {origin}"
     if threshold is not None:
-        facts["entropy threshold"] = f"{threshold:.2f} bits"
-    counts = summary.get("facts") or {}
-    facts |= {name.replace("_", " "): f"{counts[name]:,}" for name in COUNTED if name in counts}
+        key_figures["entropy threshold"] = f"{threshold:.2f} bits"
+    counts = summary.get("diagnostics") or {}
+    key_figures |= {name.replace("_", " "): f"{counts[name]:,}" for name in COUNTED if name in counts}
     if (accuracy := counts.get("scene_accuracy")) is not None:
-        facts["scene accuracy on the reference"] = f"{accuracy:.1%}"
+        key_figures["scene accuracy on the reference"] = f"{accuracy:.1%}"
     if weights := summary.get("weights"):
-        facts["images that a kept one stands for"] = (
+        key_figures["images that a kept one stands for"] = (
             f"at most {weights['largest']:,.0f}; as varied as {weights['effective_size']:,.0f} images alike"
         )
     if summary.get("images_per_second"):
-        facts["images a second"] = f"{summary['images_per_second']:,.0f}"
-    return facts
+        key_figures["images a second"] = f"{summary['images_per_second']:,.0f}"
+    return key_figures
 
 
 def _why(quarantined: Mapping[str, int]) -> str:
@@ -230,7 +230,7 @@ def _why(quarantined: Mapping[str, int]) -> str:
 
 
 def _scenes(summary: Mapping[str, Any]) -> pd.DataFrame:
-    """scene, before, after, kept share, share before, share after; largest first."""
+    """scene, before, after, kept fraction, fraction before, fraction after; largest first."""
     scenes = sorted((summary.get("scenes") or {}).items(), key=lambda item: (-item[1]["before"], item[0]))
     total = max(sum(counts["before"] for _, counts in scenes), 1)
     kept = max(sum(counts["after"] for _, counts in scenes), 1)
@@ -240,9 +240,9 @@ def _scenes(summary: Mapping[str, Any]) -> pd.DataFrame:
                 "scene": name or NO_SCENE,
                 "before": counts["before"],
                 "after": counts["after"],
-                "kept": share_text(counts["after"] / max(counts["before"], 1)),
-                "share before": share_text(counts["before"] / total),
-                "share after": share_text(counts["after"] / kept),
+                "kept": percentage(counts["after"] / max(counts["before"], 1)),
+                "fraction before": percentage(counts["before"] / total),
+                "fraction after": percentage(counts["after"] / kept),
             }
             for name, counts in scenes
         ]
@@ -253,18 +253,18 @@ def _reasons(selection: pd.DataFrame) -> pd.DataFrame:
     counts = selection["reason"].value_counts()
     return pd.DataFrame(
         [
-            {"reason": name, "images": int(count), "share": share_text(count / max(len(selection), 1))}
+            {"reason": name, "images": int(count), "fraction": percentage(count / max(len(selection), 1))}
             for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         ]
     )
 
 
-def _leaks(found: Mapping[str, Any]) -> pd.DataFrame:
+def _leaks(result: Mapping[str, Any]) -> pd.DataFrame:
     """A row a pair of splits."""
-    named = {f"{name} in train": part for name, part in found["held_out"].items()}
-    if found.get("val_test"):
-        named["val in test"] = found["val_test"]
-    counts = ("looked_at", "exact_copies", "near_duplicates", "same_place_other_date", "look_alike_elsewhere")
+    named = {f"{name} in train": part for name, part in result["held_out"].items()}
+    if result.get("val_test"):
+        named["val in test"] = result["val_test"]
+    counts = ("looked_at", "exact_copies", "near_duplicates", "same_location_other_date", "look_alike_elsewhere")
     return pd.DataFrame(
         [
             {"splits": name, **{count.replace("_", " "): f"{part.get(count, 0):,}" for count in counts}}
@@ -295,6 +295,6 @@ def _clusters(selection: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([*rows, {"cluster": "clusters with images", **{s: int((sizes[s] > 0).sum()) for s in sizes}}])
 
 
-def share_text(value: float) -> str:
-    """A share for people."""
+def percentage(value: float) -> str:
+    """A fraction for people."""
     return f"{value:.2%}" if 0 < value < 0.001 else f"{value:.1%}"

@@ -25,8 +25,8 @@ from runtime.artefacts import read_json
 from runtime.errors import UserError
 
 SHOWN = 16  # tiles of a gallery
-#: Places of the computations, by "<stage>/<method>": one directory for each seed.
-Places = Mapping[str, list[Path]]
+#: RunFolders of the computations, by "<stage>/<method>": one directory for each seed.
+RunFolders = Mapping[str, list[Path]]
 #: Folder of a downstream run with its inputs, outputs and the truth, uint8 [N, H, W, 3].
 SAMPLES = "samples"
 
@@ -39,15 +39,15 @@ def rebuild(results: Path) -> dict[str, pd.DataFrame]:
     """
     if not (results / "runs.json").is_file():
         raise UserError(f"no finished results in {results}: run `make reproduce PROFILE={results.name}` first")
-    places = {key: [Path(place) for place in found] for key, found in read_json(results / "runs.json").items()}
+    run_folders = {key: [Path(place) for place in result] for key, result in read_json(results / "runs.json").items()}
     rows = read_results(results / "results.jsonl")
     tables = build_tables(rows)
-    if confusions := _confusions(places):
+    if confusions := _confusions(run_folders):
         tables["scenes"] = scene_table(confusions)
-    if len(found := starts_table(rows)):
-        tables["starts"] = found
+    if len(result := starts_table(rows)):
+        tables["starts"] = result
     write_tables(tables, results / "tables")
-    figures = _figures(places, rows, results / "figures")
+    figures = _figures(run_folders, rows, results / "figures")
     write_report(
         results / "report.html",
         title=f"RS-Prune, profile {results.name}",
@@ -56,22 +56,22 @@ def rebuild(results: Path) -> dict[str, pd.DataFrame]:
         verdict=verdict_view(rows),
         tables=tables,
         figures=figures,
-        galleries=_galleries(places),
-        grids=sample_grids(_all_of(places, "generation"), _seeds(rows)),
-        sheets=_sheets(places, results / "figures"),
-        facts=_facts(places),
+        galleries=_galleries(run_folders),
+        grids=sample_grids(_all_of(run_folders, "generation"), _seeds(rows)),
+        sheets=_sheets(run_folders, results / "figures"),
+        key_figures=_key_figures(run_folders),
     )
     return tables
 
 
-def _of(places: Places, kind: str) -> dict[str, Path]:
+def _of(run_folders: RunFolders, kind: str) -> dict[str, Path]:
     """The first seed's directory of every method."""
-    return {method: found[0] for method, found in _all_of(places, kind).items()}
+    return {method: result[0] for method, result in _all_of(run_folders, kind).items()}
 
 
-def _all_of(places: Places, kind: str) -> dict[str, list[Path]]:
+def _all_of(run_folders: RunFolders, kind: str) -> dict[str, list[Path]]:
     """Every method's directories, one a seed."""
-    return {key.split("/")[1]: found for key, found in places.items() if key.startswith(kind + "/")}
+    return {key.split("/")[1]: result for key, result in run_folders.items() if key.startswith(kind + "/")}
 
 
 def _seeds(rows: list[dict]) -> list[int]:
@@ -79,30 +79,30 @@ def _seeds(rows: list[dict]) -> list[int]:
     return list(dict.fromkeys(row["seed"] for row in rows if row["stage"] == "generation"))
 
 
-def _confusions(places: Places) -> dict[str, dict[str, dict[str, int]]]:
+def _confusions(run_folders: RunFolders) -> dict[str, dict[str, dict[str, int]]]:
     """What CLIP sees in the held-out photographs and in each method's images; empty where there are no scenes."""
-    found = {}
-    for method, path in _of(places, "foundation").items():
+    result = {}
+    for method, path in _of(run_folders, "foundation").items():
         scenes = read_json(path / "summary.json").get("scenes") or {}
         if scenes.get("generated"):
-            found |= {"photographs": scenes["real"]} if not found else {}
-            found[method] = scenes["generated"]
-    return found
+            result |= {"photographs": scenes["real"]} if not result else {}
+            result[method] = scenes["generated"]
+    return result
 
 
-def _curves(places: Places) -> dict[str, pd.DataFrame]:
+def _curves(run_folders: RunFolders) -> dict[str, pd.DataFrame]:
     """Every method's convergence, averaged over its seeds; of several the lowest and highest are its interval."""
     return {
-        key.split("/")[1]: averaged([pd.read_json(path / CONVERGENCE, lines=True) for path in found])
-        for key, found in places.items()
+        key.split("/")[1]: averaged([pd.read_json(path / CONVERGENCE, lines=True) for path in result])
+        for key, result in run_folders.items()
         if key.startswith("convergence/")
     }
 
 
-def _convergence_figures(places: Places, rows: list[dict], directory: Path) -> list[Picture]:
-    encoder, curves = evaluation_encoder(rows), _curves(places)
-    seeds = max(len(found) for key, found in places.items() if key.startswith("convergence/"))
-    real = read_json(_of(places, "reference")["validation"] / "reference_rows.json")
+def _convergence_figures(run_folders: RunFolders, rows: list[dict], directory: Path) -> list[Picture]:
+    encoder, curves = evaluation_encoder(rows), _curves(run_folders)
+    seeds = max(len(result) for key, result in run_folders.items() if key.startswith("convergence/"))
+    real = read_json(_of(run_folders, "reference")["validation"] / "reference_rows.json")
     pictures = []
     for metric, name in (("kid_x1000", "convergence_kid"), ("fd", "convergence_fd")):
         column = Quantity(metric, encoder, "balanced").name
@@ -134,9 +134,9 @@ def _length_figures(rows: list[dict], directory: Path) -> list[Picture]:
     return pictures
 
 
-def _figures(places: Places, rows: list[dict], directory: Path) -> list[Picture]:
+def _figures(run_folders: RunFolders, rows: list[dict], directory: Path) -> list[Picture]:
     directory.mkdir(parents=True, exist_ok=True)
-    figures = [*_convergence_figures(places, rows, directory), *_length_figures(rows, directory)]
+    figures = [*_convergence_figures(run_folders, rows, directory), *_length_figures(rows, directory)]
 
     def add(name: str, title: str, caption: str, figure) -> None:
         data = figure_bytes(figure)
@@ -146,10 +146,10 @@ def _figures(places: Places, rows: list[dict], directory: Path) -> list[Picture]
     if (drawn := dial_figure(rows)) is not None:
         caption = "Super-resolution of one network by its dial: 0 is the mean image, 1 one draw with all detail."
         add("super_resolution_dial", "Super-resolution, fidelity and detail", caption, drawn)
-    if confusions := _confusions(places):
+    if confusions := _confusions(run_folders):
         caption = "Held-out photographs, and images generated from their captions. A bright diagonal is good."
         add("scenes_seen", "What CLIP sees in each scene", caption, confusion_figure(confusions))
-    for method, path in _of(places, "selection").items():
+    for method, path in _of(run_folders, "selection").items():
         if method == "full":
             continue
         summary, table = read_json(path / "summary.json"), pd.read_parquet(path / "selection.parquet")
@@ -172,9 +172,9 @@ def _corpus_of(selection: Path) -> Corpus:
     return open_corpus(selection.parent.parent / "corpus" / key)
 
 
-def _galleries(places: Places) -> dict[str, list[Gallery]]:
+def _galleries(run_folders: RunFolders) -> dict[str, list[Gallery]]:
     galleries = {}
-    for method, path in _of(places, "selection").items():
+    for method, path in _of(run_folders, "selection").items():
         if method == "full":
             continue
         corpus, table = _corpus_of(path), pd.read_parquet(path / "selection.parquet")
@@ -193,21 +193,23 @@ def _galleries(places: Places) -> dict[str, list[Gallery]]:
     return galleries
 
 
-def _sheets(places: Places, directory: Path) -> list[Picture]:
+def _sheets(run_folders: RunFolders, directory: Path) -> list[Picture]:
     sheets = []
-    for method, path in _of(places, "foundation").items():
+    for method, path in _of(run_folders, "foundation").items():
         last = sorted((path / "samples").glob("step_*.png"))[-1]
         caption = "The same prompts and the same noise for every method."
         sheets.append(Picture(f"All samples of {method}", caption, last, folded=True))
-    references = _of(places, "reference")["published"]
+    references = _of(run_folders, "reference")["published"]
     sheet = directory / "reconstructions.png"
     names = {"training images": "real_train", "autoencoder": "reconstructed_train", "PCA": "pca"}
     comparison_sheet({label: np.load(references / f"{name}.npy") for label, name in names.items()}).save(sheet)
     caption = "What the frozen autoencoder and PCA of its latent size keep of an image."
     sheets.append(Picture("Reconstructions", caption, sheet))
-    for task in dict.fromkeys(key.split("/")[0] for key in places):
+    for task in dict.fromkeys(key.split("/")[0] for key in run_folders):
         runs = {
-            method: path for method, path in _of(places, task).items() if (path / SAMPLES / "outputs.npy").is_file()
+            method: path
+            for method, path in _of(run_folders, task).items()
+            if (path / SAMPLES / "outputs.npy").is_file()
         }
         if not runs:
             continue
@@ -222,12 +224,14 @@ def _sheets(places: Places, directory: Path) -> list[Picture]:
     return sheets
 
 
-def _facts(places: Places) -> dict[str, str]:
-    facts = {}
-    for method, path in _of(places, "selection").items():
+def _key_figures(run_folders: RunFolders) -> dict[str, str]:
+    key_figures = {}
+    for method, path in _of(run_folders, "selection").items():
         summary = read_json(path / "summary.json")
-        facts[f"{method}, images kept"] = f"{summary['kept']:,} of {summary['images']:,}"
-    for method, path in _of(places, "foundation").items():
+        key_figures[f"{method}, images kept"] = f"{summary['kept']:,} of {summary['images']:,}"
+    for method, path in _of(run_folders, "foundation").items():
         summary = read_json(path / "summary.json")
-        facts[f"{method}, training"] = f"{summary['steps']:,} steps, {summary['parameters'] / 1e6:.1f} M parameters"
-    return facts
+        key_figures[f"{method}, training"] = (
+            f"{summary['steps']:,} steps, {summary['parameters'] / 1e6:.1f} M parameters"
+        )
+    return key_figures

@@ -35,13 +35,13 @@ def sample_grids(measured: Mapping[str, Sequence[Path]], seeds: Sequence[int]) -
         for name in sorted(measured, key=method_order):
             if index >= len(measured[name]):
                 continue
-            facts = read_json(measured[name][index] / "stage.json")["inputs"]
-            drawn = measured[name][index].parent.parent / facts["images"]
+            metadata = read_json(measured[name][index] / "stage.json")["inputs"]
+            drawn = measured[name][index].parent.parent / metadata["images"]
             if not (drawn / IMAGES).is_file():
                 continue
             if not columns:
                 prompts = read_json(drawn / "stage.json")["inputs"]["captions"][:PROMPTS]
-                columns |= _photographs(drawn.parent.parent, facts["held_out"])
+                columns |= _photographs(drawn.parent.parent, metadata["held_out"])
             columns[name] = np.array(np.load(drawn / IMAGES, mmap_mode="r")[:PROMPTS])
         if columns:
             grids.append(SampleGrid(f"Side by side, training seed {seed}", CAPTION, columns, prompts))

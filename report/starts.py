@@ -39,7 +39,7 @@ def starts(rows: Sequence[Row], subject: str = SUBJECT) -> pd.DataFrame:
         95 % by Student's t over seeds, NaN for one seed), seeds, and better, worse, tie or unknown.
     """
     encoder = evaluation_encoder(rows)
-    found = []
+    result = []
     for task, metrics in JUDGED.items():
         runs: dict[tuple[str, int], dict[int, Any]] = {}
         for row in rows:
@@ -49,9 +49,9 @@ def starts(rows: Sequence[Row], subject: str = SUBJECT) -> pd.DataFrame:
             rivals = [name for name, at in runs if at == step and name != subject] if method == subject else []
             for other in sorted(rivals, key=method_order):
                 for metric in metrics:
-                    found.append(_difference(mine, runs[other, step], metric, encoder, (task, step, other)))
+                    result.append(_difference(mine, runs[other, step], metric, encoder, (task, step, other)))
     columns = ["task", "step", "other", "metric", "mean", "low", "high", "seeds", "verdict"]
-    return pd.DataFrame([row for row in found if row], columns=columns)
+    return pd.DataFrame([row for row in result if row], columns=columns)
 
 
 def _difference(
@@ -69,15 +69,15 @@ def _difference(
     else:
         verdict = "better" if (mean < 0) == (entry.better == "lower") else "worse"
     task, step, other = place
-    facts = {"task": task, "step": step, "other": other, "metric": name}
-    return {**facts, "mean": mean, "low": low, "high": high, "seeds": len(seeds), "verdict": verdict}
+    metadata = {"task": task, "step": step, "other": other, "metric": name}
+    return {**metadata, "mean": mean, "low": low, "high": high, "seeds": len(seeds), "verdict": verdict}
 
 
 def starts_table(rows: Sequence[Row]) -> pd.DataFrame:
     """`starts` as people read it: a row a task, length and other start, a column a metric."""
-    found = starts(rows)
+    result = starts(rows)
     lines = []
-    for (task, step, other), part in found.groupby(["task", "step", "other"], sort=False):
+    for (task, step, other), part in result.groupby(["task", "step", "other"], sort=False):
         line = {"task": task, "steps": step, f"{SUBJECT} against": other, "seeds": int(part["seeds"].max())}
         for row in part.to_dict("records"):
             quantity = Quantity.parse(row["metric"])

@@ -33,7 +33,7 @@ TABLE_OF_STAGE = {
 #: Stages whose rows have no fields of their own; those of others (an ablation, an experiment) are texts.
 PLAIN_STAGES = frozenset({*TABLE_OF_STAGE, "reference"} - {"ablation"})
 #: Keys of a row that say how it was computed, and that no table shows.
-ROW_FACTS = frozenset({"stage", "metrics", "fingerprint", "commit", "machine", "config", "seconds", "kept", "flops"})
+ROW_METADATA = frozenset({"stage", "metrics", "fingerprint", "commit", "machine", "config", "seconds", "kept", "flops"})
 #: What each table shows and how to read it.
 TABLE_NOTES = {
     "generation": "Generated images against real held-out images: a scene-balanced set and one as nature mixes it.",
@@ -55,24 +55,25 @@ TABLE_NOTES = {
     "training, measured on the validation split.",
     "augmentation": "A segmenter trained on real images, on generated ones (0 real) or on both, for equally many "
     "steps, measured on real held-out images. prune: how the generated images were chosen from a pool; ratio: the "
-    "share of the pool that went. They were drawn from masks of the real images of their row, those beside 0 real ones "
-    "from the masks of the largest number. Rows of one number of real images are compared with one another.",
-    "pair_detection": "Captions that were exchanged between images of a corpus and looked for. dldc finds the share "
+    "fraction of the pool that went. They were drawn from masks of the real images of their row, those beside 0 real "
+    "ones from the masks of the largest number. Rows of one number of real images are compared with one another.",
+    "pair_detection": "Captions that were exchanged between images of a corpus and looked for. dldc finds the fraction "
     "itself; clip_score and random are given the true one. Without exchanges what is removed was the corpus's own. "
-    "Error of scenes' shares: mean distance of the found or given share to the true one.",
-    "pair_training": "Text-to-image models at equal steps: raw pairs of which a share of the captions was exchanged "
+    "Error of scenes' fractions: mean distance of the found or given fraction to the true one.",
+    "pair_training": "Text-to-image models at equal steps: raw pairs of which a fraction of the captions was exchanged "
     "between scenes, cleaned ones (prune=dldc ratio=null), as many by clip_score, repaired ones (mismatched images "
     "described again), and the clean pairs before the exchange. The fitted CLIPs judge by the true captions; the one "
     "on the features of the selection's encoder is of the kind that cleaned.",
     "cleaning_probe": "Small text-to-image models by the part of every scene's pairs that was cleaned, on the "
     "validation split.",
-    "caption_quality": "Captions of the same images by their source: the share called mismatched, the mean log ratio "
-    "of fitting the image to fitting another of its scene, CLIP scores by judges fitted to the given captions of other "
-    "images.",
+    "caption_quality": "Captions of the same images by their source: the fraction called mismatched, the mean log "
+    "ratio of fitting the image to fitting another of its scene, CLIP scores by judges fitted to the given captions of "
+    "other images.",
     "joint_conditions": "Images drawn by one model with all of its conditions, without each, with each alone and with "
     "none, which is its foundation. Edge agreement: F-score of Canny's edges within 1 px of the real image's.",
-    "scenes": "Share of images in which CLIP sees the scene that they are of, among all scenes of the table: generated "
-    "from the scene-balanced held-out captions by each method's model, and the photographs with these captions.",
+    "scenes": "Fraction of images in which CLIP sees the scene that they are of, among all scenes of the table: "
+    "generated from the scene-balanced held-out captions by each method's model, and the photographs with these "
+    "captions.",
 }
 #: Tables in which rows with the same whole number in a field stand together, and are compared with one another alone.
 GROUPED_BY = {"augmentation": "real images", "joint_conditions": "images"}
@@ -84,9 +85,9 @@ PLAIN = {
     "swap_removed": ("removed", 3),
     "swap_precision": ("precision", 3),
     "swap_recall": ("recall", 3),
-    "swap_precision_at_true": ("precision at the true share", 3),
+    "swap_precision_at_true": ("precision at the true fraction", 3),
     "swap_auc": ("area under ROC", 3),
-    "scene_share_error": ("error of scenes' shares", 3),
+    "scene_fraction_error": ("error of scenes' fractions", 3),
     "caption_mismatched": ("mismatched", 3),
     "caption_fit": ("fit", 2),
     "caption_words": ("words", 1),
@@ -146,7 +147,7 @@ def _record(row: Row, kind: str, *, extras: bool) -> dict[str, Any]:
     if kind == "measured" and record["weighting"] is None:
         record["weighting"] = weighting_name(0)
     if extras:
-        known = {*ROW_FACTS, *record}
+        known = {*ROW_METADATA, *record}
         record |= {f"field:{key}": str(value) for key, value in row.items() if key not in known}
     for name, value in row["metrics"].items():
         number = isinstance(value, (Real, type(None))) and not isinstance(value, bool)
@@ -323,14 +324,14 @@ def _best(table: pd.DataFrame, name: str, measured: pd.Series) -> set[int]:
         if measured.iloc[position] and pd.notna(row[name]):
             step = None if not several_steps or pd.isna(row["step"]) else row["step"]
             groups.setdefault((row["corpus"], step, *row[group]), []).append(position)
-    found: set[int] = set()
+    result: set[int] = set()
     sign = 1 if _better(name) == "higher" else -1
     for positions in groups.values():
         if len(positions) > 1:
             values = {position: float(table[name].iloc[position]) for position in positions}
             top = max(values.values(), key=lambda value: sign * value)
-            found |= {position for position in positions if _number(name, values[position]) == _number(name, top)}
-    return found
+            result |= {position for position in positions if _number(name, values[position]) == _number(name, top)}
+    return result
 
 
 def _cell(row: pd.Series, name: str, *, best: bool) -> Cell:

@@ -14,8 +14,8 @@ from report.results import SUBJECT, Row, run_name
 from report.tables import evaluation_encoder, method_order
 
 CLAIM = (
-    "A diffusion model trained on the share that RS-Prune keeps generates better than one trained on everything, on a "
-    "random share, on scene_random's."
+    "A diffusion model trained on the subset that RS-Prune keeps generates better than one trained on everything, on a "
+    "random subset, on scene_random's."
 )
 #: The methods that the claim names.
 RIVALS = ("full", "random", "scene_random")
@@ -82,19 +82,19 @@ def compare(rows: Iterable[Row], stage: str = "generation") -> list[Comparison]:
             name = run_name(row["prune"], row.get("weighting"))
             key = row["corpus"], row.get("step"), row.get("ratio"), row["prune"], name
             runs.setdefault(key, {})[row.get("seed")] = row["metrics"]
-    found = []
+    result = []
     for (corpus, step, ratio, method, subject), mine in runs.items():
         rivals = [
             (other, theirs)
-            for (where, when, share, rival, other), theirs in runs.items()
-            if method == SUBJECT != rival and (where, when) == (corpus, step) and share in (ratio, 0, None)
+            for (where, when, fraction, rival, other), theirs in runs.items()
+            if method == SUBJECT != rival and (where, when) == (corpus, step) and fraction in (ratio, 0, None)
         ]
         for other, theirs in rivals:
             for held_out in SETS:
                 values = _difference(mine, theirs, Quantity(METRIC, encoder, held_out), subject, other)
                 if values is not None:
-                    found.append(Comparison(corpus, ratio, step, held_out, subject, other, *values))
-    return sorted(found, key=_order)
+                    result.append(Comparison(corpus, ratio, step, held_out, subject, other, *values))
+    return sorted(result, key=_order)
 
 
 def _order(comparison: Comparison) -> tuple:
@@ -155,15 +155,15 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
     for item in comparisons:
         groups.setdefault((item.corpus, item.ratio, item.step, item.subject, item.held_out), []).append(item)
     several = len({key[:3] for key in groups}) > 1
-    found = []
+    result = []
     for (corpus, ratio, step, subject, held_out), items in groups.items():
         parts = []
         for word, phrase in _PHRASES.items():
             if names := [item.other for item in items if item.word == word]:
                 parts.append(f"{phrase} {_listed(names)}")
         where = f" ({corpus}, ratio {ratio:g}, step {step})" if several and ratio is not None else ""
-        found.append(f"On the {held_out} set{where} {subject} is {'; '.join(parts)}.")
-    return found
+        result.append(f"On the {held_out} set{where} {subject} is {'; '.join(parts)}.")
+    return result
 
 
 _PHRASES = {

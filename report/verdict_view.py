@@ -19,15 +19,15 @@ _STATUS = {"The rows support the claim.": "better", "The rows do not support the
 
 def verdict_view(rows: Sequence[Row]) -> dict[str, Any] | None:
     """What the page's template asks for; None where no row can be compared."""
-    found = {stage: compare(rows, stage) for stage in TITLES}
-    if not any(found.values()):
+    result = {stage: compare(rows, stage) for stage in TITLES}
+    if not any(result.values()):
         return None
-    generated = found["generation"]
-    said = headline(generated)
+    generated = result["generation"]
+    message = headline(generated)
     return {
         "claim": CLAIM,
-        "headline": said,
-        "status": next((status for text, status in _STATUS.items() if said.startswith(text)), "tie"),
+        "headline": message,
+        "status": next((status for text, status in _STATUS.items() if message.startswith(text)), "tie"),
         "sentences": sentences(generated),
         "note": " ".join(text for text in (_HOW, seeds_note(generated)) if text),
         "groups": [
@@ -36,7 +36,7 @@ def verdict_view(rows: Sequence[Row]) -> dict[str, Any] | None:
                 "folded": stage != "generation",
                 **_table([item for item in items if item.subject == subject]),
             }
-            for stage, items in found.items()
+            for stage, items in result.items()
             for subject in dict.fromkeys(item.subject for item in items)
         ],
     }

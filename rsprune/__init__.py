@@ -61,7 +61,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: measuring entropies, say, needs none of the clustering's libraries.
+    """Import what is requested: measuring entropies, say, needs none of the clustering's libraries.
 
     Raises:
         ImportError: another project's folder hides one of ours.

@@ -22,11 +22,11 @@ def refuse_strangers() -> None:
     for name in PACKAGES:
         spec = find_spec(name)
         # a folder without __init__.py has a path alone, a module a file alone
-        places = [*(spec.submodule_search_locations or ()), spec.origin] if spec else []
-        found = next((Path(place).resolve() for place in places if place), None)
-        if found != home / name:
+        positions = [*(spec.submodule_search_locations or ()), spec.origin] if spec else []
+        result = next((Path(place).resolve() for place in positions if place), None)
+        if result != home / name:
             raise ImportError(
-                f"rsprune needs its own package `{name}`, but Python finds {found or 'none'}: rename that one, or "
+                f"rsprune needs its own package `{name}`, but Python finds {result or 'none'}: rename that one, or "
                 f"start Python where no `{name}` of another project comes first"
             )
 

@@ -177,17 +177,17 @@ def _leaves(cfg: DictConfig) -> dict[str, Any]:
     """Options by their dotted keys, interpolations as they are written, without secrets."""
     from runtime.provenance import unresolved
 
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
         if isinstance(value, dict) and value:
             for key, item in value.items():
                 visit(f"{prefix}.{key}" if prefix else str(key), item)
         else:
-            found[prefix] = value
+            result[prefix] = value
 
     visit("", unresolved(cfg))
-    return found
+    return result
 
 
 def _one_line(error: Exception) -> str:

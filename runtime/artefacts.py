@@ -84,8 +84,8 @@ def stage_fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
 
 def provenance(directory: Path) -> dict[str, Any]:
     """`commit` and `versions` with which a stage's directory was built; "unknown" and {} where it does not say."""
-    facts = read_json(directory / COMPLETE) if (directory / COMPLETE).is_file() else {}
-    return {"commit": facts.get("commit", "unknown"), "versions": facts.get("versions", {})}
+    metadata = read_json(directory / COMPLETE) if (directory / COMPLETE).is_file() else {}
+    return {"commit": metadata.get("commit", "unknown"), "versions": metadata.get("versions", {})}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -110,8 +110,8 @@ def file_stamp(path: Path, content_hash: bool = False) -> str:
     try:
         if content_hash and path.is_file():  # a pipe or a device may have no end
             return file_digest(path)
-        facts = path.stat()
-        return f"{facts.st_size}-{facts.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else "-shut")
+        status = path.stat()
+        return f"{status.st_size}-{status.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else "-shut")
     except OSError:  # a dangling link, say: reading it gives the reason
         return ""
 
@@ -131,7 +131,7 @@ def _of_launch(names: Sequence[str], alone: int) -> int:
 
 
 class NotBuilt(Exception):
-    """A stage that is not there was asked for where nothing may be built.
+    """A stage that is not there was requested where nothing may be built.
 
     Attributes:
         directory: that it would have.
@@ -225,11 +225,11 @@ def stage(
         if joint:
             needed = together(needed)
         if needed:
-            facts = {"stage": name, "fingerprint": key, "inputs": plain(inputs), **_code_facts(code)}
+            metadata = {"stage": name, "fingerprint": key, "inputs": plain(inputs), **_code_versions(code)}
             with contextlib.nullcontext() if joint else _building_alone():
                 build(partial)
         if needed and main:
-            write_json(partial / COMPLETE, facts)
+            write_json(partial / COMPLETE, metadata)
             os.rename(partial, final)
     while not (final / COMPLETE).is_file():
         time.sleep(0.2)
@@ -254,7 +254,7 @@ def _building_alone() -> Iterator[None]:
         _alone_in_build.reset(token)
 
 
-def _code_facts(code: str) -> dict[str, Any]:
+def _code_versions(code: str) -> dict[str, Any]:
     """The code that builds a stage: its version and those of the stages before it, commit, packages and config."""
     versions = versions_of(code)
     return {"version": versions.pop(code), "after": versions, **origin()}

@@ -64,27 +64,27 @@ def quote_paths(arguments: Sequence[str], sweep: bool = False) -> list[str]:
     Args:
         sweep: whether the command runs once for every combination of the values (`-m`).
     """
-    found = []
+    result = []
     for key, value in _joined(arguments):
         if key is None or not is_path(key):
-            found.append(value if key is None else f"{key}={value}")
+            result.append(value if key is None else f"{key}={value}")
         else:
-            found.append(f"{key}={_quote_value(value, _is_shards(key), sweep)}")
-    return found
+            result.append(f"{key}={_quote_value(value, _is_shards(key), sweep)}")
+    return result
 
 
 def _joined(arguments: Sequence[str]) -> list[tuple[str | None, str]]:
     """Keys (None: no override) and values of arguments; neighbours that name shards are joined by `::`."""
-    found: list[tuple[str | None, str]] = []
+    result: list[tuple[str | None, str]] = []
     for argument in arguments:
         override = _OVERRIDE.fullmatch(argument)
         key, value = override.groups() if override else (None, argument)
-        before, others = found[-1] if found else (None, "")
+        before, others = result[-1] if result else (None, "")
         if key is not None and key == before and _is_shards(key) and not any(map(_is_quoted, (others, value))):
-            found[-1] = (key, f"{others}::{value}")
+            result[-1] = (key, f"{others}::{value}")
         else:
-            found.append((key, value))
-    return found
+            result.append((key, value))
+    return result
 
 
 def _is_quoted(value: str) -> bool:
@@ -118,7 +118,7 @@ def _quote(value: str, shards: bool) -> str:
         if os.path.normpath(value).startswith("~"):  # would be expanded later
             text = os.path.join(os.getcwd(), value)
         if "${" in text:  # else an interpolation; OmegaConf unescapes the backslashes before it, and no others
-            text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
+            text = re.sub(r"(\\*)\$\{", lambda result: 2 * result[1] + r"\${", text)
     elif _QUOTED.fullmatch(value) or value.lower() == "null":
         return value
     else:

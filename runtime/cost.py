@@ -60,13 +60,13 @@ class StageLog:
 
 def logged(directory: Path) -> list[dict[str, Any]]:
     """The lines of a stage's log, without one that a kill has cut."""
-    path, found = directory / LOG, []
+    path, result = directory / LOG, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            found.append(json.loads(line))
+            result.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return result
 
 
 def cost_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -110,12 +110,12 @@ class Clock:
     def __call__(self, name: str) -> Iterator[None]:
         start, cpu, before = time.perf_counter(), time.process_time(), Counter(spent)
         yield
-        found = Counter(spent)
-        found.subtract(before)
+        result = Counter(spent)
+        result.subtract(before)
         now = {
             "seconds": time.perf_counter() - start,
-            "cpu_seconds": time.process_time() - cpu + found["cpu_seconds"],
-            "gpu_seconds": float(found["gpu_seconds"]),
+            "cpu_seconds": time.process_time() - cpu + result["cpu_seconds"],
+            "gpu_seconds": float(result["gpu_seconds"]),
         }
         known = self.cost.get(name, dict.fromkeys(now, 0.0))
         self.cost[name] = {key: round(value + known[key], 3) for key, value in now.items()}

@@ -101,8 +101,8 @@ class LocalEngine:
         first_network = next((at for at, step in enumerate(steps) if step.network), len(steps))
         in_workers = partial(through, functions_of(steps[:first_network]))
         here = partial(through, functions_of(steps[first_network:]), gpus=accelerators())
-        found = noted(in_processes(in_workers, map(Done, items), workers if first_network else 0))
-        for done in found:
+        result = noted(in_processes(in_workers, map(Done, items), workers if first_network else 0))
+        for done in result:
             part = here(done) if first_network < len(steps) else done
             spent["gpu_seconds"] += part.gpu_seconds
             yield part
@@ -146,9 +146,9 @@ def through(functions: Sequence[Callable[[Any], Any]], before: Done, gpus: float
 spent: Counter[str] = Counter()
 
 
-def noted(found: Iterable[Done]) -> Iterator[Done]:
+def noted(result: Iterable[Done]) -> Iterator[Done]:
     """Results of workers, whose CPU seconds are noted in `spent` as they arrive."""
-    for done in found:
+    for done in result:
         if done.worker != worker_name():
             spent["cpu_seconds"] += done.cpu_seconds
         yield done

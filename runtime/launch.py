@@ -37,21 +37,21 @@ def launcher_of(options: Sequence[str]) -> list[str] | None:
         return None
     from accelerate.commands.launch import launch_command_parser
 
-    asked = launch_command_parser().parse_args(list(options))
-    if not asked.cpu or asked.mpirun_hostfile is not None or (asked.num_processes or 1) == 1:
+    requested = launch_command_parser().parse_args(list(options))
+    if not requested.cpu or requested.mpirun_hostfile is not None or (requested.num_processes or 1) == 1:
         return None
-    if (asked.num_machines or 1) > 1:
+    if (requested.num_machines or 1) > 1:
         raise UserError(
             "accelerate launch --cpu joins several machines through MPI alone, and no --mpirun_hostfile is given: give "
             "one, or use configs/accelerate/multi_cpu.yaml with ACCELERATE_USE_CPU=true in place of --cpu"
         )
-    kind = ["--no-python"] if asked.no_python else ["-m"] if asked.module else []
+    kind = ["--no-python"] if requested.no_python else ["-m"] if requested.module else []
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    return [*launcher, str(asked.num_processes), *kind, asked.training_script, *asked.training_script_args]
+    return [*launcher, str(requested.num_processes), *kind, requested.training_script, *requested.training_script_args]
 
 
 def start_the_others() -> None:
-    """Become the launcher of all processes that `accelerate launch --cpu` was asked for, if it started this one only.
+    """Become the launcher of all processes that `accelerate launch --cpu` was requested, if it started this one only.
 
     Raises:
         UserError: they are on several machines.
@@ -81,7 +81,7 @@ def join_tasks() -> None:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
-def asked_for() -> str | None:
+def requested_plugin() -> str | None:
     """The plugin of Accelerate that the launch asks for: "FSDP", "DeepSpeed" or none."""
     return next((name for name in ("FSDP", "DeepSpeed") if _flag(f"ACCELERATE_USE_{name.upper()}")), None)
 
@@ -98,7 +98,7 @@ def check_launch() -> None:
         raise UserError(
             f"the launch sets gradient_accumulation_steps={accumulation}: leave it out, and give train.loop.micro_batch"
         )
-    plugin = asked_for()
+    plugin = requested_plugin()
     if plugin is None:
         return
     import torch

@@ -35,7 +35,7 @@ def cores() -> int:
 def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
 ) -> Iterator[Result]:
-    """`function` of every item, in the order of the items, by threads that share this process's memory.
+    """`function` of every item, in the order of the items, by threads that fraction this process's memory.
 
     For long calls that release the interpreter's lock. The libraries they call (BLAS, OpenMP) share out the cores among
     them meanwhile: with more threads than cores a k-means of many scenes took nearly half as long again.

@@ -75,8 +75,8 @@ def _clean(raw: Any, value: Any, hidden: set[str]) -> Any:
     """`value` without secrets; an entry that shows one of the hidden texts stays the interpolation that it was."""
     if isinstance(value, dict):
         kept = [key for key in value if not SECRET.search(str(key))]
-        found = {key: _clean(raw[key] if isinstance(raw, dict) else raw, value[key], hidden) for key in kept}
-        return {key: harmless_options(item) if key == STORAGE else item for key, item in found.items()}
+        result = {key: _clean(raw[key] if isinstance(raw, dict) else raw, value[key], hidden) for key in kept}
+        return {key: harmless_options(item) if key == STORAGE else item for key, item in result.items()}
     if isinstance(value, list):
         return [_clean(raw[index] if isinstance(raw, list) else raw, item, hidden) for index, item in enumerate(value)]
     interpolated = isinstance(raw, str) and "${" in raw
@@ -106,8 +106,8 @@ def commit(root: Path = ROOT) -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that are installed, none of which is imported."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            result[name] = metadata.version(name)
+    return result

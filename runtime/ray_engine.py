@@ -165,21 +165,21 @@ class RayEngine:
         It ends early where a machine was lost and no result came since: Ray waits for ever for room for its actors.
         """
         data = self._data(steps, window)
-        machines, found, ended = _machines(), Queue(maxsize=2), Event()
-        Thread(target=_read, args=(data, found, ended), daemon=True).start()
+        machines, result, ended = _machines(), Queue(maxsize=2), Event()
+        Thread(target=_read, args=(data, result, ended), daemon=True).start()
         try:
-            yield from self._taken(data, found, machines)
+            yield from self._taken(data, result, machines)
         finally:
             ended.set()
             if data._current_executor:
                 data._current_executor.shutdown(force=True)
 
-    def _taken(self, data: Any, found: Queue, machines: set[str]) -> Iterator[Done]:
+    def _taken(self, data: Any, result: Queue, machines: set[str]) -> Iterator[Done]:
         """What the reader of a data set hands over, until it ends or a machine is lost."""
         last = time.monotonic()
         while True:
             try:
-                block = found.get(timeout=1)
+                block = result.get(timeout=1)
             except Empty:
                 if machines - _machines() and time.monotonic() - last > PATIENCE and data._current_executor:
                     notice("ray: a machine was lost: its work goes to the others")
@@ -239,13 +239,13 @@ class RayEngine:
         import ray
 
         kind, each = ("GPU", self.gpus_per_actor) if self.gpus_per_actor else ("CPU", self.cpus_per_worker)
-        found = int(ray.cluster_resources().get(kind, 0) / max(each, 1e-9))
-        if not found:
+        result = int(ray.cluster_resources().get(kind, 0) / max(each, 1e-9))
+        if not result:
             raise UserError(
                 f"engine.gpus_per_actor={self.gpus_per_actor}: the Ray cluster has not so many GPUs on any machine: "
                 "take 0 to embed on CPUs"
             )
-        return found
+        return result
 
 
 _folders: list[str] = []  # of the clusters that this process started
@@ -282,13 +282,13 @@ def _machines() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _read(data: Any, found: Queue, ended: Event) -> None:
+def _read(data: Any, result: Queue, ended: Event) -> None:
     """The blocks of a data set in order; then None, or what went wrong; until nobody takes them any more."""
 
     def give(value: Any) -> None:
         while not ended.is_set():
             with contextlib.suppress(Full):
-                found.put(value, timeout=1)
+                result.put(value, timeout=1)
                 return
 
     try:

@@ -1,4 +1,4 @@
-"""Credentials are kept out of all that is written or said: those of URLs, of storage options, of the environment.
+"""Credentials are kept out of all that is written or reported: those of URLs, of storage options, of the environment.
 
 `public` is pure, so it is what fingerprints, ids and stored configs go through. `redacted` also knows the secrets that
 this process was given, and is the last line of defence of every message.
@@ -66,10 +66,10 @@ def public(text: str) -> str:
         return text
     signed, cleaned = _IS_SIGNED.search(text), _USER.sub("://", text)
     for pattern in (_PARAMETER, _SIGNED) if signed else (_PARAMETER,):
-        while (found := pattern.search(cleaned)) is not None:
-            before, after = cleaned[: found.start()], cleaned[found.end() :]
-            if found[1] in "?#" and after[:1] == "&":
-                after = found[1] + after.removeprefix("&amp;").removeprefix("&")
+        while (result := pattern.search(cleaned)) is not None:
+            before, after = cleaned[: result.start()], cleaned[result.end() :]
+            if result[1] in "?#" and after[:1] == "&":
+                after = result[1] + after.removeprefix("&amp;").removeprefix("&")
             cleaned = before + after
     return cleaned
 
@@ -79,8 +79,8 @@ def redacted(text: str) -> str:
     text = public(text)
     for secret in sorted(_hidden | set(_of_environment()), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    text = _IN_BRACES.sub(lambda found: f"{found[1]}{HIDDEN if found[2] else ''}{found[3]}", text)
-    return _HEADER.sub(rf"\1{HIDDEN}", _NAMED.sub(lambda found: found[1] + _mask(found[2]), text))
+    text = _IN_BRACES.sub(lambda result: f"{result[1]}{HIDDEN if result[2] else ''}{result[3]}", text)
+    return _HEADER.sub(rf"\1{HIDDEN}", _NAMED.sub(lambda result: result[1] + _mask(result[2]), text))
 
 
 def _mask(value: str) -> str:
@@ -90,8 +90,8 @@ def _mask(value: str) -> str:
 
 def hide(values: Iterable[Any]) -> None:
     """From now on `redacted` hides these values."""
-    found = {str(value) for value in values if value is not None}
-    _hidden.update(value for value in found - _ORDINARY if len(value) >= _SHORTEST)
+    result = {str(value) for value in values if value is not None}
+    _hidden.update(value for value in result - _ORDINARY if len(value) >= _SHORTEST)
 
 
 def secret_values(config: Any, inside: bool = False) -> Iterator[str]:

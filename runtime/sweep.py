@@ -98,7 +98,7 @@ class Cells:
         to_files = "submitit" in launch.func.__module__  # what a cell's process says
         try:
             with _lost_cells_return():
-                found = list(launch(batch, initial_job_idx=first))
+                results = list(launch(batch, initial_job_idx=first))
         except Exception as error:
             if type(error).__module__.split(".")[0] not in LAUNCHERS:
                 raise
@@ -106,7 +106,7 @@ class Cells:
             line = f"error: the launcher gave up ({type(error).__name__}): run the same command again to go on"
             print(line, file=sys.stderr, flush=True)
             return []
-        for cell, result in zip(batch, found, strict=True):
+        for cell, result in zip(batch, results, strict=True):
             if result.status == JobStatus.FAILED:
                 error = result._return_value
                 message = explain(error)
@@ -114,7 +114,7 @@ class Cells:
                 if not isinstance(error, LostCell) and not to_files:
                     continue  # its process has said it on this terminal
                 _report(message or _unforeseen_line(error, _traceback_of(cell, runs)), cell)
-        return [result for result in found if result.status != JobStatus.FAILED]
+        return [result for result in results if result.status != JobStatus.FAILED]
 
     @contextlib.contextmanager
     def survived(self, explain: Callable[[Exception, str], str | None]) -> Iterator[None]:

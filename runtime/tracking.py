@@ -31,7 +31,7 @@ _failed_modes: set[str] = set()
 class Tracker:
     """Logs scalars, images, tables and files to a W&B run, to TensorBoard's event files, to both, or nowhere.
 
-    A service that fails says so in one line and is told nothing more; the stage goes on. Accelerate's `log_with` has no
+    A service that fails says so in one line and gets nothing more; the stage goes on. Accelerate's `log_with` has no
     artifacts, axes and tables of both kinds, nor a tracker where there is no Accelerator, as in pruning.
     """
 
@@ -99,7 +99,7 @@ class Tracker:
 
 
 class _Service:
-    """What is told to a service, until it fails."""
+    """What is sent to a service, until it fails."""
 
     def __init__(self, name: str, client: Any) -> None:
         self.name, self.client, self.failed = name, client, False
@@ -168,7 +168,7 @@ def track(cfg: DictConfig, stage: str, name: str) -> Iterator[Tracker]:
 
 
 def _started(cfg: DictConfig, stage: str, name: str) -> Any:
-    """A W&B run in the mode that is asked for, else offline, else None; who failed once online stays offline."""
+    """A W&B run in the mode that is requested, else offline, else None; who failed once online stays offline."""
     mode = cfg.tracker.mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     modes = dict.fromkeys(("offline",) if mode in _failed_modes else (mode, "offline"))
     for choice in modes:

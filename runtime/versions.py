@@ -54,11 +54,11 @@ STAGES = {
         after=("embedding",),
     ),
     "pair_scores": Stage(
-        version=1, modules=("captioning.scoring", "captioning.pair_statistics", "captioning.evidence")
+        version=2, modules=("captioning.scoring", "captioning.pair_statistics", "captioning.evidence")
     ),
-    "captions": Stage(version=1, modules=("captioning.loop",)),
+    "captions": Stage(version=2, modules=("captioning.loop",)),
     "selection": Stage(
-        version=5,
+        version=6,
         modules=(
             "prune.allocation",
             "prune.captioned",
@@ -75,11 +75,17 @@ STAGES = {
         after=("entropy", "embedding"),
     ),
     "arrival_index": Stage(
-        version=1, modules=("prune.kept", "prune.neighbour_index", "prune.scenes"), after=("embedding",)
+        version=2, modules=("prune.kept", "prune.neighbour_index", "prune.scenes"), after=("embedding",)
     ),
     "arrived": Stage(
         version=1,
-        modules=("prune.arrival_stages", "prune.arrivals", "prune.likeness", "prune.neighbour_index", "corpus.places"),
+        modules=(
+            "prune.arrival_stages",
+            "prune.arrivals",
+            "prune.likeness",
+            "prune.neighbour_index",
+            "corpus.locations",
+        ),
         after=("entropy", "embedding"),
     ),
     "arrivals": Stage(
@@ -91,7 +97,7 @@ STAGES = {
         after=("embedding",),
     ),
     "edited_selection": Stage(version=1, modules=("prune.decisions",), after=("entropy", "embedding")),
-    "leaks": Stage(version=1, modules=("prune.leaks", "prune.likeness", "corpus.places", "eval.waste")),
+    "leaks": Stage(version=1, modules=("prune.leaks", "prune.likeness", "corpus.locations", "eval.waste")),
     "text_encoder": Stage(version=1, modules=("train.text_encoder", "train.captions", *_NETWORKS)),
     "prompts": Stage(version=1, modules=("train.text_encoder",)),
     "latents": Stage(version=1, modules=("train.latents",)),
@@ -208,10 +214,10 @@ def versions_of(name: str) -> dict[str, int]:
     """
     if name not in STAGES:
         raise LookupError(f"stage {name!r} is not in runtime/versions.py: give it a version and its modules there")
-    found = {name: STAGES[name].version}
+    result = {name: STAGES[name].version}
     for before in STAGES[name].after:
-        found |= versions_of(before)
-    return found
+        result |= versions_of(before)
+    return result
 
 
 def modules_of(name: str, root: Path = ROOT) -> dict[str, Path]:
@@ -220,14 +226,14 @@ def modules_of(name: str, root: Path = ROOT) -> dict[str, Path]:
     Raises:
         FileNotFoundError: the table names a module that is not there.
     """
-    found = {}
+    result = {}
     for module in STAGES[name].modules:
         place = root.joinpath(*module.split("."))
         files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-        found |= {".".join(path.relative_to(root).with_suffix("").parts): path for path in files}
-    if missing := [str(path.relative_to(root)) for path in found.values() if not path.is_file()]:
+        result |= {".".join(path.relative_to(root).with_suffix("").parts): path for path in files}
+    if missing := [str(path.relative_to(root)) for path in result.values() if not path.is_file()]:
         raise FileNotFoundError(f"stage {name} has no {missing[0]}: correct its modules in runtime/versions.py")
-    return found
+    return result
 
 
 def code_hash(source: str) -> str:
@@ -244,8 +250,8 @@ def _code(node: Any) -> Any:
     fields = dict(ast.iter_fields(node))
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         fields["body"] = fields["body"][ast.get_docstring(node, clean=False) is not None :]
-    found = ((name, _code(value)) for name, value in fields.items() if value not in (None, []))
-    return (type(node).__name__, *found)
+    result = ((name, _code(value)) for name, value in fields.items() if value not in (None, []))
+    return (type(node).__name__, *result)
 
 
 def sources(root: Path = ROOT) -> dict[str, dict[str, str]]:
@@ -263,14 +269,14 @@ def sources(root: Path = ROOT) -> dict[str, dict[str, str]]:
 
 def outdated(stored: Mapping[str, Mapping[str, str]], root: Path = ROOT) -> list[str]:
     """One line for every stage whose code or version is no longer what was stored."""
-    found, then = sources(root), "run `python scripts/stage_sources.py`"
+    result, then = sources(root), "run `python scripts/stage_sources.py`"
     stages, modules = (
-        [name for name in sorted({*stored[part], *found[part]}) if stored[part].get(name) != found[part].get(name)]
+        [name for name in sorted({*stored[part], *result[part]}) if stored[part].get(name) != result[part].get(name)]
         for part in ("stages", "modules")
     )
     lines = []
     for name in stages:
-        before, now = (part["stages"].get(name, "none").split()[0] for part in (stored, found))
+        before, now = (part["stages"].get(name, "none").split()[0] for part in (stored, result))
         if before != now:
             lines.append(f"version of stage {name} is {now}, but {before} in {SOURCES.name}: {then}")
             continue

@@ -87,8 +87,8 @@ def jpegs(cfg: DictConfig, count: int) -> list[Path]:
 
 def pixels(path: Path) -> np.ndarray:
     """The whole image, by the decoder that indexes a corpus."""
-    found = decode_jpeg(path.read_bytes())
-    return pixels_of_pillow(path) if found is None else found
+    result = decode_jpeg(path.read_bytes())
+    return pixels_of_pillow(path) if result is None else result
 
 
 def pixels_of_pillow(path: Path) -> np.ndarray:
@@ -120,10 +120,10 @@ def entropy_figures(files: list[Path], resolution: int) -> dict[str, float]:
         return per_second(lambda: sum(in_processes(work, chunks)), len(files), seconds=1)
 
     alone = partial(decode_all, pixels)
-    _, stage_rate, stage_share = paired(
+    _, stage_rate, stage_fraction = paired(
         lambda: rate(alone), lambda: rate(partial(decode_and_measure_all, corpus_square, measure))
     )
-    limit, whole_rate, whole_share = paired(
+    limit, whole_rate, whole_fraction = paired(
         lambda: rate(alone), lambda: rate(partial(decode_and_measure_all, pixels, measure))
     )
     pillow = rate(partial(decode_all, pixels_of_pillow))
@@ -132,8 +132,8 @@ def entropy_figures(files: list[Path], resolution: int) -> dict[str, float]:
         "JPEG decoding alone, ours (limit)": limit,
         "entropy of whole images, from files": whole_rate,
         f"entropy step at {resolution} px, from files": stage_rate,
-        f"entropy step at {resolution} px, of pure decoding": stage_share,
-        "entropy of whole images, of pure decoding": whole_share,
+        f"entropy step at {resolution} px, of pure decoding": stage_fraction,
+        "entropy of whole images, of pure decoding": whole_fraction,
         "entropy of whole images, of Pillow's decoding": whole_rate / pillow,
         "local entropy alone, one core": per_second(lambda: [measure(image) for image in images], len(images)),
         "skimage shannon_entropy of the whole image, one core": per_second(
@@ -161,14 +161,14 @@ def feature_figures(cfg: DictConfig, files: list[Path]) -> dict[str, float]:
             corpus_entropy(corpus, LocalEntropy(), runs)
             corpus_embeddings(corpus, encoder, runs)
 
-        limit, ours, share = paired(lambda: network_rate(encoder), lambda: per_second(stages, len(files), seconds=8))
+        limit, ours, fraction = paired(lambda: network_rate(encoder), lambda: per_second(stages, len(files), seconds=8))
     with multiprocessing.get_context("spawn").Pool(1) as process:
         plain = process.apply(network_rate, (encoder,))
     return {
         "bare network in a process as torch leaves it": plain,
         "bare network on ready tensors (limit)": limit,
         "files to index, entropy and embeddings": ours,
-        "entropy and embedding, of the bare network": share,
+        "entropy and embedding, of the bare network": fraction,
         "entropy and embedding, of the network as torch leaves it": ours / plain,
     }
 
@@ -214,22 +214,22 @@ def main(cfg: DictConfig) -> None:
         **feature_figures(cfg, files),
         **network_figures(cfg),
     }
-    shares = {name: figures.pop(name) for name in list(figures) if ", of " in name}
+    fractions = {name: figures.pop(name) for name in list(figures) if ", of " in name}
     for name, value in figures.items():
         print(f"{name:60s} {value:10.1f} images/s")
-    for name, value in shares.items():
+    for name, value in fractions.items():
         print(f"{name:60s} {value:10.0%}")
     path = Path(cfg.results) / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(files[0]) as first:
         width, height = first.size
-    facts = {
+    metadata = {
         "machine": machine(),
         "files": f"{len(files)} JPEGs of {width} x {height} px",
         "images_per_second": figures,
-        "shares": shares,
+        "fractions": fractions,
     }
-    write_json(path, facts)
+    write_json(path, metadata)
     print(f"results: {path.parent}")
 
 

@@ -17,7 +17,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from captioning.captioners.captioner import Facts
+from captioning.captioners.captioner import ImageMetadata
 from captioning.evidence import fit_mismatch, learn_evidence
 from captioning.loop import material_of
 from captioning.pair_statistics import SAMPLE, pair_statistics
@@ -69,14 +69,14 @@ def scoring_figures(count: int, scorer: FittedScorer) -> dict[str, float]:
         seconds["embed"] = time.perf_counter() - start
         start = time.perf_counter()
         partner = np.ones(count, bool)
-        found = pair_statistics(
+        result = pair_statistics(
             images, texts, pairs.image, material.fold, material.scene, partner, np.random.default_rng(0)
         )
         seconds["statistics"] = time.perf_counter() - start
         start = time.perf_counter()
         sample = slice(0, FITTED)
-        other = learn_evidence(found.observed[sample, USED["other"]], found.other[sample, USED["other"]])
-        evidence = other(found.observed[:, USED["other"]])
+        other = learn_evidence(result.observed[sample, USED["other"]], result.other[sample, USED["other"]])
+        evidence = other(result.observed[:, USED["other"]])
         fit_mismatch(evidence, material.scene, other.shuffled, material.scene[sample], len(material.scenes))
         seconds["probability"] = time.perf_counter() - start
         start = time.perf_counter()
@@ -117,9 +117,9 @@ def network_figures(cfg: DictConfig) -> dict[str, float]:
             model.get_text_features(input_ids=tokens[start : start + 256])
 
     captioner = instantiate(cfg.captioning.captioner, _convert_="all")
-    facts = [Facts() for _ in rows]
+    metadata = [ImageMetadata() for _ in rows]
     limit, ours = _rate(bare, len(rows)), _rate(lambda: embed_with_clip(loaded, material, pairs), len(rows))
-    described = _rate(lambda: captioner(part.images, facts, 0, rows.tolist()), len(rows))
+    described = _rate(lambda: captioner(part.images, metadata, 0, rows.tolist()), len(rows))
     return {
         "bare CLIP on ready tensors (limit), pairs a second": limit,
         "CLIP scorer, pairs a second": ours,

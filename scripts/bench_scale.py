@@ -85,8 +85,8 @@ def source_of(plan: Plan) -> WebDataset:
 
 
 def corpus_of(plan: Plan) -> Corpus:
-    (found,) = (plan.runs / "corpus").glob(f"*/{COMPLETE}")
-    return open_corpus(found.parent)
+    (result,) = (plan.runs / "corpus").glob(f"*/{COMPLETE}")
+    return open_corpus(result.parent)
 
 
 def read_manifest(plan: Plan) -> None:
@@ -163,10 +163,10 @@ def _write_selection(path: Path, selection: Selection) -> None:
 
 
 def _read_selection(path: Path) -> Selection:
-    found = np.load(path)
-    texts = {name: found[f"{name}_names"].astype(object)[found[f"{name}_codes"]] for name in ("reason", "scene")}
+    result = np.load(path)
+    texts = {name: result[f"{name}_names"].astype(object)[result[f"{name}_codes"]] for name in ("reason", "scene")}
     names = ("kept", "scene_similarity", "cluster", "centroid_distance")
-    return Selection(**{name: found[name] for name in names}, **texts)
+    return Selection(**{name: result[name] for name in names}, **texts)
 
 
 WORK: dict[str, Callable[[Plan], Callable[[], None] | None]] = {
@@ -204,10 +204,10 @@ def measured(name: str, plan: Plan) -> dict[str, Any]:
     results = context.Queue()
     process = context.Process(target=child, args=(name, plan, results))
     process.start()
-    watched, peaks, cpu, found = psutil.Process(process.pid), [0, 0], {}, None
-    while process.is_alive() or found is None:
+    watched, peaks, cpu, result = psutil.Process(process.pid), [0, 0], {}, None
+    while process.is_alive() or result is None:
         try:
-            found = results.get(timeout=INTERVAL)
+            result = results.get(timeout=INTERVAL)
             break
         except queue.Empty:
             if process.exitcode is not None and results.empty():
@@ -217,7 +217,7 @@ def measured(name: str, plan: Plan) -> dict[str, Any]:
             usage = _usage(watched, cpu)
             peaks = [max(pair) for pair in zip(peaks, usage, strict=True)]
     process.join()
-    seconds, own = found
+    seconds, own = result
     images = min(plan.images, plan.default_images) if name == DEFAULT else plan.images
     row = {"part": plan.part, "stage": name, "images": images, "seconds": seconds}
     row["cpu_seconds"] = own + sum(spent for pid, spent in cpu.items() if pid != process.pid)
@@ -253,8 +253,8 @@ def _anonymous(pid: int, resident: int) -> int:
     """Bytes that no file backs, where Linux tells them; else all."""
     path = Path(f"/proc/{pid}/status")
     lines = path.read_text().splitlines() if path.is_file() else []
-    found = next((line for line in lines if line.startswith("RssAnon:")), None)
-    return 1024 * int(found.split()[1]) if found else resident
+    result = next((line for line in lines if line.startswith("RssAnon:")), None)
+    return 1024 * int(result.split()[1]) if result else resident
 
 
 # ---------------------------------------------------------------- what is made
@@ -330,8 +330,8 @@ def known_rows(path: Path, settings: str) -> list[dict[str, Any]]:
 
 def measure_all(cfg: DictConfig, noted: Path) -> list[dict[str, Any]]:
     """Measure what is not noted yet, and note every row at once."""
-    facts = ("resolution", "input_size", "default_images", "dimensions", "quality", "shard_images")
-    settings = fingerprint(seed=cfg.seed, corpus=cfg.corpus.train, **{name: cfg.bench_scale[name] for name in facts})
+    metadata = ("resolution", "input_size", "default_images", "dimensions", "quality", "shard_images")
+    settings = fingerprint(seed=cfg.seed, corpus=cfg.corpus.train, **{name: cfg.bench_scale[name] for name in metadata})
     for number, plan in enumerate(plans(cfg)):
         names = [name for name in WORK if name != DEFAULT or number == 0]
         names = [name for name in names if plan.part == TILES or name in ALONE]
@@ -371,7 +371,7 @@ def main(cfg: DictConfig) -> None:
     fit_from = int(cfg.bench_scale.fit_from)
     fitted = {part: models(rows, part, fit_from) for part in (TILES, SYNTHETIC)}
     settings = ("resolution", "input_size", "dimensions")
-    found = {
+    result = {
         "machine": machine(),
         "cores": cores(),
         "fit_from": fit_from,
@@ -381,7 +381,7 @@ def main(cfg: DictConfig) -> None:
         "rows": rows,
         "models": {part: {name: asdict(model) for name, model in some.items()} for part, some in fitted.items()},
     }
-    write_json(results / "bench_scale.json", found)
+    write_json(results / "bench_scale.json", result)
     scale_figure(rows, tuple(STAGES)).savefig(results / "bench_scale.png", dpi=150)
     if cfg.bench_scale.document:
         write_scale(results / "bench_scale.json", Path(cfg.bench_scale.document))

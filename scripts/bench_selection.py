@@ -166,7 +166,7 @@ def measure(name: str, directory: str, unknown: bool, results: multiprocessing.Q
             "images": len(data.kinds),
             "seconds": seconds,
             "peak_gb": peak,
-            "kinds_found": len(set(kinds)) / len(set(data.kinds.tolist())),
+            "kinds_kept": len(set(kinds)) / len(set(data.kinds.tolist())),
             "evenness": scene_entropy(kinds, len(set(data.kinds.tolist()))),
         }
     )

@@ -206,7 +206,7 @@ def main(cfg: DictConfig) -> None:
     flops = training_flops(network, sample.to(accelerator.device), states.to(accelerator.device))
     peak = peak_flops(accelerator.device, compute_dtype(str(cfg.train.mixed_precision)))
     rates = {name: float(np.median(values)) for name, values in figures.items()}
-    facts = {
+    metadata = {
         "machine": machine(),
         "network": f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters, "
         f"latents {channels} x {side} x {side}, batch {size}, {len(rows)} images of {corpus.resolution} px",
@@ -224,12 +224,12 @@ def main(cfg: DictConfig) -> None:
         "gflop_per_image": flops / 1e9,
         "peak_gflops": peak / 1e9,
     }
-    for name, value in (*facts["images_per_second"].items(), *facts["ratios"].items()):
+    for name, value in (*metadata["images_per_second"].items(), *metadata["ratios"].items()):
         print(f"{name:60s} {value:10.2f}")
-    print(f"{'model FLOPs utilisation':60s} {facts['model_flops_utilisation']:10.0%}")
+    print(f"{'model FLOPs utilisation':60s} {metadata['model_flops_utilisation']:10.0%}")
     path = Path(cfg.results) / "bench_training.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, facts)
+    write_json(path, metadata)
     print(f"results: {path.parent}")
 
 

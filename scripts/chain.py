@@ -69,8 +69,8 @@ def chain(cfg: DictConfig, tasks: Iterable[str]) -> list[Part]:
     parts = []
     for index, seed in enumerate(cfg.profile.seeds):
         chosen = changed_config(f"seed={seed}")
-        wanted = tasks if index < cfg.profile.fine_tuned_seeds else []
-        tunings = _fine_tunings(chosen, wanted, longer=index == 0 and cfg.profile.slow_rivals)
+        requested = tasks if index < cfg.profile.fine_tuned_seeds else []
+        tunings = _fine_tunings(chosen, requested, longer=index == 0 and cfg.profile.slow_rivals)
         parts.append(Part(chosen, _pretrainings(chosen), tunings, first=index == 0))
     return parts
 
@@ -85,14 +85,14 @@ def check_profile(cfg: DictConfig) -> None:
 
 def _pretrainings(cfg: DictConfig) -> list[Pretraining]:
     """Every method, and those of `profile.natural` once more with natural weights."""
-    wanted = [(method, cfg.train.weighting) for method in cfg.profile.methods]
-    wanted += [(method, NATURAL) for method in cfg.profile.natural]
-    found, seen = [], set()
-    for method, weighting in wanted:
+    requested = [(method, cfg.train.weighting) for method in cfg.profile.methods]
+    requested += [(method, NATURAL) for method in cfg.profile.natural]
+    result, seen = [], set()
+    for method, weighting in requested:
         changed = changed_config(f"prune={method}", f"train.weighting={weighting}", f"seed={cfg.seed}")
-        found.append(Pretraining(changed, method, method not in seen))
+        result.append(Pretraining(changed, method, method not in seen))
         seen.add(method)
-    return found
+    return result
 
 
 def _fine_tunings(cfg: DictConfig, tasks: Iterable[str], *, longer: bool) -> list[FineTuning]:
@@ -107,9 +107,9 @@ def _fine_tunings(cfg: DictConfig, tasks: Iterable[str], *, longer: bool) -> lis
     starts = [chosen]
     if longer:
         starts.append(changed_config(*options, f"downstream.extra_steps={cfg.train.loop.steps}"))
-    found = []
+    result = []
     for task in tasks:
         for method in cfg.profile.downstream:
-            found.append(FineTuning(chosen, task, method, run_name(method, weighting_name(cfg.train.weighting))))
-        found += [FineTuning(start, task, SCRATCH, None) for start in starts]
-    return found
+            result.append(FineTuning(chosen, task, method, run_name(method, weighting_name(cfg.train.weighting))))
+        result += [FineTuning(start, task, SCRATCH, None) for start in starts]
+    return result

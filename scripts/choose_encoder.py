@@ -50,7 +50,7 @@ def curves_of(cfg: DictConfig, encoder: Encoder, corpus: Corpus, pool: Pool) -> 
     return pd.concat(tables, ignore_index=True)
 
 
-def facts_of(encoder: Encoder, selecting: np.ndarray, images: np.ndarray) -> dict[str, float]:
+def metadata_of(encoder: Encoder, selecting: np.ndarray, images: np.ndarray) -> dict[str, float]:
     """Images a second, and the alignment with the features [N, D] of the encoder that selects."""
     encoder(images[: encoder.batch_size])  # loads the network
     start = time.perf_counter()
@@ -65,13 +65,13 @@ def orderings(curves: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([{"encoder": one, "damage": two, **verdict(curve)} for (one, two), curve in groups])
 
 
-def summary(found: pd.DataFrame, facts: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+def summary(result: pd.DataFrame, metadata: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """A row an encoder, the best first: fewest pairs in the wrong order by KID, then what is seen soonest.
 
     A damage that is never seen counts as seen one step after the strongest.
     """
-    late = found["damage"].map(lambda name: len(DAMAGES[name].strengths) + 1)
-    found = found.assign(seen_at=found["seen_at"].fillna(late), ordered=found["kid_x1000_inversions"] == 0)
+    late = result["damage"].map(lambda name: len(DAMAGES[name].strengths) + 1)
+    result = result.assign(seen_at=result["seen_at"].fillna(late), ordered=result["kid_x1000_inversions"] == 0)
     columns = {
         "damages_ordered": ("ordered", "sum"),
         "kid_x1000_inversions": ("kid_x1000_inversions", "sum"),
@@ -80,11 +80,11 @@ def summary(found: pd.DataFrame, facts: Mapping[str, Mapping[str, float]]) -> pd
         "kid_x1000_spearman": ("kid_x1000_spearman", "mean"),
         "seen_at": ("seen_at", "mean"),
     }
-    table = found.groupby("encoder").agg(**columns).join(pd.DataFrame.from_dict(facts, orient="index"))
+    table = result.groupby("encoder").agg(**columns).join(pd.DataFrame.from_dict(metadata, orient="index"))
     return table.sort_values(["kid_x1000_inversions", "seen_at"])
 
 
-def page(title: str, table: pd.DataFrame, found: pd.DataFrame, curves: pd.DataFrame, chosen: str) -> str:
+def page(title: str, table: pd.DataFrame, result: pd.DataFrame, curves: pd.DataFrame, chosen: str) -> str:
     """Everything measured, as Markdown."""
     pairs = len(DAMAGES) * 15
     lines = [f"# {title}", "", f"Chosen: `{chosen}`.", ""]
@@ -99,8 +99,10 @@ def page(title: str, table: pd.DataFrame, found: pd.DataFrame, curves: pd.DataFr
     names = list(table.index)
     lines += ["", "Pairs in the wrong order by KID / by FD, and the first step whose KID interval leaves the undamaged "
               "one (–: none).", ""]  # fmt: skip
-    keyed = found.set_index(["damage", "encoder"])
-    cells = [[damage, *(_ordering(keyed.loc[(damage, name)]) for name in names)] for damage in found["damage"].unique()]
+    keyed = result.set_index(["damage", "encoder"])
+    cells = [
+        [damage, *(_ordering(keyed.loc[(damage, name)]) for name in names)] for damage in result["damage"].unique()
+    ]
     lines += _rows(["damage", *(f"`{name}`" for name in names)], cells)
     lines += ["", "KID × 1000 with its 95 % interval, strength by strength.", ""]
     cells = []
@@ -130,15 +132,15 @@ def main(cfg: DictConfig) -> None:
     selecting = instantiate(cfg.encoder)
     clean = pool.images[pool.clean]
     features = embed(selecting, clean, batch_size=selecting.batch_size)
-    tables, facts = [], {}
+    tables, metadata = [], {}
     for node in cfg.damage.encoders.values():
         encoder = instantiate(node)
         tables.append(curves_of(cfg, encoder, corpus, pool))
-        facts[encoder.name] = facts_of(encoder, features, clean)
-        print(f"{encoder.name}: {facts[encoder.name]['images_per_second']:.0f} img/s", flush=True)
+        metadata[encoder.name] = metadata_of(encoder, features, clean)
+        print(f"{encoder.name}: {metadata[encoder.name]['images_per_second']:.0f} img/s", flush=True)
     curves = pd.concat(tables, ignore_index=True)
-    found = orderings(curves)
-    table = summary(found, facts)
+    result = orderings(curves)
+    table = summary(result, metadata)
     others = [name for name in table.index if name != selecting.name]
     if not others:
         raise UserError(f"damage.encoders holds {selecting.name} alone, which selects: add one that does not")
@@ -146,9 +148,9 @@ def main(cfg: DictConfig) -> None:
     results = Path(cfg.results) / cfg.profile.name / "encoders" / str(cfg.corpus.name)
     results.mkdir(parents=True, exist_ok=True)
     curves.to_csv(results / "curves.csv", index=False)
-    (results / "encoders.md").write_text(page(title, table, found, curves, others[0]), encoding="utf-8")
+    (results / "encoders.md").write_text(page(title, table, result, curves, others[0]), encoding="utf-8")
     (results / "encoders.png").write_bytes(figure_bytes(damage_figure(curves)))
-    records = {"encoders": table.reset_index().to_dict("records"), "damages": found.to_dict("records")}
+    records = {"encoders": table.reset_index().to_dict("records"), "damages": result.to_dict("records")}
     write_json(results / "encoders.json", {"chosen": others[0], **records})
     print(table.to_string(float_format=lambda value: f"{value:.3g}"))
     print(f"chosen: {others[0]}, of those that do not select")

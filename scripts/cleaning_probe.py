@@ -1,4 +1,4 @@
-"""The share of each scene's pairs to clean, measured: `python scripts/cleaning_probe.py corpus=…`.
+"""The fraction of each scene's pairs to clean, measured: `python scripts/cleaning_probe.py corpus=…`.
 
 Trains a small model for every ratio of `cleaning_probe.ratios` and compares what it draws with held-out images, scene
 by scene. The file that it writes is what `prune.cleaning_ratio` takes.
@@ -48,10 +48,10 @@ def main(cfg: DictConfig) -> None:
         metrics = read_json(directory / "summary.json")["metrics"]
         row = result_row(chosen, PROBE, "dldc", None, metrics, directory, cleaned=f"{ratio:g}")
         append_result(results / "results.jsonl", row)
-    found = best_ratios(
+    result = best_ratios(
         np.array(distances), images, np.array(everywhere), ratios, float(cfg.cleaning_probe.prior_images)
     )
-    chosen_ratios = dict(zip(names, found.tolist(), strict=True))
+    chosen_ratios = dict(zip(names, result.tolist(), strict=True))
     chosen_ratios[""] = float(ratios[int(np.argmin(everywhere))])
     write_json(results / RATIOS, chosen_ratios)
     print(f"use it with prune=dldc ratio=null prune.cleaning_ratio={results / RATIOS}")

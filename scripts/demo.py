@@ -176,7 +176,7 @@ def seed_and_steps(cfg: DictConfig) -> tuple[gr.Number, gr.Slider]:
 
 
 def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
-    """Text → image, with the place where the model knows places."""
+    """Text → image, with the place where the model knows locations."""
     placed = {"lon", "lat"} <= set(sampler.fields)
 
     def draw(
@@ -215,10 +215,10 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
                 )
             place: list[gr.components.Component] = []
             if not placed:
-                gr.Markdown("This model knows no places; one that was trained with `metadata=place` does.")
+                gr.Markdown("This model knows no locations; one that was trained with `metadata=location` does.")
             else:
                 with gr.Group():
-                    use = gr.Checkbox(False, label="Use place")
+                    use = gr.Checkbox(False, label="Use location")
                     names = {"lon": "Longitude", "lat": "Latitude"}
                     fields = {name: sampler.fields[name] for name in names}
                     with gr.Row():

@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Document:
-    """A Markdown file, in which prose and fenced blocks are told apart.
+    """A Markdown file, in which prose and fenced blocks are distinguished.
 
     Attributes:
         prose: its lines; those of blocks are empty.
@@ -77,15 +77,15 @@ class Document:
     @property
     def anchors(self) -> set[str]:
         """Of the headings, as GitHub makes them, and of explicit names."""
-        found: dict[str, int] = {}
+        result: dict[str, int] = {}
         for line in self.prose:
             if heading := re.match(r"#{1,6}\s+(.*?)\s*#*$", line):
                 words = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1])).lower()
                 slug = words.replace(" ", "-")
-                found[slug] = found.get(slug, -1) + 1
-        repeated = {f"{slug}-{number}" for slug, count in found.items() for number in range(1, count + 1)}
+                result[slug] = result.get(slug, -1) + 1
+        repeated = {f"{slug}-{number}" for slug, count in result.items() for number in range(1, count + 1)}
         named = re.findall(r"(?:id|name)=\"([^\"]+)\"", "\n".join(self.prose))
-        return {*found, *repeated, *named}
+        return {*result, *repeated, *named}
 
 
 def documents(root: Path) -> list[Document]:
@@ -229,11 +229,11 @@ def problems(root: Path) -> Iterator[str]:
 
 def main() -> None:
     silence_libraries()
-    found = list(problems(ROOT))
-    for problem in found:
+    result = list(problems(ROOT))
+    for problem in result:
         print(problem)
-    print(f"{len(found)} problems in {len(documents(ROOT))} documents")
-    sys.exit(1 if found else 0)
+    print(f"{len(result)} problems in {len(documents(ROOT))} documents")
+    sys.exit(1 if result else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What would become of a corpus, told in a minute and without an index: `python scripts/doctor.py corpus=…`.
+"""What would become of a corpus, reported in a minute and without an index: `python scripts/doctor.py corpus=…`.
 
 It looks at a sample of the images, writes a picture of eight of them and nothing else.
 """
@@ -18,7 +18,7 @@ from corpus.decoding import reading_once
 from corpus.index import Source
 from corpus.inspection import (
     Inspection,
-    class_shares,
+    class_fractions,
     describe_scenes,
     inspect,
     levels,
@@ -35,7 +35,7 @@ from runtime.errors import UserError
 SPLITS = ("train", "val", "test")
 #: Scenes and kinds that are named.
 NAMED = 8
-#: A scene of whose pixels fewer are in tiles is told of.
+#: A scene of whose pixels fewer are in tiles is reported.
 COVERED = 0.95
 
 
@@ -70,43 +70,46 @@ def text_lines(table: pd.DataFrame) -> list[str]:
     return [f"scenes     {about}", f"captions   {own.sum():,} of {len(table):,} images have one of their own{example}"]
 
 
-def look_lines(source: Source, found: Inspection) -> list[str]:
+def look_lines(source: Source, result: Inspection) -> list[str]:
     """What the sample showed: formats, values and how they are stretched, masks, and what will be quarantined."""
-    formats = found.formats or describe_scenes(getattr(source, "files", ()))
+    formats = result.formats or describe_scenes(getattr(source, "files", ()))
     lines = [f"formats    {count} x {what}" for what, count in formats.most_common(NAMED)]
-    lines += [f"values     {kind}: {low:g} to {high:g}" for kind, (low, high) in found.values.items()]
-    facts: Survey = getattr(source, "survey", Survey())
-    lines += stretch_lines(source, facts)
-    lines += [f"check      {note}" for note in facts.notes]
-    lines += [f"alpha      {kind}: {'alpha' if true else 'not alpha: left out'}" for kind, true in facts.alpha.items()]
+    lines += [f"values     {kind}: {low:g} to {high:g}" for kind, (low, high) in result.values.items()]
+    survey: Survey = getattr(source, "survey", Survey())
+    lines += stretch_lines(source, survey)
+    lines += [f"check      {note}" for note in survey.notes]
+    lines += [f"alpha      {kind}: {'alpha' if true else 'not alpha: left out'}" for kind, true in survey.alpha.items()]
     if source.mask_classes:
-        unfit = sum(count for reason, count in found.reasons.items() if reason.startswith(PREFIX))
-        shares = class_shares(found.classes, source.mask_classes)
-        looked = len(found.images) + unfit
+        unfit = sum(count for reason, count in result.reasons.items() if reason.startswith(PREFIX))
+        fractions = class_fractions(result.classes, source.mask_classes)
+        looked = len(result.images) + unfit
         lines.append(
-            f"masks      {len(found.images)} of {looked} images have one that fits" + (f": {shares}" * bool(shares))
+            f"masks      {len(result.images)} of {looked} images have one that fits"
+            + (f": {fractions}" * bool(fractions))
         )
-    covered = getattr(source, "facts", {}).get("covered", {})
-    if partly := sorted((share, name) for name, share in covered.items() if share < COVERED):
+    covered = getattr(source, "metadata", {}).get("covered", {})
+    if partly := sorted((fraction, name) for name, fraction in covered.items() if fraction < COVERED):
         lines.append(
             f"covered    {len(partly):,} of {len(covered):,} scenes to less than {COVERED:.0%}, {partly[0][1]} to "
             f"{partly[0][0]:.0%}; corpus.edge=shift covers all of them"
         )
-    bad = sum(found.reasons.values())
-    why = f": {counted(reason_counts(found.reasons.elements()))}" if bad else ""
-    return [*lines, f"quarantine {bad} of the {found.looked_at} images that were looked at{why}"]
+    bad = sum(result.reasons.values())
+    why = f": {counted(reason_counts(result.reasons.elements()))}" if bad else ""
+    return [*lines, f"quarantine {bad} of the {result.looked_at} images that were looked at{why}"]
 
 
-def stretch_lines(source: Source, facts: Survey) -> list[str]:
+def stretch_lines(source: Source, survey: Survey) -> list[str]:
     """Which values become 0 and 255."""
     options = getattr(source, "raster", None)
     if options is not None and options.stretch == "range":
         return [f"stretch    {options.low:g} to {options.high:g} becomes 0 to 255"]
-    return [f"stretch    {line} becomes 0 to 255" for line in levels(facts)] or ["stretch    none: values are 0 to 255"]
+    return [f"stretch    {line} becomes 0 to 255" for line in levels(survey)] or [
+        "stretch    none: values are 0 to 255"
+    ]
 
 
 def main(cfg: DictConfig) -> None:
-    most, picture, found = int(cfg.doctor.images), Path(cfg.doctor.picture).expanduser(), Inspection()
+    most, picture, result = int(cfg.doctor.images), Path(cfg.doctor.picture).expanduser(), Inspection()
     if most < 1 or picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError("doctor.images: give at least 1; doctor.picture: give a file called .png or .jpg")
     names = SPLITS if cfg.corpus.train.get("split", "train") == "train" else ("train",)
@@ -119,15 +122,15 @@ def main(cfg: DictConfig) -> None:
         chosen, start = thinned(len(table), most), 0
         for name, part in tables.items():
             rows = chosen[(chosen >= start) & (chosen < start + len(part))] - start
-            inspect(sources[name], rows, found)
+            inspect(sources[name], rows, result)
             start += len(part)
         print(f"corpus     {source.name}: {len(table):,} images")
-        for line in (*file_lines(source), *split_lines(tables), *text_lines(table), *look_lines(source, found)):
+        for line in (*file_lines(source), *split_lines(tables), *text_lines(table), *look_lines(source, result)):
             print(line)
-    if not found.images:
-        raise UserError(f"none of the {found.looked_at} images that were looked at can be read: see the reasons above")
+    if not result.images:
+        raise UserError(f"none of the {result.looked_at} images that were looked at can be read: see the reasons above")
     try:
-        thumbnails(found.images).save(picture)
+        thumbnails(result.images).save(picture)
     except OSError as error:
         raise UserError(f"doctor.picture={picture} cannot be written ({error.strerror}): name another file") from None
     print(f"picture    {picture}")

@@ -75,14 +75,14 @@ class Item:
 
     Attributes:
         name: a file name without suffix, unique whatever the case, safe on every system.
-        facts: the manifest's row, JSON-ready.
+        metadata: the manifest's row, JSON-ready.
         mask: the bytes of a mask file and its suffix, or None.
     """
 
     name: str
     image: bytes
     suffix: str
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     mask: tuple[bytes, str] | None
 
 
@@ -111,8 +111,8 @@ class Subset:
             progress(self.rows, "export", unit="image"), names, originals, strict=True
         ):
             record = table.iloc[int(row)].dropna().to_dict()
-            facts = {key: value.tolist() if isinstance(value, GENERIC) else value for key, value in record.items()}
-            yield Item(name, image, suffix, finite(facts), mask)
+            metadata = {key: value.tolist() if isinstance(value, GENERIC) else value for key, value in record.items()}
+            yield Item(name, image, suffix, finite(metadata), mask)
 
     def _originals(self) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
         """Bytes, the suffix that they call for, and the mask."""
@@ -145,10 +145,10 @@ def open_subset(selection: Path, access: Mapping[str, Any] | None = None) -> Sub
     Raises:
         UserError: the directory is no selection, its corpus is gone, or its images changed since.
     """
-    facts = selection / COMPLETE
-    if not (selection / "selection.parquet").is_file() or not facts.is_file():
+    metadata = selection / COMPLETE
+    if not (selection / "selection.parquet").is_file() or not metadata.is_file():
         raise UserError(f"selection={selection} is no selection: give the directory that prune/run.py prints")
-    directory = selection.resolve().parent.parent / "corpus" / read_json(facts)["inputs"]["corpus"]
+    directory = selection.resolve().parent.parent / "corpus" / read_json(metadata)["inputs"]["corpus"]
     if not (directory / COMPLETE).is_file():
         raise UserError(f"the corpus of {selection} is not in {directory}: prune again")
     corpus = open_corpus(directory)
@@ -259,7 +259,7 @@ def to_folder(subset: Subset, target: Path, links: bool = False) -> None:
     (target / "images").mkdir()
     with (target / "images" / "metadata.jsonl").open("w", encoding="utf-8") as lines:
         for item, row in zip(subset.items(), subset.rows, strict=True):
-            place = Path(folder_name(str(item.facts.get("scene", "")))) / item.name
+            place = Path(folder_name(str(item.metadata.get("scene", "")))) / item.name
             path = target / "images" / place.with_name(item.name + item.suffix)
             path.parent.mkdir(exist_ok=True)
             if links:
@@ -270,15 +270,15 @@ def to_folder(subset: Subset, target: Path, links: bool = False) -> None:
                 mask = target / "masks" / place.with_name(item.name + item.mask[1])
                 mask.parent.mkdir(parents=True, exist_ok=True)
                 mask.write_bytes(item.mask[0])
-            facts = {"file_name": path.relative_to(target / "images").as_posix(), **item.facts}
-            lines.write(json.dumps(facts, ensure_ascii=False) + "\n")
+            metadata = {"file_name": path.relative_to(target / "images").as_posix(), **item.metadata}
+            lines.write(json.dumps(metadata, ensure_ascii=False) + "\n")
 
 
 def to_webdataset(subset: Subset, target: Path, shard_size: int) -> None:
     """`subset-000000.tar`, ... of `<name>.<suffix>`, `.txt`, `.json` and `.mask.<suffix>`; the same bytes always.
 
     Shards differ by at most one image in size. The text is the first caption, empty where there is none; all captions
-    are in the JSON. How many images are in formats that common readers pass over is said on stderr.
+    are in the JSON. How many images are in formats that common readers pass over is reported on stderr.
     """
     if shard_size < 1:
         raise UserError(f"export.shard_size={shard_size}: give at least 1")
@@ -291,8 +291,8 @@ def to_webdataset(subset: Subset, target: Path, shard_size: int) -> None:
                 item = next(items)
                 members = {
                     item.suffix: item.image,
-                    ".txt": str(item.facts.get("caption", "")).encode(),
-                    ".json": json.dumps(item.facts, ensure_ascii=False).encode(),
+                    ".txt": str(item.metadata.get("caption", "")).encode(),
+                    ".json": json.dumps(item.metadata, ensure_ascii=False).encode(),
                 }
                 unseen[item.suffix] += item.suffix not in SEEN
                 if item.mask is not None:
@@ -323,7 +323,7 @@ def to_huggingface(subset: Subset, target: Path, scratch: Path) -> None:
 
     def rows() -> Iterator[dict[str, Any]]:
         for item in subset.items():
-            row = {name: item.facts.get(name) for name in columns}
+            row = {name: item.metadata.get(name) for name in columns}
             row["image"] = {"bytes": item.image, "path": item.name + item.suffix}
             if "mask" in features:
                 row["mask"] = item.mask and {"bytes": item.mask[0], "path": item.name + item.mask[1]}
@@ -383,12 +383,12 @@ def chosen_subset(cfg: DictConfig) -> Subset:
 
 def card_record(selection: Path, corpus: Corpus, licence: str | None = None) -> Record:
     """What the data card of a selection is written from; a selection of an earlier version may know less."""
-    found = {name: selection / f"{name}.json" for name in ("summary", "stage")}
-    found = {name: read_json(path) if path.is_file() else {} for name, path in found.items()}
-    source = ((found["stage"].get("config") or {}).get("corpus") or {}).get("train") or {}
+    result = {name: selection / f"{name}.json" for name in ("summary", "stage")}
+    result = {name: read_json(path) if path.is_file() else {} for name, path in result.items()}
+    source = ((result["stage"].get("config") or {}).get("corpus") or {}).get("train") or {}
     files = {
         "corpus": str(source.get("_target_", "")).split(".")[-2:-1],
-        "prune": [found["summary"].get("method")],
+        "prune": [result["summary"].get("method")],
         "entropy": ["local"],
         "encoder": ["efficientnet_lite0"],
     }
@@ -399,8 +399,8 @@ def card_record(selection: Path, corpus: Corpus, licence: str | None = None) -> 
         if path.is_file()
     }
     table, scenes = pd.read_parquet(selection / "selection.parquet"), corpus.manifest["scene"].to_numpy(dtype=object)
-    name = ((found["stage"].get("config") or {}).get("corpus") or {}).get("name") or corpus.name
-    return Record(str(name), scenes, table, found["summary"], found["stage"], defaults, licence)
+    name = ((result["stage"].get("config") or {}).get("corpus") or {}).get("name") or corpus.name
+    return Record(str(name), scenes, table, result["summary"], result["stage"], defaults, licence)
 
 
 def main(cfg: DictConfig) -> None:

@@ -81,12 +81,12 @@ def digests(runs: Path) -> dict[str, str]:
 
 
 def _digest(path: Path, runs: Path) -> str:
-    """Of a file; JSON without what tells the time, and without the folder of the run in the places that it names."""
+    """Of a file; JSON without what tells the time, and without the folder of the run in the paths that it names."""
     if path.suffix not in (".json", ".jsonl"):
         return file_digest(path)
     text = path.read_text().replace(str(runs), "runs")
     texts = text.splitlines() if path.suffix == ".jsonl" else [text]
-    return fingerprint(facts=[_timeless(json.loads(text)) for text in texts])
+    return fingerprint(metadata=[_timeless(json.loads(text)) for text in texts])
 
 
 def _timeless(value: Any) -> Any:
@@ -120,9 +120,9 @@ def resumptions(
             done += 1
             yield done
         subprocess.run(arguments, check=True, capture_output=True)
-        found = digests(runs)
-        if found != expected:
-            names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        result = digests(runs)
+        if result != expected:
+            names = sorted(name for name in expected.keys() | result.keys() if expected.get(name) != result.get(name))
             raise UserError(f"after kills these differ from an undisturbed run: {', '.join(names[:5])}")
         shutil.rmtree(runs)
 

@@ -52,9 +52,9 @@ def spoil(image: np.ndarray, kind: str, generator: np.random.Generator) -> np.nd
     if kind == "hazy":
         veil = generator.uniform(0.88, 0.97)
         return ((1 - veil) * image + veil * generator.integers(190, 230)).astype(np.uint8)
-    share = generator.uniform(0.6, 0.95)
+    fraction = generator.uniform(0.6, 0.95)
     spoiled = np.rot90(image, generator.integers(4)).copy()
-    spoiled[: round(share * len(image))] = 0
+    spoiled[: round(fraction * len(image))] = 0
     return spoiled
 
 
@@ -101,14 +101,14 @@ def build(cfg: DictConfig, files: dict[str, list[Path]], directory: Path) -> Non
         (directory / "reference" / name).mkdir(parents=True)
         for path in known:
             (directory / "reference" / name / path.name).write_bytes(path.read_bytes())
-        wanted, used = int(count), 0
-        while wanted:
+        requested, used = int(count), 0
+        while requested:
             path = rest[used % len(rest)]
             image = np.asarray(Image.open(path).convert("RGB"))
-            part = min(wanted, options.crops)
+            part = min(requested, options.crops)
             for crop in crops(image, min(options.size, *image.shape[:2]), part, generator):
                 put(crop, name, "clean", f"{name}/{path.name}")
-            wanted, used = wanted - part, used + 1
+            requested, used = requested - part, used + 1
         clean += rest[:used]
     for index in range(round(options.images * options.noise)):
         image = np.asarray(Image.open(clean[generator.integers(len(clean))]).convert("RGB"))
@@ -124,10 +124,10 @@ def judge(kept: np.ndarray, images: np.ndarray, truth: pd.DataFrame) -> dict[str
     Args:
         kept: int64 [K], rows of the pool; images: uint8 [N, R, R, 3]; truth: N rows with scene, kind and source.
     Returns:
-        noise_free: share of tiles that were not spoilt.
+        noise_free: fraction of tiles that were not spoilt.
         scene_entropy, scenes: evenness and number of the classes among them.
-        same_source: share of the tiles not spoilt of whose photograph another such tile is kept: they overlap.
-        near_duplicates: share of tiles that look like another one by their perceptual hash.
+        same_source: fraction of the tiles not spoilt of whose photograph another such tile is kept: they overlap.
+        near_duplicates: fraction of tiles that look like another one by their perceptual hash.
     """
     chosen = truth.iloc[kept]
     clean = chosen[chosen["kind"] == "clean"]
@@ -179,14 +179,14 @@ def write_results(cfg: DictConfig, images: int, rows: list[dict[str, Any]]) -> N
     results.mkdir(parents=True, exist_ok=True)
     table.to_csv(results / "long_tail.csv", index=False)
     root = Path(cfg.long_tail.root).expanduser().resolve()
-    facts = {
+    metadata = {
         "corpus": root.parent.name if root.name == "images" else root.name,
         "images": images,
         "noise": cfg.long_tail.noise,
         "ratio": cfg.ratio,
         "methods": rows,
     }
-    write_json(results / "long_tail.json", facts)
+    write_json(results / "long_tail.json", metadata)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"results: {results}")
 

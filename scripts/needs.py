@@ -80,10 +80,10 @@ class Weights(NamedTuple):
             return folder / name if (folder / name).is_file() else None
         if not is_hub_name(self.path):
             return None
-        found = try_to_load_from_cache(self.path, name, cache_dir=constants.HF_HUB_CACHE, revision=self.revision)
-        return Path(found) if isinstance(found, str) else None
+        result = try_to_load_from_cache(self.path, name, cache_dir=constants.HF_HUB_CACHE, revision=self.revision)
+        return Path(result) if isinstance(result, str) else None
 
-    def facts(self, name: str = "config.json") -> dict[str, Any] | None:
+    def metadata(self, name: str = "config.json") -> dict[str, Any] | None:
         """A JSON file of it on this machine, or None."""
         try:
             path = self.file(name)
@@ -116,13 +116,13 @@ def needs(cfg: DictConfig, with_reference: bool) -> list[Need]:
     Args:
         with_reference: whether a method takes scenes from the reference set.
     """
-    found = [network_need(one, cfg.plan.timeout) for one in _weights(cfg)]
-    encoders = ("encoder", "yardstick") if cfg.encoder != cfg.yardstick else ("encoder",)
-    found += [_told(key, cfg, partial(_encoder_need, key, cfg)) for key in encoders]
-    found += [_told(f"corpus.{split}", cfg, partial(_corpus_need, split, cfg)) for split in SPLITS]
+    result = [network_need(one, cfg.plan.timeout) for one in _weights(cfg)]
+    encoders = ("encoder", "evaluation_encoder") if cfg.encoder != cfg.evaluation_encoder else ("encoder",)
+    result += [_reported(key, cfg, partial(_encoder_need, key, cfg)) for key in encoders]
+    result += [_reported(f"corpus.{split}", cfg, partial(_corpus_need, split, cfg)) for split in SPLITS]
     if with_reference:
-        found.append(_told("reference", cfg, partial(_reference_need, cfg)))
-    return found
+        result.append(_reported("reference", cfg, partial(_reference_need, cfg)))
+    return result
 
 
 def _weights(cfg: DictConfig) -> Iterator[Weights]:
@@ -133,7 +133,7 @@ def _weights(cfg: DictConfig) -> Iterator[Weights]:
         yield text_weights(cfg)
 
 
-def _told(key: str, cfg: DictConfig, look: Callable[[], Need]) -> Need:
+def _reported(key: str, cfg: DictConfig, look: Callable[[], Need]) -> Need:
     """What `look` finds, or the line in which it refuses."""
     try:
         return look()

@@ -89,12 +89,12 @@ def content(cfg: DictConfig, decision: Decision) -> tuple[Shown, Thumbnails]:
         "x": arrays.plane[:, 0], "y": arrays.plane[:, 1], "neighbours": arrays.neighbours, "cosines": arrays.cosines,
         "group": arrays.group, "nearest_kept": arrays.nearest_kept, "nearest_cosine": arrays.nearest_cosine,
     }  # fmt: skip
-    facts = {
+    metadata = {
         "selection": name, "corpus": kept.corpus.fingerprint, "duplicate": duplicate,
         "entropy_threshold": kept.summary.get("entropy_threshold"),
     }  # fmt: skip
     title = f"{kept.corpus.name}, {kept.summary['method']}: what stays, what goes, and why"
-    shown = Shown(title, facts, table, kept.corpus.manifest, columns, kept.corpus.images)
+    shown = Shown(title, metadata, table, kept.corpus.manifest, columns, kept.corpus.images)
     return shown, Thumbnails(options["tile"], options["embedded"], options["thumbnails"])
 
 
@@ -129,7 +129,7 @@ class Session:
             selection = self.selection(settings)
         table = selection_table(self.decision.pool, selection, np.zeros(len(self.decision.pool), np.float32))
         columns, data = bundle(selection_columns(table), {})
-        threshold = selection.facts.get("entropy_threshold")
+        threshold = selection.diagnostics.get("entropy_threshold")
         return {
             **names_of(table), "columns": columns, "data": base64.b64encode(data).decode(),
             "entropy_threshold": threshold, "seconds": time.perf_counter() - started,
@@ -162,10 +162,10 @@ class Session:
 
 
 def live(html: str, decision: Decision) -> str:
-    """The page, told that a server is there and what can be changed."""
+    """The page of a server, with what can be changed."""
     summary = decision.kept.summary
-    told = {"ratio": summary["ratio"], "uniformity": decision.uniformity, "fixed": decision.fixed, "forms": FORMS}
-    return html.replace("<html ", f'<html data-live="{escape(json.dumps(told), quote=True)}" ', 1)
+    given = {"ratio": summary["ratio"], "uniformity": decision.uniformity, "fixed": decision.fixed, "forms": FORMS}
+    return html.replace("<html ", f'<html data-live="{escape(json.dumps(given), quote=True)}" ', 1)
 
 
 class Server(ThreadingHTTPServer):
@@ -194,8 +194,8 @@ def handler_of(session: Session) -> type[BaseHTTPRequestHandler]:
                 self._answer(HTTPStatus.FORBIDDEN, {"error": "another host"})
             elif self.path.partition("?")[0] == "/":
                 self._send(HTTPStatus.OK, "text/html; charset=utf-8", session.page)
-            elif (found := IMAGE.fullmatch(self.path)) and int(found[1]) < len(session.decision.pool):
-                self._send(HTTPStatus.OK, "image/png", session.image(int(found[1])), "max-age=3600")
+            elif (result := IMAGE.fullmatch(self.path)) and int(result[1]) < len(session.decision.pool):
+                self._send(HTTPStatus.OK, "image/png", session.image(int(result[1])), "max-age=3600")
             else:
                 self._answer(HTTPStatus.NOT_FOUND, {"error": f"{self.path} is not here"})
 

@@ -12,7 +12,7 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from captioning.detection import detection, share_error, worst_first
+from captioning.detection import detection, fraction_error, worst_first
 from captioning.dual_encoder import DualEncoder, FittedEncoder, Reduction, fit_dual_encoder
 from captioning.loop import CAPTIONS, Loops, clean_captions, material_of
 from captioning.scorers import Material
@@ -38,7 +38,7 @@ ARMS = {
     "clip_score": ("clip_score", ["captioning.captions=given", "captioning.describe=none"]),
     "cleaned": ("dldc", ["captioning.captions=given", "captioning.describe=none", "ratio=null"]),
     "repaired": ("full", ["captioning.captions=best"]),
-    "clean": ("full", ["captioning.captions=given", "captioning.swapped.share=0"]),
+    "clean": ("full", ["captioning.captions=given", "captioning.swapped.fraction=0"]),
 }
 DETECTION, TRAINING, QUALITY = "pair_detection", "pair_training", "caption_quality"
 
@@ -60,7 +60,7 @@ def main(cfg: DictConfig) -> None:
         TRAINING: cfg.pair_cleaning.arms,
         QUALITY: cfg.pair_cleaning.captions,
     }
-    for name in (name for name, wanted in made.items() if wanted):
+    for name in (name for name, requested in made.items() if requested):
         publish(results, name)
 
 
@@ -90,16 +90,16 @@ def material(cfg: DictConfig, corpus: Corpus, loops: Loops) -> Material:
 
 
 def detect(cfg: DictConfig, results: Path) -> None:
-    """A row for every share, both kinds of exchange and every method."""
+    """A row for every fraction, both kinds of exchange and every method."""
     corpus, loops = labelled_corpus(cfg), replace(loops_of(cfg), describe="none")
-    shares = [float(share) for share in cfg.pair_cleaning.shares]
+    fractions = [float(fraction) for fraction in cfg.pair_cleaning.fractions]
     kinds = {"another scene": {}, "another scene, uneven": {"uneven": True}, "the same scene": {"within_scene": True}}
     for name, options in kinds.items():
-        for share in shares if options else [0.0, *shares]:
+        for fraction in fractions if options else [0.0, *fractions]:
             started = time.perf_counter()
-            noisy, swapped = swapped_corpus(corpus, Swaps(share, seed=int(cfg.seed), **options))
+            noisy, swapped = swapped_corpus(corpus, Swaps(fraction, seed=int(cfg.seed), **options))
             directory = clean_captions(material(cfg, noisy, loops), loops, cfg.runs)
-            kind = f"{share:g} of {name}"
+            kind = f"{fraction:g} of {name}"
             for method, metrics in detected(directory, swapped, loops.most_mismatch, int(cfg.seed)).items():
                 row = result_row(cfg, DETECTION, method, None, metrics, directory, swapped=kind)
                 append_result(results / "results.jsonl", row)
@@ -107,7 +107,7 @@ def detect(cfg: DictConfig, results: Path) -> None:
 
 
 def detected(directory: Path, swapped: np.ndarray, most_mismatch: float, seed: int) -> dict[str, dict]:
-    """Metrics by method. The rivals cannot tell how much to remove: they are given the true share."""
+    """Metrics by method. The rivals cannot tell how much to remove: they are given the true fraction."""
     table = pd.read_parquet(directory / CAPTIONS)
     truth = swapped[table["image"].to_numpy()]
     names, scene = np.unique(table["scene"].astype(str), return_inverse=True)
@@ -118,14 +118,14 @@ def detected(directory: Path, swapped: np.ndarray, most_mismatch: float, seed: i
         "clip_score": np.argsort(cosine, kind="stable"),
         "random": np.random.default_rng([seed, 650]).permutation(len(table)),
     }
-    found = read_json(directory / "summary.json")["scenes"]
-    shares = np.array([found[name]["mismatched_share"] for name in names])
+    result = read_json(directory / "summary.json")["scenes"]
+    fractions = np.array([result[name]["mismatched_fraction"] for name in names])
     known = np.full(len(names), truth.mean())
     removed = {"dldc": int((mismatch > most_mismatch).sum())}
     return {
         name: {
             **detection(truth, order, removed.get(name, int(truth.sum()))),
-            "scene_share_error": share_error(truth, scene, shares if name == "dldc" else known),
+            "scene_fraction_error": fraction_error(truth, scene, fractions if name == "dldc" else known),
         }
         for name, order in orders.items()
     }
@@ -137,9 +137,9 @@ def detected(directory: Path, swapped: np.ndarray, most_mismatch: float, seed: i
 def arm_config(cfg: DictConfig, arm: str, seed: int) -> tuple[DictConfig, str]:
     """The configuration of a training, and its method."""
     method, changes = ARMS[arm]
-    share = float(cfg.pair_cleaning.train_share)
+    fraction = float(cfg.pair_cleaning.train_fraction)
     common = [f"seed={seed}", f"captioning.seed={seed}", f"captioning.swapped.seed={seed}"]
-    common.append(f"captioning.swapped.share={share}")
+    common.append(f"captioning.swapped.fraction={fraction}")
     chosen = changed_config(*common, f"prune={method}", *changes)
     if arm == "clip_score":  # as many pairs as cleaning keeps
         cleaned, name = arm_config(cfg, "cleaned", seed)
@@ -237,7 +237,7 @@ def _judge_cosines(cfg: DictConfig, corpus: Corpus, encoder: Encoder, table: pd.
     options = DualEncoder(scene_scale=0.0)
     given = table[table["round"] == 0]
     reduction = Reduction.of(options, features[given["image"]], given["caption"].tolist(), np.random.default_rng(671))
-    found = pd.Series(np.nan, index=table.index)
+    result = pd.Series(np.nan, index=table.index)
     for number in range(FOLDS):
         learned = given[fold[given["image"]] != number]
         images = reduction.images(features[learned["image"]])
@@ -246,8 +246,8 @@ def _judge_cosines(cfg: DictConfig, corpus: Corpus, encoder: Encoder, table: pd.
         cosines = fitted.images(reduction.images(features[rows["image"]])) * fitted.texts(
             reduction.texts(rows["caption"].tolist())
         )
-        found[rows.index] = 100 * cosines.sum(1)
-    return found
+        result[rows.index] = 100 * cosines.sum(1)
+    return result
 
 
 if __name__ == "__main__":

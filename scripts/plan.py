@@ -1,7 +1,7 @@
 """The plan of `make reproduce`: what it will compute, what that costs, what is done and what is missing.
 
-Its rows are the trainings of `scripts.chain`, which the chain itself goes by; whether one is done is asked of the very
-functions that would compute it, inside `runtime.artefacts.nothing_built`: nothing is computed.
+Its rows are the trainings of `scripts.chain`, which the chain itself goes by; whether one is done is determined by the
+very functions that would compute it, inside `runtime.artefacts.nothing_built`: nothing is computed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from scripts.needs import (
 )
 from train.checkpoint import Checkpoints
 from train.components import load_text_parts
-from train.data import sampling_shares
+from train.data import sampling_fractions
 from train.foundation import objective_of, run_directory, snapshot_steps
 from train.latents import Views
 from train.loop import LoopOptions
@@ -135,17 +135,17 @@ def plan_of(cfg: DictConfig, references: Callable[..., Path]) -> Plan:
     parts = chain(cfg, names)
     trainings = [training for part in parts for training in part.pretrainings]
     scenes = any(getattr(instantiate(one.cfg.prune, _convert_="all"), "uses_reference", False) for one in trainings)
-    found = needs(cfg, with_reference=scenes and cfg.reference.source is not None)
-    look.problems[:] = [need.advice for need in found if need.state == MISSING]
+    result = needs(cfg, with_reference=scenes and cfg.reference.source is not None)
+    look.problems[:] = [need.advice for need in result if need.state == MISSING]
     look.problems += [absent_line(key) for key in not_given(cfg) if key.startswith("model.")]
-    look.able = not look.problems and all(need.state == HERE for need in found)
+    look.able = not look.problems and all(need.state == HERE for need in result)
     sizes = look.at(lambda: sizes_of(cfg), None)
     for part in parts:
         _check(part, sizes, look)
     rows = [*_shared_rows(cfg, parts[0], references, look)] if parts else []
     for part in parts:
         rows += _rows(part, Cost(part.cfg, sizes), look)
-    return Plan(rows, found, list(dict.fromkeys(look.problems)))
+    return Plan(rows, result, list(dict.fromkeys(look.problems)))
 
 
 class _Looking:
@@ -214,11 +214,11 @@ def sizes_of(cfg: DictConfig) -> Sizes | None:
 def _latents(cfg: DictConfig) -> tuple[int, int] | None:
     """Channels of the latents, and how many times the images' side is theirs."""
     weights = autoencoder_weights(cfg)
-    facts = weights.facts(weights.files[0][0])
+    metadata = weights.metadata(weights.files[0][0])
     if cfg.model.get("pretrained"):
-        facts = pipeline_weights(cfg).facts("vae/config.json")
-    if facts is not None and "latent_channels" in facts:
-        return facts["latent_channels"], 2 ** (len(facts.get("block_out_channels", [0] * 4)) - 1)
+        metadata = pipeline_weights(cfg).metadata("vae/config.json")
+    if metadata is not None and "latent_channels" in metadata:
+        return metadata["latent_channels"], 2 ** (len(metadata.get("block_out_channels", [0] * 4)) - 1)
     recipe = cfg.autoencoder.get("recipe") or {}
     channels = cfg.autoencoder.get("latent_channels") or recipe.get("latent_channels")
     factor = cfg.autoencoder.get("factor") or 2 ** (len(recipe.get("encoder_blocks", [0] * 4)) - 1)
@@ -230,10 +230,10 @@ def _text(cfg: DictConfig) -> tuple[int, int] | None:
     options = cfg.text_encoder
     text = None
     if cfg.model.get("pretrained"):
-        if (facts := pipeline_weights(cfg).facts("text_encoder/config.json")) is not None:
-            text = CLIPTextConfig.from_dict(facts)
-    elif options.kind != "train" and (facts := text_weights(cfg).facts()) is not None:
-        text = CLIPConfig.from_dict(facts).text_config
+        if (metadata := pipeline_weights(cfg).metadata("text_encoder/config.json")) is not None:
+            text = CLIPTextConfig.from_dict(metadata)
+    elif options.kind != "train" and (metadata := text_weights(cfg).metadata()) is not None:
+        text = CLIPConfig.from_dict(metadata).text_config
     if text is not None:
         return text.max_position_embeddings, text.hidden_size
     known = options.get("max_length"), options.get("width")
@@ -249,8 +249,8 @@ def network_of(cfg: DictConfig, sizes: Sizes, conditioned: bool = False) -> nn.M
     channels, more = sizes.channels, sizes.channels * conditioned
     with torch.device("meta"):
         if cfg.model.get("pretrained"):
-            facts = pipeline_weights(cfg).facts("unet/config.json")
-            return facts and UNet2DConditionModel.from_config(facts, in_channels=facts["in_channels"] + more)
+            metadata = pipeline_weights(cfg).metadata("unet/config.json")
+            return metadata and UNet2DConditionModel.from_config(metadata, in_channels=metadata["in_channels"] + more)
         if not cfg.model.get("unet") and (conditioned or not cfg.model.get("transformer")):
             return None
         if conditioned:
@@ -312,7 +312,7 @@ def _check(part: Part, sizes: Sizes | None, look: _Looking) -> None:
     for training in part.pretrainings:
         chosen = training.cfg
         look.at(lambda chosen=chosen: (objective_of(chosen), start_of(chosen)), None)
-        look.at(lambda chosen=chosen: sampling_shares(np.ones(1), chosen.train.weighting), None)
+        look.at(lambda chosen=chosen: sampling_fractions(np.ones(1), chosen.train.weighting), None)
     if sizes is not None and not cfg.model.get("pretrained"):
         look.at(lambda: network_of(cfg, sizes), None)
     tested, pretrained = cfg.corpus[str(cfg.eval.split)].resolution, Views(**cfg.train.views).crop

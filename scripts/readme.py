@@ -36,8 +36,8 @@ def write_overview(selection: Path, target: Path) -> None:
     groups = [np.arange(len(kept)), np.flatnonzero(kept)]
     before, after = (corpus.images[np.sort(generator.permutation(group)[:SHOWN])] for group in groups)
     rows = np.sort(generator.permutation(len(kept))[:MAPPED])
-    places = corpus.manifest.iloc[rows]
-    picture = overview(places["lon"].to_numpy(), places["lat"].to_numpy(), kept[rows], before, after)
+    locations = corpus.manifest.iloc[rows]
+    picture = overview(locations["lon"].to_numpy(), locations["lat"].to_numpy(), kept[rows], before, after)
     picture.convert("P", palette=Image.Palette.ADAPTIVE).save(target, optimize=True)
 
 

@@ -122,11 +122,11 @@ def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str, n
     """
     others = [other for other in foundations if other == BASELINE or method == SUBJECT]
     others = [other for other in others if other != name and other.partition(",")[0] != SUBJECT]
-    places = {who: read_json(foundations[who] / MEASURED) for who in (name, *others)}
+    run_folders = {who: read_json(foundations[who] / MEASURED) for who in (name, *others)}
     metrics = {}
     for held_out, held in evaluation_sets(cfg).items():
         for encoder, reference in held.features.items():
-            features = {who: np.load(Path(place[held_out]) / f"{encoder}.npy") for who, place in places.items()}
+            features = {who: np.load(Path(place[held_out]) / f"{encoder}.npy") for who, place in run_folders.items()}
             for other in others:
                 values = kernel_distance_difference(features[name], features[other], reference)
                 for part, value in zip(("", "low", "high"), values, strict=True):
@@ -185,9 +185,9 @@ def downstream_cells(part: Part, tasks: Mapping[str, Task], foundations: Mapping
 
 def regression_cell(cfg: DictConfig, task: Task, run: Path) -> TableCell:
     """The regression network of as many weights, trained for as many steps as a run of super-resolution."""
-    facts = read_json(run / TRAINING)
+    metadata = read_json(run / TRAINING)
     options = loop_options(cfg, run)
-    directory, measured = measured_regression(cfg, task, int(facts["parameters"]), options)
+    directory, measured = measured_regression(cfg, task, int(metadata["parameters"]), options)
     metrics = read_json(measured / "metrics.json")
     return TableCell(cfg, SUPER_RESOLUTION, REGRESSION, options.steps, metrics, directory)
 
@@ -230,7 +230,7 @@ def reproduce(cfg: DictConfig) -> Path:
     path = results / "results.jsonl"
     partial = path.with_name("results.jsonl.partial")  # the earlier results stand until the new ones are whole
     partial.unlink(missing_ok=True)
-    places: dict[str, list[str]] = {}
+    run_folders: dict[str, list[str]] = {}
     for cell in cells(cfg):
         ratio = 0.0 if cell.method == "full" else float(cfg.ratio) if cell.method in cfg.profile.methods else None
         trained = cell.kind in ("convergence", "generation") and cell.cfg.train.weighting
@@ -242,17 +242,20 @@ def reproduce(cfg: DictConfig) -> Path:
             result_row(cell.cfg, cell.kind, cell.method, ratio, cell.metrics, cell.directory, step=cell.step, **fields),
         )
         name = run_name(cell.method, fields.get("weighting"))
-        found = places.setdefault(f"{cell.kind}/{name}", [])
+        result = run_folders.setdefault(f"{cell.kind}/{name}", [])
         place = str(cell.run or cell.directory)
-        found += [place] if place not in found else []
-    places |= {"reference/published": [str(references(cfg))], "reference/validation": [str(references(cfg, "val"))]}
+        result += [place] if place not in result else []
+    run_folders |= {
+        "reference/published": [str(references(cfg))],
+        "reference/validation": [str(references(cfg, "val"))],
+    }
     for method in cfg.profile.methods:
         chosen = changed_config(f"prune={method}", f"seed={cfg.profile.seeds[0]}")
-        places[f"selection/{method}"] = [str(select(chosen, method)[0])]
-    for name in [name for name in places if name.startswith("convergence/")]:
-        places[name.replace("convergence/", "foundation/")] = places[name]
+        run_folders[f"selection/{method}"] = [str(select(chosen, method)[0])]
+    for name in [name for name in run_folders if name.startswith("convergence/")]:
+        run_folders[name.replace("convergence/", "foundation/")] = run_folders[name]
     os.replace(partial, path)
-    write_json(results / "runs.json", places)
+    write_json(results / "runs.json", run_folders)
     with track(cfg, "report", cfg.profile.name) as tracker:
         for name, table in rebuild(results).items():
             tracker.table(name, table.astype(str))

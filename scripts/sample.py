@@ -56,23 +56,24 @@ def rows_of(cfg: DictConfig, sampler: Sampler) -> list[Row]:
     """A row for every prompt, or for every prompt at every place.
 
     Raises:
-        UserError: the prompts, the metadata or the places are no such thing, or none of the model's.
+        UserError: the prompts, the metadata or the locations are no such thing, or none of the model's.
     """
-    shared, places = plain(cfg.sample.metadata) or {}, plain(cfg.sample.places)
+    shared, locations = plain(cfg.sample.metadata) or {}, plain(cfg.sample.locations)
     if not isinstance(shared, Mapping):
         raise UserError(f"sample.metadata={shared}: give a number to each field, e.g. sample.metadata.lon=-60")
-    if places is None:
-        places = [{}]
-    if not isinstance(places, list) or not places or not all(isinstance(place, Mapping) for place in places):
+    if locations is None:
+        locations = [{}]
+    if not isinstance(locations, list) or not locations or not all(isinstance(place, Mapping) for place in locations):
         raise UserError(
-            f"sample.places={places}: give a list of places, e.g. 'sample.places=[{{name:Amazon,lon:-60,lat:-3}}]'"
+            f"sample.locations={locations}: give a list of locations, e.g. "
+            "'sample.locations=[{name:Amazon,lon:-60,lat:-3}]'"
         )
-    found = []
-    for place in places:
-        facts = sampler.known({**shared, **{key: value for key, value in place.items() if key != "name"}})
-        described = ", ".join(f"{name} {number:g}" for name, number in facts.items())
-        found.append((str(place.get("name", described)), facts))
-    return [Row(prompt, name, facts) for prompt in prompts_of(cfg.prompt) for name, facts in found]
+    result = []
+    for place in locations:
+        metadata = sampler.known({**shared, **{key: value for key, value in place.items() if key != "name"}})
+        described = ", ".join(f"{name} {number:g}" for name, number in metadata.items())
+        result.append((str(place.get("name", described)), metadata))
+    return [Row(prompt, name, metadata) for prompt in prompts_of(cfg.prompt) for name, metadata in result]
 
 
 def sheet_of(images: Sequence[np.ndarray], rows: Sequence[Row]) -> Image.Image:
@@ -82,31 +83,33 @@ def sheet_of(images: Sequence[np.ndarray], rows: Sequence[Row]) -> Image.Image:
         images: uint8 [K, H, W, 3] for each of the rows.
     """
     columns = len(images[0]) if len(rows) > 1 else min(len(images[0]), COLUMNS)
-    places = [row.place for row in rows]
+    locations = [row.place for row in rows]
     return contact_sheet(
         np.concatenate(images),
         columns,
         [row.prompt for row in rows for _ in images[0]],
         scale=max(1, TILE // images[0].shape[2]),
-        row_labels=places if any(places) else None,
+        row_labels=locations if any(locations) else None,
     )
 
 
-def write_samples(directory: Path, images: Sequence[np.ndarray], rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
+def write_samples(
+    directory: Path, images: Sequence[np.ndarray], rows: Sequence[Row], metadata: Mapping[str, Any]
+) -> None:
     """sheet.png, 0000.png and so on, row by row, and samples.json, which says what each of them is.
 
     Args:
         images: uint8 [K, H, W, 3] for each of the rows.
-        facts: of all images.
+        metadata: of all images.
     """
     listed = []
     for row, drawn in zip(rows, images, strict=True):
         for number, image in enumerate(drawn):
             name = f"{len(listed):04d}.png"
             Image.fromarray(image).save(directory / name)
-            listed.append({"file": name, **asdict(row), "seed": facts["seed"], "number": number})
+            listed.append({"file": name, **asdict(row), "seed": metadata["seed"], "number": number})
     sheet_of(images, rows).save(directory / "sheet.png")
-    write_json(directory / "samples.json", {**facts, "images": listed})
+    write_json(directory / "samples.json", {**metadata, "images": listed})
 
 
 def main(cfg: DictConfig) -> None:
@@ -122,14 +125,14 @@ def main(cfg: DictConfig) -> None:
     sampler = load_sampler(foundation, options.batch_size)
     rows = rows_of(cfg, sampler)
     drawn_with = {"model": pipeline_fingerprint(sampler.folder), "batch_size": sampler.batch_size, **settings}
-    facts = {"foundation": str(foundation), "pipeline": type(sampler.pipeline).__name__, **drawn_with}
+    metadata = {"foundation": str(foundation), "pipeline": type(sampler.pipeline).__name__, **drawn_with}
 
     def build(directory: Path) -> None:
         images = [
             sampler.draw(row.prompt, metadata=row.metadata, label=row.place or row.prompt[:40], **settings)
             for row in rows
         ]
-        write_samples(directory, images, rows, facts)
+        write_samples(directory, images, rows, metadata)
 
     if options.out is None:
         target = stage(cfg.results, "samples", {**drawn_with, "rows": [asdict(row) for row in rows]}, build)

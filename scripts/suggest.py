@@ -51,13 +51,13 @@ def affordable(table: pd.DataFrame, images_seen: float, most_repeats: float) -> 
     Raises:
         UserError: there is none.
     """
-    found = table[images_seen / table["kept"] <= most_repeats]
-    if found.empty:
+    result = table[images_seen / table["kept"] <= most_repeats]
+    if result.empty:
         raise UserError(
             f"suggest.images_seen={images_seen:g}: every ratio of quality.curve shows some image more than "
             f"suggest.most_repeats={most_repeats:g} times: lower one or raise the other"
         )
-    return found.reset_index(drop=True)
+    return result.reset_index(drop=True)
 
 
 def measured_best(cfg: DictConfig, method: str, images_seen: float) -> tuple[float, pd.DataFrame] | None:
@@ -72,8 +72,8 @@ def measured_best(cfg: DictConfig, method: str, images_seen: float) -> tuple[flo
         if row["corpus"] == cfg.corpus.name and (row["prune"] == method or row["ratio"] == 0)
     ]
     metric = Quantity("kid_x1000", encoders_of(cfg)[0].name, "balanced").name
-    found = best_ratio(rows, metric, images_seen)
-    return None if len(found) < 2 else (float(found.loc[found["mean"].idxmin(), "ratio"]), found)
+    result = best_ratio(rows, metric, images_seen)
+    return None if len(result) < 2 else (float(result.loc[result["mean"].idxmin(), "ratio"]), result)
 
 
 def main(cfg: DictConfig) -> None:

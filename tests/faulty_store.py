@@ -1,4 +1,4 @@
-"""A real S3-compatible server on loopback, moto's, behind a proxy that injects faults and notes what is asked."""
+"""A real S3-compatible server on loopback, moto's, behind a proxy that injects faults and records the requests."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Store:
                     return fault
         return None
 
-    def asked(self, method: str, pattern: str = r".*\.tar") -> list[tuple[int, int] | None]:
+    def requested(self, method: str, pattern: str = r".*\.tar") -> list[tuple[int, int] | None]:
         return [part for verb, path, part in self.seen if verb == method and re.fullmatch(pattern, path)]
 
 
@@ -106,8 +106,8 @@ def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
         def part(self) -> tuple[int, int] | None:
-            found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            return (int(found[1]), int(found[2]) + 1) if found else None
+            result = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            return (int(result[1]), int(result[2]) + 1) if result else None
 
         def body(self) -> bytes:
             if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -130,13 +130,15 @@ def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
             headers["Content-Length"] = str(len(body))
             behind = http.client.HTTPConnection(*store.behind, timeout=30)
             behind.request(self.command, self.path, body or None, headers)
-            found = behind.getresponse()
-            data = found.read()
+            result = behind.getresponse()
+            data = result.read()
             behind.close()
             kept = [
-                (key, value) for key, value in found.getheaders() if key.lower() not in ("connection", "date", "server")
+                (key, value)
+                for key, value in result.getheaders()
+                if key.lower() not in ("connection", "date", "server")
             ]
-            self.send(found.status, kept, data, fault, part)
+            self.send(result.status, kept, data, fault, part)
 
         def send(
             self, status: int, headers: list, data: bytes, fault: Fault | None = None, part: tuple | None = None

@@ -100,18 +100,18 @@ def patches(folder: Path) -> None:
 
 
 def shards(folder: Path) -> None:
-    """As img2dataset leaves them: keys of nine figures, with caption, facts and its own statistics beside."""
+    """As img2dataset leaves them: keys of nine figures, with caption, metadata and its own statistics beside."""
     folder.mkdir()
     for shard in range(2):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number in range(12):
                 key = f"{shard:05d}{number:04d}"
-                facts = {"caption": f"a town {key}", "url": f"https://example.org/{key}.jpg", "key": key,
+                metadata = {"caption": f"a town {key}", "url": f"https://example.org/{key}.jpg", "key": key,
                          "status": "success", "error_message": None, "width": 64, "exif": "{}"}  # fmt: skip
                 for suffix, data in (
                     ("jpg", encoded()),
-                    ("txt", facts["caption"].encode()),
-                    ("json", json.dumps(facts).encode()),
+                    ("txt", metadata["caption"].encode()),
+                    ("json", json.dumps(metadata).encode()),
                 ):
                     info = tarfile.TarInfo(f"{key}.{suffix}")
                     info.size = len(data)

@@ -31,8 +31,8 @@ from mutations import (
     File,
     any_image,
     broken,
-    facts_bytes,
-    facts_of,
+    metadata_bytes,
+    metadata_of,
     odd_mask,
     odd_picture,
     odd_stem,
@@ -101,7 +101,9 @@ def folder(root: Path, rng: Generator, count: int) -> Put:
         place = ("", "scene/", "b/deep er/", "train/", "test/", "\u00e9/", ".hidden/")[rng.integers(7)]
         (root / place).mkdir(parents=True, exist_ok=True)
         stem = place + (odd_stem(rng, number) if rng.random() < 0.5 else f"tile{number}")
-        kind = rng.choice(["image", "text", "facts", "other", "special", "quiet"], p=[0.6, 0.12, 0.1, 0.08, 0.06, 0.04])
+        kind = rng.choice(
+            ["image", "text", "metadata", "other", "special", "quiet"], p=[0.6, 0.12, 0.1, 0.08, 0.06, 0.04]
+        )
         if kind == "special":
             special_file(rng, str(root / f"{stem}.jpg"))
             continue
@@ -117,8 +119,8 @@ def folder(root: Path, rng: Generator, count: int) -> Put:
         (root / images[-1]).write_bytes(file.data)
         if kind == "text":
             (root / f"{stem}{rng.choice(['.txt', '.caption'])}").write_bytes(text_bytes(rng))
-        if kind == "facts":
-            (root / f"{stem}.json").write_bytes(facts_bytes(rng))
+        if kind == "metadata":
+            (root / f"{stem}.json").write_bytes(metadata_bytes(rng))
         if masked and rng.random() < 0.8:
             mask = odd_mask(rng)
             (root / "masks" / place).mkdir(parents=True, exist_ok=True)
@@ -126,12 +128,12 @@ def folder(root: Path, rng: Generator, count: int) -> Put:
     (root / "text without an image.txt").write_bytes(b"a lake")
     (root / os.fsdecode(b"no unicode \xff.png")).write_bytes(picture(rng).data)
     if images and rng.random() < 0.4:
-        found = table(rng, images)
-        (root / f"captions{found.suffix}").write_bytes(found.data)
+        result = table(rng, images)
+        (root / f"captions{result.suffix}").write_bytes(result.data)
     overrides = ["corpus=folder", f"corpus.root={root}", *shown(rng)]
     if masked and (root / "masks").is_dir():
         overrides += ["corpus.masks=masks", "corpus.classes=[a,b,c]"]
-    return Put(overrides, lambda manifest, said: check_folder(root, masked, manifest, said))
+    return Put(overrides, lambda manifest, message: check_folder(root, masked, manifest, message))
 
 
 def shown(rng: Generator) -> list[str]:
@@ -144,7 +146,7 @@ def shown(rng: Generator) -> list[str]:
     return options[rng.integers(len(options))]
 
 
-def check_folder(root: Path, masked: bool, manifest: pd.DataFrame, said: str) -> None:
+def check_folder(root: Path, masked: bool, manifest: pd.DataFrame, message: str) -> None:
     """Every file is a row, or lies beside one, or is a table, or is known to be nothing, or is counted."""
     files = set()
     for below, folders, names in os.walk(root):
@@ -161,9 +163,9 @@ def check_folder(root: Path, masked: bool, manifest: pd.DataFrame, said: str) ->
         and not Path(file).name.lower().startswith(("captions.", "metadata.", "classes.txt"))
         and not (file.endswith(TEXTS) and file.rpartition(".")[0] in stems)
     }  # fmt: skip
-    found = re.search(r"folder: ([\d,]+) files passed over", said)
-    told = int(found[1].replace(",", "")) if found else 0
-    assert told == len(rest), f"{told} files passed over, but {len(rest)} are no rows: {sorted(rest)[:8]}"
+    result = re.search(r"folder: ([\d,]+) files passed over", message)
+    given = int(result[1].replace(",", "")) if result else 0
+    assert given == len(rest), f"{given} files passed over, but {len(rest)} are no rows: {sorted(rest)[:8]}"
 
 
 # -------------------------------------------------------------------------------------------------------------- shards
@@ -186,7 +188,7 @@ def shards(root: Path, rng: Generator, count: int) -> Put:
     overrides = ["corpus=webdataset", f'corpus.urls="{"::".join(urls)}"', *shown(rng)]
     if rng.random() < 0.1:
         overrides += ["corpus.classes=[a,b,c]"]
-    return Put(overrides, lambda manifest, said: check_shards(rows, passed, cut, manifest, said))
+    return Put(overrides, lambda manifest, message: check_shards(rows, passed, cut, manifest, message))
 
 
 def odd_shard(path: Path, rng: Generator, shard: int, size: int) -> tuple[int, int]:
@@ -233,7 +235,7 @@ def odd_shard(path: Path, rng: Generator, shard: int, size: int) -> tuple[int, i
                 case 5:
                     file = any_image(rng)
                     add(key + file.suffix, file.data)
-                    add(f"{key}.json", json.dumps({k: v for k, v in facts_of(rng).items()}).encode())
+                    add(f"{key}.json", json.dumps({k: v for k, v in metadata_of(rng).items()}).encode())
                     add(f"{key}.cls", text_bytes(rng))
                     rows += 1
                 case 6:
@@ -315,16 +317,16 @@ def broken_shard(path: Path, rng: Generator, shard: int, size: int) -> int:
 
 def claimed(data: bytes, start: int, size: int, kind: bytes | None = None) -> bytes:
     """The archive with another size, and another kind, in the header that starts here; its checksum is right."""
-    found = bytearray(data)
-    found[start + 124 : start + 136] = b"%011o\0" % size
+    result = bytearray(data)
+    result[start + 124 : start + 136] = b"%011o\0" % size
     if kind is not None:
-        found[start + 156 : start + 157] = kind
-    found[start + 148 : start + 156] = b" " * 8
-    found[start + 148 : start + 156] = b"%06o\0 " % sum(found[start : start + 512])
-    return bytes(found)
+        result[start + 156 : start + 157] = kind
+    result[start + 148 : start + 156] = b" " * 8
+    result[start + 148 : start + 156] = b"%06o\0 " % sum(result[start : start + 512])
+    return bytes(result)
 
 
-def check_shards(rows: int, passed: int, cut: dict[str, int], manifest: pd.DataFrame, said: str) -> None:
+def check_shards(rows: int, passed: int, cut: dict[str, int], manifest: pd.DataFrame, message: str) -> None:
     """Whole shards: as many rows as samples and problems, the rest counted. Broken ones: all images, or a row that says
     that the shard is broken."""
     broken_rows = manifest["id"].str.contains(r"cut\d+_\d+|shard\d+\.tar(?::end)?$", regex=True)
@@ -332,15 +334,15 @@ def check_shards(rows: int, passed: int, cut: dict[str, int], manifest: pd.DataF
         number = re.search(r"shard(\d+)\.tar$", shard)[1]
         of_shard = manifest["id"].str.contains(rf"(?:^|[^0-9])cut{number}_\d+", regex=True)
         end = manifest["id"].str.startswith(shard)
-        assert of_shard.sum() >= size or end.any() or "shards hold nothing" in said, (
+        assert of_shard.sum() >= size or end.any() or "shards hold nothing" in message, (
             f"{shard} had {size} images, has {of_shard.sum()} rows, and no reason"
         )
     whole = manifest[~broken_rows & ~manifest["id"].str.startswith(tuple(cut) or ("\0",))]
     strange = [row for row in whole["id"] if row in ("s.jpg", "s")]  # names that a broken header gave
     assert len(whole) - len(strange) == rows, f"{len(whole)} rows of {rows}: {sorted(whole['id'])[:40]}"
-    found = re.search(r"webdataset: ([\d,]+) members passed over", said)
-    told = int(found[1].replace(",", "")) if found else 0
-    assert told >= passed and (cut or told == passed), f"{told} members passed over, not {passed}: {said}"
+    result = re.search(r"webdataset: ([\d,]+) members passed over", message)
+    given = int(result[1].replace(",", "")) if result else 0
+    assert given >= passed and (cut or given == passed), f"{given} members passed over, not {passed}: {message}"
 
 
 # -------------------------------------------------------------------------------------------------------------- scenes
@@ -366,10 +368,10 @@ def scenes(root: Path, rng: Generator, count: int) -> Put:
     (root / "scene.tif").write_bytes(picture(rng).data)
     tiles = (["corpus.tile=16"], ["corpus.tile=16", "corpus.overlap=8", "corpus.edge=shift"], ["corpus.tile=64"])
     overrides = ["corpus=geotiff", f"corpus.root={root}", *shown(rng), *tiles[rng.choice(3, p=[0.5, 0.4, 0.1])]]
-    return Put(overrides, lambda manifest, said: check_scenes(root, manifest, said))
+    return Put(overrides, lambda manifest, message: check_scenes(root, manifest, message))
 
 
-def check_scenes(root: Path, manifest: pd.DataFrame, said: str) -> None:
+def check_scenes(root: Path, manifest: pd.DataFrame, message: str) -> None:
     """Every file that is called as a scene has a row of its own or tiles; every other is counted."""
     names, others = set(), set()
     for below, _, files in os.walk(root):
@@ -378,14 +380,14 @@ def check_scenes(root: Path, manifest: pd.DataFrame, said: str) -> None:
             if not name.startswith("."):
                 (names if name.lower().endswith((".tif", ".tiff", ".jp2", ".img", ".vrt")) else others).add(file)
     rows = {re.sub(r"/\d{6,}_\d{6,}$", "", row) for row in manifest["id"]}
-    left = re.search(r"geotiff: (\d+) files are left out", said)
+    left = re.search(r"geotiff: (\d+) files are left out", message)
     missing = names - rows
     assert rows <= names, f"rows of no file: {sorted(rows - names)[:3]}"
-    assert len(missing) == (int(left[1]) if left else 0), f"no rows of {sorted(missing)[:5]}: {said}"
+    assert len(missing) == (int(left[1]) if left else 0), f"no rows of {sorted(missing)[:5]}: {message}"
     others = {file for file in others if not file.endswith(".tfw")}
-    found = re.search(r"geotiff: ([\d,]+) files passed over", said)
-    assert (int(found[1].replace(",", "")) if found else 0) == len(others), (
-        f"{sorted(others)[:5]} are not counted: {said}"
+    result = re.search(r"geotiff: ([\d,]+) files passed over", message)
+    assert (int(result[1].replace(",", "")) if result else 0) == len(others), (
+        f"{sorted(others)[:5]} are not counted: {message}"
     )
 
 
@@ -441,7 +443,7 @@ def parquet(root: Path, rng: Generator, count: int) -> Put:
     overrides = ["corpus=huggingface", f"corpus.path={path}", *[o for o in shown(rng) if "content" not in o]]
     if "mask" in extra and rng.random() < 0.5:
         overrides += ["corpus.classes=[a,b,c]"]
-    return Put(overrides, lambda manifest, said: check_rows(rows, manifest))
+    return Put(overrides, lambda manifest, message: check_rows(rows, manifest))
 
 
 def column(rng: Generator, rows: int) -> object:
@@ -481,10 +483,10 @@ def config(root: Path, overrides: list[str]) -> DictConfig:
     ]
     options += ["corpus.train.split=all", "corpus.train.resolution=16", "corpus.val.resolution=16"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        found = compose("config", [*overrides, *options])
-    OmegaConf.set_struct(found, False)
-    found.encoder = {"_target_": "fuzzing.MeanColour"}
-    return found
+        result = compose("config", [*overrides, *options])
+    OmegaConf.set_struct(result, False)
+    result.encoder = {"_target_": "fuzzing.MeanColour"}
+    return result
 
 
 def run(root: Path, source: str, seed: int, count: int) -> dict[str, object]:
@@ -492,43 +494,43 @@ def run(root: Path, source: str, seed: int, count: int) -> dict[str, object]:
     rng = np.random.default_rng([seed, sorted(SOURCES).index(source)])
     (root / "corpus").mkdir(parents=True)
     put = SOURCES[source](root / "corpus", rng, count)
-    facts: dict[str, object] = {"source": source, "seed": seed, "overrides": put.overrides, "problem": ""}
-    said, started = io.StringIO(), time.monotonic()
+    metadata: dict[str, object] = {"source": source, "seed": seed, "overrides": put.overrides, "problem": ""}
+    message, started = io.StringIO(), time.monotonic()
     notice.cache_clear()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            facts |= through(root, put, said, rng)
+        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(io.StringIO()):
+            metadata |= through(root, put, message, rng)
     except UserError as error:
-        facts |= {"refused": str(error)}
-        facts["problem"] = "a message of several lines" if "\n" in str(error) or not str(error).strip() else ""
-        facts["problem"] = facts["problem"] or account_of_refused(root, put, said.getvalue())
+        metadata |= {"refused": str(error)}
+        metadata["problem"] = "a message of several lines" if "\n" in str(error) or not str(error).strip() else ""
+        metadata["problem"] = metadata["problem"] or account_of_refused(root, put, message.getvalue())
     except AssertionError as error:
-        facts["problem"] = f"account: {error}"
+        metadata["problem"] = f"account: {error}"
     except Exception:
-        facts["problem"] = traceback.format_exc()
-    noise = [line for line in said.getvalue().splitlines() if re.search("Warning|Traceback|warn\\(", line)]
-    if noise and not facts.get("problem"):
-        facts["problem"] = f"noise on stderr: {noise[:3]}"
-    facts["seconds"] = round(time.monotonic() - started, 2)
-    facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return facts
+        metadata["problem"] = traceback.format_exc()
+    noise = [line for line in message.getvalue().splitlines() if re.search("Warning|Traceback|warn\\(", line)]
+    if noise and not metadata.get("problem"):
+        metadata["problem"] = f"noise on stderr: {noise[:3]}"
+    metadata["seconds"] = round(time.monotonic() - started, 2)
+    metadata["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return metadata
 
 
-def account_of_refused(root: Path, put: Put, said: str) -> str:
+def account_of_refused(root: Path, put: Put, message: str) -> str:
     """The account of an index of which no image can be read; the command then ends after it."""
     for manifest in root.glob("runs/corpus/*/manifest.parquet"):
         try:
-            put.check(pd.read_parquet(manifest), said)
+            put.check(pd.read_parquet(manifest), message)
         except AssertionError as error:
             return f"account: {error}"
     return ""
 
 
-def through(root: Path, put: Put, said: io.StringIO, rng: Generator) -> dict[str, object]:
+def through(root: Path, put: Put, message: io.StringIO, rng: Generator) -> dict[str, object]:
     """Index, prune, export in two forms and read both back."""
     cfg = config(root, put.overrides)
     directory, corpus = select(cfg, "random")
-    put.check(corpus.manifest, said.getvalue())
+    put.check(corpus.manifest, message.getvalue())
     total, readable = len(corpus), int(corpus.readable.sum())
     assert ((corpus.manifest["reason"] == "") == corpus.manifest["readable"]).all(), "a row without a reason"
     kept = int(pd.read_parquet(directory / "selection.parquet")["kept"].sum())

@@ -54,8 +54,8 @@ def encode_all(folder: Path, name: str, processes: int, images: tuple[int, ...],
         runs = folder / (name if name == "resumed" else f"{name}_{processes}")
         views = latents.Views(symmetries=2)
         rows = np.arange(count)
-        found = latents.cached_latents(autoencoder, f"key {count}", corpus, rows, runs, views=views, half=count == 19)
-        assert found.shape[:2] == (2, count)
+        result = latents.cached_latents(autoencoder, f"key {count}", corpus, rows, runs, views=views, half=count == 19)
+        assert result.shape[:2] == (2, count)
         with open(log, "a") as file:
             file.write(f"end {count}\n")
 

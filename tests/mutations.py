@@ -122,12 +122,12 @@ def huge_claim(rng: Generator) -> File:
         for name in ("ImageWidth", "ImageLength", "RowsPerStrip"):
             code = {3: "<H", 4: "<I"}[tags[name].dtype]
             struct.pack_into(code, tiff, tags[name].valueoffset, 65_535 if code == "<H" else max(side, 65_535))
-    found = [
+    result = [
         File(".png", png), File(".jpg", bytes(jpeg)), File(".bmp", bytes(bmp)), File(".gif", bytes(gif)),
         File(".tga", bytes(tga)), File(".tif", bytes(tiff)), File(".ppm", f"P6 {side} {side} 255\n".encode() + b"abc"),
         File(".pgm", f"P5 {side} 1 65535\n".encode()), File(".tif", _sparse_tiff(1000 if side < 65_535 else 300_000)),
     ]  # fmt: skip
-    return found[rng.integers(len(found))]
+    return result[rng.integers(len(result))]
 
 
 def _sparse_tiff(side: int) -> bytes:
@@ -193,8 +193,8 @@ def _tagged(rng: Generator, raster: object, bands: int) -> None:
     """Tags of all kinds; one that GDAL refuses is left out."""
     place = PLACES[rng.integers(len(PLACES))]
 
-    def attempt(share: float, action: Callable[[], object]) -> None:
-        if rng.random() < share:
+    def attempt(fraction: float, action: Callable[[], object]) -> None:
+        if rng.random() < fraction:
             try:
                 action()
             except Exception:
@@ -228,8 +228,8 @@ def _values(rng: Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
         limits = np.iinfo(dtype)
         return rng.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
     values = (rng.normal(size=shape) * 10.0 ** float(rng.choice([-300, -3, 0, 3, 30, 300]))).astype(np.float64)
-    share = rng.choice([0.0, 0.1, 1.0], p=[0.7, 0.2, 0.1])
-    values[rng.random(shape) < share] = float(rng.choice([np.nan, np.inf, -np.inf]))
+    fraction = rng.choice([0.0, 0.1, 1.0], p=[0.7, 0.2, 0.1])
+    values[rng.random(shape) < fraction] = float(rng.choice([np.nan, np.inf, -np.inf]))
     with np.errstate(all="ignore"):
         return (values + 1j * values).astype(dtype) if dtype.kind == "c" else values.astype(dtype)
 
@@ -287,17 +287,17 @@ def odd_picture(rng: Generator) -> File:
 
 def broken(rng: Generator, data: bytes) -> bytes:
     """The bytes cut, flipped, overwritten, doubled, or led by what they are not."""
-    found, size = bytearray(data or b"\0"), max(1, len(data))
+    result, size = bytearray(data or b"\0"), max(1, len(data))
     at = int(rng.integers(size))
     match int(rng.integers(9)):
         case 0:
-            del found[at:]
+            del result[at:]
         case 1:
             for place in rng.integers(0, size, int(rng.choice([1, 4, 40]))):
-                found[place] ^= 1 << int(rng.integers(8))
+                result[place] ^= 1 << int(rng.integers(8))
         case 2:  # where most formats say what they hold
             for place in rng.integers(0, min(size, 200), int(rng.choice([1, 3, 10]))):
-                found[place] = int(rng.integers(256))
+                result[place] = int(rng.integers(256))
         case 3:
             heads = [
                 b"\xff\xd8\xff",
@@ -325,18 +325,18 @@ def broken(rng: Generator, data: bytes) -> bytes:
                 b"\0\0\0\0",
             ]
             head = heads[rng.integers(len(heads))]
-            found[: len(head)] = head
+            result[: len(head)] = head
         case 4:
-            found[at : at + 64] = bytes(64)
+            result[at : at + 64] = bytes(64)
         case 5:
-            found[at:at] = rng.bytes(int(rng.integers(1, 50)))
+            result[at:at] = rng.bytes(int(rng.integers(1, 50)))
         case 6:
-            found += bytes(found)
+            result += bytes(result)
         case 7:
-            del found[at : at + int(rng.integers(1, 60))]
+            del result[at : at + int(rng.integers(1, 60))]
         case _:
-            found = bytearray([b"", b"\0", rng.bytes(3), rng.bytes(700), b"\xff" * 100, bytes(5000)][rng.integers(6)])
-    return bytes(found)
+            result = bytearray([b"", b"\0", rng.bytes(3), rng.bytes(700), b"\xff" * 100, bytes(5000)][rng.integers(6)])
+    return bytes(result)
 
 
 def broken_file(rng: Generator) -> File:
@@ -412,15 +412,15 @@ KEYS = (
 )  # fmt: skip
 
 
-def facts_of(rng: Generator) -> dict[str, object]:
-    """A row of facts, some of them wrong."""
+def metadata_of(rng: Generator) -> dict[str, object]:
+    """A row of metadata, some of them wrong."""
     return {KEYS[rng.integers(len(KEYS))]: odd_value(rng) for _ in range(int(rng.integers(0, 6)))}
 
 
-def facts_bytes(rng: Generator) -> bytes:
+def metadata_bytes(rng: Generator) -> bytes:
     """JSON about one image, or what is none."""
     nested = ['{"captions":' + "[" * 950 + "]" * 950 + "}", "[" * 100_000, '{"a":' * 5000, "[]", "3", '"x"', "NaN", ""]
-    data = json.dumps(facts_of(rng)).encode()
+    data = json.dumps(metadata_of(rng)).encode()
     if rng.random() < 0.2:
         return nested[rng.integers(len(nested))].encode()
     return broken(rng, data) if rng.random() < 0.3 else data
@@ -428,24 +428,24 @@ def facts_bytes(rng: Generator) -> bytes:
 
 def table(rng: Generator, files: list[str]) -> File:
     """A table of captions, `captions.<suffix>`, about some of these files, and wrong in some way."""
-    rows = [{"file_name": str(rng.choice(files)), **facts_of(rng)} for _ in range(6)]
+    rows = [{"file_name": str(rng.choice(files)), **metadata_of(rng)} for _ in range(6)]
     rows += [{"file_name": str(rng.choice([odd_text(rng), "a/" * 30_000 + "b.jpg", "../x.png", "C:\\a.png", "\0"]))}]
     match int(rng.integers(4)):
         case 0:
-            found = File(".jsonl", "\n".join(json.dumps(row) for row in rows).encode())
+            result = File(".jsonl", "\n".join(json.dumps(row) for row in rows).encode())
         case 1:
-            found = File(
+            result = File(
                 ".json", json.dumps(rows if rng.random() < 0.5 else {"images": rows, "annotations": rows}).encode()
             )
         case 2:
             lines = [["file_name", "caption", "lon"]] + [[str(row["file_name"]), odd_text(rng), "1.5"] for row in rows]
-            found = File(".csv", "\n".join(",".join(line) for line in lines).encode("utf-8", "replace"))
+            result = File(".csv", "\n".join(",".join(line) for line in lines).encode("utf-8", "replace"))
         case _:
-            found = File(
+            result = File(
                 ".txt",
                 "\n".join(f"{row['file_name']}\t{odd_text(rng)[:50]}" for row in rows).encode("utf-8", "replace"),
             )
-    return File(found.suffix, broken(rng, found.data)) if rng.random() < 0.3 else found
+    return File(result.suffix, broken(rng, result.data)) if rng.random() < 0.3 else result
 
 
 # --------------------------------------------------------------------------------------------------------------- masks

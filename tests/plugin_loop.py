@@ -1,6 +1,6 @@
 """`tiny_loop.py` under Accelerate's FSDP and DeepSpeed plugins over gloo, which Accelerate itself runs on GPUs alone.
 
-Accelerate is told that its processes have GPUs, and that the device is the CPU.
+Accelerate is configured as if its processes have GPUs, and that the device is the CPU.
 """
 
 from __future__ import annotations

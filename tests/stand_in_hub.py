@@ -31,7 +31,7 @@ def commit_of(repository: Path) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     folder: Path
-    asked: list[str]
+    requested: list[str]
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
@@ -50,14 +50,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, paths: list[str] | None = None) -> None:
         url = unquote(urlsplit(self.path).path)
-        type(self).asked.append(f"{self.command} {url}")
-        if found := API.fullmatch(url):
-            kind, name, what, _, below = found.groups()
+        type(self).requested.append(f"{self.command} {url}")
+        if result := API.fullmatch(url):
+            kind, name, what, _, below = result.groups()
             repository = self.folder / kind / name
             if repository.is_dir():
                 return self.send_api(repository, name, what, (below or "").strip("/"), paths)
-        elif found := FILE.fullmatch(url):
-            dataset, name, _, file = found.groups()
+        elif result := FILE.fullmatch(url):
+            dataset, name, _, file = result.groups()
             repository = self.folder / ("datasets" if dataset else "models") / name
             if (repository / file).is_file():
                 return self.send_file(repository, repository / file)
@@ -69,9 +69,9 @@ class Handler(BaseHTTPRequestHandler):
         everything = sorted(path for path in repository.rglob("*"))
         if what in (None, "revision"):
             files = [{"rfilename": str(path.relative_to(repository))} for path in everything if path.is_file()]
-            facts = {"id": name, "sha": commit_of(repository), "siblings": files, "tags": [], "private": False,
+            metadata = {"id": name, "sha": commit_of(repository), "siblings": files, "tags": [], "private": False,
                      "gated": False, "disabled": False, "downloads": 0, "likes": 0, "lastModified": DATE}  # fmt: skip
-            return self.send_json(facts)
+            return self.send_json(metadata)
         if what == "paths-info":
             chosen = [repository / path for path in paths or [] if (repository / path).exists()]
         elif not (repository / below).is_dir():
@@ -113,8 +113,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def stand_in_hub(folder: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Serve the repositories in a folder; yields the environment that leads there, and what was asked for."""
-    handler = type("Served", (Handler,), {"folder": folder, "asked": []})
+    """Serve the repositories in a folder; yields the environment that leads there, and what was requested."""
+    handler = type("Served", (Handler,), {"folder": folder, "requested": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -127,7 +127,7 @@ def stand_in_hub(folder: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
         }
-        yield environment, handler.asked
+        yield environment, handler.requested
     finally:
         server.shutdown()
         server.server_close()

@@ -50,14 +50,14 @@ def world(count: int, seed: int = 0, noise: float = 0.3) -> tuple[np.ndarray, li
     return features.astype(np.float32), captions, np.array(SCENES, dtype=object)[scene]
 
 
-def swapped(captions: list[str], scenes: np.ndarray, share: float, seed: int = 0) -> tuple[list[str], np.ndarray]:
-    """Captions of which a share is another scene's, and which these are, bool [N]."""
+def swapped(captions: list[str], scenes: np.ndarray, fraction: float, seed: int = 0) -> tuple[list[str], np.ndarray]:
+    """Captions of which a fraction is another scene's, and which these are, bool [N]."""
     random = np.random.default_rng(seed)
-    found, wrong = list(captions), np.zeros(len(captions), bool)
-    for row in random.permutation(len(captions))[: round(share * len(captions))]:
-        found[row] = captions[random.choice(np.flatnonzero(scenes != scenes[row]))]
+    result, wrong = list(captions), np.zeros(len(captions), bool)
+    for row in random.permutation(len(captions))[: round(fraction * len(captions))]:
+        result[row] = captions[random.choice(np.flatnonzero(scenes != scenes[row]))]
         wrong[row] = True
-    return found, wrong
+    return result, wrong
 
 
 def material(

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from corpus.index import Corpus
-from corpus.places import ELSEWHERE, SAME, UNKNOWN, Places
+from corpus.locations import ELSEWHERE, SAME, UNKNOWN, Locations
 from prune import neighbour_index
 from prune.arrival_stages import Thresholds, answered, arrive, beside, budget_option, nearest_others, union
 from prune.arrivals import Gathered, Likeness, Looks, fill, first_of_scenes, swaps
@@ -47,18 +47,21 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def test_the_index_finds_what_brute_force_finds_and_keeps_it_in_a_file(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    known, asked = (unit(generator.normal(size=(n, 24))).astype(np.float32) for n in (300, 40))
+    known, requested = (unit(generator.normal(size=(n, 24))).astype(np.float32) for n in (300, 40))
     index = new_index(known, len(known))
     index.add(known)
-    found = nearest(index, asked, 5)
+    result = nearest(index, requested, 5)
     half = known.astype(np.float16).astype(np.float32)
-    expected = np.argsort(-(asked @ half.T), axis=1)[:, :5]
-    assert (found == expected).mean() > 0.99  # ties of half precision aside
+    expected = np.argsort(-(requested @ half.T), axis=1)[:, :5]
+    assert (result == expected).mean() > 0.99  # ties of half precision aside
     assert write_index(index, tmp_path / "i.faiss") == (tmp_path / "i.faiss").stat().st_size < 300 * 24 * 2 + 500
-    assert (nearest(read_index(tmp_path / "i.faiss"), asked, 5) == found).all()
-    assert nearest(index, asked[:1], 400).shape == (1, 400) and (nearest(index, asked[:1], 400)[0, 300:] == -1).all()
+    assert (nearest(read_index(tmp_path / "i.faiss"), requested, 5) == result).all()
+    assert (
+        nearest(index, requested[:1], 400).shape == (1, 400)
+        and (nearest(index, requested[:1], 400)[0, 300:] == -1).all()
+    )
     np.testing.assert_allclose(
-        paired_cosines(asked, known[found]), np.take_along_axis(asked @ known.T, found, axis=1), atol=1e-6
+        paired_cosines(requested, known[result]), np.take_along_axis(requested @ known.T, result, axis=1), atol=1e-6
     )
 
 
@@ -69,9 +72,9 @@ def test_a_large_index_is_approximate_and_still_finds_near_duplicates(monkeypatc
     known = unit(centres[generator.integers(40, size=3000)] + generator.normal(size=(3000, 96))).astype(np.float32)
     index = new_index(known, len(known))
     index.add(known)
-    asked = unit(known[:400] + 0.02 * generator.normal(size=(400, 96))).astype(np.float32)
-    found = nearest(index, asked, 8)
-    assert (found == np.arange(400)[:, None]).any(axis=1).mean() > 0.98
+    requested = unit(known[:400] + 0.02 * generator.normal(size=(400, 96))).astype(np.float32)
+    result = nearest(index, requested, 8)
+    assert (result == np.arange(400)[:, None]).any(axis=1).mean() > 0.98
     assert 1 < neighbour_index.PROBES / round(2 * 3000**0.5) * 10 < 10  # a part of the lists is looked at
 
 
@@ -161,8 +164,8 @@ class World:
         for number, rows in enumerate(parts):
             columns = {name: values[rows] for name, values in self.columns.items()}
             corpus = corpus_of(str(number), self.ids[rows], self.images[rows], self.readable[rows], **columns)
-            places = Places.together([Places.of(corpus.manifest, SIDE)])
-            looks.append(Looks(Points(self.embeddings[rows], np.zeros(WIDTH, np.float32)), corpus.images, places))
+            locations = Locations.together([Locations.of(corpus.manifest, SIDE)])
+            looks.append(Looks(Points(self.embeddings[rows], np.zeros(WIDTH, np.float32)), corpus.images, locations))
             tables.append(beside(corpus, self.entropy[rows], looks[-1], self.kept, self.index, self.limits))
         table, together = union(tables, looks)
         return answered(table, together, self.kept, self.index, self.limits.likeness, budget).set_index("id")
@@ -189,16 +192,16 @@ def brute_force(world: World) -> dict[str, tuple[str, str]]:
     known = [
         (str(name), old[row], world.kept.corpus.images[row]) for name, row in world.kept.table.itertuples(index=False)
     ]
-    found, free = {}, []
+    result, free = {}, []
     for at, name in enumerate(world.ids):
         best = (world.index.prototypes.vectors @ new[at]).max()
         need = REDUNDANT if best >= FLOOR else 0.99
         if not world.readable[at]:
-            found[name] = ("unreadable", "")
+            result[name] = ("unreadable", "")
         elif world.entropy[at] < BITS:
-            found[name] = ("low_entropy", "")
+            result[name] = ("low_entropy", "")
         elif (hit := repeated(new[at], world.images[at], need, known)) is not None:
-            found[name] = hit
+            result[name] = hit
         else:
             gain = 1 - max(float(new[at] @ vector) for _, vector, _ in known)
             digest = hashlib.blake2b(world.images[at].tobytes(), digest_size=8).hexdigest()
@@ -206,10 +209,10 @@ def brute_force(world: World) -> dict[str, tuple[str, str]]:
     leaders: list = []
     for _, _, name, at, need in sorted(free):
         hit = repeated(new[at], world.images[at], need, leaders)
-        found[name] = hit or ("free", "")
+        result[name] = hit or ("free", "")
         if hit is None:
             leaders.append((name, new[at], world.images[at]))
-    return found
+    return result
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -237,9 +240,9 @@ def test_parts_in_any_order_give_what_the_whole_gives(seed: int, cuts: list[int]
     random.shuffle(order)
     parts = [np.array(part) for part in np.split(np.array(order), sorted(cuts)) if len(part)]
     again = np.array(order[:5])  # some arrive twice
-    found = world.answer([*parts, again], budget)
+    result = world.answer([*parts, again], budget)
     columns = ["verdict", "added", "duplicate_of", "replaces", "scene", "nearest_kept", "gain", "correlation"]
-    pd.testing.assert_frame_equal(found[columns].sort_index(), whole[columns].sort_index(), rtol=1e-5)
+    pd.testing.assert_frame_equal(result[columns].sort_index(), whole[columns].sort_index(), rtol=1e-5)
 
 
 def test_a_fixed_budget_names_the_most_redundant_kept_images_once() -> None:
@@ -267,7 +270,7 @@ def test_a_number_is_the_most_that_is_added() -> None:
             budget_option(value)
 
 
-def test_another_date_of_a_place_is_no_duplicate_unless_it_is_said_so() -> None:
+def test_another_date_of_a_place_is_no_duplicate_unless_it_is_reported_so() -> None:
     """Two arrivals with all but the same pixels: of one place and date, of another date, of another place."""
     verdicts = {}
     for name, place, date, rule in (
@@ -286,8 +289,8 @@ def test_another_date_of_a_place_is_no_duplicate_unless_it_is_said_so() -> None:
         world.embeddings[60] = np.random.default_rng(9).normal(size=WIDTH) * 2
         world.embeddings[61] = world.embeddings[60] * np.float16(1.01)
         world.images[61] = np.clip(world.images[60] * 0.9, 0, 255)
-        found = world.answer([np.arange(120)])["verdict"][world.ids[[60, 61]]]
-        verdicts[name] = set(found) - {"worth_adding", "not_needed"}
+        result = world.answer([np.arange(120)])["verdict"][world.ids[[60, 61]]]
+        verdicts[name] = set(result) - {"worth_adding", "not_needed"}
     assert verdicts == {
         "same": {"near_duplicate"}, "later": set(), "later counts": {"near_duplicate"},
         "elsewhere": {"redundant"}, "elsewhere counts": {"near_duplicate"},
@@ -311,10 +314,10 @@ def test_places_share_ground_where_their_squares_overlap() -> None:
             "date": ["2020", "2020-03-01", "2020-03-02T10:00:00Z", 2021, "", "no date"], "ground": [*list("aabba"), ""],
         }
     )  # fmt: skip
-    first = Places.of(table, 100)
+    first = Locations.of(table, 100)
     moved = table.assign(Lon=table["Lon"] + np.array([99, 101, 150, 50, 0, 0]) * metres)
     moved.loc[5, "Lon"] = -179.9999
-    second = Places.of(moved.assign(ground=["a", "b", "b", "a", "b", ""]), 100)
+    second = Locations.of(moved.assign(ground=["a", "b", "b", "a", "b", ""]), 100)
     assert first.ground_of(second, one_grid=False).tolist() == [SAME, ELSEWHERE, SAME, UNKNOWN, UNKNOWN, SAME]
     assert first.ground_of(second, one_grid=True).tolist() == [SAME, ELSEWHERE, SAME, ELSEWHERE, ELSEWHERE, SAME]
     dates = first[np.array([0, 0, 1, 1, 1])].on_other_date(first[np.array([1, 3, 2, 1, 4])])
@@ -427,8 +430,8 @@ def test_files_get_their_verdicts_in_parts_as_at_once_and_the_selection_stays(
 def test_what_is_no_selection_or_another_one_is_refused_in_one_line(
     folders: Path, selection: Path, tmp_path: Path
 ) -> None:
-    for place, said in ((None, "selection=null"), (tmp_path, "is no selection: give the directory")):
-        with pytest.raises(UserError, match=said):
+    for place, message in ((None, "selection=null"), (tmp_path, "is no selection: give the directory")):
+        with pytest.raises(UserError, match=message):
             open_selection(place)
     kept = open_selection(selection)
     cfg = config(folders / "new", tmp_path, "encoder=efficientnet_lite2")
@@ -437,8 +440,8 @@ def test_what_is_no_selection_or_another_one_is_refused_in_one_line(
     assert as_selected(cfg, kept, {}).encoder == kept.inputs["encoder"]
     with pytest.raises(UserError, match=r"corpus\.train\.resolution=64: the images of .* have 32 px"):
         as_selected(cfg, kept, {"corpus.train.resolution": "64"})
-    found = as_selected(cfg, kept, {})
-    assert found.corpus.train.resolution == 32 and found.corpus.train.split == "all"
+    result = as_selected(cfg, kept, {})
+    assert result.corpus.train.resolution == 32 and result.corpus.train.split == "all"
     assert as_selected(cfg, kept, {"corpus.train.split": "train"}).corpus.train.split == "train"
     with pytest.raises(UserError, match=r"arrive\.after=.* is no answer"):
         arrived(selection, folders / "new", f"arrive.after={tmp_path}")
@@ -466,13 +469,13 @@ def test_a_random_selection_and_one_with_labels_have_scenes_and_thresholds(folde
             bits = float(pd.read_parquet(made / "selection.parquet").query("kept")["entropy"].quantile(0.05))
         assert summary["thresholds"]["entropy_bits"] == pytest.approx(bits)
         [path] = (runs / "arrival_index").glob("*/index.json")
-        facts = json.loads(path.read_text())
+        metadata = json.loads(path.read_text())
         if method == "random":
-            assert facts["scene_agreement"] is None and facts["similarity"] == [None, None]
+            assert metadata["scene_agreement"] is None and metadata["similarity"] == [None, None]
         else:
-            assert facts["scene_agreement"] == 1 and facts["similarity"][0] <= facts["similarity"][1] == 0.98
-            noted = json.loads((made / "summary.json").read_text())["facts"]["open_floor"]
-            assert facts["floor"] == pytest.approx(noted)
+            assert metadata["scene_agreement"] == 1 and metadata["similarity"][0] <= metadata["similarity"][1] == 0.98
+            noted = json.loads((made / "summary.json").read_text())["diagnostics"]["open_threshold"]
+            assert metadata["threshold"] == pytest.approx(noted)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Stage directories: cached, whole or absent, resumable where asked; fingerprints; JSON written in one piece."""
+"""Stage directories: cached, whole or absent, resumable on request; fingerprints; JSON written in one piece."""
 
 from __future__ import annotations
 
@@ -82,16 +82,16 @@ def test_failed_build_leaves_no_final_directory(tmp_path: Path, resumable: bool)
         (directory / "first.txt").write_text("kept", encoding="utf-8")
         raise RuntimeError("half-way")
 
-    found = []
+    result = []
 
     def build(directory: Path) -> None:
-        found.extend(path.name for path in directory.iterdir())
+        result.extend(path.name for path in directory.iterdir())
 
     with pytest.raises(RuntimeError, match="half-way"):
         stage(tmp_path, "bench", {"seed": 1}, fail, resumable=resumable)
     assert not (tmp_path / "bench" / stage_fingerprint("bench", {"seed": 1})).exists()
     final = stage(tmp_path, "bench", {"seed": 1}, build, resumable=resumable)
-    assert found == (["first.txt"] if resumable else [])
+    assert result == (["first.txt"] if resumable else [])
     assert [path.name for path in final.parent.iterdir()] == [final.name]
 
 
@@ -138,7 +138,7 @@ def test_fingerprint_sees_every_kind_of_input() -> None:
 
 
 def test_write_json_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "facts.json"
+    path = tmp_path / "metadata.json"
     write_json(path, {"round": 0, "filler": "x" * 100_000})
     seen, stop = [], threading.Event()
 
@@ -154,11 +154,11 @@ def test_write_json_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
     reader.join()
     assert seen == sorted(seen)
     assert seen, "the reader read at least once"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["facts.json"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metadata.json"]
 
 
 def test_write_json_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "facts.json"
+    path = tmp_path / "metadata.json"
     write_json(path, {"value": np.int32(1), "where": Path("a")})
     assert json.loads(path.read_text(encoding="utf-8")) == {"value": 1, "where": "a"}
     with pytest.raises(TypeError):

@@ -70,7 +70,7 @@ def test_amounts_are_nested_and_balanced_over_scenes(tmp_path: Path) -> None:
     corpus = uneven_corpus(tmp_path, {"common": 60, "rare": 20, "spoilt": 1})
     rows = training_rows(corpus, 40, seed=0)
     amounts = {percent: rows_of_amount(corpus, rows, percent, seed=1) for percent in (1, 5, 20, 50, 100)}
-    assert [len(found) for found in amounts.values()] == [1, 2, 8, 20, 40]
+    assert [len(result) for result in amounts.values()] == [1, 2, 8, 20, 40]
     assert sorted(amounts[100]) == rows.tolist()
     for few, more in zip(list(amounts.values())[:-1], list(amounts.values())[1:], strict=True):
         assert set(few) < set(more)
@@ -107,10 +107,10 @@ def test_masks_are_dealt_evenly_and_in_different_symmetries(size: int) -> None:
 def test_a_mask_turns_as_its_image_does() -> None:
     masks = np.random.default_rng(0).integers(0, 5, (16, 6, 6), dtype=np.uint8)
     symmetries = np.tile(np.arange(8), 2)[::-1]
-    found = turned(masks, symmetries)
-    for mask, symmetry, result in zip(masks, symmetries, found, strict=True):
+    result = turned(masks, symmetries)
+    for mask, symmetry, one in zip(masks, symmetries, result, strict=True):
         image = symmetric(torch.from_numpy(mask)[None, None].expand(1, 3, -1, -1), int(symmetry))
-        assert (image[0, 1].numpy() == result).all()
+        assert (image[0, 1].numpy() == one).all()
     assert len({turned(masks[:1], np.array([symmetry])).tobytes() for symmetry in range(8)}) == 8
 
 
@@ -121,10 +121,10 @@ def levels(first: int, count: int, weights: list[float]) -> LabelledImages:
     return LabelledImages(images, images[..., 0], np.array(weights))
 
 
-@pytest.mark.parametrize(("share", "generated"), [(0.5, 16), (0.25, 8), (0.9, 29)])
-def test_mixed_batches_keep_their_share(share: float, generated: int) -> None:
+@pytest.mark.parametrize(("fraction", "generated"), [(0.5, 16), (0.25, 8), (0.9, 29)])
+def test_mixed_batches_keep_their_fraction(fraction: float, generated: int) -> None:
     real, drawn = levels(0, 3, [1, 0, 1]), levels(100, 4, [0, 1, 1, 0])
-    sources = sources_of(real, drawn, 32, share)
+    sources = sources_of(real, drawn, 32, fraction)
     batches = labelled_batches(sources, np.random.default_rng(0))
     seen: set[int] = set()
     for _ in range(10):
@@ -150,13 +150,13 @@ def test_a_batch_is_what_it_was_before_there_were_several_sources() -> None:
     images = pictures(12)
     masks = (images.mean(3) > 128).astype(np.uint8)
     weights = np.random.default_rng(1).random(12)
-    found = labelled_batches([(LabelledImages(images, masks, weights), 5)], np.random.default_rng(7))
+    result = labelled_batches([(LabelledImages(images, masks, weights), 5)], np.random.default_rng(7))
     generator = np.random.default_rng(7)
     for _ in range(4):
         chances = np.cumsum(weights)
         rows = np.searchsorted(chances, generator.random(5) * chances[-1], side="right")
         symmetry = int(generator.integers(8))
-        batch = next(found)
+        batch = next(result)
         assert torch.equal(batch[0], symmetric(to_tensor(images[rows]), symmetry))
         assert torch.equal(batch[1], symmetric(torch.from_numpy(masks[rows])[:, None].long(), symmetry)[:, 0])
 
@@ -174,10 +174,10 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
 
 
 def changed(cfg: DictConfig, **options: object) -> DictConfig:
-    found = cfg.copy()
+    result = cfg.copy()
     for key, value in options.items():
-        OmegaConf.update(found, key.replace("__", "."), value)
-    return found
+        OmegaConf.update(result, key.replace("__", "."), value)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ def changed(cfg: DictConfig, **options: object) -> DictConfig:
         ({"augmentation__amounts": []}, "give percents above 0"),
         ({"augmentation__amounts": [101]}, "give percents above 0"),
         ({"augmentation__seeds": []}, "at least one seed"),
-        ({"augmentation__generated_share": 1.0}, "a share between 0 and 1"),
+        ({"augmentation__generated_fraction": 1.0}, "a fraction between 0 and 1"),
         ({"augmentation__ratio": 1.5}, "ratio=1.5 is outside"),
         ({"augmentation__pool": 2, "augmentation__ratio": 0.9}, "keeps none of 2 images"),
         ({"augmentation__run": "nowhere"}, "augmentation.run=nowhere is no run of semantic synthesis"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(cfg: DictConfig, options: dict, message: str) -> None:
+def test_what_cannot_be_done_is_reported_in_one_line(cfg: DictConfig, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         Study.of(changed(cfg, **options), cfg)
     assert "\n" not in str(raised.value)
@@ -266,8 +266,8 @@ def test_images_are_drawn_anew_for_another_seed_and_the_same_for_the_same(study:
 
 def test_random_and_pruned_choices_have_the_same_number(study: Study) -> None:
     pool = drawn_pool(study, 100, 3)
-    found = {choice: chosen(study, pool, choice, 3) for choice in (RANDOM, PRUNED)}
-    for kept in found.values():
+    result = {choice: chosen(study, pool, choice, 3) for choice in (RANDOM, PRUNED)}
+    for kept in result.values():
         assert len(kept) == len(set(kept)) == 4 and kept.min() >= 0 and kept.max() < 8
         assert (np.diff(kept) > 0).all()
     # a method sees the entropies of the drawn images
@@ -364,8 +364,8 @@ def test_the_whole_grid_leaves_rows_and_a_table(
         ("0", "random"), ("0", "rsprune"), ("4", "real"), ("4", "random"), ("4", "rsprune"),
         ("16", "real"), ("16", "random"), ("16", "rsprune"),
     ]  # fmt: skip
-    found = pd.DataFrame([{**row, **row["metrics"]} for row in rows])
-    of_real = found[(found["real images"] == "16") & found["prune"].isna()]["miou"]
+    result = pd.DataFrame([{**row, **row["metrics"]} for row in rows])
+    of_real = result[(result["real images"] == "16") & result["prune"].isna()]["miou"]
     assert table["miou"][5] == pytest.approx(of_real.mean())
     assert table["miou_spread"][5] == pytest.approx(of_real.std()) and set(table["seeds"]) == {2}
     text = (tmp_path / "augmentation.md").read_text()

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def phase(trains: str, steps: int, perceptual: float = 0.0, adversarial: float = 0.0) -> str:
     loop = f"{{steps:{steps},batch_size:8,learning_rate:3.0e-3,warmup:1,ema_halflife:80}}"
-    weights = f"perceptual_weight:{perceptual},perceptual_share:0.5,adversarial_weight:{adversarial}"
+    weights = f"perceptual_weight:{perceptual},perceptual_fraction:0.5,adversarial_weight:{adversarial}"
     return f"{{trains:{trains},{weights},loop:{loop}}}"
 
 

@@ -16,9 +16,9 @@ with initialize_config_dir(str(CONFIGS), version_base="1.3"):
     ("seconds", "probe_seconds", "steps"), [(300, 20.0, 1500), (300, 20.9, 1400), (300, 3.01, 9900), (1, 50, 2)]
 )
 def test_steps_fit_into_the_seconds_and_are_round(seconds: float, probe_seconds: float, steps: int) -> None:
-    found = steps_within(seconds, 100, probe_seconds)
-    assert found == steps
-    assert found * probe_seconds / 100 <= seconds
+    result = steps_within(seconds, 100, probe_seconds)
+    assert result == steps
+    assert result * probe_seconds / 100 <= seconds
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=" ".join)

@@ -32,7 +32,7 @@ def rows_of(
 
 
 @pytest.fixture
-def found() -> dict[str, Any]:
+def result() -> dict[str, Any]:
     """As bench_scale.json, of stages that grow as they are said to."""
     rows = [
         row
@@ -43,7 +43,7 @@ def found() -> dict[str, Any]:
     cluster = {
         "name": "two nodes", "nodes": 2, "gpus": 4, "vcpus": 48, "memory_gib": 192, "network_gbit": 40, "source": "a "
         "page",
-        "images_per_second": 5000, "network_share": 0.5, "cores_share": 0.5,
+        "images_per_second": 5000, "network_fraction": 0.5, "cores_fraction": 0.5,
     }  # fmt: skip
     settings = {"resolution": 64, "input_size": 32, "dimensions": 256}
     return {
@@ -65,10 +65,10 @@ def test_the_model_is_found_again() -> None:
     assert fit(rows[:2], 10**9).sizes == (10_000, 30_000), "all, where too few are large"
 
 
-def test_the_arithmetic_of_the_extrapolation(found: dict[str, Any]) -> None:
-    fitted = {part: models(found["rows"], part, found["fit_from"]) for part in (TILES, SYNTHETIC)}
+def test_the_arithmetic_of_the_extrapolation(result: dict[str, Any]) -> None:
+    fitted = {part: models(result["rows"], part, result["fit_from"]) for part in (TILES, SYNTHETIC)}
     on_node = {**fitted[SYNTHETIC], "manifest": fitted[TILES]["manifest"]}
-    steps = {step.stage: step.hours for step in arithmetic(10**8, found, on_node)}
+    steps = {step.stage: step.hours for step in arithmetic(10**8, result, on_node)}
     assert list(steps) == ["read the shards", *STAGES]
     assert steps["manifest"] == pytest.approx(1e-5 * 1e8 / 3600)
     assert steps["read the shards"] == pytest.approx(1e8 * 2500 / (2 * 40e9 / 8 * 0.5) / 3600)
@@ -76,14 +76,14 @@ def test_the_arithmetic_of_the_extrapolation(found: dict[str, Any]) -> None:
     assert steps["embedding"] == pytest.approx(1e8 / (8 * 5000) / 3600)
     assert steps["selection"] == pytest.approx(4e-5 * 1e8**1.05 / (24 / 2) / 3600)
     assert steps["table"] == pytest.approx(6e-5 * 1e8**1.05 / 3600), "one process writes it"
-    said = memory(10**9, found, on_node)
-    assert "= 512 GB on its disk, which does not fit" in said and "within the 206 GB" in said
+    message = memory(10**9, result, on_node)
+    assert "= 512 GB on its disk, which does not fit" in message and "within the 206 GB" in message
     for name in ON_ONE_NODE:
-        assert f"{name} 0.50 + 1.00e-07 N = 100 GB" in said or f"{name} 0.50 + 1.00e-07 N = 101 GB" in said
+        assert f"{name} 0.50 + 1.00e-07 N = 100 GB" in message or f"{name} 0.50 + 1.00e-07 N = 101 GB" in message
 
 
-def test_the_document_says_what_is_measured_and_what_is_assumed(found: dict[str, Any]) -> None:
-    text = scale_document(found)
+def test_the_document_says_what_is_measured_and_what_is_assumed(result: dict[str, Any]) -> None:
+    text = scale_document(result)
     for words in (
         "Assumed, not measured",
         "10^8 images",
@@ -95,9 +95,9 @@ def test_the_document_says_what_is_measured_and_what_is_assumed(found: dict[str,
         assert words in text, words
     for stage in STAGES:
         assert f"| {stage} " in text
-    early = scale_document({**found, "rows": [row for row in found["rows"] if row["stage"] == "manifest"]})
+    early = scale_document({**result, "rows": [row for row in result["rows"] if row["stage"] == "manifest"]})
     assert "## Extrapolation" not in early and "Not measured yet." not in early
-    assert len(scale_figure(found["rows"], tuple(STAGES)).axes) == 2
+    assert len(scale_figure(result["rows"], tuple(STAGES)).axes) == 2
 
 
 def test_repeated_tiles_differ_and_are_the_same_for_one_seed() -> None:

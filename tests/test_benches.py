@@ -26,10 +26,10 @@ def left_by(script: str, folder: Path, *overrides: str) -> dict[str, Any]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().splitlines()[-1] == f"results: {folder}/results"
-    found = read_json(folder / "results" / f"{script}.json")
-    for name in found["images_per_second"]:
+    result = read_json(folder / "results" / f"{script}.json")
+    for name in result["images_per_second"]:
         assert name[:60] in done.stdout
-    return found
+    return result
 
 
 def positive(values: dict[str, float]) -> bool:
@@ -37,27 +37,27 @@ def positive(values: dict[str, float]) -> bool:
 
 
 def test_bench_of_training_compares_three_loops(tmp_path: Path) -> None:
-    found = left_by("bench_training", tmp_path, "bench.training_images=8")
-    rates, ratios = found["images_per_second"], found["ratios"]
+    result = left_by("bench_training", tmp_path, "bench.training_images=8")
+    rates, ratios = result["images_per_second"], result["ratios"]
     assert len(rates) == 4 and {"our loop, latents and text cached", "encoding latents and text, once"} <= set(rates)
     assert list(ratios) == ["our loop to the usual one", "our loop to the limit"]
     assert positive(rates) and positive(ratios)
-    assert positive({key: found[key] for key in ("model_flops_utilisation", "gflop_per_image", "peak_gflops")})
-    assert found["model_flops_utilisation"] < 1
-    assert "latents 4 x 2 x 2, batch 4, 8 images of 16 px" in found["network"] and found["machine"]
+    assert positive({key: result[key] for key in ("model_flops_utilisation", "gflop_per_image", "peak_gflops")})
+    assert result["model_flops_utilisation"] < 1
+    assert "latents 4 x 2 x 2, batch 4, 8 images of 16 px" in result["network"] and result["machine"]
 
 
 def test_bench_of_the_stages_names_their_limits(tmp_path: Path) -> None:
-    found = left_by("bench", tmp_path, "bench.files=16")
-    assert found["files"] == "16 JPEGs of 400 x 400 px" and found["machine"]
-    rates, shares = found["images_per_second"], found["shares"]
+    result = left_by("bench", tmp_path, "bench.files=16")
+    assert result["files"] == "16 JPEGs of 400 x 400 px" and result["machine"]
+    rates, fractions = result["images_per_second"], result["fractions"]
     assert {
         "JPEG decoding alone, ours (limit)", "entropy step at 16 px, from files",
         "bare network on ready tensors (limit)", "files to index, entropy and embeddings",
         "autoencoder, encode", "autoencoder, decode", "diffusion, bare training step",
     } <= set(rates)  # fmt: skip
-    assert {"entropy step at 16 px, of pure decoding", "entropy and embedding, of the bare network"} <= set(shares)
-    assert positive(rates) and positive(shares)
+    assert {"entropy step at 16 px, of pure decoding", "entropy and embedding, of the bare network"} <= set(fractions)
+    assert positive(rates) and positive(fractions)
 
 
 def test_bench_of_pairs_names_its_limits(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_bench_of_pairs_names_its_limits(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().splitlines()[-1] == f"results: {tmp_path}/results"
-    found = read_json(tmp_path / "results" / "bench_pairs.json")
-    assert list(found["pairs"]) == ["400", "2000"] and found["machine"]
-    assert all(positive(figures) and "products alone (limit)" in figures for figures in found["pairs"].values())
-    assert positive(found["network"]) and found["network"]["CLIP scorer, of the bare network"] < 1.5
+    result = read_json(tmp_path / "results" / "bench_pairs.json")
+    assert list(result["pairs"]) == ["400", "2000"] and result["machine"]
+    assert all(positive(figures) and "products alone (limit)" in figures for figures in result["pairs"].values())
+    assert positive(result["network"]) and result["network"]["CLIP scorer, of the bare network"] < 1.5

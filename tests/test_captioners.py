@@ -31,7 +31,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from captioning.captioners.captioner import Facts, Undescribed, scene_words
+from captioning.captioners.captioner import ImageMetadata, Undescribed, scene_words
 from captioning.captioners.cover import COLOURS, land_cover
 from captioning.captioners.image_text_to_text import (
     NO_TEXT,
@@ -43,13 +43,13 @@ from captioning.captioners.image_text_to_text import (
 )
 from captioning.captioners.layout import layout, place
 from captioning.captioners.offline import PLANS, OfflineCaptioner
-from captioning.captioners.wording import COLOUR_WORDS, PLACES, article, noun, number, scene_phrase, share_of
+from captioning.captioners.wording import COLOUR_WORDS, POSITIONS, article, fraction_of, noun, number, scene_phrase
 from runtime.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "captioner"
 BLUE, GREEN, TAN, WHITE, GREY = (30, 70, 190), (90, 150, 70), (190, 150, 100), (250, 250, 250), (120, 120, 120)
 PLAN = {name: position for position, name in enumerate(PLANS)}
-NOTHING = Facts()
+NOTHING = ImageMetadata()
 
 
 def picture(colour: tuple[int, int, int], size: int = 128, noise: float = 0.0) -> np.ndarray:
@@ -68,14 +68,14 @@ def blocks(seed: int, cells: int = 4, size: int = 128) -> np.ndarray:
     return (image + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
 
 
-def described(image: np.ndarray, plan: str, facts: Facts = NOTHING, seed: int = 0) -> str:
-    [text] = OfflineCaptioner()(image[None], [facts], PLAN[plan], [seed])
+def described(image: np.ndarray, plan: str, metadata: ImageMetadata = NOTHING, seed: int = 0) -> str:
+    [text] = OfflineCaptioner()(image[None], [metadata], PLAN[plan], [seed])
     assert isinstance(text, str), text
     return text
 
 
-def every_wording(image: np.ndarray, plan: str, facts: Facts = NOTHING, seeds: int = 12) -> set[str]:
-    return {described(image, plan, facts, seed).lower() for seed in range(seeds)}
+def every_wording(image: np.ndarray, plan: str, metadata: ImageMetadata = NOTHING, seeds: int = 12) -> set[str]:
+    return {described(image, plan, metadata, seed).lower() for seed in range(seeds)}
 
 
 def well_formed(text: str) -> None:
@@ -97,7 +97,7 @@ def halves() -> np.ndarray:
     return image
 
 
-def test_two_halves_are_named_with_their_sides_and_shares() -> None:
+def test_two_halves_are_named_with_their_sides_and_fractions() -> None:
     for text in every_wording(halves(), "layout"):
         assert re.search(r"blue water (covers|fills|takes up) about half of the image (on|in) the left", text), text
         assert re.search(r"green surface.* (on|in) the right", text), text
@@ -122,7 +122,7 @@ def test_a_mirrored_picture_is_described_by_mirrored_words(seed: int, axis: int)
     pattern = "|".join([SYMMETRIC, *sorted(words, key=len, reverse=True)])
     for plan in PLANS:
         swapped = re.sub(
-            rf"\b(?:{pattern})\b", lambda found: words.get(found[0], found[0]), described(image, plan, seed=seed)
+            rf"\b(?:{pattern})\b", lambda result: words.get(result[0], result[0]), described(image, plan, seed=seed)
         )
         assert described(np.ascontiguousarray(np.flip(image, axis)), plan, seed=seed) == swapped
 
@@ -196,7 +196,7 @@ def test_a_strip_runs_from_end_to_end(ends: tuple[int, int, int, int], words: st
     assert words in described(image, "objects")
 
 
-def test_textures_are_told_apart() -> None:
+def test_textures_are_reported_apart() -> None:
     for noise, words in ((0, "smooth"), (20, "fine"), (60, "detail|edges")):
         image = blocks(3) if noise == 0 else picture(GREEN, noise=noise)
         image = picture(TAN, noise=1.5) if noise == 0 else image
@@ -213,7 +213,7 @@ def test_places_hold_what_they_promise(seed: int) -> None:
     where = np.zeros((64, 64), bool)
     where[top:bottom, left:right] = True
     named = place(where)
-    assert named in PLACES
+    assert named in POSITIONS
     across, down = (left + right) / 128, (top + bottom) / 128
     for word, centre, sign in (("left", across, -1), ("right", across, 1), ("upper", down, -1), ("lower", down, 1)):
         if word in named:
@@ -223,15 +223,15 @@ def test_places_hold_what_they_promise(seed: int) -> None:
         assert abs(down - 0.5) <= 0.101 or named == "column"
 
 
-def test_shares_in_words_grow_with_the_share() -> None:
+def test_fractions_in_words_grow_with_the_fraction() -> None:
     fractions = {
         "small": 0.0, "quarter": 1 / 4, "third": 1 / 3, "about half": 1 / 2, "more than half": 0.6, "most": 0.75,
         "nearly all": 1.0,
     }  # fmt: skip
-    order = [next(key for key in fractions if key in share_of(share)) for share in np.linspace(0, 1, 201)]
+    order = [next(key for key in fractions if key in fraction_of(fraction)) for fraction in np.linspace(0, 1, 201)]
     assert [fractions[key] for key in order] == sorted(fractions[key] for key in order) and set(order) == set(fractions)
     for key, fraction in list(fractions.items())[1:]:
-        assert key in share_of(fraction)
+        assert key in fraction_of(fraction)
 
 
 def test_every_kind_of_ground_is_recognised() -> None:
@@ -242,10 +242,10 @@ def test_every_kind_of_ground_is_recognised() -> None:
     image = np.concatenate([picture(colour, 24) for colour in colours.values()], 1)[:, : 5 * 24]
     rest = np.concatenate([picture(colour, 24) for colour in colours.values()], 1)[:, 4 * 24 :]
     kinds = land_cover(np.concatenate([image, rest])).kinds
-    found = [COLOURS[kinds[12, 12 + 24 * at]] for at in range(5)] + [
+    result = [COLOURS[kinds[12, 12 + 24 * at]] for at in range(5)] + [
         COLOURS[kinds[36, 36 + 24 * at]] for at in range(4)
     ]
-    assert found == list(colours)
+    assert result == list(colours)
 
 
 def test_an_image_without_colour_is_described_by_shades() -> None:
@@ -263,8 +263,8 @@ def test_a_mask_s_classes_go_before_the_colours() -> None:
     mask[:, 150:] = 1
     mask[100:200, :60] = 2
     mask[:20] = 255
-    facts = Facts(mask=mask, classes=("water", "building", "TallGrass", "never seen"))
-    for text in every_wording(picture(GREY, noise=20), "layout", facts):
+    metadata = ImageMetadata(mask=mask, classes=("water", "building", "TallGrass", "never seen"))
+    for text in every_wording(picture(GREY, noise=20), "layout", metadata):
         assert re.search(r"building areas (cover|fill|take up) about half of the image (on|in) the right", text), text
         assert re.search(r"water.*left", text) and "tall grass" in text, text
         assert not re.search(r"grey|never|building areas covers", text), text
@@ -272,8 +272,8 @@ def test_a_mask_s_classes_go_before_the_colours() -> None:
 
 def test_a_mask_whose_classes_say_nothing_is_left_aside() -> None:
     for classes in ((), ("background", "class 1")):
-        facts = Facts(mask=np.eye(40, dtype=np.uint8), classes=classes)
-        assert described(halves(), "layout", facts) == described(halves(), "layout")
+        metadata = ImageMetadata(mask=np.eye(40, dtype=np.uint8), classes=classes)
+        assert described(halves(), "layout", metadata) == described(halves(), "layout")
 
 
 @pytest.mark.parametrize(
@@ -293,27 +293,27 @@ def test_a_scene_takes_its_article(scene: str, phrase: str) -> None:
 @pytest.mark.parametrize("scene", ["", "   ", "class 12", "???", "12", "\0\n\t", "-'-", "\ud83d"[:0]])
 def test_what_is_no_word_is_no_scene(scene: str) -> None:
     assert scene_words(scene) == ""
-    assert described(halves(), "short", Facts(scene)) == described(halves(), "short")
+    assert described(halves(), "short", ImageMetadata(scene)) == described(halves(), "short")
 
 
 @given(st.text(max_size=80) | st.text(alphabet="ab -'.,;:\n", min_size=1, max_size=20).map(lambda text: text * 500))
 @settings(max_examples=80, deadline=None)
 def test_any_scene_leaves_a_sane_text(scene: str) -> None:
     for plan in PLANS:
-        text = described(halves(), plan, Facts(scene))
+        text = described(halves(), plan, ImageMetadata(scene))
         assert text == " ".join(text.split()) and text.endswith(".") and "\n" not in text
         assert len(text) < 700 and text.encode()
     assert len(scene_words(scene)) <= 60 and len(scene_words(scene).split()) <= 8
 
 
 def test_half_a_character_in_a_scene_does_not_fail() -> None:
-    assert described(halves(), "short", Facts("river \ud83d")).encode()
-    assert described(halves(), "short", Facts("x" * 10_000)).encode()
+    assert described(halves(), "short", ImageMetadata("river \ud83d")).encode()
+    assert described(halves(), "short", ImageMetadata("x" * 10_000)).encode()
 
 
-def test_the_scene_is_said_by_every_plan() -> None:
+def test_the_scene_is_reported_by_every_plan() -> None:
     for plan in PLANS:
-        assert all("storage tanks" in text for text in every_wording(blocks(1), plan, Facts("StorageTanks")))
+        assert all("storage tanks" in text for text in every_wording(blocks(1), plan, ImageMetadata("StorageTanks")))
 
 
 # -------------------------------------------------------------------------------------- the offline one: for any image
@@ -332,7 +332,7 @@ def test_any_image_has_a_well_formed_text_or_a_reason(
     image = 128 + 60 * smooth / (smooth.std() + 1e-9) + rng.normal(0, noise, (*shape, 3))
     image = image.clip(0, 255).astype(np.uint8)
     for attempt in range(4):
-        [text] = OfflineCaptioner()(image[None], [Facts(scene)], attempt, [seed])
+        [text] = OfflineCaptioner()(image[None], [ImageMetadata(scene)], attempt, [seed])
         if isinstance(text, str):
             well_formed(text)
         else:
@@ -343,7 +343,7 @@ def test_any_image_has_a_well_formed_text_or_a_reason(
 @settings(max_examples=60, deadline=None)
 def test_raw_pixels_have_a_well_formed_text(image: np.ndarray) -> None:
     for attempt in range(4):
-        [text] = OfflineCaptioner()(image[None], [Facts("port")], attempt, [3])
+        [text] = OfflineCaptioner()(image[None], [ImageMetadata("port")], attempt, [3])
         if isinstance(text, str):
             well_formed(text)
         else:
@@ -354,7 +354,7 @@ def test_raw_pixels_have_a_well_formed_text(image: np.ndarray) -> None:
 def test_plans_are_well_formed_and_grow(seed: int) -> None:
     image = blocks(seed, cells=2 ** (seed % 5))
     for scene in ("", "storage tanks", "dense residential"):
-        texts = {plan: described(image, plan, Facts(scene), seed) for plan in PLANS}
+        texts = {plan: described(image, plan, ImageMetadata(scene), seed) for plan in PLANS}
         for text in texts.values():
             well_formed(text)
         words = {plan: len(text.split()) for plan, text in texts.items()}
@@ -376,11 +376,11 @@ def test_one_seed_one_text_and_other_seeds_others() -> None:
 def test_a_text_does_not_depend_on_its_batch() -> None:
     captioner = OfflineCaptioner()
     images = np.stack([blocks(seed) for seed in range(6)])
-    facts = [Facts(scene) for scene in ("", "river", "port", "", "airport", "forest")]
-    together = captioner(images, facts, 2, range(6))
-    alone = [captioner(images[at : at + 1], facts[at : at + 1], 2, [at])[0] for at in range(6)]
+    metadata = [ImageMetadata(scene) for scene in ("", "river", "port", "", "airport", "forest")]
+    together = captioner(images, metadata, 2, range(6))
+    alone = [captioner(images[at : at + 1], metadata[at : at + 1], 2, [at])[0] for at in range(6)]
     images.flags.writeable = False
-    assert together == alone == captioner(images, facts, 2, range(6))
+    assert together == alone == captioner(images, metadata, 2, range(6))
     assert captioner(images[:0], [], 0, []) == []
 
 
@@ -391,11 +391,11 @@ def test_what_shows_nothing_is_undescribed() -> None:
     specks[0, ::8, ::5] = 255  # 2.5 % of the pixels, of which none is the most frequent of its neighbourhood
     for scene in ("", "airport"):
         for attempt in range(4):
-            assert captioner(black, [Facts(scene)], attempt, [0]) == [Undescribed("no data")]
-            assert captioner(specks, [Facts(scene)], attempt, [0]) == [Undescribed("no data")]
+            assert captioner(black, [ImageMetadata(scene)], attempt, [0]) == [Undescribed("no data")]
+            assert captioner(specks, [ImageMetadata(scene)], attempt, [0]) == [Undescribed("no data")]
     assert captioner(flat, [NOTHING], 0, [0]) == [Undescribed("one flat colour")]
-    assert "blue water across the whole image." in captioner(flat, [Facts("sea")], 0, [0])[0]
-    mask = Facts(mask=np.zeros((8, 8), np.uint8), classes=("water",))
+    assert "blue water across the whole image." in captioner(flat, [ImageMetadata("sea")], 0, [0])[0]
+    mask = ImageMetadata(mask=np.zeros((8, 8), np.uint8), classes=("water",))
     assert "water" in captioner(flat, [mask], 0, [0])[0].lower()
 
 
@@ -516,22 +516,22 @@ def test_greedy_blip_says_what_the_library_s_own_steps_say(blip: str) -> None:
 
 
 def test_a_chat_network_is_asked_with_the_image_and_the_prompt(qwen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, decode = [], Qwen2Tokenizer.decode
+    requested, decode = [], Qwen2Tokenizer.decode
     generate = Qwen2_5_VLForConditionalGeneration.generate
 
     def watched(self, **inputs):
-        asked.append(inputs)
+        requested.append(inputs)
         return generate(self, **inputs)
 
     monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "generate", watched)
     captioner = ImageTextToText("qwen", qwen, prompts=["What lies where? It is {scene}."], max_new_tokens=5, side=40)
-    facts = [NOTHING, Facts("river"), NOTHING, Facts("river")]
-    texts = captioner(noisy(), facts, 0, range(4))
+    metadata = [NOTHING, ImageMetadata("river"), NOTHING, ImageMetadata("river")]
+    texts = captioner(noisy(), metadata, 0, range(4))
     tokenizer = Qwen2Tokenizer.from_pretrained(qwen)
-    [first, second] = [decode(tokenizer, given["input_ids"][0]) for given in asked]
+    [first, second] = [decode(tokenizer, given["input_ids"][0]) for given in requested]
     assert "|>What lies where?<|im_end|>" in first and "|>What lies where? It is river.<|im_end|>" in second
     assert first.count("<|image_pad|>") == (40 // 8) ** 2 and first.endswith("<|im_start|>assistant\n")
-    assert [len(given["input_ids"]) for given in asked] == [2, 2]
+    assert [len(given["input_ids"]) for given in requested] == [2, 2]
     assert all(isinstance(text, (str, Undescribed)) for text in texts)
     assert not any(isinstance(text, str) and re.search("lies|user|assistant", text) for text in texts)
 
@@ -542,15 +542,15 @@ def test_an_image_s_seed_alone_decides_its_sample(which: str, request: pytest.Fi
         which, request.getfixturevalue(which), prompts=["a", "the left of {scene}"], temperatures=[0, 1], top_p=1.0,
         max_new_tokens=12,
     )  # fmt: skip
-    images, facts = noisy(), [NOTHING, Facts("river"), NOTHING, Facts("river")]
+    images, metadata = noisy(), [NOTHING, ImageMetadata("river"), NOTHING, ImageMetadata("river")]
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    together = captioner(images, facts, 1, [4, 5, 6, 7])
+    together = captioner(images, metadata, 1, [4, 5, 6, 7])
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(2)
     order = [2, 0, 3, 1]
-    turned = captioner(images[order], [facts[at] for at in order], 1, [[4, 5, 6, 7][at] for at in order])
-    alone = [captioner(images[at : at + 1], [facts[at]], 1, [4 + at])[0] for at in range(4)]
+    turned = captioner(images[order], [metadata[at] for at in order], 1, [[4, 5, 6, 7][at] for at in order])
+    alone = [captioner(images[at : at + 1], [metadata[at]], 1, [4 + at])[0] for at in range(4)]
     assert together == alone and turned == [together[at] for at in order]
     same = np.repeat(images[:1], 12, 0)
     assert len({str(text) for text in captioner(same, [NOTHING] * 12, 1, range(12))}) > 6
@@ -558,12 +558,12 @@ def test_an_image_s_seed_alone_decides_its_sample(which: str, request: pytest.Fi
 
 
 def test_noise_draws_by_the_probabilities() -> None:
-    """The share of seeds whose argmax is a token is that token's probability, within four standard deviations."""
+    """The fraction of seeds whose argmax is a token is that token's probability, within four standard deviations."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]).repeat(4000, 1)
     drawn = SeededNoise(range(4000))(torch.empty(0), logits).argmax(1)
-    share = torch.bincount(drawn, minlength=5) / 4000
+    fraction = torch.bincount(drawn, minlength=5) / 4000
     expected = logits[0].softmax(0)
-    assert (share - expected).abs().le(4 * (expected * (1 - expected) / 4000).sqrt()).all()
+    assert (fraction - expected).abs().le(4 * (expected * (1 - expected) / 4000).sqrt()).all()
 
 
 def test_the_last_attempts_repeat_those_that_sample(blip: str) -> None:
@@ -632,9 +632,9 @@ def test_a_sentence_that_was_cut_off_is_left_out() -> None:
 
 
 def test_prompts_name_the_scene_or_do_not_ask_about_it() -> None:
-    asked = "This is {scene}. What lies where? Is it {scene}?"
-    assert prompt(asked, "BaseballField") == "This is baseball field. What lies where? Is it baseball field?"
-    assert prompt(asked, "") == prompt(asked, "class 3") == "What lies where?"
+    requested = "This is {scene}. What lies where? Is it {scene}?"
+    assert prompt(requested, "BaseballField") == "This is baseball field. What lies where? Is it baseball field?"
+    assert prompt(requested, "") == prompt(requested, "class 3") == "What lies where?"
     assert prompt("a picture of {scene} with", "") == ""
     assert prompt("{not} {0} {scene}", "a {scene}") == "{not} {0} a scene"
 

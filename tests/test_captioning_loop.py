@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from synthetic_pairs import SMALL, material, swapped, world
 
 from captioning import describing
-from captioning.captioners.captioner import Facts, Undescribed
+from captioning.captioners.captioner import ImageMetadata, Undescribed
 from captioning.loop import (
     CAPTIONS,
     REFUSED,
@@ -38,7 +38,7 @@ UNKNOWN = [f"word{3 * row}" for row in range(60)]
 
 
 @pytest.fixture(autouse=True)
-def nothing_told() -> None:
+def notices_again() -> None:
     notice.cache_clear()
 
 
@@ -59,33 +59,33 @@ class Scripted:
     dies_at: int = field(default=-1, metadata={"fingerprint": False})
 
     def __call__(
-        self, images: np.ndarray, facts: Sequence[Facts], attempt: int, seeds: Sequence[int]
+        self, images: np.ndarray, metadata: Sequence[ImageMetadata], attempt: int, seeds: Sequence[int]
     ) -> list[str | Undescribed]:
         if len(self.shown) == self.dies_at:
             raise KeyboardInterrupt
-        assert len(images) == len(facts) == len(seeds) <= self.batch_size
+        assert len(images) == len(metadata) == len(seeds) <= self.batch_size
         self.shown.append([(attempt, image.tobytes()) for image in images])
-        found = [self.known[image.tobytes()] for image in images]
-        return [texts[min(attempt, len(texts) - 1)] for texts in found]
+        result = [self.known[image.tobytes()] for image in images]
+        return [texts[min(attempt, len(texts) - 1)] for texts in result]
 
 
-def scripted(found: Material, texts: Sequence, **options: object) -> Scripted:
+def scripted(result: Material, texts: Sequence, **options: object) -> Scripted:
     """A captioner for the images of a corpus: one text each, or a list of one text an attempt."""
     known = {
         image.tobytes(): text if isinstance(text, list) else [text]
-        for image, text in zip(found.corpus.images, texts, strict=True)
+        for image, text in zip(result.corpus.images, texts, strict=True)
     }
     return Scripted(known, **options)
 
 
-def shown_rows(captioner: Scripted, found: Material, attempt: int) -> list[int]:
-    rows = {image.tobytes(): row for row, image in enumerate(found.corpus.images)}
-    asked = itertools.chain.from_iterable(captioner.shown)
-    return sorted(rows[image] for number, image in asked if number == attempt)
+def shown_rows(captioner: Scripted, result: Material, attempt: int) -> list[int]:
+    rows = {image.tobytes(): row for row, image in enumerate(result.corpus.images)}
+    requested = itertools.chain.from_iterable(captioner.shown)
+    return sorted(rows[image] for number, image in requested if number == attempt)
 
 
-def cleaned(found: Material, captioner: Scripted, runs: Path, **options: object) -> tuple[Path, pd.DataFrame]:
-    directory = clean_captions(found, Loops(SCORERS, captioner, **options), runs)
+def cleaned(result: Material, captioner: Scripted, runs: Path, **options: object) -> tuple[Path, pd.DataFrame]:
+    directory = clean_captions(result, Loops(SCORERS, captioner, **options), runs)
     return directory, pd.read_parquet(directory / CAPTIONS)
 
 
@@ -101,34 +101,34 @@ def repaired(tmp_path_factory) -> tuple:
     runs = tmp_path_factory.mktemp("repaired")
     features, captions, scenes = world(400)
     dirty, wrong = swapped(captions, scenes, 0.2)
-    found = material(features, dirty, scenes, runs / "corpus")
+    result = material(features, dirty, scenes, runs / "corpus")
     far = np.array(captions, dtype=object)[[np.flatnonzero(scenes != scene)[0] for scene in scenes]]
     texts = [[far[row] if row % 4 == 0 else f"here is {captions[row]}", captions[row]] for row in range(400)]
-    captioner = scripted(found, texts)
-    directory, table = cleaned(found, captioner, runs)
-    return found, captioner, directory, table, wrong, captions
+    captioner = scripted(result, texts)
+    directory, table = cleaned(result, captioner, runs)
+    return result, captioner, directory, table, wrong, captions
 
 
 def test_every_given_caption_stays_a_candidate(repaired: tuple) -> None:
-    found, _, _, table, _, _ = repaired
+    result, _, _, table, _, _ = repaired
     first = table[table["round"] == 0]
-    assert first["caption"].tolist() == found.corpus.manifest["caption"].tolist()
+    assert first["caption"].tolist() == result.corpus.manifest["caption"].tolist()
     assert first["image"].tolist() == list(range(400)) and set(first["source"]) == {GIVEN}
 
 
 def test_images_with_mismatched_captions_are_described_again_and_no_others(repaired: tuple) -> None:
-    found, captioner, _, table, wrong, _ = repaired
+    result, captioner, _, table, wrong, _ = repaired
     flagged = table["image"][(table["round"] == 0) & (table["mismatch"] > 0.5)].tolist()
-    assert shown_rows(captioner, found, 0) == flagged
+    assert shown_rows(captioner, result, 0) == flagged
     assert wrong[flagged].mean() > 0.95 and np.isin(np.flatnonzero(wrong), flagged).mean() > 0.95
-    again = shown_rows(captioner, found, 1)
+    again = shown_rows(captioner, result, 1)
     assert set(again) < set(flagged) and {row % 4 for row in again if row in flagged} == {0}
 
 
 def test_scores_of_given_captions_do_not_move_when_others_are_written(repaired: tuple) -> None:
-    found, captioner, directory, table, _, _ = repaired
+    result, captioner, directory, table, _, _ = repaired
     runs = directory.parent.parent
-    before = pd.read_parquet(clean_captions(found, Loops(SCORERS, captioner, describe="none"), runs) / CAPTIONS)
+    before = pd.read_parquet(clean_captions(result, Loops(SCORERS, captioner, describe="none"), runs) / CAPTIONS)
     columns = ["cosine_fitted", "evidence", "fit", "mismatch"]
     np.testing.assert_allclose(table[columns][table["round"] == 0], before[columns], atol=1e-3)
 
@@ -137,27 +137,27 @@ def test_a_script_without_spaces_is_read_letter_by_letter(tmp_path: Path) -> Non
     features, captions, scenes = world(400)
     letters = {word: chr(0x4E00 + 7 * number) for number, word in enumerate(sorted({*" ".join(captions).split()}))}
     dirty, wrong = swapped(["".join(letters[word] for word in text.split()) for text in captions], scenes, 0.3)
-    found = material(features, dirty, scenes, tmp_path / "corpus")
-    _, table = cleaned(found, scripted(found, captions), tmp_path, describe="none")
+    result = material(features, dirty, scenes, tmp_path / "corpus")
+    _, table = cleaned(result, scripted(result, captions), tmp_path, describe="none")
     flagged = table["mismatch"].to_numpy() > 0.5
     assert flagged[wrong].mean() > 0.9 and flagged[~wrong].mean() < 0.02
 
 
 def test_repaired_images_have_a_caption_that_is_right(repaired: tuple) -> None:
-    found, _, directory, table, wrong, captions = repaired
+    result, _, directory, table, wrong, captions = repaired
     chosen = table[table["chosen"]].set_index("image")
     assert len(chosen) == 400 and chosen.index.is_unique
     assert (chosen["mismatch"][wrong] <= 0.5).mean() > 0.95 and (chosen["round"][wrong] > 0).mean() > 0.95
     assert (chosen["round"][~wrong] == 0).mean() > 0.95
     right = [captions[row] in chosen["caption"][row] for row in np.flatnonzero(wrong)]
     assert np.mean(right) > 0.95
-    corpus = with_captions(found.corpus, directory, 0.5)
+    corpus = with_captions(result.corpus, directory, 0.5)
     assert corpus.manifest["caption"].tolist() == chosen["caption"].tolist() and corpus.captions == directory.name
 
 
 def test_the_lists_hold_good_captions_the_best_first(repaired: tuple) -> None:
-    found, _, directory, table, _, _ = repaired
-    corpus = with_captions(found.corpus, directory, 0.5)
+    result, _, directory, table, _, _ = repaired
+    corpus = with_captions(result.corpus, directory, 0.5)
     for row, texts in enumerate(corpus.manifest["captions"]):
         own = table[table["image"] == row]
         good = own[own["mismatch"] <= 0.5]
@@ -173,14 +173,14 @@ def test_the_summary_counts_the_table(repaired: tuple) -> None:
     assert summary["chosen"] == chosen["source"].value_counts().to_dict()
     assert summary["mismatched_given"] == ((table["round"] == 0) & (table["mismatch"] > 0.6)).sum()
     assert summary["mismatched_images"] == (chosen["mismatch"] > 0.6).sum()
-    assert summary["mismatched_share"] == pytest.approx(wrong.mean(), abs=0.1)
+    assert summary["mismatched_fraction"] == pytest.approx(wrong.mean(), abs=0.1)
     assert sum(scene["repaired"] for scene in summary["scenes"].values()) == (chosen["round"] > 0).sum()
     assert summary["refused"] == {} and summary["captioner"] == "scripted"
 
 
 def test_scores_of_images_are_those_of_the_chosen(repaired: tuple) -> None:
-    found, _, directory, table, _, _ = repaired
-    scores, chosen = scores_of_images(found.corpus, directory), table[table["chosen"]]
+    result, _, directory, table, _, _ = repaired
+    scores, chosen = scores_of_images(result.corpus, directory), table[table["chosen"]]
     for name, column in (("mismatch", "mismatch"), ("fit", "fit"), ("cosine", "cosine_fitted")):
         np.testing.assert_array_equal(scores[name], chosen[column].to_numpy(np.float32))
 
@@ -216,21 +216,21 @@ def few(tmp_path: Path, count: int = 60, captions: list | None = None) -> tuple[
 
 
 def test_none_are_described_or_all_are(tmp_path: Path) -> None:
-    found, captions = few(tmp_path)
-    captioner = scripted(found, [[f"first {text}", f"second {text}"] for text in captions])
-    _, table = cleaned(found, captioner, tmp_path, describe="none")
+    result, captions = few(tmp_path)
+    captioner = scripted(result, [[f"first {text}", f"second {text}"] for text in captions])
+    _, table = cleaned(result, captioner, tmp_path, describe="none")
     assert captioner.shown == [] and len(table) == 60
-    _, table = cleaned(found, captioner, tmp_path, describe="all")
-    assert all(shown_rows(captioner, found, attempt) == list(range(60)) for attempt in (0, 1))
+    _, table = cleaned(result, captioner, tmp_path, describe="all")
+    assert all(shown_rows(captioner, result, attempt) == list(range(60)) for attempt in (0, 1))
     assert table.groupby("image")["round"].agg(list).tolist() == [[0, 1, 2]] * 60
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 3])
 def test_an_image_is_described_so_many_times_at_most(tmp_path: Path, rounds: int) -> None:
-    found, _captions = few(tmp_path, captions=[text if row else "" for row, text in enumerate(world(60)[1])])
-    captioner = scripted(found, [Undescribed("too dark")] * 60)
-    directory, _ = cleaned(found, captioner, tmp_path, rounds=rounds)
-    assert [shown_rows(captioner, found, attempt) for attempt in range(4)] == [[0]] * rounds + [[]] * (4 - rounds)
+    result, _captions = few(tmp_path, captions=[text if row else "" for row, text in enumerate(world(60)[1])])
+    captioner = scripted(result, [Undescribed("too dark")] * 60)
+    directory, _ = cleaned(result, captioner, tmp_path, rounds=rounds)
+    assert [shown_rows(captioner, result, attempt) for attempt in range(4)] == [[0]] * rounds + [[]] * (4 - rounds)
     refused = pd.read_parquet(directory / REFUSED)
     assert refused["reason"].tolist() == [EMPTY, "too dark"][: 1 + bool(rounds)]  # said once
 
@@ -238,9 +238,9 @@ def test_an_image_is_described_so_many_times_at_most(tmp_path: Path, rounds: int
 def test_images_without_a_caption_get_one_and_those_that_cannot_are_quarantined(tmp_path: Path) -> None:
     given_texts = list(world(60)[1])
     given_texts[3], given_texts[5], given_texts[7] = "", " ??? ", ["!", "..."]
-    found, captions = few(tmp_path, captions=given_texts)
+    result, captions = few(tmp_path, captions=given_texts)
     texts = [Undescribed("no data") if row in (5, 7) else text for row, text in enumerate(captions)]
-    directory, table = cleaned(found, scripted(found, texts), tmp_path)
+    directory, table = cleaned(result, scripted(result, texts), tmp_path)
     assert table["caption"][table["image"] == 3].tolist() == [captions[3]]
     assert not table["image"].isin([5, 7]).any()
     refused = pd.read_parquet(directory / REFUSED)
@@ -248,17 +248,17 @@ def test_images_without_a_caption_get_one_and_those_that_cannot_are_quarantined(
         ("0003.png", "", EMPTY), ("0005.png", "???", NO_WORDS), ("0007.png", "!", NO_WORDS),
         ("0007.png", "...", NO_WORDS), ("0005.png", "", "no data"), ("0007.png", "", "no data"),
     ])  # fmt: skip
-    scores = scores_of_images(found.corpus, directory)
+    scores = scores_of_images(result.corpus, directory)
     assert all(np.isnan(values[[5, 7]]).all() and np.isfinite(np.delete(values, [5, 7])).all()
                for values in scores.values())  # fmt: skip
-    manifest = with_captions(found.corpus, directory, 0.5).manifest
+    manifest = with_captions(result.corpus, directory, 0.5).manifest
     assert manifest["caption"][3] == captions[3] and manifest["caption"][5] == " ??? "
     assert manifest["captions"][7] == ["!", "..."], "an image without a candidate keeps what it has"
 
 
 def test_a_captioner_s_text_without_words_is_none(tmp_path: Path) -> None:
-    found, captions = few(tmp_path, captions=[text if row > 1 else "" for row, text in enumerate(world(60)[1])])
-    directory, table = cleaned(found, scripted(found, ["", " - 12 -", *captions[2:]]), tmp_path)
+    result, captions = few(tmp_path, captions=[text if row > 1 else "" for row, text in enumerate(world(60)[1])])
+    directory, table = cleaned(result, scripted(result, ["", " - 12 -", *captions[2:]]), tmp_path)
     assert table["image"].tolist() == list(range(2, 60))
     assert pd.read_parquet(directory / REFUSED)["reason"].tolist() == [EMPTY, EMPTY, NO_WORDS, NO_WORDS]
 
@@ -279,8 +279,8 @@ def test_odd_captions_beside_plain_ones(tmp_path: Path) -> None:
     """Kept as they are, to the last of 10,000 characters."""
     odd = ["word " * 2000, "森林和道路在河边", "Лес и дорога", "नदी के पास जंगल"]
     odd += ["a\nforest\tand  roads", "forest 🌲" * 3]
-    found, captions = few(tmp_path, captions=odd + world(60)[1][6:])
-    _directory, table = cleaned(found, scripted(found, [f"seen: {text}" for text in captions]), tmp_path)
+    result, captions = few(tmp_path, captions=odd + world(60)[1][6:])
+    _directory, table = cleaned(result, scripted(result, [f"seen: {text}" for text in captions]), tmp_path)
     assert table["caption"][table["round"] == 0].tolist()[:6] == [text.strip() for text in odd]
     assert np.isfinite(table[["mismatch", "fit", "evidence", "cosine_fitted"]].to_numpy()).all()
 
@@ -288,10 +288,10 @@ def test_odd_captions_beside_plain_ones(tmp_path: Path) -> None:
 def test_what_comes_with_a_corpus(tmp_path: Path) -> None:
     """Several captions an image, one twice, one that only names the scene, an unreadable image."""
     captions: list = [["a lake ", "a lake", "two boats"], "a satellite image of forest", ["", "sand"], "gone", None]
-    found = material(np.eye(5, dtype=np.float32), captions, ["forest"] * 5, tmp_path)
-    found.corpus.manifest.loc[3, "readable"] = False
-    found.corpus.manifest.loc[4, "caption"] = ""
-    pairs, refused = given_pairs(found.corpus.manifest)
+    result = material(np.eye(5, dtype=np.float32), captions, ["forest"] * 5, tmp_path)
+    result.corpus.manifest.loc[3, "readable"] = False
+    result.corpus.manifest.loc[4, "caption"] = ""
+    pairs, refused = given_pairs(result.corpus.manifest)
     assert list(zip(pairs.image, pairs.text, pairs.source, pairs.round, strict=True)) == [
         (0, "a lake", GIVEN, 0), (0, "two boats", GIVEN, 0), (1, "a satellite image of forest", SCENE_NAME, 0),
         (2, "sand", GIVEN, 0),
@@ -310,29 +310,29 @@ def test_pairs_join_image_by_image_without_repeats() -> None:
 
 
 def test_a_corpus_without_captions_is_described_whole(tmp_path: Path, capsys) -> None:
-    found, captions = few(tmp_path, captions=[""] * 60)
-    captioner = scripted(found, captions)
-    directory, table = cleaned(found, captioner, tmp_path)
+    result, captions = few(tmp_path, captions=[""] * 60)
+    captioner = scripted(result, captions)
+    directory, table = cleaned(result, captioner, tmp_path)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "no image of made has a caption: scripted describes all of them"
-    assert shown_rows(captioner, found, 0) == list(range(60)) and table["chosen"].sum() == 60
+    assert shown_rows(captioner, result, 0) == list(range(60)) and table["chosen"].sum() == 60
     assert read_json(directory / SUMMARY)["sources"] == {"scripted": 60}
-    assert with_captions(found.corpus, directory, 0.5).manifest["caption"].tolist() == captions
+    assert with_captions(result.corpus, directory, 0.5).manifest["caption"].tolist() == captions
 
 
 def test_a_corpus_without_captions_that_may_not_or_cannot_be_described_is_refused(tmp_path: Path) -> None:
-    found, captions = few(tmp_path, captions=[""] * 60)
+    result, captions = few(tmp_path, captions=[""] * 60)
     with pytest.raises(UserError, match="corpus made has no captions: give some"):
-        cleaned(found, scripted(found, captions), tmp_path, describe="none")
+        cleaned(result, scripted(result, captions), tmp_path, describe="none")
     with pytest.raises(UserError, match=r"no image of made can be described \(no data\)"):
-        cleaned(found, scripted(found, [Undescribed("no data")] * 60), tmp_path)
+        cleaned(result, scripted(result, [Undescribed("no data")] * 60), tmp_path)
 
 
 def test_one_scene_alone_has_no_captions_of_others(tmp_path: Path) -> None:
     features, captions, _ = world(60)
-    found = material(features, captions, ["forest"] * 60, tmp_path / "corpus")
-    captioner = scripted(found, captions)
-    _, table = cleaned(found, captioner, tmp_path)
+    result = material(features, captions, ["forest"] * 60, tmp_path / "corpus")
+    captioner = scripted(result, captions)
+    _, table = cleaned(result, captioner, tmp_path)
     assert not table["mismatch"].any() and captioner.shown == [] and table["fit"].nunique() > 10
 
 
@@ -340,12 +340,12 @@ def test_one_scene_alone_has_no_captions_of_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("captioned", [True, False])
 def test_few_images_end_in_a_result_or_one_line(tmp_path: Path, count: int, captioned: bool) -> None:
     features, captions, scenes = world(count)
-    found = material(features, captions if captioned else [""] * count, scenes, tmp_path / "corpus")
+    result = material(features, captions if captioned else [""] * count, scenes, tmp_path / "corpus")
     if count < 3:
         with pytest.raises(UserError, match=f"{count} captions are too few to fit .* in 5 folds"):
-            cleaned(found, scripted(found, captions), tmp_path)
+            cleaned(result, scripted(result, captions), tmp_path)
         return
-    _, table = cleaned(found, scripted(found, captions), tmp_path)
+    _, table = cleaned(result, scripted(result, captions), tmp_path)
     assert table["chosen"].sum() == count and np.isfinite(table["fit"]).all()
 
 
@@ -357,14 +357,14 @@ def test_few_images_end_in_a_result_or_one_line(tmp_path: Path, count: int, capt
 @pytest.mark.parametrize("labelled", [True, False])
 def test_captions_that_say_nothing_condemn_no_image(tmp_path: Path, captions: list[str], labelled: bool) -> None:
     features, _, scenes = world(60)
-    found = material(features, captions, scenes if labelled else [""] * 60, tmp_path / "corpus")
-    _, table = cleaned(found, scripted(found, captions), tmp_path)
+    result = material(features, captions, scenes if labelled else [""] * 60, tmp_path / "corpus")
+    _, table = cleaned(result, scripted(result, captions), tmp_path)
     assert (table["mismatch"] > 0.5).mean() < 0.05 and np.isfinite(table["fit"]).all()
 
 
-def test_captions_without_a_common_word_are_told(tmp_path: Path, capsys) -> None:
-    found, captions = few(tmp_path, captions=UNKNOWN)
-    cleaned(found, scripted(found, captions), tmp_path, describe="none")
+def test_captions_without_a_common_word_are_reported(tmp_path: Path, capsys) -> None:
+    result, captions = few(tmp_path, captions=UNKNOWN)
+    cleaned(result, scripted(result, captions), tmp_path, describe="none")
     assert "no word comes in two captions: captioning.scorers.fitted cannot tell pairs apart" in capsys.readouterr().err
 
 
@@ -373,27 +373,27 @@ def test_captions_without_a_common_word_are_told(tmp_path: Path, capsys) -> None
 
 def test_a_second_run_builds_nothing(tmp_path: Path) -> None:
     features, captions, scenes = world(80)
-    found = material(features, swapped(captions, scenes, 0.3)[0], scenes, tmp_path / "corpus")
-    captioner = scripted(found, captions)
-    directory, _ = cleaned(found, captioner, tmp_path)
+    result = material(features, swapped(captions, scenes, 0.3)[0], scenes, tmp_path / "corpus")
+    captioner = scripted(result, captions)
+    directory, _ = cleaned(result, captioner, tmp_path)
     assert captioner.shown
     count = len(captioner.shown)
     with nothing_built():
-        assert cleaned(found, captioner, tmp_path)[0] == directory
+        assert cleaned(result, captioner, tmp_path)[0] == directory
     assert len(captioner.shown) == count
 
 
 def test_a_killed_description_goes_on_from_its_last_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(describing, "BLOCK", 8)
-    found, captions = few(tmp_path, captions=[""] * 60)
-    killed = scripted(found, captions, dies_at=5)  # in the middle of the third block
+    result, captions = few(tmp_path, captions=[""] * 60)
+    killed = scripted(result, captions, dies_at=5)  # in the middle of the third block
     with pytest.raises(KeyboardInterrupt):
-        cleaned(found, killed, tmp_path / "killed")
+        cleaned(result, killed, tmp_path / "killed")
     assert len(killed.shown) == 5
-    again = scripted(found, captions)
-    _, table = cleaned(found, again, tmp_path / "killed")
-    assert shown_rows(again, found, 0) == list(range(16, 60))
-    _, whole = cleaned(found, scripted(found, captions), tmp_path / "whole")
+    again = scripted(result, captions)
+    _, table = cleaned(result, again, tmp_path / "killed")
+    assert shown_rows(again, result, 0) == list(range(16, 60))
+    _, whole = cleaned(result, scripted(result, captions), tmp_path / "whole")
     pd.testing.assert_frame_equal(table, whole)
     [stage] = (tmp_path / "killed" / "descriptions").iterdir()
     assert sorted(path.name for path in stage.iterdir()) == ["descriptions.parquet", "stage.json"]
@@ -401,25 +401,25 @@ def test_a_killed_description_goes_on_from_its_last_block(tmp_path: Path, monkey
 
 def test_a_captioner_of_another_name_signs_for_itself(tmp_path: Path) -> None:
     """Even where it writes the same words, or none."""
-    found, captions = few(tmp_path, captions=[text if row else "" for row, text in enumerate(world(60)[1])])
+    result, captions = few(tmp_path, captions=[text if row else "" for row, text in enumerate(world(60)[1])])
     for name in ("first", "second"):
-        directory, table = cleaned(found, scripted(found, captions, name=name), tmp_path)
+        directory, table = cleaned(result, scripted(result, captions, name=name), tmp_path)
         assert table["source"][0] == name and read_json(directory / SUMMARY)["captioner"] == name
-    found, captions = few(tmp_path / "whole")
+    result, captions = few(tmp_path / "whole")
     for name in ("first", "second"):
-        directory, _ = cleaned(found, scripted(found, captions, name=name), tmp_path)
+        directory, _ = cleaned(result, scripted(result, captions, name=name), tmp_path)
         assert read_json(directory / SUMMARY)["captioner"] == name
 
 
 def test_other_options_are_other_results(tmp_path: Path) -> None:
-    found, captions = few(tmp_path)
-    base = Loops(SCORERS, scripted(found, [f"seen: {text}" for text in captions]))
+    result, captions = few(tmp_path)
+    base = Loops(SCORERS, scripted(result, [f"seen: {text}" for text in captions]))
     again = replace(SMALL, power=1.0)
     others = [
         replace(base, most_mismatch=0.4), replace(base, seed=1), replace(base, describe="all"),
         replace(base, scorers=(FittedScorer(again),)), replace(base, scorers=(FittedScorer(SMALL, seed=2),)),
     ]  # fmt: skip
-    directories = [clean_captions(found, loops, tmp_path) for loops in (base, *others)]
+    directories = [clean_captions(result, loops, tmp_path) for loops in (base, *others)]
     assert len(set(directories)) == len(directories)
     changed = material(*world(60)[:1], [*captions[:-1], "a lake and a pond"], world(60)[2], tmp_path / "other")
     assert clean_captions(changed, base, tmp_path) not in directories
@@ -429,17 +429,17 @@ def test_the_order_of_batches_and_blocks_changes_no_text(tmp_path: Path, monkeyp
     """An image's seed is its own: of its id, the seed and the attempt."""
 
     class Drawn(Scripted):
-        def __call__(self, images, facts, attempt, seeds):
+        def __call__(self, images, metadata, attempt, seeds):
             return [f"caption {'abcdefgh'[seed % 8]} of {seed}" for seed in seeds]
 
-    found, _ = few(tmp_path, captions=[""] * 60)
+    result, _ = few(tmp_path, captions=[""] * 60)
     texts = []
     for block, batch in ((8, 4), (2048, 7)):
         monkeypatch.setattr(describing, "BLOCK", block)
-        _directory, table = cleaned(found, Drawn({}, batch_size=batch), tmp_path / str(block), rounds=1)
+        _directory, table = cleaned(result, Drawn({}, batch_size=batch), tmp_path / str(block), rounds=1)
         texts.append(table["caption"].tolist())
     assert texts[0] == texts[1] and len(set(texts[0])) == 60
-    other = clean_captions(found, Loops(SCORERS, Drawn({}), rounds=1, seed=1), tmp_path)
+    other = clean_captions(result, Loops(SCORERS, Drawn({}), rounds=1, seed=1), tmp_path)
     assert not set(pd.read_parquet(other / CAPTIONS)["caption"]) & set(texts[0])
 
 
@@ -458,16 +458,16 @@ def test_options_that_cannot_be_are_one_line(options: dict, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("captions", "scenes", "said"),
+    ("captions", "scenes", "message"),
     [
         (["an aerial image"] * 80, world(80)[2], "captions: all are the same"),
         (world(80)[1], ["forest"] * 80, "captions: all images are of one scene"),
     ],
 )
-def test_what_cannot_be_told_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], captions: list[str], scenes: list[str], said: str
+def test_what_cannot_be_determined_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], captions: list[str], scenes: list[str], message: str
 ) -> None:
     notice.cache_clear()
-    found = material(world(80)[0], captions, scenes, tmp_path / "corpus")
-    cleaned(found, scripted(found, captions), tmp_path, describe="none")
-    assert sum(line.startswith(said) for line in capsys.readouterr().err.splitlines()) == 1
+    result = material(world(80)[0], captions, scenes, tmp_path / "corpus")
+    cleaned(result, scripted(result, captions), tmp_path, describe="none")
+    assert sum(line.startswith(message) for line in capsys.readouterr().err.splitlines()) == 1

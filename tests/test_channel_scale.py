@@ -33,16 +33,16 @@ def test_deviations_become_what_the_exponent_says(
     images = torch.rand(250, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         before, picture = encode(autoencoder, images), decode(autoencoder, encode(autoencoder, images))
-    found = channel_deviations(autoencoder, images)
-    torch.testing.assert_close(found.float(), before.std((0, 2, 3), correction=0), rtol=1e-4, atol=0)
-    scale_channels(autoencoder, found, exponent)
+    result = channel_deviations(autoencoder, images)
+    torch.testing.assert_close(result.float(), before.std((0, 2, 3), correction=0), rtol=1e-4, atol=0)
+    scale_channels(autoencoder, result, exponent)
     with torch.no_grad():
         after, again = encode(autoencoder, images), decode(autoencoder, encode(autoencoder, images))
     deviations = after.std((0, 2, 3), correction=0)
     assert float(deviations.square().mean()) == pytest.approx(1, rel=1e-3)
-    ratio = (deviations / deviations[0]) / (found / found[0]).float() ** (1 - exponent)
+    ratio = (deviations / deviations[0]) / (result / result[0]).float() ** (1 - exponent)
     torch.testing.assert_close(ratio, torch.ones(4), rtol=1e-3, atol=0)
-    gains = channel_gains(found, exponent) * (autoencoder.config.scaling_factor / 8)
+    gains = channel_gains(result, exponent) * (autoencoder.config.scaling_factor / 8)
     torch.testing.assert_close(after, before * gains[:, None, None].float(), rtol=1e-3, atol=1e-4)
     assert (again - picture).abs().max() < 0.05 * picture.std()
     autoencoder.save_pretrained(tmp_path)

@@ -28,17 +28,17 @@ def names(folder: Path) -> list[str]:
 
 def test_the_newest_one_comes_back_bit_for_bit(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    assert checkpoints.newest() is None and checkpoints.facts() == {}
+    assert checkpoints.newest() is None and checkpoints.metadata() == {}
     for step in (90, 100):
         checkpoints.save(step, {"net": tensors(step), "net_average": tensors(-step)}, {"step": step, "losses": [0.1]})
     again = Checkpoints(tmp_path / "checkpoints")
     assert again.newest() == tmp_path / "checkpoints" / "00000100"
-    assert again.facts() == {"step": 100, "losses": [0.1]}
+    assert again.metadata() == {"step": 100, "losses": [0.1]}
     for name, seed in (("net", 100), ("net_average", -100)):
-        found = again.tensors(name)
-        assert found.keys() == tensors(seed).keys()
+        result = again.tensors(name)
+        assert result.keys() == tensors(seed).keys()
         for key, value in tensors(seed).items():
-            assert found[key].dtype == value.dtype and torch.equal(found[key], value)
+            assert result[key].dtype == value.dtype and torch.equal(result[key], value)
 
 
 def test_the_newest_k_stay_and_nothing_else(tmp_path: Path) -> None:
@@ -49,12 +49,12 @@ def test_the_newest_k_stay_and_nothing_else(tmp_path: Path) -> None:
     assert names(tmp_path) == ["00000040", "00000100"]
     assert names(tmp_path / "00000100") == ["net.safetensors", "state.json"]  # no pickle
     checkpoints.save(100, {"net": tensors(1)}, {"again": True})  # the same step anew
-    assert checkpoints.facts() == {"again": True} and torch.equal(
+    assert checkpoints.metadata() == {"again": True} and torch.equal(
         checkpoints.tensors("net")["steps"], torch.tensor(1.0)
     )
 
 
-@pytest.mark.parametrize("fails_at", ["second file", "facts", "rename"])
+@pytest.mark.parametrize("fails_at", ["second file", "metadata", "rename"])
 def test_an_interrupted_write_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
@@ -69,14 +69,14 @@ def test_an_interrupted_write_leaves_the_old_one(
     save_file = checkpoint.save_file
     target = {
         "second file": (checkpoint, "save_file"),
-        "facts": (checkpoint, "write_json"),
+        "metadata": (checkpoint, "write_json"),
         "rename": (checkpoint.os, "rename"),
     }
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*target[fails_at], killed)
         checkpoints.save(6, {"net": tensors(6), "optimizer": tensors(7)}, {"step": 6})
     assert names(tmp_path) == ["00000003", "00000006.partial"]
-    assert checkpoints.facts() == {"step": 3} and torch.equal(checkpoints.tensors("net")["view"], tensors(3)["view"])
+    assert checkpoints.metadata() == {"step": 3} and torch.equal(checkpoints.tensors("net")["view"], tensors(3)["view"])
 
     checkpoints.save(6, {"net": tensors(8), "optimizer": tensors(9)}, {"step": 6})
     assert names(tmp_path) == ["00000006"]

@@ -55,8 +55,8 @@ def test_images_without_a_scene_count_nowhere() -> None:
     (scenes, features), (truth, reference) = scenes_and_features(300, 0), scenes_and_features(300, 1)
     known = np.arange(300) % 3 > 0
     expected = classification_accuracy(features[known], scenes[known], reference[known], truth[known])
-    found = classification_accuracy(features, np.where(known, scenes, ""), reference, np.where(known, truth, ""))
-    assert found == expected
+    result = classification_accuracy(features, np.where(known, scenes, ""), reference, np.where(known, truth, ""))
+    assert result == expected
 
 
 def test_it_is_undefined_without_two_scenes_to_learn_or_any_to_test_on() -> None:

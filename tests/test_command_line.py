@@ -49,10 +49,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_path_that_exists_is_that_path(place: Path, name: str, sweep: bool) -> None:
     (place / name).mkdir(parents=True)
     for argument in (name, f"./{name}", f"{place}/{name}"):
-        (found,) = read(["corpus=folder", f"corpus.root={argument}"], "corpus.train.root", sweep)
-        assert Path(found).expanduser().samefile(place / name)
-        (found,) = read([f"runs={argument}/new"], "runs", sweep)
-        assert Path(found).expanduser().parent.samefile(place / name) and Path(found).name == "new"
+        (result,) = read(["corpus=folder", f"corpus.root={argument}"], "corpus.train.root", sweep)
+        assert Path(result).expanduser().samefile(place / name)
+        (result,) = read([f"runs={argument}/new"], "runs", sweep)
+        assert Path(result).expanduser().parent.samefile(place / name) and Path(result).name == "new"
 
 
 @settings(max_examples=200, deadline=None)
@@ -116,12 +116,12 @@ def test_a_tilde_is_the_home_directory(place: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_lists_of_shards_keep_their_braces_and_colons(words: list[str], urls: str | None, sweep: bool) -> None:
-    found = read(["corpus=webdataset", *(f"corpus.urls={word}" for word in words)], "corpus.train.urls", sweep)
+    result = read(["corpus=webdataset", *(f"corpus.urls={word}" for word in words)], "corpus.train.urls", sweep)
     if urls is None:
         urls, cells = words[0], ["d/{a,b}.tar::e", "f/{0..1}.tar"]
-        assert found == (cells if sweep else [urls])
+        assert result == (cells if sweep else [urls])
     else:
-        assert found == [urls]
+        assert result == [urls]
 
 
 def test_commas_sweep_where_no_path_is_called_so(place: Path) -> None:
@@ -137,8 +137,8 @@ def test_commas_sweep_where_no_path_is_called_so(place: Path) -> None:
 def test_all_other_arguments_stay_as_they_are() -> None:
     given = [
         "-m", "--config-dir=a,b", "ratio=0.5,0.8", "prune=random,rsprune", "corpus.classes=[a,b]", "prompt=[x,y]",
-        "~metadata.fields.date", "+eval.targets.loss=0.1", "encoder@yardstick=inception", "seed=range(0,3)",
-        "sample.places=[{name:Amazon,lon:-60,lat:-3}]", "hydra.mode=MULTIRUN", "ablation.changes=['prune.x=1']",
+        "~metadata.fields.date", "+eval.targets.loss=0.1", "encoder@evaluation_encoder=inception", "seed=range(0,3)",
+        "sample.locations=[{name:Amazon,lon:-60,lat:-3}]", "hydra.mode=MULTIRUN", "ablation.changes=['prune.x=1']",
     ]  # fmt: skip
     assert quote_paths(given, True) == quote_paths(given, False) == given
 
@@ -147,7 +147,7 @@ def test_all_other_arguments_stay_as_they_are() -> None:
     ("arguments", "sweeps"),
     [(["ratio=0.5"], False), (["-m"], True), (["ratio=1,2", "--multirun"], True), (["hydra.mode=MULTIRUN"], True)],
 )
-def test_sweeps_are_told_from_runs(arguments: list[str], sweeps: bool) -> None:
+def test_sweeps_are_reported_from_runs(arguments: list[str], sweeps: bool) -> None:
     assert is_sweep(arguments) == sweeps
 
 
@@ -156,7 +156,7 @@ def test_every_key_of_a_path_is_known() -> None:
     known = (
         "runs", "results", "foundation", "selection", "of", "out", "corpus.root", "corpus.masks", "corpus.urls",
         "corpus.path", "corpus.val.root", "reference.root", "model.pretrained", "autoencoder.path", "encoder.path",
-        "yardstick.folder", "text_encoder.path", "bench.root", "long_tail.root", "sample.out", "train.resume",
+        "evaluation_encoder.folder", "text_encoder.path", "bench.root", "long_tail.root", "sample.out", "train.resume",
         "demo.super_resolution", "+out", "++corpus.root",
     )  # fmt: skip
     others = ("ratio", "corpus", "corpus.name", "prompt", "to", "push_to_hub", "corpus.classes", "train.loop.steps")

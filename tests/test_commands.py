@@ -195,7 +195,7 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("train.objective.prediction=v_prediction", "train.objective.zero_terminal_snr=true", "metadata=place",
+        ("train.objective.prediction=v_prediction", "train.objective.zero_terminal_snr=true", "metadata=location",
          "tracker=none"),
         ("model=dit_s", "model.transformer.num_layers=2", "model.transformer.num_attention_heads=2",
          "model.transformer.attention_head_dim=16", "train.loop.micro_batch=8", "tracker=tensorboard"),
@@ -203,7 +203,7 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
     ids=["v_prediction_and_places", "transformer_and_tensorboard"],
 )  # fmt: skip
 def test_choices_of_pretraining(home, overrides, forked):
-    """Another objective, another network, facts beside the caption: the run is whole and its pipeline loads."""
+    """Another objective, another network, metadata beside the caption: the run is whole and its pipeline loads."""
     directory = ran(
         "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "train.loop.steps=4",
         "train.snapshots=1", "+eval.targets.loss=0.001", *overrides, cwd=home, by=forked,
@@ -216,7 +216,7 @@ def test_choices_of_pretraining(home, overrides, forked):
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(directory / "pipeline")
-    if "metadata=place" in overrides:
+    if "metadata=location" in overrides:
         assert (directory / "samples" / "places_000004.png").is_file()
         assert (directory / "pipeline" / "metadata_encoder" / "model.safetensors").is_file()
         assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -332,9 +332,9 @@ def test_ablation_changes_one_choice_at_a_time(home, forked):
 def test_suggest_names_a_ratio_on_its_curve(home, forked):
     arguments = ("scripts/suggest.py", "profile=smoke", "tracker=none", "quality.curve=[0.3,0.6,0.8,0.9]")
     results = ran(*arguments, cwd=home, by=forked)
-    found = json.loads((results / "rsprune.json").read_text())
-    assert found["suggested"] in (0.3, 0.6, 0.8, 0.9)
-    values = [point["representation"] for point in found["curve"]]
+    result = json.loads((results / "rsprune.json").read_text())
+    assert result["suggested"] in (0.3, 0.6, 0.8, 0.9)
+    values = [point["representation"] for point in result["curve"]]
     assert values == sorted(values)  # more images kept, nearer to all
     assert (results / "rsprune.png").stat().st_size > 5_000
 
@@ -351,10 +351,10 @@ def test_long_tail_makes_a_hard_corpus_and_judges_methods(home, forked, tmp_path
         "long_tail.size=48", "long_tail.reference=4", "quality.methods=[random,rsprune]", "ratio=0.5", cwd=home,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((home / "results" / "long_tail" / "long_tail.json").read_text())
-    noise_free = {row["prune"]: row["noise_free"] for row in found["methods"]}
-    assert found["images"] == 120 and noise_free["rsprune"] > noise_free["random"]
-    waste = [row[name] for row in found["methods"] for name in ("same_source", "near_duplicates")]
+    result = json.loads((home / "results" / "long_tail" / "long_tail.json").read_text())
+    noise_free = {row["prune"]: row["noise_free"] for row in result["methods"]}
+    assert result["images"] == 120 and noise_free["rsprune"] > noise_free["random"]
+    waste = [row[name] for row in result["methods"] for name in ("same_source", "near_duplicates")]
     assert all(0 <= value <= 1 for value in waste) and max(waste) > 0  # six crops of each texture
 
 
@@ -368,10 +368,10 @@ def test_bench_of_selection_measures_time_and_memory(home):
     )
     done = call("scripts/bench_selection.py", *small, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((home / "results" / "bench_selection.json").read_text())
-    assert [row["images"] for row in found["rows"]] == [400, 1600]
-    assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in found["rows"]) and "rsprune" in found["exponents"]
-    unknown = {row["method"]: row for row in found["unknown"]}
+    result = json.loads((home / "results" / "bench_selection.json").read_text())
+    assert [row["images"] for row in result["rows"]] == [400, 1600]
+    assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in result["rows"]) and "rsprune" in result["exponents"]
+    unknown = {row["method"]: row for row in result["unknown"]}
     assert unknown["rsprune"]["evenness"] > unknown["rsprune, one open scene"]["evenness"]
 
 

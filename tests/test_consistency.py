@@ -26,9 +26,9 @@ def images_of(name: str, seed: int = 0, count: int = 4, height: int = 64, width:
     return (mean + deviation * values / values.std()).round().clip(0, 255).astype(np.uint8)
 
 
-def least_psnr(found: np.ndarray, low: np.ndarray) -> float:
+def least_psnr(result: np.ndarray, low: np.ndarray) -> float:
     """In decibels, of the worst image."""
-    error = np.square(found.astype(float) - low).mean((1, 2, 3))
+    error = np.square(result.astype(float) - low).mean((1, 2, 3))
     return float(10 * np.log10(255**2 / np.maximum(error, 1e-10)).min())
 
 
@@ -42,10 +42,10 @@ def test_the_result_reduces_to_the_low_resolution_image(name: str, kind: str) ->
     for start in ((truth + 12 + noise).clip(0, 255), images_of(name, seed=2)):
         start = start.astype(np.float32)
         assert least_psnr(reduce(start, FACTOR, kind), low) < 35
-        found = back_project(start, low, FACTOR, kind, ITERATIONS)
-        assert found.dtype == np.float32 and found.min() >= 0 and found.max() <= 255
-        assert least_psnr(reduce(found, FACTOR, kind), low) >= 60
-        rounded = found.round().astype(np.uint8)
+        result = back_project(start, low, FACTOR, kind, ITERATIONS)
+        assert result.dtype == np.float32 and result.min() >= 0 and result.max() <= 255
+        assert least_psnr(reduce(result, FACTOR, kind), low) >= 60
+        rounded = result.round().astype(np.uint8)
         assert least_psnr(degrade(rounded, FACTOR, Linear(kind)), low) >= 45
 
 
@@ -66,8 +66,8 @@ def test_a_colour_cast_disappears_and_detail_stays(kind: str) -> None:
     truth = images_of("textured").astype(np.float32)
     truth = 30 + truth * (195 / 255)  # no value is near the ends
     cast = truth + np.array([12, -12, 12], dtype=np.float32)
-    found = back_project(cast, reduce(truth, FACTOR, kind), FACTOR, kind, ITERATIONS)
-    np.testing.assert_allclose(found, truth, atol=0.05)
+    result = back_project(cast, reduce(truth, FACTOR, kind), FACTOR, kind, ITERATIONS)
+    np.testing.assert_allclose(result, truth, atol=0.05)
 
 
 def test_area_s_last_step_is_the_nearest_enlargement() -> None:
@@ -91,8 +91,8 @@ def test_the_correction_is_smooth() -> None:
 
 def test_values_outside_the_range_are_clipped() -> None:
     start = np.full((1, 8, 8, 3), 260, dtype=np.float32)
-    found = back_project(start, np.full((1, 2, 2, 3), 260, dtype=np.float32), FACTOR, "area", 0)
-    assert (found == 255).all() and (start == 260).all()
+    result = back_project(start, np.full((1, 2, 2, 3), 260, dtype=np.float32), FACTOR, "area", 0)
+    assert (result == 255).all() and (start == 260).all()
 
 
 def test_an_image_s_result_does_not_depend_on_the_others() -> None:

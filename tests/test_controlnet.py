@@ -31,10 +31,10 @@ def parts() -> Parts:
 
 def test_one_hot_masks_have_a_channel_a_class() -> None:
     masks = np.array([[[0, 1], [2, IGNORED]]], np.uint8)
-    found = one_hot(masks, 3)
-    assert found.shape == (1, 3, 2, 2) and found.dtype == np.float32
-    assert found.argmax(1)[0].ravel()[:3].tolist() == [0, 1, 2]
-    assert found.sum(1).tolist() == [[[1, 1], [1, 0]]]
+    result = one_hot(masks, 3)
+    assert result.shape == (1, 3, 2, 2) and result.dtype == np.float32
+    assert result.argmax(1)[0].ravel()[:3].tolist() == [0, 1, 2]
+    assert result.sum(1).tolist() == [[[1, 1], [1, 0]]]
 
 
 def test_at_first_the_foundation_is_not_steered(parts: Parts) -> None:

@@ -106,10 +106,10 @@ def paint(tiles: np.ndarray, size: int) -> np.ndarray:
 def test_default_training_tiles_are_16830(manifest: pd.DataFrame) -> None:
     assert len(manifest) == 16_830
     assert manifest["id"].is_unique
-    shares = manifest["scene"].value_counts(normalize=True)
-    assert set(shares.index) == set(SCENES)
-    assert 0.6 < shares["ocean"] < 0.72  # the Earth's true share is 0.71; land and ice hold the map's poles
-    assert shares.min() < 0.03, "the tail is long"
+    fractions = manifest["scene"].value_counts(normalize=True)
+    assert set(fractions.index) == set(SCENES)
+    assert 0.6 < fractions["ocean"] < 0.72  # the Earth's true fraction is 0.71; land and ice hold the map's poles
+    assert fractions.min() < 0.03, "the tail is long"
 
 
 def digest(ids: Iterable[str]) -> str:
@@ -136,17 +136,17 @@ def test_val_is_every_third_cell_of_the_held_out_blocks(world: BlueMarble) -> No
 
 @pytest.mark.parametrize("every", [2, 3, 5])
 def test_every_so_many_blocks_one_is_held_out(every: int) -> None:
-    shares = {
+    fractions = {
         split: set(BlueMarble(split=split, stride=180, resolution=180, held_out_every=every).corners()[:, 1] // 180)
         for split in ("train", "val", "test", "all")
     }
     held_out = {block for block in range(30) if block % every == every // 2}
-    assert shares["test"] == shares["val"] == held_out
-    assert shares["train"] == set(range(30)) - held_out and shares["all"] == set(range(30))
+    assert fractions["test"] == fractions["val"] == held_out
+    assert fractions["train"] == set(range(30)) - held_out and fractions["all"] == set(range(30))
 
 
 @pytest.mark.parametrize(("train_stride", "held_out_stride"), [(24, 8), (13, 11), (64, 1000)])
-def test_splits_share_no_pixel(train_stride: int, held_out_stride: int) -> None:
+def test_splits_fraction_no_pixel(train_stride: int, held_out_stride: int) -> None:
     covered = np.zeros((HEIGHT, WIDTH), dtype=int)
     for split, stride in (("train", train_stride), ("val", held_out_stride), ("test", held_out_stride)):
         painted = paint(BlueMarble(split=split, stride=stride).corners(), 64) > 0
@@ -155,7 +155,7 @@ def test_splits_share_no_pixel(train_stride: int, held_out_stride: int) -> None:
     assert covered.max() == 1
 
 
-def test_ground_of_two_names_shares_no_pixel(world: BlueMarble) -> None:
+def test_ground_of_two_names_fractions_no_pixel(world: BlueMarble) -> None:
     """And every second ground of test has tiles of all scenes, as have the others: two held-out sets can be drawn."""
     table = tiles_of(world, split="test", stride=4).manifest()
     places = table["id"].str.split("/").str[1].str.split("_", expand=True).astype(int).to_numpy()
@@ -170,7 +170,7 @@ def test_ground_of_two_names_shares_no_pixel(world: BlueMarble) -> None:
         assert set(counts.index) == set(SCENES) and counts.min() > 90
 
 
-def test_splits_share_no_pixel_after_indexing(tmp_path: Path, repository: Path) -> None:
+def test_splits_fraction_no_pixel_after_indexing(tmp_path: Path, repository: Path) -> None:
     """The same for the configuration that is shipped, read back from the ids of its manifests."""
     with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
         config = compose("bluemarble")
@@ -220,9 +220,9 @@ def test_captions_follow_the_areas(world: BlueMarble) -> None:
     table = source.manifest()
     seen = set()
     for tile, (_, mask) in zip(table.itertuples(), source.reader(np.arange(400))(), strict=True):
-        shares = np.bincount(mask.ravel(), minlength=8) / mask.size
-        first, second = np.sort(shares)[::-1][:2]
-        scenes = {SCENES[index] for index in np.argsort(-shares, kind="stable")[:2]}
+        fractions = np.bincount(mask.ravel(), minlength=8) / mask.size
+        first, second = np.sort(fractions)[::-1][:2]
+        scenes = {SCENES[index] for index in np.argsort(-fractions, kind="stable")[:2]}
         assert tile.caption.startswith("a satellite image of ")
         kind = "one" if second < 0.2 else "coast" if "ocean" in scenes else "two"
         assert (kind == "coast") == ("coast" in tile.caption)
@@ -287,21 +287,21 @@ def test_folder_is_indexed_with_its_broken_file_counted(tiny_folder: Path, tmp_p
     assert open_corpus(corpus.directory).manifest.equals(corpus.manifest)
 
 
-def folder_ids(root: Path, split: str, **shares: float) -> set[str]:
-    return set(ImageFolder(str(root), split=split, **shares).manifest()["id"])
+def folder_ids(root: Path, split: str, **fractions: float) -> set[str]:
+    return set(ImageFolder(str(root), split=split, **fractions).manifest()["id"])
 
 
 def test_folder_splits_by_caption_row_then_folder_then_hash(tiny_folder: Path) -> None:
     row = '\n{"file_name": "dry_river/b.bmp", "split": "Testing"}\n'
     with (tiny_folder / "captions.jsonl").open("a", encoding="utf-8") as captions:
         captions.write(row)
-    for share in (0.0, 0.3, 0.8):
-        parts = [folder_ids(tiny_folder, split, test_share=share) for split in ("train", "val", "test")]
+    for fraction in (0.0, 0.3, 0.8):
+        parts = [folder_ids(tiny_folder, split, test_fraction=fraction) for split in ("train", "val", "test")]
         assert sum(map(len, parts)) == 8 and set.union(*parts) == folder_ids(tiny_folder, "all")
         for part, name in zip(parts, ("BaseballField/a.png", "dry_river/a.png", "dry_river/b.bmp"), strict=True):
             assert name in part, "named train, val and Testing"
-    assert folder_ids(tiny_folder, "test", test_share=0.0) == {"dry_river/b.bmp"}
-    assert folder_ids(tiny_folder, "test", test_share=0.3) <= folder_ids(tiny_folder, "test", test_share=0.8)
+    assert folder_ids(tiny_folder, "test", test_fraction=0.0) == {"dry_river/b.bmp"}
+    assert folder_ids(tiny_folder, "test", test_fraction=0.3) <= folder_ids(tiny_folder, "test", test_fraction=0.8)
 
     (tiny_folder / "captions.jsonl").unlink()
     for split, scene in (("Training", "dry_river"), ("validation", "BaseballField"), ("eval", "Later")):
@@ -331,10 +331,10 @@ def test_folder_takes_a_split_that_is_missing_from_the_others(tmp_path: Path, ca
     assert parts["val"] | parts["test"] == {f"val/{number}.png" for number in range(200)} and len(parts["val"]) > 70
 
 
-def test_folder_hash_holds_out_the_share(tmp_path: Path) -> None:
+def test_folder_hash_holds_out_the_fraction(tmp_path: Path) -> None:
     for number in range(1000):
         (tmp_path / f"{number}.png").touch()
-    held_out = ImageFolder(str(tmp_path), split="test", test_share=0.1).manifest()
+    held_out = ImageFolder(str(tmp_path), split="test", test_fraction=0.1).manifest()
     assert 70 < len(held_out) < 130  # 3 standard deviations of a binomial
     assert set(held_out["scene"]) == {""} == set(held_out["caption"])
 
@@ -464,7 +464,7 @@ def test_folder_errors_are_one_line_that_helps(tmp_path: Path, tiny_folder: Path
     assert "is not a folder" in message(root=str(tiny_folder / "notes.txt"))
     assert "no images" in message(root=str(empty))
     assert "all, train, val, test" in message(root=str(tiny_folder), split="dev")
-    assert "test_share" in message(root=str(tiny_folder), test_share=1.0)
+    assert "test_fraction" in message(root=str(tiny_folder), test_fraction=1.0)
     assert "limit" in message(root=str(tiny_folder), limit=0)
     (tiny_folder / "metadata.jsonl").write_text('{"file_name": "x.png"}\nno json\n', encoding="utf-8")
     assert "metadata.jsonl, line 2" in message(root=str(tiny_folder))
@@ -473,18 +473,18 @@ def test_folder_errors_are_one_line_that_helps(tmp_path: Path, tiny_folder: Path
 def test_empty_split_is_an_error(tiny_folder: Path, tmp_path: Path) -> None:
     (tiny_folder / "captions.jsonl").unlink()
     with pytest.raises(UserError, match="no images"):
-        index_corpus(ImageFolder(str(tiny_folder), split="test", test_share=0.0), tmp_path / "runs")
+        index_corpus(ImageFolder(str(tiny_folder), split="test", test_fraction=0.0), tmp_path / "runs")
     assert not [path for path in (tmp_path / "runs" / "corpus").iterdir() if not path.name.endswith(".partial")]
 
 
 def test_folder_config(tiny_folder: Path, repository: Path) -> None:
     with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
-        config = compose("folder", overrides=[f"root={tiny_folder}", "train.resolution=32", "test_share=0.4"])
+        config = compose("folder", overrides=[f"root={tiny_folder}", "train.resolution=32", "test_fraction=0.4"])
         unset = compose("folder")
     parts = {split: instantiate(config[split]) for split in ("train", "val", "test")}
     for split, source in parts.items():
         assert (source.split, source.root, source.resolution) == (split, str(tiny_folder), 32)
-        assert (source.val_share, source.test_share) == (0.1, 0.4)
+        assert (source.val_fraction, source.test_fraction) == (0.1, 0.4)
     assert sum(len(source.manifest()) for source in parts.values()) == 8
     with pytest.raises(InstantiationException) as caught:
         instantiate(unset.train)
@@ -557,8 +557,8 @@ def test_only_the_libraries_own_warnings_are_dropped(stream_of) -> None:
     with warnings.catch_warnings():
         warnings.resetwarnings()
         prepare_process()
-        found = dict(zip(modules, stream_of(shows, modules), strict=True))
-    assert found == {name: every[2:] if name in modules[:3] else every for name in modules}
+        result = dict(zip(modules, stream_of(shows, modules), strict=True))
+    assert result == {name: every[2:] if name in modules[:3] else every for name in modules}
 
 
 def test_worker_count_changes_neither_the_index_nor_its_name(
@@ -695,9 +695,9 @@ def test_a_large_jpeg_decodes_small_and_alike(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     rough = Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((768, 768))
     rough.save(tmp_path / "a.jpg", quality=95)
-    found = read_image(tmp_path / "a.jpg", 32).astype(float)
+    result = read_image(tmp_path / "a.jpg", 32).astype(float)
     whole = Image.open(tmp_path / "a.jpg").convert("RGB").resize((32, 32), Image.Resampling.BOX)
-    assert np.abs(found - np.asarray(whole)).mean() < 2
+    assert np.abs(result - np.asarray(whole)).mean() < 2
 
 
 def test_aid_is_a_folder_corpus(shared_data: Path, tmp_path: Path) -> None:

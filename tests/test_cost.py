@@ -39,9 +39,11 @@ def test_a_log_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> N
     log.add(Done(None, "host:7", 1.25, 0.5), np.array([0, 1, 4]), 1, ["a.tar", "b.tar"])
     with (tmp_path / LOG).open("a") as file:
         file.write('{"stage": "cor')
-    [found] = logged(tmp_path)
-    assert found["rows"] == [0, 4] and found["images"] == 3 and found["unreadable"] == 1
-    assert found["shards"] == ["a.tar", "b.tar"] and found["worker"] == "host:7" and found["corpus"] == "tiles (train)"
+    [result] = logged(tmp_path)
+    assert result["rows"] == [0, 4] and result["images"] == 3 and result["unreadable"] == 1
+    assert (
+        result["shards"] == ["a.tar", "b.tar"] and result["worker"] == "host:7" and result["corpus"] == "tiles (train)"
+    )
     again = StageLog(tmp_path, "corpus", "tiles (train)")
     again.add(Done(None, "host:8", 1.0, 0.25), np.array([5]))
     again.close()
@@ -104,7 +106,7 @@ def test_a_plan_knows_what_is_there_and_builds_nothing(tmp_path: Path, monkeypat
         "index, entropy and embedding of the corpus 520 264 begun: 256 images"
     )
     select(cfg, "random")
-    found = states(plan_lines(cfg, "random"))
-    assert [part.split()[-2:] for part in found] == [["0", "done"], ["0", "done"]]
+    result = states(plan_lines(cfg, "random"))
+    assert [part.split()[-2:] for part in result] == [["0", "done"], ["0", "done"]]
     other = plan_lines(configured(root, runs, "corpus.train.resolution=24"), "random")
     assert "about" in other[1], "what an image took before is what it may take again"

@@ -16,12 +16,12 @@ from scripts.export import FORMS as EXPORT_FORMS
 from scripts.export import main
 
 CORPUS = {
-    "name": "folder", "licence": "CC-BY-4.0", "root": "/home/me/tiles", "bands": [4, 1, 2], "val_share": 0.1,
+    "name": "folder", "licence": "CC-BY-4.0", "root": "/home/me/tiles", "bands": [4, 1, 2], "val_fraction": 0.1,
     "train": {"_target_": "corpus.sources.folder.ImageFolder", "root": "/home/me/tiles", "split": "all", "limit": None},
 }  # fmt: skip
 DEFAULTS = {
     "corpus": {
-        "name": "folder", "licence": None, "root": None, "bands": None, "val_share": 0.1,
+        "name": "folder", "licence": None, "root": None, "bands": None, "val_fraction": 0.1,
         "train": {
             "_target_": "corpus.sources.folder.ImageFolder", "root": "${..root}", "split": "train", "limit": None,
         },

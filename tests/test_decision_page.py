@@ -72,7 +72,7 @@ def test_neighbours_groups_and_nearest_kept_are_those_of_brute_force() -> None:
     random = np.random.default_rng(1)
     embeddings, readable = points_of(150, 12), random.random(150) > 0.1
     kept = readable & (random.random(150) < 0.3)
-    found = computed(embeddings, readable, kept, random.choice(["a", "b", "c"], 150), 5, 0.98)
+    result = computed(embeddings, readable, kept, random.choice(["a", "b", "c"], 150), 5, 0.98)
     rows = np.flatnonzero(readable)
     centred = np.zeros((150, 12))
     centred[rows] = unit(embeddings[rows].astype(float) - embeddings[rows].astype(float).mean(axis=0))
@@ -80,47 +80,47 @@ def test_neighbours_groups_and_nearest_kept_are_those_of_brute_force() -> None:
     np.fill_diagonal(cosines, -np.inf)
     cosines[:, ~readable] = -np.inf
     order = np.argsort(-cosines, axis=1)[:, :5]
-    assert (found.neighbours[rows] == order[rows]).mean() > 0.995
+    assert (result.neighbours[rows] == order[rows]).mean() > 0.995
     expected = np.take_along_axis(cosines, order, axis=1)[rows]
-    np.testing.assert_allclose(found.cosines[rows], expected, atol=2e-3)
+    np.testing.assert_allclose(result.cosines[rows], expected, atol=2e-3)
     np.testing.assert_allclose(
-        found.nearest_cosine[rows], np.where(kept, cosines, -np.inf).max(axis=1)[rows], atol=2e-3
+        result.nearest_cosine[rows], np.where(kept, cosines, -np.inf).max(axis=1)[rows], atol=2e-3
     )
-    assert kept[found.nearest_kept[rows]].all() and (found.nearest_kept[rows] != rows).all()
+    assert kept[result.nearest_kept[rows]].all() and (result.nearest_kept[rows] != rows).all()
     group = np.arange(150)  # merged until nothing changes
-    pairs = [(a, b) for a in rows for b in found.neighbours[a] if cosines[a, b] >= 0.98]
+    pairs = [(a, b) for a in rows for b in result.neighbours[a] if cosines[a, b] >= 0.98]
     assert len(pairs) >= 10
     for _ in range(150):
         for a, b in pairs:
             group[a] = group[b] = min(group[a], group[b])
     sizes = np.bincount(group[rows], minlength=150)
     alone = np.array([sizes[number] == 1 for number in group])
-    assert (found.group[~readable] == -1).all() and ((found.group == -1) == (alone | ~readable)).all()
-    together = found.group[:, None] == found.group[None]
-    inside = found.group >= 0
+    assert (result.group[~readable] == -1).all() and ((result.group == -1) == (alone | ~readable)).all()
+    together = result.group[:, None] == result.group[None]
+    inside = result.group >= 0
     assert (together == (group[:, None] == group[None]))[np.ix_(inside, inside)].all()
-    assert found.group[np.flatnonzero(inside)[0]] == 0
-    assert np.isnan(found.plane[~readable]).all() and np.isfinite(found.plane[rows]).all()
-    assert (found.neighbours[~readable] == -1).all() and np.isnan(found.cosines[~readable]).all()
+    assert result.group[np.flatnonzero(inside)[0]] == 0
+    assert np.isnan(result.plane[~readable]).all() and np.isfinite(result.plane[rows]).all()
+    assert (result.neighbours[~readable] == -1).all() and np.isnan(result.cosines[~readable]).all()
 
 
 def test_in_many_dimensions_cosines_are_exact_and_near_duplicates_are_found() -> None:
     embeddings = points_of(900, 200)
     everything = np.ones(900, bool)
-    found = computed(embeddings, everything, everything, np.full(900, ""), 4, 0.98)
+    result = computed(embeddings, everything, everything, np.full(900, ""), 4, 0.98)
     vectors = unit(embeddings.astype(float) - embeddings.astype(float).mean(axis=0))
-    np.testing.assert_allclose(found.cosines, (vectors[:, None] * vectors[found.neighbours]).sum(axis=2), atol=2e-3)
+    np.testing.assert_allclose(result.cosines, (vectors[:, None] * vectors[result.neighbours]).sum(axis=2), atol=2e-3)
     best = np.sort(vectors @ vectors.T - 2 * np.eye(900), axis=1)[:, ::-1][:, :4]
-    assert (found.cosines[:, 0] >= best[:, 0] - 0.05).mean() > 0.85
-    pairs = [tuple(found.group[[at, at + 1]]) for at in range(0, 19, 2)]
+    assert (result.cosines[:, 0] >= best[:, 0] - 0.05).mean() > 0.85
+    pairs = [tuple(result.group[[at, at + 1]]) for at in range(0, 19, 2)]
     assert all(first == second >= 0 for first, second in pairs)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_few_images_have_few_neighbours(count: int) -> None:
     everything = np.ones(count, bool)
-    found = computed(points_of(30, 12)[:count], everything, everything, np.full(count, "a"), 8, 0.98)
-    assert found.neighbours.shape == (count, 8) and (found.neighbours >= 0).sum() == count * max(0, count - 1)
+    result = computed(points_of(30, 12)[:count], everything, everything, np.full(count, "a"), 8, 0.98)
+    assert result.neighbours.shape == (count, 8) and (result.neighbours >= 0).sum() == count * max(0, count - 1)
     assert groups_of(np.empty((0, 3), int), np.empty((0, 3)), np.empty(0, int), 0.9).shape == (0,)
 
 
@@ -129,22 +129,24 @@ def test_few_images_have_few_neighbours(count: int) -> None:
 
 def unpacked(data: bytes, header: list[dict]) -> dict:
     block, types = gzip.decompress(data), {"Uint8Array": "u1", "Uint16Array": "<u2", "Int32Array": "<i4"}
-    found = {}
+    result = {}
     for column in header:
         start, length = column["start"], column["length"]
         if column["type"] == "json":
-            found[column["name"]] = json.loads(block[start : start + length].decode())
+            result[column["name"]] = json.loads(block[start : start + length].decode())
         else:
             values = np.frombuffer(block, types.get(column["type"], "<f4"), length, start)
-            found[column["name"]] = values if column["width"] == 1 else values.reshape(-1, column["width"])
-    return found
+            result[column["name"]] = values if column["width"] == 1 else values.reshape(-1, column["width"])
+    return result
 
 
 def on_page(html: str) -> tuple[dict, dict]:
-    """Facts and columns."""
-    facts = json.loads(re.search(r'<script type="application/json" id="facts">(.*?)</script>', html, re.DOTALL)[1])
+    """Metadata and columns."""
+    metadata = json.loads(
+        re.search(r'<script type="application/json" id="metadata">(.*?)</script>', html, re.DOTALL)[1]
+    )
     data = base64.b64decode(re.search(r'<script type="text/plain" id="data">(.*?)</script>', html, re.DOTALL)[1])
-    return facts, unpacked(data, facts["columns"])
+    return metadata, unpacked(data, metadata["columns"])
 
 
 def shown_of(count: int, **columns: np.ndarray) -> Shown:
@@ -167,19 +169,19 @@ def test_the_page_holds_the_selection_and_escapes_what_users_name() -> None:
     lon[3] = np.nan
     shown = shown_of(50, lon=lon, lat=lat)
     html = decision_page(shown, Thumbnails(8, 10, 100), beside=True)
-    facts, columns = on_page(html)
+    metadata, columns = on_page(html)
     assert "<script>evil" not in html and html.count("<script") == 4
     assert columns["ids"] == [f"{EVIL}{row}" for row in range(50)]
     assert [columns["captions"][code] for code in columns["captionCodes"]] == [EVIL] * 50
     assert (columns["kept"] == shown.table["kept"]).all()
     for name in ("scene", "reason"):
-        assert [facts[name + "s"][code] for code in columns[name]] == shown.table[name].tolist()
+        assert [metadata[name + "s"][code] for code in columns[name]] == shown.table[name].tolist()
     np.testing.assert_array_equal(columns["entropy"], shown.table["entropy"].to_numpy("f4"))
     np.testing.assert_array_equal(columns["neighbours"], shown.columns["neighbours"])
     assert np.flatnonzero(np.isnan(columns["lon"])).tolist() == [3] == np.flatnonzero(np.isnan(columns["lat"])).tolist()
     np.testing.assert_array_equal(np.delete(columns["lat"], 3), np.delete(lat, 3).astype("f4"))
     readable = np.flatnonzero(shown.table["reason"] != "unreadable")
-    assert columns["drawn"].tolist() == readable.tolist() and facts["beside"] == len(readable)
+    assert columns["drawn"].tolist() == readable.tolist() and metadata["beside"] == len(readable)
     assert len(columns["inside"]) == 10 and set(columns["inside"]) <= set(readable)
     assert shown.table["kept"][columns["inside"]].sum() == 5
     assert "lon" not in on_page(decision_page(shown_of(5), Thumbnails(8, 10, 100), beside=False))[1]
@@ -191,8 +193,8 @@ def test_thumbnails_lie_where_the_page_looks_for_them(tmp_path: Path, monkeypatc
     flat = np.random.default_rng(5).integers(0, 256, (60, 1, 1, 3), dtype=np.uint8)
     shown = replace(shown, images=np.broadcast_to(flat, (60, 8, 8, 3)))
     page = write_decision_page(tmp_path / "page", shown, Thumbnails(16, 6, 40))
-    facts, columns = on_page(page.read_text(encoding="utf-8"))
-    assert len(columns["drawn"]) == facts["beside"] == 40 and facts["side"] == 4
+    metadata, columns = on_page(page.read_text(encoding="utf-8"))
+    assert len(columns["drawn"]) == metadata["beside"] == 40 and metadata["side"] == 4
     files = sorted((page.parent / "thumbs").iterdir())
     assert [path.name for path in files] == ["0000.jpg", "0001.jpg", "0002.jpg"]
     sheets = [np.asarray(Image.open(path)).astype(int) for path in files]
@@ -213,10 +215,10 @@ def test_thumbnails_lie_where_the_page_looks_for_them(tmp_path: Path, monkeypatc
 def test_a_bundle_is_the_same_bytes_for_the_same_data() -> None:
     columns = {"a": np.arange(3, dtype=np.uint8), "b": np.arange(4, dtype=np.float32), "c": np.eye(2, dtype=np.int32)}
     header, data = bundle(columns, {"t": ["é", "\ud800"]})
-    found = unpacked(data, header)
-    assert found["t"] == ["é", "?"] and bundle(columns, {"t": ["é", "\ud800"]})[1] == data
+    result = unpacked(data, header)
+    assert result["t"] == ["é", "?"] and bundle(columns, {"t": ["é", "\ud800"]})[1] == data
     for name, values in columns.items():
-        np.testing.assert_array_equal(found[name], values)
+        np.testing.assert_array_equal(result[name], values)
 
 
 # ---------------------------------------------------------------- another selection, by hand and by the method
@@ -297,16 +299,16 @@ def test_what_is_moved_by_hand_becomes_a_selection_of_its_own(made: Path, sessio
     removed = np.flatnonzero(table["kept"])[[1, 2, 4]].tolist()
     answer = session.export({"added": added, "removed": removed, "to": "list"})
     directory = Path(answer["selection"])
-    found, summary = pd.read_parquet(directory / "selection.parquet"), read_json(directory / "summary.json")
+    result, summary = pd.read_parquet(directory / "selection.parquet"), read_json(directory / "summary.json")
     expected = table["kept"].copy()
     expected[added], expected[removed] = True, False
-    assert found["kept"].tolist() == expected.tolist()
-    assert (found["reason"][added] == ADDED).all() and (found["reason"][removed] == REMOVED).all()
+    assert result["kept"].tolist() == expected.tolist()
+    assert (result["reason"][added] == ADDED).all() and (result["reason"][removed] == REMOVED).all()
     untouched = [row for row in range(len(table)) if row not in added + removed]
-    assert (found["reason"][untouched] == table["reason"][untouched]).all()
+    assert (result["reason"][untouched] == table["reason"][untouched]).all()
     assert summary["by_hand"]["selection"] == made.name and summary["kept"] == expected.sum()
     assert summary["by_hand"]["added"] == 2 and summary["by_hand"]["removed"] == 3
-    assert found["weight"].sum() == readable.sum() and (found["weight"] > 0).tolist() == expected.tolist()
+    assert result["weight"].sum() == readable.sum() and (result["weight"] > 0).tolist() == expected.tolist()
     ids = (Path(answer["export"]) / "kept.txt").read_text(encoding="utf-8").splitlines()
     assert ids == table["id"][expected].tolist()
     assert state(made) == before and directory != made
@@ -365,8 +367,8 @@ def test_edits_leave_the_selection_as_it_was() -> None:
         np.array([0, 2]), np.array(["kept", "redundant", "kept"], object), *(np.zeros(3) for _ in range(4))
     )
     rows = Edits.of({"added": [1], "removed": [2]}, 3)
-    found = edited(selection, rows, np.ones(3, bool), ["a", "b", "c"])
-    assert found.kept.tolist() == [0, 1] and found.reason.tolist() == ["kept", ADDED, REMOVED]
+    result = edited(selection, rows, np.ones(3, bool), ["a", "b", "c"])
+    assert result.kept.tolist() == [0, 1] and result.reason.tolist() == ["kept", ADDED, REMOVED]
     assert selection.kept.tolist() == [0, 2] and selection.reason.tolist() == ["kept", "redundant", "kept"]
     assert rows and not Edits.of({}, 3)
 
@@ -376,12 +378,12 @@ def test_edits_leave_the_selection_as_it_was() -> None:
 
 def test_a_browser_that_leaves_is_no_error(capfd: pytest.CaptureFixture) -> None:
     server = Server((HOST, 0), type("Handler", (), {}))
-    for error, said in ((BrokenPipeError(), False), (ZeroDivisionError(), True)):
+    for error, message in ((BrokenPipeError(), False), (ZeroDivisionError(), True)):
         try:
             raise error
         except Exception:
             server.handle_error(None, (HOST, 1))
-        assert bool(capfd.readouterr().err) == said
+        assert bool(capfd.readouterr().err) == message
     server.server_close()
 
 
@@ -398,42 +400,42 @@ def serving(session: Session) -> Iterator[int]:
         thread.join(timeout=10)
 
 
-def asked(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+def requested(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(HOST, port, timeout=60)
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     answer = connection.getresponse()
-    found = answer.status, answer.read()
+    result = answer.status, answer.read()
     connection.close()
-    return found
+    return result
 
 
 def test_the_server_answers_its_own_page_alone(session: Session, decision: Decision) -> None:
     with serving(session) as port:
-        status, page = asked(port, "GET", "/")
+        status, page = requested(port, "GET", "/")
         assert status == 200 and page == session.page and b'data-live="{&quot;ratio' in page
-        status, image = asked(port, "GET", "/image/7.png")
+        status, image = requested(port, "GET", "/image/7.png")
         assert status == 200
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image))), decision.kept.corpus.images[7])
         for path in ("/image/999.png", "/image/-1.png", "/../stage.json", "/thumbs/0000.jpg"):
-            assert asked(port, "GET", path)[0] == 404
-        assert asked(port, "GET", "/", Host="evil.example")[0] == 403
+            assert requested(port, "GET", path)[0] == 404
+        assert requested(port, "GET", "/", Host="evil.example")[0] == 403
         good = json.dumps({"ratio": 0.8, "uniformity": 1.0}).encode()
-        status, answer = asked(port, "POST", "/api/select", good, X_Page="1")
+        status, answer = requested(port, "POST", "/api/select", good, X_Page="1")
         expected = session.selection(Settings(0.8, 1.0))
         columns = unpacked(base64.b64decode(json.loads(answer)["data"]), json.loads(answer)["columns"])
         assert status == 200 and np.flatnonzero(columns["kept"]).tolist() == expected.kept.tolist()
-        assert asked(port, "POST", "/api/select", good)[0] == 403  # as a form of another site would come
-        assert asked(port, "POST", "/api/select", good, X_Page="1", Host=f"evil.example:{port}")[0] == 403
-        assert asked(port, "POST", "/api/delete", good, X_Page="1")[0] == 404
+        assert requested(port, "POST", "/api/select", good)[0] == 403  # as a form of another site would come
+        assert requested(port, "POST", "/api/select", good, X_Page="1", Host=f"evil.example:{port}")[0] == 403
+        assert requested(port, "POST", "/api/delete", good, X_Page="1")[0] == 404
         for body in (b"{", b"[]", json.dumps({"ratio": 7}).encode()):
-            status, answer = asked(port, "POST", "/api/select", body, X_Page="1")
+            status, answer = requested(port, "POST", "/api/select", body, X_Page="1")
             assert status == 400 and "\n" not in json.loads(answer)["error"]
 
 
-def test_the_page_is_told_what_can_be_changed(decision: Decision) -> None:
+def test_the_page_is_reported_what_can_be_changed(decision: Decision) -> None:
     html = live('<!doctype html>\n<html lang="en">', replace(decision, method=None, fixed='a "quote" <b>'))
-    told = json.loads(unescape(re.search(r'data-live="([^"]*)"', html)[1]))
-    assert told["fixed"] == 'a "quote" <b>' and told["uniformity"] is None and told["ratio"] == 0.5
+    given = json.loads(unescape(re.search(r'data-live="([^"]*)"', html)[1]))
+    assert given["fixed"] == 'a "quote" <b>' and given["uniformity"] is None and given["ratio"] == 0.5
 
 
 # ---------------------------------------------------------------- a browser
@@ -516,19 +518,19 @@ def test_a_browser_filters_explains_and_moves(made: Path, decision: Decision, tm
     cfg = config_of(root_of(made), f"selection={made}", "page.embedded=20")
     page = write_decision_page(tmp_path / "page", *content(cfg, decision))
     page.write_text(with_probe(page.read_text(encoding="utf-8"), STATIC), encoding="utf-8")
-    found, table = browsed(f"file://{page}", tmp_path / "profile"), decision.table
-    assert found["errors"] == [] and found["room"] >= 0 and found["markup"] == 0 and found["unnamed"] == []
+    result, table = browsed(f"file://{page}", tmp_path / "profile"), decision.table
+    assert result["errors"] == [] and result["room"] >= 0 and result["markup"] == 0 and result["unnamed"] == []
     kept = int(table["kept"].sum())
-    assert found["budget"][0].startswith(f"{kept} of 61 images kept")
-    assert found["budget"][1].startswith(f"{kept - 1} of 61 images kept") and "1 under budget" in found["budget"][1]
-    assert found["budget"][2] == found["budget"][0]
-    assert found["neighbours"] == 8 and "Move out" in found["detail"] and "Selected" in found["detail"]
-    assert found["picture"].startswith("url(") and len(json.loads(found["kept"])["removed"]) == 1
-    scene = int((table["scene"] == found["scene"].strip()).sum())
+    assert result["budget"][0].startswith(f"{kept} of 61 images kept")
+    assert result["budget"][1].startswith(f"{kept - 1} of 61 images kept") and "1 under budget" in result["budget"][1]
+    assert result["budget"][2] == result["budget"][0]
+    assert result["neighbours"] == 8 and "Move out" in result["detail"] and "Selected" in result["detail"]
+    assert result["picture"].startswith("url(") and len(json.loads(result["kept"])["removed"]) == 1
+    scene = int((table["scene"] == result["scene"].strip()).sum())
     lon = decision.kept.corpus.manifest["lon"].to_numpy(float)
-    boxed = int(((lon >= found["west"]) & (lon <= found["east"])).sum())
+    boxed = int(((lon >= result["west"]) & (lon <= result["east"])).sum())
     low = int((table["entropy"].to_numpy("f4") <= 3)[table["reason"] != "unreadable"].sum())
-    assert found["shown"] == [f"{number} of 61 images shown" for number in (61, scene, boxed, 61, low)]
+    assert result["shown"] == [f"{number} of 61 images shown" for number in (61, scene, boxed, 61, low)]
     assert 0 < scene < 61 and 20 < boxed < 40
 
 
@@ -553,11 +555,11 @@ def test_a_browser_selects_again_and_exports(made: Path, session: Session, tmp_p
     session.page = with_probe(page.decode(), LIVE).encode()
     try:
         with serving(session) as port:
-            found = browsed(f"http://{HOST}:{port}/", tmp_path / "profile")
+            result = browsed(f"http://{HOST}:{port}/", tmp_path / "profile")
     finally:
         session.page = page
-    assert found["errors"] == [] and found["room"] >= 0
+    assert result["errors"] == [] and result["room"] >= 0
     again = 61 - round(0.8 * 61)
-    assert [line.partition(" of")[0] for line in found["budget"]] == ["31", str(again), str(again + 1)]
-    exported = Path(found["done"].removeprefix("export: "))
+    assert [line.partition(" of")[0] for line in result["budget"]] == ["31", str(again), str(again + 1)]
+    exported = Path(result["done"].removeprefix("export: "))
     assert len((exported / "kept.txt").read_text(encoding="utf-8").splitlines()) == again + 1

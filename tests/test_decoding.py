@@ -32,7 +32,7 @@ def ycck(colour: tuple[int, int, int], black: int = 255) -> bytes:
     """A YCCK JPEG as Photoshop writes it: Adobe's marker, transform 2, inverted inks; `black` 255 is no black ink.
 
     Its first three channels are Y, Cb and Cr (JFIF's formula) of the colour's complement, since the decoder takes the
-    complement of what they stand for; Pillow, told that all four are inks, inverts them when it writes them.
+    complement of what they stand for; Pillow, given that all four are inks, inverts them when it writes them.
     """
     red, green, blue = (255 - part for part in colour)
     y = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -166,7 +166,7 @@ for data in bombs:
 
 
 def refusals(folder: Path, most: int) -> list[str]:
-    """What a process with room for 64 MB says of each bomb, told to take images of `most` pixels."""
+    """What a process with room for 64 MB says of each bomb, that may take images of `most` pixels."""
     first = tiff(np.zeros((3, 8, 8), np.uint16), photometric="minisblack", planarconfig="separate")
     for name, data in {"first": first, **{name: make() for name, make in BOMBS.items()}}.items():
         assert len(data) < 2**19
@@ -244,10 +244,10 @@ DEEP_SEVERAL = {
 def assert_the_first_of(both: tuple[bytes, bytes]) -> None:
     whole, first = both
     assert len(whole) > 1.2 * len(first)
-    found, expected = decode_image(whole, SIDE), decode_image(first, SIDE)
+    result, expected = decode_image(whole, SIDE), decode_image(first, SIDE)
     assert isinstance(expected, np.ndarray) and expected.std() > 20
-    assert isinstance(found, np.ndarray), found
-    assert (found == expected).all()
+    assert isinstance(result, np.ndarray), result
+    assert (result == expected).all()
 
 
 @pytest.mark.parametrize("name", SEVERAL)
@@ -274,8 +274,8 @@ def test_a_mask_is_the_first_frame_or_page(kind: str) -> None:
     for mask in masks:
         mask.putpalette([part for grey in range(256) for part in (grey, grey, grey)])
     rule = mask_rule(list(map(str, range(255))), ignore=255)
-    found = decode_mask(encoded(masks[0], kind, save_all=True, append_images=masks[1:]), rule, SIDE)
-    assert (found == classes).all() and (classes != classes.T).any()
+    result = decode_mask(encoded(masks[0], kind, save_all=True, append_images=masks[1:]), rule, SIDE)
+    assert (result == classes).all() and (classes != classes.T).any()
 
 
 # ------------------------------------------------------------------------------------------------------- deep colours

@@ -59,22 +59,22 @@ def cubic_weights(side: int, factor: int) -> np.ndarray:
 @pytest.mark.parametrize("factor", [2, 4])
 def test_bicubic_is_the_antialiased_formula_and_pil_s_float_mode(factor: int) -> None:
     images = (pictures(4, size=64) * 0.6 + 50).astype(np.float32)[:, :, :48]  # nothing overshoots
-    found = reduce(images, factor, "bicubic")
+    result = reduce(images, factor, "bicubic")
     expected = np.einsum("ih,nhwc,jw->nijc", cubic_weights(64, factor), images, cubic_weights(48, factor))
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(result, expected, atol=1e-3)
     size = (48 // factor, 64 // factor)
     pil = [Image.fromarray(images[0, ..., c]).resize(size, Image.Resampling.BICUBIC) for c in range(3)]
-    np.testing.assert_allclose(found[0], np.stack([np.asarray(channel) for channel in pil], axis=-1), atol=1e-3)
+    np.testing.assert_allclose(result[0], np.stack([np.asarray(channel) for channel in pil], axis=-1), atol=1e-3)
 
 
 def test_bicubic_of_eight_bits_is_pil_s_and_the_float_one_rounded() -> None:
     contrasts = (noise(20) > 127).astype(np.uint8) * 255  # whose bicubic reduction overshoots nearly everywhere
     for images in (pictures(20, size=64), noise(20), contrasts):
-        found = degrade(images, 4, Linear("bicubic"))
-        assert (found[7] == np.asarray(Image.fromarray(images[7]).resize((16, 16), Image.Resampling.BICUBIC))).all()
+        result = degrade(images, 4, Linear("bicubic"))
+        assert (result[7] == np.asarray(Image.fromarray(images[7]).resize((16, 16), Image.Resampling.BICUBIC))).all()
         exact = reduce(images.astype(np.float32), 4, "bicubic")
         assert exact.min() >= 0 and exact.max() <= 255
-        error = np.abs(exact.round() - found)
+        error = np.abs(exact.round() - result)
         assert error.max() <= 1 and (error > 0).mean() < 0.15
 
 
@@ -152,9 +152,9 @@ def test_blur_kernels_are_means_of_all_kinds(monkeypatch: pytest.MonkeyPatch) ->
     kernels = [degradation._blur_kernel(ranges, generator) for _ in range(2000)]
     assert all(kernel.sum() == pytest.approx(1) and kernel.min() >= 0 for kernel in kernels)
     assert {len(kernel) for kernel in kernels} == set(range(7, 22, 2))
-    shares = [seen.count((name, isotropic)) / 2000 for name, isotropic in sorted(set(seen))]
+    fractions = [seen.count((name, isotropic)) / 2000 for name, isotropic in sorted(set(seen))]
     published = [0.25, 0.45, 0.03, 0.12, 0.03, 0.12]  # anisotropic before isotropic
-    np.testing.assert_allclose(shares, published, atol=0.04)
+    np.testing.assert_allclose(fractions, published, atol=0.04)
     symmetric = [np.abs(kernel - kernel[::-1, ::-1]).max() < 1e-9 for kernel in kernels]
     assert all(symmetric)  # so that a filter and a convolution are the same
 
@@ -166,7 +166,7 @@ def test_sinc_kernels_ring() -> None:
     assert all(kernel.sum() == pytest.approx(1) and kernel.min() < -0.001 for kernel in kernels)
 
 
-def test_noise_is_as_strong_as_asked() -> None:
+def test_noise_is_as_strong_as_requested() -> None:
     generator = np.random.default_rng(0)
     first = replace(blind_options().first, noise=(8, 8), photons=(2000, 2000))
     levels = np.repeat(np.array([50, 100, 200], dtype=np.float32), 100)[:, None, None] * np.ones(
@@ -188,8 +188,8 @@ def test_noise_is_as_strong_as_asked() -> None:
 def test_jpeg_keeps_colours_in_their_channels() -> None:
     flat = np.full((16, 16, 3), (200, 90, 20), dtype=np.float32)
     ranges = replace(blind_options().first, jpeg=(75, 75))
-    found = degradation._jpeg(flat, ranges, np.random.default_rng(0))
-    assert np.abs(found - flat).max() < 4
+    result = degradation._jpeg(flat, ranges, np.random.default_rng(0))
+    assert np.abs(result - flat).max() < 4
     textured = noise(1)[0].astype(np.float32)
     qualities = [replace(ranges, jpeg=(quality, quality)) for quality in (30, 60, 95)]
     errors = [np.abs(degradation._jpeg(textured, one, np.random.default_rng(0)) - textured).mean() for one in qualities]
@@ -237,7 +237,7 @@ def test_enlargements_are_pil_s() -> None:
     low = pictures(3)[:, :, :8]
     assert (enlarge(low, 4, "nearest") == low.repeat(4, axis=1).repeat(4, axis=2)).all()
     for kind, filtered in (("bicubic", Image.Resampling.BICUBIC), ("lanczos", Image.Resampling.LANCZOS)):
-        found = enlarge(low, 4, kind)
-        assert found.shape == (3, 64, 32, 3)
-        assert (found[1] == np.asarray(Image.fromarray(low[1]).resize((32, 64), filtered))).all()
+        result = enlarge(low, 4, kind)
+        assert result.shape == (3, 64, 32, 3)
+        assert (result[1] == np.asarray(Image.fromarray(low[1]).resize((32, 64), filtered))).all()
     assert enlarge(low[:0], 4, "bicubic").shape == (0, 64, 32, 3)

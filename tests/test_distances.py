@@ -61,7 +61,7 @@ def test_the_extrapolated_distance_is_nearer_the_true_one(count):
         plain.append(frechet_distance(first, second))
         extrapolated.append(extrapolated_frechet_distance(first, second, seed=seed))
     plain, extrapolated = np.array(plain), np.array(extrapolated)
-    errors = [3 * found.std() / np.sqrt(len(found)) for found in (plain, extrapolated)]
+    errors = [3 * result.std() / np.sqrt(len(result)) for result in (plain, extrapolated)]
     assert plain.mean() - truth > 2 * errors[0]
     assert abs(extrapolated.mean() - truth) < errors[1]
     assert np.mean(abs(extrapolated - truth) < abs(plain - truth)) > 0.7
@@ -74,10 +74,10 @@ def test_the_extrapolated_distance_is_the_intercept_over_one_by_n():
     drawn = [(first[generator.permutation(90)[:n]], second[generator.permutation(90)[:n]]) for n in sizes]
     x, y = 1 / np.array(sizes), np.array([frechet_distance(*pair) for pair in drawn])
     slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
-    found = extrapolated_frechet_distance(first, second, seed=3)
-    assert found == pytest.approx(y.mean() - slope * x.mean(), rel=1e-6)
-    assert found == extrapolated_frechet_distance(first, second, seed=3)
-    assert found != extrapolated_frechet_distance(first, second, seed=4)
+    result = extrapolated_frechet_distance(first, second, seed=3)
+    assert result == pytest.approx(y.mean() - slope * x.mean(), rel=1e-6)
+    assert result == extrapolated_frechet_distance(first, second, seed=3)
+    assert result != extrapolated_frechet_distance(first, second, seed=4)
     assert np.isnan(extrapolated_frechet_distance(first[:7], second))
 
 

@@ -1,4 +1,4 @@
-"""Pruning by image-text pairs: exact budgets, shares of scenes, RS-Prune among clean pairs, and the real commands."""
+"""Pruning by image-text pairs: exact budgets, scenes' fractions, RS-Prune among clean pairs, and the real commands."""
 
 from __future__ import annotations
 
@@ -82,16 +82,16 @@ def test_exact_budgets_and_what_goes_first(size: int, unreadable: int, ratio: fl
     assert set(selection.reason[kinds[0] & ~kept]) <= {LESS_FITTING}
     assert set(selection.reason[kinds[1] & ~kept]) <= {MISMATCHED}
     assert set(selection.reason[kinds[2] & ~kept]) <= {NO_CAPTION}
-    assert selection.facts == {"mismatched": kinds[1].sum(), "without_caption": without.sum()}
+    assert selection.diagnostics == {"mismatched": kinds[1].sum(), "without_caption": without.sum()}
 
 
 def test_without_a_ratio_exactly_the_pairs_stay_that_are_not_mismatched() -> None:
     pool = pool_of(300, unreadable=9)
-    assert DLDC().found_budget(pool) == clean_of(pool).sum()
-    np.testing.assert_array_equal(kept_by(DLDC(), pool, DLDC().found_budget(pool)), clean_of(pool))
+    assert DLDC().estimated_budget(pool) == clean_of(pool).sum()
+    np.testing.assert_array_equal(kept_by(DLDC(), pool, DLDC().estimated_budget(pool)), clean_of(pool))
     strict = DLDC(most_mismatch=0.2)
     expected = pool.readable & (np.nan_to_num(pool.pair_scores.mismatch, nan=1) <= 0.2)
-    np.testing.assert_array_equal(kept_by(strict, pool, strict.found_budget(pool)), expected)
+    np.testing.assert_array_equal(kept_by(strict, pool, strict.estimated_budget(pool)), expected)
 
 
 def test_every_scene_keeps_the_same_part_and_its_best_fitting() -> None:
@@ -110,7 +110,7 @@ def test_a_cleaning_ratio_holds_for_every_scene(ratio: float | dict) -> None:
     pool = pool_of(500, unreadable=11)
     method, scores = DLDC(cleaning_ratio=ratio), pool.pair_scores
     usable = pool.readable & ~np.isnan(scores.mismatch)
-    kept = kept_by(method, pool, method.found_budget(pool))
+    kept = kept_by(method, pool, method.estimated_budget(pool))
     assert not kept[~usable].any()
     for name in SCENES:
         rows = np.flatnonzero(usable & (scores.scene == name))
@@ -125,12 +125,12 @@ def test_a_reason_says_whether_a_pair_was_mismatched_or_only_fitted_less() -> No
     """A cleaning ratio takes well-matched pairs as well."""
     pool = pool_of(200, mismatched=0.1, without=0)
     method = DLDC(cleaning_ratio=0.5)
-    selection = method.select(pool, method.found_budget(pool), np.random.default_rng(0))
+    selection = method.select(pool, method.estimated_budget(pool), np.random.default_rng(0))
     gone = np.setdiff1d(np.arange(200), selection.kept)
     wrong = pool.pair_scores.mismatch[gone] > 0.6
     assert (selection.reason[gone[wrong]] == MISMATCHED).all()
     assert (selection.reason[gone[~wrong]] == LESS_FITTING).all()
-    assert selection.facts["mismatched"] == (pool.pair_scores.mismatch > 0.6).sum()
+    assert selection.diagnostics["mismatched"] == (pool.pair_scores.mismatch > 0.6).sum()
 
 
 def test_the_order_of_pairs_knows_the_method_s_own_threshold() -> None:
@@ -141,7 +141,7 @@ def test_the_order_of_pairs_knows_the_method_s_own_threshold() -> None:
     assert np.argsort(goodness(scores, np.arange(3), 0.2)).tolist() == [0, 2, 1]
     pool = replace(pool_of(3, without=0), pair_scores=scores)
     method = DLDC(most_mismatch=0.2, cleaning_ratio=0.3)
-    assert kept_by(method, pool, method.found_budget(pool)).tolist() == [False, True, True]
+    assert kept_by(method, pool, method.estimated_budget(pool)).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_options_out_of_range_are_one_line(options: dict, line: str) -> None:
 def test_a_cleaning_ratio_for_a_scene_that_is_none_is_one_line() -> None:
     method = DLDC(cleaning_ratio={"forrest": 0.1})
     with pytest.raises(UserError, match=r"'forrest', which is no scene: give some of airport, forest, harbour"):
-        method.found_budget(pool_of(50))
+        method.estimated_budget(pool_of(50))
 
 
 # ---------------------------------------------------------------- clip_score, rsprune_dldc
@@ -187,16 +187,16 @@ def test_rsprune_dldc_is_rsprune_where_no_pair_is_mismatched() -> None:
         ours, theirs = (method.select(pool, budget, np.random.default_rng(3)) for method in (RSPruneDLDC(), RSPrune()))
         for name in ("kept", "reason", "scene", "scene_similarity", "cluster", "centroid_distance"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-        assert ours.facts == {**theirs.facts, "mismatched": 0}
+        assert ours.diagnostics == {**theirs.diagnostics, "mismatched": 0}
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 150), st.floats(0, 1, allow_subnormal=False), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 3))
 def test_rsprune_dldc_keeps_a_mismatched_image_only_where_it_must(
-    size: int, share: float, mismatched: float, seed: int
+    size: int, fraction: float, mismatched: float, seed: int
 ) -> None:
     pool = pool_of(size, seed, size // 8, mismatched)
-    budget, clean = int(share * size), clean_of(pool)
+    budget, clean = int(fraction * size), clean_of(pool)
     selection = RSPruneDLDC().select(pool, budget, np.random.default_rng(seed))
     kept = np.isin(np.arange(size), selection.kept)
     assert kept.sum() == min(budget, pool.readable.sum()) and not kept[~pool.readable].any()
@@ -208,7 +208,7 @@ def test_rsprune_dldc_keeps_a_mismatched_image_only_where_it_must(
     without = pool.readable & np.isnan(pool.pair_scores.mismatch)
     assert set(selection.reason[without & ~kept]) <= {NO_CAPTION}
     assert set(selection.reason[rest & ~without & ~kept]) <= {MISMATCHED}
-    assert selection.facts["mismatched"] == (rest & ~without).sum()
+    assert selection.diagnostics["mismatched"] == (rest & ~without).sum()
 
 
 # ---------------------------------------------------------------- configuration
@@ -234,16 +234,16 @@ def test_scorers_are_chosen_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "prune", "wanted"),
+    ("choice", "prune", "requested"),
     [
         ("auto", "dldc", (True, True)), ("auto", "random", (False, False)), ("best", "random", (True, True)),
         ("given", "dldc", (True, False)), ("given", "random", (False, False)), ("auto", "clip_score", (True, True)),
         ("auto", "rsprune_dldc", (True, True)),
     ],
 )  # fmt: skip
-def test_pairs_are_scored_where_somebody_reads_them(choice: str, prune: str, wanted: tuple[bool, bool]) -> None:
+def test_pairs_are_scored_where_somebody_reads_them(choice: str, prune: str, requested: tuple[bool, bool]) -> None:
     cfg = config(f"prune={prune}", f"captioning.captions={choice}")
-    assert captioned.wanted(cfg, instantiate(cfg.prune, _convert_="all")) == wanted
+    assert captioned.requested(cfg, instantiate(cfg.prune, _convert_="all")) == requested
 
 
 @pytest.mark.parametrize("option", ["rounds=often", "most_mismatch=high", "seed=x"])
@@ -255,7 +255,7 @@ def test_a_word_in_place_of_a_number_is_one_line(option: str) -> None:
 def test_words_that_are_unknown_are_one_line() -> None:
     cfg = config("captioning.captions=mine")
     with pytest.raises(UserError, match=r"captioning\.captions=mine is unknown: give given, best, auto"):
-        captioned.wanted(cfg, instantiate(cfg.prune, _convert_="all"))
+        captioned.requested(cfg, instantiate(cfg.prune, _convert_="all"))
     cfg = config("ratio=null")
     with pytest.raises(UserError, match="ratio=null: prune=rsprune_dldc cannot tell how much to remove"):
         ratio_of(cfg, RSPruneDLDC(), "rsprune_dldc")
@@ -279,8 +279,8 @@ def folder(tmp_path_factory) -> Path:
         (root / kind).mkdir(parents=True, exist_ok=True)
         pixels = np.array(KINDS[kind]) + random.normal(0, 25, (32, 32, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / kind / f"{number:03d}.png")
-        said = list(KINDS)[(number + (number % 7 == 6) * (1 + number % 2)) % 3]
-        text = f"an aerial view of {said}, {['open', 'wide', 'flat'][int(random.integers(3))]} {said} all over"
+        message = list(KINDS)[(number + (number % 7 == 6) * (1 + number % 2)) % 3]
+        text = f"an aerial view of {message}, {['open', 'wide', 'flat'][int(random.integers(3))]} {message} all over"
         if number % 30:
             rows.append({"file_name": f"{kind}/{number:03d}.png", "text": text})
     (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -306,8 +306,8 @@ def of_folder(folder: Path, runs: Path, *overrides: str) -> DictConfig:
 def test_dldc_cleans_a_corpus_of_files(folder: Path, runs: Path) -> None:
     directory, corpus = select(of_folder(folder, runs, "prune=dldc", "ratio=null"), "dldc")
     table, summary = pd.read_parquet(directory / "selection.parquet"), read_json(directory / "summary.json")
-    [found] = (runs / "captions").iterdir()
-    candidates = pd.read_parquet(found / CAPTIONS)
+    [result] = (runs / "captions").iterdir()
+    candidates = pd.read_parquet(result / CAPTIONS)
     given = candidates[candidates["round"] == 0].set_index("image")
     wrong, flagged = is_wrong(given["id"]), given["mismatch"].to_numpy() > 0.6
     assert flagged[wrong].mean() > 0.5 and flagged[~wrong].mean() < 0.05
@@ -337,7 +337,7 @@ def test_a_method_that_reads_scores_can_leave_the_given_captions(folder: Path, r
     directory, corpus = select(of_folder(folder, runs, *arguments, "captioning.describe=none"), "rsprune_dldc")
     assert corpus.captions == "" and not corpus.manifest["caption"].str.contains("percent").any()
     table = pd.read_parquet(directory / "selection.parquet")
-    mismatched = read_json(directory / "summary.json")["facts"]["mismatched"]
+    mismatched = read_json(directory / "summary.json")["diagnostics"]["mismatched"]
     assert table["kept"].sum() == 75 and (table["reason"] == MISMATCHED).sum() == mismatched > 10
     assert is_wrong(table["id"][table["reason"] == MISMATCHED]).mean() > 0.9
 
@@ -379,8 +379,8 @@ def test_the_command(place: Path, forked, prune: str) -> None:  # noqa: F811
     table, summary = pd.read_parquet(directory / "selection.parquet"), read_json(directory / "summary.json")
     assert summary["method"] == name and len(table) == 160 and (directory / "pairs.html").is_file()
     if name == "dldc":
-        [found] = (place / "runs" / "captions").iterdir()
-        candidates = pd.read_parquet(found / CAPTIONS)
+        [result] = (place / "runs" / "captions").iterdir()
+        candidates = pd.read_parquet(result / CAPTIONS)
         clean = candidates[candidates["chosen"] & (candidates["mismatch"] <= 0.6)]
         assert table["id"][table["kept"]].tolist() == clean["id"].tolist()
     else:

@@ -59,17 +59,17 @@ SECTIONS = {
 def sections(text: str) -> dict[str, list[tuple[str, str]]]:
     """The blocks of every section, by its heading, with their languages."""
     parts = re.split(r"^##? (.+)\n", text, flags=re.M)
-    found = {}
+    result = {}
     for heading, body in zip(parts[1::2], parts[2::2], strict=True):
-        found[heading] = re.findall(r"^```(\w*)\n(.*?)^```", body, re.M | re.S)
-    return found
+        result[heading] = re.findall(r"^```(\w*)\n(.*?)^```", body, re.M | re.S)
+    return result
 
 
 def test_every_section_begins_with_the_doctor(repository: Path) -> None:
-    found = sections((repository / "docs" / "corpora.md").read_text())
-    assert list(found)[1 : len(SECTIONS) + 1] == list(SECTIONS)
+    result = sections((repository / "docs" / "corpora.md").read_text())
+    assert list(result)[1 : len(SECTIONS) + 1] == list(SECTIONS)
     for heading, kind in SECTIONS.items():
-        first = found[heading][0][1].splitlines()
+        first = result[heading][0][1].splitlines()
         assert first[0].startswith(f"python scripts/doctor.py corpus={kind} "), heading
         assert all(line.startswith(("python ", "    ")) for line in first), heading
 
@@ -78,8 +78,8 @@ def test_every_section_begins_with_the_doctor(repository: Path) -> None:
 def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
     environment = checkout(repository, tmp_path)
     make_inputs(tmp_path)
-    found = sections((repository / "docs" / "corpora.md").read_text())
-    examples = [text for blocks in found.values() for kind, text in blocks if kind == "sh"]
+    result = sections((repository / "docs" / "corpora.md").read_text())
+    examples = [text for blocks in result.values() for kind, text in blocks if kind == "sh"]
     assert len(examples) == len(SECTIONS) - 1 + 2  # but for torchgeo's; "Out, and in again" has two
     for text in examples:
         shell = ["bash", "-euo", "pipefail", "-c", text]

@@ -41,8 +41,8 @@ def problems(path: Path, text: str) -> list[str]:
 )
 def test_a_fault_is_found(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "other.md").write_text("# Near\n", encoding="utf-8")
-    [found] = problems(tmp_path / "document.md", text)
-    assert found.startswith(problem)
+    [result] = problems(tmp_path / "document.md", text)
+    assert result.startswith(problem)
 
 
 @pytest.mark.parametrize(
@@ -78,5 +78,5 @@ def test_generated_tables_that_were_edited_are_found(tmp_path: Path) -> None:
 
 
 def test_all_documents_are_looked_at() -> None:
-    found = {document.path.relative_to(ROOT).as_posix() for document in documents(ROOT)}
-    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/library.md", "docs/results.md"} <= found
+    result = {document.path.relative_to(ROOT).as_posix() for document in documents(ROOT)}
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/library.md", "docs/results.md"} <= result

@@ -54,10 +54,10 @@ def diagnose(tmp_path: Path, monkeypatch, capsys):
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cfg = compose("config", [*overrides, f"runs={tmp_path / 'runs'}", "tracker=none"])
         doctor.main(cfg)
-        found: dict[str, list[str]] = {}
+        result: dict[str, list[str]] = {}
         for line in capsys.readouterr().out.splitlines():
-            found.setdefault(line[:11].strip(), []).append(line[11:])
-        return found
+            result.setdefault(line[:11].strip(), []).append(line[11:])
+        return result
 
     return run
 
@@ -75,23 +75,23 @@ def test_a_folder_with_masks_captions_and_broken_files(tmp_path: Path, diagnose,
     rows = [{"file_name": f"Beach/{number:02d}.jpg", "text": f"sand {number}"} for number in range(12)]
     (root / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    said = diagnose(
+    message = diagnose(
         "corpus=folder", f"corpus.root={root}", "corpus.masks=masks", "corpus.classes=[water,sand]",
         "corpus.mask_ignore=255",
     )  # fmt: skip
-    assert said["corpus"] == ["folder: 30 images"] and said["files"] == [".jpg 30"]
-    assert said["scenes"] == ["1 on 30 images: Beach 30"]
-    assert said["captions"] == ["12 of 30 images have one of their own, e.g. 'sand 0'"]
-    assert said["formats"] == ["29 x JPEG RGB", "1 x no image that can be opened"]
-    assert said["masks"] == ["28 of 29 images have one that fits: water 38%, sand 38%, ignored 25%"]
-    assert said["quarantine"] == ["2 of the 30 images that were looked at: mask: missing 1, not an image 1"]
-    counts = [int(part.split()[1]) for part in said["splits"][0].split(", ")]
-    assert sum(counts) == 30 and "no exact copies" in said["overlap"][0]
+    assert message["corpus"] == ["folder: 30 images"] and message["files"] == [".jpg 30"]
+    assert message["scenes"] == ["1 on 30 images: Beach 30"]
+    assert message["captions"] == ["12 of 30 images have one of their own, e.g. 'sand 0'"]
+    assert message["formats"] == ["29 x JPEG RGB", "1 x no image that can be opened"]
+    assert message["masks"] == ["28 of 29 images have one that fits: water 38%, sand 38%, ignored 25%"]
+    assert message["quarantine"] == ["2 of the 30 images that were looked at: mask: missing 1, not an image 1"]
+    counts = [int(part.split()[1]) for part in message["splits"][0].split(", ")]
+    assert sum(counts) == 30 and "no exact copies" in message["overlap"][0]
     assert {path: path.stat().st_mtime_ns for path in before if path != tmp_path} == {
         path: time for path, time in before.items() if path != tmp_path
     }
     new = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path not in before}
-    assert new == {"doctor.png"} and said["picture"] == ["doctor.png"]
+    assert new == {"doctor.png"} and message["picture"] == ["doctor.png"]
     with Image.open(tmp_path / "doctor.png") as sheet:
         assert sheet.size == (4 * 164 - 4, 2 * 164 - 4)
 
@@ -118,27 +118,27 @@ def test_deep_bands_their_levels_and_a_fourth_band(tmp_path: Path, diagnose) -> 
             root / f"{number}.tif", colours(high=3000, kind="uint16"), 500_000 + 50_000 * number, ("B02", "B03", "B04")
         )
         geotiff(root / f"naip{number}.tif", colours(bands=4), x=500_000 + 50_000 * number)
-    said = diagnose("corpus=folder", f"corpus.root={root}")
-    assert said["formats"] == [
+    message = diagnose("corpus=folder", f"corpus.root={root}")
+    assert message["formats"] == [
         "10 x GTiff uint16, 3 bands (B02, B03, B04; shown: 3, 2, 1), with a place",
         "10 x GTiff uint8, 4 bands (red, green, blue, alpha; shown: 1, 2, 3), with a place",
     ]
-    assert said["values"][0].startswith("uint16 x 3: ") and said["alpha"] == ["uint8 x 3: not alpha: left out"]
-    ends = said["stretch"][0].removeprefix("uint16 x 3: ").removesuffix(" becomes 0 to 255").split(", ")
+    assert message["values"][0].startswith("uint16 x 3: ") and message["alpha"] == ["uint8 x 3: not alpha: left out"]
+    ends = message["stretch"][0].removeprefix("uint16 x 3: ").removesuffix(" becomes 0 to 255").split(", ")
     for end in ends:
         low, high = map(float, end.split(" to "))
         assert 0 < low < 120 and 2880 < high < 3000
-    assert said["overlap"] == ["no cell of ground in two splits"]
+    assert message["overlap"] == ["no cell of ground in two splits"]
 
 
 def test_scenes_and_their_cover(tmp_path: Path, diagnose) -> None:
     geotiff(tmp_path / "data" / "s.tif", colours(side=150))
-    said = diagnose("corpus=geotiff", f"corpus.root={tmp_path / 'data'}", "corpus.tile=64", "corpus.train.split=all")
-    assert said["corpus"] == ["geotiff: 4 images"] and said["files"] == [".tif 1"]
-    assert said["formats"] == [
+    message = diagnose("corpus=geotiff", f"corpus.root={tmp_path / 'data'}", "corpus.tile=64", "corpus.train.split=all")
+    assert message["corpus"] == ["geotiff: 4 images"] and message["files"] == [".tif 1"]
+    assert message["formats"] == [
         "1 x GTiff uint8, 3 bands (red, green, blue; shown: 1, 2, 3), with a place, 150 x 150 px"
     ]
-    assert said["covered"] == ["1 of 1 scenes to less than 95%, s.tif to 73%; corpus.edge=shift covers all of them"]
+    assert message["covered"] == ["1 of 1 scenes to less than 95%, s.tif to 73%; corpus.edge=shift covers all of them"]
 
 
 def test_shards(tmp_path: Path, diagnose) -> None:
@@ -150,9 +150,9 @@ def test_shards(tmp_path: Path, diagnose) -> None:
                 info = tarfile.TarInfo(f"{number}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    said = diagnose("corpus=webdataset", f"corpus.urls={tmp_path / 'a.tar'}")
-    assert said["files"] == [".tar 1"] and said["formats"] == ["8 x PNG RGB"]
-    assert said["captions"] == ["8 of 8 images have one of their own, e.g. 'a field'"]
+    message = diagnose("corpus=webdataset", f"corpus.urls={tmp_path / 'a.tar'}")
+    assert message["files"] == [".tar 1"] and message["formats"] == ["8 x PNG RGB"]
+    assert message["captions"] == ["8 of 8 images have one of their own, e.g. 'a field'"]
 
 
 def test_nothing_readable_and_no_picture_are_one_line(tmp_path: Path, diagnose) -> None:

@@ -59,9 +59,9 @@ def test_readme_has_the_table_of_the_published_rows(tmp_path: Path) -> None:
     )
     fill_readme(PUBLISHED, copy)
     assert copy.read_text(encoding="utf-8") == text
-    found = read_results(PUBLISHED / "chain.jsonl")
+    result = read_results(PUBLISHED / "chain.jsonl")
     mine = [
-        row for row in found if row["stage"] == "generation" and row["prune"] == "rsprune" and "weighting" not in row
+        row for row in result if row["stage"] == "generation" and row["prune"] == "rsprune" and "weighting" not in row
     ]
     value = np.mean([row["metrics"]["balanced_kid_x1000_efficientnet_lite2"] for row in mine])
     assert f"| {value:.1f} ± " in re.sub(" +", " ", text)

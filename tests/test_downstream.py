@@ -136,7 +136,7 @@ def test_saved_pipeline_feeds_what_was_trained(loaded, parts: Parts, conditioned
     noise = starting_noise(range(3), (CHANNELS, 2, 2), seed=5)
     seen = []
     hook = loaded.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-    found = loaded(
+    result = loaded(
         prompt=["desert", "", "ocean"], image=[Image.fromarray(image) for image in images], latents=noise,
         num_inference_steps=5, guidance_scale=1.0, output_type="latent",
     ).images  # fmt: skip
@@ -156,11 +156,11 @@ def test_saved_pipeline_feeds_what_was_trained(loaded, parts: Parts, conditioned
         for time in scheduler.timesteps:
             inputs = torch.cat([latents, raw * parts.autoencoder.config.scaling_factor], dim=1)
             latents = scheduler.step(conditioned(inputs, time, prompts).sample, time, latents).prev_sample
-    torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result, latents, rtol=1e-4, atol=1e-5)
     assert raw.std() > 0.05  # so that a wrong scale would show
 
 
-def test_times_of_the_sampler_are_noise_shares() -> None:
+def test_times_of_the_sampler_are_noise_fractions() -> None:
     scheduler = Objective().scheduler()
     scheduler.set_timesteps(8)
     torch.testing.assert_close(scheduler.timesteps / 1000, scheduler.sigmas[:-1], rtol=0, atol=2e-3)
@@ -223,7 +223,7 @@ def coloured_corpus(tmp_path: Path) -> Corpus:
     return Corpus("coloured", tmp_path, images, manifest, masks, ("left", "right", "nowhere"))
 
 
-def test_palette_is_natural_and_told_apart(tmp_path: Path) -> None:
+def test_palette_is_natural_and_distinguished(tmp_path: Path) -> None:
     corpus = coloured_corpus(tmp_path)
     natural = natural_palette(corpus, seed=0, distance=0)
     grey = [128, 128, 128]  # of a class that never occurs, and of pixels without a class
@@ -239,11 +239,11 @@ def test_palette_is_natural_and_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [2, 8, 31])
 def test_spread_colours_reach_their_distance(count: int) -> None:
     for start in (np.zeros((count, 3)), np.random.default_rng(count).uniform(0, 255, (count, 3))):
-        found = spread_colours(start, 40)
-        distances = np.linalg.norm(found[:, None] - found[None], axis=2)[~np.eye(count, dtype=bool)]
+        result = spread_colours(start, 40)
+        distances = np.linalg.norm(result[:, None] - result[None], axis=2)[~np.eye(count, dtype=bool)]
         assert distances.min() >= 40
-        assert found.min() >= 0
-        assert found.max() <= 255
+        assert result.min() >= 0
+        assert result.max() <= 255
     far = np.diag([255.0, 255.0, 255.0])
     assert (spread_colours(far, 40) == far).all()
 
@@ -290,14 +290,14 @@ OF_VARIANTS = ("spread", "diversity")
 
 def full_names(cfg: DictConfig, metrics: tuple[str, ...]) -> set[str]:
     """Names of metrics that are measured without the weights of LPIPS."""
-    found = set()
+    result = set()
     for key in metrics:
         if key == "lpips":
             continue
         by_encoder = METRICS[key].by == "encoder"
         for name in [f"{key}_{encoder.name}" for encoder in encoders_of(cfg)] if by_encoder else [key]:
-            found |= {name, f"{name}_low", f"{name}_high"} if key == "kid_x1000" else {name}
-    return found
+            result |= {name, f"{name}_low", f"{name}_high"} if key == "kid_x1000" else {name}
+    return result
 
 
 def test_all_tasks_are_found_and_configured(repository: Path) -> None:
@@ -344,16 +344,16 @@ def test_a_task_from_a_foundation_and_from_scratch(cfg: DictConfig, foundation: 
 
 def test_a_baseline_is_measured_as_a_network_is(cfg: DictConfig) -> None:
     task = TASKS["super_resolution"](cfg)
-    found = read_json(measure_baselines(cfg, task)["bicubic"] / METRICS_FILE)
+    result = read_json(measure_baselines(cfg, task)["bicubic"] / METRICS_FILE)
     summary = read_json(fine_tune(cfg, task, None, "scratch") / "summary.json")
-    assert set(found) == set(summary["metrics"]) - set(OF_VARIANTS)
-    assert found["psnr"] != summary["metrics"]["psnr"]
+    assert set(result) == set(summary["metrics"]) - set(OF_VARIANTS)
+    assert result["psnr"] != summary["metrics"]["psnr"]
 
     held = held_out_images(cfg)
     outputs = enlarge(low_resolution(held.images, 4), 4, "bicubic")
     error = np.square(outputs.astype(float) - held.images).mean((1, 2, 3))
-    assert found["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)))  # per image, then the mean
-    assert found == output_metrics(task, outputs, held, TaskJudges.of(cfg, task))
+    assert result["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)))  # per image, then the mean
+    assert result == output_metrics(task, outputs, held, TaskJudges.of(cfg, task))
     perfect = output_metrics(task, held.images, held, TaskJudges.of(cfg, task))
     assert perfect["ssim"] == pytest.approx(1) and perfect[f"fd_{evaluation_encoder(cfg)}"] < 1e-6
 
@@ -384,7 +384,7 @@ def test_masks_are_drawn_in_the_palette_and_judged_by_the_segmenter(cfg: DictCon
     [
         {"eval__steps": 3},
         {"eval__seed": 5},
-        {"yardstick__input_size": 48},
+        {"evaluation_encoder__input_size": 48},
         {"downstream__steps": 3},
         {"downstream__images": 6},
         {"downstream__segmenter__most_rounds": 1},
@@ -395,7 +395,7 @@ def test_what_it_is_measured_with_trains_nothing_again(
     cfg: DictConfig, foundation: Path, values: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = cfg.copy()
-    cfg.yardstick = cfg.encoder.copy()
+    cfg.evaluation_encoder = cfg.encoder.copy()
     task = TASKS["super_resolution"](cfg)
     before = fine_tune(cfg, task, foundation, "rsprune")
     summary = read_json(before / "summary.json")
@@ -439,10 +439,10 @@ def test_a_third_task_is_one_file_and_one_yaml(
         (tmp_path / name).write_text(content)
     folder = str(tmp_path / "downstream" / "tasks")
     monkeypatch.setattr(downstream.tasks, "__path__", [*downstream.tasks.__path__, folder])
-    found = registry.find_tasks()
+    result = registry.find_tasks()
     monkeypatch.delitem(sys.modules, "downstream.tasks.colouring")
-    assert set(found) == {*TASKS, "colouring"}
-    monkeypatch.setitem(TASKS, "colouring", found["colouring"])
+    assert set(result) == {*TASKS, "colouring"}
+    monkeypatch.setitem(TASKS, "colouring", result["colouring"])
     cfg = task_config(
         Path(cfg.runs).parent, "foundation=scratch", f"hydra.searchpath=[file://{tmp_path}/configs]",
         "+downstream@downstream.colouring=colouring",

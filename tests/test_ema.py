@@ -45,8 +45,8 @@ def test_the_average_is_the_weighted_sum_of_all_weights_there_were() -> None:
     history = moved(average, modules, 100)
     kept = [0.5 ** (batch / min(halflife, 0.1 * step * batch)) for step in range(1, 101)]
     later = np.append(np.cumprod(kept[::-1])[::-1], 1.0)
-    found = dict(average.gather()["net"].named_parameters())
-    for name, weight in found.items():
+    result = dict(average.gather()["net"].named_parameters())
+    for name, weight in result.items():
         past = np.stack([step[name] for step in history]).astype(np.float64)
         terms = [(1 - b) * rest * value for b, rest, value in zip(kept, later[1:], past, strict=True)]
         np.testing.assert_allclose(weight, np.sum(terms, 0) + later[0] * start[name], rtol=1e-4, atol=1e-5)
@@ -65,7 +65,7 @@ def test_half_is_forgotten_in_a_half_life() -> None:
 
 @pytest.mark.parametrize(("step", "halflife"), [(1, 0.4), (10, 4.0), (79, 31.6), (80, 32.0), (400, 32.0)])
 def test_the_half_life_rises_with_the_images_seen(step: int, halflife: float) -> None:
-    """A tenth of the images seen, `0.1 * step * batch`, as long as that is shorter than what is asked for."""
+    """A tenth of the images seen, `0.1 * step * batch`, as long as that is shorter than what is requested."""
     assert Average({}, halflife=32, batch_size=4).decay(step) == pytest.approx(0.5 ** (4 / halflife), rel=1e-9)
 
 
@@ -75,11 +75,11 @@ def test_without_a_half_life_it_equals_the_weights_and_buffers() -> None:
     average.follow(modules, CPU, keep=True)
     moved(average, modules, 3)
     modules["net"][1].running_mean += 2
-    found = average.gather()["net"]
-    assert found is not modules["net"] and not found.training
-    assert not any(weight.requires_grad for weight in found.parameters())
+    result = average.gather()["net"]
+    assert result is not modules["net"] and not result.training
+    assert not any(weight.requires_grad for weight in result.parameters())
     for key, value in modules["net"].state_dict().items():
-        assert torch.equal(found.state_dict()[key], value), key
+        assert torch.equal(result.state_dict()[key], value), key
 
 
 @pytest.fixture

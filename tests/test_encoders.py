@@ -140,7 +140,7 @@ def test_a_missing_package_is_one_line() -> None:
 def test_the_encoder_that_judges_neither_selects_nor_trains(repository: Path) -> None:
     choice = OmegaConf.load(repository / "configs/config.yaml").defaults
     chosen = {key: item[key] for item in choice if not isinstance(item, str) for key in item if "encoder" in key}
-    assert chosen["encoder@yardstick"] != chosen["encoder"]
+    assert chosen["encoder@evaluation_encoder"] != chosen["encoder"]
 
 
 # ---------------------------------------------------------------- damage
@@ -176,9 +176,9 @@ def test_damage_to_pixels_grows_from_nothing(tiles: np.ndarray, name: str) -> No
 
 def test_blur_agrees_with_opencv(tiles: np.ndarray) -> None:
     after = DAMAGES["blur"].pixels(tiles, 1.5, np.random.default_rng(0))
-    for image, found in zip(tiles, after, strict=True):
+    for image, result in zip(tiles, after, strict=True):
         expected = cv2.GaussianBlur(image.astype(np.float32), (13, 13), 1.5, borderType=cv2.BORDER_REFLECT)
-        assert np.abs(expected - found).max() <= 0.51
+        assert np.abs(expected - result).max() <= 0.51
     # and by image alone, channel by channel
     expected = gaussian_filter(tiles[3, :, :, 1].astype(np.float32), 1.5)
     assert np.abs(expected - after[3, :, :, 1]).max() <= 0.51
@@ -192,10 +192,10 @@ def test_noise_has_its_deviation(tiles: np.ndarray) -> None:
 
 def test_jpeg_agrees_with_pil(tiles: np.ndarray) -> None:
     after = DAMAGES["jpeg"].pixels(tiles, 40, np.random.default_rng(0))
-    for image, found in zip(tiles, after, strict=True):
+    for image, result in zip(tiles, after, strict=True):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=60)
-        np.testing.assert_array_equal(found, np.asarray(Image.open(file)))
+        np.testing.assert_array_equal(result, np.asarray(Image.open(file)))
 
 
 def test_colour_turns_the_hue_alone(tiles: np.ndarray) -> None:
@@ -268,10 +268,10 @@ def test_verdict_of_made_curves() -> None:
             "fd": [1.0, 2, 3, 4],
         }
     )
-    found = verdict(curve)
-    assert found["kid_x1000_inversions"] == 1 and found["fd_inversions"] == 0
-    assert found["kid_x1000_spearman"] == pytest.approx(0.8) and found["fd_spearman"] == pytest.approx(1)
-    assert found["seen_at"] == 3
+    result = verdict(curve)
+    assert result["kid_x1000_inversions"] == 1 and result["fd_inversions"] == 0
+    assert result["kid_x1000_spearman"] == pytest.approx(0.8) and result["fd_spearman"] == pytest.approx(1)
+    assert result["seen_at"] == 3
     assert np.isnan(verdict(curve.head(2))["seen_at"])
     assert inversions([4, 3, 2, 1]) == 6 and inversions([1, 1]) == 1
 
@@ -285,15 +285,15 @@ def test_alignment_is_one_for_turned_features_and_zero_for_unrelated_ones() -> N
     assert abs(kernel_alignment(random.standard_normal((300, 500)), random.standard_normal((300, 500)))) < 0.05
 
 
-def test_the_yardstick_orders_known_damage(pool: Pool, repository: Path) -> None:
+def test_the_evaluation_encoder_orders_known_damage(pool: Pool, repository: Path) -> None:
     defaults = OmegaConf.load(repository / "configs/config.yaml").defaults
-    name = next(item["encoder@yardstick"] for item in defaults if "encoder@yardstick" in item)
+    name = next(item["encoder@evaluation_encoder"] for item in defaults if "encoder@evaluation_encoder" in item)
     features = PoolFeatures(instantiate(OmegaConf.load(repository / f"configs/encoder/{name}.yaml")), pool)
     disordered = {}
     for damage, kind in DAMAGES.items():
         curve = damage_curve(features, damage, kind.strengths[2:], seed=0)
-        found = verdict(curve)
-        if found["kid_x1000_inversions"] or not found["seen_at"] <= 3:
+        result = verdict(curve)
+        if result["kid_x1000_inversions"] or not result["seen_at"] <= 3:
             disordered[damage] = curve["kid_x1000"].round(1).tolist()
     assert not disordered
 
@@ -315,14 +315,14 @@ def made_curves(name: str, direction: int) -> pd.DataFrame:
 
 def test_the_encoder_that_orders_damage_comes_first() -> None:
     curves = pd.concat([made_curves("poor", -1), made_curves("good", 1)], ignore_index=True)
-    found = choose_encoder.orderings(curves)
-    facts = {name: {"images_per_second": 10.0, "alignment": 0.5} for name in ("poor", "good")}
-    table = choose_encoder.summary(found, facts)
+    result = choose_encoder.orderings(curves)
+    metadata = {name: {"images_per_second": 10.0, "alignment": 0.5} for name in ("poor", "good")}
+    table = choose_encoder.summary(result, metadata)
     assert list(table.index) == ["good", "poor"]
     assert table["kid_x1000_inversions"].tolist() == [0, 15 * len(DAMAGES)] == table["beyond_intervals"].tolist()
     assert table["damages_ordered"].tolist() == [len(DAMAGES), 0]
     assert table["seen_at"].tolist() == [1, 6]
-    page = choose_encoder.page("Title", table, found, curves, "good")
+    page = choose_encoder.page("Title", table, result, curves, "good")
     assert "Chosen: `good`." in page and "| blur | 0 / 0, step 1 | 15 / 15, – |" in page
     assert "| blur (σ, px) | 0.6 | 20.0 [18.0, 22.0] | -20.0 [-22.0, -18.0] |" in page
     figure = damage_figure(curves)
@@ -339,9 +339,9 @@ def test_the_choice_is_made_and_written(tmp_path: Path, repository: Path, capsys
         choose_encoder.main(compose("config", overrides=overrides))
         results = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("results: "))
         assert results == tmp_path / "results" / "local" / "encoders" / "bluemarble"
-        found = json.loads((results / "encoders.json").read_text())
-        assert found["chosen"] == "efficientnet_lite2" and len(found["damages"]) == 2 * len(DAMAGES)
-        alignment = {row["encoder"]: row["alignment"] for row in found["encoders"]}
+        result = json.loads((results / "encoders.json").read_text())
+        assert result["chosen"] == "efficientnet_lite2" and len(result["damages"]) == 2 * len(DAMAGES)
+        alignment = {row["encoder"]: row["alignment"] for row in result["encoders"]}
         assert alignment["efficientnet_lite0"] == pytest.approx(1) and alignment["efficientnet_lite2"] < 1
         assert len(pd.read_csv(results / "curves.csv")) == 2 * len(DAMAGES) * 6
         assert (results / "encoders.png").read_bytes()[:4] == b"\x89PNG"

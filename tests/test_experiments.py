@@ -87,8 +87,8 @@ def test_the_whole_corpus_overtakes_where_the_curves_cross(tmp_path: Path) -> No
         for row in experiment_rows(cfg, "rsprune", run(tmp_path / ratio, curve, curve[30])):
             append_result(tmp_path / "table" / RESULTS, row)
     write_experiment(tmp_path / "table")
-    found = pd.read_csv(tmp_path / "table" / "overtaken.csv").set_index("ratio")["images_seen"]
-    assert found[0.5] == pytest.approx(250) and pd.isna(found[0.9])  # gaps 3, 1, -1: zero half way from 200 to 300
+    result = pd.read_csv(tmp_path / "table" / "overtaken.csv").set_index("ratio")["images_seen"]
+    assert result[0.5] == pytest.approx(250) and pd.isna(result[0.9])  # gaps 3, 1, -1: zero half way from 200 to 300
     table = pd.read_csv(tmp_path / "table" / "ratio_compute.csv")
     assert table["ratio"].tolist() == [0.0, 0.5, 0.9] and table[KID].tolist() == [1.0, 2.0, 0.3]
 

@@ -99,8 +99,8 @@ def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> Non
         assert several == [None if value is None else list(value) for value in table["captions"].to_numpy()[expected]]
         assert several[1] is None or len(several[1]) == 2
         for column in ("lon", "weight"):
-            found = corpus.manifest[column].to_numpy()[order].tolist()
-            assert found == table[column].to_numpy()[expected].tolist()
+            result = corpus.manifest[column].to_numpy()[order].tolist()
+            assert result == table[column].to_numpy()[expected].tolist()
 
     for form in ("folder", "symlinks"):
         back = ImageFolder(str(tmp_path / form), masks="masks", classes=("sand", "leaf"), resolution=16)
@@ -168,11 +168,11 @@ def case_of(kind: str, folder: Path) -> Case:
     if kind == "webdataset":
         masks, members = [], []
         for row, (data, suffix) in enumerate(FILES):
-            facts = {"scene": SCENES[row % 2], "lon": row * 1.5, "captions": [f"number {row}", f"the {row}th"]}
+            metadata = {"scene": SCENES[row % 2], "lon": row * 1.5, "captions": [f"number {row}", f"the {row}th"]}
             masks.append(encoded(Image.fromarray(np.full((16, 16), row % 2, np.uint8)), compress_level=row))
             key = f"{'ab'[row % 2]}/s{row:03d}"
             members += [
-                (key + suffix, data), (f"{key}.json", json.dumps(facts).encode()), (f"{key}.mask.png", masks[-1]),
+                (key + suffix, data), (f"{key}.json", json.dumps(metadata).encode()), (f"{key}.mask.png", masks[-1]),
             ]  # fmt: skip
         shard(folder / "0.tar", members[:12])
         shard(folder / "1.tar", members[12:])
@@ -259,8 +259,8 @@ def test_every_form_holds_what_a_source_gave(kind: str, tmp_path: Path) -> None:
     for form, read in (("folder", read_folder), ("webdataset", read_shards), ("huggingface", read_saved)):
         rows, images, masks = read(go(form))
         for column in expected:
-            found = [row[column] for row in rows]
-            assert found == [list(v) if isinstance(v, np.ndarray) else v for v in expected[column]], (form, column)
+            result = [row[column] for row in rows]
+            assert result == [list(v) if isinstance(v, np.ndarray) else v for v in expected[column]], (form, column)
         if case.files is None:
             assert {suffix for _, suffix in images} == {".png"}
             decoded = [np.asarray(Image.open(io.BytesIO(data))) for data, _ in images]
@@ -274,7 +274,7 @@ def test_every_form_holds_what_a_source_gave(kind: str, tmp_path: Path) -> None:
         go("symlinks")
     assert not (tmp_path / "symlinks").exists()
 
-    if kind == "geotiff":  # the facts above are the manifest's own, so here they are the scene's
+    if kind == "geotiff":  # the metadata above are the manifest's own, so here they are the scene's
         assert kept["id"].tolist() == [f"a.tif/{16 * (row // 5):06d}_{16 * (row % 5):06d}" for row in KEPT]
         assert set(kept["crs"]) == {"EPSG:32632"} and kept["lat"].notna().all()
     else:
@@ -340,7 +340,7 @@ def picture(seed: int = 0, side: int = 24) -> Image.Image:
 
 def as_open_clip_sees(shard: Path) -> list[dict[str, Any]]:
     """The samples that open_clip trains on: webdataset's reader, then open_clip's own filter where it is installed."""
-    webdataset = pytest.importorskip("webdataset", reason="webdataset, whose reader is asked, is not installed")
+    webdataset = pytest.importorskip("webdataset", reason="webdataset, whose reader is used, is not installed")
 
     def keeps(sample: dict[str, Any]) -> bool:  # filter_no_caption_or_no_image of open_clip 3.3.0
         return "txt" in sample and any(suffix in sample for suffix in ("png", "jpg", "jpeg", "webp"))
@@ -393,8 +393,8 @@ def test_formats_that_readers_of_shards_pass_over_are_counted_or_made_png(tmp_pa
     seen = as_open_clip_sees(out / "subset-000000.tar")
     assert len(seen) == 4 and "will not be seen" not in capsys.readouterr().err
     for number, sample in enumerate(seen[:2]):  # the central square at its own size, not the corpus's 8 px
-        found, mask = (np.asarray(Image.open(io.BytesIO(sample[key]))) for key in ("png", "mask.png"))
-        assert (found == np.asarray(picture(number, 32))[4:28, :24]).all()
+        result, mask = (np.asarray(Image.open(io.BytesIO(sample[key]))) for key in ("png", "mask.png"))
+        assert (result == np.asarray(picture(number, 32))[4:28, :24]).all()
         assert (mask == np.random.default_rng(number).integers(0, 2, (32, 24), dtype=np.uint8)[4:28]).all()
     with pytest.raises(UserError, match="to=folder"):
         written(selection, "symlinks", tmp_path / "links", reencode="png")
@@ -421,11 +421,11 @@ def test_imagefolder_gives_every_row_in_one_split(masks: bool, tmp_path: Path) -
     selection = select(ImageFolder(str(root), resolution=24, **options), tmp_path / "runs", list(range(7)))
     out = written(selection, "folder", tmp_path / "train" / "out")
     for place in (out / "images", out):
-        found = datasets.load_dataset("imagefolder", data_dir=str(place), cache_dir=str(tmp_path / "cache"))
-        assert list(found) == ["train"]
-        assert sorted(found["train"]["caption"]) == sorted(f"caption of {name}" for name in SPLIT_NAMES)
-        assert sorted(found["train"]["id"]) == sorted(f"images/{name}" for name in SPLIT_NAMES)
-        by_caption = {row["caption"]: np.asarray(row["image"]) for row in found["train"]}
+        result = datasets.load_dataset("imagefolder", data_dir=str(place), cache_dir=str(tmp_path / "cache"))
+        assert list(result) == ["train"]
+        assert sorted(result["train"]["caption"]) == sorted(f"caption of {name}" for name in SPLIT_NAMES)
+        assert sorted(result["train"]["id"]) == sorted(f"images/{name}" for name in SPLIT_NAMES)
+        by_caption = {row["caption"]: np.asarray(row["image"]) for row in result["train"]}
         for number, name in enumerate(SPLIT_NAMES):
             assert (by_caption[f"caption of {name}"] == np.asarray(picture(number))).all()
 

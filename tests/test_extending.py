@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from captioning.captioners.captioner import Facts
+from captioning.captioners.captioner import ImageMetadata
 from corpus.index import index_corpus
 from eval.metrics import METRICS, Metric
 from prune import select_from_arrays
@@ -53,8 +53,8 @@ def test_the_captioner_describes_each_image_and_differs_by_attempt() -> None:
     assert options.pop("_target_") == "captioning.captioners.brightness.Brightness"
     captioner = defined("add_a_captioner.md")["Brightness"](**options)
     images = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (10, 250)])
-    facts = [Facts("BaseballField"), Facts()]
-    first, second = (captioner(images, facts, attempt, [0, 0]) for attempt in (0, 1))
+    metadata = [ImageMetadata("BaseballField"), ImageMetadata()]
+    first, second = (captioner(images, metadata, attempt, [0, 0]) for attempt in (0, 1))
     assert first == ["a dark baseball field", "a bright land"] and set(first).isdisjoint(second)
 
 

@@ -34,7 +34,7 @@ NAMES = [f"Beach/{letter}.jpg" for letter in "abcdef"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_told() -> None:
+def notices_again() -> None:
     notice.cache_clear()
 
 
@@ -81,7 +81,7 @@ def test_cells_keep_numbers_quotes_and_commas(tmp_path: Path, capsys: pytest.Cap
     table = ImageFolder(str(tmp_path)).manifest().set_index("id")
     assert table.loc["Beach/a.jpg", ["lon", "caption"]].tolist() == [12.5, 'sand, "white"']
     assert table.loc["Beach/b.jpg", ["lon", "caption"]].tolist() == [3, "a beach, and a sea"]
-    assert "Beach/b.jpg" in ImageFolder(str(tmp_path), split="test", test_share=0.0).manifest()["id"].tolist()
+    assert "Beach/b.jpg" in ImageFolder(str(tmp_path), split="test", test_fraction=0.0).manifest()["id"].tolist()
     (tmp_path / "metadata.csv").write_text("height;width\n3;4\n")
     assert captions(tmp_path)["Beach/a.jpg"] == ["a satellite image of beach"]
     assert "metadata.csv names no images: give it a column or field file_name" in capsys.readouterr().err
@@ -92,14 +92,14 @@ def test_texts_beside_the_images(tmp_path: Path) -> None:
     written = {
         "a.txt": "written beside", "b.caption": "in another suffix", "c.jpg.txt": "after the whole name",
         "d.txt": "A beach.\nWhite sand.\n", "e.txt": "0 0.51 0.32 0.10 0.20\n1 0.2 0.3 0.1 0.1\n",
-        "f.json": '{"caption": "of its facts", "lon": 7.5}',
+        "f.json": '{"caption": "of its metadata", "lon": 7.5}',
     }  # fmt: skip
     for name, text in written.items():
         (tmp_path / "Beach" / name).write_text(text)
     assert captions(tmp_path) == {
         "Beach/a.jpg": ["written beside"], "Beach/b.jpg": ["in another suffix"],
         "Beach/c.jpg": ["after the whole name"], "Beach/d.jpg": ["A beach.", "White sand."],
-        "Beach/e.jpg": ["a satellite image of beach"], "Beach/f.jpg": ["of its facts"],
+        "Beach/e.jpg": ["a satellite image of beach"], "Beach/f.jpg": ["of its metadata"],
     }  # fmt: skip
     source = ImageFolder(str(tmp_path))
     assert source.manifest().set_index("id").loc["Beach/f.jpg", "lon"] == 7.5
@@ -121,7 +121,7 @@ DOCUMENTS = {
     },
     "rows": [{"image": name, "captions": ["x " + name, "y"]} for name in NAMES],
     "table": {name: ["x " + name, "y"] for name in NAMES},
-    "facts": {name: {"caption": ["x " + name, "y"]} for name in NAMES},
+    "metadata": {name: {"caption": ["x " + name, "y"]} for name in NAMES},
 }
 
 
@@ -160,9 +160,9 @@ def test_other_spellings_of_the_path(tmp_path: Path, capsys: pytest.CaptureFixtu
     rows = [{"file_name": name, "text": f"about {letter}"} for letter, name in spelled.items()]
     lines(root / "captions.jsonl", [*rows, {"file_name": "Beach/gone.jpg", "text": "lost"}])
     assert captions(root) == {f"Beach/{one}.{'png' if one == 'i' else 'jpg'}": [f"about {one}"] for one in spelled}
-    told = capsys.readouterr().err
-    assert "folder: 1 of 10 caption rows match no image, e.g. 'Beach/gone.jpg'\n" in told
-    assert "folder: 9 of 9 images have captions (9 captions)\n" in told
+    given = capsys.readouterr().err
+    assert "folder: 1 of 10 caption rows match no image, e.g. 'Beach/gone.jpg'\n" in given
+    assert "folder: 9 of 9 images have captions (9 captions)\n" in given
 
 
 @pytest.mark.parametrize(("on_disk", "in_row"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -175,13 +175,13 @@ def test_either_unicode_form(tmp_path: Path, on_disk: str, in_row: str) -> None:
 
 
 def test_what_fits_two_images_fits_none(tmp_path: Path) -> None:
-    found = Images(tmp_path, ["a/x.jpg", "b/x.jpg", "A.png", "a.png", "c/y.jpg", "train/z.jpg"])
-    assert found.find("a/x.jpg", ".") == ("a/x.jpg", True)
-    assert found.find("x.jpg", ".") is None and found.find("x.jpg", "b") == ("b/x.jpg", True)
-    assert found.find("A.PNG", ".") is None and found.find("A.png", ".") == ("A.png", True)
-    assert found.find("y.jpg", ".") == ("c/y.jpg", False) and found.find("y.jpg", "a") is None
-    assert found.find("val/z.jpg", ".") is None and found.find("/far/away/z.jpg", ".") is None
-    assert found.find("/far/away/train/z.jpg", ".") == ("train/z.jpg", False)
+    result = Images(tmp_path, ["a/x.jpg", "b/x.jpg", "A.png", "a.png", "c/y.jpg", "train/z.jpg"])
+    assert result.find("a/x.jpg", ".") == ("a/x.jpg", True)
+    assert result.find("x.jpg", ".") is None and result.find("x.jpg", "b") == ("b/x.jpg", True)
+    assert result.find("A.PNG", ".") is None and result.find("A.png", ".") == ("A.png", True)
+    assert result.find("y.jpg", ".") == ("c/y.jpg", False) and result.find("y.jpg", "a") is None
+    assert result.find("val/z.jpg", ".") is None and result.find("/far/away/z.jpg", ".") is None
+    assert result.find("/far/away/train/z.jpg", ".") == ("train/z.jpg", False)
 
 
 def test_a_row_that_names_an_image_exactly_goes_first(tmp_path: Path) -> None:
@@ -262,13 +262,14 @@ def test_rows_of_a_hub_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "huggingface: 2 of 3 rows have captions (3 captions)\n" in capsys.readouterr().err
 
 
-def test_facts_of_a_sample_and_its_text(tmp_path: Path) -> None:
+def test_metadata_of_a_sample_and_its_text(tmp_path: Path) -> None:
     data = encoded(texture(0), "JPEG")
-    facts = {
-        "a": {"caption": "of the facts"}, "b": {"captions": ["one", "two"]}, "c": {}, "d": {"sentence": "a sentence"},
+    metadata = {
+        "a": {"caption": "of the metadata"}, "b": {"captions": ["one", "two"]}, "c": {},
+        "d": {"sentence": "a sentence"},
     }  # fmt: skip
-    members = [(f"{key}.jpg", data) for key in facts]
-    members += [(f"{key}.json", json.dumps(row).encode()) for key, row in facts.items()]
+    members = [(f"{key}.jpg", data) for key in metadata]
+    members += [(f"{key}.json", json.dumps(row).encode()) for key, row in metadata.items()]
     shard(tmp_path / "a.tar", [*members, ("a.txt", b"of the text"), ("b.txt", b"one"), ("c.caption", b"in caption")])
     table = WebDataset(str(tmp_path / "a.tar")).manifest()
     assert table["caption"].tolist() == ["of the text", "one", "in caption", "a sentence"]
@@ -310,8 +311,8 @@ def test_several_labels_of_one_image_are_its_caption(tmp_path: Path) -> None:
     assert captions(tmp_path / "folder") == {f"{name}.jpg": texts for name, texts in expected.items()}
 
     data = {letter: encoded(texture(number)) for number, letter in enumerate("ab")}
-    facts = {row["file_name"][0]: json.dumps(row).encode() for row in rows}
-    members = [[(f"{key}.png", data[key]), (f"{key}.json", facts[key])] for key in "ab"]
+    metadata = {row["file_name"][0]: json.dumps(row).encode() for row in rows}
+    members = [[(f"{key}.png", data[key]), (f"{key}.json", metadata[key])] for key in "ab"]
     shard(tmp_path / "s.tar", [member for pair in members for member in pair])
     shards = WebDataset(str(tmp_path / "s.tar"), split="all").manifest()
     assert shards["caption"].tolist() == [texts[0] for texts in expected.values()]

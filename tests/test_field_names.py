@@ -26,7 +26,7 @@ SIDE = 32
 
 
 @pytest.fixture(autouse=True)
-def nothing_told() -> None:
+def notices_again() -> None:
     notice.cache_clear()
 
 
@@ -58,7 +58,7 @@ def test_keys_that_begin_anew_in_every_shard_are_ids_of_their_own(tmp_path: Path
     assert (corpus.images[3] == pixels(jpeg(10))).all()
 
 
-def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+def test_shards_of_one_name_in_two_folders_are_reported_apart(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         shard(tmp_path / folder / "0.tar", [("x.jpg", jpeg(ord(folder)))])
@@ -66,15 +66,15 @@ def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> Non
     assert source.manifest()["id"].tolist() == ["a/0/x", "b/0/x"]
 
 
-def test_ids_of_facts_that_repeat_are_replaced_by_shard_and_key(tmp_path: Path) -> None:
+def test_ids_of_metadata_that_repeat_are_replaced_by_shard_and_key(tmp_path: Path) -> None:
     members = []
     for row in range(6):
-        facts = json.dumps({"id": f"n{row % 3}" if row != 5 else "own"}).encode()
-        members += [(f"{row:03d}.png", encoded(texture(row))), (f"{row:03d}.json", facts)]
+        metadata = json.dumps({"id": f"n{row % 3}" if row != 5 else "own"}).encode()
+        members += [(f"{row:03d}.png", encoded(texture(row))), (f"{row:03d}.json", metadata)]
     shard(tmp_path / "ids.tar", members)
-    found = read(WebDataset(str(tmp_path / "ids.tar"), resolution=SIDE), tmp_path)
-    assert list(found) == ["ids/000", "ids/001", "n2", "ids/003", "ids/004", "own"]
-    assert {reason for reason, _ in found.values()} == {""}
+    result = read(WebDataset(str(tmp_path / "ids.tar"), resolution=SIDE), tmp_path)
+    assert list(result) == ["ids/000", "ids/001", "n2", "ids/003", "ids/004", "own"]
+    assert {reason for reason, _ in result.values()} == {""}
 
 
 def test_ids_never_meet_those_that_were_there_before() -> None:
@@ -125,8 +125,8 @@ def test_members_may_lie_anywhere_in_the_shard(tmp_path: Path) -> None:
     images = [(f"{row:03d}.jpg", jpeg(row)) for row in range(4)]
     texts = [(f"{row:03d}.txt", b"a beach, no. %d" % row) for row in reversed(range(4))]
     shard(tmp_path / "x.tar", [*images, *texts])
-    found = read(WebDataset(str(tmp_path / "x.tar"), resolution=SIDE), tmp_path)
-    assert found == {f"{row:03d}": ("", f"a beach, no. {row}") for row in range(4)}
+    result = read(WebDataset(str(tmp_path / "x.tar"), resolution=SIDE), tmp_path)
+    assert result == {f"{row:03d}": ("", f"a beach, no. {row}") for row in range(4)}
 
 
 def test_dots_in_keys_do_not_make_one_sample_of_many(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_dots_in_keys_do_not_make_one_sample_of_many(tmp_path: Path) -> None:
     members = [(f"{name}.jpg", jpeg(row)) for row, name in enumerate(names)]
     members += [(f"{name}.txt", f"about {name}".encode()) for name in names]
     shard(tmp_path / "a.tar", members)
-    found = read(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path)
-    assert found == {name: ("", f"about {name}") for name in names}
+    result = read(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path)
+    assert result == {name: ("", f"about {name}") for name in names}
 
 
 def test_images_of_several_words_share_what_has_none(tmp_path: Path) -> None:
@@ -157,8 +157,8 @@ def test_what_has_no_image_says_what_was_met(tmp_path: Path) -> None:
     shard(
         tmp_path / "a.tar", [("a.txt", b"alone"), ("a.npy", b"1"), ("b.jpg", jpeg(0)), ("plain", jpeg(1)), ("n", b"x")]
     )
-    found = read(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path)
-    assert {name: reason for name, (reason, _) in found.items()} == {
+    result = read(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path)
+    assert {name: reason for name, (reason, _) in result.items()} == {
         "a": f"{NO_IMAGE}: suffixes met .npy, .txt", "b": "", "plain": "",
     }  # fmt: skip
 
@@ -184,8 +184,8 @@ def test_samples_are_the_same_in_any_order() -> None:
     for _ in range(20):
         order = random.permutation(len(names))
         mixed = [names[at] for at in order]
-        found = samples(mixed, [kinds[at] for at in order])
-        assert {(one.key, one.image is not None and mixed[one.image]) for one in found} == expected
+        result = samples(mixed, [kinds[at] for at in order])
+        assert {(one.key, one.image is not None and mixed[one.image]) for one in result} == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ folders

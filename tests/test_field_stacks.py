@@ -66,8 +66,8 @@ def test_a_folder_of_patches_in_one_file_a_band(write: Write, tmp_path: Path, ca
     assert corpus.readable.all() and (corpus.manifest["season"] == "summer").all()
     assert (corpus.manifest["scene"] == "").all()  # a patch's own folder is no class
     assert np.abs(corpus.images - truth.transpose(0, 2, 3, 1) / 3000 * 255).max() <= 0.51
-    said = capsys.readouterr().err
-    assert "4 images are stacked from files of one band each; 12 other files of these places are left out" in said
+    message = capsys.readouterr().err
+    assert "4 images are stacked from files of one band each; 12 other files of these scenes are left out" in message
 
 
 def test_deep_stacks_share_one_stretch_and_go_out_as_they_are(write: Write) -> None:
@@ -128,8 +128,8 @@ def test_masks_and_captions_belong_to_the_place(write: Write, tmp_path: Path) ->
     ],
 )  # fmt: skip
 def test_products_of_other_houses(files: list[str], bands: tuple[str, ...], place: str, left: int) -> None:
-    found, others = stacks(files, bands)
-    assert list(found) == [place] and len(found[place]) == 3 and len(others) == left
+    result, others = stacks(files, bands)
+    assert list(result) == [place] and len(result[place]) == 3 and len(others) == left
 
 
 def test_quality_masks_of_a_safe_product_are_no_stack() -> None:
@@ -137,8 +137,8 @@ def test_quality_masks_of_a_safe_product_are_no_stack() -> None:
     granule = "S2A_MSIL2A_X.SAFE/GRANULE/L2A_T36KVU"
     images = [f"{granule}/IMG_DATA/R{size}m/T36KVU_{b}_{size}m.jp2" for size in (10, 20) for b in (*RGB, "SCL")]
     masks = [f"{granule}/QI_DATA/MSK_{kind}_{band}.jp2" for kind in ("QUALIT", "DETFOO") for band in RGB]
-    found, others = stacks([*images, *masks, f"{granule}/QI_DATA/T36KVU_PVI.jp2"], RGB)
-    assert list(found) == [f"{granule}/IMG_DATA/T36KVU"] and all("R10m" in file for file in found.popitem()[1])
+    result, others = stacks([*images, *masks, f"{granule}/QI_DATA/T36KVU_PVI.jp2"], RGB)
+    assert list(result) == [f"{granule}/IMG_DATA/T36KVU"] and all("R10m" in file for file in result.popitem()[1])
     assert len(others) == len(images) - 3 + len(masks) + 1
     assert scene_folders(f"europe/{granule}/IMG_DATA/T36KVU") == ("europe",)
 
@@ -183,11 +183,11 @@ def patches(write: Write) -> Path:
 
 
 def bounds(root: Path, names: list[str]) -> np.ndarray:
-    found = []
+    result = []
     for name in names:
         with rasterio.open(root / name) as raster:
-            found.append(tuple(raster.bounds))
-    return np.array(found)
+            result.append(tuple(raster.bounds))
+    return np.array(result)
 
 
 def test_no_ground_is_in_two_splits(patches: Path, capsys) -> None:
@@ -243,8 +243,8 @@ def test_one_place_alone_is_split_by_the_id_and_said(write: Write, capsys) -> No
 def test_ground_decides_where_the_data_set_names_no_split(capsys) -> None:
     ids = [f"{number}.tif" for number in range(200)]
     grounds = [(f"1,{number // 2}",) for number in range(200)]
-    found = assigned("c", ids, [""] * 200, 0.1, 0.1, None, grounds)
-    assert found == [hashed_split(cells[0], 0.1, 0.1) for cells in grounds]
+    result = assigned("c", ids, [""] * 200, 0.1, 0.1, None, grounds)
+    assert result == [hashed_split(cells[0], 0.1, 0.1) for cells in grounds]
     named = assigned("c", ids, ["test"] * 10 + ["train"] * 190, 0.1, 0.1, None, grounds)
     assert named[:10] == ["test"] * 10
     assert named[10:] == [hashed_split(cells[0], 0.1, 0.0) for cells in grounds[10:]]

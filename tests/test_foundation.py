@@ -38,7 +38,7 @@ from train.metadata import MetadataEncoder, MetadataField, drop, metadata_values
 from train.networks import (
     add_lora,
     diffusion_loss,
-    lora_facts,
+    lora_metadata,
     lora_weights,
     masks_padding,
     merge_lora,
@@ -147,10 +147,10 @@ def saved(parts, tmp_path) -> Path:
 def test_a_run_or_a_pipeline_is_gone_on_from(saved: Path) -> None:
     for path in (saved, saved / "pipeline"):
         cfg = config("model=pretrained", f"model.pretrained={path}", "train.objective.prediction=epsilon")
-        found = load_pretrained(cfg)
+        result = load_pretrained(cfg)
         ours = tiny_unet().state_dict()
-        assert all(torch.equal(value, ours[key]) for key, value in found.network.state_dict().items())
-        assert not any(parameter.requires_grad for parameter in found.autoencoder.parameters())
+        assert all(torch.equal(value, ours[key]) for key, value in result.network.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in result.autoencoder.parameters())
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_low_rank_updates_train_alone_load_and_merge(parts, tmp_path) -> None:
         adapted = predict(network, latents, time, text)
     assert set(lora_weights(network)) and not lora_weights(tiny_unet())
     StableDiffusionPipeline.save_lora_weights(
-        tmp_path / "lora", unet_lora_layers=lora_weights(network), unet_lora_adapter_metadata=lora_facts(network)
+        tmp_path / "lora", unet_lora_layers=lora_weights(network), unet_lora_adapter_metadata=lora_metadata(network)
     )
     pipeline = text_to_image_pipeline(
         tiny_autoencoder(), parts.text_encoder, parts.tokenizer, tiny_unet(), Objective().scheduler()
@@ -288,8 +288,8 @@ def test_every_caption_of_an_image_has_its_turn() -> None:
     captions = Captions.of(manifest)
     assert captions.texts == ["a", "b", "c", "x", ""] and captions.texts[captions.empty] == ""
     picked = captions.pick(np.repeat([0, 1, 2], 3000), np.random.default_rng(0)).reshape(3, 3000)
-    shares = [np.bincount(row, minlength=5) / 3000 for row in picked]
-    np.testing.assert_allclose(shares, [[1 / 3] * 3 + [0, 0], [0, 0, 0, 1, 0], [0, 0.5, 0, 0.5, 0]], atol=0.04)
+    fractions = [np.bincount(row, minlength=5) / 3000 for row in picked]
+    np.testing.assert_allclose(fractions, [[1 / 3] * 3 + [0, 0], [0, 0, 0, 1, 0], [0, 0.5, 0, 0.5, 0]], atol=0.04)
 
 
 def test_one_caption_an_image_takes_no_random_number() -> None:
@@ -328,14 +328,14 @@ def test_cached_latents_are_the_autoencoders_and_resume(tmp_path, monkeypatch) -
     monkeypatch.setattr(module, "encode_moments", killed)
     with pytest.raises(KeyboardInterrupt):
         cached_latents(autoencoder, "key", corpus, rows, tmp_path, views=views)
-    found = cached_latents(autoencoder, "key", corpus, rows, tmp_path, views=views)
+    result = cached_latents(autoencoder, "key", corpus, rows, tmp_path, views=views)
     assert calls[0] == 45 + 60 - 40  # 40 of 60 batches were noted as done
-    assert found.shape == (2, 120, CHANNELS, 2, 2) and found.dtype == np.float32
+    assert result.shape == (2, 120, CHANNELS, 2, 2) and result.dtype == np.float32
     with torch.no_grad():
         for view in range(2):
             for start in range(0, 120, 4):
                 images = symmetric(to_tensor(corpus.images[start : start + 4]), view)
-                np.testing.assert_array_equal(found[view, start : start + 4], encode(autoencoder, images).numpy())
+                np.testing.assert_array_equal(result[view, start : start + 4], encode(autoencoder, images).numpy())
     half = cached_latents(autoencoder, "key", corpus, rows[:8], tmp_path, half=True)
     assert half.dtype == np.float16
 
@@ -357,11 +357,11 @@ def test_a_variational_autoencoder_leaves_mean_and_deviation(tmp_path) -> None:
         block_out_channels=(8,), norm_num_groups=4, latent_channels=2, scaling_factor=0.5
     ).eval()
     images = pictures(4)
-    found = cached_latents(autoencoder, "kl", corpus_of(images), np.arange(4), tmp_path)
+    result = cached_latents(autoencoder, "kl", corpus_of(images), np.arange(4), tmp_path)
     with torch.no_grad():
         distribution = autoencoder.encode(to_tensor(images)).latent_dist
-    np.testing.assert_allclose(found[0, :, :2], 0.5 * distribution.mean, atol=1e-6)
-    np.testing.assert_allclose(found[0, :, 2:], 0.5 * distribution.std, atol=1e-6)
+    np.testing.assert_allclose(result[0, :, :2], 0.5 * distribution.mean, atol=1e-6)
+    np.testing.assert_allclose(result[0, :, 2:], 0.5 * distribution.std, atol=1e-6)
 
 
 # ---------------------------------------------------------------- the loop
@@ -416,9 +416,9 @@ def launched(
     environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(done.stdout.strip().splitlines()[-1])
-    assert said["processes"] == 2
-    return said
+    message = json.loads(done.stdout.strip().splitlines()[-1])
+    assert message["processes"] == 2
+    return message
 
 
 def saved_losses(directory: Path) -> list[float]:
@@ -463,17 +463,17 @@ def test_plugins_train_as_one_process_does_and_resume_each_other(tmp_path, confi
         np.testing.assert_allclose(pair["losses"], losses, rtol=1e-4)
         np.testing.assert_allclose(pair["weights"], one["0.weight"], rtol=1e-3, atol=1e-5)
         for file in ("net", "shift", "net_average", "shift_average", "optimizer"):
-            expected, found = (
+            expected, result = (
                 load_file(tmp_path / run / "checkpoints" / "00000012" / f"{file}.safetensors") for run in ("one", name)
             )
-            assert found.keys() == expected.keys()
+            assert result.keys() == expected.keys()
             for key, value in expected.items():
-                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(result[key], value, rtol=1e-3, atol=1e-5)
 
     longer = replace(OPTIONS, steps=15)
-    expected, found = (fit(tmp_path / name, longer) for name in ("one", "parts"))  # one process goes on with two's
+    expected, result = (fit(tmp_path / name, longer) for name in ("one", "parts"))  # one process goes on with two's
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(result[key], value, rtol=1e-3, atol=1e-5)
 
 
 def interrupted(directory: Path, step: int) -> None:
@@ -576,10 +576,10 @@ def test_areas_and_targets() -> None:
             "balanced_recall_e": 0.4,
         },
     ]
-    found = summarise(lines, {"balanced_kid_x1000_e": 200, "balanced_recall_e": 0.9})
-    assert found["area_under_curve"]["balanced_kid_x1000_e"] == 200
-    assert found["reached"]["balanced_kid_x1000_e"] == {"target": 200, "step": 15, "images_seen": 480, "seconds": 7}
-    assert found["reached"]["balanced_recall_e"]["step"] is None
+    result = summarise(lines, {"balanced_kid_x1000_e": 200, "balanced_recall_e": 0.9})
+    assert result["area_under_curve"]["balanced_kid_x1000_e"] == 200
+    assert result["reached"]["balanced_kid_x1000_e"] == {"target": 200, "step": 15, "images_seen": 480, "seconds": 7}
+    assert result["reached"]["balanced_recall_e"]["step"] is None
     assert summarise(lines, {"balanced_fid": 5})["reached"]["balanced_fid"]["images_seen"] is None
 
 

@@ -75,16 +75,16 @@ def composed() -> DictConfig:
 
 
 @pytest.mark.parametrize(
-    ("asked", "rank", "expected"),
+    ("requested", "rank", "expected"),
     [("owner/name", "0", ["owner/name"]), (None, "0", []), ("owner/name", "1", [])],
-    ids=["asked for", "not asked for", "another process"],
+    ids=["requested", "not requested", "another process"],
 )
-def test_a_finished_pipeline_is_pushed_where_asked_for(
+def test_a_finished_pipeline_is_pushed_where_requested(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     composed: DictConfig,
-    asked: str | None,
+    requested: str | None,
     rank: str,
     expected: list[str],
 ) -> None:
@@ -94,7 +94,7 @@ def test_a_finished_pipeline_is_pushed_where_asked_for(
     monkeypatch.setattr(command, "method_name", lambda: "random")
     monkeypatch.setattr(command, "pretrain", lambda cfg, name: tmp_path)
     monkeypatch.setattr(command, "push", lambda *given: calls.append(given))
-    command.main(OmegaConf.merge(composed, {"push_to_hub": asked}))
+    command.main(OmegaConf.merge(composed, {"push_to_hub": requested}))
     assert calls == [(tmp_path / "pipeline", name) for name in expected]
     printed = capsys.readouterr().out.splitlines()
     assert "balanced_kid_x1000_e: 12.5" in printed and printed[-1] == f"run: {tmp_path}"

@@ -33,11 +33,11 @@ def fuzzed(folder: Path, seed: int, plan: list[tuple[str, int]]) -> list[dict]:
             env={**os.environ, **variables, "PYTHONPATH": path}, stdout=out, stderr=err, start_new_session=True,
         )  # fmt: skip
         code = process.wait()
-    said = (folder / "stderr").read_text(errors="replace")
+    message = (folder / "stderr").read_text(errors="replace")
     lines = [json.loads(line) for line in (folder / "stdout").read_text().splitlines()]
-    assert code == 0, f"ended with {code} in {lines[-1] if lines else 'nothing'}: {said[-3000:]}"
+    assert code == 0, f"ended with {code} in {lines[-1] if lines else 'nothing'}: {message[-3000:]}"
     assert ended(process.pid), "a worker process is left"
-    noise = [line for line in said.splitlines() if any(word in line for word in NOISE) and OF_WORKERS not in line]
+    noise = [line for line in message.splitlines() if any(word in line for word in NOISE) and OF_WORKERS not in line]
     assert not noise, noise[:5]
     return [line for line in lines if "starts" not in line]
 
@@ -53,14 +53,14 @@ def ended(group: int) -> bool:
     return False
 
 
-def judged(found: list[dict]) -> None:
+def judged(result: list[dict]) -> None:
     """No corpus has a problem, and so many went through to the end that the test says something."""
     problems = [
-        f"seed {one['seed']} {one['source']} {one['overrides']}: {one['problem']}" for one in found if one["problem"]
+        f"seed {one['seed']} {one['source']} {one['overrides']}: {one['problem']}" for one in result if one["problem"]
     ]
     assert not problems, "\n\n".join(problems)
-    through = [one for one in found if "kept" in one]
-    assert len(through) >= len(found) / 2, [one["refused"] for one in found if "refused" in one]
+    through = [one for one in result if "kept" in one]
+    assert len(through) >= len(result) / 2, [one["refused"] for one in result if "refused" in one]
     assert all(0 < one["readable"] <= one["rows"] for one in through)
 
 

@@ -159,8 +159,8 @@ def test_tiles_with_too_little_data_are_quarantined(holes, tmp_path: Path) -> No
     path, _, missing = holes
     for most in (0.5, 0.2, 0.6):
         corpus = indexed(path, tmp_path, resolution=16, most_no_data=most)
-        shares = [missing[tile.row : tile.row + 16, tile.column : tile.column + 16].mean() for tile in tiles(corpus)]
-        assert corpus.manifest["reason"].tolist() == [NO_DATA if share > most else "" for share in shares]
+        fractions = [missing[tile.row : tile.row + 16, tile.column : tile.column + 16].mean() for tile in tiles(corpus)]
+        assert corpus.manifest["reason"].tolist() == [NO_DATA if fraction > most else "" for fraction in fractions]
         assert (corpus.images[~corpus.readable] == 0).all()
         assert 0 < (~corpus.readable).sum() < len(corpus) == 6
 

@@ -42,11 +42,11 @@ REFERENCES = {
 
 @dataclass(frozen=True)
 class Hub:
-    """Where its repositories lie, a function that runs Python with it, and what it was asked for."""
+    """Where its repositories lie, a function that runs Python with it, and what it was requested."""
 
     folder: Path
     run: Callable[..., subprocess.CompletedProcess]
-    asked: list[str]
+    requested: list[str]
 
 
 def write_tiles(folder: Path, count: int, split: str = "train", first: int = 0) -> None:
@@ -75,7 +75,7 @@ def hub(tmp_path_factory, networks: Path) -> Iterator[Hub]:  # noqa: F811
     torch.manual_seed(0)
     pipeline = text_to_image_pipeline(tiny_autoencoder(), *tiny_text_encoder(), tiny_unet(), EulerDiscreteScheduler())
     pipeline.save_pretrained(folder / "models/owner/diffusion")
-    with stand_in_hub(folder) as (environment, asked):
+    with stand_in_hub(folder) as (environment, requested):
 
         def run(*arguments: object) -> subprocess.CompletedProcess:
             command = [sys.executable, *map(str, arguments)]
@@ -87,7 +87,7 @@ def hub(tmp_path_factory, networks: Path) -> Iterator[Hub]:  # noqa: F811
             assert done.returncode == 0, done.stderr[-2000:]
             return done
 
-        yield Hub(folder, run, asked)
+        yield Hub(folder, run, requested)
 
 
 def result(done: subprocess.CompletedProcess) -> Path:
@@ -98,14 +98,14 @@ def test_a_corpus_and_a_reference_by_hub_name(hub: Hub, tmp_path: Path) -> None:
     """Downloaded or streamed, the same selection."""
     kept = {}
     for streaming in (False, True):
-        hub.asked.clear()
+        hub.requested.clear()
         done = hub.run(
             "prune/run.py", "corpus=huggingface", "corpus.path=owner/tiles", f"corpus.streaming={streaming}",
             "corpus.train.resolution=32", "reference=ucmerced", "ratio=0.5", "encoder.input_size=32",
             f"runs={tmp_path / str(streaming)}", f"results={tmp_path}", "tracker=none",
         )  # fmt: skip
         assert "Traceback" not in done.stderr
-        fetched = [line for line in hub.asked if line.startswith("GET ") and line.endswith(".parquet")]
+        fetched = [line for line in hub.requested if line.startswith("GET ") and line.endswith(".parquet")]
         assert any("/datasets/owner/tiles/resolve/" in line for line in fetched)
         assert any("/blanchon/UC_Merced/resolve/" in line for line in fetched) != streaming  # by then from the cache
         table = pd.read_parquet(result(done) / "selection.parquet")
@@ -160,9 +160,10 @@ def test_the_paper_profile_trains_with_networks_by_hub_name(hub: Hub, tmp_path: 
     """The names are the profile's own; what the hub sends under them is small and random."""
     done = hub.run(
         "train/pretrain.py", "profile=paper", "corpus=huggingface", "corpus.path=owner/tiles",
-        "corpus.train.resolution=64", "corpus.test.resolution=64", "corpus.val_share=0.3",
+        "corpus.train.resolution=64", "corpus.test.resolution=64", "corpus.val_fraction=0.3",
         "reference=resisc45", "prune=rsprune", "ratio=0.5",
-        f"encoder.input_size={DINO_SIDE}", "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32",
+        f"encoder.input_size={DINO_SIDE}", "encoder@evaluation_encoder=efficientnet_lite0",
+        "evaluation_encoder.input_size=32",
         "train.loop.steps=2", "train.loop.batch_size=4", "train.snapshots=1", "eval.images=9",
         "eval.convergence_images=4", "eval.steps=2", *SMALL_UNET,
         f"runs={tmp_path / 'runs'}", f"results={tmp_path}", "tracker=none",
@@ -170,7 +171,7 @@ def test_the_paper_profile_trains_with_networks_by_hub_name(hub: Hub, tmp_path: 
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("config", ["profile=paper"])
     for network in (cfg.autoencoder, cfg.text_encoder, cfg.encoder):
-        weights = [line for line in hub.asked if f" /{network.path}/resolve/" in line and ".safetensors" in line]
+        weights = [line for line in hub.requested if f" /{network.path}/resolve/" in line and ".safetensors" in line]
         assert weights and all(f"/resolve/{network.revision}/" in line for line in weights)
     directory = result(done)
     assert np.isfinite(read_json(directory / "summary.json")["loss"])
@@ -183,5 +184,5 @@ def test_a_pipeline_to_go_on_from_by_hub_name(hub: Hub, tmp_path: Path) -> None:
         "train.objective.prediction=epsilon", "train.loop.steps=2", "text_encoder.train.steps=2",
         "train.snapshots=1", f"runs={tmp_path / 'runs'}", f"results={tmp_path}", "tracker=none",
     )  # fmt: skip
-    assert any("GET /owner/diffusion/resolve/" in line and "unet" in line for line in hub.asked)
+    assert any("GET /owner/diffusion/resolve/" in line and "unet" in line for line in hub.requested)
     assert (result(done) / "lora" / "pytorch_lora_weights.safetensors").is_file()

@@ -110,7 +110,7 @@ def test_a_stream_gives_what_is_read_at_once(tmp_path: Path, place: str, monkeyp
     """Over several chunks, thinned and with a split of its own by a hash."""
     monkeypatch.setattr("corpus.index.CHUNK", 8)
     path = save(place, tmp_path, range(40))
-    options = {"split": "train", "test_share": 0.2, "limit": 20, "resolution": 8}
+    options = {"split": "train", "test_fraction": 0.2, "limit": 20, "resolution": 8}
     whole, stream = (
         index_corpus(HuggingFace(path, streaming=streaming, **options), tmp_path / "runs")
         for streaming in (False, True)
@@ -168,8 +168,8 @@ def test_originals_have_the_suffix_of_their_format(tmp_path: Path, streaming: bo
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
     source = HuggingFace(str(tmp_path / "a.parquet"), resolution=SIDE, streaming=streaming)
     assert sum(isinstance(image, np.ndarray) for image in source.reader(np.arange(5))()) == 4
-    found = list(source.originals(np.arange(4)))
-    assert found == [(data, suffix, None) for suffix, data in files.items() if suffix]
+    result = list(source.originals(np.arange(4)))
+    assert result == [(data, suffix, None) for suffix, data in files.items() if suffix]
     with pytest.raises(UserError, match="cannot be read any more") as caught:
         list(source.originals(np.arange(5)))
     assert "\n" not in str(caught.value)

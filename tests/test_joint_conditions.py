@@ -80,21 +80,21 @@ def test_residuals_are_summed_and_multiplied_by_the_scales_image_by_image(
     noisy, timesteps, target, _ = objective.noisy(latents, noise, time)
     losses = []
     with torch.no_grad():
-        found = steered_loss(nets, parts.unet, objective, latents, text, noise, time, *conditions, scales=scales)
+        result = steered_loss(nets, parts.unet, objective, latents, text, noise, time, *conditions, scales=scales)
         for row in range(4):
             one, inputs = slice(row, row + 1), {}
             on = [index for index in range(3) if scales[row, index]]
-            said = [
+            message = [
                 nets.nets[index](noisy[one], timesteps[one], text[one], conditions[index][one], return_dict=False)
                 for index in on
             ]
             if on:
-                downs = [down for down, _ in said]
-                inputs["mid_block_additional_residual"] = sum(middle for _, middle in said)
+                downs = [down for down, _ in message]
+                inputs["mid_block_additional_residual"] = sum(middle for _, middle in message)
                 inputs["down_block_additional_residuals"] = [sum(of) for of in zip(*downs, strict=True)]
             predicted = parts.unet(noisy[one], timesteps[one], text[one], **inputs).sample
             losses.append((predicted - target[one]).square().mean())
-    torch.testing.assert_close(found, torch.stack(losses).mean())
+    torch.testing.assert_close(result, torch.stack(losses).mean())
     assert len({round(float(loss), 5) for loss in losses}) == 4
 
 
@@ -127,10 +127,10 @@ def test_conditions_arrive_at_the_end_of_their_encoders(parts: Parts) -> None:
     several = new_controlnet(parts, 2, 3, 3, seed=0)
     for net, condition in zip(several.nets, random_batch(16)[4:], strict=True):
         encoder = net.controlnet_cond_embedding
-        found = torch.nn.functional.silu(encoder.conv_in(condition))
+        result = torch.nn.functional.silu(encoder.conv_in(condition))
         for layer in encoder.blocks:
-            found = torch.nn.functional.silu(layer(found))
-        assert found.std(0).mean() > 0.03 * condition.std(0).mean()
+            result = torch.nn.functional.silu(layer(result))
+        assert result.std(0).mean() > 0.03 * condition.std(0).mean()
         assert not encoder.conv_out.weight.any()
     again = new_controlnet(parts, 2, 3, 3, seed=0)
     assert weights_digest(again) == weights_digest(several) != weights_digest(new_controlnet(parts, 2, 3, 3, seed=1))
@@ -225,9 +225,9 @@ def test_edges_are_scikit_image_s_of_the_luma_and_where_the_picture_has_them() -
     halves = np.zeros((2, 32, 32, 3), np.uint8)
     halves[0, :, 16:] = (40, 200, 90)
     halves[1, 16:] = 255
-    found = edges(halves, Canny(1.0, 0.05, 0.1))
-    assert found.dtype == bool and found.shape == (2, 32, 32)
-    columns, rows = np.flatnonzero(found[0].any(0)), np.flatnonzero(found[1].any(1))
+    result = edges(halves, Canny(1.0, 0.05, 0.1))
+    assert result.dtype == bool and result.shape == (2, 32, 32)
+    columns, rows = np.flatnonzero(result[0].any(0)), np.flatnonzero(result[1].any(1))
     assert set(columns) <= {15, 16} and set(rows) <= {15, 16} and len(columns) and len(rows)
     picture = pictures(1, size=32)
     red, green, blue = (picture[0].astype(float) / 255).transpose(2, 0, 1)
@@ -280,10 +280,10 @@ def test_a_task_s_combinations() -> None:
         controls: dict[str, Callable] = {name: lambda corpus, rows: rows for name in names}
         return Task("t", None, {}, False, (), inputs=lambda held: {}, controls=controls)
 
-    found = task("mask", "edges", "low_resolution").combinations()
-    assert {name: way.scales for name, way in found.items()} == COMBINATIONS
-    found = task("edges", "low_resolution").combinations()
-    assert list(found) == ["all", "edges alone", "low resolution alone", "none"]
+    result = task("mask", "edges", "low_resolution").combinations()
+    assert {name: way.scales for name, way in result.items()} == COMBINATIONS
+    result = task("edges", "low_resolution").combinations()
+    assert list(result) == ["all", "edges alone", "low resolution alone", "none"]
     assert task("mask").combinations() == task().combinations() == {}
 
 
@@ -320,8 +320,8 @@ def test_with_none_the_foundation_draws(cfg: DictConfig, foundation: Path, run: 
     ).images  # fmt: skip
     assert np.abs(none.astype(int) - (own * 255).round()).max() <= 1
     judges = TaskJudges.of(cfg, task)
-    found = output_metrics(task, none, held, judges)
-    assert found == pytest.approx(read_json(run / "summary.json")["combinations"]["none"], nan_ok=True)
+    result = output_metrics(task, none, held, judges)
+    assert result == pytest.approx(read_json(run / "summary.json")["combinations"]["none"], nan_ok=True)
     perfect = output_metrics(task, held.images, held, judges)
     assert perfect["edge_agreement"] == 1 and perfect["psnr"] > 50 and perfect["consistency"] > 50
 

@@ -41,7 +41,7 @@ def files_of(runs: Path) -> dict[str, bytes]:
 
 def batches(folder: Path, name: str, processes: int) -> list[dict[int, list[str]]]:
     """Of every process the batches that it encoded, by the number of images."""
-    found = []
+    result = []
     for rank in range(processes):
         of_rank, open_batches = {}, []
         for line in (folder / f"{name}_{processes}_{rank}.txt").read_text().splitlines():
@@ -49,8 +49,8 @@ def batches(folder: Path, name: str, processes: int) -> list[dict[int, list[str]
                 of_rank[int(line.split()[1])], open_batches = open_batches, []
             else:
                 open_batches.append(line)
-        found.append({**of_rank, -1: open_batches})
-    return found
+        result.append({**of_rank, -1: open_batches})
+    return result
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
@@ -66,8 +66,8 @@ def test_every_batch_is_encoded_once_and_the_processes_share_evenly(launched: Pa
         expected = 2 * -(-count // BATCH)
         assert len(alone[count]) == expected
         assert sum((Counter(rank[count]) for rank in ranks), Counter()) == Counter(alone[count])
-        shares = [len(rank[count]) for rank in ranks]
-        assert shares == [len(range(rank, expected, processes)) for rank in range(processes)]
+        fractions = [len(rank[count]) for rank in ranks]
+        assert fractions == [len(range(rank, expected, processes)) for rank in range(processes)]
 
 
 def test_other_processes_go_on_where_some_were_killed(launched: Path) -> None:
@@ -84,6 +84,6 @@ def test_other_processes_go_on_where_some_were_killed(launched: Path) -> None:
 def test_the_latents_are_whole(launched: Path) -> None:
     for path in (launched / "ranks_4").glob("latents/*/latents.npy"):
         rows = json.loads((path.parent / "stage.json").read_text())["inputs"]["rows"]
-        found = np.load(path)
-        assert found.shape[:2] == (2, len(rows)) and found.dtype == (np.float16 if len(rows) == 19 else np.float32)
-        assert (np.abs(found).reshape(2, len(rows), -1).max(axis=2) > 0).all()
+        result = np.load(path)
+        assert result.shape[:2] == (2, len(rows)) and result.dtype == (np.float16 if len(rows) == 19 else np.float32)
+        assert (np.abs(result).reshape(2, len(rows), -1).max(axis=2) > 0).all()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import UserError
-from runtime.launch import asked_for, check_launch, launcher_of, options_of
+from runtime.launch import check_launch, launcher_of, options_of, requested_plugin
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
@@ -47,7 +47,7 @@ def launched(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_as_many_processes_as_asked_for(script, tmp_path):
+def test_as_many_processes_as_requested_for(script, tmp_path):
     """The command of docs/training.md, and gloo adds up over all of them."""
     accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
     command = (accelerate, "launch") if accelerate else (sys.executable, "-m", "accelerate.commands.launch")
@@ -67,7 +67,7 @@ from runtime.artefacts import is_main_process, stage
 
 def main(cfg):
     from accelerate import Accelerator
-    from eval.processes import first_process_says, over_processes
+    from eval.processes import first_process_decides, over_processes
     state = Accelerator()
 
     def rows(directory):
@@ -76,7 +76,7 @@ def main(cfg):
             np.save(directory / "found.npy", found)
 
     def together(seed):
-        return stage({runs!r}, "bench", {{"seed": seed}}, rows, together=first_process_says)
+        return stage({runs!r}, "bench", {{"seed": seed}}, rows, together=first_process_decides)
 
     def alone(directory):
         rows(directory)
@@ -177,16 +177,16 @@ def test_a_process_that_is_refused_ends_with_one_line_and_2(tmp_path, name):
 
 
 def test_what_a_launch_may_ask_for(monkeypatch):
-    assert asked_for() is None
+    assert requested_plugin() is None
     check_launch()
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    for variables, said in (
+    for variables, message in (
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps=4.*micro_batch"),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "True"}, "on GPUs alone"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "not installed"),
     ):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
             patch.setattr("importlib.util.find_spec", lambda name: None)
             for key, value in variables.items():
                 patch.setenv(key, value)
@@ -194,5 +194,5 @@ def test_what_a_launch_may_ask_for(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert asked_for() == "FSDP"
+    assert requested_plugin() == "FSDP"
     check_launch()

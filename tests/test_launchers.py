@@ -72,7 +72,7 @@ def sweep(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
     return done
 
 
-def said(done: subprocess.CompletedProcess) -> list[str]:
+def message(done: subprocess.CompletedProcess) -> list[str]:
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     return sorted(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
@@ -86,7 +86,7 @@ def test_cells_side_by_side_have_a_thread_each_and_outlive_one_another(tmp_path:
     done = sweep(tmp_path, "parallel", "seed=1,6,7,2")
     assert done.returncode == 1
     assert ended(tmp_path) == {f"done_{seed}_0": "processes 1 sum 1 threads 1" for seed in (1, 2)} or cores() > 4
-    lines = said(done)
+    lines = message(done)
     assert len(lines) == 2 and lines[0] == "error: cell seed=6: seed=6 is no good"
     assert lines[1].startswith("error: cell seed=7: ValueError: nobody foresaw it (traceback: runs/failed_cells/")
 
@@ -96,7 +96,7 @@ def test_submitted_cells_outlive_one_that_fails_and_one_that_is_killed(tmp_path:
     done = sweep(tmp_path, "slurm_trial", "seed=8,6,1")
     assert done.returncode == 1
     assert list(ended(tmp_path)) == ["done_1_0"]
-    lines = said(done)
+    lines = message(done)
     assert len(lines) == 2 and lines[0] == "error: cell seed=6: seed=6 is no good"
     assert lines[1].startswith("error: cell seed=8: its process was lost")
     where = Path(lines[1].rpartition("see ")[2])
@@ -109,6 +109,6 @@ def test_the_processes_of_a_submitted_cell_join_and_a_bad_cell_ends_with_2(tmp_p
     assert done.returncode == 0, done.stderr
     assert [text.rpartition(" threads")[0] for text in ended(tmp_path).values()] == ["processes 2 sum 3"] * 2
     bad = sweep(tmp_path, "slurm_trial", "seed=6")
-    assert bad.returncode == 2 and said(bad) == ["error: cell seed=6: seed=6 is no good"]
+    assert bad.returncode == 2 and message(bad) == ["error: cell seed=6: seed=6 is no good"]
     none = sweep(tmp_path, "slurm_trial", "prune=no_such,neither")
-    assert none.returncode == 2 and len(said(none)) == 2 and "cell prune=neither: In" in said(none)[0]
+    assert none.returncode == 2 and len(message(none)) == 2 and "cell prune=neither: In" in message(none)[0]

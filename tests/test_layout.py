@@ -74,8 +74,8 @@ def is_entry_point(path: Path) -> bool:
 
 def third_party() -> dict[str, set[str]]:
     """Top-level module names of all installed distributions but ours, with the distributions that hold them."""
-    found = {name: set(owners) - {"rs-prune"} for name, owners in metadata.packages_distributions().items()}
-    return {name: owners for name, owners in found.items() if owners}
+    result = {name: set(owners) - {"rs-prune"} for name, owners in metadata.packages_distributions().items()}
+    return {name: owners for name, owners in result.items() if owners}
 
 
 def test_something_is_checked() -> None:

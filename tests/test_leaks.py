@@ -68,15 +68,15 @@ def test_copies_in_another_format_are_found_and_no_others(leaking: Path, tmp_pat
     assert looked == 12 and dict(zip(pairs["held_out"], pairs["image"], strict=True)) == {
         "test/a/0.jpg": "train/a/03.png", "test/a/1.png": "train/a/07.png", "test/a/2.png": "train/a/11.png",
     }  # fmt: skip
-    found = leaks(corpus, held_out, 2000, tmp_path / "runs")
-    assert found["exact_copies"] == 0
-    assert {name: part["near_duplicates"] for name, part in found["held_out"].items()} == {"val": 0, "test": 3}
-    assert len(pd.read_parquet(tmp_path / "runs" / found["held_out"]["test"]["pairs"])) == 3
-    announce_leaks(found, "folder")
+    result = leaks(corpus, held_out, 2000, tmp_path / "runs")
+    assert result["exact_copies"] == 0
+    assert {name: part["near_duplicates"] for name, part in result["held_out"].items()} == {"val": 0, "test": 3}
+    assert len(pd.read_parquet(tmp_path / "runs" / result["held_out"]["test"]["pairs"])) == 3
+    announce_leaks(result, "folder")
     assert "3 of 12 test images look like one that is trained on" in capsys.readouterr().err
 
 
-def test_no_more_images_are_looked_at_than_asked_for(leaking: Path, tmp_path: Path) -> None:
+def test_no_more_images_are_looked_at_than_requested(leaking: Path, tmp_path: Path) -> None:
     corpus = index_corpus(ImageFolder(str(leaking), split="train", resolution=32), tmp_path / "runs")
     source = ImageFolder(str(leaking), split="test", resolution=32)
     assert near_duplicates(corpus, source, 4)[1] == 4
@@ -128,7 +128,7 @@ def test_other_dates_and_places_are_counted_apart(placed: Path, tmp_path: Path, 
     pairs, looked = near_duplicates(corpus, val, 100)
     kinds = dict(zip(pairs["held_out"], pairs["kind"], strict=True))
     assert looked == 6 and kinds == {
-        "val/a/same.jpg": "near_duplicate", "val/a/later.jpg": "same_place_other_date",
+        "val/a/same.jpg": "near_duplicate", "val/a/later.jpg": "same_location_other_date",
         "val/a/elsewhere.jpg": "look_alike_elsewhere", "val/a/nowhere.jpg": "near_duplicate",
         "val/a/twin.png": "near_duplicate",
     }  # fmt: skip
@@ -137,16 +137,16 @@ def test_other_dates_and_places_are_counted_apart(placed: Path, tmp_path: Path, 
         assert near_duplicates(corpus, val, 100, rule)[0]["counts"].sum() == count
 
     held_out = {"val": val, "test": ImageFolder(str(placed), split="test", resolution=32)}
-    found = leaks(corpus, held_out, 100, tmp_path / "runs")
-    counts = {"looked_at": 6, "near_duplicates": 3, "same_place_other_date": 1, "look_alike_elsewhere": 1}
-    assert counts.items() <= found["held_out"]["val"].items() and found["held_out"]["val"]["exact_copies"] == 1
-    assert (found["val_test"]["looked_at"], found["val_test"]["near_duplicates"]) == (6, 1)
-    [pair] = pd.read_parquet(tmp_path / "runs" / found["val_test"]["pairs"]).itertuples()
+    result = leaks(corpus, held_out, 100, tmp_path / "runs")
+    counts = {"looked_at": 6, "near_duplicates": 3, "same_location_other_date": 1, "look_alike_elsewhere": 1}
+    assert counts.items() <= result["held_out"]["val"].items() and result["held_out"]["val"]["exact_copies"] == 1
+    assert (result["val_test"]["looked_at"], result["val_test"]["near_duplicates"]) == (6, 1)
+    [pair] = pd.read_parquet(tmp_path / "runs" / result["val_test"]["pairs"]).itertuples()
     assert (pair.held_out, pair.image, pair.kind) == ("val/a/nowhere.jpg", "test/a/too.jpg", "near_duplicate")
-    announce_leaks(found, "placed")
+    announce_leaks(result, "placed")
     assert "1 of 6 val images look like one of test" in capsys.readouterr().err
 
-    first, second, third = leak_grids(found, tmp_path / "runs")
+    first, second, third = leak_grids(result, tmp_path / "runs")
     assert [grid.title for grid in (first, second, third)] == ["Train and val", "Train and test", "Val and test"]
     assert list(first.columns) == ["val", "train"] and len(first.prompts) == 5 and len(third.prompts) == 1
     rows = {name: row for row, name in enumerate(corpus.manifest["id"])}
@@ -162,7 +162,7 @@ def test_the_report_shows_the_worst_pairs_and_the_rule_is_part_of_the_selection(
     [selection] = (tmp_path / "runs" / "selection").iterdir()
     page = (selection / "report.html").read_text()
     assert "<h2>Leaks between the splits</h2>" in page and "val/a/later.jpg and train/a/02.png" in page
-    assert "same place other date" in page and page.count('alt="train: ') == 6
+    assert "same location other date" in page and page.count('alt="train: ') == 6
     assert summary["leaks"]["val_test"]["near_duplicates"] == 1
     again = prune(placed, tmp_path / "runs", "other_date=duplicate")
     assert again["leaks"]["held_out"]["val"]["near_duplicates"] == 4
@@ -190,7 +190,7 @@ def test_the_summary_of_a_selection_tells_leaks_and_says_so(leaking: Path, tmp_p
         "val": 1,
         "test": 3,
     }
-    said = [line for line in capsys.readouterr().err.splitlines() if "leaks between the splits" in line]
-    assert len(said) == 1 and "1 images have exact copies in another split" in said[0]
+    message = [line for line in capsys.readouterr().err.splitlines() if "leaks between the splits" in line]
+    assert len(message) == 1 and "1 images have exact copies in another split" in message[0]
     assert prune(leaking, tmp_path / "off", "leaks=0")["leaks"] is None
     assert prune(leaking, tmp_path / "all", "corpus.train.split=all")["leaks"] is None

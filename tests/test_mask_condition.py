@@ -1,4 +1,4 @@
-"""Masks as conditions: class shares, and the encoder that reads them from a picture inside a plain pipeline."""
+"""Masks as conditions: class fractions, and the encoder that reads them from a picture inside a plain pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_networks import CHANNELS, tiny_autoencoder, tiny_text_encoder, tiny_un
 
 from corpus.masks import IGNORED
 from downstream.conditional import Parts, conditional_pipeline
-from downstream.mask_condition import class_codes, class_shares, mask_autoencoder
+from downstream.mask_condition import class_codes, class_fractions, mask_autoencoder
 from downstream.task import Guidance
 from encoders.pixels import to_tensor
 from eval.generate import starting_noise
@@ -36,13 +36,13 @@ def coloured(masks: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 def test_shares_are_those_of_the_pixels_of_a_cell() -> None:
     masks = some_masks(5, 32)
-    shares = class_shares(masks, class_codes(5, 7), 8)
-    assert shares.shape == (4, 7, 4, 4) and shares.dtype == np.float32
+    fractions = class_fractions(masks, class_codes(5, 7), 8)
+    assert fractions.shape == (4, 7, 4, 4) and fractions.dtype == np.float32
     for image, row, column, name in np.random.default_rng(1).integers((4, 4, 4, 5), size=(60, 4)):
         cell = masks[image, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-        assert shares[image, name, row, column] == pytest.approx((cell == name).mean())
-    assert not shares[:, 5:].any()
-    assert not class_shares(np.full((1, 16, 16), IGNORED, np.uint8), class_codes(5, 7), 8).any()
+        assert fractions[image, name, row, column] == pytest.approx((cell == name).mean())
+    assert not fractions[:, 5:].any()
+    assert not class_fractions(np.full((1, 16, 16), IGNORED, np.uint8), class_codes(5, 7), 8).any()
 
 
 def test_more_classes_than_channels_stay_apart() -> None:
@@ -66,10 +66,10 @@ def test_the_encoder_reads_shares_from_a_picture(classes: int) -> None:
     masks = some_masks(classes, 64)
     made = mask_autoencoder(autoencoder, palette, codes)
     with torch.no_grad():
-        found = made.encode(to_tensor(coloured(masks, palette))).latents
+        result = made.encode(to_tensor(coloured(masks, palette))).latents
         latents = torch.randn(2, 16, 3, 3, generator=torch.Generator().manual_seed(0))
         assert torch.equal(made.decode(latents).sample, autoencoder.decode(latents).sample)
-    np.testing.assert_allclose(found.numpy(), class_shares(masks, codes, 8), atol=2e-4)
+    np.testing.assert_allclose(result.numpy(), class_fractions(masks, codes, 8), atol=2e-4)
 
 
 def test_what_cannot_read_masks_is_refused() -> None:
@@ -81,7 +81,7 @@ def test_what_cannot_read_masks_is_refused() -> None:
 
 
 def test_a_plain_pipeline_takes_the_mask_as_a_picture(tmp_path: Path) -> None:
-    """What the loaded pipeline feeds its network is the class shares, and no code of ours is asked."""
+    """What the loaded pipeline feeds its network is the class fractions, and no code of ours is used."""
     parts = Parts(tiny_unet(), tiny_autoencoder(), *tiny_text_encoder())
     palette = np.array([[200, 30, 40], [10, 200, 60], [90, 90, 90]], np.uint8)
     codes, masks = class_codes(2, CHANNELS), some_masks(2, 16)
@@ -97,10 +97,12 @@ def test_a_plain_pipeline_takes_the_mask_as_a_picture(tmp_path: Path) -> None:
     noise = starting_noise(range(4), (CHANNELS, 2, 2), seed=5)
     settings = {"prompt": [""] * 4, "image": pictures, "latents": noise, "num_inference_steps": 2}
     pipeline(**settings, **Guidance().arguments(False))
-    shares = class_shares(masks, codes, 8)
+    fractions = class_fractions(masks, codes, 8)
     assert [len(batch) for batch in seen] == [4, 4]
-    np.testing.assert_allclose(seen[0][:, CHANNELS:].numpy(), shares, atol=1e-4)
+    np.testing.assert_allclose(seen[0][:, CHANNELS:].numpy(), fractions, atol=1e-4)
     seen.clear()
     pipeline(**settings, **Guidance(1.0, 2.0).arguments(False))
     assert [len(batch) for batch in seen] == [12, 12]
-    np.testing.assert_allclose(seen[0][:, CHANNELS:].numpy(), np.concatenate([shares, shares, 0 * shares]), atol=1e-4)
+    np.testing.assert_allclose(
+        seen[0][:, CHANNELS:].numpy(), np.concatenate([fractions, fractions, 0 * fractions]), atol=1e-4
+    )

@@ -221,8 +221,8 @@ def test_colours_are_classes_by_a_map_alone() -> None:
 def test_colours_can_be_ignored_or_shared() -> None:
     truth = blocks(6)
     left = {name: COLOURS[name] for name in SIX[:5]}
-    found = decode_mask(png(PALETTE[truth]), mask_rule(SIX[:5], colours=left, ignore=["#ff0000"]), SIDE)
-    assert (found == np.where(truth == 5, IGNORED, truth)).all()
+    result = decode_mask(png(PALETTE[truth]), mask_rule(SIX[:5], colours=left, ignore=["#ff0000"]), SIDE)
+    assert (result == np.where(truth == 5, IGNORED, truth)).all()
     both = {"road": COLOURS["street"], "rest": [COLOURS[name] for name in SIX[1:]]}
     assert (decode_mask(png(PALETTE[truth]), mask_rule(colours=both), SIDE) == (truth > 0)).all()
 
@@ -283,11 +283,11 @@ def test_a_mask_has_the_shape_of_its_image(mask: tuple[int, int], image: tuple[i
     data = png(np.zeros(mask[::-1], np.uint8))
     pixels = texture(width=image[0], height=image[1])
     for stored in (encoded(pixels), encoded(pixels, "JPEG"), encoded(pixels, "TIFF"), encoded(pixels, "WEBP")):
-        found = decode_mask(data, rule(2), SIDE, stored)
-        assert found == reason if reason else found.shape == (SIDE, SIDE)
+        result = decode_mask(data, rule(2), SIDE, stored)
+        assert result == reason if reason else result.shape == (SIDE, SIDE)
     deep = tiff(np.zeros((4, image[1], image[0]), np.uint16), photometric="minisblack", planarconfig="separate")
-    found = decode_mask(data, rule(2), SIDE, deep)
-    assert found == reason if reason else found.shape == (SIDE, SIDE)
+    result = decode_mask(data, rule(2), SIDE, deep)
+    assert result == reason if reason else result.shape == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -303,11 +303,11 @@ def test_a_mask_is_turned_as_its_image_is(width: int, height: int, turn: int, ki
     exif = Image.Exif()
     exif[274] = turn
     photo = encoded(Image.fromarray((values * 50)[..., None].repeat(3, axis=2)), "PNG", exif=exif)
-    bare, told = encoded(Image.fromarray(values), kind), encoded(Image.fromarray(values), kind, exif=exif)
+    bare, given = encoded(Image.fromarray(values), kind), encoded(Image.fromarray(values), kind, exif=exif)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(photo))))[..., 0] // 50
     seen = encoded(Image.fromarray(upright), kind)
     expected = decode_image(photo, 16)[..., 0] // 50
-    for mask in (bare, told, *([seen] if turn > 4 and width != height else [])):
+    for mask in (bare, given, *([seen] if turn > 4 and width != height else [])):
         assert (decode_mask(mask, rule(5), 16, photo) == expected).all()
 
 
@@ -347,10 +347,10 @@ def test_options_that_mean_nothing_are_refused(options: dict, words: str) -> Non
 
 
 def test_options_come_as_hydra_gives_them() -> None:
-    found = OmegaConf.create({"v": {0: "background", 255: "building"}, "i": [7, -1], "c": TWO})
-    assert mask_rule(found.c, found.i, found.v) == MaskRule(tuple(TWO), (7.0, -1.0), {0.0: 0, 255.0: 1})
-    found = OmegaConf.create({"c": {"a": [1, 2, 3], "b": "#0a0b0c"}})
-    assert mask_rule((), None, None, found.c).colours == {0x010203: 0, 0x0A0B0C: 1}
+    result = OmegaConf.create({"v": {0: "background", 255: "building"}, "i": [7, -1], "c": TWO})
+    assert mask_rule(result.c, result.i, result.v) == MaskRule(tuple(TWO), (7.0, -1.0), {0.0: 0, 255.0: 1})
+    result = OmegaConf.create({"c": {"a": [1, 2, 3], "b": "#0a0b0c"}})
+    assert mask_rule((), None, None, result.c).colours == {0x010203: 0, 0x0A0B0C: 1}
     assert mask_rule("building").classes == ("building",)
     assert not mask_rule() and mask_rule() == MaskRule()
 
@@ -394,7 +394,7 @@ def test_masks_beside_their_images_are_no_images(tmp_path: Path) -> None:
         assert all((corpus.masks[number] == blocks(3, number)).all() for number in range(4))
 
 
-def test_how_many_masks_matched_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_how_many_masks_matched_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = write_pairs(tmp_path / "a", 10, lambda number: png(blocks(3 if number else 4, number)))
     (root / "masks" / "03.png").unlink()
     (root / "masks" / "05.png").rename(root / "masks" / "five.png")
@@ -449,7 +449,7 @@ def source_of(kind: str, root: Path, images: list[bytes], masks: list[bytes], **
 def test_every_source_checks_and_maps_its_masks(kind: str, tmp_path: Path) -> None:
     images = [encoded(texture(number)) for number in range(4)]
     truth = [blocks(2, number) for number in range(4)]
-    masks = [png(found * 255) for found in truth]
+    masks = [png(result * 255) for result in truth]
     masks[3] = png(np.zeros((SIDE, 2 * SIDE), np.uint8))
     options = {"classes": tuple(TWO), "mask_values": {0: "background", 255: "building"}}
     corpus = index_corpus(source_of(kind, tmp_path / "mapped", images, masks, **options), tmp_path / "runs")
@@ -486,14 +486,14 @@ def test_what_has_no_class_has_a_colour_of_its_own(tmp_path: Path) -> None:
 
 def test_ignored_pixels_count_in_no_number() -> None:
     random = np.random.default_rng(0)
-    masks, found = (random.integers(0, 3, (4, 8, 8), dtype=np.uint8) for _ in range(2))
+    masks, result = (random.integers(0, 3, (4, 8, 8), dtype=np.uint8) for _ in range(2))
     masks[:, :3] = IGNORED
     known = masks != IGNORED
-    overlap = [((found == k) & (masks == k)).sum() / (((found == k) & known) | (masks == k)).sum() for k in range(3)]
-    assert mean_intersection_over_union(found, masks, 3) == pytest.approx(np.mean(overlap))
-    assert pixel_accuracy(found, masks, 3) == pytest.approx((found == masks)[known].mean())
-    found[:, :3] = 2
-    assert mean_intersection_over_union(found, masks, 3) == pytest.approx(np.mean(overlap)), "whatever is found there"
+    overlap = [((result == k) & (masks == k)).sum() / (((result == k) & known) | (masks == k)).sum() for k in range(3)]
+    assert mean_intersection_over_union(result, masks, 3) == pytest.approx(np.mean(overlap))
+    assert pixel_accuracy(result, masks, 3) == pytest.approx((result == masks)[known].mean())
+    result[:, :3] = 2
+    assert mean_intersection_over_union(result, masks, 3) == pytest.approx(np.mean(overlap)), "whatever is found there"
 
 
 def test_ignored_pixels_teach_the_segmenter_nothing() -> None:
@@ -584,7 +584,7 @@ def test_semantic_synthesis_works_with_ignored_pixels(tmp_path: Path) -> None:
             (tmp_path / "masks" / scene / f"{number:03d}.png").write_bytes(png(mask))
     words = (
         "downstream/semantic_synthesis.py", "profile=smoke", "corpus=folder", f"corpus.root={tmp_path}",
-        "corpus.masks=masks", "corpus.classes=[a,b,c]", "corpus.test_share=0.3", "foundation=scratch",
+        "corpus.masks=masks", "corpus.classes=[a,b,c]", "corpus.test_fraction=0.3", "foundation=scratch",
         "eval.images=20", "downstream.images=20", "tracker=none",
     )  # fmt: skip
     refused = call(*words, cwd=tmp_path)

@@ -104,7 +104,7 @@ def run(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- what can be measured
 
 
-def test_runs_snapshots_and_pipelines_are_told_apart(run: Path, tmp_path: Path) -> None:
+def test_runs_snapshots_and_pipelines_are_reported_apart(run: Path, tmp_path: Path) -> None:
     (snapshot,) = snapshots_of(run)
     models = [find_model(place) for place in (run, run / "pipeline", snapshot)]
     assert models == [Model(run / "pipeline"), Model(run / "pipeline"), Model(run / "pipeline", snapshot)]
@@ -192,8 +192,8 @@ def test_images_are_compared_with_the_training_images_where_these_are_known(run:
     measured = measure_images(drawn, held, judges, tmp_path / "runs", training)
     made, real, seen = np.load(measured / "moments.npy"), held.features["moments"], features["moments"][kept]
     medians = [np.median(cdist(x - seen.mean(0), seen - seen.mean(0), "cosine").min(1)) for x in (made, real)]
-    found = read_json(measured / "metrics.json")["nearest_training_moments"]
-    assert found == pytest.approx(medians[0] / medians[1], rel=1e-3)
+    result = read_json(measured / "metrics.json")["nearest_training_moments"]
+    assert result == pytest.approx(medians[0] / medians[1], rel=1e-3)
     other = replace(training, key={"selection": "b"}, rows=np.arange(1, 40, 2))
     assert measure_images(drawn, held, judges, tmp_path / "runs", other) != measured
     copies = measure(train.images[kept], made_held_out(corpus, np.arange(20)), judges, training=training).metrics
@@ -204,8 +204,8 @@ def test_every_encoder_judges_and_captions_only_where_there_are_some() -> None:
     corpus = made_corpus()
     held = made_held_out(corpus, np.arange(30))
     other = replace(held, features={"moments": held.features["moments"], "twice": 2 * held.features["moments"]})
-    found = compare({"moments": held.features["moments"], "twice": 2 * held.features["moments"]}, other)
-    assert found["fd_moments"] == pytest.approx(0, abs=1e-3) and "fd_twice" in found
+    result = compare({"moments": held.features["moments"], "twice": 2 * held.features["moments"]}, other)
+    assert result["fd_moments"] == pytest.approx(0, abs=1e-3) and "fd_twice" in result
     judges = Judges((Moments(),), Clip(), {"ice": ["a"], "sea": ["b"]})
     assert "clip_made" not in measure(corpus.images[:30], held, judges, captioned=False).metrics
     assert "clip_made" in measure(corpus.images[:30], held, judges).metrics
@@ -227,8 +227,8 @@ def test_what_is_seen_in_images_of_each_scene() -> None:
     images = np.full((6, 4, 4, 3), 10, np.uint8)
     images[[0, 1]] = 200
     described = {"ice": ["a"], "sea": ["b"]}
-    found = scene_confusion(Judges((), Clip(), described), held, images)
-    assert found == {"ice": {"ice": 1, "sea": 1}, "sea": {"ice": 1, "sea": 1}}
+    result = scene_confusion(Judges((), Clip(), described), held, images)
+    assert result == {"ice": {"ice": 1, "sea": 1}, "sea": {"ice": 1, "sea": 1}}
     assert scene_confusion(Judges((), Clip(), {"ice": ["a"]}), held, images) is None
     assert scene_confusion(Judges((), None, described), held, images) is None
 
@@ -244,7 +244,9 @@ def test_noise_of_an_image_does_not_depend_on_the_others() -> None:
 
 @pytest.fixture
 def cfg(tmp_path: Path):
-    return tiny_config(tmp_path, "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32", "eval.images=12")
+    return tiny_config(
+        tmp_path, "encoder@evaluation_encoder=efficientnet_lite0", "evaluation_encoder.input_size=32", "eval.images=12"
+    )
 
 
 def write_folder(folder: Path, count: int) -> Path:
@@ -294,12 +296,12 @@ def test_every_metric_of_a_few_kept_images_is_a_number_or_null(tmp_path: Path) -
     held = made_held_out(made_corpus(40, seed=1), np.arange(40))
     features = Moments()(corpus.images)
     for rows in ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 0, 0, 0]):
-        found = subset_quality(
+        result = subset_quality(
             np.array(rows), np.ones(len(rows)), {"balanced": held}, corpus, {"moments": features}, seed=0
         )
-        write_json(tmp_path / "metrics.json", found)
+        write_json(tmp_path / "metrics.json", result)
         json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
-        undefined = {name for name, value in found.items() if value is None}
+        undefined = {name for name, value in result.items() if value is None}
         kids = {f"balanced_kid_x1000_moments{part}" for part in ("", "_low", "_high")}
         assert (kids <= undefined) == (len(rows) < 4) and ("balanced_precision_moments" in undefined) == (len(rows) < 4)
 
@@ -331,7 +333,7 @@ def test_a_folder_sorted_by_scene_measures_as_a_shuffled_one(cfg, tmp_path: Path
     """The same images under names in order of scene and under random ones: the same distance up to sampling."""
     bright, dark = pictures(60, seed=1), pictures(60, seed=2) // 4
     order = np.random.default_rng(0).permutation(120)
-    found = []
+    result = []
     for name, numbers in (("sorted", np.arange(120)), ("flat", order)):
         (tmp_path / name).mkdir()
         for number, image in zip(numbers, [*bright, *dark], strict=True):
@@ -339,8 +341,8 @@ def test_a_folder_sorted_by_scene_measures_as_a_shuffled_one(cfg, tmp_path: Path
         cfg.of = str(tmp_path / name)
         metrics = read_json(measure_any(cfg) / "metrics.json")
         parts = ("", "_low", "_high")
-        found.append([metrics[f"natural_kid_x1000_efficientnet_lite0{part}"] for part in parts])
-    assert found[0][1] <= found[1][0] <= found[0][2] and found[1][1] <= found[0][0] <= found[1][2]
+        result.append([metrics[f"natural_kid_x1000_efficientnet_lite0{part}"] for part in parts])
+    assert result[0][1] <= result[1][0] <= result[0][2] and result[1][1] <= result[0][0] <= result[1][2]
 
 
 # ---------------------------------------------------------------- reference rows
@@ -374,7 +376,7 @@ def test_reference_rows_are_real_and_rebuilt_images_n_against_n(tmp_path: Path) 
     taught = compare({"moments": Moments()(further.images)}, held, scenes=np.array(["ice", "sea"] * 10))
     name = "classification_accuracy_moments"
     assert rows["real_held_out"][f"balanced_{name}"] == taught[name]
-    assert set(rows) == {row for row, found in rows.items() if f"balanced_{name}" in found}
+    assert set(rows) == {row for row, result in rows.items() if f"balanced_{name}" in result}
     shown = {image.tobytes() for image in corpus.images}
     assert all(image.tobytes() in shown for image in real), "images of the row are training images"
     assert measuring.with_set("", {"psnr": 1.0}) == {"psnr": 1.0}

@@ -85,10 +85,10 @@ def trained(tmp_path: Path) -> SimpleNamespace:
 
 @pytest.mark.parametrize("below", ["", "pipeline", "snapshots/000000000320"])
 def test_a_run_says_what_it_was_trained_on(trained: SimpleNamespace, below: str) -> None:
-    found = find_training(trained.run / below, trained.corpus, [trained.encoder], trained.runs)
-    assert found.rows.tolist() == [0, 3]
-    assert found.key == {"corpus": "corpus", "selection": "chosen"}
-    np.testing.assert_array_equal(found.embeddings(trained.encoder.name), np.load(trained.embeddings))
+    result = find_training(trained.run / below, trained.corpus, [trained.encoder], trained.runs)
+    assert result.rows.tolist() == [0, 3]
+    assert result.key == {"corpus": "corpus", "selection": "chosen"}
+    np.testing.assert_array_equal(result.embeddings(trained.encoder.name), np.load(trained.embeddings))
 
 
 @pytest.mark.parametrize("lacks", ["run", "selection", "embeddings", "corpus", "encoder"])
@@ -119,14 +119,14 @@ def test_copies_of_photographs_are_found_through_an_encoder() -> None:
 @pytest.mark.slow
 def test_a_training_is_measured_against_what_it_has_seen(tmp_path: Path) -> None:
     """The whole of `train/pretrain.py`, and the same numbers by `eval/measure.py of=RUN`, from the same stages."""
-    cfg = tiny_config(tmp_path, "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32")
+    cfg = tiny_config(tmp_path, "encoder@evaluation_encoder=efficientnet_lite0", "evaluation_encoder.input_size=32")
     run = pretrain(cfg, "random")
     metrics = read_json(run / "summary.json")["metrics"]
     name = "nearest_training_efficientnet_lite0"
     assert {f"{held}_{name}" for held in SETS} <= set(metrics)
     table = pd.read_parquet(tmp_path / "runs/selection" / read_json(run / TRAINING)["selection"] / "selection.parquet")
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
-    features = corpus_embeddings(corpus, instantiate(cfg.yardstick), cfg.runs)
+    features = corpus_embeddings(corpus, instantiate(cfg.evaluation_encoder), cfg.runs)
     held = evaluation_sets(cfg)["natural"].features["efficientnet_lite0"]
     made = np.load(Path(read_json(run / MEASURED)["natural"]) / "efficientnet_lite0.npy")
     seen = features[table["kept"].to_numpy()].astype(np.float32)

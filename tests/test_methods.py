@@ -146,11 +146,11 @@ def test_every_change_of_the_ablation_exists(change):
 
 def test_nearest_neighbours_agree_with_brute_force_and_leave_out_the_image_itself():
     points = normalise(np.concatenate([cloud(60), cloud(1).repeat(4, axis=0)]))
-    found, cosines = nearest_neighbours(points, 5)
+    result, cosines = nearest_neighbours(points, 5)
     products = points @ points.T
     np.fill_diagonal(products, -np.inf)
     np.testing.assert_allclose(cosines, -np.sort(-products, axis=1)[:, :5], atol=1e-5)
-    assert (found != np.arange(64)[:, None]).all()
+    assert (result != np.arange(64)[:, None]).all()
 
 
 def test_largest_cosine_before_agrees_with_brute_force():
@@ -209,22 +209,22 @@ def test_moderate_keeps_the_middle():
 
 
 def test_nearest_feasible_solves_the_quadratic_program():
-    wanted, sizes = np.array([6.0, 3.0, 1.0]), np.array([4, 9, 9])
-    assert nearest_feasible(wanted, sizes, 10).tolist() == [4, 4, 2]  # one shift of +1 for all that are free
+    requested, sizes = np.array([6.0, 3.0, 1.0]), np.array([4, 9, 9])
+    assert nearest_feasible(requested, sizes, 10).tolist() == [4, 4, 2]  # one shift of +1 for all that are free
     best = min(
         (candidate for candidate in itertools.product(range(5), range(10), range(10)) if sum(candidate) == 10),
-        key=lambda candidate: ((np.array(candidate) - wanted) ** 2).sum(),
+        key=lambda candidate: ((np.array(candidate) - requested) ** 2).sum(),
     )
     assert best == (4, 4, 2)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.floats(0, 1, allow_subnormal=False), st.integers(0, 9))
-def test_nearest_feasible_is_exact_and_capped(sizes, share, seed):
+def test_nearest_feasible_is_exact_and_capped(sizes, fraction, seed):
     sizes = np.array(sizes)
-    budget = int(share * sizes.sum())
-    wanted = budget * np.random.default_rng(seed).dirichlet(np.full(len(sizes), 0.3))
-    found = nearest_feasible(wanted, sizes, budget)
-    assert found.sum() == budget and (found >= 0).all() and (found <= sizes).all()
+    budget = int(fraction * sizes.sum())
+    requested = budget * np.random.default_rng(seed).dirichlet(np.full(len(sizes), 0.3))
+    result = nearest_feasible(requested, sizes, budget)
+    assert result.sum() == budget and (result >= 0).all() and (result <= sizes).all()
 
 
 def test_outer_distance_is_the_mean_over_the_nearest_centroids():
@@ -243,15 +243,15 @@ def test_d2_takes_the_highest_and_lowers_its_neighbours():
 
 def test_facility_location_agrees_with_plain_greedy():
     points = normalise(cloud(40))
-    found, cosines = nearest_neighbours(points, 39)
+    result, cosines = nearest_neighbours(points, 39)
     similarity = (1 + cosines) / 2
     dense = np.ones((40, 40))
-    np.put_along_axis(dense, found, similarity, axis=1)
+    np.put_along_axis(dense, result, similarity, axis=1)
     taken: list[int] = []
     for _ in range(6):
         rest = [column for column in range(40) if column not in taken]
         taken.append(max(rest, key=lambda column: dense[:, [*taken, column]].max(axis=1).sum()))
-    assert lazy_greedy(found, similarity, 6).tolist() == taken
+    assert lazy_greedy(result, similarity, 6).tolist() == taken
 
 
 def test_facility_location_beats_random_at_its_own_aim():
@@ -285,7 +285,7 @@ def test_clusters_level_by_level_find_what_one_kmeans_finds():
         purity = sum(np.bincount(truth[group]).max() for group in members_of(labels, labels.max() + 1)) / 3000
         assert purity > 0.95
         assert (distances > -1e-6).all() and set(labels) == set(range(labels.max() + 1))
-    assert labels.max() + 1 > 32  # as many as were asked for, about
+    assert labels.max() + 1 > 32  # as many as were requested, about
     capped, _ = Clustering(8, hierarchical=False)(points, np.arange(3000), 64, np.random.default_rng(0))
     assert capped.max() + 1 <= 8
 
@@ -315,7 +315,7 @@ def test_otsu_splits_two_modes():
     entropy = np.concatenate([np.full(30, 1.0), np.full(70, 6.0)]) + np.random.default_rng(0).normal(0, 0.2, 100)
     pool = replace(pool, entropy=entropy.astype(np.float32))
     selection = RSPruneMethod(entropy_otsu=True).select(pool, 20, np.random.default_rng(0))
-    assert entropy[:30].max() < selection.facts["entropy_threshold"] < entropy[30:].min()
+    assert entropy[:30].max() < selection.diagnostics["entropy_threshold"] < entropy[30:].min()
     assert (selection.reason[:30] == "low_entropy").all() and "low_entropy" not in selection.reason[30:]
 
 

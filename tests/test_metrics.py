@@ -32,17 +32,17 @@ def test_the_contracts_names():
         assert Quantity.parse(name) is None, name
 
 
-def test_what_is_better_is_said_by_the_registry():
+def test_what_is_better_is_reported_by_the_registry():
     better = {name: lower_is_better(name) for name in ("loss", "balanced_fid", "natural_recall_dinov2", "psnr")}
     assert better == {"loss": True, "balanced_fid": True, "natural_recall_dinov2": False, "psnr": False}
 
 
 def test_metrics_run_where_their_inputs_are_known_and_undefined_is_null():
     features = np.random.default_rng(0).standard_normal((40, 3))
-    found = compute({"features": features, "reference": features + 1}, of={"encoder": "e"}, held_out="balanced")
+    result = compute({"features": features, "reference": features + 1}, of={"encoder": "e"}, held_out="balanced")
     names = {"fd", "kid_x1000", "precision", "recall", "density", "coverage", "fd_infinity"}
-    assert {Quantity.parse(name).metric for name in found} == names
-    assert found["balanced_kid_x1000_e_low"] < found["balanced_kid_x1000_e"] < found["balanced_kid_x1000_e_high"]
+    assert {Quantity.parse(name).metric for name in result} == names
+    assert result["balanced_kid_x1000_e_low"] < result["balanced_kid_x1000_e"] < result["balanced_kid_x1000_e_high"]
     assert compute({"confusion": {}}, of={"clip": "m"}) == {"scene_accuracy_m": None}
     assert compute({"clip_scores": np.array([np.nan])}, of={"clip": "m"}) == {"clip_m": None}
     some = compute({"features": features, "reference": features}, of={"encoder": "e"}, only=["recall"])

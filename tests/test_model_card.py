@@ -63,15 +63,15 @@ def test_a_card_names_data_selection_training_and_metrics() -> None:
     assert rows == ["| balanced_fd_e | 219 |", "| natural_kid_x1000_e | 162.3 |"]
 
 
-def test_a_card_says_what_is_not_known_and_begins_with_the_hubs_facts() -> None:
+def test_a_card_says_what_is_not_known_and_begins_with_the_hubs_metadata() -> None:
     text = card()
     assert "licence of the data: not stated (corpus.licence)" in text and "## Metadata" not in text
-    facts = yaml.safe_load(text.split("---\n")[1])
-    assert facts["library_name"] == "diffusers" and facts["pipeline_tag"] == "text-to-image"
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert metadata["library_name"] == "diffusers" and metadata["pipeline_tag"] == "text-to-image"
 
 
 def test_a_card_names_the_side_of_crops_and_the_metadata() -> None:
-    text = card("train.views.crop=32", "metadata=place")
+    text = card("train.views.crop=32", "metadata=location")
     assert "images of 32 px" in text
     assert "sample.metadata.lon=NUMBER sample.metadata.lat=NUMBER" in section(text, "Metadata")
 

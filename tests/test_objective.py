@@ -34,8 +34,8 @@ def test_discrete_objectives_follow_their_formulas(objective: Objective) -> None
     assert time.min() >= 0 and time.max() < 1000 and torch.equal(time, time.round())
     noisy, timesteps, target, weights = objective.noisy(latents, noise, time)
     assert weights is None and torch.equal(timesteps, time.long())
-    share = torch.from_numpy(alphas(objective)[timesteps.numpy()]).float()[:, None, None, None]
-    a, s = share.sqrt(), (1 - share).sqrt()
+    fraction = torch.from_numpy(alphas(objective)[timesteps.numpy()]).float()[:, None, None, None]
+    a, s = fraction.sqrt(), (1 - fraction).sqrt()
     torch.testing.assert_close(noisy, a * latents + s * noise, rtol=1e-4, atol=1e-4)
     expected = noise if objective.prediction == "epsilon" else a * noise - s * latents
     torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-4)
@@ -53,8 +53,8 @@ def test_min_snr_weights(prediction: str, gamma: float) -> None:
     objective = Objective(prediction, min_snr_gamma=gamma)
     time = torch.tensor([0.0, 100.0, 500.0, 999.0])
     *_, weights = objective.noisy(torch.zeros(SHAPE), torch.zeros(SHAPE), time)
-    share = alphas(objective)[time.long().numpy()]
-    snr = share / (1 - share)
+    fraction = alphas(objective)[time.long().numpy()]
+    snr = fraction / (1 - fraction)
     expected = np.minimum(snr, gamma) / (snr if prediction == "epsilon" else snr + 1)
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-3)
 
@@ -65,9 +65,11 @@ def test_both_min_snr_losses_are_one_loss_of_the_image() -> None:
     losses = []
     for prediction in ("epsilon", "v_prediction"):
         objective = Objective(prediction, min_snr_gamma=5.0)
-        share = float(alphas(objective)[300])
-        error = difference * (share / (1 - share)) ** 0.5  # of the noise, for an image that is off by `difference`
-        error = error if prediction == "epsilon" else difference / (1 - share) ** 0.5
+        fraction = float(alphas(objective)[300])
+        error = (
+            difference * (fraction / (1 - fraction)) ** 0.5
+        )  # of the noise, for an image that is off by `difference`
+        error = error if prediction == "epsilon" else difference / (1 - fraction) ** 0.5
         *_, weights = objective.noisy(torch.zeros(1, 3, 5, 5), torch.zeros(1, 3, 5, 5), time)
         losses.append(float(denoising_loss(error, torch.zeros_like(error), weights)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -95,13 +97,15 @@ def test_the_sampler_of_an_objective_recovers_the_data(objective: Objective) -> 
     sample = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * scheduler.init_noise_sigma
     for step in scheduler.timesteps:
         if objective.prediction == "flow":
-            share = float(step) / 1000
-            said = (sample - latents) / share  # noise - latents, as x = (1 - t) latents + t noise
+            fraction = float(step) / 1000
+            message = (sample - latents) / fraction  # noise - latents, as x = (1 - t) latents + t noise
         else:
-            share = float(alphas(objective)[int(step)])
-            noise = (sample - share**0.5 * latents) / (1 - share) ** 0.5
-            said = noise if objective.prediction == "epsilon" else share**0.5 * noise - (1 - share) ** 0.5 * latents
-        sample = scheduler.step(said, step, sample).prev_sample
+            fraction = float(alphas(objective)[int(step)])
+            noise = (sample - fraction**0.5 * latents) / (1 - fraction) ** 0.5
+            message = (
+                noise if objective.prediction == "epsilon" else fraction**0.5 * noise - (1 - fraction) ** 0.5 * latents
+            )
+        sample = scheduler.step(message, step, sample).prev_sample
     torch.testing.assert_close(sample, latents, rtol=0, atol=0.08)
 
 

@@ -71,7 +71,9 @@ def test_a_folder_with_them_is_indexed(tmp_path: Path) -> None:
     for name in ("hole.jpg", "other.jpg"):  # equal in size, so that they would be compared as copies
         with open(root / name, "wb") as file:
             file.truncate(LARGEST_FILE + 1)
-    corpus = indexed(ImageFolder(root=str(root), resolution=8, val_share=0, test_share=0, split="train"), tmp_path)
+    corpus = indexed(
+        ImageFolder(root=str(root), resolution=8, val_fraction=0, test_fraction=0, split="train"), tmp_path
+    )
     assert reasons(corpus) == {"a.png": "", "hole.jpg": TOO_LARGE, "other.jpg": TOO_LARGE, "pipe.jpg": NOT_A_FILE}
 
 
@@ -89,9 +91,9 @@ def test_a_folder_of_scenes_with_a_pipe_and_a_link_to_itself(
     (root / "notes.csv").write_text("a,b")
     (root / "a.tfw").write_text("1")
     corpus = indexed(GeoTiff(str(root), resolution=16, content_hash=content_hash), tmp_path)
-    found = reasons(corpus)
-    assert found["pipe.tif"] == found["pipe.vrt"] == NOT_A_FILE and found["loop.tif"] and found["self.vrt"]
-    assert found["a.tif/000000_000000"] == ""
+    result = reasons(corpus)
+    assert result["pipe.tif"] == result["pipe.vrt"] == NOT_A_FILE and result["loop.tif"] and result["self.vrt"]
+    assert result["a.tif/000000_000000"] == ""
     assert "geotiff: 1 files passed over: .csv 1" in capsys.readouterr().err
 
 
@@ -186,9 +188,9 @@ def test_a_header_that_tarfile_cannot_read_cuts_its_shard_alone(tmp_path: Path, 
     write(tmp_path / "b.tar", {"bad0.png": png(3)}, **{"GNU.sparse.realsize": "x"})
     write(tmp_path / "c.tar", {"whole.png": png(4)})
     urls = "::".join(str(tmp_path / f"{name}.tar") for name in "abc")
-    found = reasons(indexed(WebDataset(urls=urls, resolution=8), tmp_path))
-    assert found.pop("whole") == found.pop("first") == ""
-    assert set(found.values()) == {CUT, BROKEN}
+    result = reasons(indexed(WebDataset(urls=urls, resolution=8), tmp_path))
+    assert result.pop("whole") == result.pop("first") == ""
+    assert set(result.values()) == {CUT, BROKEN}
 
 
 def test_a_sparse_member_that_claims_gigabytes_takes_no_memory(tmp_path: Path) -> None:
@@ -237,11 +239,11 @@ def test_a_text_is_no_scene() -> None:
     assert scene_name("x" * LONGEST_SCENE) and scene_name("x" * (LONGEST_SCENE + 1)) == ""
 
 
-def test_keys_of_facts_become_columns_that_every_table_holds(tmp_path: Path) -> None:
-    facts = scalars({"\ud800": 1, "a\0b": 2, "": 3, "lon": 4.5})
-    pd.DataFrame([facts]).to_parquet(tmp_path / "a.parquet")
-    assert list(facts.values()) == [1, 2, 3, 4.5] and not any("\0" in key for key in facts)
-    assert json.dumps(facts)
+def test_keys_of_metadata_become_columns_that_every_table_holds(tmp_path: Path) -> None:
+    metadata = scalars({"\ud800": 1, "a\0b": 2, "": 3, "lon": 4.5})
+    pd.DataFrame([metadata]).to_parquet(tmp_path / "a.parquet")
+    assert list(metadata.values()) == [1, 2, 3, 4.5] and not any("\0" in key for key in metadata)
+    assert json.dumps(metadata)
 
 
 @pytest.mark.parametrize("name", [r"$\frac$", "$", "_hidden", "x" * 5000, "a\nb\tc", "漢字"])
@@ -262,7 +264,7 @@ def test_a_warning_of_a_missing_letter_is_not_shown() -> None:
     assert not caught
 
 
-def test_a_shard_of_zeros_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_shard_of_zeros_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path / "a.tar", {"a.png": png()})
     (tmp_path / "b.tar").write_bytes(bytes(10_240))
     indexed(WebDataset(urls=f"{tmp_path / 'a.tar'}::{tmp_path / 'b.tar'}", resolution=8), tmp_path)

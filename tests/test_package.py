@@ -48,8 +48,8 @@ def ranges() -> Iterator[Requirement]:
 def pins() -> dict[str, str]:
     """Exact versions by canonical name, those of extras that set-up leaves out included."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    found = [Requirement(line.removeprefix("#: ")) for line in lines if "==" in line]
-    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in found}
+    result = [Requirement(line.removeprefix("#: ")) for line in lines if "==" in line]
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in result}
 
 
 def python(code: str, path: Path = ROOT) -> subprocess.CompletedProcess:
@@ -65,12 +65,12 @@ def python(code: str, path: Path = ROOT) -> subprocess.CompletedProcess:
 
 def test_every_pin_lies_in_its_range_and_every_range_has_a_pin() -> None:
     pinned = pins()
-    asked = list(ranges())
-    assert len(asked) > 40 and len(pinned) > 40
-    assert [str(line) for line in asked if canonicalize_name(line.name) not in pinned] == []
-    outside = [str(line) for line in asked if not line.specifier.contains(pinned[canonicalize_name(line.name)])]
+    requested = list(ranges())
+    assert len(requested) > 40 and len(pinned) > 40
+    assert [str(line) for line in requested if canonicalize_name(line.name) not in pinned] == []
+    outside = [str(line) for line in requested if not line.specifier.contains(pinned[canonicalize_name(line.name)])]
     assert outside == []
-    assert sorted(set(pinned) - {canonicalize_name(line.name) for line in asked}) == []
+    assert sorted(set(pinned) - {canonicalize_name(line.name) for line in requested}) == []
 
 
 def test_ranges_have_two_ends_and_the_core_no_torch() -> None:
@@ -142,10 +142,10 @@ def test_the_names_are_few_and_documented_and_typed() -> None:
     assert len(rsprune.__all__) < 20 and set(rsprune.__all__) == set(rsprune._HOME) == set(dir(rsprune))
     documented = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     for name in rsprune.__all__:
-        found = getattr(rsprune, name)
-        assert found.__doc__ and found.__doc__ != f"{name}()", name
+        result = getattr(rsprune, name)
+        assert result.__doc__ and result.__doc__ != f"{name}()", name
         assert f"`{name}" in documented, f"{name} is not in docs/library.md"
-        assert found.__annotations__ if not isinstance(found, type) else True, f"{name} has no types"
+        assert result.__annotations__ if not isinstance(result, type) else True, f"{name} has no types"
     for package in ("rsprune", "prune", "eval", "runtime"):
         assert (ROOT / package / "py.typed").is_file()
         assert PROJECT["tool"]["setuptools"]["package-data"][package] == ["py.typed"]
@@ -230,15 +230,15 @@ def test_a_selection_as_a_table_and_as_tags(selection: rsprune.Selection, tmp_pa
 
 
 def test_a_folder_is_read_as_the_commands_read_it(tiny_folder: Path) -> None:
-    found = rsprune.read_folder(tiny_folder, side=16)
-    assert len(found) == 8 and found.readable.sum() == 7 and found.images.shape == (8, 16, 16, 3)
-    assert set(found.scene) == {"BaseballField", "dry_river"}
-    assert not found.images[~found.readable].any()
-    assert (found.images[found.scene == "BaseballField"][:, 8, 8] == [20, 160, 40]).all()
+    result = rsprune.read_folder(tiny_folder, side=16)
+    assert len(result) == 8 and result.readable.sum() == 7 and result.images.shape == (8, 16, 16, 3)
+    assert set(result.scene) == {"BaseballField", "dry_river"}
+    assert not result.images[~result.readable].any()
+    assert (result.images[result.scene == "BaseballField"][:, 8, 8] == [20, 160, 40]).all()
     with pytest.raises(UserError, match="unknown: take efficientnet_lite0"):
-        rsprune.embed_images(found.images, "resnet")
+        rsprune.embed_images(result.images, "resnet")
     with pytest.raises(UserError, match="images must be uint8"):
-        rsprune.embed_images(found.images / 255)
+        rsprune.embed_images(result.images / 255)
 
 
 # ---------------------------------------------------------------- examples
@@ -263,12 +263,12 @@ def test_examples_are_of_a_notebook_s_size_and_listed() -> None:
 @pytest.mark.parametrize("name", ["arrays", "huggingface", "own_method"])
 def test_example_runs(name: str, capsys: pytest.CaptureFixture) -> None:
     example(name).main()
-    said = {
+    message = {
         "arrays": r"kept 90 of 600\n(.*\n)*of each scene \[465 101  34\].*\nweights of the kept sum to 600\n",
         "huggingface": r"all {'sea': 60, 'town': 20}\nkept {'sea': \d+, 'town': \d+}\n",
         "own_method": r"50 kept, \d+ of them by RS-Prune as well\n",
     }
-    assert re.match(said[name], capsys.readouterr().out)
+    assert re.match(message[name], capsys.readouterr().out)
 
 
 def test_example_of_a_folder_runs(

@@ -35,13 +35,13 @@ def rows() -> list[dict]:
         "rsprune": [(0, 227.0), (1, 231.0)],
         "random": [(0, 300.01), (1, 260.0)],
     }
-    found = [
+    result = [
         {"stage": "generation", "corpus": "c", "prune": name, "ratio": 0 if name == "full" else 0.85, "seed": seed,
          "step": 9, "fingerprint": "f", "metrics": {KID: value}}
         for name, seeds in values.items() for seed, value in seeds
     ]  # fmt: skip
     real = {"stage": "reference", "corpus": "c", "prune": "real_train", "ratio": None, "seed": 0, "step": 0}
-    return [*found, {**real, "metrics": {KID: 8.0}}]
+    return [*result, {**real, "metrics": {KID: 8.0}}]
 
 
 def write(path: Path) -> str:
@@ -122,7 +122,7 @@ def test_headings_and_cells_carry_what_sorting_needs(html):
 
 def test_a_table_of_one_row_and_texts_that_look_like_numbers(tmp_path):
     single = build_tables([row for row in rows() if row["prune"] != "random"][2:])
-    plain = pd.DataFrame({"share": ["12.5%", "9%"], "count": [1234, 5], "version": ["1.2.3", "1,234"]})
+    plain = pd.DataFrame({"fraction": ["12.5%", "9%"], "count": [1234, 5], "version": ["1.2.3", "1,234"]})
     write_report(tmp_path / "a.html", title="t", intro="i", tables={**single, "plain": plain})
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert text.count("<table data-sortable>") == 1
@@ -208,13 +208,13 @@ def test_a_browser_sorts_toggles_and_tells_without_an_error(html, tmp_path):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
     command += ["--window-size=1400,1000", f"file://{tmp_path / 'probe.html'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    found = json.loads(re.search(r"FOUND(\{.*?\})END", unescape(done.stdout), re.DOTALL)[1])
-    assert found["errors"] == [] and found["room"] >= 0 and found["picture"] == "none"
-    assert [order[1:] for order in found["orders"]] == [
+    result = json.loads(re.search(r"FOUND(\{.*?\})END", unescape(done.stdout), re.DOTALL)[1])
+    assert result["errors"] == [] and result["room"] >= 0 and result["picture"] == "none"
+    assert [order[1:] for order in result["orders"]] == [
         ["full", "random", "rsprune"], ["rsprune", "random", "full"], ["full", "random", "rsprune"],
         ["full", "random", "rsprune"],
     ]  # fmt: skip
-    assert [order[0] for order in found["orders"]] == ["none", "ascending", "descending", "none"]
-    assert found["lines"] == [2, 1]
-    assert 0 < found["away"][0] < 30 and max(found["away"][1:]) < 0  # beside the point, at its height
-    assert found["tip"].splitlines()[1:] == ["1,000 [800, 1,200]", "step 10", "images seen 320", "seconds 1.5"]
+    assert [order[0] for order in result["orders"]] == ["none", "ascending", "descending", "none"]
+    assert result["lines"] == [2, 1]
+    assert 0 < result["away"][0] < 30 and max(result["away"][1:]) < 0  # beside the point, at its height
+    assert result["tip"].splitlines()[1:] == ["1,000 [800, 1,200]", "step 10", "images seen 320", "seconds 1.5"]

@@ -14,7 +14,7 @@ from sklearn.metrics import precision_score, recall_score, roc_auc_score
 from synthetic_pairs import corpus_of, world
 from test_commands import call
 
-from captioning.detection import detection, share_error, worst_first
+from captioning.detection import detection, fraction_error, worst_first
 from captioning.probe import best_ratios
 from captioning.swaps import Swaps, exchanged, swapped_corpus
 from report.results import read_results
@@ -34,18 +34,18 @@ from runtime.errors import UserError
     st.integers(0, 3),
 )
 def test_captions_are_exchanged_and_none_is_lost(
-    size: int, scenes: int, share: float, within: bool, uneven: bool, seed: int
+    size: int, scenes: int, fraction: float, within: bool, uneven: bool, seed: int
 ) -> None:
     scene = np.random.default_rng(seed).integers(scenes, size=size).astype(str)
     rows = np.arange(10, 10 + size)
     names = np.concatenate([np.full(10, "none"), scene])
-    givers = exchanged(rows, names, Swaps(share, within, uneven, seed), np.random.default_rng(seed))
+    givers = exchanged(rows, names, Swaps(fraction, within, uneven, seed), np.random.default_rng(seed))
     assert sorted(givers.tolist()) == rows.tolist()  # a permutation: every caption stays somebody's
     moved = givers != rows
     if within:
         assert (names[givers[moved]] == names[rows[moved]]).all()
     if not uneven and not within:
-        assert abs(moved.sum() - share * size) <= scenes  # rounded in every scene
+        assert abs(moved.sum() - fraction * size) <= scenes  # rounded in every scene
 
 
 def test_an_exchange_between_scenes_gives_captions_of_other_scenes() -> None:
@@ -58,14 +58,14 @@ def test_an_exchange_between_scenes_gives_captions_of_other_scenes() -> None:
 def test_uneven_exchanges_differ_between_scenes_by_their_seed() -> None:
     scene = np.repeat(np.arange(8).astype(str), 200)
 
-    def shares(seed: int) -> np.ndarray:
+    def fractions(seed: int) -> np.ndarray:
         swaps = Swaps(0.3, uneven=True)
         moved = exchanged(np.arange(1600), scene, swaps, np.random.default_rng(seed)) != np.arange(1600)
         return moved.reshape(8, 200).mean(1)
 
-    assert shares(0).max() <= 0.6 and np.ptp(shares(0)) > 0.2
-    np.testing.assert_array_equal(shares(0), shares(0))
-    assert not np.array_equal(shares(0), shares(1))
+    assert fractions(0).max() <= 0.6 and np.ptp(fractions(0)) > 0.2
+    np.testing.assert_array_equal(fractions(0), fractions(0))
+    assert not np.array_equal(fractions(0), fractions(1))
 
 
 def test_a_swapped_corpus_has_one_caption_an_image_and_knows_which_changed(tmp_path: Path) -> None:
@@ -81,10 +81,10 @@ def test_a_swapped_corpus_has_one_caption_an_image_and_knows_which_changed(tmp_p
     assert not swapped_corpus(corpus, Swaps(0.0))[1].any()
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5, "half"])
-def test_a_share_that_is_none_is_one_line(share: object) -> None:
-    with pytest.raises(UserError, match=r"captioning\.swapped\.share"):
-        Swaps(share)
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, "half"])
+def test_a_share_that_is_none_is_one_line(fraction: object) -> None:
+    with pytest.raises(UserError, match=r"captioning\.swapped\.fraction"):
+        Swaps(fraction)
 
 
 # ---------------------------------------------------------------- detection, probe
@@ -99,19 +99,19 @@ def test_detection_agrees_with_scikit_learn(size: int, seed: int) -> None:
     score = random.standard_normal(size) + swapped
     order = np.argsort(-score)
     removed = int(random.integers(1, size))
-    found = detection(swapped, order, removed)
+    result = detection(swapped, order, removed)
     called = np.isin(np.arange(size), order[:removed])
-    assert found["swap_precision"] == pytest.approx(precision_score(swapped, called))
-    assert found["swap_recall"] == pytest.approx(recall_score(swapped, called))
-    assert found["swap_auc"] == pytest.approx(roc_auc_score(swapped, score))
+    assert result["swap_precision"] == pytest.approx(precision_score(swapped, called))
+    assert result["swap_recall"] == pytest.approx(recall_score(swapped, called))
+    assert result["swap_auc"] == pytest.approx(roc_auc_score(swapped, score))
     called = np.isin(np.arange(size), order[: swapped.sum()])
-    assert found["swap_precision_at_true"] == pytest.approx(precision_score(swapped, called))
-    assert found["swap_removed"] == removed / size
+    assert result["swap_precision_at_true"] == pytest.approx(precision_score(swapped, called))
+    assert result["swap_removed"] == removed / size
 
 
 def test_detection_of_nothing_is_undefined() -> None:
-    found = detection(np.zeros(5, bool), np.arange(5), 0)
-    assert found["swap_removed"] == 0 and set(found.values()) == {0.0, None}
+    result = detection(np.zeros(5, bool), np.arange(5), 0)
+    assert result["swap_removed"] == 0 and set(result.values()) == {0.0, None}
 
 
 def test_the_worst_are_those_of_other_scenes_then_those_that_fit_least() -> None:
@@ -121,7 +121,7 @@ def test_the_worst_are_those_of_other_scenes_then_those_that_fit_least() -> None
 
 def test_the_error_of_shares_is_over_scenes_that_have_pairs() -> None:
     swapped, scene = np.array([True, False, False, False]), np.array([0, 0, 2, 2])
-    assert share_error(swapped, scene, np.array([0.4, 0.9, 0.2])) == pytest.approx((0.1 + 0.2) / 2)
+    assert fraction_error(swapped, scene, np.array([0.4, 0.9, 0.2])) == pytest.approx((0.1 + 0.2) / 2)
 
 
 def test_each_scene_gets_the_ratio_with_the_least_distance_unless_it_has_few_images() -> None:
@@ -157,19 +157,20 @@ def photographs(tmp_path_factory) -> Path:
 def test_the_command_finds_exchanged_captions_and_compares_captioners(photographs: Path, tmp_path: Path) -> None:
     done = call(
         "scripts/pair_cleaning.py", "profile=smoke", "corpus=folder", f"corpus.root={photographs}",
-        "corpus.train.limit=null", "corpus.train.resolution=32", "encoder.input_size=64", "yardstick.input_size=64",
-        "pair_cleaning.shares=[0.3]", "pair_cleaning.arms=[]", "tracker=none", cwd=tmp_path,
+        "corpus.train.limit=null", "corpus.train.resolution=32", "encoder.input_size=64",
+        "evaluation_encoder.input_size=64",
+        "pair_cleaning.fractions=[0.3]", "pair_cleaning.arms=[]", "tracker=none", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = tmp_path / "results" / "smoke" / "pair_cleaning"
     assert done.stdout.strip().splitlines()[-1].endswith("results/smoke/pair_cleaning")
     rows = read_results(results / "results.jsonl")
-    found = {(row["prune"], row["swapped"]): row["metrics"] for row in rows if row["stage"] == "pair_detection"}
-    assert len(found) == 3 * 4
-    across = found["dldc", "0.3 of another scene"]
+    result = {(row["prune"], row["swapped"]): row["metrics"] for row in rows if row["stage"] == "pair_detection"}
+    assert len(result) == 3 * 4
+    across = result["dldc", "0.3 of another scene"]
     assert across["swap_precision"] > 0.9 and across["swap_recall"] > 0.8
-    assert found["random", "0.3 of another scene"]["swap_precision"] < 0.5
-    assert found["dldc", "0 of another scene"]["swap_removed"] < 0.05
+    assert result["random", "0.3 of another scene"]["swap_precision"] < 0.5
+    assert result["dldc", "0 of another scene"]["swap_removed"] < 0.05
     sources = {row["captions"]: row["metrics"] for row in rows if row["stage"] == "caption_quality"}
     assert set(sources) == {"given", "offline"} and sources["given"]["caption_words"] == 8
     for name in ("pair_detection", "caption_quality"):

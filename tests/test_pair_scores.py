@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from captioning import pair_statistics as statistics_module
 from captioning import scorers as scorers_module
 from captioning.dual_encoder import DualEncoder, Reduction, fit_dual_encoder, hashed_words
-from captioning.evidence import Mismatch, fit_mismatch, learn_evidence, mismatched_share
+from captioning.evidence import Mismatch, fit_mismatch, learn_evidence, mismatched_fraction
 from captioning.pair_statistics import _drawn, pair_statistics
 from captioning.pairs import Pairs, given_pairs
 from captioning.scorers import FittedScorer, HubScorer, Material, OpenClipScorer, embed_with_clip
@@ -34,7 +34,7 @@ PLAIN = DualEncoder(dimensions=4, image_ridge=0, text_ridge=0, power=0)
 
 
 @pytest.fixture(autouse=True)
-def nothing_told() -> None:
+def notices_again() -> None:
     notice.cache_clear()
 
 
@@ -65,8 +65,8 @@ def test_correlations_without_ridge_are_the_canonical_ones() -> None:
     first, second = related()
     expected = np.cos(subspace_angles(*((view - view.mean(0)).astype(np.float64) for view in (first, second))))
     ours, theirs = projected(PLAIN, first, second)
-    found = (ours * theirs).mean(0)
-    np.testing.assert_allclose(found, np.sort(expected)[::-1][:4], atol=2e-3)
+    result = (ours * theirs).mean(0)
+    np.testing.assert_allclose(result, np.sort(expected)[::-1][:4], atol=2e-3)
     np.testing.assert_allclose(ours.T @ ours / len(ours), np.eye(4), atol=2e-3)  # of variance 1, uncorrelated
     np.testing.assert_allclose(theirs.T @ theirs / len(ours), np.eye(4), atol=2e-3)
 
@@ -113,8 +113,8 @@ def test_texts_of_unknown_words_are_zeros_and_others_have_length_one() -> None:
     known, unknown = reduction.texts(captions[:3]), reduction.texts(["zyx wvu", "", "?!"])
     assert known.any(axis=1).all() and not unknown.any()
     fitted = fit_dual_encoder(SMALL, reduction.images(features), reduction.texts(captions), np.ones(60))
-    found = fitted.texts(np.concatenate([known, unknown]))
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 1, 1, 0, 0, 0], atol=1e-5)
+    result = fitted.texts(np.concatenate([known, unknown]))
+    np.testing.assert_allclose(np.linalg.norm(result, axis=1), [1, 1, 1, 0, 0, 0], atol=1e-5)
     assert fitted.texts(known[:0]).shape == (0, 12) and fitted.images(reduction.images(features[:0])).shape == (0, 12)
 
 
@@ -154,15 +154,15 @@ def test_options_out_of_range_are_one_line(options: dict) -> None:
 # ---------------------------------------------------------------- out of fold
 
 
-def embedded(scorer: FittedScorer, found: Material) -> tuple[np.ndarray, np.ndarray, Pairs]:
-    pairs, _ = given_pairs(found.corpus.manifest)
-    return *scorer.embed(found, pairs, pairs), pairs
+def embedded(scorer: FittedScorer, result: Material) -> tuple[np.ndarray, np.ndarray, Pairs]:
+    pairs, _ = given_pairs(result.corpus.manifest)
+    return *scorer.embed(result, pairs, pairs), pairs
 
 
 def test_same_seed_same_bits_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = material(*world(80), tmp_path / "corpus")
-    first, second, other = (embedded(FittedScorer(replace(SMALL, most_pairs=60), seed=s), found) for s in (1, 1, 2))
+    result = material(*world(80), tmp_path / "corpus")
+    first, second, other = (embedded(FittedScorer(replace(SMALL, most_pairs=60), seed=s), result) for s in (1, 1, 2))
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
     assert not np.array_equal(first[0], other[0])
@@ -209,32 +209,32 @@ def test_who_has_which_caption_inside_a_fold_plays_no_part_in_its_scores(tmp_pat
 
 def test_captions_that_are_only_scored_teach_nothing(tmp_path: Path) -> None:
     features, captions, scenes = world(80)
-    found = material(features, captions, scenes, tmp_path)
-    given, _ = given_pairs(found.corpus.manifest)
+    result = material(features, captions, scenes, tmp_path)
+    given, _ = given_pairs(result.corpus.manifest)
     written = Pairs.of(np.arange(80), ["harbour with boats"] * 80, ["pen"] * 80, 1)
     pairs = given.joined(written)
-    images, texts = FittedScorer(SMALL).embed(found, given, pairs)
-    expected, own = FittedScorer(SMALL).embed(found, given, given)
+    images, texts = FittedScorer(SMALL).embed(result, given, pairs)
+    expected, own = FittedScorer(SMALL).embed(result, given, given)
     np.testing.assert_array_equal(images, expected)
     np.testing.assert_allclose(texts[pairs.source == "given"], own, atol=1e-6)
 
 
 def test_scorers_of_other_numbers_of_folds_go_together(tmp_path: Path) -> None:
     """The images are dealt once, for the scorer with most folds."""
-    found = material(*world(80), tmp_path)
-    images, texts, _ = embedded(FittedScorer(replace(SMALL, folds=2)), found)
+    result = material(*world(80), tmp_path)
+    images, texts, _ = embedded(FittedScorer(replace(SMALL, folds=2)), result)
     np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
 
 
 def test_unreadable_images_are_zeros_and_scenes_count_only_as_labels(tmp_path: Path) -> None:
     features, captions, scenes = world(80)
-    found = material(features, captions, scenes, tmp_path)
-    found.corpus.manifest.loc[3, "readable"] = False
-    images, texts, pairs = embedded(FittedScorer(SMALL), found)
+    result = material(features, captions, scenes, tmp_path)
+    result.corpus.manifest.loc[3, "readable"] = False
+    images, texts, pairs = embedded(FittedScorer(SMALL), result)
     assert not images[3].any() and images[4].any() and len(texts) == len(pairs) == 79
-    unlabelled, _, _ = embedded(FittedScorer(SMALL), replace(found, labelled=False))
-    without, _, _ = embedded(FittedScorer(replace(SMALL, scene_scale=0.0)), found)
+    unlabelled, _, _ = embedded(FittedScorer(SMALL), replace(result, labelled=False))
+    without, _, _ = embedded(FittedScorer(replace(SMALL, scene_scale=0.0)), result)
     np.testing.assert_array_equal(unlabelled, without)
     assert not np.allclose(images, without, atol=1e-2)
 
@@ -287,36 +287,36 @@ class Made:
         inside, outside = self.partners(pair, True), self.partners(pair, False)
         if not inside and not any(self.partner[self.image_of == self.image_of[pair]]):
             inside = outside  # its scene has no partner at all
-        found = []
+        result = []
         for others in (outside, inside):
             others = [other for other in others if self.image_of[other] not in left_out]
             by_caption = [float(self.images[self.image_of[pair]] @ self.texts[other]) for other in others]
             by_image = [float(self.images[self.image_of[other]] @ self.texts[caption]) for other in others]
             for values in (by_caption, by_image):
-                found.append((cosine - np.mean(values)) / np.std(values) if len(values) > 1 else 0.0)
-        return found
+                result.append((cosine - np.mean(values)) / np.std(values) if len(values) > 1 else 0.0)
+        return result
 
 
 def test_statistics_are_those_of_a_slow_loop() -> None:
     made = Made.of()
-    found = made()
+    result = made()
     count = len(made.image_of)
-    np.testing.assert_allclose(found.cosine, (made.images[made.image_of] * made.texts).sum(1), atol=1e-6)
+    np.testing.assert_allclose(result.cosine, (made.images[made.image_of] * made.texts).sum(1), atol=1e-6)
     expected = [made.columns(pair, pair) for pair in range(count)]
-    np.testing.assert_allclose(found.observed, expected, atol=2e-4)
+    np.testing.assert_allclose(result.observed, expected, atol=2e-4)
 
 
 def test_shuffled_pairs_have_the_caption_of_another_image_of_the_right_scene() -> None:
     made = Made.of()
-    found = made()
-    for same, values in ((True, found.same), (False, found.other)):
+    result = made()
+    for same, values in ((True, result.same), (False, result.other)):
         for pair, row in enumerate(values):
             possible = [made.columns(pair, other) for other in made.partners(pair, same)]
             if not possible or not made.partner[pair]:
                 assert np.isnan(row).all()
                 continue
             assert np.abs(np.array(possible) - row).max(1).min() < 2e-4
-    assert np.isnan(found.same[made.image_of == 7]).all() and not np.isnan(found.same).all()
+    assert np.isnan(result.same[made.image_of == 7]).all() and not np.isnan(result.same).all()
 
 
 def test_partners_are_drawn_alike_and_never_the_image_itself() -> None:
@@ -364,9 +364,9 @@ def test_a_sample_stands_for_all_partners(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_one_scene_alone_is_compared_with_itself() -> None:
     made = replace(Made.of(), scene=np.zeros(40, int))
-    found = made()
-    np.testing.assert_array_equal(found.observed[:, :2], found.observed[:, 2:])
-    assert np.isnan(found.other).all() and np.isfinite(found.same[made.partner]).all() and found.observed.any()
+    result = made()
+    np.testing.assert_array_equal(result.observed[:, :2], result.observed[:, 2:])
+    assert np.isnan(result.other).all() and np.isfinite(result.same[made.partner]).all() and result.observed.any()
 
 
 def test_no_pairs_have_no_statistics() -> None:
@@ -377,27 +377,29 @@ def test_no_pairs_have_no_statistics() -> None:
 # ---------------------------------------------------------------- evidence
 
 
-def mixture(share: float, count: int = 6000, gap: float = 3.0, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Statistics of pairs [P, 4] of which a share is shuffled, of shuffled ones, and which pairs these are."""
+def mixture(fraction: float, count: int = 6000, gap: float = 3.0, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Statistics of pairs [P, 4] of which a fraction is shuffled, of shuffled ones, and which pairs these are."""
     random = np.random.default_rng(seed)
-    wrong = random.random(count) < share
+    wrong = random.random(count) < fraction
     observed = random.standard_normal((count, 4)) + gap * ~wrong[:, None]
     return observed, random.standard_normal((count, 4)), wrong
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3, 0.5])
 @pytest.mark.parametrize("gap", [2.0, 3.0])
-def test_the_share_of_mismatched_pairs_is_found(share: float, gap: float) -> None:
-    observed, shuffled, wrong = mixture(share, 20_000, gap)
-    assert mismatched_share(*learn_evidence(observed, shuffled).cross_fitted) == pytest.approx(wrong.mean(), abs=0.03)
+def test_the_fraction_of_mismatched_pairs_is_found(fraction: float, gap: float) -> None:
+    observed, shuffled, wrong = mixture(fraction, 20_000, gap)
+    assert mismatched_fraction(*learn_evidence(observed, shuffled).cross_fitted) == pytest.approx(
+        wrong.mean(), abs=0.03
+    )
 
 
-def test_few_pairs_bias_no_share() -> None:
-    """A regression that learned from a pair lifts it above its shuffled ones: the share came out 0.06 too low here."""
+def test_few_pairs_bias_no_fraction() -> None:
+    """A regression that learned from a pair lifts it above its shuffled ones: the fraction was 0.06 too low here."""
     errors = []
     for seed in range(12):
         observed, shuffled, wrong = mixture(0.3, 500, seed=seed)
-        errors.append(mismatched_share(*learn_evidence(observed, shuffled).cross_fitted) - wrong.mean())
+        errors.append(mismatched_fraction(*learn_evidence(observed, shuffled).cross_fitted) - wrong.mean())
     assert np.mean(errors) == pytest.approx(0, abs=0.03)
 
 
@@ -410,12 +412,12 @@ def test_pairs_of_an_image_are_crossed_together() -> None:
     assert np.mean(apart[0]) - np.mean(apart[1]) > 1 + np.mean(together[0]) - np.mean(together[1])
 
 
-@pytest.mark.parametrize(("share", "least"), [(0.3, 0.95), (0.05, 0.95)])
-def test_mismatched_pairs_are_found(share: float, least: float) -> None:
-    observed, shuffled, wrong = mixture(share)
+@pytest.mark.parametrize(("fraction", "least"), [(0.3, 0.95), (0.05, 0.95)])
+def test_mismatched_pairs_are_found(fraction: float, least: float) -> None:
+    observed, shuffled, wrong = mixture(fraction)
     evidence = learn_evidence(observed, shuffled)
-    found = one_scene(*evidence.cross_fitted)
-    flagged = found.probability(evidence(observed), np.zeros(6000, int)) > 0.5
+    result = one_scene(*evidence.cross_fitted)
+    flagged = result.probability(evidence(observed), np.zeros(6000, int)) > 0.5
     assert wrong[flagged].mean() >= least and flagged[wrong].mean() >= least
 
 
@@ -424,8 +426,8 @@ def test_of_pairs_that_all_match_next_to_none_goes(count: int) -> None:
     for seed in range(3):
         observed, shuffled, _ = mixture(0, count, seed=seed)
         evidence = learn_evidence(observed, shuffled)
-        found = one_scene(*evidence.cross_fitted)
-        assert (found.probability(evidence(observed), np.zeros(count, int)) > 0.5).mean() <= 0.05
+        result = one_scene(*evidence.cross_fitted)
+        assert (result.probability(evidence(observed), np.zeros(count, int)) > 0.5).mean() <= 0.05
 
 
 def test_the_probability_falls_with_the_evidence_and_is_one() -> None:
@@ -451,25 +453,25 @@ def test_evidence_orders_pairs_as_the_true_ratio_does() -> None:
     assert spearmanr(evidence(points), exact).statistic > 0.99
 
 
-def test_a_scene_has_a_share_of_its_own_if_it_has_pairs_enough() -> None:
+def test_a_scene_has_a_fraction_of_its_own_if_it_has_pairs_enough() -> None:
     random = np.random.default_rng(0)
     scene = np.repeat([0, 1, 2, 3], [4000, 4000, 4, 0])
     wrong = random.random(8004) < np.array([0.05, 0.6, 1.0, 0.0])[scene]
     evidence = random.standard_normal(8004) + 4 * ~wrong
-    found = fit_mismatch(evidence, scene, random.standard_normal(8004), scene, 4)
-    assert found.share == pytest.approx(wrong.mean(), abs=0.03)
-    np.testing.assert_allclose(found.by_scene[:2], [0.05, 0.6], atol=0.03)
-    assert abs(found.by_scene[2] - found.share) < abs(found.by_scene[2] - 1)  # four pairs say little
-    assert found.by_scene[3] == pytest.approx(found.share, abs=0.01)
+    result = fit_mismatch(evidence, scene, random.standard_normal(8004), scene, 4)
+    assert result.fraction == pytest.approx(wrong.mean(), abs=0.03)
+    np.testing.assert_allclose(result.by_scene[:2], [0.05, 0.6], atol=0.03)
+    assert abs(result.by_scene[2] - result.fraction) < abs(result.by_scene[2] - 1)  # four pairs say little
+    assert result.by_scene[3] == pytest.approx(result.fraction, abs=0.01)
     middle = np.full(4, 2.0)
-    probability = found.probability(middle, np.arange(4))
+    probability = result.probability(middle, np.arange(4))
     assert probability[0] < probability[3] < probability[1]
 
 
 def test_pairs_that_nothing_tells_apart_are_not_called_mismatched() -> None:
     evidence = learn_evidence(np.zeros((50, 4)), np.zeros((50, 4)))
-    found = one_scene(*evidence.cross_fitted)
-    assert found.share == 0 and not found.probability(np.zeros(50), np.zeros(50, int)).any()
+    result = one_scene(*evidence.cross_fitted)
+    assert result.fraction == 0 and not result.probability(np.zeros(50), np.zeros(50, int)).any()
 
 
 def test_too_few_pairs_teach_no_evidence() -> None:
@@ -486,12 +488,12 @@ def test_too_few_pairs_teach_no_evidence() -> None:
 def test_swapped_captions_are_found_in_a_corpus(tmp_path: Path) -> None:
     features, captions, scenes = world(900)
     dirty, wrong = swapped(captions, scenes, 0.3)
-    found = material(features, dirty, scenes, tmp_path / "corpus")
-    given, _ = given_pairs(found.corpus.manifest)
-    scored = score_pairs(found, given, given, (FittedScorer(SMALL),), 0, tmp_path)
+    result = material(features, dirty, scenes, tmp_path / "corpus")
+    given, _ = given_pairs(result.corpus.manifest)
+    scored = score_pairs(result, given, given, (FittedScorer(SMALL),), 0, tmp_path)
     flagged = scored.table["mismatch"].to_numpy() > 0.5
     assert wrong[flagged].mean() >= 0.95 and flagged[wrong].mean() >= 0.95
-    assert np.mean(list(scored.shares.values())) == pytest.approx(0.3, abs=0.06)
+    assert np.mean(list(scored.fractions.values())) == pytest.approx(0.3, abs=0.06)
     clean = material(features, captions, scenes, tmp_path / "clean")
     given, _ = given_pairs(clean.corpus.manifest)
     scored = score_pairs(clean, given, given, (FittedScorer(SMALL),), 0, tmp_path)
@@ -499,10 +501,10 @@ def test_swapped_captions_are_found_in_a_corpus(tmp_path: Path) -> None:
 
 
 def test_a_scorer_beside_itself_changes_no_score(tmp_path: Path) -> None:
-    found = material(*world(100), tmp_path / "corpus")
-    given, _ = given_pairs(found.corpus.manifest)
-    one = score_pairs(found, given, given, (FittedScorer(SMALL),), 0, tmp_path)
-    two = score_pairs(found, given, given, (FittedScorer(SMALL), FittedScorer(SMALL, name="again")), 0, tmp_path)
+    result = material(*world(100), tmp_path / "corpus")
+    given, _ = given_pairs(result.corpus.manifest)
+    one = score_pairs(result, given, given, (FittedScorer(SMALL),), 0, tmp_path)
+    two = score_pairs(result, given, given, (FittedScorer(SMALL), FittedScorer(SMALL, name="again")), 0, tmp_path)
     assert list(two.table) == ["cosine_fitted", "cosine_again", "evidence", "fit", "mismatch"]
     np.testing.assert_allclose(two.table[["evidence", "fit"]], one.table[["evidence", "fit"]], atol=1e-4)
 
@@ -515,9 +517,9 @@ def test_fit_tells_images_of_one_scene_apart(tmp_path: Path) -> None:
         text.replace(text.split()[0], scene, 1) if other else text
         for text, scene, other in zip(vague, scenes, wrong, strict=True)
     ]
-    found = material(features, vague, scenes, tmp_path / "corpus")
-    given, _ = given_pairs(found.corpus.manifest)
-    table = score_pairs(found, given, given, (FittedScorer(SMALL),), 0, tmp_path).table
+    result = material(features, vague, scenes, tmp_path / "corpus")
+    given, _ = given_pairs(result.corpus.manifest)
+    table = score_pairs(result, given, given, (FittedScorer(SMALL),), 0, tmp_path).table
     fit = table["fit"].to_numpy()
     assert np.mean(fit[wrong][:, None] < fit[~wrong][None]) > 0.9
     assert (table["mismatch"][wrong] > 0.5).mean() < 0.2
@@ -545,24 +547,24 @@ def clip_folder(tmp_path_factory) -> Path:
 def pictured(captions: list[str], directory: Path, side: int = 32) -> tuple[Material, Pairs]:
     corpus = corpus_of(captions, ["forest"] * len(captions), directory, side)
     corpus.manifest.loc[1, "readable"] = False
-    found = Material(
+    result = Material(
         corpus, np.zeros((len(captions), 1)), "", np.zeros(len(captions), int), ("forest",), True,
         np.zeros(len(captions), int),
     )  # fmt: skip
-    return found, given_pairs(corpus.manifest)[0]
+    return result, given_pairs(corpus.manifest)[0]
 
 
 def test_a_clip_of_a_folder_scores_as_transformers_does(clip_folder: Path, tmp_path: Path, capsys) -> None:
     captions = ["a forest", "a lake", "a forest", "sand " * 40]
-    found, pairs = pictured(captions, tmp_path)
+    result, pairs = pictured(captions, tmp_path)
     scorer = HubScorer("tiny", str(clip_folder))
-    images, texts = scorer.embed(found, pairs, pairs)
+    images, texts = scorer.embed(result, pairs, pairs)
     assert "1 of 2 different captions are longer than tiny reads, and are cut\n" in capsys.readouterr().err
     assert not images[1].any() and len(texts) == 3
     model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), clip_tokenizer(16)
     processor = CLIPImageProcessor(do_resize=False, do_center_crop=False)
     words = tokenizer([captions[row] for row in (0, 2, 3)], padding="max_length", truncation=True, return_tensors="pt")
-    pixels = processor(list(found.corpus.images[[0, 2, 3]]), return_tensors="pt").pixel_values
+    pixels = processor(list(result.corpus.images[[0, 2, 3]]), return_tensors="pt").pixel_values
     with torch.no_grad():
         logits = model(input_ids=words.input_ids, pixel_values=pixels).logits_per_image / model.logit_scale.exp()
     np.testing.assert_allclose(images[[0, 2, 3]].astype(float) @ texts.T.astype(float), logits, atol=3e-3)
@@ -606,9 +608,9 @@ def open_clip_folder(tmp_path_factory) -> Path:
 
 def test_all_forms_of_open_clip_s_weights_are_the_same(open_clip_folder: Path, tmp_path: Path, capsys) -> None:
     captions = ["a forest", "a lake", "Forests, and ROADS", "sand " * 40]
-    found, pairs = pictured(captions, tmp_path)
+    result, pairs = pictured(captions, tmp_path)
     results = [
-        OpenClipScorer("tiny", "tiny-test", str(open_clip_folder / name)).embed(found, pairs, pairs)
+        OpenClipScorer("tiny", "tiny-test", str(open_clip_folder / name)).embed(result, pairs, pairs)
         for name in ("plain.safetensors", "plain.pt", "wrapped.pt")
     ]
     assert capsys.readouterr().err == "1 of 3 different captions are longer than tiny reads, and are cut\n"
@@ -619,7 +621,7 @@ def test_all_forms_of_open_clip_s_weights_are_the_same(open_clip_folder: Path, t
     model.load_state_dict(torch.load(open_clip_folder / "plain.pt", weights_only=True))
     mean, std = (torch.tensor(value)[:, None, None] for value in (open_clip.OPENAI_DATASET_MEAN,
                                                                   open_clip.OPENAI_DATASET_STD))  # fmt: skip
-    pixels = (torch.from_numpy(found.corpus.images[[0, 2, 3]]).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    pixels = (torch.from_numpy(result.corpus.images[[0, 2, 3]]).permute(0, 3, 1, 2).float() / 255 - mean) / std
     with torch.no_grad():
         seen = model.encode_image(pixels, normalize=True)
         read = model.encode_text(
@@ -686,9 +688,9 @@ def test_one_long_caption_does_not_widen_the_others(tmp_path: Path) -> None:
             return self
 
     captions = [f"caption {number}" for number in range(2000)] + ["x" * 20_000]
-    found, pairs = pictured(captions, tmp_path, side=2)
+    result, pairs = pictured(captions, tmp_path, side=2)
     tracemalloc.start()
-    _, texts = embed_with_clip(Counted(), found, pairs)
+    _, texts = embed_with_clip(Counted(), result, pairs)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert texts.shape == (2000, 2) and peak < 2e7

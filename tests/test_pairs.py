@@ -104,9 +104,9 @@ def test_ssim_against_its_formula() -> None:
     variances = blur(first**2) - a**2 + blur(second**2) - b**2
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     expected = ((2 * a * b + c1) * (2 * covariance + c2) / ((a**2 + b**2 + c1) * (variances + c2))).mean()
-    found = structural_similarity(first.astype(np.uint8), second.astype(np.uint8))
-    assert 0.2 < found < 0.95
-    assert found == pytest.approx(expected, abs=1e-4)
+    result = structural_similarity(first.astype(np.uint8), second.astype(np.uint8))
+    assert 0.2 < result < 0.95
+    assert result == pytest.approx(expected, abs=1e-4)
 
 
 def test_pairs_have_one_shape() -> None:
@@ -116,12 +116,12 @@ def test_pairs_have_one_shape() -> None:
 
 def test_segmentation_by_hand() -> None:
     masks = np.array([[[0, 0, 1, 1], [0, 0, 1, 1]], [[2, 2, 2, 2], [0, 0, 0, 0]]], dtype=np.uint8)
-    found = masks.copy()
-    found[0, 0, 0] = 1  # class 0: 7 of 8 found; class 1: 4 of 5
-    found[1, 0, :2] = 0  # class 2: 2 of 4; class 0: 7 of 10 together
-    assert pixel_accuracy(found, masks, 4) == pytest.approx(13 / 16)
+    result = masks.copy()
+    result[0, 0, 0] = 1  # class 0: 7 of 8 found; class 1: 4 of 5
+    result[1, 0, :2] = 0  # class 2: 2 of 4; class 0: 7 of 10 together
+    assert pixel_accuracy(result, masks, 4) == pytest.approx(13 / 16)
     # class 3 occurs nowhere and does not count
-    assert mean_intersection_over_union(found, masks, 4) == pytest.approx((7 / 10 + 4 / 5 + 2 / 4) / 3)
+    assert mean_intersection_over_union(result, masks, 4) == pytest.approx((7 / 10 + 4 / 5 + 2 / 4) / 3)
     assert mean_intersection_over_union(masks, masks, 4) == 1
 
 

@@ -85,12 +85,12 @@ def write_captions(directory: Path, table: pd.DataFrame, **summary) -> Path:
     random = np.random.default_rng(1)
     for name, middle in (("other", -1.0), ("same", 1.0)):
         np.save(directory / f"shuffled_{name}.npy", np.sort(random.normal(middle, 0.3, 500)).astype(np.float32))
-    facts = {
-        "most_mismatch": 0.5, "mismatched_share": 0.123, "sources": {"given": 120, "offline": 12},
+    metadata = {
+        "most_mismatch": 0.5, "mismatched_fraction": 0.123, "sources": {"given": 120, "offline": 12},
         "refused": {"empty caption": 3, "caption without words": 1234}, "scorers": ["fitted", "remoteclip"],
-        "captioner": "offline", "scenes": {name: {"mismatched_share": 0.25} for name in set(table["scene"])},
+        "captioner": "offline", "scenes": {name: {"mismatched_fraction": 0.25} for name in set(table["scene"])},
     }  # fmt: skip
-    write_json(directory / "summary.json", {**facts, **summary})
+    write_json(directory / "summary.json", {**metadata, **summary})
     return directory
 
 
@@ -99,13 +99,13 @@ def shown(html: str) -> list[tuple[str, list[tuple[str, str, str]], tuple[int, .
     cards = re.findall(
         r'<figure class="(?:kept|dropped)"><img src="([^"]+)" alt="([^"]+) pair \d+"(.*?)</figure>', html, re.S
     )
-    found = []
+    result = []
     for source, alt, body in cards:
         lines = re.findall(r'<(del|span class="text") dir="auto">(.*?)</(?:del|span)><small>(.*?)</small>', body, re.S)
         picture = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB")
         assert max(picture.size) <= 128
-        found.append((alt, [(tag[:3], text, note) for tag, text, note in lines], picture.getpixel((64, 64))))
-    return found
+        result.append((alt, [(tag[:3], text, note) for tag, text, note in lines], picture.getpixel((64, 64))))
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +129,14 @@ def test_the_best_and_the_worst_pairs_stand_with_their_images(page):
             worst.setdefault(row["image"], row)
         chosen = {row["image"]: row for row in rows if row["chosen"]}
         name = scene.replace("<", "&lt;").replace(">", "&gt;")
-        found = [card for card in cards if card[0] == f"{name}, best"]
-        assert [lines[-1][1] for _, lines, _ in found] == [row["caption"] for row in best]
-        for (_, lines, colour), row in zip(found, best, strict=True):
+        result = [card for card in cards if card[0] == f"{name}, best"]
+        assert [lines[-1][1] for _, lines, _ in result] == [row["caption"] for row in best]
+        for (_, lines, colour), row in zip(result, best, strict=True):
             old = [("del", worst[row["image"]]["caption"])] if row["round"] else []
             assert [line[:2] for line in lines] == [*old, ("spa", row["caption"])]
             assert np.abs(np.subtract(colour, colour_of(row["image"]))).max() <= 6
-        found = [card for card in cards if card[0] == f"{name}, worst"]
-        for (_, lines, colour), (image, row) in zip(found, list(worst.items())[:PER_GROUP], strict=True):
+        result = [card for card in cards if card[0] == f"{name}, worst"]
+        for (_, lines, colour), (image, row) in zip(result, list(worst.items())[:PER_GROUP], strict=True):
             assert [line[:2] for line in lines] == [("del", row["caption"]), ("spa", chosen[image]["caption"])]
             assert lines[0][2].startswith(f"given, mismatch {row['mismatch']:.0%}, fit\u00a0")
             assert np.abs(np.subtract(colour, colour_of(image))).max() <= 6
@@ -157,17 +157,17 @@ def test_kept_images_say_so(page):
 
 def test_counts_agree_with_the_table(page):
     html, table, _ = page
-    rows, facts = table.to_dict("records"), dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    rows, metadata = table.to_dict("records"), dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
     good = [row["image"] for row in rows if row["mismatch"] <= 0.5]
     repaired = Counter(row["scene"] for row in rows if row["chosen"] and row["source"] == "offline")
     thrown = Counter(row["scene"] for row in rows if row["round"] == 0 and row["mismatch"] > 0.5)
     assert set(good) == set(range(60))  # so every bad caption is thrown out
-    assert facts["candidates"] == "132: 120 given, 12 offline" and facts["images"] == "60"
-    assert facts["images repaired"] == "12" == str(sum(repaired.values()))
-    assert facts["given captions thrown out"] == str(sum(thrown.values()))
-    assert facts["refused captions"] == "3 empty caption, 1,234 caption without words"
-    assert facts["mismatched share"] == "12.3%" and facts["images kept"] == "30"
-    assert facts["scorers"] == "fitted, remoteclip" and facts["images without a good caption"] == "0"
+    assert metadata["candidates"] == "132: 120 given, 12 offline" and metadata["images"] == "60"
+    assert metadata["images repaired"] == "12" == str(sum(repaired.values()))
+    assert metadata["given captions thrown out"] == str(sum(thrown.values()))
+    assert metadata["refused captions"] == "3 empty caption, 1,234 caption without words"
+    assert metadata["mismatched fraction"] == "12.3%" and metadata["images kept"] == "30"
+    assert metadata["scorers"] == "fitted, remoteclip" and metadata["images without a good caption"] == "0"
     body = html[html.index('id="table-scenes"') :]
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", body, re.S)]
     assert [row for row in cells if row] == [
@@ -179,13 +179,13 @@ def test_counts_agree_with_the_table(page):
 
 def test_the_cut_of_every_scene_lies_where_the_probability_passes_it():
     table = candidates()
-    found = cuts_by_scene(PairTable.of(table, np.arange(3), 0.5))
-    for scene, cut in found.items():
+    result = cuts_by_scene(PairTable.of(table, np.arange(3), 0.5))
+    for scene, cut in result.items():
         evidence = table.loc[table["scene"] == scene, "evidence"]
         assert evidence[evidence < CUTS[scene]].max() < cut < evidence[evidence > CUTS[scene]].min()
-    assert set(found) == set(CUTS)
+    assert set(result) == set(CUTS)
     stricter = cuts_by_scene(PairTable.of(table, np.arange(3), 0.2))
-    assert all(stricter[scene] > found[scene] for scene in found)
+    assert all(stricter[scene] > result[scene] for scene in result)
     assert cut_of(np.array([1.0, 2.0]), np.array([False, False])) is None
     assert cut_of(np.array([1.0, 2.0]), np.array([True, True])) is None
     assert cut_of(np.array([3.0, 1.0, 2.0]), np.array([False, True, True])) == 2.5
@@ -200,10 +200,10 @@ def test_the_histogram_holds_every_pair_and_draws_the_cut(small):
     axes = pair_histogram(given, shuffled, edges, [0.5, -0.25, 0.0], small=small).axes[0]
     grey, blue, band = (axes.patches[index] for index in range(3))
     for stairs, values in ((grey, shuffled), (blue, given)):
-        shares = stairs.get_data().values
-        assert len(shares) == SCORE_BINS and shares.sum() == pytest.approx(1)
+        fractions = stairs.get_data().values
+        assert len(fractions) == SCORE_BINS and fractions.sum() == pytest.approx(1)
         inside = [np.mean((values >= low) & (values < high)) for low, high in pairwise(edges)]
-        np.testing.assert_allclose(shares[1:-1], inside[1:-1], atol=1e-12)
+        np.testing.assert_allclose(fractions[1:-1], inside[1:-1], atol=1e-12)
     assert axes.get_xlim()[1] < 10
     assert (band.get_x(), band.get_width()) == (-0.25, 0.75)
     [line] = axes.lines
@@ -216,10 +216,10 @@ def test_the_histogram_holds_every_pair_and_draws_the_cut(small):
 def test_the_page_draws_all_scenes_and_each(page):
     html, table, _ = page
     panels = re.findall(r'<div class="panels">(.*?)</div>', html, re.S)[0]
-    found = re.findall(r"<h3>(.*?)</h3>.*?<figcaption>25.0% mismatched, cut\u00a0(.*?)</figcaption>", panels)
-    assert [name for name, _ in found] == ["port", "&lt;i&gt;ice", "forest"]
+    result = re.findall(r"<h3>(.*?)</h3>.*?<figcaption>25.0% mismatched, cut\u00a0(.*?)</figcaption>", panels)
+    assert [name for name, _ in result] == ["port", "&lt;i&gt;ice", "forest"]
     cuts = cuts_by_scene(PairTable.of(table, np.arange(3), 0.5))
-    assert [float(cut.replace("\N{MINUS SIGN}", "-")) for _, cut in found] == pytest.approx(
+    assert [float(cut.replace("\N{MINUS SIGN}", "-")) for _, cut in result] == pytest.approx(
         [cuts[name] for name in SIZES], abs=0.006
     )
     assert html.count("data:image/png;base64,") == 2 + len(SIZES)
@@ -266,9 +266,9 @@ def test_a_corpus_that_came_without_captions(tmp_path):
     table.loc[late, "round"] = 2
     write_pairs_report(tmp_path / "a.html", write_captions(tmp_path / "c", table), np.arange(70), Images(), "dldc")
     html = (tmp_path / "a.html").read_text(encoding="utf-8")
-    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
-    assert facts["images repaired"] == "12" and facts["images described that had no caption"] == "2"
-    assert facts["images kept"] == "70, 10 without a caption"
+    metadata = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    assert metadata["images repaired"] == "12" and metadata["images described that had no caption"] == "2"
+    assert metadata["images kept"] == "70, 10 without a caption"
 
 
 def test_nothing_is_wrong_or_all_or_nothing_is_there(tmp_path):

@@ -124,21 +124,21 @@ def test_choices_of_the_profile() -> None:
     assert cfg.profile.name == "paper"
     assert cfg.autoencoder.class_name == "AutoencoderKL" and cfg.text_encoder.kind == "pretrained"
     assert cfg.encoder._target_ == "encoders.hub.TransformersEncoder"
-    assert cfg.yardstick._target_ == "encoders.inception.InceptionV3"
+    assert cfg.evaluation_encoder._target_ == "encoders.inception.InceptionV3"
     assert cfg.corpus.train.resolution == cfg.corpus.val.resolution == cfg.corpus.test.resolution == 256
     assert cfg.reference.source.hub == "timm/resisc45" and cfg.reference.source.resolution == 256
     for network in (cfg.encoder, cfg.autoencoder, cfg.text_encoder):
         assert re.fullmatch("[0-9a-f]{40}", network.revision)
-    without = config("profile=paper", "encoder@yardstick=efficientnet_lite0")
-    assert plain(without.yardstick) == plain(config().encoder)
+    without = config("profile=paper", "encoder@evaluation_encoder=efficientnet_lite0")
+    assert plain(without.evaluation_encoder) == plain(config().encoder)
 
 
 def test_an_encoder_that_selects_nothing_judges_first() -> None:
     cfg = config("encoder.input_size=96")
     first, second = encoders_of(cfg)
-    assert first == instantiate(cfg.yardstick) and second == instantiate(cfg.encoder)
+    assert first == instantiate(cfg.evaluation_encoder) and second == instantiate(cfg.encoder)
     assert first.name != second.name
-    assert len(encoders_of(config("encoder@yardstick=efficientnet_lite0"))) == 1
+    assert len(encoders_of(config("encoder@evaluation_encoder=efficientnet_lite0"))) == 1
 
 
 def test_unet_has_the_size_of_stable_diffusion() -> None:
@@ -223,13 +223,13 @@ def test_encoder_is_the_pooled_output_of_the_network(networks: Path) -> None:
     ).pixel_values
     with torch.no_grad():
         expected = Dinov2Model.from_pretrained(networks / "dino").eval()(pixel_values=pixels).pooler_output
-    found = encoder(images)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    result = encoder(images)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, expected, atol=1e-4)
     assert encoder(pictures(2, 50)).shape == (2, 32)
-    wanted = to_tensor(images).requires_grad_(True)
-    encoder.features(wanted)[:, 0].sum().backward()
-    assert wanted.grad.abs().sum() > 0
+    requested = to_tensor(images).requires_grad_(True)
+    encoder.features(requested)[:, 0].sum().backward()
+    assert requested.grad.abs().sum() > 0
 
 
 def test_encoder_takes_clip_networks_too(networks: Path) -> None:
@@ -248,8 +248,8 @@ def test_clip_measures_beside_the_evaluation_encoder(networks: Path) -> None:
     )  # fmt: skip
     *others, encoder = encoders_of(cfg)
     assert [encoder.name for encoder in others] == [encoder.name for encoder in encoders_of(config())]
-    published = config("encoder@yardstick=clip_l")
-    assert (published.yardstick.path, published.yardstick.revision) == tuple(
+    published = config("encoder@evaluation_encoder=clip_l")
+    assert (published.evaluation_encoder.path, published.evaluation_encoder.revision) == tuple(
         config("text_encoder=clip_hub").text_encoder[key] for key in ("path", "revision")
     )
     first, second = pictures(60, CLIP_SIDE), pictures(60, CLIP_SIDE) // 2
@@ -260,11 +260,11 @@ def test_clip_measures_beside_the_evaluation_encoder(networks: Path) -> None:
             model.get_image_features(**processor(list(images), return_tensors="pt")).pooler_output.double().numpy()
             for images in (first, second)
         ]
-    found = [encoder(images) for images in (first, second)]
-    np.testing.assert_allclose(found[0], embeddings[0], atol=1e-5)
+    result = [encoder(images) for images in (first, second)]
+    np.testing.assert_allclose(result[0], embeddings[0], atol=1e-5)
     moments = [value for x in embeddings for value in (x.mean(0), np.cov(x.T))]
-    held = SimpleNamespace(features={encoder.name: found[1]})
-    distance = compare({encoder.name: found[0]}, held)["fd_clip_vit_l14"]
+    held = SimpleNamespace(features={encoder.name: result[1]})
+    distance = compare({encoder.name: result[0]}, held)["fd_clip_vit_l14"]
     assert distance == pytest.approx(float(fid.frechet_distance(*moments)), rel=1e-3)
 
 
@@ -278,7 +278,8 @@ def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Pat
                 Image.fromarray(image // (2 if scene == "River" else 1)).save(root / split / scene / f"{index}.png")
     cfg = small_paper(
         networks, f"corpus.root={root}", "corpus.train.resolution=64", f"runs={tmp_path}/runs", "tracker=none",
-        "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32", "prune=random", "ratio=0.5",
+        "encoder@evaluation_encoder=efficientnet_lite0", "evaluation_encoder.input_size=32", "prune=random",
+        "ratio=0.5",
         "reference=bluemarble", "eval.images=12", "eval.convergence_images=8", "train.snapshots=1", "eval.steps=2",
         "train.mixed_precision=no", "train.loop.steps=2", "train.loop.batch_size=4", "train.loop.checkpoint_every=2",
     )  # fmt: skip
@@ -298,7 +299,7 @@ def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Pat
 
 
 def test_only_the_inception_network_gives_fid(tmp_path: Path) -> None:
-    encoder = instantiate(config("profile=paper", f"yardstick.folder={tmp_path}").yardstick)
+    encoder = instantiate(config("profile=paper", f"evaluation_encoder.folder={tmp_path}").evaluation_encoder)
     assert encoder.name == "inception" and encoder.dimensions == 2048
     features = np.random.default_rng(0).normal(size=(2, 20, 3))
     names = compare({encoder.name: features[0]}, SimpleNamespace(features={encoder.name: features[1]}))
@@ -399,8 +400,8 @@ from runtime.artefacts import COMPLETE, stage
 together = None
 if "together" in sys.argv:
     from omegaconf import OmegaConf
-    from train.components import first_process_says
-    together = first_process_says(OmegaConf.create({"seed": 0, "train": {"mixed_precision": "no"}}))
+    from train.components import first_process_decides
+    together = first_process_decides(OmegaConf.create({"seed": 0, "train": {"mixed_precision": "no"}}))
 
 def build(directory):
     (directory / f"built_by_{os.environ['RANK']}").touch()
@@ -416,13 +417,13 @@ print(sorted(file.name for file in final.iterdir() if file.name != COMPLETE))
 
 def launched(folder: Path, ranks: tuple[str, ...], port: int, *words: str) -> list[subprocess.Popen]:
     """The processes of a launch, in the order in which they are started."""
-    facts = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(ranks))}
+    metadata = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(ranks))}
     command = [sys.executable, "-c", LAUNCHED, str(folder), *words]
     return [
         subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **facts, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
+            env={**os.environ, **metadata, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
             stdout=subprocess.PIPE,
             text=True,
         )

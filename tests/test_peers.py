@@ -34,7 +34,7 @@ from eval.measuring_any import PEER, distinct_sets, measure_any
 from eval.models import Model
 from eval.peers import parts
 from eval.peers.crs_diff import CRSDiff
-from eval.peers.diffusionsat import FIELDS, DiffusionSat, facts_of, network_of, scaled
+from eval.peers.diffusionsat import FIELDS, DiffusionSat, metadata_of, network_of, scaled
 from eval.peers.georssd import GeoRSSD
 from eval.peers.labels import LabelledPipeline
 from eval.peers.parts import place_of, weights_of
@@ -60,8 +60,8 @@ PLACE = {
 }
 
 
-def write_json(path: Path, facts: dict) -> None:
-    path.write_text(json.dumps(facts), encoding="utf-8")
+def write_json(path: Path, metadata: dict) -> None:
+    path.write_text(json.dumps(metadata), encoding="utf-8")
 
 
 def edited(path: Path, **changes: object) -> None:
@@ -139,7 +139,7 @@ def test_numbers_are_scaled_as_in_the_notebook_of_diffusionsat() -> None:
     """`metadata` of the first cell of notebooks/single-image.ipynb: an amusement park in Brisbane in 2017."""
     row = {"lon": 153.316728, "lat": -27.862002, "ground_sampling_distance": 0.4114541, "date": "2017-02-11T01:00:00Z"}
     expected = [925.8798, 345.2111, 411.4541, 0.0, 308.3333, 166.6667, 354.8387]
-    assert scaled(facts_of(row, 512, 512)) == pytest.approx(expected, abs=1e-3)
+    assert scaled(metadata_of(row, 512, 512)) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_numbers_are_scaled_as_in_the_notebook_of_diffusionsat() -> None:
     ],
 )
 def test_the_date_is_of_whatever_column_has_it(row: dict, expected: list[float]) -> None:
-    facts = facts_of(row, 64, 64)
-    np.testing.assert_equal([facts[name] for name in ("year", "month", "day")], expected)
+    metadata = metadata_of(row, 64, 64)
+    np.testing.assert_equal([metadata[name] for name in ("year", "month", "day")], expected)
 
 
 def test_metres_a_pixel_are_those_of_the_same_ground_at_the_side_that_is_drawn() -> None:
@@ -165,7 +165,7 @@ def test_metres_a_pixel_are_those_of_the_same_ground_at_the_side_that_is_drawn()
     at_64, at_128 = (peer.extra({"ground_sampling_distance": 2.0}, side)["labels"][2] for side in (64, 128))
     assert (at_64, at_128) == (2.0 * 64 / SIZE * 1000, 2.0 * 128 / SIZE * 1000)
     assert peer.extra({}, 64)["labels"] == [0] * 7  # as its training has it where a number was dropped
-    assert peer.extra({"ground_sampling_distance": "far", "lon": None, "cloud_share": 0.25}, 64)["labels"] == [
+    assert peer.extra({"ground_sampling_distance": "far", "lon": None, "cloud_fraction": 0.25}, 64)["labels"] == [
         0, 0, 0, 250, 0, 0, 0,
     ]  # fmt: skip
 
@@ -195,7 +195,7 @@ def test_the_prompt_is_the_caption_in_a_template() -> None:
 def embedded(weights: dict[str, torch.Tensor], numbers: list[float]) -> np.ndarray:
     """Sum of the MLPs of sinusoidal features, by hand: cosines before sines, x W1 + b1, SiLU, W2 + b2."""
     frequencies = 10_000.0 ** (-np.arange(4) / 4)
-    found = np.zeros(32)
+    result = np.zeros(32)
     for index, number in enumerate(numbers):
         features = np.concatenate([np.cos(number * frequencies), np.sin(number * frequencies)])
         one, two = (
@@ -203,8 +203,8 @@ def embedded(weights: dict[str, torch.Tensor], numbers: list[float]) -> np.ndarr
             for layer in (1, 2)
         )
         hidden = one[0] @ features + one[1]
-        found += two[0] @ (hidden / (1 + np.exp(-hidden))) + two[1]
-    return found
+        result += two[0] @ (hidden / (1 + np.exp(-hidden))) + two[1]
+    return result
 
 
 def test_the_metadata_is_added_to_the_time(folders: dict[str, Path]) -> None:
@@ -220,10 +220,10 @@ def test_the_metadata_is_added_to_the_time(folders: dict[str, Path]) -> None:
     given = torch.tensor(embedded(weights, NUMBERS), dtype=torch.float32)[None]
     with torch.no_grad():
         expected = plain(latents, time, text, class_labels=given).sample
-        found = network(latents, time, text, class_labels=torch.tensor([NUMBERS])).sample
+        result = network(latents, time, text, class_labels=torch.tensor([NUMBERS])).sample
         other = network(latents, time, text, class_labels=torch.zeros(1, 7)).sample
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
-    assert (found - other).abs().max() > 0.01
+    torch.testing.assert_close(result, expected, atol=2e-4, rtol=2e-4)
+    assert (result - other).abs().max() > 0.01
 
 
 def test_half_of_guidance_without_a_caption_gets_zeros(folders: dict[str, Path]) -> None:
@@ -243,7 +243,7 @@ def test_half_of_guidance_without_a_caption_gets_zeros(folders: dict[str, Path])
 
 
 @pytest.mark.parametrize("name", ["diffusionsat", "georssd", "text2earth"])
-def test_a_saved_network_draws_images_of_the_side_that_is_asked_for(folders: dict[str, Path], name: str) -> None:
+def test_a_saved_network_draws_images_of_the_side_that_is_requested(folders: dict[str, Path], name: str) -> None:
     peer, rows = PEERS[name], table({}, {}, {})
     images = drawn(peer, folders[name], rows)
     assert images.dtype == np.uint8 and images.shape == (3, SIZE, SIZE, 3)
@@ -261,7 +261,7 @@ def test_a_saved_network_draws_images_of_the_side_that_is_asked_for(folders: dic
         ("diffusionsat", {"lon": -120.0}, True),
         ("diffusionsat", {"date": "2018-11-04"}, True),
         ("diffusionsat", {"ground_sampling_distance": 0.3}, True),
-        ("diffusionsat", {"cloud_share": 0.9}, True),
+        ("diffusionsat", {"cloud_fraction": 0.9}, True),
         ("diffusionsat", {"scene": "road", "elevation": 5.0}, False),
         ("text2earth", {"ground_sampling_distance": 64.0}, True),
         ("text2earth", {"ground_sampling_distance": 1.05}, False),  # the same level
@@ -269,7 +269,7 @@ def test_a_saved_network_draws_images_of_the_side_that_is_asked_for(folders: dic
         ("georssd", {"lon": -120.0, "ground_sampling_distance": 64.0}, False),
     ],
 )
-def test_what_a_system_is_told_changes_its_image(
+def test_what_a_system_is_reported_changes_its_image(
     folders: dict[str, Path], name: str, change: dict, matters: bool
 ) -> None:
     images = [drawn(PEERS[name], folders[name], table(row)) for row in ({}, change)]
@@ -278,10 +278,10 @@ def test_what_a_system_is_told_changes_its_image(
 
 def test_georssd_is_the_plain_pipeline_of_its_folder(folders: dict[str, Path]) -> None:
     rows = table({}, {})
-    found = drawn(PEERS["georssd"], folders["georssd"], rows)
+    result = drawn(PEERS["georssd"], folders["georssd"], rows)
     plain = Model(folders["georssd"]).load()
     expected = generate(plain, ["bare land by a road"] * 2, steps=2, guidance_scale=1.5, seed=7, size=SIZE)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(result, expected)
 
 
 def test_weights_of_half_precision_are_drawn_with_in_float32(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
         ("diffusionsat", lambda d: edited(d / "unet/config.json", num_metadata=5), "takes 5 numbers: peer=diffusion"),
         ("diffusionsat", lambda d: edited(d / "unet/config.json", use_metadata=False), "takes 0 numbers"),
         ("diffusionsat", lambda d: without(d / "unet/config.json"), "unet has no config.json"),
-        ("text2earth", lambda d: edited(d / "unet/config.json", class_embed_type=None), "is told no resolution"),
+        ("text2earth", lambda d: edited(d / "unet/config.json", class_embed_type=None), "is given no resolution"),
         ("text2earth", lambda d: (d / "unet/config.json").write_text("{"), "config.json cannot be read"),
         ("text2earth", lambda d: (d / "unet/config.json").write_text("[]"), "config.json holds no JSON object"),
     ],
@@ -401,17 +401,17 @@ def test_a_place_that_is_none(of: str) -> None:
 
 
 def test_a_hub_name_is_fetched_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def snapshot(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
+        requested.append((name, allow_patterns))
         if name == "owner/none":
             raise OSError("no\nhub")
         return str(tmp_path)
 
     monkeypatch.setattr(parts, "snapshot_download", snapshot)
     assert place_of("owner/name") == tmp_path
-    [(name, patterns)] = asked
+    [(name, patterns)] = requested
     assert name == "owner/name" and set(patterns) == {"*.safetensors", "*.json", "*.txt"}
     with pytest.raises(UserError, match=r"as a hub name it cannot be fetched \(no hub\)"):
         place_of("owner/none")
@@ -454,8 +454,8 @@ def write_images(folder: Path, names: list[str], captions: list[str] | None = No
 def test_an_image_is_of_the_caption_that_it_is_named_after(tmp_path: Path) -> None:
     images = write_images(tmp_path / "x", ["lake_7.png", "airport_1.png", "road.1.png"])
     rows = table({"id": "airport/airport_1.jpg"}, {"id": "lake/lake_7.jpg"}, {"id": "road.1.tif"})
-    found = drawn(PEERS["crs_diff"], tmp_path / "x", rows)
-    np.testing.assert_array_equal(found, images[[1, 0, 2]])
+    result = drawn(PEERS["crs_diff"], tmp_path / "x", rows)
+    np.testing.assert_array_equal(result, images[[1, 0, 2]])
     np.testing.assert_array_equal(drawn(PEERS["crs_diff"], tmp_path / "x", rows, numbers=[2, 0]), images[[2, 1]])
 
 
@@ -470,8 +470,8 @@ def test_an_image_is_of_the_caption_in_its_line(tmp_path: Path) -> None:
     peer.check(tmp_path / "x")
     loaded = peer.load(tmp_path / "x")
     captions = ["a lake", "a road . ", "a lake"]
-    found = peer.draw(loaded, captions, rows, np.arange(3), SIZE, **OPTIONS)
-    np.testing.assert_array_equal(found, images[[0, 1, 2]])
+    result = peer.draw(loaded, captions, rows, np.arange(3), SIZE, **OPTIONS)
+    np.testing.assert_array_equal(result, images[[0, 1, 2]])
     last = peer.draw(loaded, captions, rows, np.array([2]), SIZE, **OPTIONS)
     np.testing.assert_array_equal(last, images[[2]])  # whichever process draws it
     with pytest.raises(
@@ -515,7 +515,7 @@ def held_out(rows: pd.DataFrame, side: int = 8) -> HeldOut:
     return HeldOut("natural", corpus, order, {}, [f"caption {number}" for number in order])
 
 
-def test_images_are_drawn_of_each_row_s_own_facts_and_resized(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_images_are_drawn_of_each_row_s_own_metadata_and_resized(folders: dict[str, Path], tmp_path: Path) -> None:
     rows = table(*({"lon": float(lon)} for lon in (-150, 0, 150)))
     held, peer, options = held_out(rows, SIZE), PEERS["diffusionsat"], {**OPTIONS, "label": ""}
     model = PeerModel(peer, folders["diffusionsat"], SIZE)
@@ -546,7 +546,7 @@ def test_the_fingerprint_knows_what_an_image_hangs_on(
         return draw_images(PeerModel(peer, folder, side), held_out(rows, side), sampling, tmp_path / "runs")
 
     first = place()
-    assert place(table({"elevation": 3.0}, {"lon": 20.0})) == first  # it is told nothing of heights
+    assert place(table({"elevation": 3.0}, {"lon": 20.0})) == first  # it gets no elevation
     assert place(peer=DiffusionSat("diffusionsat", SIZE, scheduler="DDIMScheduler", batch_size=1)) == first
     (folder / "README.md").write_text("a card")
     assert place() == first
@@ -569,16 +569,16 @@ def test_a_whole_split_is_measured_once(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_peers_are_measured_as_any_model_is(folders: dict[str, Path], tmp_path: Path, monkeypatch, capsys) -> None:
-    overrides = ("encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32", "eval.images=8")
+    overrides = ("encoder@evaluation_encoder=efficientnet_lite0", "evaluation_encoder.input_size=32", "eval.images=8")
     sampling = ("peer=georssd", f"peer.resolution={SIZE}", "peer.steps=2", "peer.guidance_scale=1.5")
     cfg = tiny_config(tmp_path, *overrides, *sampling, f"of={folders['georssd']}")
     directory = measure_any(cfg)
     metrics = read_json(directory / "metrics.json")
     assert {"balanced_fd_efficientnet_lite0", "natural_kid_x1000_efficientnet_lite0"} <= set(metrics)
     assert {"natural_classification_accuracy_efficientnet_lite0", "natural_clip_vit_l14"} <= set(metrics)
-    facts = read_json(directory / PEER)
-    assert (facts["peer"], facts["drawn_px"], facts["measured_px"]) == ("georssd", SIZE, SIZE)
-    assert (facts["steps"], facts["images"]) == (2, {"balanced": 8, "natural": 8})
+    metadata = read_json(directory / PEER)
+    assert (metadata["peer"], metadata["drawn_px"], metadata["measured_px"]) == ("georssd", SIZE, SIZE)
+    assert (metadata["steps"], metadata["images"]) == (2, {"balanced": 8, "natural": 8})
     assert f"georssd draws at {SIZE} px; its images are measured at the corpus's {SIZE} px" in capsys.readouterr().err
     monkeypatch.setattr(GeoRSSD, "load", lambda *_: pytest.fail("drawn again"))
     assert measure_any(cfg) == directory
@@ -619,8 +619,9 @@ def test_the_protocol_of_rsicd_takes_the_test_split_and_first_captions(
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", [
             "experiment=rsicd", f"corpus.root={rsicd(tmp_path / 'set')}", "eval.images=20", "corpus.workers=0",
-            "corpus.train.resolution=16", "encoder@yardstick=efficientnet_lite0", "yardstick.input_size=32",
-            "encoder.input_size=32", f"text_encoder.path={tmp_path}/clip", "peer=text2earth", f"peer.resolution={SIZE}",
+            "corpus.train.resolution=16", "encoder@evaluation_encoder=efficientnet_lite0",
+            "evaluation_encoder.input_size=32", "encoder.input_size=32", f"text_encoder.path={tmp_path}/clip",
+            "peer=text2earth", f"peer.resolution={SIZE}",
             "peer.steps=1", f"of={folders['text2earth']}", f"runs={tmp_path}/runs", "tracker=none",
         ])  # fmt: skip
     metrics = read_json(measure_any(cfg) / "metrics.json")
@@ -629,19 +630,21 @@ def test_the_protocol_of_rsicd_takes_the_test_split_and_first_captions(
     assert name == "natural" and numbers == list(range(20, 40))
     assert all(caption.startswith("first ") for caption in held.captions)
     assert set(held.scenes) == {"airport", "beach", ""}
-    wanted = {
+    requested = {
         "natural_fd_efficientnet_lite0",
         "natural_clip_vit_l14",
         "natural_classification_accuracy_efficientnet_lite0",
     }
-    assert all(isinstance(metrics[name], float) for name in wanted)
+    assert all(isinstance(metrics[name], float) for name in requested)
 
 
 def test_the_protocol_s_choices() -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", ["experiment=rsicd", "corpus.root=DIR"])
     assert (cfg.eval.split, cfg.eval.images, cfg.corpus.test.resolution) == ("test", 1093, 256)
-    assert cfg.yardstick._target_ == "encoders.inception.InceptionV3" and cfg.text_encoder.score_name == "vit_l14"
+    assert (
+        cfg.evaluation_encoder._target_ == "encoders.inception.InceptionV3" and cfg.text_encoder.score_name == "vit_l14"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

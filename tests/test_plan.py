@@ -98,8 +98,8 @@ def test_the_cells_are_those_that_run(command, monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(plan, "needs", lambda *_, **__: [Need("encoder", "", MISSING, "no encoder")])
     planned = plan.plan_of(cfg, no_references)
-    found = [(row.stage, row.name, row.seed, row.steps) for row in planned.rows if row.stage.split()[0] != "measure"]
-    assert found[1:] == ran and found[0][0] == "text encoder"
+    result = [(row.stage, row.name, row.seed, row.steps) for row in planned.rows if row.stage.split()[0] != "measure"]
+    assert result[1:] == ran and result[0][0] == "text encoder"
     assert [row[1] for row in ran if row[0] == "pretrain"][3:5] == ["rsprune, natural weights", "full, natural weights"]
     assert {row.state for row in planned.rows} == {plan.UNKNOWN} and planned.missing == ["no encoder"]
     measured = [row.stage for row in planned.rows if row.stage.startswith("measure")]
@@ -147,10 +147,10 @@ def test_operations_are_those_of_the_layers() -> None:
     sizes = plan.sizes_of(cfg)
     assert sizes == (16, 16, 24, 128)
     cost = plan.Cost(cfg, sizes)
-    for conditioned, found in ((False, cost.training), (True, cost.tuning)):
+    for conditioned, result in ((False, cost.training), (True, cost.tuning)):
         with torch.device("meta"):
             latents, text = torch.zeros(1, 16 * (1 + conditioned), 16, 16), torch.zeros(1, 24, 128)
-        assert found == pytest.approx(3 * counted(plan.network_of(cfg, sizes, conditioned), latents, text), rel=1e-6)
+        assert result == pytest.approx(3 * counted(plan.network_of(cfg, sizes, conditioned), latents, text), rel=1e-6)
     assert cost.tuning > cost.training
     assert cost.drawing() == pytest.approx(cost.training / 3 * 2 * cfg.eval.steps)
     assert cost.task_drawing() == pytest.approx(cost.tuning / 3 * cfg.downstream.steps)
@@ -248,13 +248,13 @@ def test_of_a_finished_chain_all_is_done(command, pictures: Path, tmp_path: Path
 
 
 def planned(cfg: DictConfig) -> list[str]:
-    found = plan.plan_of(cfg, no_references).missing
-    assert all("\n" not in line for line in found)
-    return found
+    result = plan.plan_of(cfg, no_references).missing
+    assert all("\n" not in line for line in result)
+    return result
 
 
 @pytest.mark.parametrize(
-    ("root", "told"),
+    ("root", "given"),
     [
         ("gone", "gone does not exist: give a folder"),
         ("empty", "has no images"),
@@ -262,11 +262,11 @@ def planned(cfg: DictConfig) -> list[str]:
         (None, "corpus.root=DIR"),
     ],
 )
-def test_a_corpus_that_is_not_there_is_one_line(root: str | None, told: str, command, tmp_path: Path) -> None:
+def test_a_corpus_that_is_not_there_is_one_line(root: str | None, given: str, command, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     given = {"???": "'???'", None: "null"}.get(root, f"{tmp_path}/{root}")
     [line] = planned(command("corpus=folder", f"corpus.root={given}", "prune=random", "reference=none"))
-    assert told in line
+    assert given in line
 
 
 def test_what_is_missing_ends_the_command(command, tmp_path: Path, capsys) -> None:
@@ -278,7 +278,7 @@ def test_what_is_missing_ends_the_command(command, tmp_path: Path, capsys) -> No
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "given"),
     [
         (["model=pretrained"], "model.pretrained is not given: give model.pretrained="),
         (["model=dit_s"], "the tasks need model.unet"),
@@ -289,9 +289,9 @@ def test_what_is_missing_ends_the_command(command, tmp_path: Path, capsys) -> No
         (["train.objective.prediction=wind"], "train."),
     ],
 )
-def test_what_a_later_stage_would_refuse(overrides, told, command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_later_stage_would_refuse(overrides, given, command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "needs", lambda *_, **__: [Need("encoder", "", ON_HUB)])
-    assert any(told in line for line in planned(command(*overrides)))
+    assert any(given in line for line in planned(command(*overrides)))
 
 
 class FakeHub:
@@ -318,7 +318,7 @@ def hub_error(kind: type[Exception]) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("hub", "told"),
+    ("hub", "given"),
     [
         (FakeHub(), None),
         (FakeHub(gated="auto"), None),
@@ -328,15 +328,15 @@ def hub_error(kind: type[Exception]) -> Exception:
         (FakeHub(OSError("no\nroute")), "cannot be reached (no route)"),
     ],
 )
-def test_the_hub_is_asked_for_what_is_not_here(hub, told, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_hub_is_requested_what_is_not_here(hub, given, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     needs.hub_refusal.cache_clear()
     monkeypatch.setattr(needs, "HfApi", hub)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     need = network_need(Weights("encoder.path", "owner/name", "abc", needs.TRANSFORMER), 1)
     needs.hub_refusal.cache_clear()
-    assert need.state == (ON_HUB if told is None else MISSING)
-    assert told is None or (need.advice.startswith(f"encoder.path=owner/name {told}") or told in need.advice)
+    assert need.state == (ON_HUB if given is None else MISSING)
+    assert given is None or (need.advice.startswith(f"encoder.path=owner/name {given}") or given in need.advice)
     assert "\n" not in need.advice
 
 
@@ -352,7 +352,7 @@ def test_what_the_cache_of_the_hub_holds_is_here(monkeypatch: pytest.MonkeyPatch
     assert "HF_HUB_OFFLINE" in network_need(weights, 1).advice
     (folder / "model.safetensors").touch()
     assert network_need(weights, 1) == Need("encoder.path", "owner/name", HERE)
-    assert weights.facts() == {"hidden_size": 3}
+    assert weights.metadata() == {"hidden_size": 3}
     (folder / "model.safetensors").unlink()
     need = network_need(weights._replace(path=str(folder)), 1)
     assert need.state == MISSING and "has no model.safetensors" in need.advice
@@ -360,8 +360,8 @@ def test_what_the_cache_of_the_hub_holds_is_here(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_the_command_of_the_paper_lists_what_it_lacks(tmp_path: Path) -> None:
-    arguments = ["scripts/reproduce.py", "profile=paper", "dry_run=true", f"yardstick.folder={tmp_path}",
-                 "yardstick.download=false", f"runs={tmp_path}/runs"]  # fmt: skip
+    arguments = ["scripts/reproduce.py", "profile=paper", "dry_run=true", f"evaluation_encoder.folder={tmp_path}",
+                 "evaluation_encoder.download=false", f"runs={tmp_path}/runs"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and not (tmp_path / "runs").exists()

@@ -72,9 +72,9 @@ print(json.dumps({{
 
 @dataclass(frozen=True)
 class Trained:
-    """What a process said of itself, and its newest checkpoint's facts and weights."""
+    """What a process said of itself, and its newest checkpoint's metadata and weights."""
 
-    said: dict[str, Any]
+    message: dict[str, Any]
     state: dict[str, Any]
     weights: dict[str, torch.Tensor]
 
@@ -96,28 +96,28 @@ def trained(directory: Path, precision: str = "no", **options: float) -> Trained
     """A training to its end; the test is skipped where Accelerate refuses the precision."""
     done = process(directory, precision, **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.strip().splitlines()[-1])
-    if "refused" in said:
-        pytest.skip(f"Accelerate refuses mixed_precision={precision} here: {said['refused']}")
-    assert said["precision"] == precision
-    found = newest(directory)
-    return Trained(said, json.loads((found / "state.json").read_text()), load_file(found / "net.safetensors"))
+    message = json.loads(done.stdout.strip().splitlines()[-1])
+    if "refused" in message:
+        pytest.skip(f"Accelerate refuses mixed_precision={precision} here: {message['refused']}")
+    assert message["precision"] == precision
+    result = newest(directory)
+    return Trained(message, json.loads((result / "state.json").read_text()), load_file(result / "net.safetensors"))
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    found = trained(tmp_path_factory.mktemp("full"))
-    assert found.said["types"] == ["float32"] and found.said["graphs"] == 0
-    assert len(found.state["losses"]) == STEPS and found.state["losses"][-1] < 0.5 * found.state["losses"][0]
-    return found
+    result = trained(tmp_path_factory.mktemp("full"))
+    assert result.message["types"] == ["float32"] and result.message["graphs"] == 0
+    assert len(result.state["losses"]) == STEPS and result.state["losses"][-1] < 0.5 * result.state["losses"][0]
+    return result
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_as_full_precision_does(full: Trained, tmp_path: Path, precision: str) -> None:
     half = trained(tmp_path, precision)
-    assert half.said["types"] == [{"bf16": "bfloat16", "fp16": "float16"}[precision]]
+    assert half.message["types"] == [{"bf16": "bfloat16", "fp16": "float16"}[precision]]
     assert {str(value.dtype) for value in half.weights.values()} == {"torch.float32"}
-    assert half.said["bits"] != full.said["bits"]
+    assert half.message["bits"] != full.message["bits"]
     np.testing.assert_allclose(half.state["losses"], full.state["losses"], rtol=0.03)
     assert (half.state["scaler"] is None) == (precision == "bf16")
 
@@ -133,18 +133,18 @@ def test_an_interrupted_fp16_run_ends_with_the_same_bits_and_scale(tmp_path: Pat
     resumed = trained(tmp_path / "cut", "fp16", scale=4)
     assert saved["scale"] < 65536 and saved["_growth_tracker"] > 0
     assert resumed.state["scaler"] == whole.state["scaler"] != saved
-    assert resumed.state["losses"] == whole.state["losses"] and resumed.said["bits"] == whole.said["bits"]
+    assert resumed.state["losses"] == whole.state["losses"] and resumed.message["bits"] == whole.message["bits"]
 
     state = newest(tmp_path / "forgotten") / "state.json"  # without the scaler it is another run
     state.write_text(json.dumps({**json.loads(state.read_text()), "scaler": None}))
-    assert trained(tmp_path / "forgotten", "fp16", scale=4).said["bits"] != whole.said["bits"]
+    assert trained(tmp_path / "forgotten", "fp16", scale=4).message["bits"] != whole.message["bits"]
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_compiled_networks_learn_as_plain_ones_do(full: Trained, tmp_path: Path, precision: str) -> None:
     compiled = trained(tmp_path, precision, compiled=True)
-    assert compiled.said["graphs"] > 0
+    assert compiled.message["graphs"] > 0
     assert compiled.weights.keys() == full.weights.keys()  # without compile's prefix
     np.testing.assert_allclose(compiled.state["losses"], full.state["losses"], rtol=1e-3 if precision == "no" else 0.03)
 

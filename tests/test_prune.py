@@ -52,7 +52,7 @@ def test_aggregates_of_four_known_patches():
     flat, busy = np.full((16, 16), 9), np.arange(256).reshape(16, 16)
     image = grey(np.block([[flat, busy], [busy, busy]]))
     bits = {name: LocalEntropy(aggregate=name, quantile=0.5, bits=4.0)(image) for name in AGGREGATES}
-    assert bits == pytest.approx({"mean": 6, "min": 0, "quantile": 8, "share": 0.75})
+    assert bits == pytest.approx({"mean": 6, "min": 0, "quantile": 8, "fraction": 0.75})
 
 
 def test_no_data_is_not_counted():
@@ -83,9 +83,9 @@ capacities = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
 @settings(deadline=None)
 @given(capacities, st.floats(0, 1, allow_subnormal=False), st.floats(0, 1, allow_subnormal=False))
-def test_allocation_is_exact_and_capped(sizes, share, uniformity):
+def test_allocation_is_exact_and_capped(sizes, fraction, uniformity):
     sizes = np.array(sizes)
-    budget = int(share * sizes.sum())
+    budget = int(fraction * sizes.sum())
     for allocation in (water_fill(sizes, budget), proportional(sizes, budget), allocate(sizes, budget, uniformity)):
         assert allocation.sum() == budget
         assert (allocation >= 0).all() and (allocation <= sizes).all()
@@ -160,14 +160,14 @@ def test_full_keeps_all_that_is_readable():
 
 def test_rsprune_balances_the_long_tail_and_names_the_scenes():
     pool, scenes = blobs([900, 60, 40])
-    selection = RSPrune(entropy_quantile=0, floor_quantile=0).select(pool, 90, np.random.default_rng(0))
+    selection = RSPrune(entropy_quantile=0, threshold_quantile=0).select(pool, 90, np.random.default_rng(0))
     np.testing.assert_array_equal(np.bincount(scenes[selection.kept]), [30, 30, 30])
     np.testing.assert_array_equal(selection.scene, np.array(["a", "b", "c"], dtype=object)[scenes])
 
 
 def test_uniformity_zero_is_proportional():
     pool, scenes = blobs([900, 60, 40])
-    selection = RSPrune(entropy_quantile=0, floor_quantile=0, uniformity=0.0).select(
+    selection = RSPrune(entropy_quantile=0, threshold_quantile=0, uniformity=0.0).select(
         pool, 100, np.random.default_rng(0)
     )
     assert abs(np.bincount(scenes[selection.kept])[0] - 90) <= 2
@@ -177,7 +177,7 @@ def test_entropy_step_removes_the_least_informative_first_and_gives_back_the_bes
     pool, _ = blobs([200])
     selection = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0))
     dropped = np.flatnonzero(selection.reason == "low_entropy")
-    assert selection.facts["returned_by_entropy"] == 50
+    assert selection.diagnostics["returned_by_entropy"] == 50
     assert pool.entropy[dropped].max() < pool.entropy[selection.kept].min()
 
 
@@ -195,8 +195,11 @@ def test_without_equal_entropies_the_entropy_step_is_a_threshold(quantile):
     selection = RSPrune(entropy_quantile=quantile).select(pool, 1, np.random.default_rng(0))
     expected = pool.readable & (pool.entropy < threshold)
     np.testing.assert_array_equal(selection.reason == "low_entropy", expected)
-    assert selection.facts["entropy_threshold"] == pytest.approx(threshold)
-    assert selection.facts["dropped_by_entropy"] == expected.sum() and selection.facts["returned_by_entropy"] == 0
+    assert selection.diagnostics["entropy_threshold"] == pytest.approx(threshold)
+    assert (
+        selection.diagnostics["dropped_by_entropy"] == expected.sum()
+        and selection.diagnostics["returned_by_entropy"] == 0
+    )
 
 
 def test_equal_entropies_at_the_cut_do_not_switch_the_entropy_step_off():
@@ -204,7 +207,7 @@ def test_equal_entropies_at_the_cut_do_not_switch_the_entropy_step_off():
     pool = replace(pool, entropy=np.where(np.arange(301) < 240, 0, pool.entropy).astype(np.float32))
     selection = RSPrune().select(pool, 40, np.random.default_rng(0))
     dropped = np.flatnonzero(selection.reason == "low_entropy")
-    assert selection.facts["dropped_by_entropy"] == len(dropped) == 60  # ceil(0.2 * 300)
+    assert selection.diagnostics["dropped_by_entropy"] == len(dropped) == 60  # ceil(0.2 * 300)
     assert dropped.max() < 240
     assert 15 < (dropped < 120).sum() < 45  # from all over the corpus, not the first of it
     again = RSPrune().select(pool, 40, np.random.default_rng(99))
@@ -228,18 +231,20 @@ def test_a_threshold_in_bits_keeps_all_that_lie_at_it(rule):
     pool, _ = blobs([200])
     pool = replace(pool, entropy=np.repeat(np.float32([0.0, 1.0, 3.0, 7.0]), 50))
     selection = RSPrune(**rule).select(pool, 20, np.random.default_rng(0))
-    threshold = selection.facts["entropy_threshold"]
+    threshold = selection.diagnostics["entropy_threshold"]
     np.testing.assert_array_equal(selection.reason == "low_entropy", pool.entropy < threshold)
-    assert 0 < selection.facts["dropped_by_entropy"] < 200
+    assert 0 < selection.diagnostics["dropped_by_entropy"] < 200
 
 
 def test_what_comes_back_is_counted_apart_from_what_was_dropped():
     pool, _ = blobs([201])
-    facts = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).facts
-    assert facts["dropped_by_entropy"] == 100 and facts["returned_by_entropy"] == 49
+    metadata = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).metadata
+    assert metadata["dropped_by_entropy"] == 100 and metadata["returned_by_entropy"] == 49
     pool = replace(pool, entropy=np.full(201, np.nan, dtype=np.float32))
-    facts = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).facts
-    assert facts["dropped_by_entropy"] == facts["returned_by_entropy"] == 0 and facts["entropy_threshold"] is None
+    metadata = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).metadata
+    assert (
+        metadata["dropped_by_entropy"] == metadata["returned_by_entropy"] == 0 and metadata["entropy_threshold"] is None
+    )
 
 
 def test_the_order_of_equal_values_is_random_fixed_and_drawn_only_for_them():
@@ -274,24 +279,24 @@ def test_unknown_scenes_are_not_lost():
         reference_embeddings=pool.reference_embeddings,
         reference_labels=pool.reference_labels,
     )
-    selection = RSPrune(floor_quantile=0.001).select(pool, 60, np.random.default_rng(0))
+    selection = RSPrune(threshold_quantile=0.001).select(pool, 60, np.random.default_rng(0))
     assert (selection.scene[400:] == "open").mean() > 0.9
     assert (selection.kept >= 400).sum() >= 10
 
 
-def test_the_open_floor_holds_for_images_the_prototypes_have_not_seen():
+def test_the_open_threshold_holds_for_images_the_prototypes_have_not_seen():
     random = np.random.default_rng(0)
     centres = random.standard_normal((5, 64))
     labels = np.repeat(np.arange(5), 60)
     reference, others = (centres[np.repeat(np.arange(5), n)] + random.standard_normal((5 * n, 64)) for n in (60, 2000))
     prototypes = fit_prototypes(reference, labels.astype(str), 8, 0.05, seed=0)
     scenes, _ = assign_scenes(others, prototypes)
-    assert np.mean(scenes == 5) < 0.1  # near the 5 % asked for; far above it when measured on the fitted images
+    assert np.mean(scenes == 5) < 0.1  # near the requested 5 %; far above it when measured on the fitted images
 
 
-def test_a_reference_with_one_image_a_class_sets_no_floor():
+def test_a_reference_with_one_image_a_class_sets_no_threshold():
     prototypes = fit_prototypes(np.eye(3, 8), np.array(["a", "b", "c"]), 4, 0.01, seed=0)
-    assert prototypes.floor == -np.inf and len(prototypes.vectors) == 3
+    assert prototypes.threshold == -np.inf and len(prototypes.vectors) == 3
 
 
 def test_same_seed_same_selection():
@@ -322,12 +327,12 @@ def test_picks_are_near_the_centroid_then_spread_and_duplicates_come_last():
     st.sampled_from([0.5, 0.9, 0.98, 2.0]),
     st.integers(0, 99),
 )
-def test_the_duplicate_guard_counts_every_image_it_passes_over(size, share, representativeness, similarity, seed):
+def test_the_duplicate_guard_counts_every_image_it_passes_over(size, fraction, representativeness, similarity, seed):
     """Against the rule in plain Python."""
     random = np.random.default_rng(seed)
     angles = random.choice(random.uniform(0, 2, 8), size) + 1e-3 * random.standard_normal(size)
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    distances, budget = random.permutation(size).astype(np.float32), 1 + int(share * (size - 2))
+    distances, budget = random.permutation(size).astype(np.float32), 1 + int(fraction * (size - 2))
     taken, expected, waiting = [], 0, np.argsort(distances).tolist()
     while waiting and len(taken) < max(1, round(representativeness * budget)):
         index = waiting.pop(0)
@@ -353,11 +358,11 @@ def test_a_selection_says_how_often_its_duplicate_guard_acted():
         )
         for limit in (0.9999, 2.0)
     )
-    assert guarded.facts["skipped_as_duplicate"] > 0 and not np.array_equal(guarded.kept, free.kept)
-    assert free.facts["skipped_as_duplicate"] == 0
+    assert guarded.metadata["skipped_as_duplicate"] > 0 and not np.array_equal(guarded.kept, free.kept)
+    assert free.metadata["skipped_as_duplicate"] == 0
     idle = RSPrune(duplicate_similarity=1.1, representativeness=1.0, reference_duplicates=None)
     idle = idle.select(pool, 80, np.random.default_rng(0))
-    assert idle.facts["skipped_as_duplicate"] == 0 and np.array_equal(idle.kept, free.kept)
+    assert idle.metadata["skipped_as_duplicate"] == 0 and np.array_equal(idle.kept, free.kept)
 
 
 @settings(deadline=None, max_examples=50)
@@ -371,8 +376,8 @@ def test_an_image_repeats_a_distinct_one_before_it(size, similarity, seed):
     for index in order:
         if not expected or (points[expected] @ points[index]).max() < np.float32(similarity):
             expected.append(int(index))
-    found = distinct_of(points, order, np.float32(similarity))
-    assert np.flatnonzero(found).tolist() == sorted(expected)
+    result = distinct_of(points, order, np.float32(similarity))
+    assert np.flatnonzero(result).tolist() == sorted(expected)
 
 
 def test_nearest_similarities_are_those_of_all_pairs():
@@ -388,16 +393,16 @@ def test_nearest_similarities_are_those_of_all_pairs():
     st.floats(0, 1, allow_subnormal=False),
     st.floats(0, 1, allow_subnormal=False),
 )
-def test_repetitions_fill_what_distinct_images_leave(groups, share, uniformity):
+def test_repetitions_fill_what_distinct_images_leave(groups, fraction, uniformity):
     distinct, more = np.array(groups).T
     sizes = distinct + more
-    budget = int(share * sizes.sum())
-    found = allocate_distinct(distinct, sizes, budget, uniformity)
-    assert found.sum() == budget and (found >= 0).all() and (found <= sizes).all()
+    budget = int(fraction * sizes.sum())
+    result = allocate_distinct(distinct, sizes, budget, uniformity)
+    assert result.sum() == budget and (result >= 0).all() and (result <= sizes).all()
     if budget <= distinct.sum():
-        assert (found <= distinct).all()
+        assert (result <= distinct).all()
     else:
-        assert (found >= distinct).all()
+        assert (result >= distinct).all()
 
 
 def test_what_is_nearer_than_reference_images_are_repeats():
@@ -408,11 +413,11 @@ def test_what_is_nearer_than_reference_images_are_repeats():
         ids=np.arange(30).astype(str), readable=np.ones(30, bool), entropy=np.full(30, 5, np.float32),
         embeddings=points, reference_embeddings=points[:6], reference_labels=np.array(["a"] * 6, dtype=object),
     )  # fmt: skip
-    options = {"entropy_quantile": 0.0, "floor_quantile": 0.0, "prototypes_per_class": 1, "clusters_per_scene": 1}
+    options = {"entropy_quantile": 0.0, "threshold_quantile": 0.0, "prototypes_per_class": 1, "clusters_per_scene": 1}
     selection = RSPrune(**options).select(pool, 6, np.random.default_rng(0))
-    assert sorted(selection.kept % 6) == [0, 1, 2, 3, 4, 5] and selection.facts["repetitions"] == 24
+    assert sorted(selection.kept % 6) == [0, 1, 2, 3, 4, 5] and selection.diagnostics["repetitions"] == 24
     more = RSPrune(**options).select(pool, 9, np.random.default_rng(0)).kept  # repetitions fill the rest
     assert len(set(more % 6)) == 6 and len(set(more.tolist())) == 9
     free = RSPrune(**options, reference_duplicates=None, representativeness=1.0, duplicate_similarity=2.0)
     selection = free.select(pool, 6, np.random.default_rng(0))
-    assert selection.facts["repetitions"] == 0 and len(set(selection.kept % 6)) < 6
+    assert selection.diagnostics["repetitions"] == 0 and len(set(selection.kept % 6)) < 6

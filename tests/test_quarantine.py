@@ -181,7 +181,7 @@ def test_a_command_says_what_it_quarantined_each_time(tmp_path: Path, forked) ->
 def test_the_line_names_the_split(tmp_path: Path, forked) -> None:  # noqa: F811
     for split in ("train", "test"):
         folder(tmp_path / "corpus" / split, whole=6, html=3 if split == "train" else 0, empty=0)
-    done = prune(forked, tmp_path, f"corpus.root={tmp_path}/corpus", "corpus.val_share=0")
+    done = prune(forked, tmp_path, f"corpus.root={tmp_path}/corpus", "corpus.val_fraction=0")
     assert done.returncode == 0, done.stderr
     assert "folder (train): 3 of 9 images quarantined: not an image 3 " in done.stderr
 
@@ -192,7 +192,7 @@ def test_a_command_on_nothing_readable_ends_with_one_line(tmp_path: Path, forked
     good = folder(tmp_path / "good", whole=8, html=0, empty=0)
     cases = {
         "folder: none of 4": (f"corpus.root={bad}", "corpus.train.split=all"),
-        "folder (train): none of": (f"corpus.root={bad}", "corpus.val_share=0", "corpus.test_share=0"),
+        "folder (train): none of": (f"corpus.root={bad}", "corpus.val_fraction=0", "corpus.test_fraction=0"),
         "reference: none of 4": (
             f"corpus.root={good}", "corpus.train.split=all", "prune=rsprune", "reference=folder",
             f"reference.root={bad}", "+reference.source.name=reference",

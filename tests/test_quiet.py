@@ -97,8 +97,8 @@ def test_readers_are_quiet_and_others_are_not(workers: int, tmp_path: Path) -> N
     lines = done.stderr.splitlines()
     assert lines.count("ours") == 2 and lines[-1] == "closed again"
     assert sum("UserWarning: also ours" in line for line in lines) >= 1
-    said = [line for line in lines if line not in ("ours", "closed again") and "also ours" not in line]
-    assert [line for line in said if "warnings.warn(" not in line] == []
+    message = [line for line in lines if line not in ("ours", "closed again") and "also ours" not in line]
+    assert [line for line in message if "warnings.warn(" not in line] == []
 
 
 def test_the_descriptor_is_given_back_whatever_happens(capfd: pytest.CaptureFixture) -> None:
@@ -147,8 +147,8 @@ def test_a_command_on_rasters_says_its_own_lines_alone(tmp_path: Path, forked) -
         "corpus.train.resolution=16", "tracker=none", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode in (0, 2), done.stderr
-    told = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
-    assert [line for line in told if not line.startswith(("folder: ", "error: ", "rsprune", "bluemarble"))] == []
-    assert any("images quarantined" in line or "none of" in line for line in told)
+    given = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
+    assert [line for line in given if not line.startswith(("folder: ", "error: ", "rsprune", "bluemarble"))] == []
+    assert any("images quarantined" in line or "none of" in line for line in given)
     tables = [pd.read_parquet(path) for path in (tmp_path / "runs" / "corpus").glob("*/quarantine.parquet")]
     assert any(table["id"].str.startswith("Pillow's bomb").any() for table in tables)

@@ -15,7 +15,7 @@ from rasterio.transform import from_origin
 
 from corpus.decoding import DAMAGED, NO_DATA, decode_image, image_pixels
 from corpus.index import index_corpus
-from corpus.raster import ALPHA_SHARE, Pixels, RasterOptions, Survey, has_data, spread, survey_of, to_rgb
+from corpus.raster import ALPHA_FRACTION, Pixels, RasterOptions, Survey, has_data, spread, survey_of, to_rgb
 from corpus.sources.folder import ImageFolder
 from corpus.sources.geotiff import GeoTiff
 from runtime.errors import UserError
@@ -71,8 +71,8 @@ def test_of_a_corpus_with_infrared_no_image_is_clear() -> None:
     half[3, :, : SIDE // 2] = 0
     others = [np.concatenate([colours(), colours(0, 255, 1)]) for _ in range(4)]
     options = RasterOptions()
-    facts = survey_of([image_pixels(geotiff(values), options) for values in (half, *others)], options)
-    assert (decode_image(geotiff(half), SIDE, options, facts) == shown(half[:3])).all()
+    metadata = survey_of([image_pixels(geotiff(values), options) for values in (half, *others)], options)
+    assert (decode_image(geotiff(half), SIDE, options, metadata) == shown(half[:3])).all()
     alone = decode_image(geotiff(half), SIDE)
     assert (alone[:, : SIDE // 2] == 0).all() and (alone[:, SIDE // 2 :] == shown(half[:3])[:, SIDE // 2 :]).all()
 
@@ -103,13 +103,13 @@ def test_many_bands_without_names_ask_for_a_choice() -> None:
     values = colours(0, 3000, 13, "uint16")
     assert decode_image(geotiff(values), SIDE) == "has 13 bands: choose three with corpus.bands"
     assert decode_image(geotiff(values), SIDE, RasterOptions(bands=(1, 2, 14))) == "has 13 bands, not 14"
-    found = decode_image(geotiff(values), SIDE, RasterOptions(bands=("B04", "B03", "B02")))
-    assert found == "has no band B04, but 13 without names"
+    result = decode_image(geotiff(values), SIDE, RasterOptions(bands=("B04", "B03", "B02")))
+    assert result == "has no band B04, but 13 without names"
     chosen = decode_image(geotiff(values), SIDE, RasterOptions(bands=(4, 3, 2), stretch="range", low=0, high=3000))
     assert np.abs(chosen - shown(values[[3, 2, 1]]) / 3000 * 255).max() <= 0.51
 
 
-def test_bands_that_no_file_names_are_a_guess_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bands_that_no_file_names_are_a_guess_that_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Four bands may be blue, green, red, infrared as well; two of a radar are two polarisations."""
     options = RasterOptions()
     named = geotiff(colours(bands=4, high=3000, kind="uint16"), ("blue", "green", "red", "nir"))
@@ -121,13 +121,13 @@ def test_bands_that_no_file_names_are_a_guess_that_is_said(tmp_path: Path, capsy
             data = geotiff(colours(bands=count, high=3000, kind="uint16"))
             (folder / f"{number}.tif").write_bytes(data)
         index_corpus(ImageFolder(str(folder), resolution=SIDE, split="all"), tmp_path / "runs")
-        said = f"folder: {words}, since their files name no colours: corpus.bands=[…] chooses others\n"
-        assert capsys.readouterr().err.count(said) == 1
+        message = f"folder: {words}, since their files name no colours: corpus.bands=[…] chooses others\n"
+        assert capsys.readouterr().err.count(message) == 1
         index_corpus(ImageFolder(str(folder), resolution=SIDE, split="all", bands=(1,)), tmp_path / "runs")
         assert words not in capsys.readouterr().err
 
 
-def test_deep_images_of_one_value_are_black_and_that_is_said() -> None:
+def test_deep_images_of_one_value_are_black_and_that_is_reported() -> None:
     options = RasterOptions()
     constant = image_pixels(geotiff(np.full((1, SIDE, SIDE), 700, np.uint16)), options)
     assert "all that were sampled hold 700" in survey_of([constant], options).notes[0]
@@ -234,10 +234,10 @@ def test_a_calm_sea_stays_darker_than_a_town() -> None:
     options = RasterOptions()
     sea = [geotiff(NOISE.normal(1000, 4, (3, SIDE, SIDE)).astype(np.uint16)) for _ in range(6)]
     town = [geotiff(NOISE.uniform(400, 4000, (3, SIDE, SIDE)).astype(np.uint16)) for _ in range(6)]
-    facts = survey_of([image_pixels(data, options) for data in sea + town], options)
-    (low, high), *_ = facts.levels["uint16 x 3"]
+    metadata = survey_of([image_pixels(data, options) for data in sea + town], options)
+    (low, high), *_ = metadata.levels["uint16 x 3"]
     assert 400 < low < 700 and 3700 < high < 4000
-    calm, built = decode_image(sea[0], SIDE, options, facts), decode_image(town[0], SIDE, options, facts)
+    calm, built = decode_image(sea[0], SIDE, options, metadata), decode_image(town[0], SIDE, options, metadata)
     assert calm.std() < 2 and built.std() > 60 and built.mean() > calm.mean() + 50
 
 
@@ -259,17 +259,17 @@ def test_the_sample_is_spread_and_weighs_every_image_the_same() -> None:
     assert spread(0) == [] and spread(3) == [0, 1, 2] and spread(1000)[-1] == 999 and len(spread(1000)) == 128
     small = Pixels(np.full((8, 8, 1), 0, np.uint16))
     large = Pixels(np.full((2000, 2000, 1), 1000, np.uint16))
-    facts = survey_of([small] * 128 + [large], RasterOptions())
-    assert facts.levels["uint16 x 1"] == ((0.0, 1000.0),) or facts.levels["uint16 x 1"][0][0] == 0.0
+    metadata = survey_of([small] * 128 + [large], RasterOptions())
+    assert metadata.levels["uint16 x 1"] == ((0.0, 1000.0),) or metadata.levels["uint16 x 1"][0][0] == 0.0
     assert survey_of([Pixels(np.zeros((4, 4, 3), np.uint8))], RasterOptions()) == Survey()
-    assert Survey().stamp == "" and facts.stamp != survey_of([small], RasterOptions()).stamp
+    assert Survey().stamp == "" and metadata.stamp != survey_of([small], RasterOptions()).stamp
 
 
 def test_soft_alpha_is_laid_over_black_as_pillow_does() -> None:
     values, alpha = shown(colours()), colours()[0]
     alpha[alpha < 240] = 255
     alpha[0, 0] = 128
-    assert float(np.isin(alpha, (0, 255)).mean()) > ALPHA_SHARE
+    assert float(np.isin(alpha, (0, 255)).mean()) > ALPHA_FRACTION
     expected = Image.alpha_composite(
         Image.new("RGBA", (SIDE, SIDE), "black"), Image.fromarray(np.dstack([values, alpha]), "RGBA")
     )
@@ -350,8 +350,8 @@ def test_a_turned_raster_stands_upright() -> None:
         from PIL import ImageOps
 
         upright = np.asarray(ImageOps.exif_transpose(Image.open(holder))).astype(int)
-        found = image_pixels(buffer.getvalue(), RasterOptions())
-        assert (found.values[..., 0].astype(int) >> 4 == upright).all(), turned
+        result = image_pixels(buffer.getvalue(), RasterOptions())
+        assert (result.values[..., 0].astype(int) >> 4 == upright).all(), turned
 
 
 # ------------------------------------------------------------------------------------------------------------- scenes
@@ -376,11 +376,13 @@ def write(tmp_path: Path) -> Write:
 
 def splits(root: Path, **options: object) -> dict[str, set]:
     """The tiles of every split."""
-    found = {}
+    result = {}
     for split in ("train", "val", "test"):
-        table = GeoTiff(str(root), split=split, val_share=0.2, test_share=0.2, resolution=16, **options).manifest()
-        found[split] = set(table["id"]) if len(table) else set()
-    return found
+        table = GeoTiff(
+            str(root), split=split, val_fraction=0.2, test_fraction=0.2, resolution=16, **options
+        ).manifest()
+        result[split] = set(table["id"]) if len(table) else set()
+    return result
 
 
 def ground(root: Path, ids: set, pixel: float = 10) -> np.ndarray:
@@ -402,9 +404,9 @@ def test_overlapping_scenes_share_no_ground_across_splits(write: Write) -> None:
     root = write("west.tif", values).parent
     write("east.tif", values, left=3200)
     write("west_later.tif", values, left=30)  # another date, some pixels aside
-    found = splits(root)
-    assert all(found.values())
-    seen = [ground(root, ids) for ids in found.values()]
+    result = splits(root)
+    assert all(result.values())
+    seen = [ground(root, ids) for ids in result.values()]
     assert np.sum(seen, axis=0).max() == 1
     assert sum(seen[0].ravel()) > 100_000
 
@@ -449,12 +451,12 @@ def test_bands_in_files_of_their_own_are_stacked(write: Write, tmp_path: Path) -
     assert (image[..., 2] == coarse.repeat(2, 0).repeat(2, 1)).all()
 
 
-def test_the_covered_share_of_a_scene_is_told_and_shifted_tiles_cover_it(write: Write) -> None:
+def test_the_covered_share_of_a_scene_is_reported_and_shifted_tiles_cover_it(write: Write) -> None:
     root = write("s.tif", np.tile(colours(), (1, 19, 19))[:, :600, :600])
     left = GeoTiff(str(root), tile=256, resolution=16)
-    assert left.facts["covered"]["s.tif"] == pytest.approx((512 / 600) ** 2, abs=1e-3) and len(left.manifest()) == 4
+    assert left.metadata["covered"]["s.tif"] == pytest.approx((512 / 600) ** 2, abs=1e-3) and len(left.manifest()) == 4
     whole = GeoTiff(str(root), tile=256, resolution=16, edge="shift")
-    assert whole.facts["covered"]["s.tif"] == 1 and len(whole.manifest()) == 9
+    assert whole.metadata["covered"]["s.tif"] == 1 and len(whole.manifest()) == 9
     assert {(344, 344), (0, 344), (256, 344)} <= set(
         zip(whole.manifest()["row"], whole.manifest()["column"], strict=True)
     )

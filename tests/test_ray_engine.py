@@ -56,7 +56,7 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overrides(tiles: Path, runs: Path) -> list[str]:
     return [
         *("corpus=folder", f"corpus.root={tiles}", f"runs={runs}", "corpus.train.resolution=24"),
-        *("corpus.train.split=all", "corpus.val_share=0", "corpus.test_share=0", "tracker=none"),
+        *("corpus.train.split=all", "corpus.val_fraction=0", "corpus.test_fraction=0", "tracker=none"),
         *("encoder.input_size=128", "ratio=0.7", f"results={runs / 'results'}"),
     ]
 
@@ -69,11 +69,11 @@ def selected(tiles: Path, runs: Path, *more: str) -> Path:
 
 def results(runs: Path) -> dict[str, bytes]:
     """What a run leaves, by name."""
-    found = {"selection": (next((runs / "selection").iterdir()) / "selection.parquet").read_bytes()}
+    result = {"selection": (next((runs / "selection").iterdir()) / "selection.parquet").read_bytes()}
     [corpus] = (runs / "corpus").iterdir()
-    found |= {name: (corpus / name).read_bytes() for name in FILES}
-    found |= {path.name: path.read_bytes() for path in (corpus / "scanned").iterdir()}
-    return found
+    result |= {name: (corpus / name).read_bytes() for name in FILES}
+    result |= {path.name: path.read_bytes() for path in (corpus / "scanned").iterdir()}
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +125,17 @@ def test_shards_are_looked_through_and_read_by_ray(tiles: Path, tmp_path: Path) 
             for path in files[30 * shard : 30 * shard + 30]:
                 tar.add(path, f"{path.parent.name}/{path.name}")
     more = ("corpus=webdataset", f"corpus.urls={tmp_path}", "corpus.train.resolution=24", "corpus.train.split=all")
-    found = []
+    result = []
     for name, engine in (("local", LocalEngine()), ("ray", RayEngine(cpus=2, rows_from=0))):
         own = (f"runs={tmp_path / name}", "tracker=none", "encoder.input_size=32", "ratio=0.7", *more)
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cfg = compose("config", list(own))
         with using(engine):
             select(cfg, "rsprune")
-        found.append(results(tmp_path / name))
+        result.append(results(tmp_path / name))
         [corpus] = (tmp_path / name / "corpus").iterdir()
         assert logged(corpus)[0]["shards"] == [str(tmp_path / f"{shard:02d}.tar") for shard in range(9)]
-    assert found[0] == found[1]
+    assert result[0] == result[1]
 
 
 def double(value: int) -> int:
@@ -180,11 +180,11 @@ def test_items_keep_their_order_and_errors_their_words(network: bool, ray_engine
 def test_a_table_is_split_among_tasks(ray_engine: RayEngine) -> None:
     table = Points(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float16), np.zeros(8, np.float32))
     groups = [np.arange(0, 20), np.array([3, 40, 7]), np.arange(20, 50)]
-    found, wanted = (
+    result, requested = (
         list(engine.map_rows(column_sums, table, groups, [(1.0,), (2.0,), (0.5,)]))
         for engine in (ray_engine, LocalEngine())
     )
-    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(result, requested)
 
 
 def test_local_steps_say_who_computed_and_what_it_cost() -> None:
@@ -222,9 +222,9 @@ class Command:
     def wait_for_chunks(self, count: int) -> int:
         """Until so many chunks of the index are done."""
         for _ in range(1200):
-            found = sum(len(logged(path)) for path in (self.runs / "corpus").glob("*.partial"))
-            if found >= count or self.process.poll() is not None:
-                return found
+            result = sum(len(logged(path)) for path in (self.runs / "corpus").glob("*.partial"))
+            if result >= count or self.process.poll() is not None:
+                return result
             time.sleep(0.1)
         raise AssertionError("the index makes no progress")
 
@@ -247,10 +247,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
     folder = tempfile.mkdtemp(prefix="rs-")
     first = {"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
-    found = Cluster(initialize_head=True, head_node_args=first)
-    found.second = found.add_node(num_cpus=1)
-    found.wait_for_nodes()
-    yield found
+    result = Cluster(initialize_head=True, head_node_args=first)
+    result.second = result.add_node(num_cpus=1)
+    result.wait_for_nodes()
+    yield result
     for process in psutil.Process().children(recursive=True):  # `shutdown` waits for ever where the head is dead
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.name().startswith("ray::") or folder in " ".join(process.cmdline()):

@@ -36,10 +36,10 @@ PARAMETERS = 12_000
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 8])
-def test_a_network_has_about_as_many_weights_as_asked(factor: int) -> None:
-    for asked in (PARAMETERS, 60_000, 400_000, 2_900_000):
-        network = new_regression_network(asked, factor, seed=0)
-        assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(asked, rel=0.1)
+def test_a_network_has_about_as_many_weights_as_requested(factor: int) -> None:
+    for requested in (PARAMETERS, 60_000, 400_000, 2_900_000):
+        network = new_regression_network(requested, factor, seed=0)
+        assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(requested, rel=0.1)
         assert network.shape["blocks"] <= 32
     assert network(torch.zeros(1, 3, 6, 5)).shape == (1, 3, 6 * factor, 5 * factor)
 
@@ -55,8 +55,8 @@ def test_what_edsr_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize("factor", [3, 4])
 def test_an_untrained_network_is_pil_s_bicubic(factor: int) -> None:
     low = gaussian_filter(pictures(5), (0, 1, 1, 0))[:, :, :12]
-    found = regression_outputs(new_regression_network(PARAMETERS, factor, seed=0), low)
-    error = np.abs(found.astype(int) - enlarge(low, factor, "bicubic"))
+    result = regression_outputs(new_regression_network(PARAMETERS, factor, seed=0), low)
+    error = np.abs(result.astype(int) - enlarge(low, factor, "bicubic"))
     assert error.max() <= 1 and (error > 0).mean() < 0.3  # PIL rounds twice
 
 
@@ -164,10 +164,10 @@ def test_the_stage_leaves_a_network_and_is_cached(cfg: DictConfig, monkeypatch: 
     directory = train_regression(cfg, PARAMETERS, options_of(cfg))
     assert given["options"].learning_rate == 0.01
     assert (given["options"].steps, given["options"].batch_size) == (4, 4)
-    facts = read_json(directory / "training.json")
-    assert facts["method"] == "regression" and facts["network"]["factor"] == 4
-    assert (facts["steps"], facts["images_seen"], facts["training_images"]) == (4, 16, 16)
-    assert facts["parameters"] == pytest.approx(PARAMETERS, rel=0.1) and facts["loss"] > 0
+    metadata = read_json(directory / "training.json")
+    assert metadata["method"] == "regression" and metadata["network"]["factor"] == 4
+    assert (metadata["steps"], metadata["images_seen"], metadata["training_images"]) == (4, 16, 16)
+    assert metadata["parameters"] == pytest.approx(PARAMETERS, rel=0.1) and metadata["loss"] > 0
     assert {path.name for path in directory.iterdir()} == {"regression.safetensors", "training.json", "stage.json"}
 
     corpus = corpus_of(cfg, "train")
@@ -175,9 +175,9 @@ def test_the_stage_leaves_a_network_and_is_cached(cfg: DictConfig, monkeypatch: 
     batch = [to_uint8(tensor) for tensor in given["batch"]]
     assert batch[1].shape == (4, SIZE, SIZE, 3) and (degrade(batch[1], 4) == batch[0]).all()
     low = degrade(corpus.images[rows], 4)
-    found = regression_outputs(load_regression(directory), low)
-    assert (found == regression_outputs(given["trained"][REGRESSION].eval(), low)).all()
-    assert (found != enlarge(low, 4, "bicubic")).mean() > 0.3
+    result = regression_outputs(load_regression(directory), low)
+    assert (result == regression_outputs(given["trained"][REGRESSION].eval(), low)).all()
+    assert (result != enlarge(low, 4, "bicubic")).mean() > 0.3
 
     given.clear()
     assert train_regression(cfg, PARAMETERS, options_of(cfg)) == directory and not given
@@ -197,8 +197,8 @@ def test_what_it_learns_from_is_in_its_fingerprint(cfg: DictConfig, change: dict
     directory, other = train_regression(cfg, PARAMETERS, options_of(cfg)), cfg.copy()
     for name, value in change.items():
         OmegaConf.update(other, name, value)
-    found = train_regression(other, PARAMETERS, options_of(other))
-    assert found != directory and (found / "regression.safetensors").is_file()
+    result = train_regression(other, PARAMETERS, options_of(other))
+    assert result != directory and (result / "regression.safetensors").is_file()
 
 
 def test_evaluation_is_not_in_its_fingerprint(cfg: DictConfig) -> None:

@@ -50,7 +50,7 @@ def server() -> Iterator[Store]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards of ten images each with captions, facts and copies across shards."""
+    """Three shards of ten images each with captions, metadata and copies across shards."""
     root = tmp_path_factory.mktemp("shards")
     for number in range(3):
         members: list[tuple[str, bytes]] = []
@@ -89,17 +89,17 @@ def source(store: Store, urls: str = "s3://tiles/set/part-{0..2}.tar", **options
     return WebDataset(urls, **given)
 
 
-def same(found: Corpus, expected: Corpus) -> None:
+def same(result: Corpus, expected: Corpus) -> None:
     """Bit for bit, but for the stamps of the shards."""
-    assert (found.directory / "images.npy").read_bytes() == (expected.directory / "images.npy").read_bytes()
-    pd.testing.assert_frame_equal(found.manifest.drop(columns="stamp"), expected.manifest.drop(columns="stamp"))
+    assert (result.directory / "images.npy").read_bytes() == (expected.directory / "images.npy").read_bytes()
+    pd.testing.assert_frame_equal(result.manifest.drop(columns="stamp"), expected.manifest.drop(columns="stamp"))
 
 
 # ------------------------------------------------------------------------------------------ reading, whatever happens
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (None, ""),
         (Fault("busy", times=3), "status 503 3"),
@@ -118,17 +118,17 @@ def test_faults_that_go_away_change_nothing(
     folder: Path,
     tmp_path: Path,
     fault: Fault | None,
-    said: str,
+    message: str,
     split: str,
     capsys: pytest.CaptureFixture,
 ) -> None:
     expected = index_corpus(WebDataset(str(folder), resolution=SIDE, workers=1, split=split), tmp_path / "here")
     store.faults += [replace(fault)] if fault else []
     capsys.readouterr()
-    found = index_corpus(source(store, split=split), tmp_path / "there")
-    same(found, expected)
+    result = index_corpus(source(store, split=split), tmp_path / "there")
+    same(result, expected)
     lines = [line for line in capsys.readouterr().err.splitlines() if "requests were repeated" in line]
-    assert [line.partition("repeated: ")[2] for line in lines] == ([said] if said else [])
+    assert [line.partition("repeated: ")[2] for line in lines] == ([message] if message else [])
 
 
 def test_deep_images_are_shown_as_from_the_disk(store: Store, tmp_path: Path) -> None:
@@ -142,26 +142,26 @@ def test_deep_images_are_shown_as_from_the_disk(store: Store, tmp_path: Path) ->
     system.put_file(str(here / "deep.tar"), "tiles/deep/deep.tar")
     expected = index_corpus(WebDataset(str(here), resolution=SIDE, split="all", workers=1), tmp_path / "here")
     store.faults += [Fault("busy", times=2), Fault("cut", times=1)]
-    found = index_corpus(source(store, "s3://tiles/deep/", split="all"), tmp_path / "there")
-    same(found, expected)
-    assert len(np.unique(found.images)) > 50
+    result = index_corpus(source(store, "s3://tiles/deep/", split="all"), tmp_path / "there")
+    same(result, expected)
+    assert len(np.unique(result.images)) > 50
 
 
 def test_splits_are_those_of_local_shards_and_read_each_shard_once(store: Store, folder: Path, tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
-        here = WebDataset(str(folder), resolution=SIDE, split=split, val_share=0.3, test_share=0.3)
-        there = source(store, split=split, val_share=0.3, test_share=0.3)
+        here = WebDataset(str(folder), resolution=SIDE, split=split, val_fraction=0.3, test_fraction=0.3)
+        there = source(store, split=split, val_fraction=0.3, test_fraction=0.3)
         assert there.manifest()["id"].tolist() == here.manifest()["id"].tolist()
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
-    parts = store.asked("GET")
+    parts = store.requested("GET")
     assert sum(stop - start for start, stop in parts) <= 1.02 * size
 
 
 def test_requests_are_few(store: Store, folder: Path, tmp_path: Path) -> None:
     """Of a shard of 30 members: a look, one read of its headers, one of its images, which lie side by side."""
     index_corpus(source(store, split="all"), tmp_path)
-    assert len(store.asked("HEAD")) == 3
-    parts = store.asked("GET")
+    assert len(store.requested("HEAD")) == 3
+    parts = store.requested("GET")
     assert len(parts) == 6, parts
     assert sum(stop - start for start, stop in parts) <= 2 * sum(path.stat().st_size for path in folder.glob("*.tar"))
 
@@ -170,16 +170,16 @@ def test_requests_are_few(store: Store, folder: Path, tmp_path: Path) -> None:
     "urls", ["s3://tiles/set/", "s3://tiles/set", "s3://tiles/set/*.tar", "s3://tiles/set/part-?.tar"]
 )
 def test_folders_and_patterns(store: Store, folder: Path, urls: str) -> None:
-    found = source(store, urls)
-    assert found.files == [f"s3://tiles/set/{path.name}" for path in sorted(folder.glob("*.tar"))]
-    listed, looked = found.version, source(store).version
+    result = source(store, urls)
+    assert result.files == [f"s3://tiles/set/{path.name}" for path in sorted(folder.glob("*.tar"))]
+    listed, looked = result.version, source(store).version
     assert listed == looked  # the tag of a listing is that of a look
 
 
 @pytest.mark.parametrize(
     "urls", ["s3://tiles/none/", "s3://tiles/set/x-*.tar", "s3://tiles/set/x.tar", "s3://gone/a.tar"]
 )
-def test_what_is_not_there_is_one_line_and_not_asked_for_again(store: Store, urls: str) -> None:
+def test_what_is_not_there_is_one_line_and_not_requested_again(store: Store, urls: str) -> None:
     with pytest.raises(UserError, match=r"there is no shard s3://") as caught:
         _ = source(store, urls).version
     assert "\n" not in str(caught.value)
@@ -205,14 +205,14 @@ def test_an_object_that_is_always_cut_is_as_a_shard_cut_on_the_disk(
         data = (folder / f"part-{number}.tar").read_bytes()
         (cut / f"part-{number}.tar").write_bytes(data[: at if number == 1 else None])
     store.faults.append(Fault("cut", path=r".*part-1\.tar", at=at))
-    found = index_corpus(source(store, split="all"), tmp_path / "there")
+    result = index_corpus(source(store, split="all"), tmp_path / "there")
     expected = index_corpus(WebDataset(str(cut), resolution=SIDE, split="all", workers=1), tmp_path / "here")
-    assert (np.asarray(found.images) == np.asarray(expected.images)).all()
+    assert (np.asarray(result.images) == np.asarray(expected.images)).all()
     columns = ["scene", "caption", "readable", "reason"]
-    pd.testing.assert_frame_equal(found.manifest[columns], expected.manifest[columns])
+    pd.testing.assert_frame_equal(result.manifest[columns], expected.manifest[columns])
     ids = expected.manifest["id"].str.replace(str(cut), "s3://tiles/set", regex=False)
-    assert found.manifest["id"].tolist() == ids.tolist()
-    assert (~found.readable).any()
+    assert result.manifest["id"].tolist() == ids.tolist()
+    assert (~result.readable).any()
 
 
 def test_members_that_end_early_after_the_headers_were_read_have_the_reason(store: Store, tmp_path: Path) -> None:
@@ -220,8 +220,8 @@ def test_members_that_end_early_after_the_headers_were_read_have_the_reason(stor
     there.manifest()
     place = there._items[14].image
     store.faults.append(Fault("cut", path=r".*part-1\.tar", at=place.start, until=place.end))
-    found = index_corpus(there, tmp_path)
-    assert found.manifest["reason"].tolist() == [CUT if row == 14 else "" for row in range(30)]
+    result = index_corpus(there, tmp_path)
+    assert result.manifest["reason"].tolist() == [CUT if row == 14 else "" for row in range(30)]
 
 
 def test_an_image_that_cannot_be_reached_is_announced_and_looked_for_again(
@@ -232,16 +232,16 @@ def test_an_image_that_cannot_be_reached_is_announced_and_looked_for_again(
     there.manifest()
     place = there._items[14].image
     store.faults.append(Fault("busy", path=r".*part-1\.tar", at=place.start, until=place.end))
-    found = index_corpus(there, tmp_path)
-    assert found.manifest["reason"].tolist() == [UNREACHABLE if row == 14 else "" for row in range(30)]
+    result = index_corpus(there, tmp_path)
+    assert result.manifest["reason"].tolist() == [UNREACHABLE if row == 14 else "" for row in range(30)]
     assert f"1 of 30 images quarantined: {UNREACHABLE} 1" in capsys.readouterr().err
 
     store.faults.clear()
     store.seen.clear()
     again = index_corpus(source(store, split="all"), tmp_path)
-    assert again.fingerprint != found.fingerprint
+    assert again.fingerprint != result.fingerprint
     same(again, expected)
-    assert store.asked("GET") == [(place.start, place.end)]  # the others are taken over
+    assert store.requested("GET") == [(place.start, place.end)]  # the others are taken over
     assert index_corpus(source(store, split="all"), tmp_path).fingerprint == again.fingerprint
 
 
@@ -270,7 +270,7 @@ def test_a_network_that_is_gone_ends_the_run_which_goes_on_later(
     gone.times = 0
     store.seen.clear()
     same(index_corpus(source(store, split="all"), tmp_path / "there"), expected)
-    assert not store.asked("GET", r".*part-0\.tar")  # its chunks were done
+    assert not store.requested("GET", r".*part-0\.tar")  # its chunks were done
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_stretches_hold_all_parts_and_do_not_overlap() -> None:
         assert len(joined) < len(parts)
 
 
-def test_what_may_pass_is_told_from_what_will_not() -> None:
+def test_what_may_pass_is_reported_from_what_will_not() -> None:
     import aiohttp
 
     s3 = pytest.importorskip("botocore.exceptions")
@@ -391,7 +391,7 @@ def test_shards_over_http_with_credentials_in_the_url(store: Store, folder: Path
         assert path.is_dir() or not any(text in path.read_bytes() for text in (b"pa55word", b"abcdef"))
 
 
-def test_http_troubles_are_told_apart(store: Store, tmp_path: Path) -> None:
+def test_http_troubles_are_reported_apart(store: Store, tmp_path: Path) -> None:
     """fsspec calls all of them a missing file."""
     url = f"http://127.0.0.1:{store.port}/tiles/set/part-0.tar"
     store.faults += [Fault("busy", "HEAD", times=1), Fault("busy", "GET", times=1)]
@@ -451,13 +451,13 @@ def test_what_is_no_credential_stays(text: str) -> None:
 def test_messages_hide_what_is_named_or_known_as_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(["hunter2hunter2"])
     monkeypatch.setenv("MY_API_KEY", "from-the-environment")
-    said = redacted(
+    message = redacted(
         "corpus.storage.secret=abc123 storage={key:AKIA,secret:xyz} 'token': 'ttt', hunter2hunter2 Bearer abcdefghij "
         "from-the-environment max_tokens=77"
     )
     for secret in ("abc123", "AKIA", "xyz", "ttt", "hunter2", "abcdefghij", "from-the-environment"):
-        assert secret not in said
-    assert "max_tokens=77" in said and "corpus.storage.secret=***" in said
+        assert secret not in message
+    assert "max_tokens=77" in message and "corpus.storage.secret=***" in message
 
 
 def test_storage_options_are_in_no_fingerprint_and_no_config() -> None:
@@ -544,8 +544,8 @@ def test_a_copy_is_whole_and_its_summary_comes_last(
     puts = [path.rpartition("/")[2] for method, path, _ in store.seen if method == "PUT"]
     assert [name for name in puts if name.endswith("json")][-1] == "summary.json"
     system, _ = remote.opened_system(prefix, Access(storage=store.storage))
-    found = {name.split("/", 2)[2]: system.cat_file(name) for name in system.find(prefix)}
-    assert found == {
+    copied = {name.split("/", 2)[2]: system.cat_file(name) for name in system.find(prefix)}
+    assert copied == {
         path.relative_to(result).as_posix(): path.read_bytes() for path in result.rglob("*") if path.is_file()
     }
     with pytest.raises(UserError, match=r"copy_to=s3://tiles/.* is not empty"):
@@ -625,15 +625,15 @@ def test_an_export_behind_a_url_is_the_one_on_the_disk(
     assert capsys.readouterr().out == f"export: {prefix}\n"
     export(selection, store, form, str(tmp_path / "here"), tmp_path / "results")
     system, _ = remote.opened_system(prefix, Access(storage=store.storage))
-    found = {name.split("/", 3)[3]: system.cat_file(name) for name in system.find(prefix)}
-    facts = json.loads(found.pop("export.json"))
-    assert facts["to"] == form and facts["images"] == 10 and facts["selection"] == selection.name
+    result = {name.split("/", 3)[3]: system.cat_file(name) for name in system.find(prefix)}
+    metadata = json.loads(result.pop("export.json"))
+    assert metadata["to"] == form and metadata["images"] == 10 and metadata["selection"] == selection.name
     here = {
         path.relative_to(tmp_path / "here").as_posix(): path
         for path in (tmp_path / "here").rglob("*")
         if path.is_file()
     }
-    assert found == {name: path.read_bytes() for name, path in here.items()}
+    assert result == {name: path.read_bytes() for name, path in here.items()}
     assert not list((tmp_path / "results").rglob("*.*"))
     export(selection, store, form, prefix, tmp_path / "results")  # the same again
     with pytest.raises(UserError, match="not empty"):
@@ -685,7 +685,7 @@ def run_command(script: str, tmp_path: Path, *options: str, **variables: str) ->
     )
 
 
-def told(tmp_path: Path, done: subprocess.CompletedProcess) -> Iterator[tuple[str, bytes]]:
+def given(tmp_path: Path, done: subprocess.CompletedProcess) -> Iterator[tuple[str, bytes]]:
     yield "stdout", done.stdout.encode()
     yield "stderr", done.stderr.encode()
     for path in tmp_path.rglob("*"):
@@ -721,7 +721,7 @@ def test_no_command_writes_or_says_a_credential(store: Store, tmp_path: Path) ->
         if variables:
             *_, copied, last = done.stdout.splitlines()
             assert copied == f"copied: {prefix}" and last.startswith("selection: ")
-        for where, data in told(tmp_path, done):
+        for where, data in given(tmp_path, done):
             for secret in (bad, worse, SECRET, KEY, "pa55word", "Zqt0ken"):
                 assert secret.encode() not in data, (where, secret, arguments)
     assert "***" in (tmp_path / "runs" / "multirun.yaml").read_text()

@@ -107,12 +107,12 @@ def test_comparison_sheet_enlarges_small_inputs_and_labels_rows_at_the_left(tile
 
 
 def test_correctness_is_a_row_of_the_sheet_with_its_colours_explained(tiles):
-    shares = np.zeros((2, 8, 8, 3), dtype=np.float32)
-    shares[0, :4, :, 0], shares[0, 4:, :, 1], shares[1, :4, :, 2], shares[1, 4:] = 1, 1, 1, np.nan
+    fractions = np.zeros((2, 8, 8, 3), dtype=np.float32)
+    fractions[0, :4, :, 0], fractions[0, 4:, :, 1], fractions[1, :4, :, 2], fractions[1, 4:] = 1, 1, 1, np.nan
     red, blue, green, grey = (ImageColor.getrgb(colour) for colour in CORRECTNESS.values())
     assert list(CORRECTNESS) == ["hallucination", "omission", "improvement", "no detail"]
-    pictures = correctness_pictures(shares)
-    assert pictures.dtype == np.uint8 and pictures.shape == shares.shape
+    pictures = correctness_pictures(fractions)
+    assert pictures.dtype == np.uint8 and pictures.shape == fractions.shape
     for of, colour in ((pictures[0, :4], red), (pictures[0, 4:], blue), (pictures[1, :4], green)):
         assert (of == colour).all() and max(colour) == colour[(red, green, blue).index(colour)]
     assert (pictures[1, 4:] == grey).all()
@@ -175,13 +175,13 @@ def test_scenes_are_counted_by_what_was_seen_in_them():
 def test_confusion_figure_draws_shares_of_each_scene():
     panels = confusion_figure(CONFUSIONS).axes
     names = [label.get_text() for label in panels[0].get_yticklabels()]
-    assert names == ["airport", "beach", "forest"]  # forest was seen, though not asked for
+    assert names == ["airport", "beach", "forest"]  # forest was seen, though not requested
     assert [axes.get_title(loc="left") for axes in panels[:2]] == ["photographs", "rsprune"]
     np.testing.assert_allclose(panels[0].images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
     np.testing.assert_allclose(panels[1].images[0].get_array(), [[0, 0.25, 0.75], [0, 0.5, 0.5], [0, 0, 0]])
     many = {"photographs": {f"s{number:03d}": {"s000": 1 + number} for number in range(300)}}
-    shares = confusion_figure(many, most=5).axes[0].images[0].get_array()
-    assert shares.shape == (5, 5) and not shares.any()  # the five largest, in which another one is seen
+    fractions = confusion_figure(many, most=5).axes[0].images[0].get_array()
+    assert fractions.shape == (5, 5) and not fractions.any()  # the five largest, in which another one is seen
 
 
 def test_figures_leave_no_global_state_and_the_same_bytes():
@@ -213,7 +213,7 @@ def _write(path, tiles, **options):
         figures=[("Curve", "falls", png_bytes(tiles[0]))],
         sheets=[("Sheet", "drawn", sheet)],
         galleries={"rsprune": [Gallery("ocean", tiles[:2], tiles[2:], 2, 1234)]},
-        facts={"seed": "0"},
+        metadata={"seed": "0"},
         **options,
     )
     return Page(path)
@@ -328,7 +328,7 @@ def test_prune_report_maps_the_embeddings(tmp_path):
 def test_prune_report_says_what_the_entropy_step_and_the_duplicate_guard_did(tmp_path):
     selection, images = _selection(50), np.zeros((50, 8, 8, 3), dtype=np.uint8)
     counts = {"dropped_by_entropy": 1234, "returned_by_entropy": 0, "skipped_as_duplicate": 56, "clusters": 7}
-    summary = {**_summary(selection), "facts": counts}
+    summary = {**_summary(selection), "metadata": counts}
     write_prune_report(tmp_path / "a", selection, summary, images, np.random.default_rng(0))
     text = " ".join(Page(tmp_path / "a").text)
     assert "dropped by entropy 1,234" in text
@@ -337,20 +337,20 @@ def test_prune_report_says_what_the_entropy_step_and_the_duplicate_guard_did(tmp
 
 def test_prune_report_shows_where_on_earth_and_why_not(tmp_path):
     selection = _selection(300)
-    places = pd.DataFrame({"lon": np.linspace(-170, 170, 300), "lat": np.linspace(-80, 80, 300)})
-    places.loc[:9, "lon"] = np.nan
+    locations = pd.DataFrame({"lon": np.linspace(-170, 170, 300), "lat": np.linspace(-80, 80, 300)})
+    locations.loc[:9, "lon"] = np.nan
     summary = {**_summary(selection), "quarantined": {"empty file": 2}}
-    summary |= {"weights": {"largest": 41.0, "effective_size": 1203.4}, "facts": {"scene_accuracy": 0.875}}
+    summary |= {"weights": {"largest": 41.0, "effective_size": 1203.4}, "metadata": {"scene_accuracy": 0.875}}
     images = np.zeros((300, 8, 8, 3), dtype=np.uint8)
-    write_prune_report(tmp_path / "a", selection, summary, images, np.random.default_rng(0), places=places)
+    write_prune_report(tmp_path / "a", selection, summary, images, np.random.default_rng(0), locations=locations)
     text = " ".join(Page(tmp_path / "a").text)
     assert "Where 290 images lie" in text and "2 empty file" in text
     assert "at most 41; as varied as 1,203 images alike" in text and "87.5%" in text
     kept = selection["kept"].to_numpy()
-    axes = world_figure(places["lon"].to_numpy()[10:], places["lat"].to_numpy()[10:], kept[10:]).axes[0]
+    axes = world_figure(locations["lon"].to_numpy()[10:], locations["lat"].to_numpy()[10:], kept[10:]).axes[0]
     drawn = {points.get_label(): points.get_offsets() for points in axes.collections}
     assert len(drawn["kept"]) == kept[10:].sum() and len(drawn["dropped"]) == (~kept[10:]).sum()
-    np.testing.assert_allclose(drawn["kept"], places.to_numpy()[10:][kept[10:]])
+    np.testing.assert_allclose(drawn["kept"], locations.to_numpy()[10:][kept[10:]])
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 5])
@@ -358,11 +358,11 @@ def test_the_map_parts_what_differs(kinds):
     random = np.random.default_rng(0)
     truth = np.arange(200) % kinds
     embeddings = 4 * random.standard_normal((kinds, 30))[truth] + random.standard_normal((200, 30))
-    places = embedding_map(embeddings, truth.astype(str))
-    assert places.shape == (200, 2) and np.isfinite(places).all()
+    locations = embedding_map(embeddings, truth.astype(str))
+    assert locations.shape == (200, 2) and np.isfinite(locations).all()
     if kinds > 1:
-        means = np.stack([places[truth == kind].mean(axis=0) for kind in range(kinds)])
-        nearest = ((places[:, None] - means[None]) ** 2).sum(axis=2).argmin(axis=1)
+        means = np.stack([locations[truth == kind].mean(axis=0) for kind in range(kinds)])
+        nearest = ((locations[:, None] - means[None]) ** 2).sum(axis=2).argmin(axis=1)
         assert (nearest == truth).mean() > 0.8
 
 
@@ -405,13 +405,18 @@ def test_published_rows_make_the_document_and_what_is_not_here_stays(tmp_path: P
     assert [path.name for path in published.iterdir()] == ["quality.jsonl"]
     write_results(published, target)
     text = target.read_text()
-    places = [text.index(part) for part in ("## Every method", "12.3", "old tail", "their own")]
-    assert places == sorted(places) and "old note" not in text and text.count("## A made long tail") == 1
+    locations = [text.index(part) for part in ("## Every method", "12.3", "old tail", "their own")]
+    assert locations == sorted(locations) and "old note" not in text and text.count("## A made long tail") == 1
     write_results(published, target)
     assert target.read_text() == text
-    facts = {"methods": [{"method": "random", "scenes": 7, "seconds": 1.0}], "images": 9, "corpus": "x", "noise": 0.1}
+    metadata = {
+        "methods": [{"method": "random", "scenes": 7, "seconds": 1.0}],
+        "images": 9,
+        "corpus": "x",
+        "noise": 0.1,
+    }
     (results / "long_tail").mkdir()
-    (results / "long_tail" / "long_tail.json").write_text(json.dumps({**facts, "ratio": 0.5}))
+    (results / "long_tail" / "long_tail.json").write_text(json.dumps({**metadata, "ratio": 0.5}))
     write_results(publish(results, "local"), target)
     assert (
         "old tail" not in target.read_text() and "9 tiles of x" in target.read_text() and "12.3" in target.read_text()

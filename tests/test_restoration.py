@@ -18,7 +18,7 @@ from encoders.perceptual import LEAST, PerceptualScorer, perceptual_scorer
 from eval.metrics import METRICS, compute
 from eval.pairs import LARGEST_PSNR
 from eval.restoration import (
-    SHARES,
+    FRACTIONS,
     colour_error,
     consistency,
     correctness_maps,
@@ -42,12 +42,12 @@ PHOTOGRAPHS = ("astronaut", "coffee", "chelsea")  # scikit-image ships them
 
 def photographs(side: int) -> np.ndarray:
     """The middle of each photograph, uint8 [3, side, side, 3]."""
-    found = []
+    result = []
     for name in PHOTOGRAPHS:
         image = getattr(data, name)()
         top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-        found.append(image[top : top + side, left : left + side])
-    return np.stack(found)
+        result.append(image[top : top + side, left : left + side])
+    return np.stack(result)
 
 
 def noisy(images: np.ndarray, strength: float, seed: int = 0) -> np.ndarray:
@@ -179,34 +179,34 @@ def scores_by_the_formula(image: np.ndarray, truth: np.ndarray, enlarged: np.nda
 def test_correctness_by_its_formula():
     truth = photographs(64)
     enlarged, images = blurred(truth, 2), noisy(blurred(truth, 1), 4)
-    found = correctness_maps(images, truth, enlarged)
-    assert found.shape == truth.shape and found.dtype == np.float32
-    counts = np.isfinite(found).all(-1)
-    np.testing.assert_array_equal(counts, np.isfinite(found).any(-1))
-    np.testing.assert_allclose(found[counts].sum(-1), 1, atol=1e-6)
+    result = correctness_maps(images, truth, enlarged)
+    assert result.shape == truth.shape and result.dtype == np.float32
+    counts = np.isfinite(result).all(-1)
+    np.testing.assert_array_equal(counts, np.isfinite(result).any(-1))
+    np.testing.assert_allclose(result[counts].sum(-1), 1, atol=1e-6)
     assert 0.25 <= counts.mean() < 0.9
     checked = 0
     for place in np.argwhere(counts)[::97]:
         colours = [x[tuple(place)].astype(float) for x in (images, truth, enlarged)]
         if (colours[1] != colours[2]).any():
-            np.testing.assert_allclose(found[tuple(place)], scores_by_the_formula(*colours), atol=1e-6)
+            np.testing.assert_allclose(result[tuple(place)], scores_by_the_formula(*colours), atol=1e-6)
             checked += 1
     assert checked > 20
 
 
-def test_what_is_invented_missed_and_found_is_told_apart():
+def test_what_is_invented_missed_and_found_is_reported_apart():
     truth = photographs(64)
     enlarged = blurred(truth, 2)
     invented = noisy(enlarged, 60)
     by_output = {"improvement": truth, "omission": enlarged, "hallucination": invented}
     functions = {"hallucination": hallucination, "omission": omission, "improvement": improvement}
-    assert tuple(functions) == SHARES
+    assert tuple(functions) == FRACTIONS
     for expected, images in by_output.items():
-        shares = {name: function(images, truth, enlarged) for name, function in functions.items()}
-        assert max(shares, key=shares.get) == expected and shares[expected] > 0.6
-        assert sum(shares.values()) == pytest.approx(1)
+        fractions = {name: function(images, truth, enlarged) for name, function in functions.items()}
+        assert max(fractions, key=fractions.get) == expected and fractions[expected] > 0.6
+        assert sum(fractions.values()) == pytest.approx(1)
         means = [np.nanmean(image, (0, 1)) for image in correctness_maps(images, truth, enlarged)]
-        assert list(shares.values()) == pytest.approx(np.mean(means, axis=0), abs=1e-5)
+        assert list(fractions.values()) == pytest.approx(np.mean(means, axis=0), abs=1e-5)
 
 
 def test_where_nothing_is_missing_all_detail_is_invented():
@@ -232,9 +232,9 @@ def test_spread_by_hand():
     deviation = np.sqrt((2 * 10**2 + 20**2) / 2)
     expected = np.zeros((2, 4, 4))
     expected[0, 1, 2] = deviation * 2 / 3
-    found = spread_map(samples)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    result = spread_map(samples)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
     assert spread(samples) == pytest.approx(expected.mean())
     assert spread(samples[:, :1]) is None
     with pytest.raises(ValueError, match="two or more"):
@@ -265,9 +265,9 @@ def test_shapes_that_do_not_fit_are_refused():
             pair(images, images[:2])
         with pytest.raises(ValueError, match="not \\[N, H, W, 3\\]"):
             pair(images[..., :2], images[..., :2])
-    for share in (hallucination, omission, improvement, correctness_maps):
+    for fraction in (hallucination, omission, improvement, correctness_maps):
         with pytest.raises(ValueError, match="differ in shape"):
-            share(images, images, images[:, ::2])
+            fraction(images, images, images[:, ::2])
     for of in (spread, spread_map):
         with pytest.raises(ValueError, match="not \\[N, k, H, W, 3\\]"):
             of(images)
@@ -282,11 +282,11 @@ def test_the_registry_computes_what_its_inputs_allow():
     of_low = {"consistency", "reflectance", "spectral", "spatial"}
     assert set(compute({"degraded": low, "low": low}, of={})) == of_low
     known = {"images": enlarged, "truth": truth, "enlarged": enlarged, "degraded": low.astype(np.float32), "low": low}
-    found = compute(known, of={})
+    result = compute(known, of={})
     pairs = {"psnr", "ssim", "psnr_y", "ssim_y", "colour_error"}
-    assert set(found) == of_low | pairs | set(SHARES) | {"niqe", "synthesis"}
-    assert None not in found.values()
-    assert all(METRICS[name].shown in ("evaluation", "file") for name in found)
+    assert set(result) == of_low | pairs | set(FRACTIONS) | {"niqe", "synthesis"}
+    assert None not in result.values()
+    assert all(METRICS[name].shown in ("evaluation", "file") for name in result)
 
 
 # ---------------------------------------------------------------- LPIPS
@@ -318,15 +318,15 @@ def by_hand(path: Path, images: np.ndarray, truth: np.ndarray) -> np.ndarray:
     first, second = (
         ((torch.tensor(x).float() / 127.5 - 1 - shift) / scale).permute(0, 3, 1, 2) for x in (images, truth)
     )
-    found = torch.zeros(len(images))
+    result = torch.zeros(len(images))
     with torch.no_grad():
         for index, layer in enumerate(layers[:12]):
             first, second = layer(first.clone()), layer(second.clone())
             if index in (1, 4, 7, 9, 11):
                 a, b = (torch.nn.functional.normalize(x, dim=1) for x in (first, second))
                 weight = channels[f"lin{(1, 4, 7, 9, 11).index(index)}.model.1.weight"].view(1, -1, 1, 1)
-                found += ((a - b).square() * weight).sum(1).mean((1, 2))
-    return found.numpy()
+                result += ((a - b).square() * weight).sum(1).mean((1, 2))
+    return result.numpy()
 
 
 def test_lpips_by_its_formula(weights):
@@ -334,11 +334,11 @@ def test_lpips_by_its_formula(weights):
     assert isinstance(scorer, PerceptualScorer)
     truth = photographs(64)
     images = np.stack([noisy(truth[:1], 10)[0], blurred(truth[1:2], 2)[0], truth[2]])
-    found = scorer.scores(images, truth)
-    assert found.dtype == np.float32 and found.shape == (3,)
-    np.testing.assert_allclose(found, by_hand(weights, images, truth), rtol=1e-4, atol=1e-7)
-    assert found[0] > 0 and found[1] > 0 and found[2] == 0
-    assert compute({"lpips_scores": found}, of={}) == {"lpips": pytest.approx(found.mean())}
+    result = scorer.scores(images, truth)
+    assert result.dtype == np.float32 and result.shape == (3,)
+    np.testing.assert_allclose(result, by_hand(weights, images, truth), rtol=1e-4, atol=1e-7)
+    assert result[0] > 0 and result[1] > 0 and result[2] == 0
+    assert compute({"lpips_scores": result}, of={}) == {"lpips": pytest.approx(result.mean())}
 
 
 def test_lpips_reads_what_torch_saves_and_leaves_the_random_numbers_alone(weights, tmp_path):

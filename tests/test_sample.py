@@ -151,9 +151,9 @@ def test_without_metadata_it_is_the_plain_pipeline(plain_run: Path, placed_run: 
 
 def test_metadata_changes_the_image(placed_run: Path) -> None:
     sampler = load_sampler(placed_run, batch_size=3)
-    places = ({}, {"lon": -60}, {"lon": -60, "lat": -3}, {"lat": -3, "lon": 100})
-    drawn = [sampler.draw("a desert", 5, **SETTINGS, metadata=place) for place in places]
-    assert len({images.tobytes() for images in drawn}) == len(places)
+    locations = ({}, {"lon": -60}, {"lon": -60, "lat": -3}, {"lat": -3, "lon": 100})
+    drawn = [sampler.draw("a desert", 5, **SETTINGS, metadata=location) for location in locations]
+    assert len({images.tobytes() for images in drawn}) == len(locations)
     assert (sampler.draw("a desert", 2, **SETTINGS, metadata={"lat": "-3", "lon": -60.0}) == drawn[2][:2]).all()
 
 
@@ -202,8 +202,8 @@ def broken(run: Path, target: Path, change: str) -> Path:
     elif change == "index":
         (pipeline / "model_index.json").write_text("{")
     elif change == "code":
-        facts = read_json(pipeline / "model_index.json")
-        write_json(pipeline / "model_index.json", {**facts, "unet": ["evil", "Network"]})
+        metadata = read_json(pipeline / "model_index.json")
+        write_json(pipeline / "model_index.json", {**metadata, "unet": ["evil", "Network"]})
     else:
         (pipeline / FOLDER / "config.json").write_text('{"width": 8, "fields": {"lon": {}}}')
     return target
@@ -279,10 +279,10 @@ def test_the_command_leaves_images_a_sheet_and_what_they_are(call: Command, plac
     folder = drawn(call, tmp_path, *given, "images=3")
     assert folder.parent == tmp_path / "results" / "samples"
     images = pixels(folder)
-    facts = read_json(folder / "samples.json")
-    assert (facts["seed"], facts["steps"], facts["pipeline"]) == (7, 2, "StableDiffusionPipeline")
-    assert [(image["file"], image["number"]) for image in facts["images"]] == [(f"000{i}.png", i) for i in range(3)]
-    assert {image["prompt"] for image in facts["images"]} == {"a coast, desert (and it's) ocean"}
+    metadata = read_json(folder / "samples.json")
+    assert (metadata["seed"], metadata["steps"], metadata["pipeline"]) == (7, 2, "StableDiffusionPipeline")
+    assert [(image["file"], image["number"]) for image in metadata["images"]] == [(f"000{i}.png", i) for i in range(3)]
+    assert {image["prompt"] for image in metadata["images"]} == {"a coast, desert (and it's) ocean"}
     assert images.shape == (3, SIZE, SIZE, 3)
     sheet = np.asarray(Image.open(folder / "sheet.png"))
     for number, image in enumerate(images):
@@ -302,8 +302,8 @@ def test_the_command_leaves_images_a_sheet_and_what_they_are(call: Command, plac
 
 @pytest.mark.slow
 def test_places_and_prompts_are_rows_with_the_same_noise(call: Command, placed_run: Path, tmp_path: Path) -> None:
-    places = "sample.places=[{name:Amazon,lon:-60,lat:-3},{lon:10}]"
-    folder = drawn(call, tmp_path, f"foundation={placed_run}", 'prompt=["a, b", ice]', "images=2", places)
+    locations = "sample.locations=[{name:Amazon,lon:-60,lat:-3},{lon:10}]"
+    folder = drawn(call, tmp_path, f"foundation={placed_run}", 'prompt=["a, b", ice]', "images=2", locations)
     listed = read_json(folder / "samples.json")["images"]
     assert [image["prompt"] for image in listed] == ["a, b"] * 4 + ["ice"] * 4
     assert [image["place"] for image in listed] == (["Amazon"] * 2 + ["lon 10"] * 2) * 2
@@ -361,11 +361,11 @@ def test_bad_options_are_refused_before_anything_is_drawn(
         ({"images": "none"}, "images=none: give a whole number"),
         ({"sample.batch_size": 0}, "batch_size=0"),
         ({"foundation": "scratch"}, "holds no pipeline"),
-        ({"foundation": str(plain_run), "sample.places": [{"lon": 1}]}, "has no metadata_encoder"),
+        ({"foundation": str(plain_run), "sample.locations": [{"lon": 1}]}, "has no metadata_encoder"),
         ({"sample.metadata": {"snow": 1}}, "does not know snow"),
         ({"sample.metadata": 7}, "sample.metadata=7: give a number to each field"),
-        ({"sample.places": ["Amazon"]}, "give a list of places"),
-        ({"sample.places": [{"lon": 1}, {"name": "Amazon", "lon": "x"}]}, "metadata lon=x: give a number"),
+        ({"sample.locations": ["Amazon"]}, "give a list of places"),
+        ({"sample.locations": [{"lon": 1}, {"name": "Amazon", "lon": "x"}]}, "metadata lon=x: give a number"),
         ({"sample.out": "full"}, "is not empty"),
     ]
     cfg = config("prompt=ice", f"foundation={placed_run}")
@@ -497,7 +497,7 @@ def test_the_page_renders_in_a_browser_without_a_network(demo: str, tmp_path: Pa
     page = done.stdout
     assert re.search(r"<h1[^>]*>\s*RS-Prune\s*</h1>", page) and "<textarea" in page
     assert re.search(r"<button[^>]*>\s*(<!--.*?-->)?\s*Draw", page)
-    for text in ("Prompt", "Use place", "Longitude", "Super-resolution", "Mask → image"):
+    for text in ("Prompt", "Use location", "Longitude", "Super-resolution", "Mask → image"):
         assert text in page, text
 
 
@@ -509,7 +509,7 @@ def test_the_page_has_no_place_and_says_what_its_tabs_need_unless_the_models_hav
     props = [block.get("props", {}) for block in blocks.get_config_file()["components"]]
     labels, texts = {own.get("label") for own in props}, "".join(str(own.get("value")) for own in props)
     assert {"Prompt", "Images", "Seed", "Steps", "Guidance", "Text → image"} <= labels
-    assert not {"Longitude", "Use place", "Bicubic", "Mask"} & labels and "knows no places" in texts
+    assert not {"Longitude", "Use location", "Bicubic", "Mask"} & labels and "knows no locations" in texts
     for name in ("super_resolution", "semantic_synthesis"):
         assert f"downstream/{name}.py" in texts and f"make demo {name.upper()}=DIR" in texts
 

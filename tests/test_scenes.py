@@ -39,23 +39,23 @@ def kinds_of(known: int, count: int = 8000, kinds: int = 60, dimensions: int = 4
 
 
 def evenness(kinds: np.ndarray, count: int) -> float:
-    shares = np.bincount(kinds, minlength=count) / len(kinds)
-    shares = shares[shares > 0]
-    return float(-(shares * np.log(shares)).sum() / np.log(count))
+    fractions = np.bincount(kinds, minlength=count) / len(kinds)
+    fractions = fractions[fractions > 0]
+    return float(-(fractions * np.log(fractions)).sum() / np.log(count))
 
 
 def test_a_classifier_is_right_where_the_nearest_prototype_is_not() -> None:
     reference, labels = stretched(600, 0)
     embeddings, truth = stretched(2000, 1)
-    accuracy, said = {}, {}
+    accuracy, message = {}, {}
     for classifier in CLASSIFIERS:
-        method = SceneRandom(floor_quantile=0.0, scene_classifier=classifier)
-        found = select_from_arrays(method, embeddings, ratio=0.5, reference=reference, labels=labels)
-        accuracy[classifier] = (found.scene == truth).mean()
-        said[classifier] = found.facts["scene_accuracy"]
+        method = SceneRandom(threshold_quantile=0.0, scene_classifier=classifier)
+        result = select_from_arrays(method, embeddings, ratio=0.5, reference=reference, labels=labels)
+        accuracy[classifier] = (result.scene == truth).mean()
+        message[classifier] = result.metadata["scene_accuracy"]
     assert min(accuracy["lda"], accuracy["logistic"]) > accuracy["prototypes"] + 0.1
     for classifier in CLASSIFIERS:  # measured on halves, so on fewer images than it is used with
-        assert said[classifier] == pytest.approx(accuracy[classifier], abs=0.06)
+        assert message[classifier] == pytest.approx(accuracy[classifier], abs=0.06)
 
 
 def test_the_held_out_accuracy_is_that_of_images_it_was_not_fitted_to() -> None:
@@ -89,17 +89,17 @@ def test_tightness_is_that_of_clusters_of_images_not_seen() -> None:
 def test_unknown_kinds_get_their_share(method: type) -> None:
     """Three quarters of the kinds are in no reference class; as one scene they would share a sixth of the budget."""
     embeddings, kind, reference, labels = kinds_of(known=15)
-    found = {
+    result = {
         split: select_from_arrays(method(split_open=split), embeddings, ratio=0.85, reference=reference, labels=labels)
         for split in (False, True)
     }
-    even = {split: evenness(kind[selection.kept], 60) for split, selection in found.items()}
+    even = {split: evenness(kind[selection.kept], 60) for split, selection in result.items()}
     assert even[True] > 0.88 and even[True] > even[False] + 0.05
-    assert len(set(kind[found[True].kept].tolist())) == 60
-    names = set(found[True].scene) - set(map(str, range(5)))
+    assert len(set(kind[result[True].kept].tolist())) == 60
+    names = set(result[True].scene) - set(map(str, range(5)))
     assert all(name.startswith("open ") for name in names) and 6 <= len(names) <= 30
-    assert set(found[False].scene) - set(map(str, range(5))) == {"open"}
-    assert len(found[True].kept) == len(found[False].kept) == 1200
+    assert set(result[False].scene) - set(map(str, range(5))) == {"open"}
+    assert len(result[True].kept) == len(result[False].kept) == 1200
 
 
 def test_open_images_of_one_kind_are_one_stratum() -> None:
@@ -113,7 +113,11 @@ def test_splitting_changes_nothing_where_all_scenes_are_known() -> None:
     embeddings, _, reference, labels = kinds_of(known=60)
     kept = [
         select_from_arrays(
-            RSPrune(floor_quantile=0.0, split_open=split), embeddings, ratio=0.85, reference=reference, labels=labels
+            RSPrune(threshold_quantile=0.0, split_open=split),
+            embeddings,
+            ratio=0.85,
+            reference=reference,
+            labels=labels,
         ).kept
         for split in (False, True)
     ]

@@ -85,8 +85,8 @@ def test_it_ends_when_val_stops_improving(
     monkeypatch.setattr(module, "_measured", scored)
     corpus = striped(tmp_path, 16, 0)
     options = replace(OPTIONS, round_images=8, batch_size=4, most_rounds=6)
-    state, found = train_segmenter(new_network(options, 2), corpus, corpus, options)
-    assert [entry["round"] for entry in found] == list(range(1, rounds + 1))
+    state, result = train_segmenter(new_network(options, 2), corpus, corpus, options)
+    assert [entry["round"] for entry in result] == list(range(1, rounds + 1))
     best = int(np.argmax(miou[:rounds]))
     assert all(torch.equal(state[key], kept[best][key]) for key in state)
     assert not all(torch.equal(kept[best][key], kept[best - 1][key]) for key in state)
@@ -94,16 +94,16 @@ def test_it_ends_when_val_stops_improving(
 
 def test_it_is_a_stage_of_its_own(tmp_path: Path) -> None:
     cfg = task_config(tmp_path)
-    found = trained_segmenter(cfg)
-    assert found.directory.parent == tmp_path / "runs" / "segmenter"
-    facts = read_json(found.directory / "training.json")
-    assert facts["best_round"] in {entry["round"] for entry in facts["rounds"]} and facts["seconds"] > 0
-    assert found(pictures(2)).shape == (2, 16, 16)
-    assert trained_segmenter(cfg).key == found.key
+    result = trained_segmenter(cfg)
+    assert result.directory.parent == tmp_path / "runs" / "segmenter"
+    metadata = read_json(result.directory / "training.json")
+    assert metadata["best_round"] in {entry["round"] for entry in metadata["rounds"]} and metadata["seconds"] > 0
+    assert result(pictures(2)).shape == (2, 16, 16)
+    assert trained_segmenter(cfg).key == result.key
     cfg.downstream.steps = 7
     cfg.eval.seed = 7
     cfg.seed = 7
-    assert trained_segmenter(cfg).key == found.key
+    assert trained_segmenter(cfg).key == result.key
     with pytest.raises(UserError, match="patience=0: give at least 1"):
         replace(OPTIONS, patience=0)
     cfg.downstream.segmenter.encoder = "resnet18_of_nobody"

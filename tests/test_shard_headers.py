@@ -57,7 +57,7 @@ def test_a_second_look_reads_no_headers(shards: str, tmp_path: Path, monkeypatch
         [broken, *_] = sorted((tmp_path / "shards").iterdir())
         broken.write_bytes(b"cut")
         assert WebDataset(shards, resolution=8, workers=0).manifest().equals(first), "what is broken is read again"
-        assert json.loads(gzip.decompress(broken.read_bytes()))["places"]
+        assert json.loads(gzip.decompress(broken.read_bytes()))["entries"]
 
 
 def test_a_changed_shard_is_read_again(shards: str, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_shipped_model_that_is_not_here_is_one_line(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="this copy of the repository has no shipped foundation")
-def test_the_shipped_model_is_small_and_draws_the_scene_that_it_is_asked_for() -> None:
+def test_the_shipped_model_is_small_and_draws_the_scene_that_it_is_requested() -> None:
     assert size_of(FOLDER) <= 12_000_000
     sampler = load_sampler(foundation_path("shipped"))
     assert next(sampler.pipeline.unet.parameters()).dtype == torch.float32

@@ -140,9 +140,9 @@ def test_odd_images_are_read(name: str) -> None:
 @pytest.mark.parametrize("name", QUARANTINED)
 def test_broken_images_have_a_reason(name: str) -> None:
     data, reason = QUARANTINED[name]
-    found = decode_image(data, SIDE)
-    assert isinstance(found, str) and found
-    assert reason is None or found == reason
+    result = decode_image(data, SIDE)
+    assert isinstance(result, str) and result
+    assert reason is None or result == reason
 
 
 def jpegs_of_all_kinds() -> list[bytes]:
@@ -362,11 +362,11 @@ def shards(tmp_path: Path) -> Path:
     for number in range(2):
         members: list[tuple[str, bytes]] = []
         for row in range(number * 6, number * 6 + 6):
-            facts = {"scene": f"scene{row % 3}", "lon": row * 10.0, "split": "test" if row == 11 else "train"}
+            metadata = {"scene": f"scene{row % 3}", "lon": row * 10.0, "split": "test" if row == 11 else "train"}
             members += [
                 (f"s{row:03d}.jpg", encoded(texture(row), "JPEG", quality=95)),
                 (f"s{row:03d}.txt", f"caption {row}".encode()),
-                (f"s{row:03d}.json", json.dumps(facts).encode()),
+                (f"s{row:03d}.json", json.dumps(metadata).encode()),
                 (f"s{row:03d}.mask.png", mask),
             ]
         shard(folder / f"part-{number}.tar", members)
@@ -387,7 +387,7 @@ def test_webdataset_reads_what_the_library_reads(shards: Path, tmp_path: Path) -
     for image, mask, sample in zip(corpus.images, corpus.masks, expected, strict=True):
         assert (image == np.asarray(Image.open(io.BytesIO(sample["jpg"])))).all() and (mask == 1).all()
     assert WebDataset(urls, split="test").manifest()["id"].tolist() == ["s011"]
-    parts = [WebDataset(urls, split=split, val_share=0.5).manifest()["id"].tolist() for split in ("train", "val")]
+    parts = [WebDataset(urls, split=split, val_fraction=0.5).manifest()["id"].tolist() for split in ("train", "val")]
     assert sorted([*parts[0], *parts[1]]) == [f"s{row:03d}" for row in range(11)] and all(parts)
 
 
@@ -418,8 +418,8 @@ def test_members_are_grouped_as_the_library_groups_them(names: list[str]) -> Non
         texts = [sample["txt"]] if "txt" in sample else []
         expected.append((sample["__key__"], min(images, default=None), sample.get("mask.png"), texts, bool(doubled)))
         doubled.clear()
-    found = grouped(dotted, [kind_of(name, b"") for name in dotted])
-    assert [(one.key, one.image, one.mask, one.texts, bool(one.doubled)) for one in found if found] == expected
+    result = grouped(dotted, [kind_of(name, b"") for name in dotted])
+    assert [(one.key, one.image, one.mask, one.texts, bool(one.doubled)) for one in result if result] == expected
 
 
 @pytest.mark.parametrize("urls", ["a.tar", "d/{00..03}.tar", "a{b,c{1..2}}.tar::http://x/{9..10}.tar", "{a}.tar"])
@@ -545,9 +545,9 @@ def test_a_shard_that_breaks_off_anywhere_says_so(tmp_path: Path) -> None:
         assert (CUT in [image for image in read if isinstance(image, str)]) == cut, name
 
 
-def test_odd_facts_stop_nothing(tmp_path: Path) -> None:
+def test_odd_metadata_stop_nothing(tmp_path: Path) -> None:
     good = encoded(texture(), "JPEG")
-    facts = [
+    metadata = [
         {"captions": 7},
         {"text": 5},
         {"caption": "\ud83d"},
@@ -558,13 +558,13 @@ def test_odd_facts_stop_nothing(tmp_path: Path) -> None:
     ]
     members = [
         pair
-        for row, fact in enumerate(facts)
+        for row, fact in enumerate(metadata)
         for pair in ((f"{row}.jpg", good), (f"{row}.json", json.dumps(fact).encode()))
     ]
     others = [(name, good) for name in ("a.jpg", "a#2.jpg", "b.jpg", "a.jpg")]
     shard(tmp_path / "a.tar", [*members, *others, ("c.json", b"[" * 99_999)])
     corpus = index_corpus(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path / "runs")
-    assert corpus.readable.sum() == len(facts) + 3 and corpus.manifest["id"].is_unique
+    assert corpus.readable.sum() == len(metadata) + 3 and corpus.manifest["id"].is_unique
 
 
 @pytest.mark.parametrize("urls", ["{000..", "foo://a.tar", "{folder}", "${NOWHERE}.tar"])
@@ -625,7 +625,7 @@ def test_huggingface_sets_are_read(saved: Path, tmp_path: Path, place: str, stre
     for row in range(6):
         assert (corpus.images[row] == np.asarray(texture(row))).all()
     splits = [
-        set(HuggingFace(str(saved / place), split=split, val_share=0.2, test_share=0.5).manifest()["id"])
+        set(HuggingFace(str(saved / place), split=split, val_fraction=0.2, test_fraction=0.5).manifest()["id"])
         for split in ("train", "val", "test")
     ]
     assert sum(map(len, splits)) == len(set.union(*splits)) == 7
@@ -722,7 +722,7 @@ def test_geotiff_names_what_cannot_be_tiled(scenes: Path, tmp_path: Path) -> Non
     reasons = index_corpus(GeoTiff(str(scenes), resolution=80), tmp_path / "runs").manifest.set_index("id")["reason"]
     assert reasons["b.tif"] == "smaller than a tile" and reasons["alps/a.tif/000000_000000"] == ""
     with pytest.raises(UserError, match="no images"):
-        index_corpus(GeoTiff(str(scenes / "b.tif"), resolution=32, split="test", test_share=0), tmp_path / "runs")
+        index_corpus(GeoTiff(str(scenes / "b.tif"), resolution=32, split="test", test_fraction=0), tmp_path / "runs")
     with pytest.raises(UserError, match="counted from 1"):
         GeoTiff(str(scenes), bands=(0, 1, 2))
     whole = (scenes / "alps" / "a.tif").read_bytes()
@@ -743,7 +743,7 @@ def test_geotiff_splits_share_no_pixel(scenes: Path) -> None:
     covered = np.zeros((96, 128), int)
     grounds = {}
     for split in ("train", "val", "test"):
-        options = {"tile": 16, "resolution": 16, "overlap": 8, "block": 2, "val_share": 0.3, "test_share": 0.3}
+        options = {"tile": 16, "resolution": 16, "overlap": 8, "block": 2, "val_fraction": 0.3, "test_fraction": 0.3}
         tiles = GeoTiff(str(scenes / "alps" / "a.tif"), split=split, **options).manifest()
         assert len(tiles) and (tiles["ground"] != "").any()
         canvas = np.zeros((96, 128), bool)
@@ -875,14 +875,14 @@ def test_only_what_is_new_or_changed_is_read_again(
     if content_hash:
         os.utime(growing / "7.png", ns=(1, 1))  # touched, the same bytes
     corpus = scan_corpus(source(), runs, LocalEntropy(), encoder)
-    found = arrays_of(corpus, runs, encoder)
+    result = arrays_of(corpus, runs, encoder)
     assert [corpus.manifest["id"][row] for row in seen] == ["5.png", "55.png"] and sum(embedded) == 2
     assert "3.png" not in set(corpus.manifest["id"]) and len(corpus) == 9
 
     whole = arrays_of(scan_corpus(source(), tmp_path / "anew", LocalEntropy(), encoder), tmp_path / "anew", encoder)
-    np.testing.assert_array_equal(found[0], whole[0])
-    np.testing.assert_array_equal(found[1], whole[1])
-    np.testing.assert_allclose(found[2].astype(float), whole[2].astype(float), rtol=2e-3, atol=2e-3)
+    np.testing.assert_array_equal(result[0], whole[0])
+    np.testing.assert_array_equal(result[1], whole[1])
+    np.testing.assert_allclose(result[2].astype(float), whole[2].astype(float), rtol=2e-3, atol=2e-3)
 
 
 def test_a_scan_that_is_new_finds_what_earlier_indexes_have(
@@ -893,15 +893,15 @@ def test_a_scan_that_is_new_finds_what_earlier_indexes_have(
     real = EfficientNetLite0.__call__
     monkeypatch.setattr(EfficientNetLite0, "__call__", lambda self, x: embedded.append(len(x)) or real(self, x))
     first, second = (EfficientNetLite0(input_size=side, batch_size=4) for side in (32, 64))
-    runs, found = tmp_path / "runs", []
+    runs, result = tmp_path / "runs", []
     for number, encoder in enumerate((first, second, second, second, first, second)):
         if number >= 2:
             texture(50 + number).save(growing / f"more{number}.png")
         embedded.clear()
         corpus = scan_corpus(ImageFolder(str(growing), resolution=32), runs, LocalEntropy(), encoder)
         entropy, embeddings = corpus_entropy(corpus, LocalEntropy(), runs), corpus_embeddings(corpus, encoder, runs)
-        found.append(sum(embedded))
-    assert found == [9, 9, 1, 1, 3, 2]
+        result.append(sum(embedded))
+    assert result == [9, 9, 1, 1, 3, 2]
     np.testing.assert_allclose(entropy, [LocalEntropy()(image) for image in corpus.images], rtol=1e-6)
     np.testing.assert_allclose(embeddings, second(np.asarray(corpus.images)), atol=2e-3)
 

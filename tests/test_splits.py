@@ -40,7 +40,7 @@ CORPORA = ("bluemarble", "folder", "geotiff", "huggingface", "torchgeo", "webdat
 
 
 @pytest.fixture(autouse=True)
-def nothing_told() -> None:
+def notices_again() -> None:
     notice.cache_clear()
 
 
@@ -49,29 +49,29 @@ def place(identifier: str) -> float:
     return int(hashlib.sha256(identifier.encode()).hexdigest()[:16], 16) / 2**64
 
 
-@pytest.mark.parametrize("test_share", HELD_OUT_BEFORE)
-@pytest.mark.parametrize("val_share", [0.0, 0.1, 0.5])
-def test_the_test_ids_are_those_from_before_val(test_share: float, val_share: float) -> None:
-    chosen = [hashed_split(identifier, val_share, test_share) for identifier in IDS]
+@pytest.mark.parametrize("test_fraction", HELD_OUT_BEFORE)
+@pytest.mark.parametrize("val_fraction", [0.0, 0.1, 0.5])
+def test_the_test_ids_are_those_from_before_val(test_fraction: float, val_fraction: float) -> None:
+    chosen = [hashed_split(identifier, val_fraction, test_fraction) for identifier in IDS]
     test = "\n".join(identifier for identifier, split in zip(IDS, chosen, strict=True) if split == "test")
-    assert hashlib.sha256(test.encode()).hexdigest() == HELD_OUT_BEFORE[test_share]
-    assert chosen.count("val") / len(IDS) == pytest.approx(val_share, abs=0.01)
+    assert hashlib.sha256(test.encode()).hexdigest() == HELD_OUT_BEFORE[test_fraction]
+    assert chosen.count("val") / len(IDS) == pytest.approx(val_fraction, abs=0.01)
     for identifier, split in zip(IDS, chosen, strict=True):
-        expected = "test" if place(identifier) < test_share else "train"
-        assert split == ("val" if test_share <= place(identifier) < test_share + val_share else expected)
+        expected = "test" if place(identifier) < test_fraction else "train"
+        assert split == ("val" if test_fraction <= place(identifier) < test_fraction + val_fraction else expected)
 
 
-def of(names: list[str], **shares: float) -> dict[str, set[str]]:
+def of(names: list[str], **fractions: float) -> dict[str, set[str]]:
     """Ids of each split where id k is named names[k % len(names)]."""
     given = [names[number % len(names)] for number in range(len(IDS))]
-    found = assigned("photos", IDS, given, **{"val_share": 0.1, "test_share": 0.2, **shares})
-    of_split = {name: {i for i, split in zip(IDS, found, strict=True) if split == name} for name in splits.SPLITS[1:]}
+    result = assigned("photos", IDS, given, **{"val_fraction": 0.1, "test_fraction": 0.2, **fractions})
+    of_split = {name: {i for i, split in zip(IDS, result, strict=True) if split == name} for name in splits.SPLITS[1:]}
     assert sum(map(len, of_split.values())) == len(IDS)
     return of_split
 
 
-def named(names: list[str], *wanted: str) -> set[str]:
-    return {identifier for number, identifier in enumerate(IDS) if names[number % len(names)] in wanted}
+def named(names: list[str], *requested: str) -> set[str]:
+    return {identifier for number, identifier in enumerate(IDS) if names[number % len(names)] in requested}
 
 
 def test_three_named_splits_stay_as_they_are(capsys: pytest.CaptureFixture) -> None:
@@ -82,38 +82,38 @@ def test_three_named_splits_stay_as_they_are(capsys: pytest.CaptureFixture) -> N
 
 @pytest.mark.parametrize("names", [[""], ["train"], ["Training"]], ids=str)
 def test_nothing_named_or_train_alone_goes_by_the_hash(names: list[str]) -> None:
-    found = of(names)
-    assert found["test"] == {identifier for identifier in IDS if place(identifier) < 0.2}
-    assert found["val"] == {identifier for identifier in IDS if 0.2 <= place(identifier) < 0.1 + 0.2}
+    result = of(names)
+    assert result["test"] == {identifier for identifier in IDS if place(identifier) < 0.2}
+    assert result["val"] == {identifier for identifier in IDS if 0.2 <= place(identifier) < 0.1 + 0.2}
 
 
 def test_val_comes_out_of_train_where_train_and_test_are_named(capsys: pytest.CaptureFixture) -> None:
     names = ["train", "train", "testing"]
-    found = of(names)
-    assert found["test"] == named(names, "testing")
-    assert found["val"] == {identifier for identifier in named(names, "train") if place(identifier) < 0.1}
-    assert found["train"] == named(names, "train") - found["val"]
+    result = of(names)
+    assert result["test"] == named(names, "testing")
+    assert result["val"] == {identifier for identifier in named(names, "train") if place(identifier) < 0.1}
+    assert result["train"] == named(names, "train") - result["val"]
     line = capsys.readouterr().err
     assert line == (
-        f"photos: the data set names no val: of its train images a hash of the id takes {len(found['val'])} as val\n"
+        f"photos: the data set names no val: of its train images a hash of the id takes {len(result['val'])} as val\n"
     )
-    assert of(names, val_share=0.0)["train"] == named(names, "train") and capsys.readouterr().err == ""
+    assert of(names, val_fraction=0.0)["train"] == named(names, "train") and capsys.readouterr().err == ""
 
 
 def test_half_of_val_is_test_where_train_and_val_are_named(capsys: pytest.CaptureFixture) -> None:
     names = ["train", "validation", "train"]
-    found = of(names)
-    assert found["train"] == named(names, "train")
-    assert found["val"] | found["test"] == named(names, "validation") and not found["val"] & found["test"]
-    assert found["test"] == {identifier for identifier in named(names, "validation") if place(identifier) < 0.5}
+    result = of(names)
+    assert result["train"] == named(names, "train")
+    assert result["val"] | result["test"] == named(names, "validation") and not result["val"] & result["test"]
+    assert result["test"] == {identifier for identifier in named(names, "validation") if place(identifier) < 0.5}
     assert capsys.readouterr().err.count("names no test: of its val images") == 1
 
 
 def test_an_image_without_a_name_goes_by_the_hash_beside_those_with_one() -> None:
     names = ["train", "val", "test", ""]
-    found, nameless = of(names), named(names, "")
-    assert {identifier for identifier in nameless if place(identifier) < 0.2} == found["test"] & nameless
-    assert named(names, "val") < found["val"] and named(names, "test") < found["test"]
+    result, nameless = of(names), named(names, "")
+    assert {identifier for identifier in nameless if place(identifier) < 0.2} == result["test"] & nameless
+    assert named(names, "val") < result["val"] and named(names, "test") < result["test"]
 
 
 def test_what_has_an_unknown_name_is_not_trained_on(capsys: pytest.CaptureFixture) -> None:
@@ -124,11 +124,11 @@ def test_what_has_an_unknown_name_is_not_trained_on(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("names", [["val"], ["test"], ["val", "test"]], ids=str)
 def test_images_named_held_out_are_never_trained_on(names: list[str]) -> None:
-    found = of(names)
-    assert not found["train"] and found["val"] == named(names, "val") and found["test"] == named(names, "test")
+    result = of(names)
+    assert not result["train"] and result["val"] == named(names, "val") and result["test"] == named(names, "test")
 
 
-def test_the_same_line_is_said_once(capsys: pytest.CaptureFixture) -> None:
+def test_the_same_line_is_reported_once(capsys: pytest.CaptureFixture) -> None:
     for _ in range(3):
         of(["train", "test"])
     assert capsys.readouterr().err.count("\n") == 1
@@ -149,8 +149,8 @@ def test_every_usual_name_is_known() -> None:
     ("options", "message"),
     [
         (("validation", 0.1, 0.1, None, 64), "all, train, val, test"),
-        (("all", -0.1, 0.1, None, 64), "corpus.val_share=-0.1"),
-        (("all", 0.1, 1.0, None, 64), "corpus.test_share=1.0"),
+        (("all", -0.1, 0.1, None, 64), "corpus.val_fraction=-0.1"),
+        (("all", 0.1, 1.0, None, 64), "corpus.test_fraction=1.0"),
         (("all", 0.5, 0.5, None, 64), "leave nothing to train on"),
         (("all", 0.1, 0.1, 0, 64), "corpus.limit=0"),
         (("all", 0.1, 0.1, None, 0), "corpus.resolution=0"),
@@ -229,8 +229,8 @@ def test_every_source_knows_the_same_names(kind: str, tmp_path: Path) -> None:
         lines = (f'{{"file_name": "Beach/{n}.png", "text": "no {n}", "split": "{s}"}}' for n, s in enumerate(names))
         (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     elif kind == "shards":
-        facts = [(f"{number}.json", f'{{"split": "{name}"}}'.encode()) for number, name in enumerate(names)]
-        shard(place, [*((f"{number}.png", one) for number, one in enumerate(data)), *facts])
+        metadata = [(f"{number}.json", f'{{"split": "{name}"}}'.encode()) for number, name in enumerate(names)]
+        shard(place, [*((f"{number}.png", one) for number, one in enumerate(data)), *metadata])
     elif kind == "table":
         table.to_parquet(tmp_path / "all.parquet")
     counts = [len(sources[kind](str(place), split=split).manifest()) for split in ("train", "val", "test")]
@@ -241,8 +241,8 @@ def test_parts_of_a_set_are_called_by_the_same_names() -> None:
     parts = {"Training": 5, "test_a": 3, "validation-1": 2}
     assert part_names(parts) == {name: name for name in parts}
     named = [name for name, count in parts.items() for _ in range(count)]
-    found = assigned("photos", [str(number) for number in range(10)], named, 0.1, 0.1)
-    assert found == ["train"] * 5 + ["test"] * 3 + ["val"] * 2
+    result = assigned("photos", [str(number) for number in range(10)], named, 0.1, 0.1)
+    assert result == ["train"] * 5 + ["test"] * 3 + ["val"] * 2
 
 
 def test_images_in_no_split_s_folder_are_counted(capsys: pytest.CaptureFixture) -> None:
@@ -257,9 +257,9 @@ def test_images_in_no_split_s_folder_are_counted(capsys: pytest.CaptureFixture) 
 
 def test_copies_are_where_the_first_of_them_is() -> None:
     firsts = np.arange(len(IDS)) // 2 * 2  # every image and the one after it
-    found = assigned("photos", IDS, [""] * len(IDS), 0.1, 0.2, firsts)
-    assert found[::2] == found[1::2] == [hashed_split(identifier, 0.1, 0.2) for identifier in IDS[::2]]
-    assert found[::2] == assigned("photos", IDS, [""] * len(IDS), 0.1, 0.2)[::2]
+    result = assigned("photos", IDS, [""] * len(IDS), 0.1, 0.2, firsts)
+    assert result[::2] == result[1::2] == [hashed_split(identifier, 0.1, 0.2) for identifier in IDS[::2]]
+    assert result[::2] == assigned("photos", IDS, [""] * len(IDS), 0.1, 0.2)[::2]
 
 
 def test_a_copy_without_a_name_goes_with_the_one_that_has_it() -> None:
@@ -295,7 +295,7 @@ def equal_files(root: Path, count: int, large: bool = False) -> None:
 def test_no_copy_of_a_held_out_image_is_trained_on(kind: str, content_hash: bool, large: bool, tmp_path: Path) -> None:
     equal_files(tmp_path / "a", 20, large)
     files = sorted(path for path in (tmp_path / "a").rglob("*") if path.is_file())
-    options = {"test_share": 0.3} if kind == "table" else {"test_share": 0.3, "content_hash": content_hash}
+    options = {"test_fraction": 0.3} if kind == "table" else {"test_fraction": 0.3, "content_hash": content_hash}
     if kind == "folder":
         read = lambda split: ImageFolder(str(tmp_path / "a"), split=split, **options)  # noqa: E731
     elif kind == "shards":
@@ -324,9 +324,9 @@ def test_images_without_copies_stay_where_they_were(tmp_path: Path) -> None:
         data[10_000] = number
         (tmp_path / f"{number:02d}.png").write_bytes(data)
     for split in ("train", "val", "test"):
-        found = ImageFolder(str(tmp_path), split=split, test_share=0.3).manifest()["id"].tolist()
+        result = ImageFolder(str(tmp_path), split=split, test_fraction=0.3).manifest()["id"].tolist()
         names = [f"{number:02d}.png" for number in range(40)]
-        assert found == [name for name in names if hashed_split(name, 0.1, 0.3) == split]
+        assert result == [name for name in names if hashed_split(name, 0.1, 0.3) == split]
 
 
 def test_copies_between_named_folders_are_a_column(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

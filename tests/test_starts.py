@@ -30,18 +30,18 @@ ROWS = [
 
 
 def test_differences_are_paired_by_seed_and_have_students_interval() -> None:
-    found = starts(ROWS).set_index(["step", "other", "metric"])
+    result = starts(ROWS).set_index(["step", "other", "metric"])
     differences = np.array([90 - 100.5, 91 - 101.0, 92 - 101.5])
     expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    line = found.loc[(125, "random", KID)]
+    line = result.loc[(125, "random", KID)]
     assert line["mean"] == pytest.approx(differences.mean())
     assert (line["low"], line["high"]) == pytest.approx((expected.low, expected.high))
     assert (line["seeds"], line["verdict"]) == (3, "better")
-    assert found.loc[(125, "random", "miou"), "verdict"] == "better"  # more is better there
-    assert found.loc[(250, "random", KID), "verdict"] == "tie"
-    alone = found.loc[(250, "scratch", KID)]
+    assert result.loc[(125, "random", "miou"), "verdict"] == "better"  # more is better there
+    assert result.loc[(250, "random", KID), "verdict"] == "tie"
+    alone = result.loc[(250, "scratch", KID)]
     assert (alone["mean"], alone["seeds"], alone["verdict"]) == (10, 1, "unknown")
-    assert "nearest_mask" not in found.index.get_level_values("other")
+    assert "nearest_mask" not in result.index.get_level_values("other")
 
 
 def test_the_table_says_the_verdict_of_every_length() -> None:

@@ -62,8 +62,8 @@ def test_one_step_is_the_estimate_of_the_image_from_noise(restorer: Restorer) ->
     with torch.no_grad():
         seen = torch.cat([noise, condition], dim=1)
         velocity = restorer.pipeline.unet(seen, 999.0, encoder_hidden_states=text).sample
-    found = restorer.draw(condition, noise, text, 1)
-    torch.testing.assert_close(found, noise - velocity, rtol=0.01, atol=0.01)
+    result = restorer.draw(condition, noise, text, 1)
+    torch.testing.assert_close(result, noise - velocity, rtol=0.01, atol=0.01)
 
 
 def test_the_dial_goes_from_the_mean_to_a_draw(restorer: Restorer) -> None:
@@ -74,8 +74,8 @@ def test_the_dial_goes_from_the_mean_to_a_draw(restorer: Restorer) -> None:
     mean = torch.stack([restorer.draw(condition, part, text, 1) for part in parts]).mean(0)
     draws = torch.stack([restorer.draw(condition, part, text, 5) for part in parts[:2]]).mean(0)
     between = with_options(restorer, dial=0.25, samples=2, mean_draws=3)
-    found = between._between(condition, torch.from_numpy(noise), text)
-    torch.testing.assert_close(found, 0.75 * mean + 0.25 * draws)
+    result = between._between(condition, torch.from_numpy(noise), text)
+    torch.testing.assert_close(result, 0.75 * mean + 0.25 * draws)
     assert between.options.noises == 3
     assert with_options(restorer, dial=1, samples=2, mean_draws=9).options.noises == 2
     assert with_options(restorer, dial=0, samples=7, mean_draws=1).options.noises == 1
@@ -113,7 +113,7 @@ def test_known_rebuilt_inputs_change_nothing(restorer: Restorer) -> None:
     np.testing.assert_allclose(model(LOW, noise_of(5), rebuilt=rebuilt), model(LOW, noise_of(5)), atol=1e-3)
 
 
-def test_noise_of_a_level_that_the_network_is_told() -> None:
+def test_noise_of_a_level_that_the_network_is_reported() -> None:
     levels, rows = (0, 20), np.arange(40)
     low = np.full((40, 4, 4, 3), 128, np.uint8)
     shown, texts = _examples(low, rows, levels, 4, [""] * 40, seed=3)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(cfg: DictConfig) -> None:
     if cfg.ratio > 1:
-        raise UserError(f"ratio={cfg.ratio}\nis no share")
+        raise UserError(f"ratio={cfg.ratio}\nis no fraction")
     if cfg.seed == 6:
         raise OSError(28, "No space left on device")
     if cfg.seed == 7:
@@ -45,14 +45,14 @@ def sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int
 @pytest.mark.parametrize(
     ("arguments", "results", "bad", "code"),
     [
-        (["ratio=0.5,1.5,0.8"], ["Random 0.5 0", "Random 0.8 0"], ["ratio=1.5: ratio=1.5 is no share"], 2),
+        (["ratio=0.5,1.5,0.8"], ["Random 0.5 0", "Random 0.8 0"], ["ratio=1.5: ratio=1.5 is no fraction"], 2),
         (["ratio=1.5,0.8", "seed=7,1"], ["Random 0.8 1"],
-         ["ratio=1.5 seed=7: ratio=1.5 is no share", "ratio=1.5 seed=1: ratio=1.5 is no share",
+         ["ratio=1.5 seed=7: ratio=1.5 is no fraction", "ratio=1.5 seed=1: ratio=1.5 is no fraction",
           "ratio=0.8 seed=7: ValueError: nobody foresaw it (traceback: runs/failed_cells/"], 1),
         (["prune=no_such,rsprune"], ["RSPrune 0.85 0"], ["prune=no_such: In 'config': Could not find"], 2),
         (["prune.no_such=1,2"], [], ["prune.no_such=1: Could not", "prune.no_such=2: Could not"], 2),
         (["seed=6,1"], ["Random 0.85 1"], ["seed=6: no space left on the disk of runs"], 2),
-        (["ratio=1.5"], [], ["prune=random ratio=1.5: ratio=1.5 is no share"], 2),
+        (["ratio=1.5"], [], ["prune=random ratio=1.5: ratio=1.5 is no fraction"], 2),
     ],
 )  # fmt: skip
 def test_a_bad_cell_does_not_end_a_sweep(
@@ -80,10 +80,10 @@ def test_a_launcher_that_starts_processes_ends_the_same_way(tmp_path: Path, argu
     assert done.returncode == code, done.stderr
     assert sorted(done.stdout.splitlines()) == ["result: Random 0.5 0", "result: Random 0.8 0"]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: cell ")]
-    assert errors == (["error: cell ratio=1.5: ratio=1.5 is no share"] if code else [])
+    assert errors == (["error: cell ratio=1.5: ratio=1.5 is no fraction"] if code else [])
 
 
-def test_a_duration_is_said_as_people_do() -> None:
+def test_a_duration_is_reported_as_people_do() -> None:
     assert [duration(seconds) for seconds in (0.4, 89, 90, 600, 5400, 9000)] == [
         "0 s", "89 s", "2 min", "10 min", "1.5 h", "2.5 h",
     ]  # fmt: skip
@@ -100,7 +100,7 @@ def test_a_single_run_ends_as_before(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert sweep(monkeypatch, tmp_path, "ratio=1.5") == 2
-    assert capsys.readouterr().err == "error: ratio=1.5 is no share\n"
+    assert capsys.readouterr().err == "error: ratio=1.5 is no fraction\n"
     with pytest.raises(ValueError, match="nobody"):
         sweep(monkeypatch, tmp_path, "seed=7")
 
@@ -111,7 +111,7 @@ def test_of_several_processes_none_goes_on_alone(
     """The others would wait for it in the next collective operation."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sweep(monkeypatch, tmp_path, "-m", "ratio=1.5,0.8") == 2
-    assert capsys.readouterr() == ("", "error: ratio=1.5 is no share\n")
+    assert capsys.readouterr() == ("", "error: ratio=1.5 is no fraction\n")
 
 
 def test_an_interrupt_ends_the_sweep(

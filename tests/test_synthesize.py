@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from rasterio.transform import from_origin
-from test_upscale import build, names, read, said_anew  # noqa: F401
+from test_upscale import build, names, notices_again, read  # noqa: F401
 
 from corpus.masks import IGNORED
 from downstream.any_size import TileOptions, synthesized, whole
@@ -48,9 +48,9 @@ def synthesize(source: Path, target: Path, run: Path, *overrides: str) -> None:
 def classes(height: int = 35, width: int = 27, seed: int = 0) -> np.ndarray:
     """Blobs of classes 0 to 2, with pixels of none."""
     cells = np.random.default_rng(seed).integers(0, 3, (-(-height // 5), -(-width // 5))).astype(np.uint8)
-    found = cells.repeat(5, axis=0).repeat(5, axis=1)[:height, :width].copy()
-    found[3:9, 4:7] = IGNORED
-    return found
+    result = cells.repeat(5, axis=0).repeat(5, axis=1)[:height, :width].copy()
+    result[3:9, 4:7] = IGNORED
+    return result
 
 
 def geotiff(path: Path, values: np.ndarray, **profile: object) -> Path:

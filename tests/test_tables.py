@@ -76,7 +76,7 @@ def test_markdown_shows_rounded_values_intervals_and_the_best_measured_one():
     shown = column["balanced KID×10³ geoembed ↓"]
     assert cells["rsprune"][shown] == "**227.4** [214.0, 240.0]"
     assert cells["full"][shown] == "330.1 [316.7, 342.7]"
-    assert cells["real_train"][shown] == "8.5 [-4.9, 21.1]"  # better than any method, and a floor: not marked
+    assert cells["real_train"][shown] == "8.5 [-4.9, 21.1]"  # better than any method, and a reference row: not marked
     precision = column["balanced precision geoembed ↑"]
     assert cells["full"][precision] == "**0.600**"
     assert cells["random"][precision] == "**0.600**"  # 0.5996 is shown alike, so it is marked alike

@@ -20,7 +20,7 @@ from downstream.tiling import (
     in_context,
     padded_length,
     reflected,
-    tile_shares,
+    tile_fractions,
     tile_starts,
     tile_window,
 )
@@ -93,16 +93,16 @@ def test_positions_beyond_the_end_are_mirrored_as_numpy_does(length: int, stop: 
 @given(st.integers(16, 400), st.sampled_from([0, 1, 8, 12, 15]))
 def test_weights_are_positive_smooth_and_add_up_to_one(length: int, overlap: int) -> None:
     starts = tile_starts(length, 16, overlap)
-    shares, total = tile_shares(starts, 16, overlap), np.zeros(length)
-    for start, share in zip(starts, shares, strict=True):
-        total[start : start + 16] += share
-    assert (shares > 0).all() and np.abs(total - 1).max() < 1e-6
+    fractions, total = tile_fractions(starts, 16, overlap), np.zeros(length)
+    for start, fraction in zip(starts, fractions, strict=True):
+        total[start : start + 16] += fraction
+    assert (fractions > 0).all() and np.abs(total - 1).max() < 1e-6
     window = tile_window(16, overlap)
     assert (window == window[::-1]).all() and window.min() > 0
 
 
 def test_where_two_tiles_overlap_their_ramps_are_sine_and_cosine() -> None:
-    first, second = tile_shares([0, 24], 32, 8)
+    first, second = tile_fractions([0, 24], 32, 8)
     middles = np.pi / 2 * (np.arange(8) + 0.5) / 8
     assert np.allclose(first[24:], np.cos(middles) ** 2, atol=1e-6)
     assert np.allclose(second[:8], np.sin(middles) ** 2, atol=1e-6)
@@ -200,8 +200,8 @@ def test_overlapping_tiles_start_from_the_same_noise() -> None:
 def test_strips_come_with_their_neighbours(heights: list[int], rows: int) -> None:
     image = np.arange(sum(heights))[:, None]
     ends = np.cumsum(heights)
-    found = list(in_context(np.split(image, ends[:-1]), rows))
-    for (part, above, below), start, end, after in zip(found, [0, *ends[:-1]], ends, [*heights[1:], 0], strict=True):
+    result = list(in_context(np.split(image, ends[:-1]), rows))
+    for (part, above, below), start, end, after in zip(result, [0, *ends[:-1]], ends, [*heights[1:], 0], strict=True):
         assert above == min(rows, start) and below == min(rows, after)
         assert (part == image[start - above : end + below]).all()
 

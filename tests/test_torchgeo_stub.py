@@ -254,7 +254,7 @@ def test_a_split_that_the_class_has_not_is_left_out(root: Path) -> None:
     assert ids.tolist() == ["train"] * 6 + ["test"] * 6
     parts = {split: source("TwoSplits", root, split=split).manifest()["id"] for split in ("train", "val", "test")}
     assert parts["test"].tolist() == ids_of("test", 6)
-    parts = {split: source("TwoSplits", root, split=split, val_share=0.5).manifest()["id"] for split in parts}
+    parts = {split: source("TwoSplits", root, split=split, val_fraction=0.5).manifest()["id"] for split in parts}
     assert sorted([*parts["train"], *parts["val"]]) == ids_of("train", 6) and 0 < len(parts["val"]) < 6
     assert parts["test"].tolist() == ids_of("test", 6)
 
@@ -268,7 +268,9 @@ def test_splits_go_by_other_names_too(root: Path) -> None:
 
 def test_splits_of_which_none_is_trained_on_say_nothing(root: Path) -> None:
     """VHR-10 has the splits positive and negative."""
-    parts = [source("Kinds", root, split=split, val_share=0.3, test_share=0.3) for split in ("train", "val", "test")]
+    parts = [
+        source("Kinds", root, split=split, val_fraction=0.3, test_fraction=0.3) for split in ("train", "val", "test")
+    ]
     ids = [identifier for part in parts for identifier in part.manifest()["id"]]
     assert sorted(ids) == [*ids_of("negative", 6), *ids_of("positive", 6)]
     assert all(0 < len(part.manifest()) < 12 for part in parts)
@@ -277,10 +279,10 @@ def test_splits_of_which_none_is_trained_on_say_nothing(root: Path) -> None:
 def test_a_class_without_splits_is_split_by_a_hash(root: Path) -> None:
     ids = source("NoSplits", root).manifest()["id"].tolist()
     assert ids == [f"all/{row:08d}" for row in range(6)]
-    shares = {"val_share": 0.2, "test_share": 0.5}
-    parts = [source("NoSplits", root, split=split, **shares).manifest()["id"] for split in ("train", "val", "test")]
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.5}
+    parts = [source("NoSplits", root, split=split, **fractions).manifest()["id"] for split in ("train", "val", "test")]
     assert sorted(identifier for part in parts for identifier in part) == ids and 0 < len(parts[2]) < 6
-    assert len(source("NoSplits", root, split="test", test_share=0).manifest()) == 0
+    assert len(source("NoSplits", root, split="test", test_fraction=0).manifest()) == 0
 
 
 def test_a_limit_thins_evenly(root: Path) -> None:
@@ -393,8 +395,8 @@ def test_images_are_squared_and_made_smaller(root: Path, monkeypatch: pytest.Mon
     wide = np.asarray(texture(0, side=40))[:32]
     image = torch.from_numpy(wide.transpose(2, 0, 1).copy()).float()
     monkeypatch.setattr(NoSplits, "__getitem__", lambda self, row: {"image": image, "label": 0}, raising=False)
-    found = next(iter(source("NoSplits", root).reader(np.array([0]))()))
-    assert np.abs(found - wide[:, 4:36].reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))).max() <= 0.51
+    result = next(iter(source("NoSplits", root).reader(np.array([0]))()))
+    assert np.abs(result - wide[:, 4:36].reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))).max() <= 0.51
 
 
 @pytest.mark.parametrize("name", ["Nothing", "RasterDataset", "DatasetNotFoundError", "__name__"])

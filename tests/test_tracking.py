@@ -36,7 +36,7 @@ SPEED = {"loss", "learning_rate", "images_per_second", "model_flops_utilisation"
 
 
 class Run:
-    """A run that keeps what it is told."""
+    """A run that keeps what it gets."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options, self.logged, self.artifacts = options, [], []
@@ -83,10 +83,10 @@ def recorder(runs: list[Run]) -> ModuleType:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    found: list[Run] = []
+    result: list[Run] = []
     monkeypatch.setattr(tracking, "_failed_modes", set())
-    monkeypatch.setitem(sys.modules, "wandb", recorder(found))
-    return found
+    monkeypatch.setitem(sys.modules, "wandb", recorder(result))
+    return result
 
 
 def pixels(path: Path | io.BytesIO) -> np.ndarray:
@@ -204,17 +204,17 @@ def test_wandb_that_fails_on_the_way_ends_no_stage_and_spares_tensorboard(
 def test_a_server_that_failed_once_is_not_waited_for_again(
     runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    asked, init = [], sys.modules["wandb"].init
+    requested, init = [], sys.modules["wandb"].init
 
     def start(**options: Any) -> Run:
-        asked.append(options["mode"])
+        requested.append(options["mode"])
         return init(**options) if options["mode"] == "offline" else broken()
 
     monkeypatch.setattr(sys.modules["wandb"], "init", start)
     for stage in ("prune", "pretrain", "prune"):
         with track(config(tmp_path, "tracker=wandb", "tracker.mode=online"), stage, "name"):
             pass
-    assert asked == ["online", "offline", "offline", "offline"]
+    assert requested == ["online", "offline", "offline", "offline"]
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -374,7 +374,7 @@ def test_a_command_whose_wandb_raises_ends_well(tmp_path: Path, repository: Path
 
 @dataclass(frozen=True)
 class Told:
-    """A finished pretraining, its cached stages, and what W&B and TensorBoard were told."""
+    """A finished pretraining, its cached stages, and what W&B and TensorBoard got."""
 
     directory: Path
     runs: Path
@@ -383,23 +383,23 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    folder, found = tmp_path_factory.mktemp("told"), []
+def given(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder, result = tmp_path_factory.mktemp("tracked"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "wandb", recorder(found))
+        patch.setitem(sys.modules, "wandb", recorder(result))
         directory = pretrain(tiny_config(folder, "tracker=wandb", "tracker.tensorboard=true"), "random")
     (events,) = (folder / "runs" / "tensorboard").glob("pretrain-random-0.5-*")
-    return Told(directory, folder / "runs", found, read(events))
+    return Told(directory, folder / "runs", result, read(events))
 
 
 @pytest.mark.slow
-def test_a_pretraining_tells_wandb_its_selection_samples_and_speed(told: Told) -> None:
-    prune, run = told.wandb
-    assert [one.options["job_type"] for one in told.wandb] == ["prune", "pretrain"] and run.finished
+def test_a_pretraining_tells_wandb_its_selection_samples_and_speed(given: Told) -> None:
+    prune, run = given.wandb
+    assert [one.options["job_type"] for one in given.wandb] == ["prune", "pretrain"] and run.finished
     assert isinstance(prune.values("scenes")[None], pd.DataFrame)
 
-    summary = read_json(told.directory / "summary.json")
-    selection = told.runs / "selection" / summary["selection"]
+    summary = read_json(given.directory / "summary.json")
+    selection = given.runs / "selection" / summary["selection"]
     (artifact,) = run.artifacts
     assert (artifact.type, artifact.name) == ("selection", f"selection-{selection.name}")
     assert artifact.files == {"selection.parquet": (selection / "selection.parquet").read_bytes()}
@@ -407,7 +407,7 @@ def test_a_pretraining_tells_wandb_its_selection_samples_and_speed(told: Told) -
     sheets = run.values("samples")
     assert sorted(sheets) == [STEPS // 2, STEPS]
     for step, sheet in sheets.items():
-        np.testing.assert_array_equal(sheet.pixels, pixels(told.directory / "samples" / f"step_{step:06d}.png"))
+        np.testing.assert_array_equal(sheet.pixels, pixels(given.directory / "samples" / f"step_{step:06d}.png"))
         assert "beach" in sheet.caption and " | " in sheet.caption
 
     (speed,) = (values for values, _ in run.logged if "images_per_second" in values)
@@ -418,14 +418,14 @@ def test_a_pretraining_tells_wandb_its_selection_samples_and_speed(told: Told) -
 
 
 @pytest.mark.slow
-def test_a_pretraining_leaves_event_files_with_the_same_tags(told: Told) -> None:
-    lines = pd.read_json(told.directory / CONVERGENCE, lines=True).set_index("step")
-    assert set(told.events.Tags()["scalars"]) == SPEED | set(lines.columns)
-    for name in told.events.Tags()["scalars"]:
-        found = [(event.step, pytest.approx(event.value, rel=1e-5)) for event in told.events.Scalars(name)]
-        assert [(step, values[name]) for values, step in told.wandb[1].logged if name in values] == found, name
-    assert told.events.Tags()["images"] == ["samples"]
-    assert [event.step for event in told.events.Images("samples")] == [STEPS // 2, STEPS]
-    for event in told.events.Images("samples"):
-        expected = pixels(told.directory / "samples" / f"step_{event.step:06d}.png")
+def test_a_pretraining_leaves_event_files_with_the_same_tags(given: Told) -> None:
+    lines = pd.read_json(given.directory / CONVERGENCE, lines=True).set_index("step")
+    assert set(given.events.Tags()["scalars"]) == SPEED | set(lines.columns)
+    for name in given.events.Tags()["scalars"]:
+        result = [(event.step, pytest.approx(event.value, rel=1e-5)) for event in given.events.Scalars(name)]
+        assert [(step, values[name]) for values, step in given.wandb[1].logged if name in values] == result, name
+    assert given.events.Tags()["images"] == ["samples"]
+    assert [event.step for event in given.events.Images("samples")] == [STEPS // 2, STEPS]
+    for event in given.events.Images("samples"):
+        expected = pixels(given.directory / "samples" / f"step_{event.step:06d}.png")
         np.testing.assert_array_equal(pixels(io.BytesIO(event.encoded_image_string)), expected)

@@ -266,8 +266,8 @@ def test_a_finished_training_goes_on_as_if_it_had_been_longer(tmp_path):
     assert longer["drawn"] == 6 and longer["seen"] == [18]
     for key, value in whole.items():
         torch.testing.assert_close(longer["weights"][key], value, rtol=0, atol=0)
-    facts = read_json(tmp_path / "long" / "checkpoints" / "00000018" / "state.json")
-    assert (facts["step"], facts["images"], len(facts["losses"])) == (18, 72, 6)
+    metadata = read_json(tmp_path / "long" / "checkpoints" / "00000018" / "state.json")
+    assert (metadata["step"], metadata["images"], len(metadata["losses"])) == (18, 72, 6)
 
 
 def test_other_options_count_from_the_checkpoint_on(tmp_path):

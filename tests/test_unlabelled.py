@@ -62,7 +62,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def told_anew() -> None:
+def notices_again() -> None:
     """The line on stderr is said once in a process."""
     stages._tell_of_strata.cache_clear()
 
@@ -165,7 +165,7 @@ def test_no_reference_is_indexed_where_none_is_used(flat: Path, tmp_path: Path) 
         select(config(flat, "prune=rsprune", "reference=folder", f"reference.root={flat}"), "rsprune")
 
 
-def test_own_labels_are_the_reference_unless_none_is_asked_for(flat: Path, tmp_path: Path, capsys) -> None:
+def test_own_labels_are_the_reference_unless_none_is_requested(flat: Path, tmp_path: Path, capsys) -> None:
     for number, image in enumerate(pictures(60, seed=3)):
         folder = tmp_path / "labelled" / ("bright", "dark")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,9 +202,9 @@ def test_inputs_with_a_reference_are_what_they_were(tmp_path: Path) -> None:
 def test_a_model_is_pretrained_on_an_unlabelled_folder(tmp_path: Path) -> None:
     overrides = tiny_overrides(tmp_path)
     flat = write_flat(tmp_path / "flat", 80)
-    shares = ["corpus.val_share=0.3", "corpus.test_share=0.3"]
+    fractions = ["corpus.val_fraction=0.3", "corpus.test_fraction=0.3"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", [*overrides, *NETWORK, f"corpus.root={flat}", *shares, "prune=rsprune"])
+        cfg = compose("config", [*overrides, *NETWORK, f"corpus.root={flat}", *fractions, "prune=rsprune"])
     summary = read_json(pretrain(cfg, "rsprune") / "summary.json")
     metrics = summary["metrics"]
     assert {"balanced_kid_x1000_efficientnet_lite2", "natural_fd_efficientnet_lite0"} <= set(metrics)
@@ -212,7 +212,7 @@ def test_a_model_is_pretrained_on_an_unlabelled_folder(tmp_path: Path) -> None:
     assert summary["scenes"] == {"real": None, "generated": None}
 
 
-def test_too_few_held_out_images_are_said_in_one_line(tmp_path: Path) -> None:
+def test_too_few_held_out_images_are_reported_in_one_line(tmp_path: Path) -> None:
     overrides = tiny_overrides(tmp_path)
     flat = write_flat(tmp_path / "flat", 20)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

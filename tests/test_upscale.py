@@ -54,7 +54,7 @@ class Repeat:
 
 
 @pytest.fixture(autouse=True)
-def said_anew() -> None:
+def notices_again() -> None:
     """Lines that are said once in a process are said once in a test."""
     notice.cache_clear()
 
@@ -205,10 +205,10 @@ def test_formats_and_shapes(suffix: str, shape: tuple[int, int], tmp_path: Path)
     assert names(tmp_path) == [f"a{suffix}", f"deeper/b{suffix}"]
     with Image.open(tmp_path / f"deeper/b{suffix}") as image:
         assert image.format == Image.registered_extensions()[suffix.lower()]
-        found = np.asarray(image)
+        result = np.asarray(image)
     expected = twice(np.asarray(Image.open(source)))
-    assert found.shape == expected.shape
-    assert np.abs(found.astype(int) - expected).mean() < (3 if suffix == ".jpg" else 1e-9)
+    assert result.shape == expected.shape
+    assert np.abs(result.astype(int) - expected).mean() < (3 if suffix == ".jpg" else 1e-9)
 
 
 def test_a_folder_keeps_its_tree(run: Path, tmp_path: Path) -> None:
@@ -246,19 +246,19 @@ def test_no_data_by_a_value_stays_and_is_made_by_nothing_else(tmp_path: Path) ->
     values[50, 20] = (0, 9, 9)  # data, though one band holds the value
     assert (values == 0).all(axis=-1).sum() == 300
     repeated(geotiff(tmp_path / "a.tif", values, nodata=0), tmp_path / "b.tif")
-    found, valid, raster = read(tmp_path / "b.tif")
+    result, valid, raster = read(tmp_path / "b.tif")
     assert raster.nodata == 0 and (valid == ~twice((values == 0).all(axis=-1))).all()
-    assert (found[valid] == np.maximum(twice(values)[valid], 1)).all()
-    assert (found[100, 40] == (1, 9, 9)).all()
+    assert (result[valid] == np.maximum(twice(values)[valid], 1)).all()
+    assert (result[100, 40] == (1, 9, 9)).all()
 
 
 def test_no_data_by_a_mask_stays_a_mask(tmp_path: Path) -> None:
     values, mask = colours(60, 40), np.full((60, 40), 255, np.uint8)
     mask[10:20, 5:] = 0
     repeated(geotiff(tmp_path / "a.tif", values, mask), tmp_path / "b.tif")
-    found, valid, raster = read(tmp_path / "b.tif")
+    result, valid, raster = read(tmp_path / "b.tif")
     assert raster.nodata is None and (valid == (twice(mask) > 0)).all()
-    assert (found[valid] == twice(values)[valid]).all() and (found[~valid] == 0).all()
+    assert (result[valid] == twice(values)[valid]).all() and (result[~valid] == 0).all()
     assert names(tmp_path) == ["a.tif", "b.tif"]  # the mask lies inside
 
 
@@ -276,8 +276,8 @@ def test_gaps_are_filled_with_the_nearest_data_before_drawing() -> None:
     values = colours(6, 7)
     valid = np.zeros((6, 7), bool)
     valid[2, 3] = valid[5, 6] = True
-    found = filled(Strip(values, valid))
-    assert (found[:3, :3] == values[2, 3]).all() and (found[5, 5:] == values[5, 6]).all()
+    result = filled(Strip(values, valid))
+    assert (result[:3, :3] == values[2, 3]).all() and (result[5, 5:] == values[5, 6]).all()
     assert (filled(Strip(values, None)) == values).all() and (filled(Strip(values, ~valid & valid)) == 0).all()
 
 
@@ -288,9 +288,9 @@ def test_an_alpha_band_is_left_out_and_what_is_clear_has_no_data(tmp_path: Path,
     with rasterio.open(path) as raster:
         assert raster.colorinterp[3] == ColorInterp.alpha
     repeated(path, tmp_path / "b.tif")
-    found, valid, raster = read(tmp_path / "b.tif")
+    result, valid, raster = read(tmp_path / "b.tif")
     assert raster.count == 3 and (valid == (twice(values[..., 3]) > 0)).all()
-    assert (found[valid] == twice(values[..., :3])[valid]).all()
+    assert (result[valid] == twice(values[..., :3])[valid]).all()
     Image.fromarray(values).save(tmp_path / "a.png")
     repeated(tmp_path / "a.png", tmp_path / "b.png")
     assert (np.asarray(Image.open(tmp_path / "b.png"))[20:] == twice(values[..., :3])[20:]).all()
@@ -313,13 +313,13 @@ def test_deep_values_are_stretched_with_a_line(tmp_path: Path, capsys) -> None:
     values[:10] = -9999
     values[70:] = np.nan
     repeated(geotiff(tmp_path / "a.tif", values, nodata=-9999), tmp_path / "b.tif")
-    found, valid, raster = read(tmp_path / "b.tif")
+    result, valid, raster = read(tmp_path / "b.tif")
     assert raster.dtypes == ("uint8",) * 3 and raster.nodata == 0
     assert valid[20:140].all() and not valid[:20].any() and not valid[140:].any()
     data = values[10:70]
     low, high = np.percentile(data.reshape(-1, 3), (2, 98), axis=0)
     expected = np.clip((data - low) / (high - low) * 255, 1, 255)
-    assert np.abs(found[20:140:2, ::2] - expected).max() < 8  # of a sample's percentiles
+    assert np.abs(result[20:140:2, ::2] - expected).max() < 8  # of a sample's percentiles
     assert "float32" in capsys.readouterr().err
 
 
@@ -334,10 +334,10 @@ def test_grey_is_converted_with_a_line(kind: str, tmp_path: Path, capsys) -> Non
     else:
         Image.fromarray(grey).convert(kind).save(path)
     repeated(path, tmp_path / "b.png")
-    found = np.asarray(Image.open(tmp_path / "b.png"))
-    assert found.shape == (40, 60, 3) and (found == found[..., :1]).all()
+    result = np.asarray(Image.open(tmp_path / "b.png"))
+    assert result.shape == (40, 60, 3) and (result == result[..., :1]).all()
     if kind in ("L", "tif"):
-        assert (found[..., 0] == twice(grey)).all()
+        assert (result[..., 0] == twice(grey)).all()
     assert f"{path} is grey" in capsys.readouterr().err
 
 
@@ -357,10 +357,10 @@ def test_control_points_are_scaled(tmp_path: Path) -> None:
     ]
     path = geotiff(tmp_path / "a.tif", colours(40, 30), transform=None, gcps=points, crs="EPSG:4326")
     repeated(path, tmp_path / "b.tif")
-    found, crs = read_points(tmp_path / "b.tif")
+    result, crs = read_points(tmp_path / "b.tif")
     assert crs == "EPSG:4326"
-    assert [(point.row, point.col) for point in found] == [(2 * point.row, 2 * point.col) for point in points]
-    assert [(point.x, point.y) for point in found] == [(point.x, point.y) for point in points]
+    assert [(point.row, point.col) for point in result] == [(2 * point.row, 2 * point.col) for point in points]
+    assert [(point.x, point.y) for point in result] == [(point.x, point.y) for point in points]
 
 
 def read_points(path: Path) -> tuple[list, object]:
@@ -435,7 +435,7 @@ def test_what_is_there_is_kept(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["upscale.overlap=1"], "overlap=1: give a share"), (["upscale.overlap=wide"], "overlap=wide"),
+        (["upscale.overlap=1"], "overlap=1: give a fraction"), (["upscale.overlap=wide"], "overlap=wide"),
         (["upscale.batch_size=0"], "batch_size=0"), (["upscale.steps=0"], "steps=0"), (["seed=-1"], "seed=-1"),
     ],
 )  # fmt: skip
@@ -499,10 +499,10 @@ def test_rows_are_regrouped(heights: list[int]) -> None:
     strips = [Strip(*part) for part in zip(np.split(values, ends), np.split(valid, ends), strict=True)]
     strips[0] = Strip(strips[0].values)
     valid[: heights[0]] = True
-    found = list(regrouped(strips, 8))
-    assert [len(strip.values) for strip in found[:-1]] == [8] * (len(found) - 1) and len(found[-1].values) <= 8
-    assert (np.concatenate([strip.values for strip in found]) == values).all()
-    flags = [np.ones(s.values.shape[:2], bool) if s.valid is None else s.valid for s in found]
+    result = list(regrouped(strips, 8))
+    assert [len(strip.values) for strip in result[:-1]] == [8] * (len(result) - 1) and len(result[-1].values) <= 8
+    assert (np.concatenate([strip.values for strip in result]) == values).all()
+    flags = [np.ones(s.values.shape[:2], bool) if s.valid is None else s.valid for s in result]
     assert (np.concatenate(flags) == valid).all()
 
 
@@ -537,11 +537,11 @@ def test_the_bar_counts_all_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_without_a_run_the_foundation_is_fine_tuned_once(tmp_path: Path, capsys, monkeypatch) -> None:
     cfg = task_config(tmp_path, "downstream.super_resolution.factor=2", "upscale.steps=2")
     foundation = tiny_foundation(tmp_path / "foundation", cfg)
-    asked: list[object] = []
+    requested: list[object] = []
     real = command.resolve_foundation
 
     def resolve(given):
-        asked.append(given.foundation)
+        requested.append(given.foundation)
         return real(OmegaConf.merge(given, {"foundation": str(foundation)}))
 
     monkeypatch.setattr(command, "resolve_foundation", resolve)
@@ -549,7 +549,7 @@ def test_without_a_run_the_foundation_is_fine_tuned_once(tmp_path: Path, capsys,
     cfg["in"], cfg.out = str(tmp_path / "a.png"), str(tmp_path / "b.png")
     main(cfg)
     error = capsys.readouterr().err
-    assert set(asked) == {"shipped"} and cfg.foundation is None
+    assert set(requested) == {"shipped"} and cfg.foundation is None
     assert "no run=DIR: foundation=shipped is fine-tuned and measured for super_resolution first, 4 steps" in error
     (run,) = (tmp_path / "runs" / "super_resolution").glob("*[!k]")
     assert f"s; run={run}" in error

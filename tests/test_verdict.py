@@ -25,7 +25,7 @@ def row(prune: str, balanced: float, *, seed: int = 0, half: float | None = 3.0,
 
 
 def rows_of(values: dict[str, list[float]]) -> list[dict]:
-    return [row(name, value, seed=seed) for name, found in values.items() for seed, value in enumerate(found)]
+    return [row(name, value, seed=seed) for name, result in values.items() for seed, value in enumerate(result)]
 
 
 THREE = {"rsprune": [130.0, 141.0, 137.0], "full": [160.0, 158.0, 171.0], "random": [131.0, 140.0, 139.0]}
@@ -42,35 +42,35 @@ def test_t_interval_of_known_numbers_and_as_scipy_has_it():
 
 
 def test_differences_are_paired_by_seed_whatever_the_order_of_rows():
-    found = {item.other: item for item in compare(rows_of(THREE)[::-1])}
+    result = {item.other: item for item in compare(rows_of(THREE)[::-1])}
     test = stats.ttest_rel(THREE["rsprune"], THREE["full"]).confidence_interval(0.95)
-    full = found["full"]
+    full = result["full"]
     assert (full.mean, full.low, full.high) == pytest.approx((-27.0, test.low, test.high))
     assert (full.seeds, full.basis, full.word) == (3, SEEDS, "better")
-    assert found["random"].mean == pytest.approx(-2 / 3) and found["random"].word == "tie"
+    assert result["random"].mean == pytest.approx(-2 / 3) and result["random"].word == "tie"
 
 
 @pytest.mark.parametrize(("shift", "word"), [(-9, "better"), (9, "worse"), (-4, "tie"), (4, "tie")])
 def test_a_difference_smaller_than_its_interval_is_a_tie(shift, word):
-    [found] = compare([row("rsprune", 100 + shift, half=3), row("random", 100, half=4)])
-    assert (found.mean, found.low, found.high) == pytest.approx((shift, shift - 5, shift + 5))
-    assert (found.word, found.basis, found.seeds) == (word, UNPAIRED, 1)
+    [result] = compare([row("rsprune", 100 + shift, half=3), row("random", 100, half=4)])
+    assert (result.mean, result.low, result.high) == pytest.approx((shift, shift - 5, shift + 5))
+    assert (result.word, result.basis, result.seeds) == (word, UNPAIRED, 1)
 
 
 def test_one_seed_takes_the_paired_interval_of_the_images_in_either_direction():
     minus = {f"balanced_{KID}_minus_random{end}": value for end, value in (("", -4.0), ("_low", -6.0), ("_high", -2.0))}
-    [found] = compare([row("rsprune", 96, metrics=minus), row("random", 100)])
-    assert (found.mean, found.low, found.high, found.basis, found.word) == (-4, -6, -2, PAIRED, "better")
+    [result] = compare([row("rsprune", 96, metrics=minus), row("random", 100)])
+    assert (result.mean, result.low, result.high, result.basis, result.word) == (-4, -6, -2, PAIRED, "better")
     back = {key.replace("random", "rsprune"): -value for key, value in minus.items()}
     back[f"balanced_{KID}_minus_rsprune_low"], back[f"balanced_{KID}_minus_rsprune_high"] = 2.0, 6.0
-    [found] = compare([row("rsprune", 96), row("random", 100, metrics=back)])
-    assert (found.mean, found.low, found.high, found.basis) == (-4, -6, -2, PAIRED)
+    [result] = compare([row("rsprune", 96), row("random", 100, metrics=back)])
+    assert (result.mean, result.low, result.high, result.basis) == (-4, -6, -2, PAIRED)
 
 
 def test_a_value_without_any_interval_has_no_verdict():
-    [found] = compare([row("rsprune", 96, half=None), row("random", 100, half=None)])
-    assert found.word == "unknown"
-    assert "without an interval against random" in sentences([found])[0]
+    [result] = compare([row("rsprune", 96, half=None), row("random", 100, half=None)])
+    assert result.word == "unknown"
+    assert "without an interval against random" in sentences([result])[0]
 
 
 def test_only_like_is_compared_with_like():
@@ -91,8 +91,8 @@ def test_only_like_is_compared_with_like():
 def test_a_training_by_natural_weights_is_a_run_of_its_own():
     natural = row("rsprune", 140, weighting="natural")
     rows = [*rows_of({"rsprune": [100], "full": [120]}), natural]
-    found = {(item.subject, item.other): item.mean for item in compare(rows)}
-    assert found == {("rsprune", "full"): -20, ("rsprune, natural weights", "full"): 20}
+    result = {(item.subject, item.other): item.mean for item in compare(rows)}
+    assert result == {("rsprune", "full"): -20, ("rsprune, natural weights", "full"): 20}
 
 
 def test_the_headline_asks_for_every_method_that_the_claim_names():
@@ -107,11 +107,11 @@ def test_the_headline_asks_for_every_method_that_the_claim_names():
     assert headline(compare(natural)) == headline([]) == "The rows cannot test the claim yet."
 
 
-def test_the_words_and_the_number_of_seeds_are_said():
-    found = compare(rows_of(THREE))
-    assert sentences(found) == ["On the balanced set rsprune is better than full; tied with random."]
-    assert seeds_note(found).startswith("3 seeds:") and "One seed" not in seeds_note(found)
-    single = seeds_note(compare(rows_of({name: found[:1] for name, found in THREE.items()})))
+def test_the_words_and_the_number_of_seeds_are_reported():
+    result = compare(rows_of(THREE))
+    assert sentences(result) == ["On the balanced set rsprune is better than full; tied with random."]
+    assert seeds_note(result).startswith("3 seeds:") and "One seed" not in seeds_note(result)
+    single = seeds_note(compare(rows_of({name: result[:1] for name, result in THREE.items()})))
     assert single.startswith("One seed:") and "cannot say what another would give" in single and "t." not in single
     mixed = seeds_note(compare(rows_of(THREE | {"random": [131.0]})))
     assert mixed.startswith("3 seeds:") and "One seed where the table says so" in mixed
@@ -131,13 +131,13 @@ def test_rows_hold_the_paired_differences_that_the_verdict_asks_for(tmp_path, mo
     held = SimpleNamespace(features={"geoembed": random.standard_normal((30, 4))})
     monkeypatch.setattr(reproduce, "evaluation_sets", lambda cfg: {"balanced": held})
     methods = {name: name.partition(",")[0] for name in foundations}
-    found = {name: reproduce.differences(None, foundations, method, name) for name, method in methods.items()}
-    against = {name: {key.partition("_minus_")[2].split("_")[0] for key in values} for name, values in found.items()}
+    result = {name: reproduce.differences(None, foundations, method, name) for name, method in methods.items()}
+    against = {name: {key.partition("_minus_")[2].split("_")[0] for key in values} for name, values in result.items()}
     every = {"full", "random"}
     expected = {"full": {"random"}, "random": set(), "rsprune": every, "rsprune, natural weights": every}
     assert against == expected
     pair = kernel_distance_difference(features["rsprune"], features["full"], held.features["geoembed"])
     key = f"balanced_{KID}_minus_full"
-    assert [found["rsprune"][f"{key}{end}"] for end in ("", "_low", "_high")] == list(pair)
-    rows = [row(method, 1, metrics=found[name]) for name, method in methods.items() if name == method]
+    assert [result["rsprune"][f"{key}{end}"] for end in ("", "_low", "_high")] == list(pair)
+    rows = [row(method, 1, metrics=result[name]) for name, method in methods.items() if name == method]
     assert {item.basis for item in compare(rows)} == {PAIRED}

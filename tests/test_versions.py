@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -137,15 +136,15 @@ def test_a_stage_says_what_it_was_built_with(tmp_path: Path) -> None:
     assert read_json(stage(tmp_path, "bench", {"seed": 0}, lambda directory: None) / COMPLETE)["config"] is None
     with command(OmegaConf.create({"seed": 1, "twice": "${seed}"})):
         built = stage(tmp_path, "subset", {"seed": 1}, lambda directory: None)
-    facts = read_json(built / COMPLETE)
-    assert facts["stage"] == "subset" and facts["fingerprint"] == built.name and facts["inputs"] == {"seed": 1}
-    assert facts["version"] == versions_of("subset")["subset"]
-    assert set(facts["after"]) == {"embedding", "measured", "held_out"}
-    assert facts["config"] == {"seed": 1, "twice": 1}
-    assert facts["commit"] == commit()
-    assert facts["versions"]["python"] == platform.python_version()
-    assert facts["versions"]["torch"] == metadata.version("torch")
-    assert provenance(built) == {"commit": facts["commit"], "versions": facts["versions"]}
+    metadata = read_json(built / COMPLETE)
+    assert metadata["stage"] == "subset" and metadata["fingerprint"] == built.name and metadata["inputs"] == {"seed": 1}
+    assert metadata["version"] == versions_of("subset")["subset"]
+    assert set(metadata["after"]) == {"embedding", "measured", "held_out"}
+    assert metadata["config"] == {"seed": 1, "twice": 1}
+    assert metadata["commit"] == commit()
+    assert metadata["versions"]["python"] == platform.python_version()
+    assert metadata["versions"]["torch"] == metadata.version("torch")
+    assert provenance(built) == {"commit": metadata["commit"], "versions": metadata["versions"]}
     write_json(built / COMPLETE, {"stage": "subset"})
     assert provenance(built) == provenance(tmp_path) == {"commit": "unknown", "versions": {}}
 

@@ -96,12 +96,12 @@ def cut(world: np.ndarray, corners: np.ndarray, down: int = 0, right: int = 0) -
 
 
 def recompressed(images: np.ndarray, quality: int) -> np.ndarray:
-    found = []
+    result = []
     for image in images:
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=quality)
-        found.append(np.asarray(Image.open(file)))
-    return np.stack(found)
+        result.append(np.asarray(Image.open(file)))
+    return np.stack(result)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,8 @@ def test_the_waste_of_a_subset_is_seen_on_its_pixels(images: np.ndarray, alike: 
     corpus = SimpleNamespace(images=images, readable=np.ones(40, dtype=bool), manifest=manifest)
     features = {"some_encoder": random.standard_normal((30, 6)).astype(np.float32)}
     held = HeldOut("balanced", corpus, np.arange(30), features, [""] * 30)
-    found = subset_quality(np.arange(40), np.ones(40), {"balanced": held}, corpus, {"some_encoder": embeddings}, seed=0)
-    assert found["near_duplicates"] == waste
-    assert found["low_information"] == pytest.approx(0.2)
+    result = subset_quality(
+        np.arange(40), np.ones(40), {"balanced": held}, corpus, {"some_encoder": embeddings}, seed=0
+    )
+    assert result["near_duplicates"] == waste
+    assert result["low_information"] == pytest.approx(0.2)

@@ -13,7 +13,7 @@ from prune import weights
 from prune.weights import effective_size, images_represented
 from runtime.errors import UserError
 from train.captions import Captions
-from train.data import Subset, sampling_shares, subset_batches
+from train.data import Subset, sampling_fractions, subset_batches
 from train.objective import Objective
 
 
@@ -30,10 +30,10 @@ def by_hand(embeddings: np.ndarray, readable: np.ndarray, kept: np.ndarray) -> n
     values = embeddings.astype(np.float64)
     values -= values[readable].mean(axis=0)
     values /= np.linalg.norm(values, axis=1, keepdims=True)
-    found = np.zeros(len(values))
+    result = np.zeros(len(values))
     for row in np.flatnonzero(readable):
-        found[row if row in kept else kept[(values[kept] @ values[row]).argmax()]] += 1
-    return found
+        result[row if row in kept else kept[(values[kept] @ values[row]).argmax()]] += 1
+    return result
 
 
 def test_weights_count_the_images_that_are_nearest() -> None:
@@ -43,10 +43,10 @@ def test_weights_count_the_images_that_are_nearest() -> None:
     embeddings[~readable] = 0
     kept = np.sort(generator.permutation(np.flatnonzero(readable))[:60])
     embeddings[kept[1]] = embeddings[kept[0]]  # two equal ones: each represents itself
-    found = images_represented(embeddings, readable, kept, generator)
-    assert found.dtype == np.float32 and found.sum() == readable.sum() and (found[kept] >= 1).all()
-    assert found[np.setdiff1d(np.arange(len(found)), kept)].sum() == 0
-    np.testing.assert_array_equal(found, by_hand(embeddings, readable, kept))
+    result = images_represented(embeddings, readable, kept, generator)
+    assert result.dtype == np.float32 and result.sum() == readable.sum() and (result[kept] >= 1).all()
+    assert result[np.setdiff1d(np.arange(len(result)), kept)].sum() == 0
+    np.testing.assert_array_equal(result, by_hand(embeddings, readable, kept))
 
 
 @pytest.mark.parametrize("many", [10**9, 0])
@@ -59,13 +59,13 @@ def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch,
     kept = np.arange(0, len(embeddings), 7)
     exact = images_represented(embeddings, readable, kept, np.random.default_rng(0))
     monkeypatch.setattr(weights, "EXACT", 0)
-    found = images_represented(embeddings, readable, kept, np.random.default_rng(0))
+    result = images_represented(embeddings, readable, kept, np.random.default_rng(0))
     again = images_represented(embeddings, readable, kept, np.random.default_rng(0))
-    np.testing.assert_array_equal(found, again)
-    assert found.sum() == len(embeddings) and not np.array_equal(found, exact)
-    by_kind = [np.bincount(kind, weights=values, minlength=12) for values in (found, exact)]
+    np.testing.assert_array_equal(result, again)
+    assert result.sum() == len(embeddings) and not np.array_equal(result, exact)
+    by_kind = [np.bincount(kind, weights=values, minlength=12) for values in (result, exact)]
     np.testing.assert_allclose(*by_kind, rtol=0.02, atol=2)
-    assert np.corrcoef(found[kept], exact[kept])[0, 1] > 0.8
+    assert np.corrcoef(result[kept], exact[kept])[0, 1] > 0.8
 
 
 @pytest.mark.parametrize("many", [10**9, 0])
@@ -88,9 +88,9 @@ def test_images_looked_up_together_find_what_each_finds_alone(monkeypatch: pytes
     monkeypatch.setattr(weights, "MANY_KEPT", 0)
     monkeypatch.setattr(weights, "LIST_IMAGES", 20)
     readable = np.ones(3000, bool)
-    found = images_represented(embeddings, readable, kept, np.random.default_rng(0))
+    result = images_represented(embeddings, readable, kept, np.random.default_rng(0))
     monkeypatch.setattr(weights, "TOGETHER", 7)
-    np.testing.assert_array_equal(images_represented(embeddings, readable, kept, np.random.default_rng(0)), found)
+    np.testing.assert_array_equal(images_represented(embeddings, readable, kept, np.random.default_rng(0)), result)
 
 
 def test_nothing_kept_and_everything_kept() -> None:
@@ -119,9 +119,9 @@ def test_the_weighted_distance_is_the_mean_over_pairs_of_different_images() -> N
     other = kernel(second, second)
     within += (other.sum() - np.trace(other)) / (41 * 40)
     between = (kernel(first, second) * weight[:, None]).sum() / (41 * weight.sum())
-    found = weighted_kernel_distance(first, weight, second)
-    assert found.value == pytest.approx(1000 * (within - 2 * between))
-    assert found.low < found.value < found.high
+    result = weighted_kernel_distance(first, weight, second)
+    assert result.value == pytest.approx(1000 * (within - 2 * between))
+    assert result.low < result.value < result.high
     even = weighted_kernel_distance(first, np.full(30, 7.0), second[:30])
     assert even == pytest.approx(kernel_distance(first, second[:30]))
 
@@ -141,12 +141,12 @@ def test_weights_undo_an_uneven_draw() -> None:
 
 def test_shares_go_from_uniform_to_natural() -> None:
     weight = np.array([1, 4, 16], np.float32)
-    assert sampling_shares(weight, 0) is None
-    np.testing.assert_allclose(sampling_shares(weight, 0.5), np.array([1, 2, 4]) / 7)
-    np.testing.assert_allclose(sampling_shares(weight, 1), weight / 21)
+    assert sampling_fractions(weight, 0) is None
+    np.testing.assert_allclose(sampling_fractions(weight, 0.5), np.array([1, 2, 4]) / 7)
+    np.testing.assert_allclose(sampling_fractions(weight, 1), weight / 21)
     for wrong in (-0.1, 1.5):
         with pytest.raises(UserError, match=r"train\.weighting"):
-            sampling_shares(weight, wrong)
+            sampling_fractions(weight, wrong)
 
 
 def test_training_draws_as_often_as_the_shares_say() -> None:
@@ -155,10 +155,10 @@ def test_training_draws_as_often_as_the_shares_say() -> None:
     captions = Captions.of(pd.DataFrame({"caption": [""] * 4}))
     texts = np.zeros((len(captions.texts), 2, 3), np.float32)
 
-    def drawn(shares: np.ndarray | None, size: int = 20_000) -> np.ndarray:
-        subset = Subset(latents, (1, 2, 2), captions, texts, np.ones(len(texts), np.int64), np.empty((4, 0)), shares)
+    def drawn(fractions: np.ndarray | None, size: int = 20_000) -> np.ndarray:
+        subset = Subset(latents, (1, 2, 2), captions, texts, np.ones(len(texts), np.int64), np.empty((4, 0)), fractions)
         return subset_batches(subset, Objective(), size)(np.random.default_rng(0), slice(None))[0][:, 0, 0, 0].numpy()
 
-    shares = sampling_shares(np.array([1, 2, 3, 10]), 1)
-    np.testing.assert_allclose(np.bincount(drawn(shares).astype(int)) / 20_000, shares, atol=0.015)
+    fractions = sampling_fractions(np.array([1, 2, 3, 10]), 1)
+    np.testing.assert_allclose(np.bincount(drawn(fractions).astype(int)) / 20_000, fractions, atol=0.015)
     np.testing.assert_array_equal(drawn(None, 50), np.random.default_rng(0).integers(4, size=50))

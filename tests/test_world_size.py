@@ -69,16 +69,16 @@ def test_one_process_goes_on_where_two_were_interrupted(tmp_path: Path) -> None:
     np.testing.assert_allclose(first, expected[:6], rtol=1e-4)
 
     later = fit(tmp_path / "begun")
-    found = losses(tmp_path / "begun", OPTIONS.steps)
-    assert found[:6] == first  # taken over, not computed again
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    result = losses(tmp_path / "begun", OPTIONS.steps)
+    assert result[:6] == first  # taken over, not computed again
+    np.testing.assert_allclose(result, expected, rtol=1e-4)
     for key, value in whole.items():
         np.testing.assert_allclose(later[key], value, rtol=1e-3, atol=1e-5)
     for name in ("net", "shift", "net_average", "optimizer"):
-        wanted, got = (
+        requested, got = (
             load_file(tmp_path / run / "checkpoints" / f"{OPTIONS.steps:08d}" / f"{name}.safetensors")
             for run in ("whole", "begun")
         )
-        assert got.keys() == wanted.keys()
-        for key, value in wanted.items():
+        assert got.keys() == requested.keys()
+        for key, value in requested.items():
             np.testing.assert_allclose(got[key], value, rtol=1e-3, atol=1e-5)

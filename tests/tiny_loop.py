@@ -59,5 +59,5 @@ if __name__ == "__main__":
     seen = gather_object([snapshots])  # of all processes
     if PartialState().is_main_process:
         losses = json.loads((folder / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
-        said = {"processes": PartialState().num_processes, "kind": PartialState().distributed_type.value}
-        print(json.dumps({**said, "losses": losses, "weights": state["0.weight"].tolist(), "snapshots": seen}))
+        message = {"processes": PartialState().num_processes, "kind": PartialState().distributed_type.value}
+        print(json.dumps({**message, "losses": losses, "weights": state["0.weight"].tolist(), "snapshots": seen}))

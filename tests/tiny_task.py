@@ -52,7 +52,7 @@ def task_config(folder: Path, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", [*options, *overrides])
     with open_dict(cfg):  # where the defaults name no encoder of the evaluation, or a corpus has no split val
-        cfg.setdefault("yardstick", cfg.encoder)
+        cfg.setdefault("evaluation_encoder", cfg.encoder)
         cfg.corpus.setdefault("val", cfg.corpus.test)
     return cfg
 

@@ -98,7 +98,7 @@ class Phase:
     Args:
         trains: "decoder" (the encoder stays what it is) or "both".
         perceptual_weight: of the relative feature distance beside the pixel loss.
-        perceptual_share: share of each batch on which the perceptual loss, the dearer one, is computed.
+        perceptual_fraction: fraction of each batch on which the perceptual loss, the dearer one, is computed.
         loop: how long and how fast.
         adversarial_weight: of the critic's judgement of textures (`train.adversarial`); 0: there is no critic.
         latent_noise: the decoder's latents get noise whose standard deviation is drawn, for every image, from 0 to
@@ -107,7 +107,7 @@ class Phase:
 
     trains: str
     perceptual_weight: float
-    perceptual_share: float
+    perceptual_fraction: float
     loop: LoopOptions
     adversarial_weight: float = 0.0
     latent_noise: float = 0.0
@@ -184,13 +184,14 @@ def _phase_loss(
     difference = output - images
     total = difference.square().mean() + 0.1 * difference.abs().mean()
     if phase.perceptual_weight:
-        part = slice(max(1, round(phase.perceptual_share * len(images))))
+        part = slice(max(1, round(phase.perceptual_fraction * len(images))))
         with accelerator.autocast():
             with torch.no_grad():
-                wanted = perceptual.feature_pyramid(images[part])
-            found = perceptual.feature_pyramid(output[part])
+                requested = perceptual.feature_pyramid(images[part])
+            result = perceptual.feature_pyramid(output[part])
         distances = [
-            (a.float() - b.float()).abs().mean() / b.float().abs().mean() for a, b in zip(found, wanted, strict=True)
+            (a.float() - b.float()).abs().mean() / b.float().abs().mean()
+            for a, b in zip(result, requested, strict=True)
         ]
         total = total + phase.perceptual_weight * sum(distances) / len(distances)
     if phase.adversarial_weight:

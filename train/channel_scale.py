@@ -24,9 +24,9 @@ def channel_deviations(autoencoder: AutoencoderTiny, images: torch.Tensor) -> to
 def channel_gains(deviations: torch.Tensor, exponent: float) -> torch.Tensor:
     """Gains (std / largest std)^-exponent, float64 [C]: the loudest channel stays as it is, quiet ones are raised.
 
-    At one time all channels get the same noise, so a loud one is told from it at late times and a quiet one at early
-    times; an exponent between 0 (as they are) and 1 (all of one deviation) brings them nearer together (docs/method.md,
-    section 4).
+    At one time all channels get the same noise, so a loud one is distinguished from it at late times and a quiet one at
+    early times; an exponent between 0 (as they are) and 1 (all of one deviation) brings them nearer together
+    (docs/method.md, section 4).
     """
     relative = (deviations / deviations.max()).clamp_min(1e-6)
     return relative**-exponent

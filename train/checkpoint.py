@@ -1,4 +1,4 @@
-"""Checkpoints of a training: tensors in safetensors files, facts in JSON, and never half of one."""
+"""Checkpoints of a training: tensors in safetensors files, metadata in JSON, and never half of one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from runtime.artefacts import read_json, write_json
 
 Tensors = Mapping[str, torch.Tensor]
-FACTS = "state.json"
+STATE = "state.json"
 
 
 class Checkpoints:
@@ -37,13 +37,13 @@ class Checkpoints:
         """The last whole one, if there is any."""
         return max(self._whole(), default=None)
 
-    def save(self, step: int, files: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
+    def save(self, step: int, files: Mapping[str, Tensors], metadata: Mapping[str, Any]) -> None:
         """Write a checkpoint beside and rename it into place, then remove all but the newest.
 
         Args:
             step: a one-based step, the name of the checkpoint.
             files: tensors on any device, by the names of their files.
-            facts: what JSON holds.
+            metadata: what JSON holds.
         """
         final = self._folder / f"{step:08d}"
         beside = final.with_suffix(".partial")
@@ -51,7 +51,7 @@ class Checkpoints:
         beside.mkdir(parents=True)
         for name, tensors in files.items():
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, _file(beside, name))
-        write_json(beside / FACTS, facts)
+        write_json(beside / STATE, metadata)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(beside, final)
         for old in set(self._folder.iterdir()) - set(sorted(self._whole())[-self._keep :]):
@@ -66,13 +66,13 @@ class Checkpoints:
         latest = self.latest()
         return set() if latest is None else {path.stem for path in latest.glob("*.safetensors")}
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What was saved beside the tensors of the latest checkpoint; empty if there is none."""
         latest = self.latest()
-        return {} if latest is None else read_json(latest / FACTS)
+        return {} if latest is None else read_json(latest / STATE)
 
     def _whole(self) -> list[Path]:
-        return [path for path in self._folder.glob("*[0-9]") if (path / FACTS).is_file()]
+        return [path for path in self._folder.glob("*[0-9]") if (path / STATE).is_file()]
 
 
 def _file(checkpoint: Path, name: str) -> Path:

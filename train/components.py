@@ -23,7 +23,7 @@ from encoders.clip_scores import ClipScorer, load_clip
 from encoders.pixels import LOAD_ERRORS
 from runtime.artefacts import file_digest, fingerprint, stage
 from runtime.errors import UserError
-from runtime.launch import asked_for, check_launch
+from runtime.launch import check_launch, requested_plugin
 from runtime.tracking import track
 from train.loop import LoopOptions
 from train.objective import prediction_of
@@ -54,7 +54,7 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
     """
     check_launch()
     set_seed(int(cfg.seed))
-    precision, plugin = str(cfg.train.mixed_precision), asked_for()
+    precision, plugin = str(cfg.train.mixed_precision), requested_plugin()
     if plugin and precision == "fp16":
         raise UserError(f"{plugin} does not go with train.mixed_precision=fp16: give bf16 or no")
     # the others wait at a barrier while the first process evaluates: longer than the usual ten minutes
@@ -93,13 +93,13 @@ def _settle_deepspeed(plugin: DeepSpeedPlugin, precision: str) -> None:
     config["zero_optimization"] = {**buckets, **config["zero_optimization"]}
 
 
-def first_process_says(cfg: DictConfig) -> Callable[[bool], bool]:
+def first_process_decides(cfg: DictConfig) -> Callable[[bool], bool]:
     """What a stage that trains over all processes of a launch asks before it begins: the first one's answer."""
 
     def answer(own: bool) -> bool:
         accelerator = make_accelerator(cfg)
-        told = torch.tensor(int(own), device=accelerator.device)
-        return bool(accelerator.reduce(told, "sum"))
+        given = torch.tensor(int(own), device=accelerator.device)
+        return bool(accelerator.reduce(given, "sum"))
 
     return answer
 
@@ -209,7 +209,7 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
 
     inputs = {"corpus": corpus.fingerprint, "options": options, **precision(cfg)}
     inputs |= {"captions": corpus.captions} if corpus.captions else {}
-    return stage(cfg.runs, "text_encoder", inputs, build, resumable=True, together=first_process_says(cfg))
+    return stage(cfg.runs, "text_encoder", inputs, build, resumable=True, together=first_process_decides(cfg))
 
 
 @dataclass(frozen=True)
@@ -242,10 +242,10 @@ def load_pretrained(cfg: DictConfig) -> Pretrained:
             f"no StableDiffusionPipeline at model.pretrained={name} ({reason}): give a run of this repository, a "
             "pipeline's folder or a hub name that can be reached, or start from nothing with model=ldm_tiny"
         ) from error
-    learned, wanted = prediction_of(pipeline.scheduler), cfg.train.objective.prediction
-    if learned != wanted:
+    learned, requested = prediction_of(pipeline.scheduler), cfg.train.objective.prediction
+    if learned != requested:
         raise UserError(
-            f"model.pretrained={name} predicts {learned}, train.objective.prediction={wanted} asks for another: "
+            f"model.pretrained={name} predicts {learned}, train.objective.prediction={requested} asks for another: "
             f"give train.objective.prediction={learned}"
         )
     files = sorted(Path(path).rglob("*.safetensors")) if Path(path).is_dir() else []

@@ -35,7 +35,7 @@ class Subset:
         prompts: [T, L, D] hidden states of the captions' texts.
         lengths: int64 [T], tokens of the texts.
         metadata: float32 [K, F], NaN where an image lacks a field.
-        shares: float64 [K], how often each image is drawn, sum 1; None: all alike.
+        fractions: float64 [K], how often each image is drawn, sum 1; None: all alike.
     """
 
     latents: np.ndarray
@@ -44,7 +44,7 @@ class Subset:
     prompts: np.ndarray
     lengths: np.ndarray
     metadata: np.ndarray
-    shares: np.ndarray | None = None
+    fractions: np.ndarray | None = None
 
 
 def encode_subset(
@@ -59,9 +59,9 @@ def encode_subset(
     fields: Mapping[str, MetadataField],
     seed: int,
     half: bool,
-    shares: np.ndarray | None = None,
+    fractions: np.ndarray | None = None,
 ) -> Subset:
-    """Latents and captions of rows of a corpus, encoded once; `half`: as float16; `shares`: as in `Subset`."""
+    """Latents and captions of rows of a corpus, encoded once; `half`: as float16; `fractions`: as in `Subset`."""
     latents = cached_latents(autoencoder, autoencoder_key, corpus, rows, runs, views=views, seed=seed, half=half)
     kept = corpus.manifest.iloc[rows]
     captions = Captions.of(kept)
@@ -69,10 +69,10 @@ def encode_subset(
         text.text_encoder, text.tokenizer, text.fingerprint, captions.texts, runs, half=half
     )
     shape = (autoencoder.config.latent_channels, *latents.shape[3:])
-    return Subset(latents, shape, captions, prompts, lengths, metadata_values(kept, fields), shares)
+    return Subset(latents, shape, captions, prompts, lengths, metadata_values(kept, fields), fractions)
 
 
-def sampling_shares(weights: np.ndarray, weighting: float) -> np.ndarray | None:
+def sampling_fractions(weights: np.ndarray, weighting: float) -> np.ndarray | None:
     """How often each kept image is drawn: in proportion to its weight to the power `weighting`; None where all alike.
 
     Args:
@@ -100,7 +100,7 @@ def subset_batches(
     """
     width = subset.prompts.shape[1]
     varies = subset.latents.shape[2] > subset.latent_shape[0]
-    steps = None if subset.shares is None else np.cumsum(subset.shares)
+    steps = None if subset.fractions is None else np.cumsum(subset.fractions)
 
     def draw(random: np.random.Generator, part: slice) -> Batch:
         if steps is None:

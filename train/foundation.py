@@ -27,13 +27,13 @@ from runtime.errors import UserError
 from runtime.tracking import Tracker, track
 from train.components import (
     TextParts,
-    first_process_says,
+    first_process_decides,
     load_autoencoder,
     load_pretrained,
     load_text_parts,
     make_accelerator,
 )
-from train.data import NETWORK, Subset, encode_subset, sampling_shares, subset_batches, subset_loss
+from train.data import NETWORK, Subset, encode_subset, sampling_fractions, subset_batches, subset_loss
 from train.latents import Views
 from train.loop import LoopOptions, Modules, train_loop
 from train.measured_run import TRAINING, Evaluation, measure_run, measure_snapshot
@@ -41,7 +41,7 @@ from train.metadata import FOLDER, MetadataField, metadata_values, new_encoder
 from train.networks import (
     LORA,
     add_lora,
-    lora_facts,
+    lora_metadata,
     lora_weights,
     masks_padding,
     merge_lora,
@@ -61,7 +61,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
     """
     given = _given(cfg, name)
     frozen, start, selection, corpus, scorer, fields = given
-    evaluation = Evaluation.of(cfg, corpus, selection, scorer)  # what it lacks is said before anything is trained
+    evaluation = Evaluation.of(cfg, corpus, selection, scorer)  # what it lacks is reported before anything is trained
     _check_sides(cfg, frozen.autoencoder, corpus, evaluation.while_training.corpus)
 
     def build(directory: Path) -> None:
@@ -71,7 +71,7 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
             measure_run(cfg, directory, corpus, scorer, evaluation, tracker)
 
     inputs = given.inputs(cfg)
-    directory = stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_says(cfg))
+    directory = stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_decides(cfg))
     # found in the cache just after the build; anew where `eval` has changed since
     measure_run(cfg, directory, corpus, scorer, evaluation, Tracker())
     return directory
@@ -109,7 +109,7 @@ class _Given(NamedTuple):
 def _given(cfg: DictConfig, name: str) -> _Given:
     frozen = _load_frozen(cfg)
     objective_of(cfg)
-    sampling_shares(np.ones(1), cfg.train.weighting)
+    sampling_fractions(np.ones(1), cfg.train.weighting)
     start = start_of(cfg)
     selection, corpus = select(cfg, name)
     scorer = load_text_parts(cfg, corpus)
@@ -122,7 +122,7 @@ def _check_sides(cfg: DictConfig, autoencoder: nn.Module, corpus: Corpus, test: 
     """Refuse views that the autoencoder cannot encode, or that are of another size than what they are compared with.
 
     Raises:
-        UserError: as said.
+        UserError: as described.
     """
     side = Views(**cfg.train.views).side(corpus.resolution)
     factor = 2 ** (len(getattr(autoencoder.config, "block_out_channels", [0] * 4)) - 1)
@@ -161,8 +161,8 @@ class _Frozen:
 
 def _load_frozen(cfg: DictConfig) -> _Frozen:
     if cfg.model.get("pretrained"):
-        found = load_pretrained(cfg)
-        return _Frozen(found.autoencoder, found.fingerprint, found.network, found.text)
+        result = load_pretrained(cfg)
+        return _Frozen(result.autoencoder, result.fingerprint, result.network, result.text)
     return _Frozen(*load_autoencoder(cfg))
 
 
@@ -195,12 +195,12 @@ def _train(run: _Run) -> None:
             getattr(part, "model", part).to(accelerator.device)
     table = pd.read_parquet(run.selection / "selection.parquet", columns=["kept", "weight"])
     rows = np.flatnonzero(table["kept"].to_numpy())
-    shares = sampling_shares(table["weight"].to_numpy()[rows], cfg.train.weighting)
+    fractions = sampling_fractions(table["weight"].to_numpy()[rows], cfg.train.weighting)
     run.tracker.artifact("selection", run.selection.name, run.selection / "selection.parquet")
     options = LoopOptions(**cfg.train.loop, seed=cfg.seed)
     if accelerator.is_main_process:
         inherit_snapshots(run.start, run.directory)
-    subset = _encoded(run, rows, shares)
+    subset = _encoded(run, rows, fractions)
     modules = _modules(run, subset, accelerator)
     hide = masks_padding(modules[NETWORK])
     text = torch.from_numpy(np.array(subset.prompts[:1])).float()
@@ -234,7 +234,7 @@ def _train(run: _Run) -> None:
         _finish(run, best, training)
 
 
-def _encoded(run: _Run, rows: np.ndarray, shares: np.ndarray | None) -> Subset:
+def _encoded(run: _Run, rows: np.ndarray, fractions: np.ndarray | None) -> Subset:
     cfg = run.cfg
     return encode_subset(
         run.corpus,
@@ -247,7 +247,7 @@ def _encoded(run: _Run, rows: np.ndarray, shares: np.ndarray | None) -> Subset:
         fields=run.fields,
         seed=cfg.seed,
         half=str(cfg.train.mixed_precision) != "no",
-        shares=shares,
+        fractions=fractions,
     )
 
 
@@ -289,7 +289,7 @@ def snapshot_steps(cfg: DictConfig, options: LoopOptions) -> list[int]:
 
 
 def _log(run: _Run, accelerator: Accelerator, flops: float, values: dict[str, float], step: int) -> None:
-    """Loss and speed to the tracker, the latter also as a share of what the devices could do."""
+    """Loss and speed to the tracker, the latter also as a fraction of what the devices could do."""
     peak = peak_flops(accelerator.device, compute_dtype(str(run.cfg.train.mixed_precision)))
     used = values["images_per_second"] * flops / (peak * accelerator.num_processes)
     run.tracker.log({**values, "model_flops_utilisation": used}, step)
@@ -336,7 +336,7 @@ def _finish(run: _Run, modules: Modules, training: dict) -> None:
     network = modules[NETWORK]
     if updates := lora_weights(network):
         StableDiffusionPipeline.save_lora_weights(
-            run.directory / LORA, unet_lora_layers=updates, unet_lora_adapter_metadata=lora_facts(network)
+            run.directory / LORA, unet_lora_layers=updates, unet_lora_adapter_metadata=lora_metadata(network)
         )
     network = merge_lora(network)
     pipeline = run.pipeline(network)

@@ -1,4 +1,4 @@
-"""Images and latents: array conversions, autoencoder calls, the cache of latents, and PCA of patches as yardstick."""
+"""Images and latents: array conversions, autoencoder calls, the cache of latents, and PCA of patches for comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from corpus.index import Corpus
 from encoders.pixels import to_tensor
-from eval.processes import first_process_says, gathered, place_in_launch, told_by_first
+from eval.processes import first_process_decides, from_first_process, gathered, place_in_launch
 from runtime.artefacts import read_json, stage, write_json
 from runtime.errors import UserError
 from runtime.progress import progress
@@ -26,7 +26,7 @@ LATENTS = "latents.npy"
 
 @dataclass(frozen=True)
 class PatchPCA:
-    """Principal components of non-overlapping 8 x 8 x 3 patches, the yardstick of an autoencoder.
+    """Principal components of non-overlapping 8 x 8 x 3 patches, which an autoencoder is compared with.
 
     Attributes:
         mean: float32 [192], basis: float32 [192, C] orthonormal, scale: root-mean-square of all components together.
@@ -87,7 +87,7 @@ def decode(autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 
 def scene_balanced_weights(corpus: Corpus) -> np.ndarray:
-    """Sampling weights float64 [N] that give every scene the same share; unreadable images get none."""
+    """Sampling weights float64 [N] that give every scene the same fraction; unreadable images get none."""
     codes, _ = corpus.manifest["scene"].factorize()
     weights = corpus.readable / np.bincount(codes)[codes]
     return weights / weights.sum()
@@ -205,7 +205,7 @@ def cached_latents(
         "half": half,
         **({"seed": seed} if views.crop else {}),
     }
-    directory = stage(runs, "latents", inputs, build, resumable=True, together=first_process_says)
+    directory = stage(runs, "latents", inputs, build, resumable=True, together=first_process_decides)
     return np.load(directory / LATENTS, mmap_mode="r")
 
 
@@ -227,7 +227,7 @@ def _encode_jobs(
         shape: (V, K).
     """
     state, (own, processes) = directory / "progress.json", place_in_launch()
-    (done,) = told_by_first([read_json(state)["done"] if state.exists() else 0])
+    (done,) = from_first_process([read_json(state)["done"] if state.exists() else 0])
     array, inner = (np.lib.format.open_memmap(directory / LATENTS, mode="r+") if done and own == 0 else None), None
     noted, total = done, -(-len(jobs) // processes)
     rounds = range(done, len(jobs), processes)
@@ -235,7 +235,7 @@ def _encode_jobs(
     for first in progress(rounds, "encode latents", **bar):
         dealt = jobs[first : first + processes]
         latents = encoded(*dealt[own]) if own < len(dealt) else np.empty((0, 0, 0, 0), dtype)
-        inner = inner or tuple(told_by_first(latents.shape[1:]))  # a process without a batch has not seen it
+        inner = inner or tuple(from_first_process(latents.shape[1:]))  # a process without a batch has not seen it
         whole = np.zeros((ENCODE_BATCH, *inner), dtype)
         whole[: len(latents)] = latents.reshape(-1, *inner)
         parts = gathered(whole)

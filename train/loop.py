@@ -46,13 +46,13 @@ class LoopOptions:
         batch_size: images a step over all processes.
         learning_rate: peak learning rate of AdamW.
         warmup: steps of linear warm-up.
-        decay: share of the steps, at the end, over which the rate falls linearly to zero.
+        decay: fraction of the steps, at the end, over which the rate falls linearly to zero.
         ema_halflife: half-life of the weight average in images; 0 keeps no average.
         gradient_clip: largest gradient norm.
         weight_decay: AdamW weight decay.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: newest ones that stay.
-        micro_batch: images a forward pass of one process, gradients summed up to the batch; None: its whole share.
+        micro_batch: images a forward pass of one process, gradients summed up to the batch; None: its whole part.
         divergence: stop when the loss, averaged over `REPORT_EVERY` steps, exceeds its lowest by this factor; 0: never.
         compile: compile the networks (torch.compile).
         seed: of the batches and the noise.
@@ -216,8 +216,8 @@ def _begin(
             "choose a multiple of the process count"
         )
     average = Average(modules, options.ema_halflife, options.batch_size)
-    facts = checkpoints.facts()
-    if facts:
+    metadata = checkpoints.metadata()
+    if metadata:
         _load(modules, average, checkpoints)
     for module in modules.values() if options.compile else ():
         module.compile()
@@ -227,15 +227,15 @@ def _begin(
     model, optimizer = prepare(accelerator, modules, new_optimizer, options.gradient_clip)
     average.follow(modules, accelerator.device, keep=accelerator.is_main_process)
     state = _State()
-    if facts:
+    if metadata:
         load_optimizer_tensors(accelerator, model, optimizer, checkpoints.tensors("optimizer"))
-        scaler = facts.pop("scaler")
+        scaler = metadata.pop("scaler")
         if accelerator.scaler is not None and scaler:
             accelerator.scaler.load_state_dict(scaler)
-        images = facts.get("images", facts["step"] * options.batch_size)
+        images = metadata.get("images", metadata["step"] * options.batch_size)
         own = checkpoints.newest() is not None  # another training's losses, perhaps on its way to infinity, say little
-        lowest = facts["lowest"] if own and facts["lowest"] is not None else math.inf
-        state = _State(facts["step"], images, facts["seconds"], facts["losses"] if own else [], lowest)
+        lowest = metadata["lowest"] if own and metadata["lowest"] is not None else math.inf
+        state = _State(metadata["step"], images, metadata["seconds"], metadata["losses"] if own else [], lowest)
     return _Run(accelerator, modules, options, checkpoints, state, average, model, optimizer, take_up)
 
 
@@ -283,7 +283,7 @@ def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: A
 
 
 def _update(run: _Run, compute_loss: ComputeLoss, batch: Batch, learning_rate: float) -> torch.Tensor:
-    """One step of the optimizer on a batch, computed in parts if asked for; returns the mean loss, detached."""
+    """One step of the optimizer on a batch, computed in parts if requested; returns the mean loss, detached."""
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -42,7 +42,7 @@ from runtime.tracking import Tracker
 from train.components import TextParts
 from train.metadata import FOLDER, MetadataEncoder
 from train.model_card import model_card
-from train.sheets import COLUMNS, place_sheet, sample_sheet, save_picture, short_caption
+from train.sheets import COLUMNS, location_sheet, sample_sheet, save_picture, short_caption
 
 #: In a run's directory: where the measured stages of its final model lie, by held-out set.
 MEASURED = "measured.json"
@@ -75,7 +75,7 @@ class Evaluation:
 
 
 def corpus_features(cfg: DictConfig, corpus: Corpus) -> Callable[[str], np.ndarray]:
-    """The name of an encoder that judges to its features of a corpus, float16 [N, D]; cached, made when asked for."""
+    """The name of an encoder that judges to its features of a corpus, float16 [N, D]; cached, made when requested."""
     encoders = {encoder.name: encoder for encoder in encoders_of(cfg)}
     return lambda name: corpus_embeddings(corpus, encoders[name], cfg.runs)
 
@@ -107,12 +107,12 @@ def measure_snapshot(
 
 
 def draw_sheets(run: Path, model: Model, snapshot: Path, corpus: Corpus, sampling: Sampling, tracker: Tracker) -> None:
-    """`samples/step_<step>.png`, and `places_<step>.png` of a model that knows places; what is there stays."""
+    """`samples/step_<step>.png`, and `locations_<step>.png` of a model that knows locations; what is there stays."""
     step = read_json(snapshot / SNAPSHOT)["step"]
     path = run / "samples" / f"step_{step:06d}.png"
     settings = path.with_suffix(".json")
-    wanted = {"model": model.key, "sampling": plain(sampling)}
-    if path.is_file() and settings.is_file() and read_json(settings) == wanted:
+    requested = {"model": model.key, "sampling": plain(sampling)}
+    if path.is_file() and settings.is_file() and read_json(settings) == requested:
         return
     pipeline = model.load()
     path, prompts = sample_sheet(pipeline, corpus, sampling, path)
@@ -120,16 +120,16 @@ def draw_sheets(run: Path, model: Model, snapshot: Path, corpus: Corpus, samplin
     if (snapshot / FOLDER).is_dir():
         encoder = MetadataEncoder.load(snapshot / FOLDER)
         if {"lon", "lat"} <= set(encoder.fields):
-            places = place_sheet(pipeline, encoder, sampling, run / "samples" / f"places_{step:06d}.png")
-            tracker.image("places", places, step, caption="the same prompt and noise, another place")
-    write_json(settings, wanted)
+            locations = location_sheet(pipeline, encoder, sampling, run / "samples" / f"locations_{step:06d}.png")
+            tracker.image("locations", locations, step, caption="the same prompt and noise, another place")
+    write_json(settings, requested)
 
 
 def measure_run(
     cfg: DictConfig, run: Path, corpus: Corpus, text: TextParts, evaluation: Evaluation, tracker: Tracker
 ) -> None:
     """Write convergence.jsonl, summary.json, the model card and samples of a finished training into its directory."""
-    # what the tracker has heard while training went on it is not told again
+    # what the tracker has heard while training went on it does not get again
     silent = Tracker() if cfg.eval.while_training else tracker
     lines = [measure_snapshot(cfg, run, path, corpus, evaluation, silent) for path in snapshots_of(run)]
     model, measured = Model(run / "pipeline"), measured_model(cfg, run, evaluation)
@@ -146,7 +146,7 @@ def measure_run(
     if text.place is not None:
         write_json(run / SCORER, {**text.place, **_relative(text.place, run)})
     training = read_json(run / TRAINING)
-    summary = {**training, **measured_facts(cfg, measured, evaluation, lines)}
+    summary = {**training, **measured_summary(cfg, measured, evaluation, lines)}
     selection = read_json(Path(cfg.runs) / "selection" / training["selection"] / "summary.json")
     card = model_card(cfg, summary, selection)
     (run / "pipeline" / "README.md").write_text(card, encoding="utf-8")
@@ -154,7 +154,7 @@ def measure_run(
     tracker.summary(summary["metrics"])
 
 
-def measured_facts(
+def measured_summary(
     cfg: DictConfig, measured: Mapping[str, Path], evaluation: Evaluation, lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What a summary says of a model's images."""

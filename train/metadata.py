@@ -1,4 +1,4 @@
-"""Numeric facts of an image (place, ground sampling distance, date, …) as further tokens beside its caption's.
+"""Numeric metadata of an image (place, ground sampling distance, date, …) as further tokens beside its caption's.
 
 After DiffusionSat (Khanna et al. 2024, section 3.1): sinusoidal features of a number scaled to 0..1000 and a small MLP
 of its own per field. There they are added to the time's embedding, which takes a fork of diffusers; here each is a
@@ -91,17 +91,17 @@ class MetadataEncoder(nn.Module):
     def save(self, directory: Path) -> None:
         """Write config.json and the weights into a folder, which plain diffusers leaves alone."""
         directory.mkdir(parents=True, exist_ok=True)
-        facts = {"width": self.width, "fields": {name: asdict(field) for name, field in self.fields.items()}}
-        (directory / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        metadata = {"width": self.width, "fields": {name: asdict(field) for name, field in self.fields.items()}}
+        (directory / "config.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         save_file(state, directory / "model.safetensors")
 
     @classmethod
     def load(cls, directory: Path) -> MetadataEncoder:
         """What `save` wrote, frozen."""
-        facts = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        fields = {name: MetadataField(**field) for name, field in facts["fields"].items()}
-        encoder = cls(fields, facts["width"])
+        metadata = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        fields = {name: MetadataField(**field) for name, field in metadata["fields"].items()}
+        encoder = cls(fields, metadata["width"])
         encoder.load_state_dict(load_file(directory / "model.safetensors"))
         return encoder.eval().requires_grad_(False)
 
@@ -139,9 +139,9 @@ def metadata_values(manifest: pd.DataFrame, fields: Mapping[str, MetadataField])
     return np.stack(columns, axis=1) if columns else np.empty((len(manifest), 0), dtype=np.float32)
 
 
-def drop(values: np.ndarray, random: np.random.Generator, share: float) -> np.ndarray:
-    """A copy of float32 [B, F] in which each number is missing (NaN) with a chance of `share`."""
-    return np.where(random.random(values.shape) < share, np.float32(np.nan), values)
+def drop(values: np.ndarray, random: np.random.Generator, fraction: float) -> np.ndarray:
+    """A copy of float32 [B, F] in which each number is missing (NaN) with a chance of `fraction`."""
+    return np.where(random.random(values.shape) < fraction, np.float32(np.nan), values)
 
 
 @torch.no_grad()
@@ -153,9 +153,9 @@ def prompt_embeddings(
     *,
     negative_prompt: str = "",
 ) -> dict[str, torch.Tensor]:
-    """What to call a StableDiffusionPipeline with in place of `prompt`, so that it draws with these facts.
+    """What to call a StableDiffusionPipeline with in place of `prompt`, so that it draws with these metadata.
 
-    The empty prompt of classifier-free guidance gets the same facts: guidance stresses the caption alone.
+    The empty prompt of classifier-free guidance gets the same metadata: guidance stresses the caption alone.
 
     Args:
         metadata: some of the encoder's fields, in their own units; one number for all prompts, or one for each.

@@ -11,7 +11,7 @@ from train.metadata import FOLDER
 
 
 def model_card(cfg: DictConfig, summary: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
-    """Markdown with the hub's header of facts.
+    """Markdown with the hub's header of metadata.
 
     Args:
         summary: of the pretraining run; selection: of its prune.

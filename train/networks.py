@@ -102,10 +102,10 @@ def lora_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(network, adapter_name=LORA)
 
 
-def lora_facts(network: nn.Module) -> dict[str, Any]:
+def lora_metadata(network: nn.Module) -> dict[str, Any]:
     """Rank, alpha and targets of the low-rank updates, JSON-ready: without them a reader takes alpha for the rank."""
-    facts = network.peft_config[LORA].to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in facts.items()}
+    metadata = network.peft_config[LORA].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}
 
 
 def merge_lora(network: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ class Objective:
     Args:
         prediction: flow, epsilon or v_prediction.
         time_mean, time_std: of the normal whose logistic is the time; larger means train noisier. Of `flow` alone.
-        caption_dropout: share of the captions replaced by the empty one, for classifier-free guidance.
+        caption_dropout: fraction of the captions replaced by the empty one, for classifier-free guidance.
         min_snr_gamma: weigh the loss by min(SNR, gamma) / SNR of the predicted noise (Hang et al. 2023); None: not.
             Of `epsilon` and `v_prediction`.
         offset_noise: standard deviation of one more noise value per image and channel (Guttenberg 2023).
@@ -54,7 +54,7 @@ class Objective:
         if self.prediction != "v_prediction" and self.zero_terminal_snr:
             raise ValueError("objective.zero_terminal_snr needs objective.prediction=v_prediction")
         if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"objective.caption_dropout={self.caption_dropout}: give a share from 0 to 1")
+            raise ValueError(f"objective.caption_dropout={self.caption_dropout}: give a fraction from 0 to 1")
 
     @cached_property
     def schedule(self) -> DDPMScheduler:
@@ -106,8 +106,8 @@ class Objective:
             None where every image counts alike.
         """
         if self.prediction == "flow":
-            share = time[:, None, None, None]
-            return (1 - share) * latents + share * noise, TIMESTEPS * time, noise - latents, None
+            fraction = time[:, None, None, None]
+            return (1 - fraction) * latents + fraction * noise, TIMESTEPS * time, noise - latents, None
         steps = time.long()
         noisy = self.schedule.add_noise(latents, noise, steps)
         target = noise if self.prediction == "epsilon" else self.schedule.get_velocity(latents, noise, steps)
@@ -140,5 +140,5 @@ def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torc
 
 def prediction_of(scheduler: SchedulerMixin) -> str:
     """What the network of a pipeline with this scheduler predicts: flow, epsilon, v_prediction, or another's name."""
-    found = str(scheduler.config.get("prediction_type", "flow_prediction"))  # flow-matching schedulers name none
-    return "flow" if found == "flow_prediction" else found
+    result = str(scheduler.config.get("prediction_type", "flow_prediction"))  # flow-matching schedulers name none
+    return "flow" if result == "flow_prediction" else result

@@ -94,8 +94,8 @@ def optimizer_tensors(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _deepspeed_tensors(model, optimizer)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found = get_optimizer_state_dict(model, optimizer.optimizer, options=options).get("state", {})
-    return {f"{name}.{key}": value for name, state in found.items() for key, value in state.items()}
+    result = get_optimizer_state_dict(model, optimizer.optimizer, options=options).get("state", {})
+    return {f"{name}.{key}": value for name, state in result.items() for key, value in state.items()}
 
 
 def load_optimizer_tensors(
@@ -122,13 +122,13 @@ def _deepspeed_tensors(model: nn.Module, optimizer: AcceleratedOptimizer) -> dic
     from deepspeed.utils import safe_get_full_optimizer_state
 
     step = next(iter(optimizer.optimizer.optimizer.state.values()))["step"]
-    found = {}
+    result = {}
     for name, weight in model.module.named_parameters():
         if weight.requires_grad:
-            found[f"{name}.step"] = step.detach().cpu().clone()
+            result[f"{name}.step"] = step.detach().cpu().clone()
             for key in MOMENTS:
-                found[f"{name}.{key}"] = safe_get_full_optimizer_state(weight, key).cpu()
-    return found
+                result[f"{name}.{key}"] = safe_get_full_optimizer_state(weight, key).cpu()
+    return result
 
 
 def _load_deepspeed_tensors(

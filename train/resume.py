@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from eval.models import SNAPSHOT, SNAPSHOTS, snapshots_of
 from runtime.artefacts import file_digest, fingerprint, plain, read_json
 from runtime.errors import UserError
-from train.checkpoint import FACTS, Checkpoints
+from train.checkpoint import STATE, Checkpoints
 
 FOLDER = "checkpoints"
 
@@ -42,24 +42,24 @@ def start_of(cfg: DictConfig) -> Start:
     """The checkpoint that `train.resume` names: a run's newest, one of them, or the folder of them.
 
     Raises:
-        UserError: there is none, or it is past the steps that are asked for.
+        UserError: there is none, or it is past the steps that are requested.
     """
     if cfg.train.get("resume") is None:
         return Start()
     named = Path(str(cfg.train.resume)).expanduser()
     choices = (named, Checkpoints(named / FOLDER).newest(), Checkpoints(named).newest())
-    found = next((path for path in choices if path is not None and (path / FACTS).is_file()), None)
-    if found is None:
+    result = next((path for path in choices if path is not None and (path / STATE).is_file()), None)
+    if result is None:
         raise UserError(
             f"train.resume={named} holds no checkpoint: give a directory of runs/pretrain, or a folder in its "
-            f"{FOLDER}/ with {FACTS}"
+            f"{FOLDER}/ with {STATE}"
         )
-    facts = read_json(found / FACTS)
-    if facts["step"] >= cfg.train.loop.steps:
+    metadata = read_json(result / STATE)
+    if metadata["step"] >= cfg.train.loop.steps:
         raise UserError(
-            f"train.resume={found} has done {facts['step']} steps already: give train.loop.steps more than that"
+            f"train.resume={result} has done {metadata['step']} steps already: give train.loop.steps more than that"
         )
-    return Start(found, facts["step"], facts.get("images", facts["step"] * cfg.train.loop.batch_size))
+    return Start(result, metadata["step"], metadata.get("images", metadata["step"] * cfg.train.loop.batch_size))
 
 
 def training_inputs(cfg: DictConfig, start: Start) -> dict[str, Any]:

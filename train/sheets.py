@@ -1,4 +1,4 @@
-"""Sample sheets of a model in training: a row a scene, and the same prompt at several places."""
+"""Sample sheets of a model in training: a row a scene, and the same prompt at several locations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from eval.measuring import Sampling
 from report.figures import contact_sheet
 from train.metadata import MetadataEncoder, prompt_embeddings
 
-#: Places of a sheet of "same prompt, different place": name, longitude, latitude in degrees.
-PLACES = (
+#: Locations of a sheet of one prompt at several locations: name, longitude, latitude in degrees.
+LOCATIONS = (
     ("Amazon", -62.0, -4.0),
     ("Sahara", 12.0, 24.0),
     ("Siberia", 100.0, 62.0),
@@ -49,24 +49,24 @@ def sample_sheet(pipeline: DiffusionPipeline, corpus: Corpus, sampling: Sampling
     return path, rows
 
 
-def place_sheet(pipeline: DiffusionPipeline, encoder: MetadataEncoder, sampling: Sampling, path: Path) -> Path:
-    """The empty prompt at eight places, a column each, with the same noise in a row."""
+def location_sheet(pipeline: DiffusionPipeline, encoder: MetadataEncoder, sampling: Sampling, path: Path) -> Path:
+    """The empty prompt at eight locations, a column each, with the same noise in a row."""
     count = 4
-    noise_of = [row for row in range(count) for _ in PLACES]
-    places = [place for _ in range(count) for place in PLACES]
-    metadata = {"lon": [place[1] for place in places], "lat": [place[2] for place in places]}
-    embeddings = prompt_embeddings(pipeline, encoder, [""] * len(places), metadata)
+    noise_of = [row for row in range(count) for _ in LOCATIONS]
+    locations = [place for _ in range(count) for place in LOCATIONS]
+    metadata = {"lon": [place[1] for place in locations], "lat": [place[2] for place in locations]}
+    embeddings = prompt_embeddings(pipeline, encoder, [""] * len(locations), metadata)
     images = generate(
         pipeline,
-        [""] * len(places),
+        [""] * len(locations),
         steps=sampling.steps,
         guidance_scale=1.0,
         seed=sampling.seed + 2,
-        label="places",
+        label="locations",
         noise_of=noise_of,
         **embeddings,
     )
-    save_picture(contact_sheet(images, len(PLACES), [place[0] for place in places]), path)
+    save_picture(contact_sheet(images, len(LOCATIONS), [place[0] for place in locations]), path)
     return path
 
 

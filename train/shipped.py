@@ -29,7 +29,7 @@ def foundation_path(foundation: object) -> Path:
     """The folder that an option `foundation` names: a run's or a pipeline's, or that of the shipped model.
 
     Raises:
-        UserError: the shipped model is asked for, and this copy of the repository has none.
+        UserError: the shipped model is requested, and this copy of the repository has none.
     """
     if str(foundation) != SHIPPED:
         return Path(str(foundation)).expanduser()
@@ -125,7 +125,7 @@ def ship(run: Path, target: Path, texts: Iterable[str]) -> None:
     for path in (target / "model_index.json", target / "unet" / "config.json", target / "vae" / "config.json"):
         forget_origin(path)
     config = target / "text_encoder" / "config.json"
-    # transformers loads in the type that the config names; the whole pipeline computes in 32 bits unless told otherwise
+    # transformers loads in the type that the config names, and the pipeline computes in 32 bits by default
     write_json(config, {**read_json(config), "dtype": "float32"})
     card = (run / "pipeline" / "README.md").read_text(encoding="utf-8")
     (target / "README.md").write_text(card, encoding="utf-8")

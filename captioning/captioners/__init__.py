@@ -1,1 +1,1 @@
-"""Captioners: images and known facts in, texts out. One file and one YAML each."""
+"""Captioners: images and known metadata in, texts out. One file and one YAML each."""

@@ -17,7 +17,7 @@ SCENE_LETTERS = 60
 
 
 @dataclass(frozen=True)
-class Facts:
+class ImageMetadata:
     """What is known of an image beside its pixels.
 
     Args:
@@ -52,13 +52,13 @@ class Captioner(Protocol):
     attempts: int
 
     def __call__(
-        self, images: np.ndarray, facts: Sequence[Facts], attempt: int, seeds: Sequence[int]
+        self, images: np.ndarray, metadata: Sequence[ImageMetadata], attempt: int, seeds: Sequence[int]
     ) -> list[str | Undescribed]:
         """A text, or the reason why there is none, for each image.
 
         Args:
             images: uint8 [B, H, W, 3].
-            facts: of each image.
+            metadata: of each image.
             attempt: 0, 1, 2, ...: the round; each describes in another way.
             seeds: of each image, 0 or more; they alone decide what is random about its text.
         """
@@ -75,7 +75,7 @@ def scene_words(scene: str) -> str:
     named = words(kept)
     if re.fullmatch(r"class \d+", named) or not re.search(r"[^\W\d_]", named):
         return ""
-    found = named.split()[:SCENE_WORDS]
-    while len(found) > 1 and len(" ".join(found)) > SCENE_LETTERS:
-        found.pop()
-    return " ".join(found)[:SCENE_LETTERS].strip(" -'’")
+    result = named.split()[:SCENE_WORDS]
+    while len(result) > 1 and len(" ".join(result)) > SCENE_LETTERS:
+        result.pop()
+    return " ".join(result)[:SCENE_LETTERS].strip(" -'’")

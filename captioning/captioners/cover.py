@@ -138,9 +138,11 @@ def _of_mask(mask: np.ndarray, classes: tuple[str, ...], size: tuple[int, int]) 
 
 def _majority(kinds: np.ndarray) -> np.ndarray:
     """Each pixel's most frequent kind in a square window."""
-    found = np.flatnonzero(np.bincount(kinds.ravel(), minlength=256))
-    if len(found) == 1:
+    result = np.flatnonzero(np.bincount(kinds.ravel(), minlength=256))
+    if len(result) == 1:
         return kinds
     window = (_MAJORITY, _MAJORITY)
-    votes = [cv2.boxFilter((kinds == number).astype(np.uint8), cv2.CV_16U, window, normalize=False) for number in found]
-    return found.astype(np.uint8)[np.argmax(votes, axis=0)]
+    votes = [
+        cv2.boxFilter((kinds == number).astype(np.uint8), cv2.CV_16U, window, normalize=False) for number in result
+    ]
+    return result.astype(np.uint8)[np.argmax(votes, axis=0)]

@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from captioning.captioners.captioner import Facts, Undescribed, scene_words
+from captioning.captioners.captioner import ImageMetadata, Undescribed, scene_words
 from encoders.embedding import device
 from encoders.pixels import LOAD_ERRORS
 from runtime.errors import UserError
@@ -37,7 +37,7 @@ NO_TEXT = Undescribed("the captioner wrote no text")
 class ImageTextToText:
     """Captions by any network that `AutoModelForImageTextToText` knows.
 
-    One with a chat template is asked a question: a message with the image and the prompt. One without, as BLIP, goes on
+    One with a chat template is given a question: a message with the image and the prompt. One without, as BLIP, goes on
     from the prompt as a prefix, or starts from nothing where it is "". Neither is part of the caption.
 
     Images of one prompt are described together, and nothing is padded. An image's seed alone draws its noise, so that
@@ -93,16 +93,16 @@ class ImageTextToText:
         return len(self.prompts)
 
     def __call__(
-        self, images: np.ndarray, facts: Sequence[Facts], attempt: int, seeds: Sequence[int]
+        self, images: np.ndarray, metadata: Sequence[ImageMetadata], attempt: int, seeds: Sequence[int]
     ) -> list[str | Undescribed]:
         plan = self.plan(attempt)
-        asked = [prompt(self.prompts[plan], known.scene) for known in facts]
-        texts: list[str | Undescribed] = [NO_TEXT] * len(asked)
-        for question in dict.fromkeys(asked):
-            rows = [row for row, other in enumerate(asked) if other == question]
+        requested = [prompt(self.prompts[plan], known.scene) for known in metadata]
+        texts: list[str | Undescribed] = [NO_TEXT] * len(requested)
+        for question in dict.fromkeys(requested):
+            rows = [row for row, other in enumerate(requested) if other == question]
             noise = [int(np.random.SeedSequence((attempt, seeds[row])).generate_state(1, np.uint64)[0]) for row in rows]
-            found = self._describe(images[rows], question, self.temperatures[plan], noise)
-            for row, text in zip(rows, found, strict=True):
+            result = self._describe(images[rows], question, self.temperatures[plan], noise)
+            for row, text in zip(rows, result, strict=True):
                 texts[row] = text
         return texts
 
@@ -133,12 +133,12 @@ class ImageTextToText:
         ).cpu()
         tokenizer = processor.tokenizer
         special = torch.tensor(tokenizer.all_special_ids)
-        found = []
+        result = []
         for row in without_prompt(written, given):
             cut_off = len(row) >= self.max_new_tokens and not torch.isin(row[-1], special)
             row = row[row < len(tokenizer)]  # BLIP's decoder starts with an id that its tokenizer lacks
-            found.append(caption(tokenizer.decode(row, skip_special_tokens=True), question, cut_off=bool(cut_off)))
-        return found
+            result.append(caption(tokenizer.decode(row, skip_special_tokens=True), question, cut_off=bool(cut_off)))
+        return result
 
 
 class SeededNoise(LogitsProcessor):
@@ -164,7 +164,7 @@ class SeededNoise(LogitsProcessor):
 def _loaded(path: str, revision: str | None, dtype: str) -> tuple[ProcessorMixin, PreTrainedModel]:
     place = os.path.expanduser(path)
     try:
-        options = {"revision": revision, "trust_remote_code": False}  # else a terminal would be asked
+        options = {"revision": revision, "trust_remote_code": False}  # else it would ask on the terminal
         config = AutoConfig.from_pretrained(place, **options)  # without the hub, the first to give up
         processor = AutoProcessor.from_pretrained(place, **options)
         model = AutoModelForImageTextToText.from_pretrained(
@@ -187,8 +187,8 @@ def _inputs(processor: ProcessorMixin, images: list[Image.Image], question: str)
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if template is None:
         return processor(images=images, text=[question] * len(images) if question else None, return_tensors="pt")
-    asked = [{"type": "text", "text": question}] if question else []
-    talks = [[{"role": "user", "content": [{"type": "image", "image": image}, *asked]}] for image in images]
+    requested = [{"type": "text", "text": question}] if question else []
+    talks = [[{"role": "user", "content": [{"type": "image", "image": image}, *requested]}] for image in images]
     return processor.apply_chat_template(
         talks,
         chat_template=template,

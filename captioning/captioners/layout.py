@@ -9,13 +9,13 @@ import numpy as np
 
 from captioning.captioners.cover import Cover
 
-#: Shares of the image from which a kind, and a patch of it, counts.
-LEAST_SHARE = 0.04
-LEAST_SHARE_OF_MASK = 0.01
+#: Fractions of the image from which a kind, and a patch of it, counts.
+LEAST_FRACTION = 0.04
+LEAST_FRACTION_OF_MASK = 0.01
 LEAST_PATCH = 0.01
-#: Pixels, and share of the image, of a small bright object.
+#: Pixels, and fraction of the image, of a small bright object.
 SPOT_PIXELS = 9
-SPOT_SHARE = 0.02
+SPOT_FRACTION = 0.02
 #: Mean change of lightness per pixel below which a surface is smooth, and from which it is rough.
 SMOOTH, ROUGH = 1.0, 2.6
 _CELLS = 8  # rows and columns of the cells in which lines are looked for
@@ -28,11 +28,11 @@ class Part:
 
     Attributes:
         name: of the kind.
-        share: of the image, 0 to 1.
+        fraction: of the image, 0 to 1.
         place: "whole", "spread", "scattered", "edges", "centre", "left", "left edge", "upper right",
             "upper right corner", "row" (across the middle), "column", "mainly left", ...
         patches: how many of notable size there are.
-        largest: share of the image of the largest.
+        largest: fraction of the image of the largest.
         light: mean lightness (CIELAB L*).
         slope: its mean change per pixel, away from the part's outline.
         strip: where the largest runs if it is long and narrow: "left right", "upper lower", "upper left lower right"
@@ -43,7 +43,7 @@ class Part:
     """
 
     name: str
-    share: float
+    fraction: float
     place: str
     patches: int = 1
     largest: float = 0.0
@@ -75,26 +75,26 @@ class Layout:
 
 
 def layout(cover: Cover) -> Layout:
-    """The parts of an image by their size, with places and neighbours, its small bright objects and its lines."""
+    """The parts of an image by their size, with positions and neighbours, its small bright objects and its lines."""
     counts = np.bincount(cover.kinds.ravel(), minlength=256)[: len(cover.names)]
-    shares = counts / cover.kinds.size
-    least = LEAST_SHARE_OF_MASK if cover.by_mask else LEAST_SHARE
-    numbers = [int(number) for number in np.argsort(-shares, kind="stable") if shares[number] >= least]
-    numbers = numbers or [int(shares.argmax())] * bool(counts.any())
+    fractions = counts / cover.kinds.size
+    least = LEAST_FRACTION_OF_MASK if cover.by_mask else LEAST_FRACTION
+    numbers = [int(number) for number in np.argsort(-fractions, kind="stable") if fractions[number] >= least]
+    numbers = numbers or [int(fractions.argmax())] * bool(counts.any())
     borders = _borders(cover.kinds, len(cover.names))
     parts = tuple(_with_neighbours(_part(cover, number), number, borders, cover.names) for number in numbers)
     spots, place = (0, "") if cover.by_mask else _spots(cover)
     return Layout(parts, spots, place, float(cover.slope.mean()), _lines(cover.gradient), cover.by_mask)
 
 
-def place(where: np.ndarray, share: float | None = None) -> str:
+def place(where: np.ndarray, fraction: float | None = None) -> str:
     """The place of the true pixels of bool [h, w], which may be none but one, in the words of `Part.place`.
 
     On each axis they have a position if their standard deviation is below 0.2 of the image's side (a half has 0.144,
     the whole 0.289); the centroid says which.
     """
-    share = float(where.mean()) if share is None else share
-    if share >= 0.85:
+    fraction = float(where.mean()) if fraction is None else fraction
+    if fraction >= 0.85:
         return "whole"
     centres, spreads = zip(*(_centre_and_spread(where.sum(axis)) for axis in (0, 1)), strict=True)
     set_on = [spread < 0.2 for spread in spreads]
@@ -111,7 +111,7 @@ def place(where: np.ndarray, share: float | None = None) -> str:
         return "mainly " + (across if off[0] >= off[1] else down)
     if _is_ring(where):
         return "edges"
-    return "spread" if share >= 0.3 else "scattered"
+    return "spread" if fraction >= 0.3 else "scattered"
 
 
 def _cell(across: str, down: str, margins: list[float]) -> str:
@@ -139,7 +139,7 @@ def _is_ring(where: np.ndarray) -> bool:
 
 def _part(cover: Cover, number: int) -> Part:
     where = cover.kinds == number
-    share = float(where.mean())
+    fraction = float(where.mean())
     _, labels, boxes, _ = cv2.connectedComponentsWithStats(where.view(np.uint8), connectivity=8)
     areas = boxes[1:, cv2.CC_STAT_AREA]
     largest = 1 + int(areas.argmax())
@@ -151,8 +151,8 @@ def _part(cover: Cover, number: int) -> Part:
     inner = inner if inner.sum() >= 0.2 * where.sum() else where
     return Part(
         cover.names[number],
-        share,
-        place(where, share),
+        fraction,
+        place(where, fraction),
         patches=max(1, int((areas >= LEAST_PATCH * where.size).sum())),
         largest=area / where.size,
         light=float(cover.light[inner].mean()),
@@ -201,11 +201,11 @@ def _borders(kinds: np.ndarray, count: int) -> np.ndarray:
     """
     step = count + 1
     numbers = np.minimum(kinds, count).astype(np.intp)
-    found = np.zeros(step * step, np.int64)
+    result = np.zeros(step * step, np.int64)
     for first, second in ((numbers[:, :-1], numbers[:, 1:]), (numbers[:-1], numbers[1:])):
         unlike = first != second
-        found += np.bincount(first[unlike] * step + second[unlike], minlength=step * step)
-    table = found.reshape(step, step)
+        result += np.bincount(first[unlike] * step + second[unlike], minlength=step * step)
+    table = result.reshape(step, step)
     table = table + table.T
     for rim in (numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]):
         table[:, count] += np.bincount(rim, minlength=step)
@@ -229,7 +229,7 @@ def _spots(cover: Cover) -> tuple[int, str]:
     _, labels, boxes, _ = cv2.connectedComponentsWithStats(bright.view(np.uint8), connectivity=4)
     areas = boxes[:, cv2.CC_STAT_AREA]
     extents = boxes[:, cv2.CC_STAT_WIDTH] * boxes[:, cv2.CC_STAT_HEIGHT]
-    small = (areas >= SPOT_PIXELS) & (areas <= SPOT_SHARE * bright.size) & (areas >= 0.45 * extents)
+    small = (areas >= SPOT_PIXELS) & (areas <= SPOT_FRACTION * bright.size) & (areas >= 0.45 * extents)
     small[0] = False
     count = int(small.sum())
     return (count, place(small[labels])) if count > 1 else (0, "")

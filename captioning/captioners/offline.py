@@ -1,4 +1,4 @@
-"""A captioner that needs no download: sentences out of what is measured in the pixels or told by a mask."""
+"""A captioner that needs no download: sentences out of what is measured in the pixels or given by a mask."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from captioning.captioners.captioner import Facts, Undescribed, scene_words
+from captioning.captioners.captioner import ImageMetadata, Undescribed, scene_words
 from captioning.captioners.cover import COLOURS, is_empty, is_flat, land_cover, shrunk
 from captioning.captioners.layout import ROUGH, SMOOTH, Layout, Part, layout
 from captioning.captioners.wording import (
     LINES,
-    PLACES,
+    POSITIONS,
     STRIPS,
     Noun,
+    fraction_of,
     listed,
     noun,
     number,
     pick,
     scene_phrase,
     sentences,
-    share_of,
     verb,
 )
 from runtime.errors import UserError
@@ -36,7 +36,7 @@ ONE_COLOUR = Undescribed("one flat colour")
 
 @dataclass(frozen=True)
 class OfflineCaptioner:
-    """Says what lies where: the scene's words, kinds of ground with their shares, places, shapes and texture.
+    """Says what lies where: the scene's words, kinds of ground with their fractions, places, shapes and texture.
 
     The kinds are a mask's classes, or groups of colours: a caption says "green vegetation", not "a park". An image
     without data (98 % black) is `Undescribed` even if its scene is known, because its pixels show no such scene. One of
@@ -64,22 +64,22 @@ class OfflineCaptioner:
         return len(self.plans)
 
     def __call__(
-        self, images: np.ndarray, facts: Sequence[Facts], attempt: int, seeds: Sequence[int]
+        self, images: np.ndarray, metadata: Sequence[ImageMetadata], attempt: int, seeds: Sequence[int]
     ) -> list[str | Undescribed]:
         plan = self.plans[attempt % len(self.plans)]
         return [
             describe(image, known, plan, np.random.default_rng((attempt, seed)))
-            for image, known, seed in zip(images, facts, seeds, strict=True)
+            for image, known, seed in zip(images, metadata, seeds, strict=True)
         ]
 
 
-def describe(image: np.ndarray, facts: Facts, plan: str, rng: np.random.Generator) -> str | Undescribed:
+def describe(image: np.ndarray, metadata: ImageMetadata, plan: str, rng: np.random.Generator) -> str | Undescribed:
     """A caption of a uint8 image [H, W, 3], after a plan of `PLANS`; the generator picks among equal wordings."""
     image = shrunk(image)
     if is_empty(image):
         return NO_DATA
-    scene = scene_words(facts.scene)
-    cover = land_cover(image, facts.mask, facts.classes)
+    scene = scene_words(metadata.scene)
+    cover = land_cover(image, metadata.mask, metadata.classes)
     if not scene and not cover.by_mask and is_flat(image):
         return ONE_COLOUR
     measured = layout(cover)
@@ -116,22 +116,22 @@ class _View:
         return pick(variants, self.rng)
 
     def place(self, part: Part) -> str:
-        return pick(PLACES[part.place], self.rng)
+        return pick(POSITIONS[part.place], self.rng)
 
     def noun_of(self, name: str) -> Noun | None:
         return next((called for part, called in self.items if part.name == name), None)
 
 
 def _short(view: _View) -> list[str]:
-    """About 8 to 12 words, the scene first: the most that fits is said of the two largest parts."""
+    """About 8 to 12 words, the scene first: then as much as fits about the two largest parts."""
     chosen = view.items[:1] + [item for item in view.items[1:] if _differ(view.items[0][0], item[0])][:1]
-    phrases = [(called.text, PLACES[part.place][0]) for part, called in chosen]
+    phrases = [(called.text, POSITIONS[part.place][0]) for part, called in chosen]
     if view.scene:
         opening = view.pick("{}", "an aerial view of {}", "{} seen from above").format(view.scene)
         openings = [f"{opening} with ", f"{view.scene} with "]
     else:
         openings = [view.pick("", "an aerial view of ", "from above, "), ""]
-    forms = [first + " and ".join(said) for said in _said(phrases) for first in openings]
+    forms = [first + " and ".join(message) for message in _phrases(phrases) for first in openings]
     fitting = [form for form in forms if len(form.split()) <= SHORT]
     return [(fitting or forms[-1:])[0]]
 
@@ -141,8 +141,8 @@ def _differ(first: Part, second: Part) -> bool:
     return first.name.split()[-1] != second.name.split()[-1] or not {first.name, second.name} <= set(COLOURS)
 
 
-def _said(phrases: list[tuple[str, str]]) -> list[list[str]]:
-    """Ways to say one or two nouns with their places, the fullest first."""
+def _phrases(phrases: list[tuple[str, str]]) -> list[list[str]]:
+    """Ways to say one or two nouns with their positions, the fullest first."""
     whole = [f"{text} {where}" for text, where in phrases]
     if len(phrases) < 2:
         return [whole]
@@ -155,14 +155,14 @@ def _said(phrases: list[tuple[str, str]]) -> list[list[str]]:
 def _layout(view: _View) -> list[str]:
     """What covers how much of which part; then the scene."""
     (part, called), *others = view.items[:3]
-    found = [f"{other.text} {view.place(smaller)}" for smaller, other in others]
-    share = _covers(view, part, called)
-    if found and view.rng.integers(2):
-        (second, other), rest = others[0], found[1:]
-        text = f"{share}; {other.text} {verb(other, 'lie')} {view.place(second)}"
+    result = [f"{other.text} {view.place(smaller)}" for smaller, other in others]
+    fraction = _covers(view, part, called)
+    if result and view.rng.integers(2):
+        (second, other), rest = others[0], result[1:]
+        text = f"{fraction}; {other.text} {verb(other, 'lie')} {view.place(second)}"
         text += f", with {rest[0]}" if rest else ""
     else:
-        text = share + (f", with {listed(found)}" if found else "" if view.scene else f", {_texture(view)}")
+        text = fraction + (f", with {listed(result)}" if result else "" if view.scene else f", {_texture(view)}")
     ending = view.pick("the view shows {}", "the image shows {}", "it is an aerial view of {}")
     return [text, ending.format(view.scene)] if view.scene else [text]
 
@@ -172,7 +172,7 @@ def _covers(view: _View, part: Part, called: Noun) -> str:
     covers = verb(called, view.pick("cover", "fill", "take")) + " "
     covers = covers.replace("takes ", "takes up ").replace("take ", "take up ")
     where = "" if part.place in ("whole", "spread") else " " + view.place(part)
-    return f"{called.text} {covers}{share_of(part.share)}{where}"
+    return f"{called.text} {covers}{fraction_of(part.fraction)}{where}"
 
 
 def _long(view: _View) -> list[str]:
@@ -196,19 +196,19 @@ def _long(view: _View) -> list[str]:
 
 def _relations(view: _View) -> list[str]:
     """Sentences about what surrounds, borders or crosses what."""
-    found, told = [], set()
+    result, given = [], set()
     for part, called in view.items[:4]:
         around, beside = view.noun_of(part.inside), view.noun_of(part.beside)
         if around and around is not called:
-            found.append(f"{called.text} {verb(called, 'is')} surrounded by {around.text}")
-            told.add(frozenset((part.name, part.inside)))
-        elif beside and beside is not called and frozenset((part.name, part.beside)) not in told:
-            told.add(frozenset((part.name, part.beside)))
+            result.append(f"{called.text} {verb(called, 'is')} surrounded by {around.text}")
+            given.add(frozenset((part.name, part.inside)))
+        elif beside and beside is not called and frozenset((part.name, part.beside)) not in given:
+            given.add(frozenset((part.name, part.beside)))
             stem = view.pick("border", "meet", "adjoin")
-            found.append(f"{called.text} {verb(called, stem)} {beside.text}")
+            result.append(f"{called.text} {verb(called, stem)} {beside.text}")
         if part.strip:
-            found.insert(0, f"{_strip(part, called)} {view.pick('runs', 'stretches')} {STRIPS[part.strip]}")
-    return found
+            result.insert(0, f"{_strip(part, called)} {view.pick('runs', 'stretches')} {STRIPS[part.strip]}")
+    return result
 
 
 def _strip(part: Part, called: Noun) -> str:
@@ -217,23 +217,23 @@ def _strip(part: Part, called: Noun) -> str:
 
 def _counts(view: _View) -> list[str]:
     """Sentences about numbers and shapes."""
-    found = []
+    result = []
     for part, called in view.items[:4]:
         if part.shape:
             start = f"the largest patch of {called.of}" if part.patches > 1 else f"the patch of {called.of}"
-            found.append(f"{start} is {part.shape}")
+            result.append(f"{start} is {part.shape}")
         elif 2 <= part.patches <= COUNTED:
-            found.append(f"there are {number(part.patches)} patches of {called.of}")
+            result.append(f"there are {number(part.patches)} patches of {called.of}")
     if spots := _spots(view):
-        found.insert(0, f"{spots} {view.pick('stand out', 'can be seen')}")
-    return found
+        result.insert(0, f"{spots} {view.pick('stand out', 'can be seen')}")
+    return result
 
 
 def _spots(view: _View, colours: bool = True) -> str:
     if not view.measured.spots:
         return ""
     bright = "small bright" if colours else "small"
-    place = pick(PLACES[view.measured.spots_place], view.rng)
+    place = pick(POSITIONS[view.measured.spots_place], view.rng)
     place = "" if view.measured.spots_place == "scattered" else f" {place}"
     return f"{number(view.measured.spots)} {bright} {view.pick('objects', 'spots', 'structures')}{place}"
 
@@ -264,7 +264,7 @@ def _thing(view: _View, part: Part, called: Noun) -> str:
         return f"{_strip(part, called)} running {STRIPS[part.strip]}"
     if part.shape and part.patches == 1:
         return f"a {part.shape} patch of {called.of} {view.place(part)}"
-    if 2 <= part.patches <= COUNTED and part.share < 0.4:
+    if 2 <= part.patches <= COUNTED and part.fraction < 0.4:
         return f"{number(part.patches)} patches of {called.of}"
     return f"{called.text} {view.place(part)}"
 

@@ -1,4 +1,4 @@
-"""Words for what was measured: nouns for kinds of ground, phrases for places, shares and numbers."""
+"""Words for what was measured: nouns for kinds of ground, phrases for positions, fractions and numbers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _MASS = {
     "rangeland", "bare", "forestland", "greenland", "scrub", "pavement", "concrete", "asphalt", "rock", "ground",
 }  # fmt: skip
 _MANY = {"people", "sheep", "aircraft"}
-#: Places as adverbs; the first of each is the plainest.
-PLACES: dict[str, tuple[str, ...]] = {
+#: Positions as adverbs; the first of each is the plainest.
+POSITIONS: dict[str, tuple[str, ...]] = {
     "whole": ("across the whole image", "over the whole image", "across the whole view"),
     "spread": ("across the image", "throughout the image", "all over the image"),
     "scattered": ("in scattered patches", "scattered over the image", "here and there"),
@@ -57,8 +57,8 @@ PLACES: dict[str, tuple[str, ...]] = {
 for _down in ("upper", "lower"):
     for _across in ("left", "right"):
         _name = f"{_down} {_across}"
-        PLACES[_name] = (f"in the {_name}", f"at the {_name}", f"in the {_name} part")
-        PLACES[f"{_name} corner"] = (f"in the {_name} corner", f"at the {_name} corner")
+        POSITIONS[_name] = (f"in the {_name}", f"at the {_name}", f"in the {_name} part")
+        POSITIONS[f"{_name} corner"] = (f"in the {_name} corner", f"at the {_name} corner")
 STRIPS = {
     "left right": "from left to right",
     "upper lower": "from top to bottom",
@@ -72,7 +72,7 @@ LINES = {
     "grid": ("straight edges meet at right angles", "straight lines cross at right angles"),
 }
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-#: How greens are told apart where an image shows both.
+#: How greens are distinguished where an image shows both.
 _SHADES = {
     "green vegetation": "light green vegetation",
     "green plants": "light green plants",
@@ -209,8 +209,8 @@ def _red(part: Part, colours: bool) -> Sequence[str]:
 
 
 def _as_noun(text: str, several: bool) -> Noun:
-    if found := re.fullmatch(r"an? (.* surface)", text):
-        return Noun(f"{found[1]}s" if several else text, found[1], several)
+    if result := re.fullmatch(r"an? (.* surface)", text):
+        return Noun(f"{result[1]}s" if several else text, result[1], several)
     return Noun(text, text, text.endswith("s"))
 
 
@@ -244,8 +244,8 @@ def article(text: str) -> str:
     return "an" if re.match(r"[aeiou8]|hour|honest", text) else "a"
 
 
-def share_of(share: float) -> str:
-    """A share of the image in words, at the nearest of the fractions that have a name."""
+def fraction_of(fraction: float) -> str:
+    """A fraction of the image in words, at the nearest of the fractions that have a name."""
     for least, words in (
         (0.93, "nearly all of the image"),
         (0.7, "most of the image"),
@@ -254,7 +254,7 @@ def share_of(share: float) -> str:
         (0.29, "about a third of the image"),
         (0.2, "about a quarter of the image"),
     ):
-        if share >= least:
+        if fraction >= least:
             return words
     return "a small part of the image"
 

@@ -49,7 +49,7 @@ class BlueMarble:
     Args:
         split: "all", "train", "val" or "test". Longitude blocks with `index % held_out_every == held_out_every // 2`
             are held out and divided into square cells; every third cell, along rows and columns, is val, the others are
-            test. So val and test, and the halves of test, see the same places on Earth and share no pixel.
+            test. So val and test, and the halves of test, see the same parts on Earth and share no pixel.
         resolution: tile side in pixels.
         stride: step between tiles in pixels; below `resolution` the tiles overlap.
         block: width of a longitude block in pixels; neighbouring blocks of the same split are joined.
@@ -164,8 +164,8 @@ class BlueMarble:
         `ground` is the cell that a tile of val or test lies in, and "" of others.
         """
         corners = self.corners()
-        shares = self._scene_shares(corners)
-        main = shares.argmax(axis=1)
+        fractions = self._scene_fractions(corners)
+        main = fractions.argmax(axis=1)
         centre = corners + self.resolution / 2
         latitude = 90 - centre[:, 0] * DEGREES_PER_PIXEL
         cells = corners // self._cell
@@ -174,7 +174,7 @@ class BlueMarble:
             {
                 "id": [f"{self.name}/{row:04d}_{column:04d}" for row, column in corners],
                 "scene": [SCENES[index] for index in main],
-                "caption": [_caption(share) for share in shares],
+                "caption": [_caption(fraction) for fraction in fractions],
                 "ground": [f"{row:03d}_{column:03d}" if known else "" for row, column in cells],
                 "lon": centre[:, 1] * DEGREES_PER_PIXEL - 180,
                 "lat": latitude,
@@ -182,19 +182,19 @@ class BlueMarble:
             }
         )
 
-    def _scene_shares(self, corners: np.ndarray) -> np.ndarray:
-        """Area share of every scene in every tile, float64 [N, 8], by summed-area tables."""
+    def _scene_fractions(self, corners: np.ndarray) -> np.ndarray:
+        """Area fraction of every scene in every tile, float64 [N, 8], by summed-area tables."""
         size = self.resolution
         top, left = corners.T
-        shares = np.empty((len(corners), len(SCENES)))
+        fractions = np.empty((len(corners), len(SCENES)))
         for index in range(len(SCENES)):
             table = np.zeros(tuple(side + 1 for side in self._scene_map.shape), dtype=np.int32)
             np.cumsum(np.cumsum(self._scene_map == index, axis=0), axis=1, out=table[1:, 1:])
             inside = (
                 table[top + size, left + size] - table[top, left + size] - table[top + size, left] + table[top, left]
             )
-            shares[:, index] = inside / size**2
-        return shares
+            fractions[:, index] = inside / size**2
+        return fractions
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[Sample]]:
         """Tiles and their per-pixel scene indices (names in `mask_classes`)."""
@@ -212,11 +212,11 @@ class BlueMarble:
         return SCENES
 
 
-def _caption(shares: np.ndarray) -> str:
-    """A caption from scene shares: the main scene, and a second one that covers at least a fifth of the tile."""
-    order = np.argsort(-shares, kind="stable")
+def _caption(fractions: np.ndarray) -> str:
+    """A caption from scene fractions: the main scene, and a second one that covers at least a fifth of the tile."""
+    order = np.argsort(-fractions, kind="stable")
     first, second = SCENES[order[0]], SCENES[order[1]]
-    if shares[order[1]] < 0.2:
+    if fractions[order[1]] < 0.2:
         return f"a satellite image of {_PHRASES[first]}"
     if "ocean" in (first, second):
         land = second if first == "ocean" else first

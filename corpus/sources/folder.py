@@ -18,7 +18,7 @@ import pandas as pd
 
 from corpus.captions import (
     TABLE,
-    caption_facts,
+    caption_metadata,
     chosen_classes,
     class_list,
     decoded,
@@ -38,9 +38,9 @@ from corpus.masks import SUFFIXES as MASK_SUFFIXES
 from corpus.matching import Images, Rows
 from corpus.names import (
     CLASS_FILES,
-    FACTS_SUFFIX,
     HEAD,
     IMAGE_SUFFIXES,
+    METADATA_SUFFIX,
     SHALLOW,
     counted,
     extra_suffixes,
@@ -63,10 +63,10 @@ class _Listing:
     """What lies below a root, as POSIX paths below it, each sorted.
 
     Attributes:
-        beside: texts and facts by the image that they lie beside.
+        beside: texts and metadata by the image that they lie beside.
         passed_over: files that are nothing of this, by suffix.
-        stacked: the files of images of one file a band; `images` has their places.
-        left_out: further files of these places.
+        stacked: the files of images of one file a band; `images` has their positions.
+        left_out: further files of these positions.
     """
 
     images: list[str]
@@ -89,8 +89,8 @@ class ImageFolder(Shown):
     folder that cannot be listed is a row of the manifest whose reason says so; files that are no images and about none
     are counted on stderr.
 
-    Captions and facts come from tables (`corpus.captions.TABLE`) anywhere below the root or in its `annotations`, else
-    from a text or JSON file beside the image with its name.
+    Captions and metadata come from tables (`corpus.captions.TABLE`) anywhere below the root or in its `annotations`,
+    else from a text or JSON file beside the image with its name.
 
     Args:
         root: the folder.
@@ -99,7 +99,7 @@ class ImageFolder(Shown):
             ground where its file says where on Earth it lies (`corpus.footprints`), else of its id; `corpus.splits` has
             the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
-        val_share, test_share: shares of the images that the hash holds out.
+        val_fraction, test_fraction: fractions of the images that the hash holds out.
         limit: keep at most so many images, evenly spread over the split in id order (None: all).
         masks: folder of masks, placed and named like the images (`corpus.masks.matching`), below `root` or a path of
             its own; "." where they lie beside the images; None: there are none.
@@ -121,8 +121,8 @@ class ImageFolder(Shown):
     root: str | None = None
     split: str = "all"
     resolution: int = 64
-    val_share: float = 0.1
-    test_share: float = 0.1
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
     limit: int | None = None
     masks: str | None = None
     classes: tuple[str, ...] = ()
@@ -141,7 +141,7 @@ class ImageFolder(Shown):
         if not self._root.is_dir():
             what = "is not a folder" if self._root.exists() else "does not exist"
             raise UserError(f"corpus.root={self.root} {what}: give a folder of images with corpus.root=DIR")
-        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
         _ = self.raster
         if self.masks is not None and not self._mask_root.is_dir():
             raise UserError(
@@ -177,12 +177,12 @@ class ImageFolder(Shown):
 
         Also `captions` where an image has several, the numbers and texts of its row or JSON file, `ground` where most
         images have a place on Earth, and `copy_in` where images have exact copies in other splits. What was found about
-        the images is said on stderr.
+        the images is reported on stderr.
         """
         self._report()
         return pd.DataFrame(
             [
-                {**self._facts(file), "stamp": self._stamps[file] + self.survey.stamp, **self._shared(file)}
+                {**self._metadata(file), "stamp": self._stamps[file] + self.survey.stamp, **self._shared(file)}
                 for file in self._chosen
             ],
             columns=None if self._chosen else ["id", "scene", "caption", "stamp"],
@@ -261,11 +261,11 @@ class ImageFolder(Shown):
             for name in names
             if name.lower().endswith(MASK_SUFFIXES) and not name.startswith(".")
         ]
-        places = {file.removeprefix("images/"): file for file in listed}
-        found = matching(places, masks)
-        if unused := sorted(set(masks) - set(found.values())):
+        positions = {file.removeprefix("images/"): file for file in listed}
+        result = matching(positions, masks)
+        if unused := sorted(set(masks) - set(result.values())):
             notice(f"{self.name}: masks: {len(unused):,} of {len(masks):,} files match no image (e.g. {unused[0]})")
-        return {places[image]: root / mask for image, mask in found.items()}
+        return {positions[image]: root / mask for image, mask in result.items()}
 
     @cached_property
     def _stamps(self) -> dict[str, str]:
@@ -301,7 +301,7 @@ class ImageFolder(Shown):
                     tables.append(file)
                 elif not only and (kind in ("image", "mask") or (kind == "?" and _begins_as_image(folder / name))):
                     images.append(file)
-                elif kind in ("text", "facts"):
+                elif kind in ("text", "metadata"):
                     others.append(file)
                 elif not only and kind != "companion":
                     passed[suffix_of(name)] += 1
@@ -345,30 +345,32 @@ class ImageFolder(Shown):
 
     @property
     def _about(self) -> list[str]:
-        """Files with captions, facts or class names."""
+        """Files with captions, metadata or class names."""
         beside = sorted({file for files in self._listing.beside.values() for file in files})
         return [*self._listing.tables, *beside, *self._listing.classes]
 
     @cached_property
     def _tables(self) -> Rows:
-        found = Rows(Images(self._root, self._files))
+        result = Rows(Images(self._root, self._files))
         for file in self._listing.tables:
-            before = found.count
+            before = result.count
             for name, row in table_rows(str(self._root / file), _data(self._root / file)):
-                found.add(name, row, PurePosixPath(file).parent.as_posix())
-            if found.count == before:
+                result.add(name, row, PurePosixPath(file).parent.as_posix())
+            if result.count == before:
                 notice(f"{self.name}: {file} names no images: give it a column or field file_name")
-        return found
+        return result
 
     @cached_property
     def _rows(self) -> dict[str, dict]:
         """What tables, and files beside them, say about the images."""
         rows = self._tables.rows()
         for image, files in self._listing.beside.items():
-            texts = [decoded(_data(self._root / file)) for file in files if suffix_of(file) != FACTS_SUFFIX]
-            facts = next((_object(_data(self._root / file)) for file in files if suffix_of(file) == FACTS_SUFFIX), {})
-            row = {**facts, **rows.get(image, {})}
-            captions = own_captions(rows.get(image, {})) or sample_captions(texts, facts)["captions"]
+            texts = [decoded(_data(self._root / file)) for file in files if suffix_of(file) != METADATA_SUFFIX]
+            metadata = next(
+                (_object(_data(self._root / file)) for file in files if suffix_of(file) == METADATA_SUFFIX), {}
+            )
+            row = {**metadata, **rows.get(image, {})}
+            captions = own_captions(rows.get(image, {})) or sample_captions(texts, metadata)["captions"]
             rows[image] = {**row, "captions": captions}
         return rows
 
@@ -414,7 +416,7 @@ class ImageFolder(Shown):
         """The split of every file, and the other splits in which some of them have copies."""
         ids, names = [_identifier(file) for file in self._files], [self._split_name(file) for file in self._files]
         firsts = of_files(self.name, ids, self._paths, (str(self._root), self.version["files"]))
-        splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts, self._grounds)
+        splits = assigned(self.name, ids, names, self.val_fraction, self.test_fraction, firsts, self._grounds)
         copies = zip(self._files, elsewhere(self.name, splits, firsts), strict=True)
         return splits, {file: others for file, others in copies if others}
 
@@ -437,12 +439,12 @@ class ImageFolder(Shown):
         named = self._rows.get(file, {}).get("split")
         return str(named) if named else folder_split(tuple(file.split("/")[:-1]))[0]
 
-    def _facts(self, file: str) -> dict[str, Any]:
+    def _metadata(self, file: str) -> dict[str, Any]:
         row = self._rows.get(file, {})
         folders = scene_folders(file) if file in self._listing.stacked else tuple(file.split("/")[:-1])
         folder = folder_split(folders)[1]
         scene = scene_name(_identifier(folder), self._class_names) or row_scene(row, self._class_names)
-        captions = caption_facts(row, scene, label_list(row, self._class_names))
+        captions = caption_metadata(row, scene, label_list(row, self._class_names))
         return {"id": _identifier(file), "scene": scene, **captions, **scalars(row)}
 
 
@@ -465,18 +467,18 @@ def _annotations(root: Path) -> list[str]:
     return [f"annotations/{name}" for name in names if TABLE.fullmatch(name.lower())]
 
 
-def _beside(images: Sequence[str], others: Sequence[str], places: Collection[str]) -> dict[str, list[str]]:
-    """Texts and facts by the image of their name, with or without its suffix; facts by the place of their name, too."""
+def _beside(images: Sequence[str], others: Sequence[str], positions: Collection[str]) -> dict[str, list[str]]:
+    """Texts and metadata by the image of their name, with or without its suffix; metadata by a stack's name, too."""
     stems = {file[: -len(suffix_of(file))] if suffix_of(file) else file: file for file in reversed(images)}
     stems.update({file: file for file in images})
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for file in sorted(others):
         image = stems.get(file[: -len(suffix_of(file))])
-        if image is None and places and suffix_of(file) == FACTS_SUFFIX:
-            image = place_of(file, places)
+        if image is None and positions and suffix_of(file) == METADATA_SUFFIX:
+            image = place_of(file, positions)
         if image is not None:
-            found.setdefault(image, []).append(file)
-    return found
+            result.setdefault(image, []).append(file)
+    return result
 
 
 def _data(path: Path) -> bytes:
@@ -494,10 +496,10 @@ def _data(path: Path) -> bytes:
 
 def _object(data: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(decoded(data) or "{}")
+        result = json.loads(decoded(data) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return result if isinstance(result, dict) else {}
 
 
 def _bytes_of(root: Path, file: str | tuple[str, ...]) -> bytes | list[bytes] | str:

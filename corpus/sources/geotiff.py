@@ -106,11 +106,11 @@ class GeoTiff(Shown):
             tile back to the border, over the tile before it.
         bands, no_data, stretch, low, high: as in `corpus.raster.RasterOptions`. Bands by name (B04) also stack files of
             one band each, as Sentinel-2 and Landsat are delivered.
-        most_no_data: largest share of no-data pixels of a tile that is still an image.
+        most_no_data: largest fraction of no-data pixels of a tile that is still an image.
         block: side in tiles of the cells that are held out together.
         split: "all", "train", "val" or "test", by a hash of the cell.
         resolution: side of the images handed on, in pixels.
-        val_share, test_share: shares of the cells that the hash holds out.
+        val_fraction, test_fraction: fractions of the cells that the hash holds out.
         limit: keep at most so many tiles, evenly spread (None: all).
         content_hash: a scene has changed if its bytes have, all of which are read for it, not its size or time.
         workers: reading processes (None: one a core); the result does not depend on it.
@@ -126,8 +126,8 @@ class GeoTiff(Shown):
     block: int = 8
     split: str = "all"
     resolution: int = 64
-    val_share: float = 0.1
-    test_share: float = 0.1
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
     limit: int | None = None
     content_hash: bool = False
     workers: int | None = field(default=None, metadata={"fingerprint": False})
@@ -139,7 +139,7 @@ class GeoTiff(Shown):
             raise UserError("corpus=geotiff reads no scenes yet: say which with corpus.root=DIR or a file")
         if not self._root.exists():
             raise UserError(f"corpus.root={self.root} does not exist: give a folder of GeoTIFF scenes, or one file")
-        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
         if not 0 <= self.overlap < self._side:
             raise UserError(f"corpus.overlap={self.overlap} must lie in 0..{self._side - 1}, below the tile's side")
         if self.edge not in EDGES:
@@ -156,8 +156,8 @@ class GeoTiff(Shown):
         return {"scenes": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]}
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """`covered`: the share of every scene's pixels that some tile shows."""
+    def metadata(self) -> dict[str, Any]:
+        """`covered`: the fraction of every scene's pixels that some tile shows."""
         return {
             "covered": {_text(scene.name): round(self._covered(scene), 3) for scene in self._scenes if scene.height}
         }
@@ -171,9 +171,11 @@ class GeoTiff(Shown):
         for crs, tiles in rows.groupby("crs"):
             if crs:
                 transforms = np.array([json.loads(text) for text in tiles["transform"]])
-                near = (np.abs(transforms) < FARTHEST).all(axis=1)  # one that is not spoils all that are asked with it
+                near = (np.abs(transforms) < FARTHEST).all(
+                    axis=1
+                )  # one that is not spoils all that are transformed with it
                 tiles, transforms = tiles[near], transforms[near]
-                rows.loc[tiles.index, ["lon", "lat", "ground_sampling_distance"]] = _places(
+                rows.loc[tiles.index, ["lon", "lat", "ground_sampling_distance"]] = _centres(
                     str(crs), transforms, self.resolution
                 )
         return rows
@@ -205,16 +207,16 @@ class GeoTiff(Shown):
         """The files of every scene, by its name."""
         if self._root.is_file():
             return {self._root.name: (self._root.name,)}
-        found = [
+        result = [
             (Path(folder) / name).relative_to(self._root).as_posix()
             for folder, _, names in os.walk(self._root)
             for name in names
             if not name.startswith(".")
         ]
-        files = sorted(file for file in found if file.lower().endswith(SUFFIXES))
+        files = sorted(file for file in result if file.lower().endswith(SUFFIXES))
         if not files:
             raise UserError(f"corpus.root={self.root} has no scenes ({', '.join(SUFFIXES)}): give another folder")
-        passed = Counter(suffix_of(file) for file in set(found) - set(files) if not is_companion(file))
+        passed = Counter(suffix_of(file) for file in set(result) - set(files) if not is_companion(file))
         if passed:
             notice(f"{self.name}: {sum(passed.values()):,} files passed over: {counted(passed)}")
         files = self._without_sources(files)
@@ -269,7 +271,7 @@ class GeoTiff(Shown):
                 tiles.append(_Tile(scene, 0, 0, ()))
                 continue
             for tile in self._grid(scene):
-                splits = {hashed_split(cell, self.val_share, self.test_share) for cell in tile.cells}
+                splits = {hashed_split(cell, self.val_fraction, self.test_fraction) for cell in tile.cells}
                 border += len(splits) > 1
                 seen.update(tile.cells)
                 if self.split == "all" or splits == {self.split}:
@@ -310,14 +312,14 @@ class GeoTiff(Shown):
         return starts
 
     def _covered(self, scene: _Scene) -> float:
-        """The share of a scene's pixels that some tile shows."""
-        share = 1.0
+        """The fraction of a scene's pixels that some tile shows."""
+        fraction = 1.0
         for length in (scene.height, scene.width):
             seen = np.zeros(length, bool)
             for start in self._starts(length):
                 seen[start : start + self._side] = True
-            share *= seen.mean()
-        return float(share)
+            fraction *= seen.mean()
+        return float(fraction)
 
     def _open(self, name: str, files: tuple[str, ...]) -> _Scene:
         import rasterio
@@ -379,9 +381,9 @@ def _grounds(scene: _Scene, corners: Sequence[tuple[int, int]], side: int, cell:
     from rasterio.warp import transform as to_crs
 
     points = np.array([(0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1)]) * side
-    places = np.array(corners, dtype=np.float64).reshape(-1, 1, 2) + points
+    positions = np.array(corners, dtype=np.float64).reshape(-1, 1, 2) + points
     left, width, shear_x, top, shear_y, height = scene.transform
-    columns, rows = places[..., 0], places[..., 1]
+    columns, rows = positions[..., 0], positions[..., 1]
     x, y = left + columns * width + rows * shear_x, top + columns * shear_y + rows * height
     try:
         lon, lat = to_crs(scene.crs, "EPSG:4326", x.ravel(), y.ravel())
@@ -481,7 +483,7 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _places(crs: str, transforms: np.ndarray, resolution: int) -> np.ndarray:
+def _centres(crs: str, transforms: np.ndarray, resolution: int) -> np.ndarray:
     """Of tiles with GDAL transforms [n, 6]: lon, lat of the centre and metres a pixel there, float64 [n, 3]."""
     from rasterio.warp import transform as to_crs
 

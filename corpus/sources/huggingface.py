@@ -17,7 +17,7 @@ import pandas as pd
 
 from corpus.captions import (
     CAPTION_KEYS,
-    caption_facts,
+    caption_metadata,
     chosen_classes,
     class_list,
     label_list,
@@ -63,7 +63,7 @@ class HuggingFace(Shown):
             `corpus.names.CLASS_FILES` in the data set's folder, if there is one.
         bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`.
         resolution: side of the images handed on, in pixels.
-        val_share, test_share: shares of the images that the hash holds out.
+        val_fraction, test_fraction: fractions of the images that the hash holds out.
         limit: keep at most so many images, evenly spread (None: all).
         workers: decoding processes (None: one a core); the result does not depend on it.
     Raises:
@@ -84,8 +84,8 @@ class HuggingFace(Shown):
     mask_values: Any = None
     mask_colours: Any = None
     resolution: int = 64
-    val_share: float = 0.1
-    test_share: float = 0.1
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
     limit: int | None = None
     workers: int | None = field(default=None, metadata={"fingerprint": False})
     name: str = "huggingface"
@@ -95,7 +95,7 @@ class HuggingFace(Shown):
             raise UserError(
                 "corpus=huggingface reads no data set yet: say which with corpus.path=OWNER/NAME or a folder"
             )
-        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
         _ = self.raster
         _ = self.mask_rule  # refused before anything is read
         if self.streaming and self.workers not in (None, 1):
@@ -139,12 +139,12 @@ class HuggingFace(Shown):
         return self._chosen[1]
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
-        places = self._chosen[0][rows]
+        positions = self._chosen[0][rows]
         if self.streaming:
-            return partial(self._stream, places)
+            return partial(self._stream, positions)
         names = list(self._parts)
-        parts = {names[number]: self._parts[names[number]] for number in sorted(set(places[:, 0].tolist()))}
-        chosen = [(names[number], int(row)) for number, row in places]
+        parts = {names[number]: self._parts[names[number]] for number in sorted(set(positions[:, 0].tolist()))}
+        chosen = [(names[number], int(row)) for number, row in positions]
         return partial(_read_rows, parts, chosen, self._pair, self._decoding)
 
     @cached_property
@@ -158,8 +158,8 @@ class HuggingFace(Shown):
         if self.streaming:
             records = islice(next(iter(self._parts.values())), STREAMED_SAMPLE)
         else:
-            found = [(part, row) for part in self._parts.values() for row in range(len(part))]
-            records = (found[place][0][found[place][1]] for place in spread(len(found)))
+            result = [(part, row) for part in self._parts.values() for row in range(len(part))]
+            records = (result[place][0][result[place][1]] for place in spread(len(result)))
         data = (_bytes(record[column]) for record in records)
         return survey_files((part for part in data if isinstance(part, bytes)), self.raster)
 
@@ -202,10 +202,10 @@ class HuggingFace(Shown):
         features = first.features or {}
         names = list(first.column_names or features)
 
-        def named(wanted: str | None, usual: tuple[str, ...], what: str) -> str | None:
-            if wanted is not None and wanted not in names:
-                raise UserError(f"corpus.{what}_column={wanted} is not in {self.path}: it has {', '.join(names)}")
-            return wanted or next((name for name in usual if name in names), None)
+        def named(requested: str | None, usual: tuple[str, ...], what: str) -> str | None:
+            if requested is not None and requested not in names:
+                raise UserError(f"corpus.{what}_column={requested} is not in {self.path}: it has {', '.join(names)}")
+            return requested or next((name for name in usual if name in names), None)
 
         import datasets
 
@@ -244,24 +244,26 @@ class HuggingFace(Shown):
     @cached_property
     def _chosen(self) -> tuple[np.ndarray, pd.DataFrame]:
         """Part and row of every image of the split, int64 [n, 2], thinned to the limit; and their manifest."""
-        rows, places, names, taken, digests = [], [], [], set(), []
+        rows, positions, names, taken, digests = [], [], [], set(), []
         named, counts = part_names(self._parts), []
         for number, (name, part) in enumerate(self._parts.items()):
             pictures = (self._columns["image"], self._columns["mask"])
             texts = part.select_columns([column for column in part.column_names if column not in pictures])
-            facts = texts if texts.column_names else ({} for _ in part)
+            metadata = texts if texts.column_names else ({} for _ in part)
             stamps = repeat(({}, None)) if self.streaming else _stamps(part, self._pair)
-            for row, (record, stamp) in enumerate(zip(progress(facts, f"read rows of {name}"), stamps, strict=False)):
+            for row, (record, stamp) in enumerate(
+                zip(progress(metadata, f"read rows of {name}"), stamps, strict=False)
+            ):
                 identifier = f"{name}/{row:08d}"
                 if isinstance(record.get("id"), str) and record["id"] not in taken:
                     identifier = record["id"]
                 while identifier in taken:
                     identifier += "#"
                 taken.add(identifier)
-                places.append((number, row))
+                positions.append((number, row))
                 names.append(self._split_name(record, named[name]))
-                found, captions = self._facts(record, part.features)
-                rows.append({"id": identifier, **found, **_shown(stamp[0], self.survey)})
+                result, captions = self._metadata(record, part.features)
+                rows.append({"id": identifier, **result, **_shown(stamp[0], self.survey)})
                 digests.append(stamp[1])
                 counts.append(captions)
         if any(counts):
@@ -274,21 +276,21 @@ class HuggingFace(Shown):
                 notice(f"{self.name}: rows are streamed, so copies of one image in two splits are not looked for")
             ids = [row["id"] for row in rows]
             firsts = by_key(ids, digests)
-            splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts)
+            splits = assigned(self.name, ids, names, self.val_fraction, self.test_fraction, firsts)
             copies = elsewhere(self.name, splits, firsts)
             rows = [{**row, "copy_in": copy} for row, copy in zip(rows, copies, strict=True)] if any(copies) else rows
             chosen = np.flatnonzero(np.array(splits) == self.split)
         kept = chosen[thinned(len(chosen), self.limit)]
         table = pd.DataFrame([rows[row] for row in kept], columns=None if len(kept) else ["id", "scene", "caption"])
-        return np.array(places, dtype=np.int64).reshape(-1, 2)[kept], table
+        return np.array(positions, dtype=np.int64).reshape(-1, 2)[kept], table
 
     def _split_name(self, record: dict, part: str) -> str:
         """What a row calls its split where the data set is of one part, else what its part is called."""
         named = record.get("split") if len(self._parts) == 1 else None
         return named if isinstance(named, str) and split_of(named) else part
 
-    def _facts(self, record: dict, features: Any) -> tuple[dict[str, Any], int]:
-        """A row's scene, caption and facts, and how many captions it has itself."""
+    def _metadata(self, record: dict, features: Any) -> tuple[dict[str, Any], int]:
+        """A row's scene, caption and metadata, and how many captions it has itself."""
         column = self._columns["scene"]
         value = record.get(column) if column else None
         feature = features.get(column) if features and value is not None else None
@@ -298,20 +300,20 @@ class HuggingFace(Shown):
         row = {"captions": next((texts for name in own if (texts := own_captions({"text": record[name]}))), None)}
         known = {key: value for key, value in scalars(record).items() if key not in (column, *own)}
         labels = label_list(record, names or self._class_names)
-        return {**known, "scene": scene, **caption_facts(row, scene, labels)}, len(own_captions(row))
+        return {**known, "scene": scene, **caption_metadata(row, scene, labels)}, len(own_captions(row))
 
-    def _stream(self, places: np.ndarray) -> Iterator[np.ndarray | Sample | str]:
-        for record in self._stream_records(places):
+    def _stream(self, positions: np.ndarray) -> Iterator[np.ndarray | Sample | str]:
+        for record in self._stream_records(positions):
             yield _decode(record, self._pair, self._decoding)
 
-    def _stream_records(self, places: np.ndarray) -> Iterator[dict]:
+    def _stream_records(self, positions: np.ndarray) -> Iterator[dict]:
         """Rows of a stream in ascending order; a chunk that follows the last one reads on where that ended."""
         parts = list(self._parts.values())
         state = self.__dict__.get("_position")
         if state is None:
             state = self.__dict__["_position"] = {}
             weakref.finalize(self, _close, state)  # at exit it would outlive what it needs to close
-        for number, row in places.tolist():
+        for number, row in positions.tolist():
             if state.get("part") != number or state["row"] > row:
                 _close(state)
                 state.update(part=number, row=0, rows=iter(parts[number]))
@@ -346,10 +348,10 @@ def _load(path: str, config: str | None, streaming: bool) -> Any:
 def _files(folder: Path) -> list[str]:
     """Parquet or Arrow files in a folder, of a pattern, or the one that is named."""
     if folder.is_dir():
-        found = sorted(str(path) for path in folder.rglob("*.parquet")) or sorted(map(str, folder.rglob("*.arrow")))
+        result = sorted(str(path) for path in folder.rglob("*.parquet")) or sorted(map(str, folder.rglob("*.arrow")))
     else:
-        found = [str(folder)] if folder.exists() else sorted(glob.glob(str(folder)))
-    return [path for path in found if path.endswith((".parquet", ".arrow"))]
+        result = [str(folder)] if folder.exists() else sorted(glob.glob(str(folder)))
+    return [path for path in result if path.endswith((".parquet", ".arrow"))]
 
 
 def _close(state: dict[str, Any]) -> None:
@@ -383,9 +385,9 @@ def _undecoded(part: Any) -> Any:
 
 
 def _read_rows(
-    parts: dict[str, Any], places: list[tuple[str, int]], columns: tuple[str, str | None], decoding: Decoding
+    parts: dict[str, Any], positions: list[tuple[str, int]], columns: tuple[str, str | None], decoding: Decoding
 ) -> Iterator[np.ndarray | Sample | str]:
-    for name, row in places:
+    for name, row in positions:
         yield _decode(parts[name][row], columns, decoding)
 
 

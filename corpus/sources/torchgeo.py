@@ -40,7 +40,7 @@ class TorchGeo:
         split: "all", "train", "val" or "test"; the class's own splits, or a hash where it has none to train on.
             `corpus.splits` has the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
-        val_share, test_share: shares of the images that the hash holds out.
+        val_fraction, test_fraction: fractions of the images that the hash holds out.
         limit: keep at most so many images, evenly spread (None: all).
     Raises:
         UserError: torchgeo is not installed, there is no such class, it does not find its files, it has no such band,
@@ -52,8 +52,8 @@ class TorchGeo:
     bands: tuple[int | str, ...] | None = None
     split: str = "all"
     resolution: int = 64
-    val_share: float = 0.1
-    test_share: float = 0.1
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
     limit: int | None = None
     name: str = "torchgeo"
     workers: int = field(default=1, metadata={"fingerprint": False})
@@ -64,7 +64,7 @@ class TorchGeo:
             raise UserError("corpus=torchgeo needs a class and its folder: corpus.dataset=EuroSAT corpus.root=DIR")
         if not Path(self.root).expanduser().is_dir():
             raise UserError(f"corpus.root={self.root} is no folder: give the one that holds {self.dataset}")
-        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
         if self.bands is not None and len(self.bands) not in (1, 3):
             raise UserError(
                 f"corpus.bands={list(self.bands)}: name three bands for red, green and blue, or one for grey"
@@ -133,9 +133,9 @@ class TorchGeo:
     @cached_property
     def _shown(self) -> tuple[RasterOptions, Survey]:
         """How values become colours. The class makes all values floats, so a sample tells what they were."""
-        found = [(part, row) for part in self._parts.values() for row in range(len(part))]
+        result = [(part, row) for part in self._parts.values() for row in range(len(part))]
         images = []
-        for part, row in (found[place] for place in spread(len(found))):
+        for part, row in (result[place] for place in spread(len(result))):
             try:
                 images.append(_pixels(np.asarray(part[row]["image"])[list(self._bands)]))
             except Exception:  # the reader will say so
@@ -212,16 +212,16 @@ class TorchGeo:
 
     @cached_property
     def _chosen(self) -> list[tuple[str, int]]:
-        found = [(name, row) for name, part in self._parts.items() for row in range(len(part))]
+        result = [(name, row) for name, part in self._parts.items() for row in range(len(part))]
         if self.split != "all":
             named = part_names(self._parts)
-            ids, names = [self._id(*place) for place in found], [named[name] for name, _ in found]
-            files = [self._file(*place) for place in found]
+            ids, names = [self._id(*place) for place in result], [named[name] for name, _ in result]
+            files = [self._file(*place) for place in result]
             firsts = of_files(self.name, ids, files, (str(self.root), self.dataset, self.version["files"]))
-            splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts)
-            elsewhere(self.name, splits, firsts)  # said on stderr
-            found = [place for place, split in zip(found, splits, strict=True) if split == self.split]
-        return [found[row] for row in thinned(len(found), self.limit)]
+            splits = assigned(self.name, ids, names, self.val_fraction, self.test_fraction, firsts)
+            elsewhere(self.name, splits, firsts)  # reported on stderr
+            result = [place for place, split in zip(result, splits, strict=True) if split == self.split]
+        return [result[row] for row in thinned(len(result), self.limit)]
 
 
 def _are_names(value: Any) -> bool:
@@ -230,8 +230,8 @@ def _are_names(value: Any) -> bool:
 
 def _band_names(part: Any) -> list[str]:
     """Names of the rows of an opened class's images: those it has loaded, else all it knows, else none."""
-    found = (getattr(part, name, None) for name in ("bands", *BAND_NAMES))
-    return list(next((names for names in found if names and _are_names(names)), ()))
+    result = (getattr(part, name, None) for name in ("bands", *BAND_NAMES))
+    return list(next((names for names in result if names and _are_names(names)), ()))
 
 
 def _pixels(image: np.ndarray) -> Pixels:

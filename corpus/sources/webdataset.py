@@ -26,7 +26,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from omegaconf import DictConfig, OmegaConf
 
 from corpus.captions import (
-    caption_facts,
+    caption_metadata,
     chosen_classes,
     class_list,
     decoded,
@@ -65,11 +65,11 @@ from corpus.remote import (
     RemoteFile,
     Unreachable,
     as_file,
-    facts_of,
     files_below,
     is_folder,
     is_pattern,
     is_remote,
+    metadata_of,
     new_tally,
     read_whole,
     repeated_since,
@@ -105,12 +105,12 @@ GONE = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Entry:
     """Where a member lies in its shard, from its header to the next one's.
 
     Attributes:
         text: the bytes of a short one that is no picture.
-        digest: of the bytes, where they are asked for.
+        digest: of the bytes, where they are requested.
         kind: of `corpus.names.member_kind`.
         data, size: where its bytes begin, and how many they are; 0: they do not lie in one piece.
     """
@@ -134,32 +134,33 @@ class _Item:
     shard: str
     key: str = ""
     stamp: str = ""
-    image: _Place | None = None
+    image: _Entry | None = None
     image_suffix: str = ""
-    mask: _Place | None = None
+    mask: _Entry | None = None
     mask_suffix: str = ""
     problem: str = ""
     captions: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WebDataset(Shown):
     """Samples of tar shards: members of one key, wherever in the shard they lie (`corpus.names.samples`).
 
-    An image, by its last suffix or its first bytes; if there are, captions (`txt`), facts (`json`: id, caption or
+    An image, by its last suffix or its first bytes; if there are, captions (`txt`), metadata (`json`: id, caption or
     captions, scene, label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is the
-    facts', else `cls`, else the first folder of the key. The id is the facts', else the key; where several samples
-    want one, it is shard and key. A first pass over the shards' headers finds every member's place; many processes
-    then read from there. Nothing is unpacked to disk. Members that are no part of a sample are counted on stderr.
+    metadata's, else `cls`, else the first folder of the key. The id is the metadata's, else the key; where several
+    samples have the same id, it is shard and key. A first pass over the shards' headers finds every member's place;
+    many processes then read from there. Nothing is unpacked to disk. Members that are no part of a sample are counted
+    on stderr.
 
     Args:
         urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::"; or a folder of
             .tar files, or a pattern with * or ?, here or behind a URL.
-        split: "all", "train", "val" or "test"; an image is of the split that its facts name, else of its hash's;
+        split: "all", "train", "val" or "test"; an image is of the split that its metadata name, else of its hash's;
             `corpus.splits` has the names, and the rule for a split that they leave out.
         resolution: side of the images handed on, in pixels.
-        val_share, test_share: shares of the images that the hash holds out.
+        val_fraction, test_fraction: fractions of the images that the hash holds out.
         limit: keep at most so many samples, evenly spread (None: all).
         classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); no names of
             classes: masks are left alone.
@@ -178,8 +179,8 @@ class WebDataset(Shown):
     urls: str | None = None
     split: str = "all"
     resolution: int = 64
-    val_share: float = 0.1
-    test_share: float = 0.1
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
     limit: int | None = None
     classes: tuple[str, ...] = ()
     image_suffixes: tuple[str, ...] = ()
@@ -197,7 +198,7 @@ class WebDataset(Shown):
     def __post_init__(self) -> None:
         if not self.urls:
             raise UserError("corpus=webdataset reads no shards yet: say which with corpus.urls='DIR/{000..009}.tar'")
-        check(self.split, self.val_share, self.test_share, self.limit, self.resolution)
+        check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
         if self.retries < 0 or self.timeout <= 0:
             raise UserError(
                 f"corpus.retries={self.retries}, corpus.timeout={self.timeout}: give 0 or more, and seconds"
@@ -221,11 +222,11 @@ class WebDataset(Shown):
         return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
-        """One row a sample in the order of the shards: id, scene, caption, stamp, facts; `copy_in` where images have
+        """One row a sample in the order of the shards: id, scene, caption, stamp, metadata; `copy_in` where images have
         exact copies in other splits."""
         shown = self.survey.stamp
         rows = [
-            {"id": item.id, "scene": "", "caption": "", "stamp": item.stamp + shown, **item.facts}
+            {"id": item.id, "scene": "", "caption": "", "stamp": item.stamp + shown, **item.metadata}
             for item in self._chosen
         ]
         copies = {} if self.split == "all" else self._splits[1]
@@ -234,19 +235,19 @@ class WebDataset(Shown):
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
         items = [self._chosen[row] for row in rows]
-        places = [(item.image, item.mask, item.problem) for item in items]
-        reached = self._reached(place.shard for item in items for place in (item.image, item.mask) if place)
+        entries = [(item.image, item.mask, item.problem) for item in items]
+        reached = self._reached(entry.shard for item in items for entry in (item.image, item.mask) if entry)
         decoding = Decoding(self.resolution, self.raster, self.survey, self.mask_rule)
-        return partial(_read_places, places, decoding, reached)
+        return partial(_read_entries, entries, decoding, reached)
 
     @cached_property
     def survey(self) -> Survey:
         """Of images that are spread over the shards, whichever split is read."""
-        places = [item.image for item in self._items if item.image and item.image_suffix not in SHALLOW]
-        places = [places[row] for row in spread(len(places))]
-        with closing(_Members(self._reached(place.shard for place in places))) as members:
-            members.plan(places)
-            return survey_files(_readable(members, places), self.raster)
+        entries = [item.image for item in self._items if item.image and item.image_suffix not in SHALLOW]
+        entries = [entries[row] for row in spread(len(entries))]
+        with closing(_Members(self._reached(entry.shard for entry in entries))) as members:
+            members.plan(entries)
+            return survey_files(_readable(members, entries), self.raster)
 
     @property
     def files(self) -> list[str]:
@@ -264,13 +265,13 @@ class WebDataset(Shown):
             UserError: a member is no longer there.
         """
         items = [self._chosen[row] for row in rows]
-        parts = [place for item in items for place in (item.image, item.mask) if place is not None]
-        with closing(_Members(self._reached(place.shard for place in parts))) as members:
+        parts = [entry for item in items for entry in (item.image, item.mask) if entry is not None]
+        with closing(_Members(self._reached(entry.shard for entry in parts))) as members:
             members.plan(parts)
             for item in items:
-                places = ((item.image, item.image_suffix), (item.mask, item.mask_suffix))
+                entries = ((item.image, item.image_suffix), (item.mask, item.mask_suffix))
                 try:
-                    parts = [(members.read(place), suffix) for place, suffix in places if place is not None]
+                    parts = [(members.read(entry), suffix) for entry, suffix in entries if entry is not None]
                 except Unreachable as error:
                     raise _gone(error) from None
                 except (OSError, tarfile.TarError):
@@ -295,12 +296,12 @@ class WebDataset(Shown):
 
     def _shard_stamp(self, shard: str) -> str:
         """What changes with a shard: its size and, where its file system knows, its time of change or tag."""
-        facts = self._facts[shard] if is_remote(shard) else _looked_at(shard, self._access)
-        tag = next((facts[key] for key in TAGS if facts.get(key)), "")
-        return f"{facts.get('size')}-{tag}"
+        metadata = self._metadata[shard] if is_remote(shard) else _looked_at(shard, self._access)
+        tag = next((metadata[key] for key in TAGS if metadata.get(key)), "")
+        return f"{metadata.get('size')}-{tag}"
 
     @cached_property
-    def _facts(self) -> dict[str, dict[str, Any]]:
+    def _metadata(self) -> dict[str, dict[str, Any]]:
         """What is known of every shard behind a URL: as it was listed, else as it is looked at once."""
         far = [shard for shard in self._shards if is_remote(shard)]
         known = {shard: self._listed[shard] for shard in far if self._listed.get(shard, {}).get("size") is not None}
@@ -311,7 +312,7 @@ class WebDataset(Shown):
 
     @cached_property
     def _listed(self) -> dict[str, dict[str, Any]]:
-        """Facts of the shards that were found by a pattern or a folder behind a URL."""
+        """Metadata of the shards that were found by a pattern or a folder behind a URL."""
         return {}
 
     def _shards_at(self, url: str) -> list[str]:
@@ -321,12 +322,12 @@ class WebDataset(Shown):
         pattern = is_pattern(url)
         if not pattern and as_file(url).endswith(".tar"):
             return [url]
-        with _told(url):
+        with _reported(url):
             if not pattern and not is_folder(url, self._access):
                 return [url]
-            found = files_below(url if pattern else url.rstrip("/") + "/", self._access, "" if pattern else ".tar")
-        self._listed.update(found)
-        return list(found) or [url]
+            result = files_below(url if pattern else url.rstrip("/") + "/", self._access, "" if pattern else ".tar")
+        self._listed.update(result)
+        return list(result) or [url]
 
     @cached_property
     def _access(self) -> Access:
@@ -338,13 +339,13 @@ class WebDataset(Shown):
 
     @property
     def network_notes(self) -> Iterator[str]:
-        """What was asked for more than once since the last look, for a line on stderr."""
+        """What was requested more than once since the last look, for a line on stderr."""
         line = repeated_since(self._access.tally) if self._access.tally else ""
         if line:
             yield line
 
     def _reached(self, shards: Iterable[str]) -> _Reached:
-        far = {shard: self._facts[shard].get("size") for shard in set(shards) if is_remote(shard)}
+        far = {shard: self._metadata[shard].get("size") for shard in set(shards) if is_remote(shard)}
         return _Reached(self._access, far)
 
     @cached_property
@@ -359,16 +360,16 @@ class WebDataset(Shown):
         items, passed, hollow = [], Counter(), []
         for shard, headers in zip(self._shards, self._headers(), strict=True):
             stamp = "" if self.content_hash else self._shard_stamp(shard)
-            places, problems = headers.places, list(headers.problems)
+            entries, problems = headers.entries, list(headers.problems)
             passed += headers.passed
-            hollow += [] if places or problems else [shard]
-            found = samples([place.name for place in places], [place.kind for place in places])
-            for sample in found:
+            hollow += [] if entries or problems else [shard]
+            result = samples([entry.name for entry in entries], [entry.kind for entry in entries])
+            for sample in result:
                 while problems and problems[0][0] <= sample.first:
                     items.append(problems.pop(0)[1])
-                items += _rows(sample, places, stamp, bool(self.mask_rule), self._class_names)
+                items += _rows(sample, entries, stamp, bool(self.mask_rule), self._class_names)
             items += [problem for _, problem in problems]
-            passed += _passed_over(found, places)
+            passed += _passed_over(result, entries)
         captions = [item.captions for item in items if item.captions]
         if captions:
             notice(f"{self.name}: {len(captions)} of {len(items)} samples have captions ({sum(captions)} captions)")
@@ -381,27 +382,29 @@ class WebDataset(Shown):
     def _headers(self) -> Iterator[Headers]:
         """What the headers of every shard say, read by all workers; once in the life of a run directory."""
         extra, reached = extra_suffixes(self.image_suffixes), self._reached(self._shards)
-        asked = [
-            Asked(shard, self._shard_stamp(shard), self.content_hash or (self.split != "all" and is_remote(shard)))
+        requested = [
+            HeaderRequest(
+                shard, self._shard_stamp(shard), self.content_hash or (self.split != "all" and is_remote(shard))
+            )
             for shard in self._shards
         ]
-        known = [read_headers(one, extra) for one in asked]
-        missing = [one for one, headers in zip(asked, known, strict=True) if headers is None]
+        known = [read_headers(one, extra) for one in requested]
+        missing = [one for one, headers in zip(requested, known, strict=True) if headers is None]
         steps = [Step(partial(_looked_through, reached, tuple(extra)))]
-        found = engine().run(steps, missing, 0 if len(missing) < FEW_SHARDS else self.workers)
+        result = engine().run(steps, missing, 0 if len(missing) < FEW_SHARDS else self.workers)
         label = f"read headers of {self.name}"
-        for one, headers in zip(progress(asked, label, unit="shard"), known, strict=True):
+        for one, headers in zip(progress(requested, label, unit="shard"), known, strict=True):
             if headers is None:
-                headers = next(found).value
+                headers = next(result).value
                 keep_headers(one, extra, headers)
             yield headers
 
     @cached_property
     def _splits(self) -> tuple[list[str], dict[str, str]]:
         """The split of every sample, and the other splits in which some of them, by id, have copies."""
-        ids, names = [item.id for item in self._items], [str(item.facts.get("split", "")) for item in self._items]
+        ids, names = [item.id for item in self._items], [str(item.metadata.get("split", "")) for item in self._items]
         firsts = self._firsts(ids)
-        splits = assigned(self.name, ids, names, self.val_share, self.test_share, firsts)
+        splits = assigned(self.name, ids, names, self.val_fraction, self.test_fraction, firsts)
         copies = zip(ids, elsewhere(self.name, splits, firsts), strict=True)
         return splits, {identifier: others for identifier, others in copies if others}
 
@@ -425,26 +428,28 @@ class WebDataset(Shown):
         if self.split != "all":
             items = [item for item, split in zip(items, self._splits[0], strict=True) if split == self.split]
         for item in items:
-            item.facts.pop("split", "")
+            item.metadata.pop("split", "")
         return [items[row] for row in thinned(len(items), self.limit)]
 
 
-#: Facts by which a file system tells a file that has changed.
+#: Metadata by which a file system tells a file that has changed.
 TAGS = ("mtime", "ETag", "etag", "LastModified", "Last-Modified", "md5")
 #: What was found in shards behind URLs, so that each is read once for all splits of a corpus.
 _seen: dict[str, Headers] = {}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A shard whose headers are asked for, with what changes when it does, and whether digests are."""
+class HeaderRequest:
+    """A shard whose headers are requested, with what changes when it does, and whether digests are."""
 
     shard: str
     stamp: str
     digests: bool
 
     def key(self, extra: Sequence[str]) -> str:
-        return fingerprint(shard=public(self.shard), stamp=self.stamp, digests=self.digests, extra=list(extra))
+        return fingerprint(
+            format=2, shard=public(self.shard), stamp=self.stamp, digests=self.digests, extra=list(extra)
+        )
 
 
 @dataclass(frozen=True)
@@ -452,52 +457,52 @@ class Headers:
     """What the headers of a shard say.
 
     Attributes:
-        places: of its members.
+        entries: of its members.
         problems: what is wrong, with the number of members before it.
         passed: suffixes of members that hold no bytes.
     """
 
-    places: list[_Place]
+    entries: list[_Entry]
     problems: list[tuple[int, _Item]]
     passed: Counter[str]
 
     def to_json(self) -> dict[str, Any]:
-        places = [[*astuple(place)[1:4], place.text.decode("latin-1"), *astuple(place)[5:]] for place in self.places]
+        entries = [[*astuple(entry)[1:4], entry.text.decode("latin-1"), *astuple(entry)[5:]] for entry in self.entries]
         problems = [[count, item.id, item.shard, item.problem] for count, item in self.problems]
-        return {"places": places, "problems": problems, "passed": dict(self.passed)}
+        return {"entries": entries, "problems": problems, "passed": dict(self.passed)}
 
     @classmethod
     def of_json(cls, shard: str, value: Mapping[str, Any]) -> Headers:
-        places = [_Place(shard, *row[:3], row[3].encode("latin-1"), *row[4:]) for row in value["places"]]
+        entries = [_Entry(shard, *row[:3], row[3].encode("latin-1"), *row[4:]) for row in value["entries"]]
         problems = [(count, _Item(id=name, shard=own, problem=why)) for count, name, own, why in value["problems"]]
-        return cls(places, problems, Counter(value["passed"]))
+        return cls(entries, problems, Counter(value["passed"]))
 
 
-def _looked_through(reached: _Reached, extra: tuple[str, ...], asked: Asked) -> Headers:
+def _looked_through(reached: _Reached, extra: tuple[str, ...], requested: HeaderRequest) -> Headers:
     problems: list[tuple[int, _Item]] = []
     passed: Counter[str] = Counter()
-    with _told(asked.shard):
-        places = list(_members(asked.shard, reached, problems, passed, asked.digests, extra))
-    return Headers(places, problems, passed)
+    with _reported(requested.shard):
+        entries = list(_members(requested.shard, reached, problems, passed, requested.digests, extra))
+    return Headers(entries, problems, passed)
 
 
-def read_headers(asked: Asked, extra: Sequence[str]) -> Headers | None:
+def read_headers(requested: HeaderRequest, extra: Sequence[str]) -> Headers | None:
     """What was kept of a shard behind a URL, in this process or in the run directory; None: nothing."""
-    key = asked.key(extra)
+    key = requested.key(extra)
     path = _headers_file(key)
     if key not in _seen and path is not None and path.is_file():
         with contextlib.suppress(OSError, ValueError, EOFError):  # then it is read again
-            return Headers.of_json(asked.shard, json.loads(gzip.decompress(path.read_bytes())))
+            return Headers.of_json(requested.shard, json.loads(gzip.decompress(path.read_bytes())))
     return _seen.get(key)
 
 
-def keep_headers(asked: Asked, extra: Sequence[str], headers: Headers) -> None:
+def keep_headers(requested: HeaderRequest, extra: Sequence[str], headers: Headers) -> None:
     """Keep what a shard behind a URL holds: it took a journey, or with digests the whole of its bytes."""
-    if not is_remote(asked.shard):
+    if not is_remote(requested.shard):
         return
-    path = _headers_file(asked.key(extra))
+    path = _headers_file(requested.key(extra))
     if path is None:
-        _seen[asked.key(extra)] = headers
+        _seen[requested.key(extra)] = headers
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(f".{os.getpid()}.partial")
@@ -524,7 +529,7 @@ class _Reached:
 
 
 @contextlib.contextmanager
-def _told(shard: str) -> Iterator[None]:
+def _reported(shard: str) -> Iterator[None]:
     """What a file system raises, as one line.
 
     Raises:
@@ -553,14 +558,14 @@ def _looked_at(shard: str, access: Access) -> dict[str, Any]:
     Raises:
         UserError: the shard is not there, or cannot be reached.
     """
-    with _told(shard):
+    with _reported(shard):
         if is_remote(shard):
-            return facts_of(shard, access)
+            return metadata_of(shard, access)
         system, path = fsspec.core.url_to_fs(shard)
-        facts = system.info(path)
-        if facts.get("type") == "directory":
+        metadata = system.info(path)
+        if metadata.get("type") == "directory":
             raise FileNotFoundError
-        return facts
+        return metadata
 
 
 def _gone(error: Unreachable) -> UserError:
@@ -580,8 +585,8 @@ def _local_shards(url: str) -> list[str]:
         return [url]
     if Path(url).is_dir():
         return sorted(str(path) for path in Path(url).glob("*.tar")) or [url]
-    found = sorted(glob.glob(url)) if "*" in url or "?" in url else []
-    return found or [url]
+    result = sorted(glob.glob(url)) if "*" in url or "?" in url else []
+    return result or [url]
 
 
 def _classes_beside(shards: Sequence[str], access: Access) -> tuple[str, ...]:
@@ -608,8 +613,8 @@ def _classes_beside(shards: Sequence[str], access: Access) -> tuple[str, ...]:
 def _named(items: list[_Item]) -> list[_Item]:
     """The items under ids that only they have; the second of two members of one name is called after the first."""
     own = [item for item in items if item.key]
-    wanted = [encodable(item.id) for item in own]
-    ids = unique_ids(wanted, [encodable(item.key) for item in own], [item.shard for item in own])
+    requested = [encodable(item.id) for item in own]
+    ids = unique_ids(requested, [encodable(item.key) for item in own], [item.shard for item in own])
     taken, given, last = set(ids), iter(ids), ""
     named = []
     for item in items:
@@ -623,12 +628,12 @@ def _named(items: list[_Item]) -> list[_Item]:
     return named
 
 
-def _passed_over(found: Sequence[Group], places: Sequence[_Place]) -> Counter[str]:
+def _passed_over(result: Sequence[Group], entries: Sequence[_Entry]) -> Counter[str]:
     """Members that are neither in a row nor companions, by suffix."""
-    pictured = (sample for sample in found if sample.image is not None)  # others say in their row what was met
-    grouped = Counter(suffix_of(places[at].name) for sample in pictured for at in sample.others)
-    bare = (place for place in places if place.kind == "other" and "." not in place.name.rpartition("/")[2])
-    return grouped + Counter(suffix_of(place.name) for place in bare)
+    pictured = (sample for sample in result if sample.image is not None)  # others say in their row what was met
+    grouped = Counter(suffix_of(entries[at].name) for sample in pictured for at in sample.others)
+    bare = (entry for entry in entries if entry.kind == "other" and "." not in entry.name.rpartition("/")[2])
+    return grouped + Counter(suffix_of(entry.name) for entry in bare)
 
 
 def _members(
@@ -638,7 +643,7 @@ def _members(
     passed: Counter[str],
     digests: bool,
     extra: Sequence[str],
-) -> Iterator[_Place]:
+) -> Iterator[_Entry]:
     """Where the files of one shard lie, by its headers: they are read later, by many processes and more than once.
 
     A shard that is cut may lack members of its last sample; the image, if it has all its bytes, is read all the same.
@@ -677,13 +682,13 @@ def _members(
                     count += 1
                     if kind == "?":
                         kind = member_kind(member.name, tar.extractfile(member).read(HEAD), extra)
-                    short = kind in ("text", "facts", "class") and member.size <= LARGEST_TEXT
+                    short = kind in ("text", "metadata", "class") and member.size <= LARGEST_TEXT
                     hashed = digests and kind in ("image", "mask") and member.size <= LARGEST_MEMBER
                     data = tar.extractfile(member).read() if short or hashed else b""
                     digest = hashlib.blake2b(data, digest_size=8).hexdigest() if hashed else ""
-                    text, place = data if short else b"", (member.offset, tar.offset)
+                    text, entry = data if short else b"", (member.offset, tar.offset)
                     size = 0 if member.issparse() or kind != "image" else member.size
-                    yield _Place(shard, member.name, *place, text, digest, kind, member.offset_data, size)
+                    yield _Entry(shard, member.name, *entry, text, digest, kind, member.offset_data, size)
                 whole = _ends_whole(file, tar)
         except (Unreachable, Refused, FileNotFoundError, PermissionError):
             raise
@@ -722,51 +727,51 @@ def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
 
 
 def _rows(
-    sample: Group, places: Sequence[_Place], stamp: str, masks: bool, class_names: Sequence[str]
+    sample: Group, entries: Sequence[_Entry], stamp: str, masks: bool, class_names: Sequence[str]
 ) -> Iterator[_Item]:
     """A sample's row, and one for every member that is there twice.
 
     `stamp` is the shard's; empty: images are stamped with a digest of their bytes.
     """
-    at = lambda position: None if position is None else places[position]  # noqa: E731
-    image, mask, shard = at(sample.image), at(sample.mask) if masks else None, public(places[0].shard)
-    facts = _json(places[sample.facts].text) if sample.facts is not None else {}
-    row = sample_captions([decoded(places[text].text) for text in sample.texts], facts)
-    label = decoded(places[sample.label].text) if sample.label is not None else ""
+    at = lambda position: None if position is None else entries[position]  # noqa: E731
+    image, mask, shard = at(sample.image), at(sample.mask) if masks else None, public(entries[0].shard)
+    metadata = _json(entries[sample.metadata].text) if sample.metadata is not None else {}
+    row = sample_captions([decoded(entries[text].text) for text in sample.texts], metadata)
+    label = decoded(entries[sample.label].text) if sample.label is not None else ""
     folders = PurePosixPath(sample.key).parts[:-1]
-    scene = row_scene(facts, class_names) or scene_name(label, class_names)
+    scene = row_scene(metadata, class_names) or scene_name(label, class_names)
     scene = scene or scene_name(folders[0] if folders else "", class_names)
-    known = scalars(facts)
-    if facts.get("split"):
-        known["split"] = str(facts["split"])
+    known = scalars(metadata)
+    if metadata.get("split"):
+        known["split"] = str(metadata["split"])
     met = ", ".join(sorted(set(sample.met))[:8])
     yield _Item(
-        id=str(facts.get("id") or sample.key),
+        id=str(metadata.get("id") or sample.key),
         shard=shard,
         key=sample.key,
-        stamp=_stamp(stamp, *(place for place in (image, mask) if place)),
+        stamp=_stamp(stamp, *(entry for entry in (image, mask) if entry)),
         image=image,
         image_suffix=suffix_of(image.name) if image else "",
         mask=mask,
         mask_suffix=suffix_of(mask.name) if mask else "",
         problem="" if image else f"{NO_IMAGE}: suffixes met {met}",
         captions=len(own_captions(row)),
-        facts={**known, "scene": scene, **caption_facts(row, scene, label_list(facts, class_names))},
+        metadata={**known, "scene": scene, **caption_metadata(row, scene, label_list(metadata, class_names))},
     )
     for _ in sample.doubled:
         yield _Item(id="", shard=shard, problem=DUPLICATE)
 
 
-def _stamp(shard: str, *places: _Place) -> str:
-    return f"{shard}-{places[0].start}" if shard and places else shard + "+".join(place.digest for place in places)
+def _stamp(shard: str, *entries: _Entry) -> str:
+    return f"{shard}-{entries[0].start}" if shard and entries else shard + "+".join(entry.digest for entry in entries)
 
 
 def _json(data: bytes) -> dict:
     try:
-        facts = json.loads(decoded(data) or "{}")
+        metadata = json.loads(decoded(data) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 class _Members:
@@ -776,31 +781,31 @@ class _Members:
         self._shard, self._file, self._reached = "", None, reached
         self._parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
 
-    def plan(self, places: Iterable[_Place]) -> None:
+    def plan(self, entries: Iterable[_Entry]) -> None:
         """What will be read, so that members of a shard behind a URL that lie side by side come by one request."""
-        for place in places:
-            if is_remote(place.shard):
-                self._parts[place.shard].append((place.start, place.end))
+        for entry in entries:
+            if is_remote(entry.shard):
+                self._parts[entry.shard].append((entry.start, entry.end))
 
-    def read(self, place: _Place) -> bytes:
+    def read(self, entry: _Entry) -> bytes:
         """The bytes of a member, by its own header, since the shard may have changed or the member be sparse.
 
         Raises:
             tarfile.ReadError: the shard ends before the member does, or is another one by now.
         """
-        file = self.opened(place.shard)
-        if place.end - place.start > LARGEST_MEMBER + LARGEST_TEXT:  # a broken header; memory for it would be taken
-            raise tarfile.ReadError(f"{place.name} is too large")
-        file.seek(place.start)
-        stretch = io.BytesIO(file.read(place.end - place.start))
+        file = self.opened(entry.shard)
+        if entry.end - entry.start > LARGEST_MEMBER + LARGEST_TEXT:  # a broken header; memory for it would be taken
+            raise tarfile.ReadError(f"{entry.name} is too large")
+        file.seek(entry.start)
+        stretch = io.BytesIO(file.read(entry.end - entry.start))
         try:
             with tarfile.open(fileobj=stretch, mode="r:") as tar:
                 member = tar.next()
-                if member is None or member.name != place.name or not member.isfile():
-                    raise tarfile.ReadError(f"no member {place.name} at byte {place.start}")
+                if member is None or member.name != entry.name or not member.isfile():
+                    raise tarfile.ReadError(f"no member {entry.name} at byte {entry.start}")
                 return tar.extractfile(member).read()
         except (ValueError, TypeError, ArithmeticError, LookupError, MemoryError) as error:  # of a broken header
-            raise tarfile.ReadError(f"the header of {place.name} is broken") from error
+            raise tarfile.ReadError(f"the header of {entry.name} is broken") from error
 
     def opened(self, shard: str) -> Any:
         if self._shard != shard:
@@ -815,20 +820,20 @@ class _Members:
         self._shard, self._file = "", None
 
 
-def _readable(members: _Members, places: Sequence[_Place]) -> Iterator[bytes]:
-    for place in places:
+def _readable(members: _Members, entries: Sequence[_Entry]) -> Iterator[bytes]:
+    for entry in entries:
         try:
-            yield members.read(place)
+            yield members.read(entry)
         except Unreachable as error:  # without it, all images might be shown in another way
             raise _gone(error) from None
         except (OSError, tarfile.TarError):  # its row will say so
             continue
 
 
-def _read_places(
-    places: Sequence[tuple[_Place | None, _Place | None, str]], decoding: Decoding, reached: _Reached
+def _read_entries(
+    entries: Sequence[tuple[_Entry | None, _Entry | None, str]], decoding: Decoding, reached: _Reached
 ) -> Iterator[np.ndarray | Sample | str]:
-    """Images at places in shards.
+    """Images at entries in shards.
 
     Raises:
         UserError: several images in a row cannot be reached: the network is gone, and whoever runs the same command
@@ -836,16 +841,16 @@ def _read_places(
     """
     failed = 0
     with closing(_Members(reached)) as members:
-        members.plan(place for image, mask, problem in places if not problem for place in (image, mask) if place)
-        for image_place, mask_place, problem in places:
+        members.plan(entry for image, mask, problem in entries if not problem for entry in (image, mask) if entry)
+        for image_entry, mask_entry, problem in entries:
             if problem:
                 yield problem
                 continue
             part = ""
             try:
-                data = members.read(image_place)
+                data = members.read(image_entry)
                 part = PREFIX
-                mask = members.read(mask_place) if mask_place is not None else MISSING
+                mask = members.read(mask_entry) if mask_entry is not None else MISSING
             except Unreachable as error:
                 failed += 1
                 if failed >= GONE:

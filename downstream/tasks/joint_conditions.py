@@ -42,13 +42,13 @@ class Condition:
     Attributes:
         control: (corpus, rows) -> what its ControlNet is given, float32 [K, C, R, R] in 0..1.
         shown: (corpus, rows) -> pictures of it, uint8 [K, R, R, 3].
-        facts: how it is made, for fingerprints and for conditions.json.
+        metadata: how it is made, for fingerprints and for conditions.json.
         metrics: keys of `eval.metrics.METRICS` that tell whether an output follows it.
     """
 
     control: Callable[[Corpus, np.ndarray], np.ndarray]
     shown: Callable[[Corpus, np.ndarray], np.ndarray]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     metrics: tuple[str, ...] = ()
 
 
@@ -66,7 +66,7 @@ def make_task(cfg: DictConfig) -> Task:
     makers = {MASK: _mask, EDGES: _edges, LOW: _low}
     names = _chosen_names(cfg, tuple(makers))
     conditions = {name: makers[name](cfg) for name in names}
-    facts = {name: condition.facts for name, condition in conditions.items()}
+    metadata = {name: condition.metadata for name, condition in conditions.items()}
     factor = int(settings.factor)
 
     def inputs(held: HeldOut) -> dict[str, np.ndarray]:
@@ -84,13 +84,13 @@ def make_task(cfg: DictConfig) -> Task:
     return Task(
         name=NAME,
         condition=None,
-        facts={"version": 1, "conditions": list(facts.items()), "dropout": float(settings.dropout)},
+        metadata={"version": 1, "conditions": list(metadata.items()), "dropout": float(settings.dropout)},
         captioned=bool(settings.captioned),
         metrics=(*METRICS, *(key for condition in conditions.values() for key in condition.metrics)),
         curve=("kid_x1000", "feature_distance"),
         inputs=inputs,
         baselines={"bicubic": lambda held: conditions[LOW].shown(held.corpus, held.rows)} if LOW in names else {},
-        files={"conditions.json": facts},
+        files={"conditions.json": metadata},
         controls={name: condition.control for name, condition in conditions.items()},
         control_dropout=float(settings.dropout),
         scales=(1.0,) * len(names),
@@ -100,7 +100,7 @@ def make_task(cfg: DictConfig) -> Task:
 
 
 def _chosen_names(cfg: DictConfig, known: tuple[str, ...]) -> list[str]:
-    """`downstream.joint_conditions.conditions` that the corpus has; that it has no masks is said on stderr.
+    """`downstream.joint_conditions.conditions` that the corpus has; that it has no masks is reported on stderr.
 
     Raises:
         UserError: a condition is unknown or named twice, or fewer than two are left.
@@ -130,7 +130,7 @@ def _mask(cfg: DictConfig) -> Condition:
     return Condition(
         control=lambda source, rows: one_hot(np.asarray(source.masks[rows]), classes),
         shown=shown,
-        facts={"classes": list(corpus.mask_classes)},
+        metadata={"classes": list(corpus.mask_classes)},
         metrics=("miou", "pixel_accuracy"),
     )
 
@@ -139,8 +139,8 @@ def _edges(cfg: DictConfig) -> Condition:
     detector = _detector(cfg)
 
     def shown(source: Corpus, rows: np.ndarray) -> np.ndarray:
-        found = edges(source.images[rows], detector)
-        return np.where(found, np.uint8(255), np.uint8(0))[..., None].repeat(3, axis=3)
+        result = edges(source.images[rows], detector)
+        return np.where(result, np.uint8(255), np.uint8(0))[..., None].repeat(3, axis=3)
 
     return Condition(lambda source, rows: _as_control(shown(source, rows)), shown, {"canny": plain(detector)})
 

@@ -1,7 +1,7 @@
 """Semantic image synthesis: a mask to an image.
 
-The pipeline is given the mask as a picture in the colours of a palette; the network sees class shares of latent cells
-(`downstream.mask_condition`).
+The pipeline is given the mask as a picture in the colours of a palette; the network sees class fractions of latent
+cells (`downstream.mask_condition`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ METRICS = (
     *("feature_distance", "miou", "pixel_accuracy"),  # image by image
     "diversity",  # among several images of one mask
 )
-#: How a mask enters: class shares as further input channels, or a ControlNet on the frozen foundation.
-NETWORKS = ("shares", "controlnet")
+#: How a mask enters: class fractions as further input channels, or a ControlNet on the frozen foundation.
+NETWORKS = ("fractions", "controlnet")
 #: Name of the row of training images whose masks are most like the held-out ones.
 NEAREST = "nearest_mask"
 
@@ -65,9 +65,9 @@ def make_task(cfg: DictConfig) -> Task:
     return Task(
         name="semantic_synthesis",
         condition=lambda source, rows: colours[source.masks[rows]],
-        facts={
+        metadata={
             "palette": palette.tolist(),
-            "unknown_share": float(settings.unknown_share),
+            "unknown_fraction": float(settings.unknown_fraction),
             "network": str(settings.network),
         },
         captioned=bool(settings.captioned),
@@ -78,7 +78,7 @@ def make_task(cfg: DictConfig) -> Task:
         baselines={NEAREST: lambda held: nearest_masks(corpus, held, int(cfg.seed), cfg.downstream.training_images)},
         encoder=encoder,
         controls={"mask": control} if settings.network == "controlnet" else {},
-        channel_dropout=float(settings.unknown_share),
+        channel_dropout=float(settings.unknown_fraction),
         guidance=guidance_of(cfg),
     )
 
@@ -150,7 +150,7 @@ def spread_colours(colours: np.ndarray, distance: float) -> np.ndarray:
 
 
 def natural_palette(corpus: Corpus, seed: int, distance: float, images: int = PALETTE_IMAGES) -> np.ndarray:
-    """Each class's mean colour over training pixels, told apart, and a colour for pixels without a class: uint8
+    """Each class's mean colour over training pixels, distinguished, and a colour for pixels without a class: uint8
     [K + 1, 3]. What never occurs is grey, or nearly so."""
     rows = training_rows(corpus, images, seed)
     pixels, masks = corpus.images[rows], corpus.masks[rows]

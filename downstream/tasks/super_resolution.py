@@ -74,22 +74,22 @@ def make_task(cfg: DictConfig) -> Task:
         if options.residual and process_count() == 1:  # several of them draw other rows each
             key = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "degradation": plain(degradation)}
             rebuilt = _rebuilt(pipeline.vae, enlarge(small, factor, "bicubic"), key, cfg.runs)
-        found = restorer(small, noise, texts, "draw super_resolution", rebuilt)
-        return found.round().astype(np.uint8)
+        result = restorer(small, noise, texts, "draw super_resolution", rebuilt)
+        return result.round().astype(np.uint8)
 
     task = Task(
         name="super_resolution",
         condition=condition,
-        facts=_facts(cfg, degradation, levels),
+        metadata=_metadata(cfg, degradation, levels),
         captioned=bool(settings.captioned),
         metrics=METRICS,
         curve=("kid_x1000", "feature_distance", "psnr"),
         inputs=inputs,
         baselines={kind: lambda held, kind=kind: enlarge(held_low(held), factor, kind) for kind in BASELINES},
         examples=examples if levels != (0,) else None,
-        mean_share=float(settings.mean_share),
+        mean_fraction=float(settings.mean_fraction),
         draw=draw,
-        draw_facts={"restoration": options},
+        draw_metadata={"restoration": options},
         samples=options.noises,
         relative=options.relative,
         measured=partial(_measured, held_low, factor, options.kind),
@@ -109,12 +109,12 @@ def _rebuilt(vae: nn.Module, enlarged: np.ndarray, key: Mapping[str, Any], runs:
     return np.load(stage(runs, "rebuilt_inputs", inputs, build) / "images.npy", mmap_mode="r")
 
 
-def _facts(cfg: DictConfig, degradation: Degradation, levels: Sequence[int]) -> dict[str, Any]:
+def _metadata(cfg: DictConfig, degradation: Degradation, levels: Sequence[int]) -> dict[str, Any]:
     return {
         "factor": int(cfg.downstream.super_resolution.factor),
         "degradation": plain(degradation),
         "noise_levels": list(levels),
-        "mean_share": float(cfg.downstream.super_resolution.mean_share),
+        "mean_fraction": float(cfg.downstream.super_resolution.mean_fraction),
         "target": str(cfg.downstream.super_resolution.target),
     }
 
@@ -148,12 +148,12 @@ def _noise_levels(levels: Any) -> tuple[int, ...]:
     Raises:
         UserError: they are no list of whole numbers from 0 on.
     """
-    found = plain(levels)
-    if not isinstance(found, list) or not found or not all(isinstance(level, int) and level >= 0 for level in found):
+    result = plain(levels)
+    if not isinstance(result, list) or not result or not all(isinstance(level, int) and level >= 0 for level in result):
         raise UserError(
-            f"downstream.super_resolution.noise_levels={found}: give a list of grey levels, such as [0,4,8]"
+            f"downstream.super_resolution.noise_levels={result}: give a list of grey levels, such as [0,4,8]"
         )
-    return tuple(sorted(set(found)))
+    return tuple(sorted(set(result)))
 
 
 def with_level(text: str, levels: Sequence[int], level: int) -> str:
@@ -165,12 +165,12 @@ def _examples(
     low: np.ndarray, rows: np.ndarray, levels: Sequence[int], factor: int, texts: Sequence[str], seed: int
 ) -> tuple[np.ndarray, Sequence[str]]:
     """Noise-level augmentation (Ho et al. 2022, Cascaded Diffusion Models, section 4.2): each image gets noise of one
-    of the levels, and the network is told which."""
+    of the levels, and the network is given which."""
     generator = np.random.default_rng([seed, NOISE_STREAM, len(rows)])
     chosen = np.asarray(levels)[generator.integers(len(levels), size=len(rows))]
     noisy = add_noise(low, chosen, generator)
-    told = [with_level(text, levels, level) for text, level in zip(texts, chosen.tolist(), strict=True)]
-    return enlarge(noisy, factor, "bicubic"), told
+    given = [with_level(text, levels, level) for text, level in zip(texts, chosen.tolist(), strict=True)]
+    return enlarge(noisy, factor, "bicubic"), given
 
 
 def _measured(held_low: Any, factor: int, kind: str, held: HeldOut, outputs: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -182,5 +182,5 @@ def _measured(held_low: Any, factor: int, kind: str, held: HeldOut, outputs: np.
 
 def _maps(held_low: Any, factor: int, held: HeldOut, outputs: np.ndarray) -> dict[str, np.ndarray]:
     """Where detail is invented, missing, or right."""
-    shares = correctness_maps(outputs, held.images, enlarge(held_low(held), factor, "bicubic"))
-    return {"correctness": correctness_pictures(shares)}
+    fractions = correctness_maps(outputs, held.images, enlarge(held_low(held), factor, "bicubic"))
+    return {"correctness": correctness_pictures(fractions)}

@@ -28,7 +28,7 @@ from eval.peers.peer import Peer, metres, number
 from runtime.errors import UserError
 
 #: The numbers, in the order of their embeddings.
-FIELDS = ("lon", "lat", "ground_sampling_distance", "cloud_share", "year", "month", "day")
+FIELDS = ("lon", "lat", "ground_sampling_distance", "cloud_fraction", "year", "month", "day")
 #: Of each the value that is scaled to 0, and what is from there to 1000: `metadata_normalize` in its data_util.py,
 #: after the offsets that its training adds. Metres a pixel go beyond 1000.
 LOW = (-180.0, -90.0, 0.0, 0.0, 1980.0, 0.0, 0.0)
@@ -54,11 +54,11 @@ class MetadataEmbedding(nn.ModuleList):
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         """[B, count] scaled numbers to [B, width]."""
-        found = [
+        result = [
             embed(get_timestep_embedding(column, self.features, **self.options).to(numbers.dtype))
             for embed, column in zip(self, numbers.unbind(1), strict=True)
         ]
-        return torch.stack(found).sum(0)
+        return torch.stack(result).sum(0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class DiffusionSat(Peer):
 
     def extra(self, row: Mapping[str, Any], side: int) -> dict[str, list[float]]:
         """`labels`: the seven numbers, scaled."""
-        return {"labels": scaled(facts_of(row, side, self.resolution))}
+        return {"labels": scaled(metadata_of(row, side, self.resolution))}
 
     def _network(self, folder: Path) -> Path:
         if self.unet is not None:
@@ -122,7 +122,7 @@ def network_of(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -
     return network.float().eval().requires_grad_(False)
 
 
-def facts_of(row: Mapping[str, Any], side: int, resolution: int) -> dict[str, float]:
+def metadata_of(row: Mapping[str, Any], side: int, resolution: int) -> dict[str, float]:
     """The seven numbers of a row of a manifest in their own units, NaN where it has none.
 
     The date is of the columns `year`, `month` and `day`, else of `date`, else of `year` and `day_of_year`.
@@ -130,19 +130,19 @@ def facts_of(row: Mapping[str, Any], side: int, resolution: int) -> dict[str, fl
     Args:
         side, resolution: px of the row's image, and of the one to draw, which shows the same ground.
     """
-    facts = {name: number(row, name) for name in FIELDS}
-    facts["ground_sampling_distance"] = metres(row, side, resolution)
+    metadata = {name: number(row, name) for name in FIELDS}
+    metadata["ground_sampling_distance"] = metres(row, side, resolution)
     date = pd.to_datetime(row.get("date"), errors="coerce", utc=True)
     day_of_year = number(row, "day_of_year")
-    if pd.isna(date) and not math.isnan(facts["year"] + day_of_year):
-        date = pd.Timestamp(year=int(facts["year"]), month=1, day=1) + pd.Timedelta(days=int(day_of_year) - 1)
+    if pd.isna(date) and not math.isnan(metadata["year"] + day_of_year):
+        date = pd.Timestamp(year=int(metadata["year"]), month=1, day=1) + pd.Timedelta(days=int(day_of_year) - 1)
     for name in ("year", "month", "day"):
-        if math.isnan(facts[name]) and not pd.isna(date):
-            facts[name] = float(getattr(date, name))
-    return facts
+        if math.isnan(metadata[name]) and not pd.isna(date):
+            metadata[name] = float(getattr(date, name))
+    return metadata
 
 
-def scaled(facts: Mapping[str, float]) -> list[float]:
+def scaled(metadata: Mapping[str, float]) -> list[float]:
     """`FIELDS` in its network's units; 0 for NaN."""
-    values = np.array([facts[name] for name in FIELDS])
+    values = np.array([metadata[name] for name in FIELDS])
     return np.nan_to_num((values - LOW) / SPAN * 1000, nan=0.0).tolist()

@@ -85,14 +85,14 @@ class DrawnImages(Peer):
             UserError: one has none.
         """
         named = {path.stem: path for path in loaded.files}
-        told: dict[str, list[Path]] = defaultdict(list)
+        given: dict[str, list[Path]] = defaultdict(list)
         for caption, path in zip(loaded.captions, loaded.files, strict=False):
-            told[caption].append(path)
+            given[caption].append(path)
         files = []
         for caption, identifier in zip(captions, ids, strict=True):
             path = named.get(PurePosixPath(identifier).stem)
-            if path is None and told[caption.strip()]:
-                path = told[caption.strip()].pop(0)
+            if path is None and given[caption.strip()]:
+                path = given[caption.strip()].pop(0)
             if path is None:
                 folder = loaded.files[0].parent
                 raise UserError(f"of={folder} has no image of the caption of {identifier}: {self._advice}")

@@ -1,6 +1,6 @@
 """GeoRSSD (Zhang et al. 2024, arXiv 2306.11300): Stable Diffusion 2.1, fine-tuned on a part of RS5M.
 
-A plain pipeline of diffusers: it is told the caption alone.
+A plain pipeline of diffusers: it is given the caption alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline whose U-Net is told numbers beside the time, as DiffusionSat's and Text2Earth's are."""
+"""A Stable Diffusion pipeline whose U-Net is given numbers beside the time, as DiffusionSat's and Text2Earth's are."""
 
 from __future__ import annotations
 

@@ -174,9 +174,9 @@ def read(path: Path) -> dict[str, Any]:
         UserError: it is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-    if not isinstance(found, dict):
+    if not isinstance(result, dict):
         raise UserError(f"{path} holds no JSON object")
-    return found
+    return result

@@ -28,7 +28,7 @@ COUNTED = (".safetensors", ".json", ".txt", *IMAGES)
 class Peer(ABC):
     """A system and how its authors draw with it.
 
-    A subclass has `check` and `load`, and `extra` where the system is told more of an image than its caption.
+    A subclass has `check` and `load`, and `extra` where the system is given more of an image than its caption.
 
     Args:
         name: in messages and in the row.
@@ -65,7 +65,7 @@ class Peer(ABC):
         """
 
     def prompt(self, caption: str, row: Mapping[str, Any]) -> str:
-        """What the system is asked for.
+        """What the system is requested.
 
         Args:
             row: of the manifest.
@@ -134,11 +134,11 @@ class PeerModel:
 
     def conditions(self, captions: Sequence[str], rows: pd.DataFrame) -> dict[str, Any]:
         """What its images of these captions depend on beside the captions."""
-        asked = [
+        requested = [
             [self.peer.prompt(caption, row), self.peer.extra(row, self.side)]
             for caption, row in zip(captions, rows.to_dict("records"), strict=True)
         ]
-        return {"peer": {"system": self.peer, "side": self.side, "asked": asked}}
+        return {"peer": {"system": self.peer, "side": self.side, "requested": requested}}
 
     def draw(
         self, loaded: Any, captions: Sequence[str], rows: pd.DataFrame, numbers: np.ndarray, **sampling: Any
@@ -149,7 +149,7 @@ class PeerModel:
         return np.stack(resized) if resized else np.empty((0, self.side, self.side, 3), np.uint8)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What its row says of how its images were made."""
         return {
             "peer": self.peer.name,
@@ -173,6 +173,6 @@ def metres(row: Mapping[str, Any], side: int, resolution: int) -> float:
 
     Args:
         side: in px of the image that the row is of.
-        resolution: of the image that is asked for.
+        resolution: of the image that is requested.
     """
     return number(row, "ground_sampling_distance") * side / resolution

@@ -1,4 +1,4 @@
-"""Text2Earth (Liu et al. 2025, arXiv 2501.00895): Stable Diffusion whose U-Net is told the resolution.
+"""Text2Earth (Liu et al. 2025, arXiv 2501.00895): Stable Diffusion whose U-Net is given the resolution.
 
 Its own pipeline takes it as a prefix of the prompt, `16_GOOGLE_LEVEL_a caption`, cuts that off before the text is
 encoded and gives the number to the U-Net's class embedding, which is made of it as the time's is. Level L means
@@ -31,7 +31,7 @@ class Text2Earth(Peer):
         config = network_config(folder / "unet", self.name, "UNet2DConditionModel")
         if config.get("class_embed_type") != "timestep":
             raise UserError(
-                f"{folder / 'unet'} is told no resolution (class_embed_type is {config.get('class_embed_type')}, not "
+                f"{folder / 'unet'} is given no resolution (class_embed_type is {config.get('class_embed_type')}, not "
                 f"timestep), so it is none of {self.name}: a plain pipeline is measured by peer=georssd"
             )
 

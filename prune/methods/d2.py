@@ -34,11 +34,11 @@ class D2Pruning:
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, points, labels, distances = corpus_clusters(pool, self.clusters, generator)
-        found, cosines = nearest_neighbours(points[rows], self.neighbours)
-        squares = np.where(found < 0, np.inf, 2 - 2 * cosines)  # squared distance of unit vectors
+        result, cosines = nearest_neighbours(points[rows], self.neighbours)
+        squares = np.where(result < 0, np.inf, 2 - 2 * cosines)  # squared distance of unit vectors
         score = distances / max(float(distances.max(initial=0)), 1e-12)
-        score = score + (np.exp(-self.gamma_forward * squares) * score[found]).sum(axis=1)
-        picked = greedy(score.astype(np.float64), found, np.exp(-self.gamma_reverse * squares), budget)
+        score = score + (np.exp(-self.gamma_forward * squares) * score[result]).sum(axis=1)
+        picked = greedy(score.astype(np.float64), result, np.exp(-self.gamma_reverse * squares), budget)
         diagnostics = cluster_diagnostics(pool, rows, labels, distances)
         return Selection.of(pool, rows[picked], "redundant", **diagnostics)
 

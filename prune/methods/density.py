@@ -15,7 +15,7 @@ class DensityPruning:
     """Density-based pruning (Abbas et al. 2024, arXiv 2401.04578).
 
     A cluster's complexity is its mean distance to the nearest other centroids times its images' mean distance to its
-    own; a softmax over complexities gives its share of the budget, and a quadratic program the nearest feasible one.
+    own; a softmax over complexities gives its fraction of the budget, and a quadratic program the nearest feasible one.
     Inside a cluster the images farthest from the centroid are kept. Left out: the de-duplication and the CLIP-score
     filter that the paper runs first.
 
@@ -38,8 +38,10 @@ class DensityPruning:
         centroids = normalise(np.stack([points[rows[group]].mean(axis=0) for group in members]))
         inner = np.array([distances[group].mean() for group in members])
         complexity = inner * outer_distance(centroids, self.neighbours)
-        shares = np.exp((complexity - complexity.max()) / self.temperature)
-        budgets = nearest_feasible(budget * shares / shares.sum(), np.array([len(group) for group in members]), budget)
+        fractions = np.exp((complexity - complexity.max()) / self.temperature)
+        budgets = nearest_feasible(
+            budget * fractions / fractions.sum(), np.array([len(group) for group in members]), budget
+        )
         kept = [
             group[np.argsort(-distances[group], kind="stable")[:count]]
             for group, count in zip(members, budgets, strict=True)
@@ -57,17 +59,17 @@ def outer_distance(centroids: np.ndarray, neighbours: int) -> np.ndarray:
     return np.sort(distances, axis=1)[:, : min(neighbours, len(centroids) - 1)].mean(axis=1)
 
 
-def nearest_feasible(wanted: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
-    """Integers that sum to `budget` within 0..sizes, nearest to `wanted` in least squares.
+def nearest_feasible(requested: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
+    """Integers that sum to `budget` within 0..sizes, nearest to `requested` in least squares.
 
-    The program min |x - wanted|^2, sum x = budget, 0 <= x <= sizes is solved by x = clip(wanted + shift, 0, sizes) for
-    one shift, found by bisection; then rounded by largest remainders.
+    The program min |x - requested|^2, sum x = budget, 0 <= x <= sizes has the solution x = clip(requested + shift, 0,
+    sizes) for one shift found by bisection; then rounded by largest remainders.
     """
-    low, high = -wanted.max() - 1.0, float(sizes.max()) + 1.0
+    low, high = -requested.max() - 1.0, float(sizes.max()) + 1.0
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.clip(wanted + middle, 0, sizes).sum() < budget else (low, middle)
-    exact = np.clip(wanted + high, 0, sizes)
+        low, high = (middle, high) if np.clip(requested + middle, 0, sizes).sum() < budget else (low, middle)
+    exact = np.clip(requested + high, 0, sizes)
     whole = np.floor(exact + 1e-9).astype(np.int64)
     for index in np.argsort(whole - exact, kind="stable"):
         if whole.sum() >= budget:

@@ -29,7 +29,7 @@ def pair_scores_of(pool: Pool, method: str) -> PairScores:
 
 @dataclass(frozen=True)
 class DLDC:
-    """Drop mismatched pairs, each scene by a share of its own; docs/method.md, section 8, has the formulas.
+    """Drop mismatched pairs, each scene by a fraction of its own; docs/method.md, section 8, has the formulas.
 
     Without a budget (`ratio=null`) exactly the pairs stay that are not mismatched. With a smaller budget every scene
     keeps the same part of these, those whose captions fit their image best among images of the scene. With a larger one
@@ -61,10 +61,12 @@ class DLDC:
         mismatched = usable & (scores.mismatch > self.most_mismatch)
         reason = np.where(mismatched, MISMATCHED, np.where(usable, LESS_FITTING, NO_CAPTION)).astype(object)
         kept = keep_best(scores, clean, usable, pool.readable, budget, self.most_mismatch)
-        facts = {"mismatched": int(mismatched.sum()), "without_caption": int((pool.readable & ~usable).sum())}
-        return Selection.of(pool, kept, LESS_FITTING, reason=reason, scene=scores.scene.astype(object), facts=facts)
+        diagnostics = {"mismatched": int(mismatched.sum()), "without_caption": int((pool.readable & ~usable).sum())}
+        return Selection.of(
+            pool, kept, LESS_FITTING, reason=reason, scene=scores.scene.astype(object), diagnostics=diagnostics
+        )
 
-    def found_budget(self, pool: Pool) -> int:
+    def estimated_budget(self, pool: Pool) -> int:
         """Pairs that stay with `ratio=null`."""
         scores = pair_scores_of(pool, "dldc")
         return int(self.clean(scores, pool.readable & np.isfinite(scores.mismatch)).sum())

@@ -27,9 +27,9 @@ class FacilityLocation:
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, points = corpus_points(pool)
-        found, cosines = nearest_neighbours(points[rows], self.neighbours)
-        similarity = np.where(found < 0, 0, (1 + np.maximum(cosines, -1)) / 2)
-        return Selection.of(pool, rows[lazy_greedy(found, similarity, min(budget, len(rows)))], "redundant")
+        result, cosines = nearest_neighbours(points[rows], self.neighbours)
+        similarity = np.where(result < 0, 0, (1 + np.maximum(cosines, -1)) / 2)
+        return Selection.of(pool, rows[lazy_greedy(result, similarity, min(budget, len(rows)))], "redundant")
 
 
 def lazy_greedy(neighbours: np.ndarray, similarity: np.ndarray, budget: int) -> np.ndarray:

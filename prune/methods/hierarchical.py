@@ -77,8 +77,10 @@ def sample_tree(levels: Sequence[np.ndarray], budget: int, generator: np.random.
     budgets = water_fill(counts[-1], budget)
     for labels, sizes in zip(reversed(levels[1:]), reversed(counts[:-1]), strict=True):
         below = np.zeros(len(sizes), dtype=np.int64)
-        for group, share in zip(members_of(labels, len(budgets)), budgets, strict=True):
-            below[group] = water_fill(sizes[group], int(share))
+        for group, fraction in zip(members_of(labels, len(budgets)), budgets, strict=True):
+            below[group] = water_fill(sizes[group], int(fraction))
         budgets = below
     groups = members_of(levels[0], len(budgets))
-    return np.concatenate([generator.permutation(group)[:share] for group, share in zip(groups, budgets, strict=True)])
+    return np.concatenate(
+        [generator.permutation(group)[:fraction] for group, fraction in zip(groups, budgets, strict=True)]
+    )

@@ -20,13 +20,14 @@ class RSPrune:
     """The paper's method; docs/method.md gives every formula and says which are ours.
 
     Args:
-        entropy_quantile: share of the n readable images that goes in step 1, those of the lowest local entropy:
+        entropy_quantile: fraction of the n readable images that goes in step 1, those of the lowest local entropy:
             exactly ceil(entropy_quantile (n - 1)) of them by rank, images of equal entropy in a fixed random order.
         entropy_bits: absolute threshold in bits instead (None: the quantile); an image at the threshold stays.
         entropy_otsu: Otsu's threshold instead, between the two modes of the corpus's entropies; the same holds.
         scenes: cluster inside the scenes of the reference set; False, or an empty reference: in the whole corpus.
         prototypes_per_class: k-means prototypes of each reference class.
-        floor_quantile: images less similar to every prototype than this quantile of the reference form the open scene.
+        threshold_quantile: images less similar to every prototype than this quantile of the reference form the open
+            scene.
         scene_classifier: of the other images, and `split_open`: strata in the open scene; see `prune.scenes.SceneRule`.
         images_per_cluster: clusters of a scene = its images / this, at least one.
         clusters_per_scene: a number of clusters for every scene instead of the rule.
@@ -36,7 +37,7 @@ class RSPrune:
         spherical: k-means on unit vectors by cosine; False: on centred embeddings by Euclidean distance.
         sample_per_cluster: images per cluster on which k-means runs; the rest is assigned.
         uniformity: 0 spreads the budget over scenes and clusters in proportion to size, 1 evenly (water-filling).
-        representativeness: share of a cluster's budget taken nearest to the centroid; the rest is spread.
+        representativeness: fraction of a cluster's budget taken nearest to the centroid; the rest is spread.
         duplicate_similarity: cosine above which an image counts as a duplicate of one already taken.
         reference_duplicates: this quantile of the cosine of a reference image to its nearest neighbour is the cosine
             from which on an image of a known scene repeats another: what is nearer than images known to differ adds
@@ -48,7 +49,7 @@ class RSPrune:
     entropy_otsu: bool = False
     scenes: bool = True
     prototypes_per_class: int = 8
-    floor_quantile: float = 0.01
+    threshold_quantile: float = 0.01
     scene_classifier: str = "prototypes"
     split_open: bool = True
     images_per_cluster: int = 40
@@ -71,7 +72,7 @@ class RSPrune:
 
     @property
     def _scene_rule(self) -> SceneRule:
-        return SceneRule(self.prototypes_per_class, self.floor_quantile, self.scene_classifier, self.split_open)
+        return SceneRule(self.prototypes_per_class, self.threshold_quantile, self.scene_classifier, self.split_open)
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         budget = min(budget, int(pool.readable.sum()))
@@ -92,14 +93,14 @@ class RSPrune:
             scene_similarity=np.where(pool.readable, scenes.similarity, np.float32(np.nan)),
             cluster=clusters.cluster,
             centroid_distance=clusters.distance,
-            facts={
+            diagnostics={
                 "entropy_threshold": step.threshold,
                 "dropped_by_entropy": step.dropped,
                 "returned_by_entropy": step.returned,
                 "skipped_as_duplicate": clusters.skipped,
                 "repetitions": clusters.repetitions,
                 "clusters": clusters.count,
-                "open_floor": scenes.floor,
+                "open_threshold": scenes.threshold,
                 "open_strata": scenes.open,
                 "scene_accuracy": scenes.accuracy,
             },
@@ -138,24 +139,24 @@ class RSPrune:
     def _clusters(
         self, pool: Pool, scenes: Scenes, rows: np.ndarray, budget: int, generator: np.random.Generator
     ) -> _Clusters:
-        """Step 2, second half, and step 3: clusters of each scene's share of `rows`, int64 [n], and picks in them."""
+        """Step 2, second half, and step 3: clusters of each scene's part of `rows`, int64 [n], and picks in them."""
         points = Points(pool.embeddings, scenes.centre, self.spherical)
         similarities = self._repetition_similarities(pool, scenes)
         groups = [rows[group] for group in members_of(scenes.scene[rows], len(scenes.names))]
         # scenes side by side, each with randomness of its own: the result does not depend on who is first
         jobs = list(zip(groups, zip(generator.spawn(len(groups)), similarities, strict=True), strict=True))
         groups, own = [group for group, _ in jobs if len(group)], [own for group, own in jobs if len(group)]
-        found = list(engine().map_rows(self._of_scene, points, groups, own))
+        result = list(engine().map_rows(self._of_scene, points, groups, own))
         sizes = np.array([len(group) for group in groups])
-        distinct = np.array([int(scene.distinct.sum()) for scene in found])
+        distinct = np.array([int(scene.distinct.sum()) for scene in result])
         budgets = allocate_distinct(distinct, sizes, budget, self.uniformity)
-        given = [(scene, int(own)) for scene, own in zip(found, budgets, strict=True)]
+        given = [(scene, int(own)) for scene, own in zip(result, budgets, strict=True)]
         picks = list(engine().map_rows(self._pick, points, groups, given))
 
         cluster = np.full(len(pool), -1, dtype=np.int32)
         distance = np.full(len(pool), np.nan, dtype=np.float32)
         count = 0
-        for group, scene in zip(groups, found, strict=True):
+        for group, scene in zip(groups, result, strict=True):
             cluster[group] = scene.labels + count
             distance[group] = scene.distances
             count += int(scene.labels.max()) + 1
@@ -181,9 +182,9 @@ class RSPrune:
         self, points: Points, rows: np.ndarray, generator: np.random.Generator, similarity: float | None
     ) -> _SceneClusters:
         """Clusters of one scene, and which of its images repeat no other of their cluster."""
-        wanted = self.clusters_per_scene or max(1, round(len(rows) / self.images_per_cluster))
+        requested = self.clusters_per_scene or max(1, round(len(rows) / self.images_per_cluster))
         clustering = Clustering(self.max_clusters, self.hierarchical, self.sample_per_cluster)
-        labels, distances = clustering(points, rows, wanted, generator)
+        labels, distances = clustering(points, rows, requested, generator)
         distinct = np.full(len(rows), similarity is None)
         for group in members_of(labels, int(labels.max()) + 1) if similarity is not None else ():
             if len(group):
@@ -282,7 +283,7 @@ class _Clusters:
 
 def otsu(values: np.ndarray) -> float:
     """Otsu's (1979) threshold of a sample, from 256 bins; values from it on are the upper class."""
-    from skimage.filters import threshold_otsu  # slow to import, and seldom asked for
+    from skimage.filters import threshold_otsu  # slow to import, and seldom needed
 
     low, high = float(values.min()), float(values.max())
     return threshold_otsu(values, 256) + (high - low) / 512 if low < high else low  # of the bin, its upper edge

@@ -42,7 +42,7 @@ class RSPruneDLDC(RSPrune):
         if missing > 0:
             rest = np.flatnonzero(pool.readable & ~clean)
             kept = np.concatenate([kept, rest[np.argsort(scores.mismatch[rest], kind="stable")][:missing]])
-        facts = {**chosen.facts, "mismatched": int((captioned & ~clean).sum())}
+        diagnostics = {**chosen.diagnostics, "mismatched": int((captioned & ~clean).sum())}
         return Selection.of(
             pool,
             kept,
@@ -52,5 +52,5 @@ class RSPruneDLDC(RSPrune):
             scene_similarity=chosen.scene_similarity,
             cluster=chosen.cluster,
             centroid_distance=chosen.centroid_distance,
-            facts=facts,
+            diagnostics=diagnostics,
         )

@@ -20,13 +20,13 @@ class SceneRandom:
     Raises a UserError without a reference.
 
     Args:
-        prototypes_per_class, floor_quantile, scene_classifier, split_open: as in `RSPrune`.
+        prototypes_per_class, threshold_quantile, scene_classifier, split_open: as in `RSPrune`.
     """
 
     uses_reference = True
 
     prototypes_per_class: int = 8
-    floor_quantile: float = 0.01
+    threshold_quantile: float = 0.01
     scene_classifier: str = "prototypes"
     split_open: bool = True
 
@@ -35,7 +35,7 @@ class SceneRandom:
 
     @property
     def _scene_rule(self) -> SceneRule:
-        return SceneRule(self.prototypes_per_class, self.floor_quantile, self.scene_classifier, self.split_open)
+        return SceneRule(self.prototypes_per_class, self.threshold_quantile, self.scene_classifier, self.split_open)
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         if len(pool.reference_embeddings) == 0:
@@ -48,7 +48,12 @@ class SceneRandom:
         kept = [generator.permutation(group)[:count] for group, count in zip(groups, budgets, strict=True)]
         scene_names = np.where(pool.readable, names[scenes.scene], "")
         similarity = np.where(pool.readable, scenes.similarity, np.float32(np.nan))
-        facts = {"scene_accuracy": scenes.accuracy}
+        diagnostics = {"scene_accuracy": scenes.accuracy}
         return Selection.of(
-            pool, np.concatenate(kept), "not_drawn", scene=scene_names, scene_similarity=similarity, facts=facts
+            pool,
+            np.concatenate(kept),
+            "not_drawn",
+            scene=scene_names,
+            scene_similarity=similarity,
+            diagnostics=diagnostics,
         )

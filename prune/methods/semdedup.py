@@ -38,11 +38,11 @@ class SemDeDup:
 
 def largest_cosine_before(points: np.ndarray) -> np.ndarray:
     """Largest cosine of each row of float32 [n, D] (unit length) to any row before it; -inf for the first."""
-    found = np.full(len(points), -np.inf, dtype=np.float32)
+    result = np.full(len(points), -np.inf, dtype=np.float32)
     for start in range(0, len(points), BLOCK):
         block = points[start : start + BLOCK]
         cosines = block @ points[: start + len(block)].T
         later = np.arange(cosines.shape[1])[None] >= start + np.arange(len(block))[:, None]
         cosines[later] = -np.inf
-        found[start : start + len(block)] = cosines.max(axis=1)
-    return found
+        result[start : start + len(block)] = cosines.max(axis=1)
+    return result

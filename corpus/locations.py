@@ -10,7 +10,7 @@ import pandas as pd
 
 from corpus.ground import DEGREE
 
-#: What `Places.ground_of` says of a pair.
+#: What `Locations.ground_of` says of a pair.
 UNKNOWN, SAME, ELSEWHERE = 0, 1, 2
 #: Columns of a manifest, the first that is there counts; case is ignored.
 LONGITUDE, LATITUDE = ("lon", "longitude"), ("lat", "latitude")
@@ -21,8 +21,8 @@ ONE_PLACE, NO_IMAGE = 10.0, 100_000.0
 
 
 @dataclass(frozen=True)
-class Places:
-    """Places and dates of images; unknown ones are NaN, "" and 0.
+class Locations:
+    """Locations and dates of images; unknown ones are NaN, "" and 0.
 
     Attributes:
         lon, lat: float64 [N], degrees of the centre.
@@ -41,11 +41,11 @@ class Places:
     def __len__(self) -> int:
         return len(self.lon)
 
-    def __getitem__(self, rows: np.ndarray | slice) -> Places:
-        return Places(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def __getitem__(self, rows: np.ndarray | slice) -> Locations:
+        return Locations(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @classmethod
-    def of(cls, manifest: pd.DataFrame, resolution: int) -> Places:
+    def of(cls, manifest: pd.DataFrame, resolution: int) -> Locations:
         """What a manifest's columns say; an image's side is `resolution` pixels of its ground sampling distance."""
         lon, lat, pixel = (_numbers(manifest, names) for names in (LONGITUDE, LATITUDE, PIXEL))
         known = np.isfinite(lon) & np.isfinite(lat) & (np.abs(lat) <= 90)
@@ -61,12 +61,12 @@ class Places:
         )
 
     @classmethod
-    def together(cls, parts: Sequence[Places]) -> Places:
+    def together(cls, parts: Sequence[Locations]) -> Locations:
         """Those of several corpora, one after the other; their cells, which lie on grids of their own, are left out."""
         joined = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)}
         return cls(**{**joined, "cell": np.full(len(joined["lon"]), "", dtype=object)})
 
-    def ground_of(self, others: Places, one_grid: bool) -> np.ndarray:
+    def ground_of(self, others: Locations, one_grid: bool) -> np.ndarray:
         """Whether each image shares ground with the other of its pair, int8 [N]: `SAME`, `ELSEWHERE` or `UNKNOWN`.
 
         Images are squares around their centres. Where the size of one is unknown, images within `ONE_PLACE` are of the
@@ -80,16 +80,16 @@ class Places:
         apart = np.maximum(np.abs(east), np.abs(others.lat - self.lat)) * DEGREE
         reach = (self.side + others.side) / 2 * (1 - 1e-6)  # neighbours that only touch share nothing
         sized = np.isfinite(reach)
-        found = np.full(len(self), UNKNOWN, dtype=np.int8)
+        result = np.full(len(self), UNKNOWN, dtype=np.int8)
         with np.errstate(invalid="ignore"):
-            found[np.where(sized, apart < reach, apart < ONE_PLACE)] = SAME
-            found[np.where(sized, apart >= reach, apart > NO_IMAGE)] = ELSEWHERE
+            result[np.where(sized, apart < reach, apart < ONE_PLACE)] = SAME
+            result[np.where(sized, apart >= reach, apart > NO_IMAGE)] = ELSEWHERE
         if one_grid:
             cells = (self.cell != others.cell) & (self.cell != "") & (others.cell != "")
-            found[(found == UNKNOWN) & cells.astype(bool)] = ELSEWHERE
-        return found
+            result[(result == UNKNOWN) & cells.astype(bool)] = ELSEWHERE
+        return result
 
-    def on_other_date(self, others: Places) -> np.ndarray:
+    def on_other_date(self, others: Locations) -> np.ndarray:
         """Whether the dates of each pair are known and differ, bool [N]; where one is a year, the years count."""
         days = (self.day != others.day) & (self.day > 0) & (others.day > 0)
         return (self.year > 0) & (others.year > 0) & ((self.year != others.year) | days)
