@@ -110,8 +110,8 @@ bench-quality: $(READY)  ## which options help the generator at equal seconds of
 bench-scale: $(READY)  ## every stage at 10,000 to 1,000,000 tiles: time, memory, cost model (hours)
 	$(BIN)/python scripts/bench_scale.py profile=$(PROFILE)
 
-foundation: $(READY)  ## train the shipped foundation model again (minutes)
-	$(BIN)/python scripts/foundation.py profile=$(PROFILE)
+foundation: $(READY)  ## train the shipped models again (an hour on two cores)
+	$(BIN)/python scripts/foundation.py experiment=shipped profile=$(PROFILE)
 
 autoencoder: $(READY)  ## train the shipped autoencoder again (hours)
 	$(BIN)/python train/autoencoder.py

@@ -11,6 +11,7 @@ from downstream.conditional import resolve_foundation
 from downstream.fine_tuning import fine_tune
 from downstream.measured_task import METRICS_FILE, measure_baselines
 from downstream.registry import TASKS
+from downstream.shipping import shipped_network
 from report.results import append_result, result_row
 from report.tables import publish
 from runtime.artefacts import NotBuilt, is_main_process, nothing_built, read_json
@@ -43,13 +44,16 @@ def _publish_combinations(cfg: DictConfig, name: str, directory: Path) -> None:
 
 
 def run_or_fine_tuned(cfg: DictConfig, name: str) -> Path:
-    """The run that `run` names; null: of a foundation, the shipped one unless specified otherwise, fine-tuned once.
+    """The run that `run` names; null: the shipped network of the task, or that of `foundation`, fine-tuned once.
 
     Raises:
         UserError: the foundation is none, or does not fit the corpus.
     """
     if cfg.run is not None:
         return Path(str(cfg.run)).expanduser()
+    if cfg.foundation is None and (network := shipped_network(cfg, name)) is not None:
+        notice(f"no run=DIR: {network} draws, which comes with the repository")
+        return network
     if cfg.foundation is None:
         cfg = OmegaConf.merge(cfg, {"foundation": SHIPPED})
 

@@ -81,21 +81,8 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
     corpus, pairs = _with_captions(cfg, captioned.given_captions(cfg, corpus), method, measure, encoder, clock)
-    inputs = {
-        "corpus": corpus.fingerprint,
-        "method": method,
-        "ratio": ratio,
-        "seed": cfg.seed,
-        "entropy": cfg.entropy,
-        "encoder": cfg.encoder,
-    }
     scenes = scene_source(cfg, corpus, method)
-    if scenes is not None:
-        inputs["reference"] = cfg.reference if scenes == REFERENCE else None
-    if pairs is not None:
-        inputs["captions"] = pairs.directory.name
-    if pair_rule(cfg) != PairRule():  # else as before there was a choice
-        inputs["pair_rule"] = pair_rule(cfg)
+    inputs = _inputs(cfg, corpus, method, ratio, scenes, pairs)
 
     def build(directory: Path) -> None:
         pool = corpus_pool(cfg, corpus, measure, encoder, clock)
@@ -134,6 +121,32 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     if scenes == CORPUS:
         _tell_of_strata(read_json(directory / "summary.json")["strata"]["count"])
     return directory, corpus
+
+
+def _inputs(
+    cfg: DictConfig,
+    corpus: Corpus,
+    method: Method,
+    ratio: float | None,
+    scenes: str | None,
+    pairs: captioned.CleanedPairs | None,
+) -> dict[str, Any]:
+    """All that a selection depends on, for its fingerprint."""
+    inputs = {
+        "corpus": corpus.fingerprint,
+        "method": method,
+        "ratio": ratio,
+        "seed": cfg.seed,
+        "entropy": cfg.entropy,
+        "encoder": cfg.encoder,
+    }
+    if scenes is not None:
+        inputs["reference"] = cfg.reference if scenes == REFERENCE else None
+    if pairs is not None:
+        inputs["captions"] = pairs.directory.name
+    if pair_rule(cfg) != PairRule():  # else as before there was a choice
+        inputs["pair_rule"] = pair_rule(cfg)
+    return inputs
 
 
 def _with_captions(

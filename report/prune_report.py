@@ -26,6 +26,23 @@ WORLD_MAPPED = 6000
 LEAKS = "Leaks between the splits"
 
 
+#: Notes under the headings of the report.
+_NOTES = {
+    "tables": "Exact counts. The budget counts every image of the corpus, unreadable ones included.",
+    "figures": "Grey is the corpus before pruning, blue is what was kept.",
+    "scenes": "Images by scene before and after. A long tail that survives shows as a high kept fraction of "
+    "the small scenes.",
+    "reasons": "Why images were kept or dropped; each image has one reason.",
+    "sheets": "Images of two splits that look alike to the pixel. What is measured on the left one of a pair "
+    "was seen in the right one. Images of the same place on another date, and of different locations, are "
+    "counted apart and are no duplicates, unless other_date or elsewhere says so.",
+    "leaks": "Images of a split that look like one of another, of those looked at.",
+    "seconds": "Time by stage; a stage whose result was cached takes next to none.",
+    "clusters": "Sizes of the clusters that images were drawn from. Balanced pruning brings the largest down "
+    "and leaves the smallest whole.",
+}
+
+
 def write_prune_report(
     path: Path | str,
     selection: pd.DataFrame,
@@ -78,21 +95,8 @@ def write_prune_report(
             for title, groups in ((str(summary["method"]), galleries), ("dropped, by reason", reasons))
             if groups
         },
-        notes={
-            "tables": "Exact counts. The budget counts every image of the corpus, unreadable ones included.",
-            "figures": "Grey is the corpus before pruning, blue is what was kept.",
-            "scenes": "Images by scene before and after. A long tail that survives shows as a high kept fraction of "
-            "the small scenes.",
-            "reasons": "Why images were kept or dropped; each image has one reason.",
-            "sheets": "Images of two splits that look alike to the pixel. What is measured on the left one of a pair "
-            "was seen in the right one. Images of the same place on another date, and of different locations, are "
-            "counted apart and are no duplicates, unless other_date or elsewhere says so.",
-            "leaks": "Images of a split that look like one of another, of those looked at.",
-            "seconds": "Time by stage; a stage whose result was cached takes next to none.",
-            "clusters": "Sizes of the clusters that images were drawn from. Balanced pruning brings the largest down "
-            "and leaves the smallest whole.",
-            "galleries": LEADS["galleries"] + (f" The {left_out:,} smallest scenes are not shown." if left_out else ""),
-        },
+        notes=_NOTES
+        | {"galleries": LEADS["galleries"] + (f" The {left_out:,} smallest scenes are not shown." if left_out else "")},
     )
 
 

@@ -29,6 +29,7 @@ from downstream.drawing import (
 )
 from downstream.imagery import Picture, rgb_picture
 from downstream.restoration import Restorer
+from downstream.shipping import shipped_network
 from downstream.tasks.semantic_synthesis import guidance_of
 from downstream.tasks.super_resolution import restoration_of
 from runtime.application import run
@@ -160,7 +161,7 @@ def batches(picture: Picture, model: Restorer | Synthesizer, options: TileOption
 def absent_tab(name: str, variable: str) -> None:
     """What to do for a task of which there is no network."""
     gr.Markdown(
-        f"This tab needs a network that was fine-tuned for the task; none comes with the repository. One is made by\n"
+        f"This tab needs a network that was fine-tuned for the task; this copy of the repository has none. One is made by\n"
         f"```\npython downstream/{name}.py foundation=shipped\n```\n"
         f"which prints `run: DIR` at its end, after some minutes on two CPU cores. Then start the page by\n"
         f"```\nmake demo {variable}=DIR\n```"
@@ -369,6 +370,12 @@ def mask_tab(
     )
 
 
+def network_folder(cfg: DictConfig, task: str) -> Path | None:
+    """The run that the options name for a task, else the shipped network; None where there is none."""
+    directory = cfg.demo[task]
+    return shipped_network(cfg, task) if directory is None else Path(str(directory)).expanduser()
+
+
 def page(cfg: DictConfig) -> gr.Blocks:
     """The page of the models that the options name.
 
@@ -379,11 +386,7 @@ def page(cfg: DictConfig) -> gr.Blocks:
     check_settings(**settings, guidance_scale=cfg.sample.guidance_scale)
     foundation = foundation_path(SHIPPED if cfg.foundation is None else cfg.foundation)
     sampler = load_sampler(foundation, cfg.sample.batch_size)
-    runs = {
-        name: Path(str(directory)).expanduser()
-        for name in ("super_resolution", "semantic_synthesis")
-        if (directory := cfg.demo[name]) is not None
-    }
+    runs = {name: run for name in ("super_resolution", "semantic_synthesis") if (run := network_folder(cfg, name))}
     steps, restorer, synthesizer = int(cfg.downstream.steps), None, None
     if folder := runs.get("super_resolution"):
         factor = int(cfg.downstream.super_resolution.factor)

@@ -1,16 +1,17 @@
-"""The foundation model that comes with the repository: a finished run made small, and where it lies."""
+"""The models that come with the repository: finished runs made small, and where they lie."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from omegaconf import DictConfig
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -18,11 +19,24 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from runtime.artefacts import read_json, write_json
 from runtime.errors import UserError
 from train.components import REPOSITORY
+from train.metadata import FOLDER as METADATA
 from train.text_encoder import byte_tokens
 
 #: What `foundation=shipped` names.
 SHIPPED = "shipped"
-FOLDER = REPOSITORY / "train" / "weights" / "bluemarble_foundation"
+WEIGHTS = REPOSITORY / "train" / "weights"
+FOUNDATION = "foundation"
+FOLDER = WEIGHTS / f"bluemarble_{FOUNDATION}"
+#: Of a run's summary, what a shipped model keeps.
+SUMMARY = (
+    "task", "method", "ratio", "images", "training_images", "parameters", "seed", "images_seen", "seconds", "steps",
+    "split", "metrics",
+)  # fmt: skip
+
+
+def shipped_folder(name: str) -> Path:
+    """Where the shipped foundation, or the network of a task, lies; there may be none."""
+    return WEIGHTS / f"bluemarble_{name}"
 
 
 def foundation_path(foundation: object) -> Path:
@@ -111,13 +125,14 @@ def with_tokens(text_encoder: CLIPTextModel, former: np.ndarray) -> CLIPTextMode
     return small
 
 
-def ship(run: Path, target: Path, texts: Iterable[str]) -> None:
+def ship(run: Path, target: Path, texts: Iterable[str], card: str) -> None:
     """Write a finished run's pipeline in 16 bits, with the vocabulary of `texts`, its card and what it was trained on.
 
     Args:
         texts: the captions that the model was trained on.
+        card: Markdown.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(run / "pipeline", use_safetensors=True, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline", use_safetensors=True, local_files_only=True)
     pipeline.tokenizer, former = trimmed(pipeline.tokenizer, texts)
     pipeline.text_encoder = with_tokens(pipeline.text_encoder, former)
     pipeline.to(dtype=torch.float16)
@@ -127,11 +142,11 @@ def ship(run: Path, target: Path, texts: Iterable[str]) -> None:
     config = target / "text_encoder" / "config.json"
     # transformers loads in the type that the config names, and the pipeline computes in 32 bits by default
     write_json(config, {**read_json(config), "dtype": "float32"})
-    card = (run / "pipeline" / "README.md").read_text(encoding="utf-8")
     (target / "README.md").write_text(card, encoding="utf-8")
     summary = read_json(run / "summary.json")
-    kept = ("method", "ratio", "images", "parameters", "seed", "images_seen", "seconds", "steps", "split", "metrics")
-    write_json(target / "summary.json", {key: summary[key] for key in kept})
+    write_json(target / "summary.json", {key: summary[key] for key in SUMMARY if key in summary})
+    if (metadata := run / "pipeline" / METADATA).is_dir():
+        shutil.copytree(metadata, target / METADATA)
 
 
 def forget_origin(config: Path) -> None:
