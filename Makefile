@@ -1,6 +1,6 @@
 # RS-Prune: `make help` lists the commands.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint format types docs-check bench bench-quality bench-scale sweep quality ablation augmentation pair-cleaning cleaning-probe suggest page demo tables readme foundation autoencoder clean distclean
+.PHONY: help setup reproduce test test-all lint format types docs-check bench bench-quality bench-scale bench-engines sweep quality ablation augmentation pair-cleaning cleaning-probe suggest page demo tables readme foundation autoencoder clean distclean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -68,6 +68,9 @@ bench: $(READY)  ## speed of every stage on this machine
 	$(BIN)/python scripts/bench_selection.py profile=$(PROFILE)
 	$(BIN)/python scripts/bench_training.py profile=$(PROFILE)
 	$(BIN)/python scripts/bench_pairs.py profile=$(PROFILE)
+
+bench-engines: $(READY)  ## pruning with engine=ray beside engine=local on this machine
+	$(BIN)/python scripts/bench_engines.py profile=$(PROFILE)
 
 sweep: $(READY)  ## an experiment of configs/experiment: make sweep EXPERIMENT=ratio_compute
 	$(BIN)/python train/pretrain.py -m experiment=$(EXPERIMENT) profile=$(PROFILE)

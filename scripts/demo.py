@@ -161,7 +161,8 @@ def batches(picture: Picture, model: Restorer | Synthesizer, options: TileOption
 def absent_tab(name: str, variable: str) -> None:
     """What to do for a task of which there is no network."""
     gr.Markdown(
-        f"This tab needs a network that was fine-tuned for the task; this copy of the repository has none. One is made by\n"
+        "This tab needs a network that was fine-tuned for the task; this copy of the repository has none. It is made "
+        "by\n"
         f"```\npython downstream/{name}.py foundation=shipped\n```\n"
         f"which prints `run: DIR` at its end, after some minutes on two CPU cores. Then start the page by\n"
         f"```\nmake demo {variable}=DIR\n```"

@@ -140,3 +140,18 @@ def test_the_bench_goes_on_where_it_ended(tmp_path: Path) -> None:
 def test_a_stage_that_fails_ends_the_bench_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="manifest of 5 images ended with 1"):
         measured("manifest", Plan(TILES, 5, str(tmp_path / "nowhere"), 64, 32, 10, 16, 0))
+
+
+@pytest.mark.slow
+def test_both_engines_are_timed_and_select_alike(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="engine=ray needs the extra ray")
+    command = [
+        sys.executable, "scripts/bench_engines.py", "profile=smoke", f"runs={tmp_path / 'runs'}", "tracker=none",
+        f"results={tmp_path / 'results'}", "corpus.train.limit=200", "bench_scale.shard_images=100",
+        "bench_engines.images=300", "bench_engines.rounds=1",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    result = json.loads((tmp_path / "results" / "smoke" / "bench_engines.json").read_text())
+    assert result["selections are equal"] and result["images"] == 300
+    assert result["ray of local"] == pytest.approx(result["seconds"]["ray"][0] / result["seconds"]["local"][0])
+    assert not (tmp_path / "runs" / "bench_engines").exists()

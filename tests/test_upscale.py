@@ -29,12 +29,14 @@ from downstream.drawing import load_restorer
 from downstream.imagery import Picture, Strip, open_image, regrouped, with_gaps, written_beside
 from downstream.interpolation import enlarge
 from downstream.restoration import Restoration
+from downstream.shipping import ship_task, shipped_network
 from downstream.tiling import ground_noise
 from runtime.application import CONFIGS
 from runtime.artefacts import write_json
 from runtime.errors import UserError
 from runtime.notices import notice
 from scripts.upscale import main
+from train.shipped import shipped_folder
 
 TRANSFORM = from_origin(500_000, 4_650_000, 20, 20) * rasterio.Affine.rotation(10)
 
@@ -76,6 +78,28 @@ def build(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("run"))
+
+
+def test_a_shipped_network_draws_as_its_run(run: Path, tmp_path: Path) -> None:
+    summary = {"task": "super_resolution", "training_images": 16, "parameters": 5, "steps": 4, "seconds": 1.0,
+               "images": 8, "split": "test", "metrics": {"psnr": 20.5, "ssim": None},
+               "foundation": "/home/me/run"}  # fmt: skip
+    write_json(run / "summary.json", summary)
+    (run / "samples").mkdir(exist_ok=True)
+    np.save(run / "samples" / "inputs.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("config")
+    ship_task(cfg, run, tmp_path / "shipped", ["a satellite image of desert"])
+    texts = [path.read_text() for path in (tmp_path / "shipped").rglob("*") if path.suffix in (".json", ".md")]
+    assert not any("/home/me" in text or str(run) in text for text in texts)
+    assert "| psnr | 20.5 |" in (tmp_path / "shipped" / "README.md").read_text()
+    assert np.load(tmp_path / "shipped" / "samples" / "inputs.npy").shape == (1, 8, 8, 3)
+    Image.fromarray(colours(20, 10)).save(tmp_path / "a.png")
+    upscale(tmp_path / "a.png", tmp_path / "run.png", run)
+    upscale(tmp_path / "a.png", tmp_path / "shipped.png", tmp_path / "shipped")
+    drawn, expected = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("shipped", "run"))
+    assert drawn.shape == (20 * 2, 10 * 2, 3) or drawn.shape == (10 * 2, 20 * 2, 3)
+    assert abs(drawn - expected).mean() < 1, "16 bits change little"
 
 
 def upscale(source: Path, target: Path, run: Path, *overrides: str) -> None:
@@ -532,6 +556,19 @@ def test_the_bar_counts_all_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     restorer = repeated(tmp_path / "in", tmp_path / "out")
     assert [bar.desc.strip(": ") for bar in bars] == ["look", "repeat"]
     assert bars[1].n == bars[1].total == 2 * len(grid_of(Picture(values), restorer, 0.25)) > restorer.tiles
+
+
+@pytest.mark.skipif(not shipped_folder("super_resolution").is_dir(), reason="this copy has no shipped network")
+def test_without_a_run_the_shipped_network_draws(tmp_path: Path, capsys) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("config", ["upscale.steps=2", f"runs={tmp_path}/runs"])
+    Image.fromarray(colours(20, 10)).save(tmp_path / "a.png")
+    cfg["in"], cfg.out = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    main(cfg)
+    assert "bluemarble_super_resolution draws" in capsys.readouterr().err
+    assert Image.open(tmp_path / "b.png").size == (40, 80) and not (tmp_path / "runs").exists()
+    other = OmegaConf.merge(cfg, {"downstream": {"super_resolution": {"factor": 2}}})
+    assert shipped_network(other, "super_resolution") is None, "it enlarges by another factor"
 
 
 def test_without_a_run_the_foundation_is_fine_tuned_once(tmp_path: Path, capsys, monkeypatch) -> None:
