@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -136,15 +137,15 @@ def test_a_stage_says_what_it_was_built_with(tmp_path: Path) -> None:
     assert read_json(stage(tmp_path, "bench", {"seed": 0}, lambda directory: None) / COMPLETE)["config"] is None
     with command(OmegaConf.create({"seed": 1, "twice": "${seed}"})):
         built = stage(tmp_path, "subset", {"seed": 1}, lambda directory: None)
-    metadata = read_json(built / COMPLETE)
-    assert metadata["stage"] == "subset" and metadata["fingerprint"] == built.name and metadata["inputs"] == {"seed": 1}
-    assert metadata["version"] == versions_of("subset")["subset"]
-    assert set(metadata["after"]) == {"embedding", "measured", "held_out"}
-    assert metadata["config"] == {"seed": 1, "twice": 1}
-    assert metadata["commit"] == commit()
-    assert metadata["versions"]["python"] == platform.python_version()
-    assert metadata["versions"]["torch"] == metadata.version("torch")
-    assert provenance(built) == {"commit": metadata["commit"], "versions": metadata["versions"]}
+    record = read_json(built / COMPLETE)
+    assert record["stage"] == "subset" and record["fingerprint"] == built.name and record["inputs"] == {"seed": 1}
+    assert record["version"] == versions_of("subset")["subset"]
+    assert set(record["after"]) == {"embedding", "measured", "held_out"}
+    assert record["config"] == {"seed": 1, "twice": 1}
+    assert record["commit"] == commit()
+    assert record["versions"]["python"] == platform.python_version()
+    assert record["versions"]["torch"] == metadata.version("torch")
+    assert provenance(built) == {"commit": record["commit"], "versions": record["versions"]}
     write_json(built / COMPLETE, {"stage": "subset"})
     assert provenance(built) == provenance(tmp_path) == {"commit": "unknown", "versions": {}}
 
