@@ -177,9 +177,8 @@ def seed_and_steps(cfg: DictConfig) -> tuple[gr.Number, gr.Slider]:
     return seed, steps
 
 
-def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
-    """Text → image, with the place where the model knows locations."""
-    placed = {"lon", "lat"} <= set(sampler.fields)
+def text_handler(sampler: Sampler) -> Callable[..., list[Image.Image]]:
+    """What the button of the first tab calls."""
 
     def draw(
         prompt: str,
@@ -199,6 +198,11 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
             drawn = sampler.draw(prompt or "", images, metadata=metadata, **settings)
         return [Image.fromarray(image) for image in drawn]
 
+    return draw
+
+
+def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
+    """Text → image, with the location where the model knows locations."""
     with gr.Row():
         with gr.Column(scale=2, min_width=340):
             prompt = gr.Textbox(
@@ -216,7 +220,7 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
                     [[str(text)] for text in cfg.demo.examples], [prompt], label="Examples", cache_examples=False
                 )
             place: list[gr.components.Component] = []
-            if not placed:
+            if not {"lon", "lat"} <= set(sampler.fields):
                 gr.Markdown("This model knows no locations; one that was trained with `metadata=location` does.")
             else:
                 with gr.Group():
@@ -239,7 +243,7 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
             gallery = gr.Gallery(label="Images", columns=4, object_fit="contain", format="png", buttons=BUTTONS)
     gr.on(
         [button.click, prompt.submit],
-        shown(draw),
+        shown(text_handler(sampler)),
         [prompt, images, seed, steps, guidance, *place],
         gallery,
         api_name="draw",
@@ -247,8 +251,8 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
     )
 
 
-def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarray | None) -> None:
-    """A low-resolution picture → an image."""
+def enlarge_handler(cfg: DictConfig, restorer: Restorer) -> Callable[..., tuple[Image.Image, Image.Image]]:
+    """What the button of the second tab calls."""
     factor, most = restorer.factor, int(cfg.demo.most_side) // restorer.factor
 
     def enlarge(
@@ -268,6 +272,13 @@ def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarra
         each = (dial < 1) * model.options.mean_draws + (dial > 0) * model.options.samples * steps
         with counted(model.pipeline.unet, batches(picture, model, options) * each, bar):
             return bicubic, Image.fromarray(whole(upscaled(picture, model, options, **agreeing(model))))
+
+    return enlarge
+
+
+def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarray | None) -> None:
+    """A low-resolution picture → an image."""
+    factor, most = restorer.factor, int(cfg.demo.most_side) // restorer.factor
 
     gr.Markdown(
         f"A picture of any shape is drawn at {factor} times its size. One of more than {most} px is reduced to that "
@@ -293,19 +304,16 @@ def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarra
         with gr.Column(min_width=260):
             output = drawing("Super-resolution", TRIPLE)
     inputs = [image, seed, steps, dial]
-    button.click(shown(enlarge), inputs, [bicubic, output], api_name="enlarge", concurrency_id="draw")
+    button.click(
+        shown(enlarge_handler(cfg, restorer)), inputs, [bicubic, output], api_name="enlarge", concurrency_id="draw"
+    )
 
 
-def mask_tab(
-    cfg: DictConfig,
-    synthesizer: Synthesizer,
-    palette: Mapping[str, Sequence[int]],
-    example: np.ndarray | None,
-) -> None:
-    """A painted mask → an image."""
-    colours = np.array(list(palette.values()), dtype=np.uint8)
-    codes = ["#" + bytes(colour).hex() for colour in colours]
-    classes, most = len(synthesizer.classes), int(cfg.demo.most_side)
+def mask_handler(
+    cfg: DictConfig, synthesizer: Synthesizer, colours: np.ndarray
+) -> Callable[..., tuple[Image.Image, Image.Image]]:
+    """What the button of the third tab calls; `colours` are those of the palette, uint8 [K, 3]."""
+    classes = len(synthesizer.classes)
 
     def from_mask(
         painted: Mapping[str, Any] | None,
@@ -326,6 +334,19 @@ def mask_tab(
         with counted(model.pipeline.unet, batches(picture, model, options) * steps, bar):
             return Image.fromarray(colours[mask]), Image.fromarray(whole(synthesized(picture, model, options)))
 
+    return from_mask
+
+
+def mask_tab(
+    cfg: DictConfig,
+    synthesizer: Synthesizer,
+    palette: Mapping[str, Sequence[int]],
+    example: np.ndarray | None,
+) -> None:
+    """A painted mask → an image."""
+    colours = np.array(list(palette.values()), dtype=np.uint8)
+    codes = ["#" + bytes(colour).hex() for colour in colours]
+    most = int(cfg.demo.most_side)
     swatch = "display:inline-block;width:1em;height:1em;margin-left:.6em;vertical-align:-.15em;border:1px solid #8888"
     legend = " ".join(
         f'<span style="{swatch};background:{code}"></span> {name}' for name, code in zip(palette, codes, strict=True)
@@ -363,7 +384,7 @@ def mask_tab(
             output = drawing("Image", CANVAS)
             used = drawing("Mask as the model sees it", CANVAS // 2)
     button.click(
-        shown(from_mask),
+        shown(mask_handler(cfg, synthesizer, colours)),
         [mask, prompt, seed, steps, longer],
         [used, output],
         api_name="from_mask",

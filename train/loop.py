@@ -141,16 +141,21 @@ def train_loop(
                 log({"loss": run.state.loss, "learning_rate": options.rate(step), "images_per_second": speed}, done)
             reported = (done, clock.seconds)
         if at_snapshot or at_checkpoint:
-            with clock.stopped():
-                averaged = run.average.gather()
-                if at_snapshot:
-                    on_snapshot(done, run.state.loss, clock.seconds, averaged)
-                    accelerator.wait_for_everyone()  # here and not in a group of a library's, which has less patience
-                if at_checkpoint:
-                    _save(run, done, clock.seconds)
-                run.average.release()
+            _keep(run, done, clock, on_snapshot if at_snapshot else None, at_checkpoint)
     accelerator.free_memory()
     return run.average.gather()
+
+
+def _keep(run: _Run, done: int, clock: _Clock, on_snapshot: OnSnapshot | None, checkpoint: bool) -> None:
+    """Hand the averaged modules to `on_snapshot`, and write a checkpoint; neither counts as training."""
+    with clock.stopped():
+        averaged = run.average.gather()
+        if on_snapshot is not None:
+            on_snapshot(done, run.state.loss, clock.seconds, averaged)
+            run.accelerator.wait_for_everyone()  # here and not in a group of a library's, which has less patience
+        if checkpoint:
+            _save(run, done, clock.seconds)
+        run.average.release()
 
 
 class _Clock:

@@ -16,26 +16,12 @@ def model_card(cfg: DictConfig, summary: Mapping[str, Any], selection: Mapping[s
     Args:
         summary: of the pretraining run; selection: of its prune.
     """
-    pipeline, fields = summary["pipeline"], cfg.metadata.fields
-    licence = cfg.corpus.get("licence")
-    arguments = 'prompt="a satellite image of desert"'
-    if pipeline == "PixArtAlphaPipeline":
-        arguments += ", max_sequence_length=pipeline.tokenizer.model_max_length, use_resolution_binning=False"
-        arguments += ", clean_caption=False"
-    scenes = "\n".join(
-        f"| {name or '(none)'} | {count['before']:,} | {count['after']:,} |"
-        for name, count in selection["scenes"].items()
+    return "\n".join(
+        (_header(cfg, summary), _usage(cfg, summary), _data(cfg, summary, selection), _training(cfg, summary))
     )
-    measured = {name: value for name, value in sorted(summary["metrics"].items()) if value is not None}
-    metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured.items())
-    place = ""
-    if fields:
-        given = " ".join(f"sample.metadata.{name}=NUMBER" for name in fields)
-        place = (
-            f"\n## Metadata\n\nThe model also reads {', '.join(fields)}, encoded by `{FOLDER}/`; without them it is "
-            "drawn from by plain diffusers as above. With them:\n\n```\npython scripts/sample.py foundation=RUN "
-            f'prompt="a satellite image of desert" {given}\n```\n'
-        )
+
+
+def _header(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -45,8 +31,23 @@ tags: [remote-sensing, latent-diffusion, rs-prune]
 # Latent diffusion on {cfg.corpus.name}, {summary["method"]} at {summary["ratio"]:g} removed
 
 Text-conditioned latent diffusion for remote-sensing images of {_side(cfg)} px, pretrained on a pruned corpus.
+"""
 
-## Use
+
+def _usage(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
+    arguments = 'prompt="a satellite image of desert"'
+    if summary["pipeline"] == "PixArtAlphaPipeline":
+        arguments += ", max_sequence_length=pipeline.tokenizer.model_max_length, use_resolution_binning=False"
+        arguments += ", clean_caption=False"
+    metadata = ""
+    if cfg.metadata.fields:
+        given = " ".join(f"sample.metadata.{name}=NUMBER" for name in cfg.metadata.fields)
+        metadata = (
+            f"\n## Metadata\n\nThe model also reads {', '.join(cfg.metadata.fields)}, encoded by `{FOLDER}/`; without "
+            "them it is drawn from by plain diffusers as above. With them:\n\n```\npython scripts/sample.py "
+            f'foundation=RUN prompt="a satellite image of desert" {given}\n```\n'
+        )
+    return f"""## Use
 
 ```python
 import torch
@@ -56,18 +57,30 @@ pipeline = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER")
 image = pipeline({arguments},
                  num_inference_steps={cfg.eval.steps}, guidance_scale={cfg.eval.guidance_scale}).images[0]
 ```
-{place}
-## Data
+{metadata}"""
+
+
+def _data(cfg: DictConfig, summary: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
+    scenes = "\n".join(
+        f"| {name or '(none)'} | {count['before']:,} | {count['after']:,} |"
+        for name, count in selection["scenes"].items()
+    )
+    return f"""## Data
 
 - corpus: {cfg.corpus.name}, {selection["images"]:,} images, of which {summary["images"]:,} were kept
 - selection: `prune={summary["method"]} ratio={summary["ratio"]:g}`, seed {summary["seed"]}, `{summary["selection"]}`
-- licence of the data: {licence or "not stated (corpus.licence)"}
+- licence of the data: {cfg.corpus.get("licence") or "not stated (corpus.licence)"}
 
 | scene | images | kept |
 | --- | --- | --- |
 {scenes}
+"""
 
-## Training
+
+def _training(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
+    measured = {name: value for name, value in sorted(summary["metrics"].items()) if value is not None}
+    metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured.items())
+    return f"""## Training
 
 - {summary["parameters"]:,} parameters, {summary["steps"]:,} steps of {cfg.train.loop.batch_size} images,
   {_resumed(summary)}{summary["seconds"]:.0f} s, {summary["training_flops_per_image"] / 1e9:.3g} GFLOP an image

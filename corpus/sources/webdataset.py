@@ -665,19 +665,12 @@ def _members(
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    name = PurePosixPath(member.name)
                     kind = member_kind(member.name, None, extra)
-                    if (member.islnk() or member.issym()) and kind in ("image", "mask"):
-                        wrong(f"{own_name}:{member.name}", LINK)
+                    if problem := _problem_of(member, kind):
+                        wrong(f"{own_name}:{member.name}", problem)
                     elif not (member.isfile() or member.isdir()) and kind != "companion":
                         passed[suffix_of(member.name)] += 1  # a link, a pipe or a device
-                    if not member.isfile() or name.name.startswith("."):
-                        continue
-                    if name.is_absolute() or ".." in name.parts:
-                        wrong(f"{own_name}:{member.name}", UNSAFE)
-                        continue
-                    if kind not in ("?", "companion") and member.size > LARGEST_MEMBER:
-                        wrong(f"{own_name}:{member.name}", TOO_LARGE)
+                    if problem or not member.isfile() or PurePosixPath(member.name).name.startswith("."):
                         continue
                     count += 1
                     if kind == "?":
@@ -698,6 +691,18 @@ def _members(
             wrong(own_name, COMPRESSED if _compressed(file) else BROKEN)
         elif not whole:
             wrong(f"{own_name}:end", CUT)
+
+
+def _problem_of(member: tarfile.TarInfo, kind: str) -> str:
+    """Why a member of a kind cannot be read; "" where it can, or is nothing to read."""
+    if member.islnk() or member.issym():
+        return LINK if kind in ("image", "mask") else ""
+    name = PurePosixPath(member.name)
+    if not member.isfile() or name.name.startswith("."):
+        return ""
+    if name.is_absolute() or ".." in name.parts:
+        return UNSAFE
+    return TOO_LARGE if kind not in ("?", "companion") and member.size > LARGEST_MEMBER else ""
 
 
 def _compressed(file: Any) -> bool:
