@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from corpus.decoding import image_pixels
+from corpus.decoding import SHOWN, image_pixels
 from corpus.index import Sample, Source
 from corpus.masks import IGNORED, MISSING, MaskRule
 from corpus.raster import DRIVERS, Pixels, RasterOptions, Survey, choose_bands, is_deep, opened, quiet_gdal, spread
@@ -62,7 +62,7 @@ def inspect(source: Source, rows: np.ndarray, result: Inspection) -> None:
             [sample] = source.reader(np.array([row]))()
         else:
             data, mask = files[row]
-            result.formats[describe(data)] += 1
+            result.formats[describe(data, options)] += 1
             pixels = image_pixels(data, options)
             if isinstance(pixels, Pixels) and is_deep(pixels.values.dtype):
                 _widen(result.values, pixels)
@@ -101,13 +101,17 @@ def _widen(values: dict[str, tuple[float, float]], pixels: Pixels) -> None:
         values[pixels.kind] = (min(low, float(np.nanmin(shown))), max(high, float(np.nanmax(shown))))
 
 
-def describe(data: bytes) -> str:
-    """Format, type, bands with their meaning, and no data of an image file, in one line without its size."""
+def describe(data: bytes, options: RasterOptions = SHOWN) -> str:
+    """Format, type, bands with their meaning and no data of an image file, in one line without its size.
+
+    Args:
+        options: choose the bands that are shown.
+    """
     if data.startswith(tuple(DRIVERS)):
         try:
             with opened(data) as raster:
                 if raster.driver != "PNG" or raster.dtypes[0] != "uint8":
-                    return _raster(raster)
+                    return _raster(raster, options)
         except Exception:  # Pillow may know more of it
             pass
     try:
@@ -117,7 +121,7 @@ def describe(data: bytes) -> str:
         return "no image that can be opened"
 
 
-def describe_scenes(files: Sequence[Path]) -> Counter[str]:
+def describe_scenes(files: Sequence[Path], options: RasterOptions) -> Counter[str]:
     """`describe` of the headers of at most `SCENES` files, evenly spread."""
     import rasterio
 
@@ -125,14 +129,14 @@ def describe_scenes(files: Sequence[Path]) -> Counter[str]:
     for place in spread(len(files), SCENES):
         try:
             with quiet_gdal(), rasterio.open(files[place]) as raster:
-                result[f"{_raster(raster)}, {raster.width} x {raster.height} px"] += 1
+                result[f"{_raster(raster, options)}, {raster.width} x {raster.height} px"] += 1
         except Exception:
             result["no scene that can be opened"] += 1
     return result
 
 
-def _raster(raster: Any) -> str:
-    bands = choose_bands(raster, RasterOptions())
+def _raster(raster: Any, options: RasterOptions) -> str:
+    bands = choose_bands(raster, options)
     names = [name or use.name for name, use in zip(raster.descriptions, raster.colorinterp, strict=True)]
     shown = "" if isinstance(bands, str) else f"; shown: {', '.join(str(band) for band in bands.shown)}"
     place = "with a place" if raster.crs else "without a place"

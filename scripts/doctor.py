@@ -27,7 +27,7 @@ from corpus.inspection import (
 )
 from corpus.masks import PREFIX
 from corpus.quarantine import counted, reason_counts
-from corpus.raster import Survey
+from corpus.raster import RasterOptions, Survey
 from corpus.splits import copies_across_splits, thinned
 from runtime.application import run
 from runtime.errors import UserError
@@ -65,14 +65,16 @@ def text_lines(table: pd.DataFrame) -> list[str]:
     named = ", ".join(f"{name} {count:,}" for name, count in scenes.value_counts().head(NAMED).items())
     more = f" and {scenes.nunique() - NAMED} more" if scenes.nunique() > NAMED else ""
     about = f"{scenes.nunique():,} on {len(scenes):,} images: {named}{more}" if len(scenes) else "none: unlabelled"
-    own = table["caption"] != table["scene"].map(scene_caption)
+    own = (table["caption"] != "") & (table["caption"] != table["scene"].map(scene_caption))
     example = f", e.g. {table.loc[own, 'caption'].iloc[0][:80]!r}" if own.any() else ""
     return [f"scenes     {about}", f"captions   {own.sum():,} of {len(table):,} images have one of their own{example}"]
 
 
 def look_lines(source: Source, result: Inspection) -> list[str]:
     """What the sample showed: formats, values and how they are stretched, masks, and what will be quarantined."""
-    formats = result.formats or describe_scenes(getattr(source, "files", ()))
+    formats = result.formats or describe_scenes(
+        getattr(source, "files", ()), getattr(source, "raster", RasterOptions())
+    )
     lines = [f"formats    {count} x {what}" for what, count in formats.most_common(NAMED)]
     lines += [f"values     {kind}: {low:g} to {high:g}" for kind, (low, high) in result.values.items()]
     survey: Survey = getattr(source, "survey", Survey())

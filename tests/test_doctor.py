@@ -138,7 +138,17 @@ def test_scenes_and_their_cover(tmp_path: Path, diagnose) -> None:
     assert message["formats"] == [
         "1 x GTiff uint8, 3 bands (red, green, blue; shown: 1, 2, 3), with a place, 150 x 150 px"
     ]
+    assert message["captions"] == ["0 of 4 images have one of their own"], "tiles without captions have none"
     assert message["covered"] == ["1 of 1 scenes to less than 95%, s.tif to 73%; corpus.edge=shift covers all of them"]
+
+
+def test_the_bands_that_are_shown_are_the_chosen_ones(tmp_path: Path, diagnose) -> None:
+    geotiff(tmp_path / "data" / "s.tif", colours(bands=4, side=150))
+    chosen = ("corpus=geotiff", f"corpus.root={tmp_path / 'data'}", "corpus.tile=64", "corpus.train.split=all")
+    [line] = diagnose(*chosen, "corpus.bands=[4,1,2]")["formats"]
+    assert "shown: 4, 1, 2" in line
+    folder = ("corpus=folder", f"corpus.root={tmp_path / 'data'}", "corpus.train.split=all")
+    assert "shown: 4, 1, 2" in diagnose(*folder, "corpus.bands=[4,1,2]")["formats"][0]
 
 
 def test_shards(tmp_path: Path, diagnose) -> None:
