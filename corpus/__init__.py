@@ -1,1 +1,1 @@
-"""Images in: sources, decoding, tiling, captions, splits, and what was unreadable and why."""
+"""Reading of images: sources, decoding, tiling, captions, splits, and the record of unreadable images with reasons."""

@@ -1,4 +1,4 @@
-"""Captions, scene words and metadata out of what people keep beside their images: one rule for every source."""
+"""Captions, scene names and metadata from the files and tables that accompany images; all sources use these rules."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from typing import Any
 from corpus.names import IMAGE_SUFFIXES, suffix_of
 from runtime.errors import UserError
 
-#: What people call the column or field of captions; the first that has some counts.
+#: Usual names of the column or field of captions, in order of preference; the first one that has captions is used.
 CAPTION_KEYS = (
     "captions", "caption", "text", "texts", "sentences", "sentence", "descriptions", "description", "raw",
 )  # fmt: skip
-#: And that of the image file.
+#: Usual names of the column or field of the image file.
 FILE_KEYS = (
     "file_name", "filename", "file", "filepath", "file_path", "image_file", "image_name", "image_path", "img_path",
     "image", "img", "path", "name",
 )  # fmt: skip
 SCENE_KEYS = ("scene", "label", "class", "category")
-#: Where several labels of one image are listed.
+#: Usual names of the column or field with a list of labels of one image.
 LABEL_KEYS = ("labels", "label", "classes", "categories")
-#: Names of the class whose number the scene is.
+#: Usual names of the column or field with the name of the class, where the scene is a class number.
 NAME_KEYS = ("label_text", "label_name", "class_name", "scene_name", "category_name")
-#: Files of captions for many images.
+#: File names of tables with captions for many images.
 TABLE = re.compile(
     r"(captions|metadata)\.(jsonl|csv|tsv)|captions\.txt"
     r"|(captions|metadata|dataset)((?!_infos?|_dict|_description)[_-].*)?\.json"
 )
 PLAIN = "a satellite image"
-#: Lists in lists in which captions are looked for.
+#: Deepest level of nested lists in which captions are searched.
 DEEPEST = 8
-#: Characters of the longest name of a scene.
+#: Length of the longest name of a scene, in characters.
 LONGEST_SCENE = 255
 _NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
 _DECIMAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?")
@@ -51,23 +51,23 @@ _BOMS = (
 
 
 def caption_metadata(row: Mapping[str, Any], scene: str, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """`caption`, the first that a row has (`CAPTION_KEYS`), and `captions` if it has several.
+    """`caption`, the first caption of a row (`CAPTION_KEYS`), and `captions` if the row has several.
 
-    A row without one is called after its scene or its several labels, and by "" where there is none.
+    For a row without captions, `caption` is made from the scene or from the labels; it is "" if there are none.
     """
     texts = own_captions(row) or [scene_caption(scene or ", ".join(labels))]
     return {"caption": texts[0], **({"captions": texts} if len(texts) > 1 else {})}
 
 
 def own_captions(row: Mapping[str, Any], depth: int = 0) -> list[str]:
-    """The captions that a row has itself, of the first field that has any."""
+    """The captions of a row, from the first field that has any."""
     return next((texts for key in CAPTION_KEYS if key in row and (texts := _texts(row[key], depth))), [])
 
 
 def _texts(value: Any, depth: int = 0) -> list[str]:
-    """Texts in a value: one, a list of them, a list as text ("['a', 'b']"), or of objects that have one each.
+    """Texts in a value: a text, a list of texts, a list written as text ("['a', 'b']"), or a list of objects with text.
 
-    What is nested deeper than `DEEPEST` is no caption.
+    Values that are nested deeper than `DEEPEST` are ignored.
     """
     if depth > DEEPEST:
         return []
@@ -88,7 +88,7 @@ def _list_in(text: str) -> list[str] | None:
     for parse in (json.loads, ast.literal_eval):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Python about a text that was never meant to be code
+                warnings.simplefilter("ignore")  # Python warns about texts that are not code
                 result = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
@@ -98,8 +98,11 @@ def _list_in(text: str) -> list[str] | None:
 
 
 def captions_in(text: str) -> list[str]:
-    """The captions in a text file about one image: one, or one a line where all its lines end alike, with a full stop
-    or all without; none where numbers outweigh words, as in the files of boxes that detectors are trained with."""
+    """The captions in a text file about one image.
+
+    The file holds one caption per line if all lines end with a full stop, or if none does; otherwise it holds one
+    caption. It holds none if it has more numbers than words, as in the annotation files of boxes for object detectors.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     tokens = " ".join(lines).split()
     if sum(any(letter.isalpha() for letter in token) for token in tokens) * 2 < len(tokens) or not tokens:
@@ -109,15 +112,18 @@ def captions_in(text: str) -> list[str]:
 
 
 def sample_captions(texts: Sequence[str], metadata: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The captions of one image: a list in its metadata, else its text files, else one caption in its metadata."""
+    """The captions of one image: from a list in its metadata, else from its text files, else one from its metadata."""
     listed = own_captions(metadata)
     written = [caption for text in texts for caption in captions_in(text)]
     return {"captions": list(dict.fromkeys(listed if len(listed) > 1 or not written else written))}
 
 
 def decoded(data: bytes) -> str:
-    """Text in whatever encoding people save it: by its byte-order mark, as UTF-16 by its zeros, UTF-8, else Windows'
-    (cp1252); a few broken bytes in UTF-8 stay broken."""
+    """Decode text of unknown encoding.
+
+    The encoding is found by the byte-order mark, or by zero bytes (UTF-16); otherwise it is UTF-8, or cp1252 (Windows)
+    if invalid bytes are not just a few in a text of UTF-8; those are replaced.
+    """
     for mark, encoding in _BOMS:
         if data.startswith(mark):
             return data.decode(encoding, "replace").removeprefix("\ufeff")
@@ -134,16 +140,16 @@ def decoded(data: bytes) -> str:
 
 @cache
 def scene_caption(scene: str) -> str:
-    """What an image of this scene is called that has no caption of its own: no number is a word for what it shows."""
+    """Caption made from a scene name, for images without a caption; a name such as "class 3" gives a plain caption."""
     if not scene:
         return ""
     return PLAIN if re.fullmatch(r"class \d+", scene) else f"{PLAIN} of {words(scene)}"
 
 
 def scene_name(value: Any, names: Sequence[str] = ()) -> str:
-    """The scene that a label names: a number is a position in `names`, else "class 3"; below 0 it is none.
+    """Scene name of a label: a number is an index into `names`, or gives "class 3" if `names` has no such entry.
 
-    A text longer than `LONGEST_SCENE` is no name.
+    A negative number gives no scene, and so does a text longer than `LONGEST_SCENE`.
     """
     text = "" if value is None or isinstance(value, (list, dict)) else encodable(str(value).strip())
     if text.lower() in ("nan", "none", "null") or len(text) > LONGEST_SCENE:
@@ -158,22 +164,24 @@ def scene_name(value: Any, names: Sequence[str] = ()) -> str:
 
 
 def row_scene(row: Mapping[str, Any], names: Sequence[str] = (), keys: Sequence[str] = SCENE_KEYS) -> str:
-    """The scene that a row names, "" for none; where it is a number, its name in the same row goes first."""
+    """The scene that a row names, "" for none; if it is a number, a class name in the same row takes precedence."""
     scene = next((result for key in keys if (result := scene_name(row.get(key), names))), "")
     named = next((scene_name(row[key]) for key in NAME_KEYS if isinstance(row.get(key), str)), "")
     return named if named and re.fullmatch(r"class \d+", scene) else scene
 
 
 def label_list(row: Mapping[str, Any], names: Sequence[str] = ()) -> list[str]:
-    """The names in the first field that lists several labels of one image, as BigEarthNet's do; numbers without names
-    are left out."""
+    """The names in the first field that lists several labels of one image, as in BigEarthNet.
+
+    Numbers without names are left out.
+    """
     listed = next((value for key in LABEL_KEYS if isinstance(value := row.get(key), (list, tuple))), ())
     result = [scene_name(value, names) for value in listed]
     return [name for name in result if name and not re.fullmatch(r"class \d+", name)]
 
 
 def class_list(data: bytes) -> tuple[str, ...]:
-    """Names of the classes 0, 1, ... in a file: a line each, with or without their number, or JSON."""
+    """Names of the classes 0, 1, ... in a file: one line per class, with or without its number, or JSON."""
     text = decoded(data).strip()
     if text[:1] in "[{":
         try:
@@ -188,7 +196,7 @@ def class_list(data: bytes) -> tuple[str, ...]:
 
 
 def class_table(given: Any) -> tuple[str, ...]:
-    """Names of the classes 0, 1, ... of a list, or of a table from numbers to names or from names to numbers."""
+    """Names of the classes 0, 1, ... from a list, or from a mapping of numbers to names or of names to numbers."""
     if not isinstance(given, Mapping):
         return tuple(str(name) for name in given)
     pairs = [(str(key), str(value)) for key, value in given.items()]
@@ -201,10 +209,10 @@ def class_table(given: Any) -> tuple[str, ...]:
 
 
 def chosen_classes(given: Any) -> tuple[str, ...]:
-    """`corpus.class_names`: a list, a table, or a file of them.
+    """Class names of the option `corpus.class_names`: a list, a mapping, or the path of a file with the names.
 
     Raises:
-        UserError: no such file, or nothing in it.
+        UserError: the file does not exist or holds no names.
     """
     if not isinstance(given, str):
         return class_table(given or ())
@@ -221,15 +229,16 @@ def chosen_classes(given: Any) -> tuple[str, ...]:
 
 
 def words(name: str) -> str:
-    """`BaseballField`, `baseball_field` and `baseball-field` to "baseball field"."""
+    """Split a name into words: `BaseballField`, `baseball_field` and `baseball-field` give "baseball field"."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     return re.sub(r"[\s_-]+", " ", spaced).strip().lower()
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """The numbers and texts of a row that the manifest has no word for: place, resolution, date, whatever else.
+    """The numbers and texts of a row that are not standard columns of the manifest: location, resolution, date etc.
 
-    Also left out are `ground`, a promise that only a source which cuts its images itself can make, and `copy_in`.
+    `ground` and `copy_in` are left out as well: `ground` guarantees disjoint ground, which only a source that knows the
+    extent of its images can do.
     """
     own = ("id", "scene", "label", "caption", "captions", "text", "stamp", "readable", "reason", "file_name", "split")
     own = (*own, "ground", "copy_in")
@@ -241,34 +250,38 @@ def scalars(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
 
 
 def encodable(text: str) -> str:
-    """Halves of characters, as cut emojis leave them, escaped: no file could hold them."""
+    """The text with lone surrogates (for example of truncated emojis) escaped, because files cannot store them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _column(key: str) -> str:
-    """A key as the name of a column: without the bytes of zero at which other libraries end it."""
+    """A key as the name of a column, without zero bytes, at which other libraries would end the name."""
     return encodable(key).replace("\0", "\\0")
 
 
 def _storable(value: Any) -> Any:
     if isinstance(value, str):
         return encodable(value)
-    return str(value) if isinstance(value, int) and abs(value) >= 2**63 else value  # beyond a column of integers
+    return (
+        str(value) if isinstance(value, int) and abs(value) >= 2**63 else value
+    )  # too large for a column of 64-bit integers
 
 
 # ------------------------------------------------------------------------------------------------- tables of captions
 
 
 def table_rows(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The file name and the row of everything that a table says about an image.
+    """Yield the file name and the row of every image in a table.
 
-    JSON lines and CSV with a column of `FILE_KEYS`, CSV without a header whose first cells are images, and JSON as
-    COCO's captions, as Karpathy's splits (RSICD, UCM, Sydney), as a list of rows, or as a table from file to caption.
+    Supported are JSON lines and CSV with a column of `FILE_KEYS`, CSV without a header whose first cells are image
+    names, and JSON in one of four forms: COCO captions, Karpathy splits (RSICD, UCM, Sydney), a list of rows, or a
+    mapping from file to caption.
 
     Args:
-        path: of the table, for messages; its suffix says what it is.
+        path: path of the table, for messages; the suffix determines the format.
+        data: content of the table.
     Raises:
-        UserError: a line of JSON lines is no object with a file name, or a CSV file is broken.
+        UserError: a line of JSON lines is not an object with a file name, or a CSV file is broken.
     """
     if path.endswith(".jsonl"):
         return _json_lines(path, decoded(data))
@@ -318,7 +331,7 @@ def _row_of(value: Any) -> dict[str, Any]:
 
 
 def _images_of(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """COCO's images and annotations, or Karpathy's images with sentences; the folder may stand in `filepath`."""
+    """Rows of COCO's images and annotations, or of Karpathy's images with sentences; `filepath` may name the folder."""
     about: dict[Any, list[str]] = {}
     for annotation in result.get("annotations") or ():
         if isinstance(annotation, dict):
@@ -339,7 +352,7 @@ def _images_of(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _cells(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a CSV file, whatever its separator; a caption with separators of its own may end it unquoted."""
+    """Rows of a CSV file with any usual separator; an unquoted caption in the last column may contain separators."""
     first = text.lstrip("\n").partition("\n")[0]
     separator = max("\t,;|", key=first.count)
     csv.field_size_limit(2**30)
@@ -372,6 +385,6 @@ def _cells(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _number_columns(table: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Columns of numbers alone, and of gaps."""
+    """Positions of the columns that hold only numbers and empty cells."""
     columns = [[row[at].strip() for row in table if at < len(row) and row[at].strip()] for at in range(width)]
     return [at for at, cells in enumerate(columns) if cells and all(_DECIMAL.fullmatch(cell) for cell in cells)]

@@ -1,4 +1,4 @@
-"""Images of equal bytes, found without reading most of them."""
+"""Detection of images with identical bytes, without reading most files completely."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 from corpus.decoding import LARGEST_FILE
 from runtime.progress import progress
 
-#: Bytes of either end that are compared before the whole.
+#: Number of bytes at either end that are compared before whole files are.
 END = 4096
-#: The last answers, so that the splits of one corpus do not each look for them.
+#: Number of results to keep, so that the splits of one corpus share one search.
 _KEPT = 4
 _answers: dict[Hashable, np.ndarray] = {}
 
@@ -23,14 +23,17 @@ _answers: dict[Hashable, np.ndarray] = {}
 def firsts_of(
     corpus: str, ids: Sequence[str], sizes: Sequence[int], read: Callable[[int, bool], bytes], key: Hashable
 ) -> np.ndarray:
-    """Of each image the position of the first by id among those with the same bytes, int64 [N].
+    """For each image, the position of the first image by id that has the same bytes, int64 [N].
 
-    Those of one size are compared by both ends, those that agree there by the whole.
+    Images of equal size are compared by both ends; images whose ends agree are compared completely.
 
     Args:
-        sizes: bytes of each image; 0: left out.
-        read: (position, whole) -> all bytes of an image or those of its ends (`ends`); an OSError leaves it out.
-        key: what the answer depends on; it is kept for the next call.
+        corpus: name of the corpus, for messages.
+        ids: ids of the N images.
+        sizes: size of each image in bytes; an image of size 0 is left out.
+        read: (position, whole) -> all bytes of an image, or the bytes of its ends (`ends`); an image for which it
+            raises an OSError is left out.
+        key: everything that the result depends on; the result is kept under this key for the next call.
     """
     if key not in _answers:
         while len(_answers) >= _KEPT:
@@ -60,7 +63,7 @@ def _repeated(keys: Sequence[Hashable]) -> list[int]:
 
 
 def by_key(ids: Sequence[str], keys: Iterable[Hashable]) -> np.ndarray:
-    """Of each image the position of the first by id among those with the same key, int64 [N]; None is like no other."""
+    """For each image, the position of the first image by id with the same key, int64 [N]; None equals no other key."""
     first: dict[Hashable, int] = {}
     listed = list(keys)
     for at, key in enumerate(listed):
@@ -70,7 +73,7 @@ def by_key(ids: Sequence[str], keys: Iterable[Hashable]) -> np.ndarray:
 
 
 def ends(file: BinaryIO, start: int, size: int, whole: bool) -> bytes:
-    """The bytes of an image that lies in an open file, or those of both its ends."""
+    """The bytes of an image inside an open file: all of them if `whole`, otherwise those at both ends."""
     file.seek(start)
     if whole or size <= 2 * END:
         return file.read(size)
@@ -80,7 +83,7 @@ def ends(file: BinaryIO, start: int, size: int, whole: bool) -> bytes:
 
 
 def of_files(corpus: str, ids: Sequence[str], files: Sequence[Path | None], key: Hashable) -> np.ndarray:
-    """`firsts_of` of files on the disk; None is like no other."""
+    """`firsts_of` for local files; an image without a file (None) equals no other."""
     sizes = [0 if file is None else _size(file) for file in files]
 
     def read(at: int, whole: bool) -> bytes:
@@ -95,4 +98,4 @@ def _size(file: Path) -> int:
         size = file.stat().st_size if file.is_file() else 0
     except OSError:
         return 0
-    return 0 if size > LARGEST_FILE else size  # its row says that it is too large
+    return 0 if size > LARGEST_FILE else size  # the manifest reports that it is too large

@@ -1,4 +1,4 @@
-"""Bytes of one image file to RGB pixels, or to the reason why there are none."""
+"""Decoding of the bytes of an image file into RGB pixels, or into the reason why the image is unreadable."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ DAMAGED = "damaged or truncated"
 NO_DATA = "no data"
 NO_HEIF = "no decoder for HEIF"
 TOO_MANY_PIXELS = "too many pixels"
-#: Larger files are not read into memory; one with a hole can claim any size.
+#: Larger files are not read into memory; a sparse file can claim any size.
 LARGEST_FILE = 2**30
-#: Refused before a pixel is decoded; what Pillow, too, calls a decompression bomb.
+#: Images with more pixels are refused before decoding; the value is Pillow's limit for decompression bombs.
 MAX_PIXELS = 89_478_485
-#: How a single image is shown where nothing else is specified, and what is known of it then.
+#: Default options for showing a single image, and the survey that applies to it: none.
 SHOWN, ALONE = RasterOptions(), Survey()
 
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _GDAL_NO_DATA, _BITS, _SAMPLES, _ORIENTATION = 42113, 258, 277, 274
-#: Files that GDAL may read where Pillow cannot; a PNG that Pillow calls damaged is.
+#: First bytes of files that GDAL may read where Pillow cannot; a PNG that Pillow reports as damaged is damaged.
 RASTERS = tuple(start for start, driver in DRIVERS.items() if driver != "PNG")
 _PNG = b"\x89PNG"
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"avif", b"avis"))
 
 
-#: What `read_bytes` gave while `reading_once` lasts.
+#: Results of `read_bytes` inside `reading_once`.
 _remembered: dict[str, bytes | str] | None = None
 
 
 @contextmanager
 def reading_once() -> Iterator[None]:
-    """While this lasts, `read_bytes` keeps what it reads: for a look at a sample, from several sides."""
-    global _remembered  # one process, one look
+    """Context manager in which `read_bytes` caches what it reads, for several inspections of the same sample."""
+    global _remembered  # the cache is used by one inspection in one process
     _remembered = {}
     try:
         yield
@@ -74,7 +74,7 @@ def reading_once() -> Iterator[None]:
 
 
 def read_bytes(path: Path | str) -> bytes | str:
-    """The bytes of a file, or the reason why there are none."""
+    """The bytes of a file, or the reason why it cannot be read."""
     if _remembered is None:
         return _read_bytes(path)
     if str(path) not in _remembered:
@@ -85,13 +85,15 @@ def read_bytes(path: Path | str) -> bytes | str:
 def _read_bytes(path: Path | str) -> bytes | str:
     try:
         status = os.stat(path)
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe or a device may have no end
+        if not (
+            stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+        ):  # reading a pipe or a device may never end
             return NOT_A_FILE
         if status.st_size > LARGEST_FILE:
             return TOO_LARGE
         with open(path, "rb") as file:
             return file.read() or EMPTY
-    except (FileNotFoundError, ValueError):  # a name with a zero byte names nothing
+    except (FileNotFoundError, ValueError):  # ValueError: the name has a zero byte
         return VANISHED
     except PermissionError:
         return NO_PERMISSION
@@ -104,7 +106,7 @@ def _read_bytes(path: Path | str) -> bytes | str:
 def read_image(
     path: Path | str, resolution: int, options: RasterOptions = SHOWN, survey: Survey = ALONE
 ) -> np.ndarray | str:
-    """`decode_image` of a file."""
+    """`decode_image` for the file at `path`."""
     data = read_bytes(path)
     return data if isinstance(data, str) else decode_image(data, resolution, options, survey)
 
@@ -112,10 +114,11 @@ def read_image(
 def decode_image(
     data: bytes, resolution: int, options: RasterOptions = SHOWN, survey: Survey = ALONE
 ) -> np.ndarray | str:
-    """The central square of an image, upright (EXIF), first frame or page, as RGB uint8 [R, R, 3]; or a reason.
+    """The central square of an image as RGB uint8 [R, R, 3], or the reason why the image is unreadable.
 
-    `corpus.raster` says which bands are shown and how deep values are stretched; what is transparent or no data is
-    black. JPEGs decode to an eighth, a quarter or a half of their size where that is enough.
+    The image is turned upright by its EXIF orientation; of several frames or pages the first is used. `corpus.raster`
+    defines which bands are shown and how values deeper than 8 bits are stretched. Transparent and no-data pixels are
+    black. A JPEG is decoded at an eighth, a quarter or a half of its size if that is large enough.
     """
     if options.plain:
         pixels = decode_jpeg(data, resolution)
@@ -127,7 +130,7 @@ def decode_image(
 def decode_stack(
     parts: Sequence[bytes], resolution: int, options: RasterOptions = SHOWN, survey: Survey = ALONE
 ) -> np.ndarray | str:
-    """`decode_image` of one file a band, of red, green and blue, or of grey."""
+    """`decode_image` for an image with one file per band: red, green and blue, or grey."""
     return _squared(stack_pixels(parts, options), resolution, options, survey)
 
 
@@ -140,7 +143,7 @@ def _squared(image: Pixels | str, resolution: int, options: RasterOptions, surve
 
 
 def stack_pixels(parts: Sequence[bytes], options: RasterOptions) -> Pixels | str:
-    """The first bands of several files as one image, over the ground and at the pixel size of the first; or why not."""
+    """The first bands of several files as one image, with the extent and pixel size of the first file; or a reason."""
     if not all(part.startswith(tuple(DRIVERS)) for part in parts):
         return NOT_AN_IMAGE
     try:
@@ -150,17 +153,17 @@ def stack_pixels(parts: Sequence[bytes], options: RasterOptions) -> Pixels | str
                 return TOO_MANY_PIXELS
             bands = Bands(tuple(range(1, len(rasters) + 1)), None)
             return read_stack(rasters, bands, options, None, None)
-    except Exception as error:  # GDAL raises whatever it likes on damaged files
+    except Exception as error:  # GDAL may raise any exception for damaged files
         lacking = missing_codec(error)
         return f"no decoder: {lacking}" if lacking else DAMAGED
 
 
 def stacked_tiff(parts: Sequence[bytes], options: RasterOptions) -> bytes | str:
-    """One GeoTIFF of the first bands of several files, in their own values and at the first one's place; or a reason.
+    """One GeoTIFF with the first bands of several files, or the reason why there is none.
 
-    Its bands are called as the options name them, so that these options show it, too.
-
-    Pixels that have no data hold what the first file or the options say stands for that, 0 where nothing does.
+    The values are not changed; the location is that of the first file. The bands get the names in the options, so the
+    same options show the result. Pixels without data get the no-data value of the first file or of the options, or 0 if
+    neither defines one.
     """
     import rasterio
 
@@ -186,13 +189,15 @@ def stacked_tiff(parts: Sequence[bytes], options: RasterOptions) -> bytes | str:
 
 
 def image_pixels(data: bytes, options: RasterOptions, resolution: int | None = None) -> Pixels | str:
-    """The chosen bands of an image before they are stretched, upright, or a reason.
+    """The chosen bands of an image, upright and before they are stretched, or the reason why it is unreadable.
 
-    Pillow reads ordinary pictures of 8 bits, GDAL the rasters: TIFFs with further bands, deep values or tags of their
-    own, JPEG 2000, deep PNGs in colour, and what Pillow does not know.
+    Pillow reads ordinary pictures of 8 bits. GDAL reads rasters: TIFFs with more bands, values deeper than 8 bits or
+    raster tags, JPEG 2000, colour PNGs deeper than 8 bits, and formats that Pillow does not support.
 
     Args:
-        resolution: JPEGs may decode to a part of their size where both sides stay at least as long.
+        data: bytes of the image's file.
+        options: how rasters are shown.
+        resolution: a JPEG may be decoded at a reduced size if both sides stay at least this long.
     """
     turned = 1
 
@@ -216,10 +221,11 @@ def image_pixels(data: bytes, options: RasterOptions, resolution: int | None = N
 
 
 def survey_files(files: Iterable[bytes | Sequence[bytes]], options: RasterOptions) -> Survey:
-    """What a sample of a corpus says about how all of it is shown; ordinary pictures say nothing.
+    """Survey of a sample that defines how the whole corpus is shown; ordinary 8-bit pictures are not considered.
 
     Args:
-        files: of each image the bytes, or those of its bands.
+        files: for each image its bytes, or the bytes of the files of its bands.
+        options: how rasters are shown.
     """
 
     def pixels(data: bytes | Sequence[bytes]) -> Pixels | str:
@@ -232,7 +238,7 @@ def survey_files(files: Iterable[bytes | Sequence[bytes]], options: RasterOption
 
 
 def _ordinary(image: Image.Image, data: bytes, options: RasterOptions) -> bool:
-    """Whether Pillow gives all of an opened image: a picture of 8 bits, or a single deep band that is no TIFF."""
+    """Whether Pillow reads an image completely: a picture of 8 bits, or one deeper band in another format than TIFF."""
     if image.format == "JPEG2000":
         return False
     if image.format == "TIFF":
@@ -245,7 +251,7 @@ def _ordinary(image: Image.Image, data: bytes, options: RasterOptions) -> bool:
 
 
 def _picked(values: np.ndarray, options: RasterOptions) -> Pixels | str:
-    """The bands of a picture [H, W, 1 or 3] that was read without GDAL, which are red, green and blue, or grey."""
+    """The chosen bands of a picture [H, W, 1 or 3] that was read without GDAL: red, green and blue, or grey."""
     if options.bands is not None:
         names = ("red", "green", "blue") if values.shape[-1] == 3 else ("gray",)
         positions = [names.index(band) + 1 if band in names else band for band in options.bands]
@@ -267,7 +273,7 @@ def _raster_pixels(data: bytes, options: RasterOptions, turned: int) -> Pixels |
             if isinstance(bands, str):
                 return bands
             result = read_pixels(raster, bands, options)
-    except Exception as error:  # GDAL raises whatever it likes on damaged files
+    except Exception as error:  # GDAL may raise any exception for damaged files
         lacking = missing_codec(error)
         return f"no decoder: {lacking}" if lacking else DAMAGED
     turn = lambda part: None if part is None else _upright(part, turned)  # noqa: E731
@@ -275,7 +281,7 @@ def _raster_pixels(data: bytes, options: RasterOptions, turned: int) -> Pixels |
 
 
 def _upright(values: np.ndarray, turned: int) -> np.ndarray:
-    """Turned as EXIF's orientation says, [H, W, …]."""
+    """The array [H, W, …] turned by its EXIF orientation."""
     if turned in (5, 6, 7, 8):
         values = values.swapaxes(0, 1)
     if turned in (3, 4, 7, 8):
@@ -284,12 +290,14 @@ def _upright(values: np.ndarray, turned: int) -> np.ndarray:
 
 
 def decode_jpeg(data: bytes, resolution: int | None = None) -> np.ndarray | None:
-    """An ordinary JPEG as uint8 [H, W, 3] in half of Pillow's time and bit for bit alike; None: Pillow must judge.
+    """Decode an ordinary JPEG to uint8 [H, W, 3], in half of Pillow's time and bit for bit equal; None: use Pillow.
 
-    Ordinary is a whole file in YCbCr without EXIF (which might turn it), of which the decoder has nothing to complain.
+    An ordinary JPEG is a complete file in YCbCr without EXIF data (which might turn the image) that the decoder reads
+    without warnings.
 
     Args:
-        resolution: decode to an eighth, a quarter or a half where both sides stay at least as long.
+        data: bytes of the file.
+        resolution: decode at an eighth, a quarter or a half of the size if both sides stay at least this long.
     """
     if not data.startswith(b"\xff\xd8\xff") or b"Exif\0" in data:
         return None
@@ -306,7 +314,7 @@ def decode_jpeg(data: bytes, resolution: int | None = None) -> np.ndarray | None
 
 
 def _with_pillow(data: bytes, read: Callable[[Image.Image], np.ndarray]) -> np.ndarray | str:
-    """What `read` makes of the opened image, or the reason why it cannot."""
+    """The result of `read` for the opened image, or the reason why the image is unreadable."""
     if not data:
         return EMPTY
     try:
@@ -316,15 +324,16 @@ def _with_pillow(data: bytes, read: Callable[[Image.Image], np.ndarray]) -> np.n
         return TOO_MANY_PIXELS
     except UnidentifiedImageError:
         return NOT_AN_IMAGE
-    except Exception:  # decoders raise whatever they like on damaged files
+    except Exception:  # decoders may raise any exception for damaged files
         return DAMAGED
 
 
 def square(pixels: np.ndarray, resolution: int) -> np.ndarray:
     """The central square of uint8 [H, W, 3], resized to [R, R, 3] without aliasing.
 
-    At less than a half by the mean over areas; from there to its own size by linear interpolation after a Gaussian of
-    half the excess scale (scikit-image's rule), for which OpenCV needs less time; enlarged, bicubic.
+    A reduction to less than half of the size uses the mean over areas. A smaller reduction uses linear interpolation
+    after a Gaussian filter of half the excess scale (scikit-image's rule), computed with OpenCV, which is faster. An
+    enlargement is bicubic.
     """
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
@@ -339,7 +348,7 @@ def square(pixels: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3] of an opened image."""
+    """The pixels of an opened image as RGB uint8 [H, W, 3]."""
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", coloured.size, "black"), coloured))[..., :3]

@@ -1,4 +1,4 @@
-"""Where on Earth image files lie, by their headers alone: which of them share ground."""
+"""Locations of georeferenced image files, read from their headers, to find the images that share ground."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from corpus.ground import DEGREE, touched
 from corpus.raster import quiet_gdal
 from runtime.progress import progress
 
-#: A cell of the grid has so many of the largest footprint's sides: the first that gives `ENOUGH` cells, else the first.
+#: Candidate sides of a grid cell, as multiples of the side of the largest footprint. The first one that gives `ENOUGH`
+#: cells is used; if none does, the first one is.
 CELL_SIDES = (8, 4, 2)
 ENOUGH = 20
 #: Suffixes of files that may carry a coordinate system.
 PLACED = (".tif", ".tiff", ".jp2", ".j2k")
-#: The tag of a TIFF that has a coordinate system: the directory of its keys.
+#: TIFF tag of the directory of GeoTIFF keys, which every TIFF with a coordinate system has.
 _GEO_KEYS = 34735
-#: More entries than any TIFF's first directory has.
+#: Upper limit for the number of entries of a TIFF's first directory.
 _MOST_TAGS = 4096
-#: The last answers, so that the splits of one corpus do not each look for them.
+#: Number of results to keep, so that the splits of one corpus share one search.
 _KEPT = 4
 _answers: dict[Hashable, list[tuple[str, ...]]] = {}
 
@@ -37,13 +38,15 @@ class Footprint(NamedTuple):
 
 
 def grounds_of(corpus: str, files: Sequence[Path | None], key: Hashable) -> list[tuple[str, ...]]:
-    """The cells of a common grid that each image touches, its centre's first; () where it has no place on Earth.
+    """The cells of a common grid that each image touches, the centre's cell first; () for an image without a location.
 
-    A cell's side is a multiple of the longest side of an image (`CELL_SIDES`), so that no image touches more than four.
+    The side of a cell is a multiple of the longest side of an image (`CELL_SIDES`), so no image touches more than four
+    cells.
 
     Args:
-        files: None: an image without a file.
-        key: what the answer depends on; it is kept for the next call.
+        corpus: name of the corpus, for messages.
+        files: file of each image; None: an image without a file.
+        key: everything that the result depends on; the result is kept under this key for the next call.
     """
     if key not in _answers:
         while len(_answers) >= _KEPT:
@@ -72,7 +75,7 @@ def _grounds(corpus: str, files: Sequence[Path | None]) -> list[tuple[str, ...]]
 
 
 def footprint_of(path: Path) -> Footprint | None:
-    """The footprint of a georeferenced TIFF or JPEG 2000; None where there is no such file or no place."""
+    """The footprint of a georeferenced TIFF or JPEG 2000 file; None if there is no file or no coordinate system."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
@@ -84,7 +87,7 @@ def footprint_of(path: Path) -> Footprint | None:
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path) as raster:
                 return _footprint(raster)
-    except Exception:  # damaged files have no place; that they are is reported where they are read
+    except Exception:  # a damaged file has no footprint; the damage is reported when the file is read
         return None
 
 
@@ -104,7 +107,7 @@ def _footprint(raster: Any) -> Footprint | None:
 
 
 def _may_be_placed(file: BinaryIO) -> bool:
-    """False for a TIFF whose first directory has no keys of a coordinate system; true for all that is no TIFF."""
+    """False for a TIFF whose first directory has no GeoTIFF keys; true for all other files."""
     head = file.read(16)
     if head[:2] not in (b"II", b"MM"):
         return bool(head)

@@ -1,16 +1,16 @@
-"""A common grid of cells over the Earth, by which images of the same ground come into the same split.
+"""A common grid of cells over the Earth that puts images of the same ground into the same split.
 
-Rows of cells are bands of latitude of equal height; each row is divided into whole cells of about that width. The grid
-depends on the cell's side alone: scenes of other dates, projections and extents, and mosaics of them, share it.
+The rows of the grid are latitude bands of equal height. Each row is divided into whole cells of about the same width.
+The grid depends on the side of a cell only, so scenes of different dates, projections and extents share it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Metres of a degree of latitude, and of longitude at the equator.
+#: Length in metres of one degree of latitude, and of one degree of longitude at the equator.
 DEGREE = 111_320.0
-#: Metres around the equator: no pixel is larger.
+#: Length of the equator in metres, an upper limit for the side of a pixel.
 EARTH = 360 * DEGREE
 
 
@@ -18,8 +18,8 @@ def cells(lon: np.ndarray, lat: np.ndarray, side: float) -> np.ndarray:
     """Row and column of the cell of every point, int64 [..., 2].
 
     Args:
-        lon, lat: degrees, WGS 84, of any shape.
-        side: of a cell, in metres.
+        lon, lat: coordinates in degrees, WGS 84, arrays of any shape.
+        side: side of a cell in metres.
     """
     rows = np.floor((lat + 90) * DEGREE / side).astype(np.int64)
     middle = np.clip((rows + 0.5) * side / DEGREE - 90, -90, 90)
@@ -29,11 +29,12 @@ def cells(lon: np.ndarray, lat: np.ndarray, side: float) -> np.ndarray:
 
 
 def touched(lon: np.ndarray, lat: np.ndarray, side: float) -> list[tuple[str, ...]]:
-    """The cells that each footprint touches, sorted, its first point's first.
+    """The cells that each footprint touches: the cell of its first point, then the others, sorted.
 
     Args:
-        lon, lat: degrees of some points of every footprint, such as its centre and its corners, [N, K]. A footprint
-            smaller than a cell touches no cell but those of its corners.
+        lon, lat: coordinates in degrees, [N, K], of K points of every footprint, such as its centre and its corners. A
+            footprint smaller than a cell touches only the cells of its corners.
+        side: side of a cell in metres.
     """
     result = cells(lon, lat, side)
     names = [[f"{row},{column}" for row, column in points] for points in result.tolist()]

@@ -1,4 +1,4 @@
-"""The index stage: any source becomes one manifest, one image array and, where there are any, one mask array."""
+"""The index stage: convert any source into one manifest, one image array and, if it has masks, one mask array."""
 
 from __future__ import annotations
 
@@ -36,33 +36,35 @@ from runtime.progress import progress
 from runtime.quiet import native_stderr_closed
 from runtime.versions import versions_of
 
-#: Folder of a corpus stage with the results of its scans.
+#: Folder inside a corpus stage for the results of its scans.
 SCANNED = "scanned"
-#: Images that are decoded, scanned and noted as done together.
+#: Number of images that are decoded, scanned and recorded as done together.
 CHUNK = 256
-#: Reasons that may be gone when one looks again, though the bytes are the same.
+#: Reasons for unreadable images that may disappear at the next attempt, even if the bytes are the same.
 PASSING = (VANISHED, NO_PERMISSION, UNREADABLE_FILE, UNREACHABLE)
-#: How often a source that has not changed is indexed anew because some images could not be reached.
+#: How often an unchanged source is indexed again because some images could not be reached.
 AGAIN = 3
-#: Rows of the manifest that are written together.
+#: Number of rows per row group of the manifest's Parquet file.
 ROW_GROUP = 65_536
-#: Chunks per worker from which worker processes are worth their start.
+#: Number of chunks per worker from which starting worker processes saves time.
 CHUNKS_PER_WORKER = 2
 
 
-#: Reads some images in turn: uint8 [R, R, 3], or a `Sample` where the source has masks, or the reason why one cannot
-#: be read.
+#: A callable that reads some images in order. It yields uint8 [R, R, 3], or a `Sample` if the source has masks, or the
+#: reason why an image is unreadable.
 Reader = Callable[[], Iterable["np.ndarray | Sample | str"]]
 
 
 class Source(Protocol):
-    """What a corpus must offer; see `corpus.sources.bluemarble` and `corpus.sources.folder`.
+    """Interface of a corpus source; see `corpus.sources.bluemarble` and `corpus.sources.folder` for examples.
 
-    One that reads its masks from files has a `mask_rule`, a `corpus.masks.MaskRule`; how many matched is then reported.
-    One that shows rasters has a `survey`, a `corpus.raster.Survey`, whose notes are reported.
+    A source that reads its masks from files has an attribute `mask_rule` (`corpus.masks.MaskRule`); the number of
+    matched masks is then reported. A source of rasters has an attribute `survey` (`corpus.raster.Survey`), whose notes
+    are reported.
 
     Attributes:
-        workers: processes that decode; None: one a core; 1: in this process, and a reader need not be picklable.
+        workers: number of decoding processes; None: one per core; 1: decode in the calling process, so that a reader
+            need not be picklable.
     """
 
     name: str
@@ -71,21 +73,22 @@ class Source(Protocol):
 
     @property
     def version(self) -> Any:
-        """What the pixels depend on beyond the source's own fields, JSON-ready."""
+        """Everything that the pixels depend on besides the fields of the source, as a JSON-compatible value."""
 
     @property
     def mask_classes(self) -> tuple[str, ...]:
-        """Names of the mask values; empty where there are no masks."""
+        """Names of the mask values; empty if there are no masks."""
 
     def manifest(self) -> pd.DataFrame:
-        """One row an image, with at least id, scene ("" unknown) and caption ("" none).
+        """Table with one row per image and at least the columns id, scene ("": unknown) and caption ("": none).
 
-        A column `stamp` that changes with an image's bytes lets the next index take over what has not changed.
-        A column `ground` says which images share no ground: those with different values, where neither is "".
+        An optional column `stamp` changes with the bytes of an image; the next index then reuses unchanged images. An
+        optional column `ground` names the location of an image; images with different values share no ground, unless
+        one of the values is "".
         """
 
     def reader(self, rows: np.ndarray) -> Reader:
-        """Work that reads some rows of the manifest, ascending; a worker process may do it."""
+        """A callable that reads some rows of the manifest, ascending; it may run in a worker process."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,11 @@ class Corpus:
 
     Attributes:
         images: uint8 [N, R, R, 3], memory-mapped; zeros where unreadable.
-        manifest: N rows with id, scene, caption, readable, reason and the source's own columns.
+        manifest: table of N rows with id, scene, caption, readable, reason and further columns of the source.
         masks: uint8 [N, R, R], memory-mapped, or None.
         mask_classes: names of the mask values.
-        metadata: what the source says about itself, for the summary.
-        captions: fingerprint of the captions in the manifest where they are not the source's own.
+        metadata: metadata of the source as a whole, for the summary.
+        captions: fingerprint of the captions in the manifest, if they do not come from the source.
     """
 
     name: str
@@ -129,14 +132,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Scan:
-    """What is computed of every image while it is decoded; `scanned` finds the result.
+    """A computation on every image that runs while images are decoded; `scanned` finds the result.
 
     Attributes:
-        key: names the result.
-        compute: (uint8 [B, R, R, 3]) -> [B, ...], called in corpus order.
-        batch_size: images a call, the last of a chunk excepted.
-        dtype, shape: of one image's result.
-        by_worker: compute where the image is decoded, so it must be picklable; otherwise here.
+        key: name of the result.
+        compute: function (uint8 [B, R, R, 3]) -> [B, ...], called in corpus order.
+        batch_size: images per call; the last call of a chunk may have fewer.
+        dtype, shape: type and shape of the result for one image.
+        by_worker: compute in the worker that decodes the image, so that `compute` must be picklable; otherwise in the
+            calling process.
     """
 
     key: str
@@ -148,12 +152,12 @@ class Scan:
 
 
 def index_corpus(source: Source, runs: Path | str, scans: Sequence[Scan] = ()) -> Corpus:
-    """Decode a source once into `runs/corpus/<fingerprint>/`, or open what is there.
+    """Decode a source once into `runs/corpus/<fingerprint>/`, or open the existing index.
 
-    `scans` run in the same pass, while the next images are decoded; a corpus that is there already is not scanned.
-    A killed pass goes on from its last finished chunk. Where the source was indexed before and some of its images came,
-    went or changed since, only the new and changed ones are decoded and scanned. How many images are quarantined, and
-    why, is one line on stderr, also where the index was there already.
+    The `scans` run in the same pass, while the next images are decoded; an existing index is not scanned. An
+    interrupted pass continues after its last finished chunk. If an earlier version of the source was indexed, only new
+    and changed images are decoded and scanned. One line on stderr reports how many images are quarantined, and why; it
+    is printed for an existing index as well.
 
     Raises:
         UserError: no image can be read.
@@ -172,10 +176,10 @@ def index_corpus(source: Source, runs: Path | str, scans: Sequence[Scan] = ()) -
 
 
 def _looked_again(inputs: dict[str, Any], runs: Path) -> dict[str, Any]:
-    """The inputs of the index of a source, which differ from those of one in which images could not be reached.
+    """The inputs of the index of a source, changed if an existing index has images that could not be reached.
 
-    The source is the same when the network is back, so that its fingerprint alone would never look at them again. The
-    processes of a launch must agree, and so take what is there.
+    The source is the same when the network is available again, so with an unchanged fingerprint these images would
+    never be read. The processes of one launch must agree on the index, so they use the existing one.
     """
     directory = lambda inputs: runs / "corpus" / stage_fingerprint("corpus", inputs)  # noqa: E731
     for _ in range(AGAIN):
@@ -190,19 +194,19 @@ def _looked_again(inputs: dict[str, Any], runs: Path) -> dict[str, Any]:
 
 
 def _name(source: Source) -> str:
-    """The source's name and, where it has one, its split: what a message on stderr calls it."""
+    """Name of a source and of its split, if it has one, for messages on stderr."""
     split = getattr(source, "split", "all")
     return source.name if split == "all" else f"{source.name} ({split})"
 
 
 def image_file(corpus: Corpus) -> ArrayFile:
-    """The file of a corpus's images, which a worker on this machine can read."""
+    """The file of the images of a corpus, which workers on this machine can read."""
     path = corpus.directory / "images.npy"
     return ArrayFile(path, np.load(path, mmap_mode="r").shape, np.uint8)
 
 
 def over_images(corpus: Corpus, groups: Iterable[np.ndarray], scan: Scan) -> Iterator[Done]:
-    """A scan of groups of images of an indexed corpus, in order: (rows, [K, ...]) with what it cost."""
+    """Run a scan on groups of images of an indexed corpus; yields (rows, results [K, ...]) and their cost, in order."""
     read = partial(_taken, corpus.images) if engine().shares_files else partial(_read, image_file(corpus))
     steps = [Step(read, home=True), Step(partial(_values, scan), network=not scan.by_worker)]
     return engine().run(steps, groups, workers=0)
@@ -222,13 +226,13 @@ def _values(scan: Scan, part: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray
 
 
 def scanned(corpus: Corpus, key: str) -> Path | None:
-    """The array that a `Scan` of this key left, zeros where unreadable, or None where it did not run."""
+    """File with the results of the `Scan` of this key, zeros where unreadable; None if the scan did not run."""
     path = corpus.directory / SCANNED / f"{key}.npy"
     return path if path.is_file() else None
 
 
 def open_corpus(directory: Path) -> Corpus:
-    """Open an index stage's directory."""
+    """Open the directory of an index stage."""
     metadata = read_json(directory / "corpus.json")
     masks = directory / "masks.npy"
     return Corpus(
@@ -244,9 +248,10 @@ def open_corpus(directory: Path) -> Corpus:
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """An .npy file that is written and read piece by piece, without mapping it.
+    """An .npy file that is written and read in parts, without a memory map.
 
-    Mapped pages would count as this process's memory, and a full disk would kill it instead of raising an OSError.
+    The pages of a memory map would count as memory of the process, and a full disk would kill the process instead of
+    raising an OSError.
     """
 
     path: Path
@@ -254,25 +259,25 @@ class ArrayFile:
     dtype: Any
 
     def create(self) -> None:
-        """The file with zeros, which take no space yet."""
+        """Create the file filled with zeros, which take no disk space yet."""
         self.path.parent.mkdir(exist_ok=True)
         np.lib.format.open_memmap(self.path, mode="w+", dtype=self.dtype, shape=self.shape)
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Put values [K, ...] at ascending rows [K]."""
+        """Write values [K, ...] to rows [K], ascending."""
         values = np.ascontiguousarray(values, dtype=self.dtype)
         with open(self.path, "r+b", buffering=0) as file:
             for part in _runs(rows):
                 file.seek(self._offset(rows[part.start]))
                 data = memoryview(values[part]).cast("B")
-                while len(data):  # a write may stop halfway, on a full disk just before the error
+                while len(data):  # a write may be incomplete, for example just before the disk is full
                     data = data[file.write(data) :]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The values [K, ...] at ascending rows [K].
 
         Raises:
-            UserError: the file ends before they do.
+            UserError: the file ends before the last of them.
         """
         values = np.empty((len(rows), *self.shape[1:]), self.dtype)
         with open(self.path, "rb", buffering=0) as file:
@@ -294,7 +299,7 @@ class ArrayFile:
 
 
 def _runs(rows: np.ndarray) -> Iterator[slice]:
-    """Positions of runs of neighbouring rows."""
+    """Slices of positions whose rows are consecutive numbers."""
     edges = np.flatnonzero(np.diff(rows) != 1) + 1
     for start, stop in zip([0, *edges], [*edges, len(rows)], strict=True):
         if stop > start:
@@ -328,7 +333,7 @@ class _Files:
                 file.create()
 
     def write(self, decoded: Decoded) -> None:
-        """Put what is known of a chunk in its place: pixels, masks and scans, as far as it holds them."""
+        """Write the pixels, masks and scan results of a chunk, as far as the chunk has them."""
         if decoded.images is not None:
             self.images.write(decoded.rows, decoded.images)
         if self.masks is not None and decoded.masks is not None:
@@ -339,7 +344,7 @@ class _Files:
 
 @dataclass(frozen=True)
 class Work:
-    """Some images to read: a part of a manifest, int64 rows, ascending, and what reads them."""
+    """Some images to read: ascending rows of a manifest, int64, and the reader for them."""
 
     reader: Reader
     rows: np.ndarray
@@ -347,14 +352,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What is known of a chunk of images.
+    """Results for a chunk of K images.
 
     Attributes:
-        rows: int64 [K] of the manifest.
-        problems: why a row has no image.
-        images: uint8 [K, R, R, 3], zeros where there is none; None: they are in the corpus's file already.
+        rows: int64 [K], rows of the manifest.
+        problems: reason for each row that has no image.
+        images: uint8 [K, R, R, 3], zeros where there is no image; None: they are already in the corpus's file.
         masks: uint8 [K, R, R], or None.
-        scans: results of scans by their keys, [K, ...].
+        scans: results of the scans by key, [K, ...].
     """
 
     rows: np.ndarray
@@ -387,20 +392,20 @@ def decode(size: int, masked: bool, scans: Sequence[Scan], work: Work) -> Decode
 
 
 def _stored(files: _Files, decoded: Decoded) -> Decoded:
-    """Write a chunk where the run directory is at hand; what goes on is the rest of it."""
+    """Write a chunk in a worker that can reach the run directory; returns the chunk without the written arrays."""
     files.write(decoded)
     return replace(decoded, images=None, masks=None, scans={})
 
 
 def _scanned(scans: Sequence[Scan], files: _Files | None, decoded: Decoded) -> Decoded:
-    """Compute scans of a chunk, whose images are with it or in `files`."""
+    """Compute the scans of a chunk; its images are in the chunk or in `files`."""
     images = files.images.read(decoded.rows) if decoded.images is None else decoded.images
     result = {scan.key: _scan(scan, images, decoded.readable) for scan in scans}
     return replace(decoded, scans={**decoded.scans, **result})
 
 
 def _scan(scan: Scan, images: np.ndarray, readable: np.ndarray) -> np.ndarray:
-    """A scan of some images batch by batch, zeros where there is no image."""
+    """Run a scan on some images batch by batch; zeros where there is no image."""
     values = np.zeros((len(images), *scan.shape), scan.dtype)
     for start in range(0, len(images), scan.batch_size):
         part = slice(start, start + scan.batch_size)
@@ -410,7 +415,7 @@ def _scan(scan: Scan, images: np.ndarray, readable: np.ndarray) -> np.ndarray:
 
 
 def _steps(files: _Files, source: Source, scans: Sequence[Scan], shares_files: bool) -> list[Step]:
-    """Of the index: decode, store where workers can, and scan by networks."""
+    """Steps of the index: decode, store in workers that share files, and scan by networks."""
     by_worker = tuple(scan for scan in scans if scan.by_worker)
     networks = tuple(scan for scan in scans if not scan.by_worker)
     steps = [Step(partial(decode, source.resolution, bool(source.mask_classes), by_worker))]
@@ -425,7 +430,7 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     manifest = _checked_manifest(source)
     count = len(manifest)
     previous, origin = _earlier(source, runs, manifest)
-    if previous is not None:  # what was not scanned then is left to the stages that need it: they take all images
+    if previous is not None:  # scans that did not run then are left to later stages, which process all images
         scans = [scan for scan in scans if scanned(previous, scan.key) is not None]
     files, state = _Files.of(directory, count, source, scans), directory / "progress.json"
     noted = directory / "reasons.jsonl"
@@ -434,13 +439,13 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
     done = before["done"] if {key: before.get(key) for key in plan} == plan else 0
     todo = np.flatnonzero(origin < 0)
     if not done:
-        state.unlink(missing_ok=True)  # it may speak of arrays that are gone in a moment
+        state.unlink(missing_ok=True)  # the state may refer to arrays that are now replaced
         files.create()
         noted.touch()
         if previous is not None:
             _copy(previous, files, np.flatnonzero(origin >= 0), origin)
         write_json(state, {**plan, "done": 0, "noted": 0})
-    os.truncate(noted, read_json(state)["noted"])  # a killed run may have noted half a line more
+    os.truncate(noted, read_json(state)["noted"])  # a killed run may have written half a line
 
     chunks = [todo[start : start + CHUNK] for start in range(done, len(todo), CHUNK)]
     workers = min(cores() if source.workers is None else source.workers, len(chunks) // CHUNKS_PER_WORKER)
@@ -471,19 +476,20 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
         "metadata": getattr(source, "metadata", {}),
     }
     write_json(directory / "corpus.json", about)
-    state.unlink()  # first: without it a killed run starts anew, with it the reasons must be there
+    state.unlink()  # removed first: a killed run with this file needs the reasons, one without it starts again
     noted.unlink()
 
 
 def _shards(source: Source, rows: np.ndarray) -> list[str]:
-    """The shards that some rows lie in, of a source that has shards."""
+    """The shards that hold some rows, for a source that has shards."""
     return source.shards_of(rows) if hasattr(source, "shards_of") else []
 
 
 def _checked_manifest(source: Source) -> pd.DataFrame:
-    """
+    """The manifest of a source, checked.
+
     Raises:
-        UserError: there are no images, or two of one id.
+        UserError: there are no images, or two images have the same id.
     """
     manifest = _storable(source.manifest())
     if manifest.empty:
@@ -501,7 +507,7 @@ def _checked_manifest(source: Source) -> pd.DataFrame:
 
 
 def _reasons(noted: Path, previous: Corpus | None, origin: np.ndarray) -> np.ndarray:
-    """Why each image cannot be read, object [N], "" if it can: as noted now, or taken over from an earlier corpus."""
+    """Reason why each image is unreadable, object [N], "" if it is readable; from this run or an earlier corpus."""
     reasons = np.full(len(origin), "", dtype=object)
     if previous is not None:
         reasons[origin >= 0] = previous.manifest["reason"].to_numpy()[origin[origin >= 0]]
@@ -512,7 +518,7 @@ def _reasons(noted: Path, previous: Corpus | None, origin: np.ndarray) -> np.nda
 
 
 def _storable(manifest: pd.DataFrame) -> pd.DataFrame:
-    """A column of numbers here and texts there, as rows of many hands have, becomes texts: Parquet wants one kind."""
+    """Convert columns that mix numbers and texts into texts, because a Parquet column has a single type."""
     for name in manifest.select_dtypes("object"):
         kinds = {type(value) for value in manifest[name] if not (isinstance(value, float) and value != value)}
         if len(kinds) > 1:
@@ -521,7 +527,7 @@ def _storable(manifest: pd.DataFrame) -> pd.DataFrame:
 
 
 def indexes_of(source: Any, runs: Path | str) -> Iterator[Corpus]:
-    """What this code has indexed of a source (as JSON) from before files came, went or changed, the newest first."""
+    """Indexes of earlier versions of a source (given as JSON) that this version of the code made, the newest first."""
     stages = sorted((Path(runs) / "corpus").glob(f"*/{COMPLETE}"), key=lambda path: -path.stat().st_mtime_ns)
     for path in stages:
         metadata = read_json(path)
@@ -532,7 +538,7 @@ def indexes_of(source: Any, runs: Path | str) -> Iterator[Corpus]:
 
 
 def rows_in(previous: Corpus, manifest: pd.DataFrame) -> np.ndarray:
-    """Each image's row in an earlier index, int64, or -1: an image is the same if its id and its `stamp` are."""
+    """Row of each image in an earlier index, int64, or -1; images with equal id and `stamp` are the same."""
     before = pd.MultiIndex.from_frame(previous.manifest[["id", "stamp"]])
     origin = before.get_indexer(pd.MultiIndex.from_frame(manifest[["id", "stamp"]]))
     again = previous.manifest["reason"].isin(PASSING).to_numpy()[origin]
@@ -540,13 +546,13 @@ def rows_in(previous: Corpus, manifest: pd.DataFrame) -> np.ndarray:
 
 
 def _earlier(source: Source, runs: Path, manifest: pd.DataFrame) -> tuple[Corpus | None, np.ndarray]:
-    """The newest index of the same source, and each image's row there or -1."""
+    """The newest earlier index of the same source, and the row of each image in it, or -1."""
     previous = next(indexes_of(plain(source), runs), None) if "stamp" in manifest else None
     return previous, np.full(len(manifest), -1) if previous is None else rows_in(previous, manifest)
 
 
 def _copy(previous: Corpus, files: _Files, rows: np.ndarray, origin: np.ndarray) -> None:
-    """Take over the images, masks and scans of rows that an earlier corpus has."""
+    """Copy the images, masks and scan results of rows that an earlier corpus has."""
     scans = {key: np.load(scanned(previous, key), mmap_mode="r") for key in files.scans}
     for start in progress(range(0, len(rows), CHUNK), "take over", unit="chunk"):
         part = rows[start : start + CHUNK]

@@ -1,4 +1,4 @@
-"""What a sample of a corpus holds, before anything is indexed: kinds of files, bands, values, reasons."""
+"""Inspection of a sample of a corpus before it is indexed: file formats, bands, values and reasons for failures."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from corpus.masks import IGNORED, MISSING, MaskRule
 from corpus.raster import DRIVERS, Pixels, RasterOptions, Survey, choose_bands, is_deep, opened, quiet_gdal, spread
 from corpus.reading import Decoding
 
-#: Scenes whose headers are described.
+#: Largest number of scenes whose headers are described.
 SCENES = 16
-#: Bands that a description names.
+#: Largest number of bands that a description names.
 NAMED_BANDS = 13
 
 
 @dataclass
 class Inspection:
-    """What a look at some images found.
+    """Result of the inspection of some images.
 
     Attributes:
-        images: uint8 [R, R, 3] of those that can be read.
-        reasons: why the others cannot, and how many.
-        formats: what the files are, and how many.
-        values: smallest and largest value of every kind of deep pixels.
-        classes: pixels of every mask value.
+        images: the readable images, each uint8 [R, R, 3].
+        reasons: number of unreadable images by reason.
+        formats: number of files by description of their format.
+        values: smallest and largest value of every kind of pixels deeper than 8 bits.
+        classes: number of pixels of every mask value.
     """
 
     images: list[np.ndarray] = field(default_factory=list)
@@ -49,9 +49,10 @@ class Inspection:
 
 
 def inspect(source: Source, rows: np.ndarray, result: Inspection) -> None:
-    """Read some rows of a source as the index would, and note what they are.
+    """Read some rows of a source as the index would, and add their properties to `result`.
 
-    Where the source hands out its files, they are described and decoded from the same bytes: nothing is read twice.
+    If the source gives access to its files, they are described and decoded from the same bytes, so nothing is read
+    twice.
     """
     files = _files(source, rows) if hasattr(source, "originals") else {}
     options: RasterOptions = getattr(source, "raster", RasterOptions())
@@ -82,7 +83,7 @@ def _note(result: Inspection, sample: np.ndarray | Sample | str) -> None:
 
 
 def _files(source: Source, rows: np.ndarray) -> dict[int, tuple[bytes, bytes | str]]:
-    """The bytes of the rows' images and masks; a row that cannot be read is missing, and its reader says why."""
+    """The bytes of images and masks by row; unreadable rows are missing, and the reader gives the reason for them."""
     result = {}
     for row in rows.tolist():
         try:
@@ -94,25 +95,35 @@ def _files(source: Source, rows: np.ndarray) -> dict[int, tuple[bytes, bytes | s
 
 
 def _widen(values: dict[str, tuple[float, float]], pixels: Pixels) -> None:
-    """Smallest and largest value of a kind, with those of one more image."""
+    """Extend the smallest and largest values of a kind of pixels by one more image."""
     shown = pixels.values if pixels.valid is None else pixels.values[pixels.valid]
     if shown.size:
         low, high = values.get(pixels.kind, (np.inf, -np.inf))
         values[pixels.kind] = (min(low, float(np.nanmin(shown))), max(high, float(np.nanmax(shown))))
 
 
+<<<<<<< HEAD
 def describe(data: bytes, options: RasterOptions = SHOWN) -> str:
     """Format, type, bands with their meaning and no data of an image file, in one line without its size.
 
     Args:
         options: choose the bands that are shown.
     """
+=======
+def describe(data: bytes) -> str:
+    """One-line description of an image file: format, data type, bands with their meaning and no-data value, no size."""
+>>>>>>> s8-words
     if data.startswith(tuple(DRIVERS)):
         try:
             with opened(data) as raster:
                 if raster.driver != "PNG" or raster.dtypes[0] != "uint8":
+<<<<<<< HEAD
                     return _raster(raster, options)
         except Exception:  # Pillow may know more of it
+=======
+                    return _raster(raster)
+        except Exception:  # Pillow may be able to read it
+>>>>>>> s8-words
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -121,8 +132,13 @@ def describe(data: bytes, options: RasterOptions = SHOWN) -> str:
         return "no image that can be opened"
 
 
+<<<<<<< HEAD
 def describe_scenes(files: Sequence[Path], options: RasterOptions) -> Counter[str]:
     """`describe` of the headers of at most `SCENES` files, evenly spread."""
+=======
+def describe_scenes(files: Sequence[Path]) -> Counter[str]:
+    """Count the descriptions of the headers of at most `SCENES` evenly spread files."""
+>>>>>>> s8-words
     import rasterio
 
     result: Counter[str] = Counter()
@@ -147,7 +163,7 @@ def _raster(raster: Any, options: RasterOptions) -> str:
 
 
 def levels(survey: Survey) -> list[str]:
-    """How each kind of deep pixels is stretched, one line a kind."""
+    """Lines that say how each kind of pixels deeper than 8 bits is stretched, one line per kind."""
     return [
         f"{kind}: " + ", ".join(f"{low:.4g} to {high:.4g}" for low, high in ends)
         for kind, ends in survey.levels.items()
@@ -155,21 +171,21 @@ def levels(survey: Survey) -> list[str]:
 
 
 def shared_ground(splits: Mapping[str, pd.DataFrame]) -> dict[str, int]:
-    """Cells of ground that two splits both have, by "test and train"; empty where none are shared or known."""
+    """Number of ground cells that two splits share, by a key such as "test and train"; empty if none or unknown."""
     grounds = {name: set(table["ground"]) - {""} for name, table in splits.items() if "ground" in table}
     pairs = ((one, other) for one in grounds for other in grounds if one < other)
     return {f"{one} and {other}": len(both) for one, other in pairs if (both := grounds[one] & grounds[other])}
 
 
 def class_fractions(classes: Counter[int], names: Sequence[str]) -> str:
-    """`water 61 %, forest 30 %, ignored 9 %`: of all pixels of the masks."""
+    """Fractions of the classes among all pixels of the masks, as `water 61 %, forest 30 %, ignored 9 %`."""
     total = max(1, classes.total())
     named = {**dict(enumerate(names)), IGNORED: "ignored"}
     return ", ".join(f"{named.get(value, value)} {count / total:.0%}" for value, count in sorted(classes.items()))
 
 
 def thumbnails(images: Sequence[np.ndarray], count: int = 8, side: int = 160) -> Image.Image:
-    """Some images in rows of four, evenly spread over those given, enlarged without smoothing."""
+    """Grid of evenly spread images, four per row, enlarged without smoothing."""
     rows = spread(len(images), count)
     across, gap = min(4, max(1, len(rows))), 4
     down = -(-len(rows) // across)

@@ -1,4 +1,4 @@
-"""Where and when the images of a manifest were taken: which pairs show the same ground, and which on another date."""
+"""Locations and dates of the images of a manifest: which pairs show the same ground, and which have different dates."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ import pandas as pd
 
 from corpus.ground import DEGREE
 
-#: What `Locations.ground_of` says of a pair.
+#: Values of `Locations.ground_of` for a pair.
 UNKNOWN, SAME, ELSEWHERE = 0, 1, 2
-#: Columns of a manifest, the first that is there counts; case is ignored.
+#: Names of manifest columns, in order of preference; case is ignored.
 LONGITUDE, LATITUDE = ("lon", "longitude"), ("lat", "latitude")
 DATE = ("date", "datetime", "acquired", "year")
 PIXEL = ("ground_sampling_distance",)
-#: Metres between centres of images of unknown size: nearer, they are of one place; farther, no image is as large.
+#: Distances in metres between the centres of images of unknown size: below `ONE_PLACE` they show the same location;
+#: above `NO_IMAGE` they do not, because no image is that large.
 ONE_PLACE, NO_IMAGE = 10.0, 100_000.0
 
 
 @dataclass(frozen=True)
 class Locations:
-    """Locations and dates of images; unknown ones are NaN, "" and 0.
+    """Locations and dates of N images; unknown values are NaN, "" and 0.
 
     Attributes:
-        lon, lat: float64 [N], degrees of the centre.
-        side: float64 [N], metres.
-        cell: object [N], the manifest's `ground`.
-        year: int32 [N]; day: int32 [N], day of the year from 1.
+        lon, lat: float64 [N], longitude and latitude of the centre in degrees.
+        side: float64 [N], side of the image in metres.
+        cell: object [N], the column `ground` of the manifest.
+        year: int32 [N].
+        day: int32 [N], day of the year, counted from 1.
     """
 
     lon: np.ndarray
@@ -46,7 +48,7 @@ class Locations:
 
     @classmethod
     def of(cls, manifest: pd.DataFrame, resolution: int) -> Locations:
-        """What a manifest's columns say; an image's side is `resolution` pixels of its ground sampling distance."""
+        """Read locations and dates from a manifest; a side is `resolution` times the ground sampling distance."""
         lon, lat, pixel = (_numbers(manifest, names) for names in (LONGITUDE, LATITUDE, PIXEL))
         known = np.isfinite(lon) & np.isfinite(lat) & (np.abs(lat) <= 90)
         cell = manifest["ground"].fillna("").astype(str) if "ground" in manifest else pd.Series("", manifest.index)
@@ -62,23 +64,24 @@ class Locations:
 
     @classmethod
     def together(cls, parts: Sequence[Locations]) -> Locations:
-        """Those of several corpora, one after the other; their cells, which lie on grids of their own, are left out."""
+        """Concatenate the locations of several corpora, without cells, because each corpus has a different grid."""
         joined = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)}
         return cls(**{**joined, "cell": np.full(len(joined["lon"]), "", dtype=object)})
 
     def ground_of(self, others: Locations, one_grid: bool) -> np.ndarray:
-        """Whether each image shares ground with the other of its pair, int8 [N]: `SAME`, `ELSEWHERE` or `UNKNOWN`.
+        """Whether the two images of each pair share ground, int8 [N]: `SAME`, `ELSEWHERE` or `UNKNOWN`.
 
-        Images are squares around their centres. Where the size of one is unknown, images within `ONE_PLACE` are of the
-        same place and those beyond `NO_IMAGE` are not.
+        Images are treated as squares around their centres. If the size of an image is unknown, two images closer than
+        `ONE_PLACE` share ground, and two images farther apart than `NO_IMAGE` do not.
 
         Args:
-            others: as many.
-            one_grid: cells of both are of one grid, as the splits of one corpus are; different ones share no ground.
+            others: locations of the N other images.
+            one_grid: whether the cells of both are of one grid, as for splits of one corpus; images of different cells
+                then share no ground.
         """
         east = ((others.lon - self.lon + 180) % 360 - 180) * np.cos(np.radians((self.lat + others.lat) / 2))
         apart = np.maximum(np.abs(east), np.abs(others.lat - self.lat)) * DEGREE
-        reach = (self.side + others.side) / 2 * (1 - 1e-6)  # neighbours that only touch share nothing
+        reach = (self.side + others.side) / 2 * (1 - 1e-6)  # images that only touch share no ground
         sized = np.isfinite(reach)
         result = np.full(len(self), UNKNOWN, dtype=np.int8)
         with np.errstate(invalid="ignore"):
@@ -90,7 +93,7 @@ class Locations:
         return result
 
     def on_other_date(self, others: Locations) -> np.ndarray:
-        """Whether the dates of each pair are known and differ, bool [N]; where one is a year, the years count."""
+        """Whether the dates of each pair are known and differ, bool [N]; if one is only a year, years are compared."""
         days = (self.day != others.day) & (self.day > 0) & (others.day > 0)
         return (self.year > 0) & (others.year > 0) & ((self.year != others.year) | days)
 
@@ -108,7 +111,7 @@ def _numbers(manifest: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
 
 
 def _dates(manifest: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Year and day of the year, int32 [N]; 0 unknown. A number of four digits is a year alone."""
+    """Year and day of the year, int32 [N] each, 0: unknown; a number of four digits is a year without a day."""
     year, day = np.zeros(len(manifest), np.int32), np.zeros(len(manifest), np.int32)
     column = _column(manifest, DATE)
     if column is None:

@@ -1,7 +1,7 @@
-"""Masks: the bytes of a mask file to class numbers, checked against the classes and against the image.
+"""Decoding of mask files into class numbers, with checks against the classes and the image.
 
-A mask that does not fit is no mask but a reason, so that nothing goes wrong later, in training. Ignored pixels are
-`IGNORED` in the array: they count in no loss and in no metric.
+A mask that does not fit its image makes the image unreadable with a reason, so that no error occurs later in training.
+Ignored pixels have the value `IGNORED` in the array; they count in no loss and in no metric.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from corpus.decoding import DAMAGED, EMPTY, MAX_PIXELS, NOT_AN_IMAGE, TOO_MANY_P
 from runtime.artefacts import plain
 from runtime.errors import UserError
 
-#: Of a pixel that has no class.
+#: Value of a pixel that has no class.
 IGNORED = 255
 MOST_CLASSES = 255
 MISSING = "missing"
-#: What a reason begins with where the image is fine and its mask is not.
+#: Prefix of the reason if the image is readable but its mask is not.
 PREFIX = "mask: "
 NOTHING = "nothing but ignored pixels"
 NO_PIXELS = "no pixels"
@@ -35,7 +35,7 @@ NOT_WHOLE = "values that are no whole numbers"
 NO_COLOURS = "colours, but no corpus.mask_colours"
 NO_NUMBERS = "numbers deeper than 8 bits, but corpus.mask_colours asks for colours"
 DEEP_COLOURS = "colours deeper than 8 bits"
-#: Of mask files in a folder.
+#: Suffixes of mask files in a folder.
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg", ".webp", ".pgm", ".ppm", ".npy")
 
 _MASK_ENDING = re.compile(r"[_.-](?:masks?|labels?|lbl|seg|gt|target)$", re.IGNORECASE)
@@ -44,9 +44,9 @@ _HEX = re.compile(r"#?([0-9a-fA-F]{6})")
 _TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NUMPY = b"\x93NUMPY"
 _ORIENTATION, _BITS = 274, 258
-#: Numbers of few bits, which Pillow spreads over 0..255.
+#: Factors by which Pillow multiplies values of 2 and 4 bits to spread them over 0..255.
 _SPREAD = {2: 85, 4: 17}
-#: How to turn an array upright, by EXIF's number.
+#: Functions that turn an array upright, by EXIF orientation.
 _TURNS = {
     2: lambda mask: mask[:, ::-1],
     3: lambda mask: mask[::-1, ::-1],
@@ -59,7 +59,7 @@ _TURNS = {
 
 
 class Sample(NamedTuple):
-    """A decoded image uint8 [R, R, 3] and its mask uint8 [R, R]."""
+    """A decoded image, uint8 [R, R, 3], and its mask, uint8 [R, R]."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -67,13 +67,13 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What the pixels of mask files mean; empty where a corpus has no masks.
+    """Meaning of the pixel values of mask files; an empty rule belongs to a corpus without masks.
 
     Attributes:
         classes: names of the class numbers 0, 1, …
         ignored: numbers in the file whose pixels have no class.
-        numbers: class number, or `IGNORED`, by the number in the file; None: they are class numbers already.
-        colours: class number, or `IGNORED`, by colour 0xRRGGBB; None: masks are not in colours.
+        numbers: class number, or `IGNORED`, for each number in the file; None: the file holds class numbers.
+        colours: class number, or `IGNORED`, for each colour 0xRRGGBB; None: masks are not coloured.
     """
 
     classes: tuple[str, ...] = ()
@@ -101,15 +101,15 @@ class MaskRule:
 
 
 def mask_rule(classes: Sequence[str] = (), ignore: Any = None, values: Any = None, colours: Any = None) -> MaskRule:
-    """The rule of the config keys `classes`, `mask_ignore`, `mask_values` and `mask_colours`.
+    """Make the rule from the configuration keys `classes`, `mask_ignore`, `mask_values` and `mask_colours`.
 
     Args:
         classes: names of the classes; empty: the names in `values` or `colours`, in their order.
-        ignore: a number, or a list of numbers; colours as "#rrggbb" among them.
-        values: map from the number in the file to a class name or number; null: ignored.
-        colours: map from a class name to its colour, [r, g, b] or "#rrggbb", or to a list of colours.
+        ignore: a number, or a list of numbers and colours ("#rrggbb"), whose pixels are ignored.
+        values: mapping from a number in the file to a class name or number; null: ignored.
+        colours: mapping from a class name to its colour, [r, g, b] or "#rrggbb", or to a list of colours.
     Raises:
-        UserError: too many classes, an unknown one, or something that is no number or no colour.
+        UserError: there are too many classes, a class is unknown, or a number or a colour is invalid.
     """
     ignore, values, colours = plain(ignore), plain(values), plain(colours)
     for key, result in (("mask_values", values), ("mask_colours", colours)):
@@ -154,7 +154,7 @@ def _key(text: str) -> float:
 
 
 def _class_of(name: Any, names: Sequence[str]) -> int:
-    """The number of a class that is given by name or number; None is ignored."""
+    """The number of a class that is given by name or number; `IGNORED` for None."""
     if name is None:
         return IGNORED
     if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(names):
@@ -174,7 +174,7 @@ def _by_colour(colours: Mapping[str, Any], names: Sequence[str]) -> dict[int, in
 
 
 def _colours(given: Any, key: str) -> list[int]:
-    """0xRRGGBB of "#rrggbb", [r, g, b], or a list of these."""
+    """Colours 0xRRGGBB of a value "#rrggbb" or [r, g, b], or of a list of such values."""
     if isinstance(given, str) and (match := _HEX.fullmatch(given.strip())):
         return [int(match[1], 16)]
     if isinstance(given, list) and len(given) == 3 and all(isinstance(part, int) and 0 <= part < 256 for part in given):
@@ -188,25 +188,31 @@ def _colours(given: Any, key: str) -> list[int]:
 
 
 def with_mask(image: np.ndarray, resolution: int, rule: MaskRule, mask: bytes | str, stored: bytes) -> Sample | str:
-    """A decoded image with its mask, or the reason why the mask is none.
+    """A decoded image with its mask, or the reason why the mask is invalid.
 
     Args:
-        mask: the bytes of the mask's file, or the reason why there are none.
-        stored: the bytes of the image's file, whose shape the mask must have.
+        image: the decoded image, uint8 [R, R, 3].
+        resolution: side R in pixels.
+        rule: meaning of the pixel values of the mask.
+        mask: the bytes of the mask's file, or the reason why it cannot be read.
+        stored: the bytes of the image's file, to compare the shapes of image and mask.
     """
     result = mask if isinstance(mask, str) else decode_mask(mask, rule, resolution, stored)
     return PREFIX + result if isinstance(result, str) else Sample(image, result)
 
 
 def decode_mask(data: bytes, rule: MaskRule, resolution: int, image: bytes | None = None) -> np.ndarray | str:
-    """The central square of a mask, uint8 [R, R] of class numbers and `IGNORED`, nearest pixels; or a reason.
+    """The central square of a mask, uint8 [R, R] of class numbers and `IGNORED`, or the reason why it is invalid.
 
-    A palette image gives its indices, with `rule.colours` its colours. How transparent a pixel is does not count. A
-    mask may be larger or smaller than its image, but not of another shape. It is turned as the image is (EXIF), unless
-    it says itself how it is to be turned.
+    The mask is resized by nearest neighbour. The values of a palette image are its indices, or its colours if the rule
+    has `colours`. Transparency is ignored. A mask may be larger or smaller than its image, but it must have the same
+    aspect ratio. The mask is turned by its EXIF orientation, or by that of the image if it has none.
 
     Args:
-        image: the bytes of the image's file; None: its shape is not known.
+        data: the bytes of the mask's file.
+        rule: meaning of the pixel values.
+        resolution: side R in pixels.
+        image: the bytes of the image's file; None: its shape is unknown.
     """
     if not data:
         return EMPTY
@@ -230,7 +236,7 @@ def decode_mask(data: bytes, rule: MaskRule, resolution: int, image: bytes | Non
     return NOTHING if (result == IGNORED).all() else result
 
 
-#: Numbers [H, W] or colours uint8 [H, W, 3], and EXIF's orientation or None.
+#: Numbers [H, W] or colours uint8 [H, W, 3], and the EXIF orientation or None.
 _Read = tuple[np.ndarray, int | None]
 
 
@@ -239,7 +245,7 @@ def _read(data: bytes, coloured: bool) -> _Read | str:
         return _from_numpy(data) if data.startswith(_NUMPY) else _from_pillow(data, coloured)
     except Image.DecompressionBombError:
         return TOO_MANY_PIXELS
-    except Exception as error:  # decoders raise whatever they like on what they do not know
+    except Exception as error:  # decoders may raise any exception for unknown formats
         if data.startswith(_TIFFS):
             return _from_gdal(data, coloured)
         return NOT_AN_IMAGE if isinstance(error, UnidentifiedImageError) else DAMAGED
@@ -259,9 +265,10 @@ def _from_numpy(data: bytes) -> _Read | str:
 
 
 def _from_pillow(data: bytes, coloured: bool) -> _Read | str:
-    """
+    """Read a mask with Pillow.
+
     Raises:
-        ValueError: a TIFF of several bands of 16 bits, of which Pillow would cut the lower byte off.
+        ValueError: the file is a TIFF with several bands of 16 bits, of which Pillow would drop the lower byte.
     """
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > MAX_PIXELS:
@@ -283,7 +290,7 @@ def _from_pillow(data: bytes, coloured: bool) -> _Read | str:
 
 
 def _from_gdal(data: bytes, coloured: bool) -> _Read | str:
-    """A TIFF that Pillow does not know, such as one of 64-bit floats or of another codec."""
+    """Read a TIFF that Pillow does not support, for example with 64-bit floats or another codec."""
     import rasterio
 
     try:
@@ -306,7 +313,7 @@ def _from_gdal(data: bytes, coloured: bool) -> _Read | str:
 
 
 def _banded(values: np.ndarray, own: int | None) -> _Read | str:
-    """Values [H, W, C] as numbers where they are one band, or three that are alike, else as colours."""
+    """Values [H, W, C] as numbers if there is one band, or three equal bands; otherwise as colours."""
     bands = values.shape[2]
     if bands == 1 or (bands == 3 and (values == values[..., :1]).all()):
         return values[..., 0], own
@@ -316,7 +323,7 @@ def _banded(values: np.ndarray, own: int | None) -> _Read | str:
 
 
 def _classes(values: np.ndarray, rule: MaskRule) -> np.ndarray | str:
-    """Class numbers uint8 [H, W] of what a file holds, or the reason why it is none."""
+    """Class numbers uint8 [H, W] for the values of a file, or the reason why they are invalid."""
     if rule.colours is not None:
         if values.dtype not in (np.uint8, np.bool_):
             return NO_NUMBERS
@@ -330,7 +337,7 @@ def _classes(values: np.ndarray, rule: MaskRule) -> np.ndarray | str:
 
 
 def _looked_up(values: np.ndarray, class_of: Callable[[float], int | str]) -> np.ndarray | str:
-    """`class_of` of every value [H, W], uint8, called once for each that occurs; or the first reason that it gives."""
+    """Apply `class_of` once to each distinct value; returns uint8 [H, W] or the first reason that it gives."""
     if values.dtype.kind not in "buif":
         return NOT_WHOLE
     values = values.astype({"b": np.uint8, "f": np.float64}.get(values.dtype.kind, values.dtype.newbyteorder("=")))
@@ -345,11 +352,11 @@ def _looked_up(values: np.ndarray, class_of: Callable[[float], int | str]) -> np
 
 
 def _upright(mask: np.ndarray, own: int | None, stored: tuple[int, int, int | None] | None) -> np.ndarray | str:
-    """The mask as its image is seen, or the reason why it does not fit on it.
+    """The mask turned like its image, or the reason why it does not fit the image.
 
     Args:
-        own: the orientation that the mask's file says.
-        stored: height, width and orientation that the image's file says.
+        own: EXIF orientation in the mask's file.
+        stored: height, width and EXIF orientation in the image's file.
     """
     mask = _TURNS[own](mask) if own in _TURNS else mask
     if stored is None:
@@ -365,13 +372,13 @@ def _upright(mask: np.ndarray, own: int | None, stored: tuple[int, int, int | No
 
 
 def _alike(first: tuple[int, int], second: tuple[int, int]) -> bool:
-    """Whether two shapes are one at two sizes, up to the rounding of the smaller one."""
+    """Whether two shapes have the same aspect ratio, up to the rounding of the smaller one."""
     small, large = sorted((first, second))
     return abs(small[1] - large[1] * small[0] / large[0]) < 1 and abs(small[0] - large[0] * small[1] / large[1]) < 1
 
 
 def _stored(image: bytes) -> tuple[int, int, int | None] | None:
-    """Height, width and EXIF's orientation of an image's file, by its header; None: unknown."""
+    """Height, width and EXIF orientation from the header of an image's file; None: unknown."""
     try:
         if image.startswith(_TIFFS):
             with tifffile.TiffFile(io.BytesIO(image)) as file:
@@ -379,9 +386,11 @@ def _stored(image: bytes) -> tuple[int, int, int | None] | None:
                 tag = page.tags.get(_ORIENTATION)
                 return page.imagelength, page.imagewidth, None if tag is None else int(tag.value)
         with Image.open(io.BytesIO(image)) as opened:
-            given = opened.format != "PNG" or b"eXIf" in image or b"tiff:Orientation" in image  # else Pillow decodes it
+            given = (
+                opened.format != "PNG" or b"eXIf" in image or b"tiff:Orientation" in image
+            )  # otherwise Pillow would decode the image
             return opened.height, opened.width, opened.getexif().get(_ORIENTATION) if given else None
-    except Exception:  # a format of which only its decoder knows the shape
+    except Exception:  # in this format only the decoder knows the shape
         return None
 
 
@@ -389,13 +398,15 @@ def _stored(image: bytes) -> tuple[int, int, int | None] | None:
 
 
 def matching(images: Iterable[str], masks: Iterable[str]) -> dict[str, str]:
-    """The mask of each image that has one, by the names of their files.
+    """Match images and masks by the names of their files; returns the mask of each image that has one.
 
-    The name is the same but for the suffix, or the mask's ends as masks' do (`x_mask.png`, `x-label.tif`, `x.seg.png`),
-    the image's as images' do (`x_sat.jpg`), or the mask is called after the whole name (`x.jpg.png`).
+    A mask matches if the names are equal except for the suffix; if the mask's name has a usual ending for masks
+    (`x_mask.png`, `x-label.tif`, `x.seg.png`) or the image's name a usual ending for images (`x_sat.jpg`); or if the
+    mask's name contains the whole name of the image (`x.jpg.png`).
 
     Args:
-        images, masks: POSIX paths below the folder of images and the folder of masks.
+        images: POSIX paths relative to the folder of images.
+        masks: POSIX paths relative to the folder of masks.
     """
     plain_names: dict[str, str] = {}
     ended: dict[str, str] = {}
@@ -415,7 +426,7 @@ def matching(images: Iterable[str], masks: Iterable[str]) -> dict[str, str]:
 
 
 def beside(files: Sequence[str]) -> dict[str, str]:
-    """The mask of each image where both lie in one folder: masks are the files that end as masks' do."""
+    """The mask of each image if both are in one folder: masks are the files whose names have a usual mask ending."""
     masks = [file for file in files if _MASK_ENDING.search(_name(file))]
     known = set(masks)
     return matching((file for file in files if file not in known), masks)

@@ -1,4 +1,4 @@
-"""Which image a row of a caption table is about, however the row spells its path."""
+"""Matching of the rows of caption tables with images, for different spellings of an image's path."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from typing import Any
 from corpus.captions import own_captions
 from corpus.names import IMAGE_SUFFIXES, normal, suffix_of
 
-#: Of a key that several images have.
+#: Value for a key that several images share.
 _SEVERAL = ""
 
 
 class Images:
-    """The images below a root, to be found by other spellings of their paths.
+    """The images below a root, which can be found by different spellings of their paths.
 
-    In this order, each where it leads to one image alone: as it is written; with `./`, `..` and backslashes resolved,
-    below the root though it is absolute or begins with the root's own name; in the other Unicode form; in another
-    case or without `images/`; with fewer folders than the image's; with another image suffix, or without one.
+    The spellings are tried in this order; each counts only if it leads to exactly one image:
+
+    1. the path as it is written;
+    2. with `./`, `..` and backslashes resolved, and relative to the root even if it is absolute or begins with the
+       name of the root;
+    3. in the other Unicode normal form;
+    4. in another case or without `images/`;
+    5. with fewer folders than the path of the image;
+    6. with another image suffix, or without a suffix.
     """
 
     def __init__(self, root: Path, files: Sequence[str]) -> None:
@@ -30,10 +36,10 @@ class Images:
         self._exact = set(files)
 
     def find(self, name: str, folder: str) -> tuple[str, bool] | None:
-        """The file that `name` means in a table that lies in `folder` ("." for the root), and whether it is its path.
+        """Find the image that `name` refers to in a table in `folder` ("." for the root).
 
         Returns:
-            None where no image or more than one fits.
+            the path of the image, and whether `name` is its exact path; None if no image or more than one matches.
         """
         for place in (posixpath.join(folder, name), posixpath.join(folder, "images", name)):
             if posixpath.normpath(place) in self._exact:
@@ -48,7 +54,7 @@ class Images:
         return None
 
     def _candidates(self, name: str, folder: str) -> Iterator[tuple[str, bool]]:
-        """Paths below the root that the name may mean, the likeliest first, and whether it says where they begin."""
+        """Paths below the root that the name may refer to, the most likely first, and whether each is exact."""
         name = re.sub(r"^file://", "", name).replace("\\", "/")
         if name.startswith("/") or re.match(r"[A-Za-z]:/", name):
             yield from self._of_absolute(posixpath.normpath(name))
@@ -64,7 +70,7 @@ class Images:
                 yield "/".join(parts[count:]), True
 
     def _of_absolute(self, name: str) -> Iterator[tuple[str, bool]]:
-        """Below the root itself, or what follows its name on another machine, or at least one folder of it."""
+        """Candidates for an absolute path: relative to the root, after the root's name, or without leading folders."""
         for own in dict.fromkeys((os.path.abspath(self._root), os.path.realpath(self._root))):
             if name.startswith(own.rstrip("/") + "/"):
                 yield posixpath.relpath(name, own), True
@@ -77,7 +83,7 @@ class Images:
             yield "/".join(parts[at:]), False
 
     def _below(self, name: str, folder: str) -> str:
-        """The one image below the table's folder whose path ends in this name."""
+        """The only image below the table's folder whose path ends with this name, "" if there is not exactly one."""
         name = posixpath.normpath(name.replace("\\", "/"))
         file = "" if name.startswith(("/", "..")) else self._tails.get(_loose_key(name), _SEVERAL)
         inside = folder in (".", "annotations") or file.startswith(folder + "/")
@@ -97,7 +103,7 @@ class Images:
 
     @cached_property
     def _tails(self) -> dict[str, str]:
-        """Files by every end of their paths."""
+        """Files by every trailing part of their paths."""
         parts = ((_loose_key(file).split("/"), file) for file in self._files)
         return _one_each(("/".join(part[at:]), file) for part, file in parts for at in range(1, len(part)))
 
@@ -120,7 +126,7 @@ def _stem_key(path: str) -> str:
 
 
 class Rows:
-    """What tables say about images: the first row's metadata and the captions of all, and the rows that match none."""
+    """Rows of tables by image: metadata of the first row, captions of all rows, and the rows that match no image."""
 
     def __init__(self, images: Images) -> None:
         self._images = images
@@ -128,7 +134,7 @@ class Rows:
         self.count, self.lost = 0, []
 
     def add(self, name: str, row: dict[str, Any], folder: str) -> None:
-        """Note a row about the image that `name` means in a table in `folder`."""
+        """Add a row of a table in `folder` for the image that `name` refers to."""
         self.count += 1
         result = self._images.find(name, folder)
         if result is None:
@@ -137,8 +143,7 @@ class Rows:
             self._of.setdefault(result[0], []).append((result[1], row))
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """One row an image, with all its captions; where a row names it exactly, others that only resemble do not
-        count."""
+        """One row per image with all its captions; if a row names an image exactly, approximate matches are ignored."""
         return {file: _merged(rows) for file, rows in self._of.items()}
 
 

@@ -1,6 +1,6 @@
-"""Names of files and of members of shards: which are images, what the others are, and which belong together.
+"""Classification of files and shard members by name: which are images, what the others are, and which belong together.
 
-One list and one rule for every source. A suffix that is not in the list is judged by the first bytes of the file.
+All sources use the same list and rules. A file whose suffix is not in the list is classified by its first bytes.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-#: Suffixes of images, whether or not a decoder of this machine can read them: what it cannot is a row with a reason.
+#: Suffixes of images. If the decoders of this machine cannot read an image, the manifest has a row with a reason.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".png", ".apng", ".tif", ".tiff", ".gtiff", ".webp", ".bmp",
     ".dib", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf", ".avif", ".avifs", ".heic", ".heif", ".ppm",
     ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".img", ".vrt", ".ntf", ".nitf",
 )  # fmt: skip
-#: Suffixes of images that have 8 bits and nothing but red, green and blue.
+#: Suffixes of images that have only red, green and blue bands of 8 bits.
 SHALLOW = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".webp", ".bmp", ".dib", ".gif")
-#: Of arrays of NumPy, which hold masks.
+#: Suffix of NumPy arrays, which hold masks.
 ARRAY_SUFFIX = ".npy"
 TEXT_SUFFIXES = (".txt", ".caption", ".captions", ".text", ".cap")
 METADATA_SUFFIX, CLASS_SUFFIX = ".json", ".cls"
-#: Lists of the class names 0, 1, ..., a line each.
+#: Files with the names of the classes 0, 1, ..., one per line.
 CLASS_FILES = ("classnames.txt", "class_names.txt", "classes.txt", "labels.txt")
-#: Bytes that `image_suffix` needs.
+#: Number of bytes that `image_suffix` needs.
 HEAD = 64
 
-#: Suffixes of files that belong to an image or to the system and hold neither pixels, words nor metadata.
+#: Suffixes of files that belong to an image or to the system and contain no pixels, text or metadata.
 _COMPANIONS = (
     ".aux.xml", ".tfw", ".tifw", ".tiffw", ".jgw", ".jpgw", ".jpegw", ".pgw", ".pngw", ".bpw", ".gfw", ".j2w", ".wld",
     ".prj", ".ovr", ".msk",
@@ -36,12 +36,12 @@ _COMPANIONS = (
 _COMPANION_NAMES = re.compile(
     r"(thumbs|ehthumbs)\.db|desktop\.ini|(readme|licen[sc]e|copying|notice|citation|changelog)([._-].*)?"
 )
-#: Words between the key and the suffix of a member that say what it is.
+#: Words between the key and the suffix of a member that define its kind.
 _IMAGE_WORDS = ("image", "img", "input", "rgb", "picture", "photo", "jpg", "jpeg", "png", "tif", "tiff", "webp")
 MASK_WORDS = (
     "mask", "seg", "masks", "segmentation", "label", "labels", "lbl", "gt", "annotation", "target", "output",
 )  # fmt: skip
-#: Of these, those that name an image where a sample has no other.
+#: Words that mark an image, not a mask, if the sample has no other image.
 _WEAK_MASK_WORDS = {"target", "output"}
 _OTHER_WORDS = ("caption", "captions", "text", "meta", "metadata", "class", "cls")
 _WORDS = {*_IMAGE_WORDS, *MASK_WORDS, *_OTHER_WORDS}
@@ -54,19 +54,19 @@ _BEGINNINGS = {
 _BMP_HEADERS = tuple(bytes([size, 0, 0, 0]) for size in (12, 40, 52, 56, 64, 108, 124))
 _BRANDS = {"avif": ".avif", "avis": ".avif", "heic": ".heic", "heix": ".heic", "hevc": ".heic", "mif1": ".heic"}
 _NETPBM = {b"1": ".pbm", b"2": ".pgm", b"3": ".ppm", b"4": ".pbm", b"5": ".pgm", b"6": ".ppm"}
-#: Suffixes that say the same as the first of their row: a file keeps its own.
+#: Groups of equivalent suffixes; a file keeps the suffix that it has.
 _SAME = ((".jpg", ".jpeg"), (".tif", ".tiff"))
 
 
 def suffix_of(name: str) -> str:
-    """The last suffix of a path in lower case, with its dot; "" where there is none."""
+    """The last suffix of a path in lower case, with its dot; "" if there is none."""
     base = name.rpartition("/")[2]
     dot = base.rfind(".")
     return base[dot:].lower() if dot > 0 else ""
 
 
 def image_suffix(head: bytes) -> str:
-    """The usual suffix of the image format that these first bytes begin (`HEAD` are enough), "" for no image."""
+    """The usual suffix of the image format of a file, from its first `HEAD` bytes; "" if it is not an image."""
     for beginning, suffix in _BEGINNINGS.items():
         if head.startswith(beginning):
             return suffix
@@ -82,29 +82,30 @@ def image_suffix(head: bytes) -> str:
 
 
 def honest_suffix(data: bytes, suffix: str) -> str:
-    """The suffix that an image's bytes deserve; its own where they say nothing or nothing else."""
+    """The suffix for the format of an image's bytes; the given suffix if it is right or the format is unknown."""
     result = image_suffix(data[:HEAD])
     same = next((row for row in _SAME if result in row), (result,))
     return suffix if not result or suffix in same else result
 
 
 def extra_suffixes(given: Iterable[str]) -> tuple[str, ...]:
-    """`corpus.image_suffixes` in lower case and with dots."""
+    """The suffixes of the option `corpus.image_suffixes`, in lower case and with dots."""
     return tuple("." + str(suffix).lower().lstrip(".") for suffix in given)
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of this name is known to hold neither pixels, words nor metadata."""
+    """Whether a file of this name is known to contain no pixels, text or metadata."""
     base = name.rpartition("/")[2].lower()
     return base.endswith(_COMPANIONS) or _COMPANION_NAMES.fullmatch(base) is not None
 
 
 def kind_of(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
-    """What a file or member is: "image", "mask", "text", "metadata", "class", "companion", "other", or "?".
+    """Kind of a file or member: "image", "mask", "text", "metadata", "class", "companion", "other", or "?".
 
     Args:
-        head: its first bytes; None: not read yet, and then "?" asks for them.
-        extra: suffixes of images beside `IMAGE_SUFFIXES`.
+        name: name of the file or member.
+        head: its first bytes; None: they are not read yet, and a result "?" means that they are needed.
+        extra: further suffixes of images besides `IMAGE_SUFFIXES`.
     """
     suffix = suffix_of(name)
     if suffix in IMAGE_SUFFIXES or suffix in extra:
@@ -121,20 +122,20 @@ def kind_of(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
 
 
 def member_kind(name: str, head: bytes | None, extra: Sequence[str] = ()) -> str:
-    """`kind_of` a member of a shard, where an array that is called a mask is one (`a.mask.npy`)."""
+    """`kind_of` for a member of a shard, in which an array with the name of a mask (`a.mask.npy`) is a mask."""
     array = suffix_of(name) == ARRAY_SUFFIX and not _roles(name).isdisjoint(MASK_WORDS)
     return "mask" if array else kind_of(name, head, extra)
 
 
 @dataclass
 class Group:
-    """Members of one sample, by their positions in the shard.
+    """The members of one sample, by their positions in the shard.
 
     Attributes:
-        first: the earliest of them.
-        doubled: members whose name and suffix another member has already.
-        others: members that are neither the image nor about it.
-        met: suffixes of all its members.
+        first: position of the first member.
+        doubled: members with the same name and suffix as an earlier member.
+        others: members that are neither the image nor data about it.
+        met: suffixes of all members.
     """
 
     key: str
@@ -150,15 +151,16 @@ class Group:
 
 
 def samples(names: Sequence[str], kinds: Sequence[str]) -> list[Group]:
-    """The samples of one shard, wherever their members lie in it, in the order in which they first appear.
+    """The samples of one shard, in the order of their first members; the members of a sample may lie anywhere in it.
 
-    The key is the name up to the first dot of its last part, as in the WebDataset convention, and the last suffix says
-    what a member is (`a.input.jpg` is an image). Words between them that say so, too, belong to the suffix. Where
-    members of one such key are images under several other words, the words are part of the key (`S2A.2019.tile1.jpg`
-    and `S2A.2019.tile2.jpg`), and what has no such word belongs to each of them.
+    As in the WebDataset convention, the key is the name up to the first dot of its last part. The last suffix defines
+    the kind of a member (`a.input.jpg` is an image). Words between key and suffix that name a kind belong to the
+    suffix. If members of one key are images with different other words, these words are part of the key
+    (`S2A.2019.tile1.jpg` and `S2A.2019.tile2.jpg`), and members without such words belong to all of these samples.
 
     Args:
-        names: of the members; kinds: of `kind_of`, "companion" and "other" among them.
+        names: names of the members.
+        kinds: kinds of the members, from `kind_of`, including "companion" and "other".
     """
     groups: dict[str, list[int]] = {}
     for position, (name, kind) in enumerate(zip(names, kinds, strict=True)):
@@ -207,14 +209,14 @@ def _sample(key: str, members: list[int], names: Sequence[str], kinds: Sequence[
 
 
 def _rank(name: str) -> tuple[int, int]:
-    """Members without words come first, then those with the more usual words."""
+    """Sort key: members without words come first, then members with more usual words."""
     roles = _roles(name)
     usual = (*_IMAGE_WORDS, *MASK_WORDS)
     return len(roles) + len(_split(name)[1]), min((usual.index(word) for word in roles if word in usual), default=0)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The key up to the first dot of the last part, and the words before the suffix but for those that name a kind."""
+    """The key (up to the first dot of the last part), and the words before the suffix that do not name a kind."""
     folder, slash, base = name.rpartition("/")
     first, _, rest = base.partition(".")
     words = rest.split(".")[:-1]
@@ -225,17 +227,19 @@ def _split(name: str) -> tuple[str, str]:
 
 def _roles(name: str) -> set[str]:
     """The words before the suffix that name a kind, in lower case."""
-    words, roles = name.rpartition("/")[2].split(".")[1:-1], set()  # mostly none
+    words, roles = name.rpartition("/")[2].split(".")[1:-1], set()  # usually empty
     while words and words[-1].lower() in _WORDS:
         roles.add(words.pop().lower())
     return roles
 
 
 def unique_ids(requested: Sequence[str], keys: Sequence[str], shards: Sequence[str]) -> list[str]:
-    """An id for every sample: what it wants where no other wants it, else `<shard>/<key>`; "#2" marks what remains.
+    """Unique ids of samples: the requested id if it is unique, else `<shard>/<key>`; further duplicates get "#2" etc.
 
     Args:
-        keys: of the samples in their shards; shards: path of each sample's shard.
+        requested: id that each sample asks for.
+        keys: key of each sample in its shard.
+        shards: path of each sample's shard.
     """
     names = _shard_names(sorted(set(shards)))
     repeated = {identifier for identifier, count in Counter(requested).items() if count > 1}
@@ -253,7 +257,7 @@ def unique_ids(requested: Sequence[str], keys: Sequence[str], shards: Sequence[s
 
 
 def _shard_names(shards: Sequence[str]) -> dict[str, str]:
-    """The shortest end of each path, without `.tar`, that only it has."""
+    """The shortest unique trailing part of each path, without `.tar`."""
     parts = {shard: re.sub(r"\.tar$", "", shard).split("/") for shard in shards}
     names: dict[str, str] = {}
     for depth in range(1, max((len(part) for part in parts.values()), default=0) + 1):
@@ -264,7 +268,7 @@ def _shard_names(shards: Sequence[str]) -> dict[str, str]:
 
 
 def counted(suffixes: Mapping[str, int]) -> str:
-    """`.csv 2, .mp4 12`: at most eight, the most frequent ones."""
+    """Text such as `.csv 2, .mp4 12` with the eight most frequent suffixes."""
     shown = sorted(suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
     more = [f"others {sum(count for _, count in shown[8:])}"] if len(shown) > 8 else []
     return ", ".join([*(f"{_printable(suffix)} {count}" for suffix, count in sorted(shown[:8])), *more])
@@ -275,5 +279,5 @@ def _printable(suffix: str) -> str:
 
 
 def normal(name: str) -> str:
-    """A name in one Unicode form, whatever the system that wrote it decomposes."""
+    """A name in one Unicode normal form, because operating systems decompose characters differently."""
     return unicodedata.normalize("NFC", name)

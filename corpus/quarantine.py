@@ -1,4 +1,4 @@
-"""What could not be read of a corpus: the table, the reasons grouped and counted, and the line that says so."""
+"""Unreadable images of a corpus: their table, their reasons in groups with counts, and the report on stderr."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from corpus.masks import MISSING, PREFIX
 from runtime.errors import UserError
 from runtime.notices import notice
 
-#: id and reason of the images that could not be read; in a corpus stage, and in a selection's.
+#: File with id and reason of the unreadable images, in the directory of a corpus stage and of a selection.
 QUARANTINE = "quarantine.parquet"
-#: Groups of reasons that a line names.
+#: Largest number of groups of reasons that a line names.
 NAMED = 5
-#: Longest reason in a line, in characters.
+#: Largest length of a reason in a line, in characters.
 LONGEST = 120
-#: The parts of a reason that differ from image to image: a colour, what stands in brackets or quotes, a number.
+#: Parts of a reason that differ between images: a colour, a text in brackets or quotes, a number.
 VALUE = re.compile(r"#[0-9a-fA-F]{3,8}\b|\([^()]*\)|'[^']*'|(?<![\w.])-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 
 
 def quarantined(manifest: pd.DataFrame) -> pd.DataFrame:
-    """id and reason of every image that could not be read."""
+    """Table with id and reason of every unreadable image."""
     return manifest.loc[~manifest["readable"], ["id", "reason"]].reset_index(drop=True)
 
 
 def reason_counts(reasons: Iterable[str]) -> dict[str, int]:
-    """How many images each reason has, most frequent first.
+    """Number of images for each reason, the most frequent first.
 
-    Reasons that differ in numbers, colours, brackets or quotes alone are one group. Its name has "…" in the place of a
-    value that is not the same in all of them: `mask: class … of 2`.
+    Reasons that differ only in numbers, colours or texts in brackets or quotes form one group. The name of a group has
+    "…" in place of a value that differs within the group: `mask: class … of 2`.
     """
     counts: dict[str, int] = defaultdict(int)
     for reason in reasons:
@@ -52,7 +52,7 @@ def _name(template: str, reasons: list[str]) -> str:
 
 
 def counted(counts: dict[str, int]) -> str:
-    """`duplicate key 20, empty file 3 and 2 more reasons`: the `NAMED` most frequent."""
+    """Text with the `NAMED` most frequent reasons, such as `duplicate key 20, empty file 3 and 2 more reasons`."""
     named = [f"{_short(reason)} {count:,}" for reason, count in list(counts.items())[:NAMED]]
     rest = len(counts) - len(named)
     more = f" and {rest} more reason{'s' if rest > 1 else ''}" if rest else ""
@@ -65,12 +65,12 @@ def _short(reason: str) -> str:
 
 
 def announce(manifest: pd.DataFrame, name: str, directory: Path) -> None:
-    """Say on stderr, in one line, how many images of a corpus are quarantined and why; nothing where none are.
+    """Print one line on stderr: how many images of a corpus are quarantined, and why; nothing if there are none.
 
     Args:
-        manifest: of the corpus, with `readable` and `reason`.
-        name: of the corpus and its split, for the line.
-        directory: of the corpus stage, which holds the table.
+        manifest: manifest of the corpus, with `readable` and `reason`.
+        name: name of the corpus and its split, for the line.
+        directory: directory of the corpus stage, which holds the table.
     Raises:
         UserError: no image can be read.
     """
@@ -87,7 +87,7 @@ def announce(manifest: pd.DataFrame, name: str, directory: Path) -> None:
 
 
 def announce_masks(manifest: pd.DataFrame, name: str) -> None:
-    """Say on stderr, in one line, how many of the images that could be read have a mask."""
+    """Print one line on stderr: how many of the readable images have a mask."""
     reasons = manifest["reason"]
     able = manifest["readable"] | reasons.str.startswith(PREFIX)
     missing = manifest.loc[reasons == PREFIX + MISSING, "id"]

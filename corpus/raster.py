@@ -1,8 +1,8 @@
-"""The one way from the bands of a raster to colours of 8 bits, for every source.
+"""Conversion of the bands of a raster into colours of 8 bits, for all sources.
 
-Three questions are answered here and nowhere else: which bands are shown, where there is no data, and which values
-become black and white. Values deeper than 8 bits are stretched between two percentiles of a sample of the whole corpus,
-so that a calm sea stays darker than a town; values of 8 bits are never stretched unless a range is given.
+This module alone decides which bands are shown, where an image has no data, and which values become black and white.
+Values deeper than 8 bits are stretched between two percentiles of a sample of the whole corpus, so that a calm sea
+stays darker than a town. Values of 8 bits are not stretched unless a range is given.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 STRETCHES = ("percentile", "range", "none")
 #: Percentiles of the sample that become 0 and 255.
 PERCENTILES = (2.0, 98.0)
-#: Images of a corpus that are looked at for its levels, and pixels that each gives.
+#: Number of images of a corpus that its levels are computed from, and number of pixels per image.
 SAMPLE_IMAGES, SAMPLE_PIXELS = 128, 4096
-#: Names of red, green and blue, in this order, as data sets describe their bands.
+#: Names of the red, green and blue bands, in this order, that data sets use.
 COLOURS = (("red", "green", "blue"), ("r", "g", "b"), ("b4", "b3", "b2"))
-#: A declared alpha band is believed where at least this fraction of its pixels is fully clear or fully opaque.
+#: A declared alpha band counts as one if at least this fraction of its pixels is fully transparent or fully opaque.
 ALPHA_FRACTION = 0.9
-#: How files begin that GDAL reads from bytes, and by which of its drivers; others might open files that the bytes name.
+#: First bytes of the formats that GDAL reads from memory, and the drivers for them. Other drivers might open further
+#: files that the bytes refer to.
 DRIVERS = {
     b"II*\0": "GTiff",
     b"MM\0*": "GTiff",
@@ -50,18 +51,18 @@ DRIVERS = {
 
 @dataclass(frozen=True)
 class RasterOptions:
-    """How rasters are shown.
+    """Options for showing rasters.
 
     Attributes:
-        bands: three for red, green and blue, or one for grey: by number from 1, by description (B04) or by colour
-            (red); None: what the file calls red, green and blue, else the first three of three or four, else the first
-            of one or two.
-        no_data: a value that stands for no data, beside what the file itself says; None: none.
-        stretch: "percentile" (2nd to 98th of a sample of the corpus, where values are deeper than 8 bits), "range"
-            (from `low` to `high`), or "none" (values are 0..255).
-        low, high: of "range", in the file's units.
+        bands: three bands for red, green and blue, or one for grey, each by number from 1, by description (B04) or by
+            colour (red). None: the bands that the file calls red, green and blue; else the first three of three or four
+            bands; else the first of one or two bands.
+        no_data: a value that marks missing data, in addition to the one that the file declares; None: no further value.
+        stretch: "percentile" (from the 2nd to the 98th percentile of a sample of the corpus, for values deeper than 8
+            bits), "range" (from `low` to `high`), or "none" (values are 0..255).
+        low, high: limits of "range", in the units of the file.
     Raises:
-        UserError: options that contradict each other.
+        UserError: options contradict each other.
     """
 
     bands: tuple[int | str, ...] | None = None
@@ -86,7 +87,7 @@ class RasterOptions:
 
     @property
     def plain(self) -> bool:
-        """Whether an ordinary picture of 8 bits is shown as it is."""
+        """Whether an ordinary picture of 8 bits is shown unchanged."""
         return self.bands is None and self.no_data is None and self.stretch != "range"
 
 
@@ -94,10 +95,10 @@ class Pixels(NamedTuple):
     """The chosen bands of one image.
 
     Attributes:
-        values: [H, W, 1 or 3] of the file's type; complex values as magnitudes.
-        valid: bool [H, W], or None where all are.
+        values: [H, W, 1 or 3] in the data type of the file; complex values as magnitudes.
+        valid: bool [H, W], whether a pixel has data; None: all pixels have.
         alpha: a declared alpha band, uint8 [H, W], or None.
-        guess: which bands were taken of a file that names none, for the user to check; "" where there is no doubt.
+        guess: the bands that were taken from a file that names none, for the user to check; "" if there was no guess.
     """
 
     values: np.ndarray
@@ -107,18 +108,18 @@ class Pixels(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Images of one kind are stretched alike."""
+        """Kind of the image; images of one kind are stretched in the same way."""
         return f"{self.values.dtype.name} x {self.values.shape[-1]}"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a sample of a corpus says about how all of it is shown.
+    """Result of a survey of a sample of a corpus; it defines how the whole corpus is shown.
 
     Attributes:
-        levels: by kind, the values of each band that become 0 and 255.
-        alpha: by kind, whether a declared alpha band is one; GDAL calls near infrared alpha, too.
-        notes: sentences about what a user should check, for stderr.
+        levels: for each kind, the values of each band that become 0 and 255.
+        alpha: for each kind, whether a declared alpha band is one; GDAL may also declare near infrared as alpha.
+        notes: sentences on stderr about what the user should check.
     """
 
     levels: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
@@ -127,7 +128,7 @@ class Survey:
 
     @property
     def stamp(self) -> str:
-        """Changes with what the sample says; empty where nothing depends on it."""
+        """A text that changes with the result of the survey; empty if nothing depends on it."""
         if not self.levels and not self.alpha:
             return ""
         text = json.dumps([sorted(self.levels.items()), sorted(self.alpha.items())])
@@ -135,7 +136,7 @@ class Survey:
 
 
 def survey_of(images: Iterable[Pixels], options: RasterOptions) -> Survey:
-    """Levels of a corpus from a sample of its images, every image with the same weight."""
+    """Compute the levels of a corpus from a sample of its images; every image has the same weight."""
     values: dict[str, list[np.ndarray]] = {}
     alphas: dict[str, list[np.ndarray]] = {}
     guesses: set[str] = set()
@@ -159,7 +160,7 @@ def survey_of(images: Iterable[Pixels], options: RasterOptions) -> Survey:
 
 
 def spread(count: int, most: int = SAMPLE_IMAGES) -> list[int]:
-    """At most `most` of 0..count-1, evenly spread: which images a survey looks at."""
+    """At most `most` evenly spread numbers of 0..count-1: the images that a survey reads."""
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
@@ -169,9 +170,9 @@ def is_deep(dtype: np.dtype) -> bool:
 
 
 def to_rgb(image: Pixels, options: RasterOptions, survey: Survey) -> np.ndarray:
-    """uint8 [H, W, 3]; what has no data or is clear is black.
+    """Convert the bands of an image into RGB uint8 [H, W, 3]; pixels without data and transparent pixels are black.
 
-    An image of a kind that the survey did not meet is judged by itself.
+    For an image of a kind that the survey did not meet, the levels are computed from this image.
     """
     values = image.values
     if options.stretch == "range" or (options.stretch == "percentile" and is_deep(values.dtype)):
@@ -180,7 +181,7 @@ def to_rgb(image: Pixels, options: RasterOptions, survey: Survey) -> np.ndarray:
         else:
             levels = survey.levels.get(image.kind) or _levels(_sample(image))
         low, high = np.array(levels, dtype=np.float64).T
-        with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest that there are
+        with np.errstate(over="ignore", invalid="ignore"):  # values near the largest number of the type
             values = (_finite(values) - low) * (255 / np.where(high > low, high - low, np.inf))
     if values.dtype != np.uint8:
         values = np.clip(_finite(values).round(), 0, 255).astype(np.uint8)
@@ -194,7 +195,7 @@ def to_rgb(image: Pixels, options: RasterOptions, survey: Survey) -> np.ndarray:
 
 
 def over_black(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colours uint8 [H, W, 3] with an alpha band uint8 [H, W], laid over black."""
+    """Blend colours uint8 [H, W, 3] with an alpha band uint8 [H, W] over black."""
     from PIL import Image
 
     picture = Image.fromarray(np.dstack([colours, alpha]), "RGBA")
@@ -202,11 +203,11 @@ def over_black(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def has_data(values: np.ndarray, no_data: Sequence[float | None]) -> np.ndarray:
-    """Where an image has data, bool [H, W]: no band is NaN, and not all bands hold their value for no data.
+    """Where an image has data, bool [H, W]: no band is NaN, and not all bands have their no-data value.
 
     Args:
         values: [H, W, C].
-        no_data: of every band, or None.
+        no_data: no-data value of every band, or None.
     """
     valid = np.isfinite(values).all(axis=-1)
     empty = np.ones(valid.shape, bool)
@@ -219,9 +220,9 @@ def has_data(values: np.ndarray, no_data: Sequence[float | None]) -> np.ndarray:
 
 
 class Bands(NamedTuple):
-    """Bands of a raster, counted from 1: those that are shown, and the one that is declared to be alpha or None.
+    """Numbers of the bands of a raster, from 1: the bands to show, and the declared alpha band or None.
 
-    `guess` is as in `Pixels`.
+    `guess` has the same meaning as in `Pixels`.
     """
 
     shown: tuple[int, ...]
@@ -231,7 +232,7 @@ class Bands(NamedTuple):
 
 @contextmanager
 def quiet_gdal() -> Iterator[None]:
-    """GDAL without its own messages and without files beside the ones it reads."""
+    """Context manager in which GDAL prints no messages and reads no sidecar files."""
     import rasterio
 
     with rasterio.Env(CPL_LOG_ERRORS="OFF", GDAL_PAM_ENABLED="NO", CPL_LOG="/dev/null"):
@@ -239,7 +240,7 @@ def quiet_gdal() -> Iterator[None]:
 
 
 def choose_bands(raster: DatasetReader, options: RasterOptions) -> Bands | str:
-    """Which bands are shown, or the reason why that cannot be determined."""
+    """The bands to show, or the reason why they cannot be determined."""
     from rasterio.enums import ColorInterp
 
     uses = [use.name for use in raster.colorinterp]
@@ -272,7 +273,7 @@ def choose_bands(raster: DatasetReader, options: RasterOptions) -> Bands | str:
 def read_pixels(
     raster: DatasetReader, bands: Bands, options: RasterOptions, window: Window | None = None, shape: Any = None
 ) -> Pixels:
-    """The chosen bands of a raster or of a window of it; `shape` (rows, columns) reads a reduced picture."""
+    """Read the chosen bands of a raster or of a window of it; with `shape` (rows, columns), at a reduced size."""
     from rasterio.enums import MaskFlags
 
     where = {"window": window, "out_shape": shape and tuple(shape)}
@@ -291,7 +292,10 @@ def read_pixels(
 
 
 def _shown(raster: DatasetReader, bands: Bands, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Magnitudes of complex values, colours of a palette (and where it is clear), full range of less than 8 bits."""
+    """Convert values for display: magnitudes of complex values, palette colours, full range of fewer than 8 bits.
+
+    Also returns where a palette colour is transparent.
+    """
     if np.iscomplexobj(values):
         with np.errstate(over="ignore"):
             return np.abs(values), None
@@ -310,9 +314,10 @@ def _shown(raster: DatasetReader, bands: Bands, values: np.ndarray) -> tuple[np.
 def read_stack(
     rasters: Sequence[DatasetReader], bands: Bands, options: RasterOptions, window: Window | None, shape: Any
 ) -> Pixels:
-    """`read_pixels` of one raster; of several, one file a band, their first bands over the ground of the first.
+    """`read_pixels` for one raster, or for several rasters with one file per band.
 
-    Files of another resolution are read at the first one's: `window` counts its pixels, `shape` is what is read.
+    Of several files, the first bands are read with the extent of the first file. Files of another resolution are
+    resampled to that of the first file: `window` is in pixels of the first file, `shape` is the shape of the result.
     """
     from rasterio.windows import Window
 
@@ -333,7 +338,7 @@ def read_stack(
 
 @contextmanager
 def opened(data: bytes) -> Iterator[DatasetReader]:
-    """A raster from the bytes of its file, which begin as `DRIVERS` say."""
+    """Open a raster from the bytes of its file, which must begin with one of the keys of `DRIVERS`."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
@@ -345,7 +350,7 @@ def opened(data: bytes) -> Iterator[DatasetReader]:
 
 
 def missing_codec(error: BaseException) -> str:
-    """What GDAL lacks to decode a file, from its error and what caused it; empty where it lacks nothing."""
+    """The codec that GDAL lacks to decode a file, from an error and its causes; empty if it lacks none."""
     seen: BaseException | None = error
     while seen is not None:
         text = " ".join(str(seen).split())
@@ -359,13 +364,13 @@ def missing_codec(error: BaseException) -> str:
 
 
 def _key(name: str) -> str:
-    """A band's name without case and leading zeros: B04, b4 and Band 4 are one."""
+    """A band's name in a normal form without case and leading zeros: B04, b4 and Band 4 are the same."""
     name = re.sub(r"^band[ _]?(?=\d)", "b", name.strip().lower())
     return re.sub(r"^b0+(?=\d)", "b", name)
 
 
 def _number(band: int | str, names: Sequence[str], uses: Sequence[str]) -> int:
-    """A band's number from 1; 0: there is none of this name."""
+    """Number of a band, from 1; 0 if there is no band of this name."""
     if isinstance(band, int):
         return band
     if band.isdecimal():
@@ -375,7 +380,7 @@ def _number(band: int | str, names: Sequence[str], uses: Sequence[str]) -> int:
 
 
 def _sample(image: Pixels) -> np.ndarray:
-    """At most `SAMPLE_PIXELS` pixels that have data, evenly spread, [K, C]."""
+    """At most `SAMPLE_PIXELS` evenly spread pixels that have data, [K, C]."""
     values = image.values if image.valid is None else image.values[image.valid][:, None]
     values = values.reshape(-1, values.shape[-1])
     if image.valid is None:
@@ -392,12 +397,12 @@ def _levels(values: np.ndarray) -> tuple[tuple[float, float], ...]:
 
 
 def _is_alpha(alpha: np.ndarray) -> bool:
-    """Whether values of a declared alpha band can be one: nearly all clear or opaque, and not all of them clear."""
+    """Whether a declared alpha band is plausible: nearly all pixels are transparent or opaque, not all transparent."""
     return bool(alpha.any()) and float(np.isin(alpha, (0, 255)).mean()) >= ALPHA_FRACTION
 
 
 def _eight_bits(alpha: np.ndarray) -> np.ndarray:
-    """An alpha band of any type, uint8."""
+    """Convert an alpha band of any type to uint8."""
     if alpha.dtype == np.uint8:
         return alpha
     full = np.iinfo(alpha.dtype).max if np.issubdtype(alpha.dtype, np.integer) else 1.0
@@ -409,7 +414,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 
 def _as_type(value: float, dtype: np.dtype) -> Any:
-    """A value for no data in the type of the pixels; itself where that cannot hold it, so that none is equal."""
+    """A no-data value in the type of the pixels; unchanged if the type cannot hold it, so that no pixel equals it."""
     if np.issubdtype(dtype, np.integer):
         limits = np.iinfo(dtype)
         whole = np.isfinite(value) and float(value).is_integer() and limits.min <= value <= limits.max

@@ -1,4 +1,4 @@
-"""What every source that holds files shares: one way from the bytes of an image, and of its mask, to an array."""
+"""Code that all sources of files share: conversion of the bytes of an image and of its mask into arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from corpus.raster import RasterOptions, Survey
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """Fields of a source whose images may be rasters; `raster` holds them together."""
+    """Fields of a source whose images may be rasters; the property `raster` combines them."""
 
     bands: tuple[int | str, ...] | None = None
     no_data: float | None = None
@@ -33,9 +33,9 @@ class Decoding:
     """How the files of a corpus become arrays.
 
     Attributes:
-        resolution: side of the images, in pixels.
-        survey: what a sample of the corpus says about how deep values are shown.
-        masks: what is in the masks; empty: there are none.
+        resolution: side of the images in pixels.
+        survey: survey of the corpus, which defines how values deeper than 8 bits are shown.
+        masks: meaning of the pixel values of masks; empty: there are no masks.
     """
 
     resolution: int
@@ -44,11 +44,12 @@ class Decoding:
     masks: MaskRule
 
     def __call__(self, data: bytes | Sequence[bytes] | str, mask: bytes | str = MISSING) -> np.ndarray | Sample | str:
-        """An image, with its mask where the corpus has masks, or the reason why there is none.
+        """Decode an image, with its mask if the corpus has masks, or return the reason why it is unreadable.
 
         Args:
-            data, mask: the bytes of the files, or the reasons why there are none; of an image of one file a band, those
-                of all its bands.
+            data: bytes of the image's file, or the reason why it cannot be read; for an image with one file per band,
+                the bytes of all these files.
+            mask: bytes of the mask's file, or the reason why it cannot be read.
         """
         if isinstance(data, str):
             return data

@@ -1,4 +1,4 @@
-"""Named reference sets: from a local folder, or from the hub."""
+"""Named reference sets, read from a local folder or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from runtime.errors import UserError
 
 
 def reference_set(name: str, hub: str, resolution: int, root: str | None = None, config: str | None = None) -> Source:
-    """A scene-classification set whose sub-folders, or whose labels on the hub, are the scenes.
+    """A scene-classification data set; its sub-folders, or its labels on the hub, are the scenes.
 
     Args:
-        hub: its name on the hub; config: where the data set there has several.
-        root: a local copy, as downloaded (Parquet) or with one sub-folder a class; it is taken where it is given.
+        name: name of the reference set.
+        hub: name of the data set on the hub.
         resolution: side of the images in pixels.
+        root: a local copy, as downloaded (Parquet) or with one sub-folder per class; if given, it is used.
+        config: configuration of the data set on the hub, if it has several.
     Raises:
-        UserError: no local copy given and the hub cannot be reached; says what to fetch and where to put it.
+        UserError: no local copy is given and the hub cannot be reached; the message says what to download, and where
+            to put it.
     """
     if root is not None:
         folder = Path(root).expanduser()
@@ -27,7 +30,7 @@ def reference_set(name: str, hub: str, resolution: int, root: str | None = None,
         return ImageFolder(root=root, split="all", resolution=resolution, name=name)
     source = HuggingFace(path=hub, config=config, split="all", resolution=resolution, name=name)
     try:
-        source.version  # noqa: B018  # loads it
+        source.version  # noqa: B018  # loads the data set
     except UserError as error:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__).__name__
         only = f" --include '{config}/*'" if config else ""

@@ -1,7 +1,7 @@
-"""Files behind URLs: the one place through which they are listed, looked at, read and written, with patience.
+"""Listing, inspecting, reading and writing of files behind URLs, with repeated requests.
 
-What may pass (a time-out, a lost connection, 429, 5xx, a body that ends early) is requested again after a pause that
-doubles; what will not (403, 404) is not. Nothing that is written here names a credential.
+Temporary failures (a time-out, a lost connection, 429, 5xx, a body that ends early) are requested again, after a pause
+that doubles each time; permanent ones (403, 404) are not. Nothing that this module writes contains a credential.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from runtime.redaction import hide, public, redacted, secret_values
 
 #: Seconds before the first repetition; each further pause is twice as long, up to the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-#: Bytes that one request asks for: at first, and at most, where reading goes on from where it ended.
+#: Number of bytes per request: of the first one, and at most, when a file is read on sequentially.
 FIRST_BLOCK, BLOCK = 2**16, 2**23
-#: Bytes that are read for nothing rather than by a request of their own.
+#: Largest gap in bytes that is read and discarded to save a separate request.
 GAP = 2**19
-#: Bytes a second; a request that is slower is given up, and made again.
+#: Lowest speed in bytes per second; a slower request is cancelled and repeated.
 SLOWEST = 2**16
-#: Beyond all files.
+#: An offset beyond the end of any file.
 NOWHERE = 2**63
-#: Requests under way at once where many files are looked at or written.
+#: Number of concurrent requests when many files are inspected or written.
 AT_ONCE = 8
-#: Answers after which asking again may help.
+#: HTTP status codes after which repeating the request may help.
 PASSING_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 509))
-#: Where folders are nothing but the beginnings of names.
+#: Schemes of object stores, in which folders are only prefixes of names.
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss"))
-#: The extra of this project that holds the drivers.
+#: The extra of this project that contains the drivers.
 EXTRA = "remote"
 
 _PASSING_ERRORS = frozenset(
@@ -60,7 +60,7 @@ _PASSING_ERRORS = frozenset(
         *("ENETUNREACH", "EHOSTUNREACH", "ENETDOWN"),
     )
 )
-#: Classes of drivers' errors by name, so that no driver need be there.
+#: Names of error classes of drivers; names are used so that no driver need be installed.
 _NOT_TRUSTED = {"SSLError", "SSLCertVerificationError", "ClientSSLError", "ClientConnectorCertificateError"}
 _LATE = {"TimeoutError", "ReadTimeoutError", "ConnectTimeoutError", "Timeout"}
 _ENDED_EARLY = {"ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError"}
@@ -72,18 +72,18 @@ Answer = TypeVar("Answer")
 
 
 class Unreachable(OSError):
-    """The network or the server failed, at every attempt."""
+    """The network or the server failed at every attempt."""
 
 
 class Refused(OSError):
-    """The server answered that it will not, for another reason than a missing file or permission."""
+    """The server refused the request for another reason than a missing file or a missing permission."""
 
 
 class Cut(tarfile.ReadError):
-    """A file ends before its size is reached, as often as it was requested.
+    """At every attempt, a file ended before its reported size was reached.
 
     Attributes:
-        data: all that there is of what was requested; None: the connection ended before that could be determined.
+        data: the part of the requested bytes that exists; None: the connection ended before it could be determined.
     """
 
     def __init__(self, message: str, data: bytes | None = None) -> None:
@@ -99,13 +99,13 @@ class _Short(Exception):
 
 @dataclass(frozen=True)
 class Access:
-    """How files behind URLs are reached. None of it changes a result.
+    """Settings for the access to files behind URLs; they do not change any result.
 
     Attributes:
-        retries: how often a request is made again.
-        timeout: seconds that a connection or an answer may take, or the next bytes of one.
-        storage: options of fsspec's file system, such as `endpoint_url` or `anon`; secrets may be among them.
-        tally: a file to which a line is added for each repeated request; "": they are not counted.
+        retries: how often a request is repeated.
+        timeout: seconds to wait for a connection, an answer, or the next bytes of an answer.
+        storage: options of the fsspec file system, such as `endpoint_url` or `anon`; they may contain secrets.
+        tally: path of a file to which a line is added for each repeated request; "": requests are not counted.
     """
 
     retries: int = 5
@@ -115,7 +115,7 @@ class Access:
 
 
 def access_of(cfg: Any) -> Access:
-    """How a command's config (OmegaConf) reaches what lies behind URLs: as its corpus does, where that is shards."""
+    """Access settings of a command's configuration (OmegaConf): those of its corpus if that consists of shards."""
     result = {name: OmegaConf.select(cfg, f"corpus.{name}") for name in ("retries", "timeout")}
     own = {name: value for name, value in result.items() if value is not None}
     options = [OmegaConf.select(cfg, key) for key in ("storage", "corpus.storage")]
@@ -128,7 +128,7 @@ def is_remote(url: str) -> bool:
 
 
 def as_file(url: str) -> str:
-    """A URL without its query, for names that are made of it."""
+    """A URL without its query, from which names are made."""
     return url.split("?")[0] if is_remote(url) else url
 
 
@@ -136,10 +136,10 @@ def as_file(url: str) -> str:
 
 
 def opened_system(url: str, access: Access) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL, and the URL's path in it.
+    """The file system of a URL, and the path of the URL in it.
 
     Raises:
-        UserError: its driver is not installed, or its options do not fit it.
+        UserError: the driver is not installed, or it does not accept the options.
     """
     hide(secret_values({"storage": access.storage or {}}))
     url, user = _without_user(url)
@@ -160,7 +160,7 @@ def opened_system(url: str, access: Access) -> tuple[fsspec.AbstractFileSystem, 
 
 @functools.lru_cache(maxsize=64)
 def _system(scheme: str, timeout: float, options: str) -> fsspec.AbstractFileSystem:
-    """One for all threads: fsspec would open connections for each."""
+    """The file system of a scheme, shared by all threads, because fsspec would open connections for each thread."""
     more: dict[str, Any] = {}
     if scheme in ("http", "https"):
         import aiohttp
@@ -171,12 +171,12 @@ def _system(scheme: str, timeout: float, options: str) -> fsspec.AbstractFileSys
         }
     system = fsspec.filesystem(scheme, **{**json.loads(options), **more})
     if scheme in ("s3", "s3a"):
-        system.retries = 1  # its own repetitions would multiply ours
+        system.retries = 1  # repetitions by the driver would multiply those of this module
     return system
 
 
 def _patient_options(scheme: str, access: Access) -> dict[str, Any]:
-    """Options by which a driver waits no longer than it should, tries once, and believes no old listing."""
+    """Options that limit a driver's waiting time, make it try only once, and switch off its cache of listings."""
     if scheme not in ("s3", "s3a"):
         return {"use_listings_cache": False} if scheme in ("http", "https", "gs", "gcs") else {}
     waits = {"connect_timeout": access.timeout, "read_timeout": access.timeout, "retries": {"total_max_attempts": 1}}
@@ -184,7 +184,7 @@ def _patient_options(scheme: str, access: Access) -> dict[str, Any]:
 
 
 def _without_user(url: str) -> tuple[str, dict[str, str]]:
-    """`s3://KEY:SECRET@bucket/…` as a URL that the driver knows, and its options."""
+    """Convert `s3://KEY:SECRET@bucket/…` into a URL that the driver accepts, and options with the credentials."""
     scheme, _, rest = url.partition("://")
     cleaned = public(url)
     if scheme not in ("s3", "s3a") or cleaned == url or "@" not in rest:
@@ -198,7 +198,7 @@ def _without_user(url: str) -> tuple[str, dict[str, str]]:
 
 
 def _called(system: fsspec.AbstractFileSystem, deadline: float | None, name: str, *given: Any, **options: Any) -> Any:
-    """What a method of a file system returns, given up after so many seconds where its driver is asynchronous."""
+    """Call a method of a file system; the call is cancelled after `deadline` seconds if the driver is asynchronous."""
     method = getattr(system, f"_{name}", None)
     if not (system.async_impl and asyncio.iscoroutinefunction(method)):
         return getattr(system, name)(*given, **options)
@@ -213,13 +213,14 @@ def _called(system: fsspec.AbstractFileSystem, deadline: float | None, name: str
 
 
 def patiently(url: str, access: Access, ask: Callable[[], Answer]) -> Answer:
-    """What a request answers, made again while what goes wrong may pass.
+    """Make a request, and repeat it as long as the failure may be temporary; returns the answer.
 
     Raises:
-        FileNotFoundError, PermissionError: it is not there, or not for us.
-        Unreachable: it still failed, the last time as its message says.
-        Cut: the answer still ended early.
-        Refused: any other answer.
+        FileNotFoundError: the file does not exist.
+        PermissionError: access is denied.
+        Unreachable: the last attempt failed as well; the message has its error.
+        Cut: the answer of the last attempt ended early as well.
+        Refused: the server gave any other negative answer.
     """
     attempt = 0
     while True:
@@ -237,13 +238,13 @@ def patiently(url: str, access: Access, ask: Callable[[], Answer]) -> Answer:
 
 
 def passing_trouble(error: BaseException) -> str | None:
-    """What went wrong with a request, in a word or two, where asking again may help; else None."""
+    """Short description of a failure if repeating the request may help; otherwise None."""
     chain = list(_chain(error))
     kinds = [{kind.__name__ for kind in type(each).__mro__} for each in chain]
     if any(names & _NOT_TRUSTED for names in kinds):
         return None
     if any(isinstance(each, _Short) or names & _ENDED_EARLY for each, names in zip(chain, kinds, strict=True)):
-        return "ended early"  # of a good answer
+        return "ended early"  # of a successful answer
     status = next((result for result in map(_status, chain) if result is not None), None)
     if status is not None:
         return f"status {status}" if status in PASSING_STATUS else None
@@ -263,7 +264,7 @@ def _translated(url: str, error: BaseException, trouble: str | None) -> Exceptio
         return Unreachable(f"{where}: {trouble}")
     chain = list(_chain(error))
     misfit = next((each for each in chain if isinstance(each, TypeError)), None)
-    if misfit is not None:  # HTTP's driver calls that a missing file, too
+    if misfit is not None:  # the HTTP driver reports this as a missing file
         return Refused(f"{_first_line(misfit)}: an option of storage that its driver does not know?")
     names = {kind.__name__ for each in chain for kind in type(each).__mro__}
     statuses = {_status(each) for each in chain}
@@ -283,7 +284,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error of a driver carries."""
+    """The HTTP status code in an error of a driver."""
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):
         result = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -298,13 +299,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def _pause(url: str, attempt: int) -> float:
-    """Seconds; processes that failed together do not all come back together."""
+    """Seconds to wait; the pause varies so that processes that failed at once do not repeat their requests at once."""
     generator = np.random.default_rng([zlib.crc32(url.encode()), attempt, os.getpid()])
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * (0.5 + 0.5 * generator.random())
 
 
 def new_tally() -> str:
-    """A file for `Access.tally`, which all processes of this machine add to."""
+    """Create a file for `Access.tally`, to which all processes of this machine append."""
     descriptor, path = tempfile.mkstemp(prefix="repeated-requests-")
     os.close(descriptor)
     return path
@@ -312,14 +313,14 @@ def new_tally() -> str:
 
 def _count(access: Access, trouble: str) -> None:
     if access.tally:
-        with contextlib.suppress(OSError):  # on another machine there is none
+        with contextlib.suppress(OSError):  # the file does not exist on other machines
             descriptor = os.open(access.tally, os.O_WRONLY | os.O_APPEND)
             os.write(descriptor, f"{trouble}\n".encode())
             os.close(descriptor)
 
 
 def repeated_since(path: str) -> str:
-    """A line about what was counted since the last call; "" where that is nothing."""
+    """A line about the requests that were repeated since the last call; "" if there were none."""
     try:
         result = Counter(Path(path).read_text(encoding="ascii").split("\n")[:-1])
         os.truncate(path, 0)
@@ -333,10 +334,10 @@ def repeated_since(path: str) -> str:
 
 
 def metadata_of(url: str, access: Access) -> dict[str, Any]:
-    """What the file system knows of a file: at least `size`, None where it does not say.
+    """Metadata of a file from its file system: at least `size`, which is None if the size is unknown.
 
     Raises:
-        As `patiently`; a folder is no file.
+        the errors of `patiently`; a folder counts as a missing file.
     """
     system, path = opened_system(url, access)
     result = patiently(url, access, lambda: _called(system, 2 * access.timeout, "info", path))
@@ -346,15 +347,15 @@ def metadata_of(url: str, access: Access) -> dict[str, Any]:
 
 
 def is_pattern(url: str) -> bool:
-    """Whether names are to be found by a URL with * or, where no query begins with it, ?."""
+    """Whether a URL is a pattern: it has a * or a ? that does not begin a query."""
     return "*" in url or ("?" in url and "=" not in url and not url.startswith(("http://", "https://")))
 
 
 def is_folder(url: str, access: Access) -> bool:
-    """Whether a URL names a folder, which no URL of HTTP does unless it ends in a slash.
+    """Whether a URL names a folder; an HTTP URL does so only if it ends with a slash.
 
     Raises:
-        As `patiently`.
+        the errors of `patiently`.
     """
     if url.endswith("/"):
         return True
@@ -366,10 +367,10 @@ def is_folder(url: str, access: Access) -> bool:
 
 
 def files_below(url: str, access: Access, suffix: str) -> dict[str, dict[str, Any]]:
-    """URLs and metadata of the files that a pattern with * fits, or that lie in a folder and end so; sorted.
+    """URLs and metadata of the files that match a pattern, or that are in a folder and have this suffix; sorted.
 
     Raises:
-        As `patiently`.
+        the errors of `patiently`.
     """
     system, path = opened_system(url, access)
     try:
@@ -384,7 +385,7 @@ def files_below(url: str, access: Access, suffix: str) -> dict[str, dict[str, An
 
 
 def _whole_url(url: str, name: str) -> str:
-    """The name of a file in a file system, as a URL with the user of the one that was requested."""
+    """The name of a file in a file system as a URL, with the user of the requested URL."""
     if "://" in name:
         return name
     scheme, _, rest = url.partition("://")
@@ -393,10 +394,10 @@ def _whole_url(url: str, name: str) -> str:
 
 
 def read_whole(url: str, access: Access) -> bytes:
-    """A small file.
+    """The bytes of a small file.
 
     Raises:
-        As `patiently`.
+        the errors of `patiently`.
     """
     system, path = opened_system(url, access)
     return patiently(url, access, lambda: _called(system, 2 * access.timeout, "cat_file", path))
@@ -406,7 +407,7 @@ def read_whole(url: str, access: Access) -> bytes:
 
 
 def stretches_of(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Parts of a file, (start, end), joined where they lie close together, up to `BLOCK` bytes."""
+    """Join parts of a file, (start, end), that are close to each other into stretches of up to `BLOCK` bytes."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(parts):
         if joined and start <= joined[-1][1] + GAP and max(end, joined[-1][1]) - joined[-1][0] <= BLOCK:
@@ -417,15 +418,17 @@ def stretches_of(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class RemoteFile:
-    """A file behind a URL that is read from front to back, here and there with a jump, in few requests.
+    """A file behind a URL that is read mostly sequentially, with occasional jumps, in few requests.
 
-    Blocks grow while reading goes on where it ended; where it is known what will be read, each stretch is one request.
+    Blocks grow as long as reading is sequential. If it is known what will be read, each stretch is one request.
 
     Args:
-        size: bytes; None: the server does not say, and all is read at once.
-        stretches: what will be read, of `stretches_of`.
+        url: URL of the file.
+        access: access settings.
+        size: size in bytes; None: the server does not report it, and the whole file is read at once.
+        stretches: the stretches that will be read, from `stretches_of`.
     Raises:
-        As `patiently`, by `read`.
+        the errors of `patiently`, by `read`.
     """
 
     def __init__(self, url: str, access: Access, size: int | None, stretches: Sequence[tuple[int, int]] = ()) -> None:
@@ -434,7 +437,7 @@ class RemoteFile:
         self._stretches, self._starts = list(stretches), [start for start, _ in stretches]
         self._pieces: list[tuple[int, bytes]] = []
         self._at, self._next, self._block = 0, 0, FIRST_BLOCK
-        self._bad = NOWHERE  # requests for the bytes before this place end early
+        self._bad = NOWHERE  # requests for bytes up to this offset end early
         if size is None:
             self._pieces = [(0, read_whole(url, access))]
             size = len(self._pieces[0][1])
@@ -464,7 +467,7 @@ class RemoteFile:
         self._pieces = []
 
     def _piece(self, end: int) -> tuple[int, bytes]:
-        """A piece that holds the byte at which the file stands; `end`: of what is requested."""
+        """A piece that contains the byte at the current position; `end` is the end of the requested bytes."""
         for start, data in self._pieces:
             if start <= self._at < start + len(data):
                 return start, data
@@ -481,7 +484,7 @@ class RemoteFile:
         except Unreachable:
             if stop <= end:
                 raise
-            if planned >= 0:  # what else lies in the stretch may be read
+            if planned >= 0:  # the rest of the stretch may still be read
                 self._stretches[planned] = (self._starts[planned], self._at)
             data = self._fetched(self._at, end)
         self._next = self._at + len(data)
@@ -489,10 +492,10 @@ class RemoteFile:
         return self._pieces[-1]
 
     def _before_bad(self, stop: int) -> int:
-        """Half of the way to the bytes that do not come, so that all that lie before them are had.
+        """End of the next request: halfway to the first byte that cannot be read, so that all bytes before it are read.
 
         Raises:
-            Cut: the next byte is one of them.
+            Cut: the next byte is the first one that cannot be read.
         """
         if self._at >= self._bad:
             self._bad = NOWHERE
@@ -503,7 +506,7 @@ class RemoteFile:
         return self._at + (self._bad - self._at) // 2
 
     def _fetched(self, start: int, end: int) -> bytes:
-        """The bytes from start to end, or the first of them where the others do not come."""
+        """The bytes from start to end, or only the first part of them if the others cannot be read."""
         while True:
             access = (
                 self._access if self._bad == NOWHERE else replace(self._access, retries=min(1, self._access.retries))
@@ -523,10 +526,10 @@ class RemoteFile:
         try:
             data = _called(self._system, deadline, "cat_file", self._path, start=start, end=end)
         except Exception as error:
-            if 416 not in {_status(each) for each in _chain(error)}:  # it ends before that
+            if 416 not in {_status(each) for each in _chain(error)}:  # 416: the file ends before this range
                 raise
             data = b""
-        if len(data) > end - start:  # from a server that knows no ranges: all of it
+        if len(data) > end - start:  # the server ignores ranges and sent the whole file
             self._pieces = [(0, data)]
             data = data[start:end] if len(data) >= self._size else data[: end - start]
         if len(data) < end - start:
@@ -539,10 +542,10 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Target:
-    """A folder behind a URL, or of this machine, to which results are copied.
+    """A folder behind a URL or on this machine to which results are copied.
 
     Raises:
-        UserError: it cannot be listed or written, by every method.
+        UserError: by every method, if the folder cannot be listed or written.
     """
 
     url: str
@@ -556,7 +559,7 @@ class Target:
         return not self._done("listed", "", lambda system, path: self._names(system, path))
 
     def json(self, name: str) -> Any:
-        """None: there is no such file, or it is no JSON."""
+        """Content of a JSON file; None if the file does not exist or is not valid JSON."""
 
         def read(system: fsspec.AbstractFileSystem, path: str) -> Any:
             with contextlib.suppress(FileNotFoundError, ValueError):
@@ -596,7 +599,7 @@ class Target:
 
     def _parent(self, system: fsspec.AbstractFileSystem, path: str) -> None:
         protocols = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
-        if not protocols & OBJECT_STORES:  # there, it would make buckets
+        if not protocols & OBJECT_STORES:  # in an object store this would create buckets
             system.makedirs(system._parent(path), exist_ok=True)
 
     def _done(self, what: str, name: str, work: Callable[[fsspec.AbstractFileSystem, str], Any]) -> Any:
@@ -615,21 +618,22 @@ class Target:
         raise UserError(f"{self.option}={self} cannot be {what} ({why})")
 
 
-#: What to do where a server asks for credentials.
+#: Help text for a server that requires credentials.
 HOW_TO_GIVE = (
     "give them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, …), or as storage={key:…,secret:…}"
 )
-#: Of a copy that is under way: whose it is.
+#: File that marks an unfinished copy and stores its identity.
 UNDER_WAY = "copying.json"
 
 
 def copy_folder(source: Path, target: Target, identity: Mapping[str, Any], last: Sequence[str]) -> None:
-    """Copy a folder so that a reader never takes half of it for the whole: the files named last come last, in order.
+    """Copy a folder so that a reader never mistakes a partial copy for a complete one.
 
-    A copy that was interrupted goes on, and the same one may be made again: `identity` says which is the same.
+    The files in `last` are copied last, in their order. An interrupted copy continues, and a copy may be repeated; two
+    copies with equal `identity` are the same.
 
     Raises:
-        UserError: the target has files that are not of this copy, or it cannot be written.
+        UserError: the target has files that do not belong to this copy, or it cannot be written.
     """
     refuse_foreign(target, identity, last)
     tally = new_tally()
@@ -656,9 +660,10 @@ def _copy(source: Path, target: Target, identity: Mapping[str, Any], last: Seque
 
 
 def refuse_foreign(target: Target, identity: Mapping[str, Any], last: Sequence[str]) -> None:
-    """
+    """Check that a target is empty or holds a copy with this identity.
+
     Raises:
-        UserError: the target has files, and they are not of a copy with this identity.
+        UserError: the target has files that do not belong to a copy with this identity.
     """
     if target.is_empty():
         return

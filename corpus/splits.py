@@ -1,23 +1,23 @@
-"""Which images are trained on and which are held out: `train`, `val` to tune on, `test` to publish.
+"""Division of a corpus into splits: `train` to train on, `val` to tune on, `test` to publish results on.
 
-A data set that names its splits keeps them. Where it leaves one out, a hash of the id decides, which is always the same
-whatever images come or go:
+A data set that names its splits keeps them. If it lacks a split, a hash of the id decides. The hash of an image does
+not depend on which other images are added or removed. The rules are:
 
 - no names: `test_fraction` of the images are test, `val_fraction` are val, the others train;
-- train alone: the same, which is what a hub calls a table without splits;
+- only train (the name that a hub gives to a table without splits): the same;
 - train and test: `val_fraction` of train is val;
-- train and val: half of val is test, for who tunes on held-out images has none left to measure on;
-- a name that `NAMES` does not have is held out as test.
+- train and val: half of val becomes test, because images that were used for tuning must not be used for measuring;
+- images with a name that is not in `NAMES` are held out as test.
 
-Where images have a place on Earth, the hash is of their cell of the ground instead, so that overlapping images and
-other dates of one place are not split apart.
+If images have a location on Earth, the hash is of their ground cell instead of their id, so that overlapping images and
+images of one location on different dates stay in one split.
 
-The parts of a data set of a hub or of torchgeo name splits only where one of them is to train on (`part_names`): else
-the hash decides about all images. Otherwise no image that is named val or test is ever trained on.
+The parts of a data set from a hub or from torchgeo define splits only if one of them is for training (`part_names`);
+otherwise the hash decides for all images. In all other cases, an image that is named val or test is never trained on.
 
-Images of equal bytes are of one split wherever the hash decides: that of the first of them by id, or the one that the
-data set names for one of them. Copies that the data set itself puts into two splits are counted, on stderr and in the
-manifest's column `copy_in`.
+Images with identical bytes get the same split if the hash decides: the split of the first one by id, or the split that
+the data set names for one of them. Copies that the data set itself puts into two splits are counted on stderr and
+marked in the column `copy_in` of the manifest.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ import pandas as pd
 from runtime.errors import UserError
 from runtime.notices import notice
 
-#: Cells of ground from which splits that share none can be made.
+#: Smallest number of ground cells from which disjoint splits can be made.
 FEWEST_CELLS = 5
 SPLITS = ("all", "train", "val", "test")
-#: What people call their splits, without case, numbers, separators and the words of `_DECORATION`.
+#: Usual names of splits, without case, numbers, separators and the words of `_DECORATION`.
 NAMES = {
     **dict.fromkeys(("train", "training", "trainset", "trainval", "trainvalid", "restval", "trn"), "train"),
     **dict.fromkeys(
@@ -55,7 +55,7 @@ _DECORATION = {
 def hashed_split(identifier: str, val_fraction: float, test_fraction: float) -> str:
     """ "test" for about `test_fraction` of all ids, "val" for about `val_fraction`, "train" for the others.
 
-    The test ids do not depend on `val_fraction`, and a larger fraction holds out the ids of a smaller one too.
+    The test ids do not depend on `val_fraction`. A larger fraction includes all ids of a smaller one.
     """
     number = _number(identifier)
     if number < test_fraction * 2**64:
@@ -69,7 +69,10 @@ def _number(identifier: str) -> int:
 
 @cache
 def split_of(name: str) -> str:
-    """The split that is called so (`train2017`, `Testing`, `val_images`, `trainA`, `test-00000-of-00002`), else ""."""
+    """The split that a name refers to (`train2017`, `Testing`, `val_images`, `test-00000-of-00002`), "" for none.
+
+    A name such as `trainA` is recognised as well.
+    """
     if name.strip().lower() in NAMES:
         return NAMES[name.strip().lower()]
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_]+", name)
@@ -82,8 +85,11 @@ def split_of(name: str) -> str:
 
 @cache
 def folder_split(folders: tuple[str, ...]) -> tuple[str, str]:
-    """The first of the folders an image lies in that is called as a split, "" for none, and its scene: the first that
-    is called neither so nor `images`, "" for none."""
+    """The split and the scene of an image by the names of its folders, "" for none.
+
+    The split is the first folder that has the name of a split. The scene is the first folder that has neither the name
+    of a split nor the name `images`.
+    """
     named = next((folder for folder in folders if split_of(folder)), "")
     scene = next((folder for folder in folders if not split_of(folder) and folder != "images"), "")
     return named, scene
@@ -98,18 +104,19 @@ def assigned(
     firsts: np.ndarray | None = None,
     grounds: Sequence[tuple[str, ...]] | None = None,
 ) -> list[str]:
-    """The split of every image, by the rules above; what is not as named is reported on stderr, in one line.
+    """The split of every image by the rules of this module; one line on stderr reports deviations from named splits.
 
-    Where an image has a place, its cell of the ground is hashed instead of its id, and an image across the border of
-    two splits is in none, "". Where that leaves a split empty, the cells of the lowest hashes are test, the next ones
-    val; where there are too few cells for that (`FEWEST_CELLS`), the ids are hashed.
+    If an image has a location, its ground cell is hashed instead of its id; an image across the border of two splits is
+    in no split, "". If that leaves a split empty, the cells of the lowest hashes become test and the next ones val. If
+    there are too few cells for that (`FEWEST_CELLS`), the ids are hashed.
 
     Args:
         corpus: its name, for the line.
         names: what the data set calls each image's split, "" where it says nothing.
         firsts: of each image the position of the first by id of those with the same bytes, int64 [N]; None: no two
             are the same.
-        grounds: the cells of a common grid that each image touches, () for one without a place; None: there are none.
+        grounds: the cells of a common grid that each image touches, () for an image without a location; None: there
+            are no locations.
     Returns:
         "train", "val" or "test" for every id, or "".
     """
@@ -154,11 +161,11 @@ def _by_ground(
     alone: Sequence[tuple[str, ...]],
     grounds: Sequence[tuple[str, ...]],
 ) -> list[str]:
-    """Splits by the cells that images touch, by their ids where an image has no place or there are too few cells.
+    """Splits by the ground cells of images, or by their ids for images without a location or with too few cells.
 
     Args:
-        divide: `_divided`, but for what is hashed and how.
-        alone: of every image its id.
+        divide: `_divided` without its arguments for the hashed keys and the hash function.
+        alone: the id of every image, as a tuple of one.
     """
     hashed = [cells or own for cells, own in zip(grounds, alone, strict=True)]
     splits, by_id = divide(hashed, split_for=hashed_split), divide(alone, split_for=hashed_split)
@@ -176,7 +183,7 @@ def _by_ground(
 
 
 def _ranked(cells: Sequence[str]) -> Callable[[str, float, float], str]:
-    """`hashed_split`, but of the cells, sorted by their number, at least the first is test and the next one val."""
+    """`hashed_split` for cells, sorted by hash: at least the first cell is test and at least the next one is val."""
 
     @cache
     def table(val_fraction: float, test_fraction: float) -> dict[str, str]:
@@ -204,13 +211,16 @@ def _divided(
     all_fractions: tuple[float, float],
     fractions: tuple[float, float],
 ) -> list[str]:
-    """The split of every image: as named, or by what is hashed, "" where that falls into several splits.
+    """The split of every image: the named one, or the one of its hashed keys; "" if the keys are in several splits.
 
     Args:
-        named: "" where nothing is.
-        carved: the named split of which the hash gives `fractions` to val and test; `all_fractions` is for what
-            has no name.
-        split_for: (key, fraction of val, fraction of test) -> the split of what is hashed.
+        hashed: keys of every image that are hashed: ground cells or the id.
+        named: split that is named for every image; "" for none.
+        firsts: position of the first image with the same bytes.
+        carved: the named split that gives `fractions` of its images to val and test, by the hash.
+        split_for: function (key, fraction of val, fraction of test) -> split of a key.
+        all_fractions: fractions of val and test for images without a name.
+        fractions: fractions of val and test for images of the split `carved`.
     """
     of_copies: dict[int, set[str]] = {}
     for first, name in zip(firsts.tolist(), named, strict=True):
@@ -229,7 +239,7 @@ def _divided(
 
 
 def _missing(named: set[str], val_fraction: float, test_fraction: float) -> tuple[str, tuple[float, float]]:
-    """The named split that gives images to one that is missing, "" for none, and the fractions of val and test."""
+    """The named split that gives images to a missing split, "" for none, and the fractions for val and test."""
     if named == {"train"}:
         return "train", (val_fraction, test_fraction)
     if named == {"train", "test"}:
@@ -240,7 +250,7 @@ def _missing(named: set[str], val_fraction: float, test_fraction: float) -> tupl
 
 
 def elsewhere(corpus: str, splits: Sequence[str], firsts: np.ndarray) -> list[str]:
-    """The other splits that hold an image of the same bytes, "" for none; their number is reported in one line."""
+    """For each image, the other splits with an image of the same bytes, "" for none; stderr gets one summary line."""
     held: dict[int, set[str]] = {}
     for first, split in zip(firsts.tolist(), splits, strict=True):
         held.setdefault(first, set()).add(split)
@@ -262,22 +272,23 @@ def elsewhere(corpus: str, splits: Sequence[str], firsts: np.ndarray) -> list[st
 
 
 def copies_across_splits(manifest: pd.DataFrame) -> int:
-    """Images of a split whose bytes lie in another split, too."""
+    """Number of images of a split with identical bytes in another split."""
     return int((manifest["copy_in"] != "").sum()) if "copy_in" in manifest else 0
 
 
 def part_names(parts: Iterable[str]) -> dict[str, str]:
-    """What the parts of a data set name their images' split: nothing where none of them is to be trained on."""
+    """The split that each part of a data set defines for its images; none if no part is for training."""
     parts = list(parts)
     trained = any(split_of(part) == "train" for part in parts)
     return {part: part if trained else "" for part in parts}
 
 
 def check(split: str, val_fraction: float, test_fraction: float, limit: int | None, resolution: int) -> None:
-    """Refuse what no source can do.
+    """Check the options that all sources share.
 
     Raises:
-        UserError: an unknown split, fractions below 0 or that leave nothing, a limit or a resolution below 1.
+        UserError: the split is unknown, a fraction is below 0, the fractions leave no images for training, or the limit
+            or the resolution is below 1.
     """
     if split not in SPLITS:
         raise UserError(f"corpus.split={split!r} is unknown: there are the splits {', '.join(SPLITS)}")
@@ -296,7 +307,7 @@ def check(split: str, val_fraction: float, test_fraction: float, limit: int | No
 
 
 def thinned(count: int, limit: int | None) -> np.ndarray:
-    """At most `limit` of 0..count-1, evenly spread and ascending, int64."""
+    """At most `limit` evenly spread numbers of 0..count-1, int64, ascending."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.linspace(0, count - 1, limit).round().astype(int)

@@ -1,4 +1,7 @@
-"""Products of one file a band, as Sentinel-2, Landsat and BigEarthNet are delivered: which files show one place."""
+"""Grouping of products with one file per band (Sentinel-2, Landsat, BigEarthNet): which files show the same location.
+
+In this module, a "place" is the common path of the files of one image, without band and pixel size.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,35 @@ from corpus.raster import quiet_gdal
 from runtime.errors import UserError
 from runtime.notices import notice
 
-#: A file's pixel size, in its name or its folder's: 10m, R20m.
+#: Pattern of the pixel size in the name of a file or folder: 10m, R20m.
 _SIZE = r"r?(\d+)m"
-#: What bands are called in the names of files; red edge and narrow infrared have a letter more (B8A).
+#: Pattern of bands in the names of files; red edge and narrow infrared bands can have an additional letter (B8A).
 _BAND = r"b(?:and[_ ]?)?\d{1,2}a?"
-#: Polarisations of radar.
+#: Pattern of radar polarisations.
 _RADAR = r"vv|vh|hh|hv"
-#: Files that may hold a single band.
+#: Suffixes of files that may hold a single band.
 _RASTERS = (".tif", ".tiff", ".jp2", ".img", ".vrt")
-#: What follows a product's name in those of its reflectances alone: LC09_…_T1_SR_B4 beside LC09_…_T1_QA_PIXEL.
+#: Part that follows the product's name only in files of reflectances: LC09_…_T1_SR_B4, but LC09_…_T1_QA_PIXEL.
 _LEVEL = r"[_.\-](?:sr|st|toa|boa|refl)$"
-#: A Sentinel-2 product's folder, and the only one in it whose rasters are images.
+#: Suffix of the folder of a Sentinel-2 product, and the only sub-folder whose rasters are images.
 _SAFE, _SAFE_IMAGES = ".safe", "IMG_DATA"
 
-#: A folder and the beginning of a name, both without band and pixel size.
+#: A folder and the beginning of a file name, both without band and pixel size.
 Place = tuple[str, str]
 
 
 def grouped(
     corpus: str, root: Path, files: Sequence[str], bands: Sequence[int | str] | None
 ) -> tuple[dict[str, tuple[str, ...]], set[str]]:
-    """`stacks` of a corpus; how many there are, and what is left out, is reported on stderr in one line.
+    """`stacks` of a corpus; one line on stderr reports the number of stacks and the files that are left out.
 
     Args:
-        files: POSIX paths below the root.
-        bands: `corpus.bands`.
+        corpus: name of the corpus, for messages.
+        root: folder of the corpus.
+        files: POSIX paths relative to the root.
+        bands: the option `corpus.bands`.
     Raises:
-        UserError: there is one file a band, and no names say which are shown.
+        UserError: the corpus has one file per band, and `bands` does not name the bands to show.
     """
     stacked, others = stacks(files, bands or ())
     if stacked:
@@ -59,7 +64,7 @@ def grouped(
 
 
 def scene_folders(place: str) -> tuple[str, ...]:
-    """The folders a place of `stacks` lies in but for those that are called as the place or are its product's."""
+    """The folders of a place of `stacks`, without folders that are named like the place or belong to its product."""
     *folders, name = place.lower().split("/")
     kept = place.split("/")[: len(folders)]
     product = next((at for at, folder in enumerate(folders) if folder.endswith(_SAFE)), len(folders))
@@ -71,7 +76,7 @@ def scene_folders(place: str) -> tuple[str, ...]:
 
 
 def place_of(file: str, names: Collection[str]) -> str | None:
-    """The place of `stacks` that a file is about whose name begins as the place's, in the same folder; or None."""
+    """The place of `stacks` in the same folder whose name the file's name begins with, or None."""
     folder, slash, base = file.rpartition("/")
     stem = PurePosixPath(base).stem
     ends = sorted((result.start() for result in re.finditer(r"(?<=[A-Za-z0-9])(?![A-Za-z0-9])", stem)), reverse=True)
@@ -79,17 +84,17 @@ def place_of(file: str, names: Collection[str]) -> str | None:
 
 
 def stacks(files: Sequence[str], bands: Sequence[int | str]) -> tuple[dict[str, tuple[str, ...]], set[str]]:
-    """Files that are the named bands of one place, and every further file of these scenes.
+    """Group the files that hold the named bands of one place, and find all further files of these scenes.
 
-    The band stands in the file's name or in a folder's. Of a band in several pixel sizes the finest is taken. In a
-    Sentinel-2 product only the folder IMG_DATA has images.
+    The band is part of the name of the file or of a folder. If a band exists in several pixel sizes, the finest is
+    used. In a Sentinel-2 product, only the folder IMG_DATA contains images.
 
     Args:
         files: POSIX paths.
-        bands: names such as B04; B4 and band4 are the same. A number is no name.
+        bands: names such as B04; B4 and band4 are the same. A number is not a name.
     Returns:
-        by place (the first band's path without band, pixel size and suffix) a file for each band; and the files of
-        these scenes that show something else, such as other bands or a map of classes.
+        a dictionary from each place (path of the first band without band, pixel size and suffix) to one file per band;
+        and the files of these scenes that show something else, such as other bands or a class map.
     """
     if not all(isinstance(band, str) for band in bands):
         return {}, set()
@@ -112,7 +117,7 @@ def stacks(files: Sequence[str], bands: Sequence[int | str]) -> tuple[dict[str, 
 
 
 def single_bands(files: Sequence[str]) -> list[str]:
-    """Files of a place that has at least three bands, or two polarisations, in files of their own; else none."""
+    """Files of a place that has at least three bands, or two polarisations, in separate files; empty if none has."""
     positions: dict[tuple[Place, int], list[str]] = defaultdict(list)
     for file in files:
         for pattern, least in ((_BAND, 3), (_RADAR, 2)):
@@ -128,7 +133,7 @@ def _pattern(band: str) -> str:
 
 
 def _place(file: str, pattern: str) -> Place | None:
-    """A path without the band that the pattern finds in it, and without pixel sizes; None: no such band."""
+    """The place of a path: the path without the band that matches the pattern and without pixel sizes, else None."""
     path = PurePosixPath(file)
     stem, result = _without(path.stem, pattern)
     folders = []
@@ -142,7 +147,7 @@ def _place(file: str, pattern: str) -> Place | None:
 
 
 def _without(text: str, pattern: str) -> tuple[str, bool]:
-    """A name without the words that fit a pattern, and whether there were any."""
+    """A name without the words that match a pattern, and whether there were any."""
     text, count = re.subn(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", "", text, flags=re.IGNORECASE)
     return (re.sub(r"[_.\-]{2,}", "_", text).strip("_.-"), True) if count else (text, False)
 
@@ -152,7 +157,7 @@ def _folder(parts: Sequence[str]) -> str:
 
 
 def _name(place: Place, file: str) -> str:
-    """What a place is called: without a name of its own as its folder, and without that as its first file."""
+    """Name of a place; if it is empty, the name of its folder; if there is no folder, the name of its first file."""
     return "/".join(filter(None, place)) or PurePosixPath(file).stem
 
 
@@ -161,7 +166,7 @@ def _product(stem: str) -> str:
 
 
 def _belongs(file: str, begun: set[Place]) -> bool:
-    """Whether a file is a further band of a place, or its name begins as the place's, in the same folder."""
+    """Whether a file is a further band of a place, or has a name that begins with the place's in the same folder."""
     path, band = PurePosixPath(file), _place(file, _BAND)
     folder, stem = _folder(path.parent.parts), path.stem.lower()
     ends = [0, *(result.start() for result in re.finditer(r"(?<=[a-z0-9])(?![a-z0-9])", stem))]
@@ -171,7 +176,7 @@ def _belongs(file: str, begun: set[Place]) -> bool:
 
 
 def _beside_images(file: str) -> bool:
-    """Whether a file is of a Sentinel-2 product but no image of it: a mask of clouds or of defects, a preview."""
+    """Whether a file belongs to a Sentinel-2 product but is not an image: a cloud or defect mask, or a preview."""
     folders = PurePosixPath(file).parent.parts
     return any(folder.lower().endswith(_SAFE) for folder in folders) and _SAFE_IMAGES not in folders
 
@@ -182,7 +187,7 @@ def _has_one_band(path: Path) -> bool:
     try:
         with quiet_gdal(), rasterio.open(path) as raster:
             return raster.count == 1
-    except Exception:  # its own row says that it cannot be opened
+    except Exception:  # the file's row in the manifest reports that it cannot be opened
         return False
 
 

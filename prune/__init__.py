@@ -1,4 +1,4 @@
-"""Corpus to subset: entropy, embedding, scenes, clusters, allocation, every method."""
+"""Selection of a subset of a corpus: entropy, embeddings, scenes, clusters, budget allocation and all methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["RSPrune", "Selection", "select_from_arrays"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is requested: a worker process that measures entropies needs none of the methods' libraries."""
+    """Import the requested name only: a worker process that measures entropies does not load the methods' libraries."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

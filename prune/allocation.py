@@ -1,4 +1,4 @@
-"""Spreading a budget over groups, from proportional to uniform."""
+"""Allocation of a budget over groups: proportional to their sizes, uniform, or between the two."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def water_fill(capacities: np.ndarray, budget: int) -> np.ndarray:
-    """The most even integer allocation that no capacity cuts: everyone gets min(capacity, level).
+    """The most even integer allocation within the capacities: every group gets min(capacity, level).
 
-    The rest that does not divide goes to the largest capacities, ties to the first.
+    The remainder that cannot be divided evenly goes to the groups of the largest capacities, ties to the first.
 
     Args:
         capacities: int [G], at least 0.
-        budget: 0 <= budget <= sum(capacities).
+        budget: number to allocate, 0 <= budget <= sum(capacities).
     Returns:
         int64 [G] that sums to `budget`.
     Raises:
@@ -50,9 +50,9 @@ def proportional(capacities: np.ndarray, budget: int) -> np.ndarray:
 
 
 def allocate(capacities: np.ndarray, budget: int, uniformity: float) -> np.ndarray:
-    """Blend of `proportional` (uniformity 0) and `water_fill` (uniformity 1), exact and capped (docs/method.md, 3).
+    """Blend of `proportional` (uniformity 0) and `water_fill` (uniformity 1), see docs/method.md, section 3.
 
-    Returns int64 [G] that sums to `budget`.
+    Returns int64 [G] that sums to exactly `budget`; no group gets more than its capacity.
     """
     capacities = np.asarray(capacities, dtype=np.int64)
     even, fraction = water_fill(capacities, budget), proportional(capacities, budget)
@@ -65,10 +65,13 @@ def allocate(capacities: np.ndarray, budget: int, uniformity: float) -> np.ndarr
 
 
 def allocate_distinct(distinct: np.ndarray, capacities: np.ndarray, budget: int, uniformity: float) -> np.ndarray:
-    """`allocate` among the images of each group that repeat no other; repetitions get what is left of the budget.
+    """`allocate` over the distinct images of each group first; repetitions get the part of the budget that is left.
 
     Args:
-        distinct: int [G], at most the capacities.
+        distinct: int [G], number of images of each group that repeat no other, at most the capacity.
+        capacities: int [G], number of all images of each group.
+        budget: number of images to allocate.
+        uniformity: as in `allocate`.
     Returns:
         int64 [G] that sums to `budget`.
     """

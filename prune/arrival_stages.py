@@ -1,4 +1,4 @@
-"""The stages of `prune/arrive.py`: what each new corpus is beside the kept set, and the answer for all that arrived."""
+"""The stages of `prune/arrive.py`: compare each new corpus with the kept set, then decide on all arrivals together."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ from runtime.cost import Clock
 from runtime.errors import UserError
 from runtime.notices import notice
 
-#: Files of the stages.
+#: Files that the stages write.
 BESIDE, ARRIVALS, SUMMARY, REPORT_PAGE = "beside.parquet", "arrivals.parquet", "summary.json", "report.html"
 GROWING, FIXED = "growing", "fixed"
-#: Where an image lies that another one repeats.
+#: Where the repeated image lies: in the kept set or among the arrivals.
 KEPT, ARRIVED = "kept", "arrived"
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What new images are measured by.
+    """Thresholds that new images are judged by.
 
     Attributes:
-        entropy: bits below which an image is low in information.
-        likeness: when one repeats another.
+        entropy: local entropy in bits below which an image is low in information.
+        likeness: rule by which one image repeats another.
     """
 
     entropy: float
@@ -68,12 +68,15 @@ class Thresholds:
 
 
 def arrive(cfg: DictConfig, kept: Kept) -> Path:
-    """Judge a new corpus, and with `arrive.after` what arrived before it. Returns the directory of the answer.
+    """Judge a new corpus, together with the earlier arrivals if `arrive.after` names an earlier answer.
 
     Args:
-        cfg: after `prune.kept.as_selected`.
+        cfg: configuration that `prune.kept.as_selected` returned.
+        kept: the opened selection.
+    Returns:
+        the directory of the answer.
     Raises:
-        UserError: an option that is none, or an earlier answer that is not of this selection.
+        UserError: an option is invalid, or the earlier answer belongs to another selection.
     """
     budget, clock = budget_option(cfg.arrive.budget), Clock()
     rule = pair_rule(cfg)
@@ -91,7 +94,7 @@ def arrive(cfg: DictConfig, kept: Kept) -> Path:
     corpora = {corpus.fingerprint: corpus for corpus in [*(earlier.corpora if earlier else ()), new]}
     parts = {}
     with clock("compare with what is kept"):
-        for name in sorted(corpora):  # of a set: the order in which they came is forgotten
+        for name in sorted(corpora):  # sorted: the answer does not depend on the order of arrival
             parts[name] = judged(corpora[name], kept, index, limits, cfg.runs)
     inputs = {"selection": kept.directory.resolve().name, "parts": {name: part.name for name, part in parts.items()}}
     inputs["budget"] = budget
@@ -113,9 +116,10 @@ def arrive(cfg: DictConfig, kept: Kept) -> Path:
 
 
 def budget_option(value: Any) -> str | int:
-    """
+    """The option `arrive.budget`, checked.
+
     Raises:
-        UserError: neither `growing` nor `fixed` nor a number.
+        UserError: the value is neither `growing` nor `fixed` nor a number.
     """
     if value in (GROWING, FIXED):
         return str(value)
@@ -125,10 +129,10 @@ def budget_option(value: Any) -> str | int:
 
 
 def thresholds(cfg: DictConfig, kept: Kept, index: KeptIndex, rule: Any) -> Thresholds:
-    """What images are measured by: the selection's own thresholds, else the options'.
+    """The thresholds of the selection; where it has none, those of the options.
 
     Raises:
-        UserError: an option out of range.
+        UserError: an option is out of range.
     """
     options = cfg.arrive
     for name in ("near", "similarity"):
@@ -149,17 +153,17 @@ def thresholds(cfg: DictConfig, kept: Kept, index: KeptIndex, rule: Any) -> Thre
 
 @dataclass(frozen=True)
 class Earlier:
-    """What arrived before: the corpora and the table of an answer."""
+    """An earlier answer: the corpora that had arrived, and its table."""
 
     corpora: tuple[Corpus, ...]
     table: pd.DataFrame
 
 
 def open_earlier(directory: Path, kept: Kept) -> Earlier:
-    """An earlier answer for the same selection.
+    """Open an earlier answer for the same selection.
 
     Raises:
-        UserError: it is none, is of another selection, or a corpus of it is gone.
+        UserError: the directory holds no answer, the answer is of another selection, or one of its corpora is gone.
     """
     if not (directory / ARRIVALS).is_file() or not (directory / COMPLETE).is_file():
         raise UserError(f"arrive.after={directory} is no answer: give the directory that prune/arrive.py prints")
@@ -176,7 +180,7 @@ def open_earlier(directory: Path, kept: Kept) -> Earlier:
 
 
 def judged(corpus: Corpus, kept: Kept, index: KeptIndex, limits: Thresholds, runs: Path | str) -> Path:
-    """The stage that says what every image of a corpus is beside the kept set alone."""
+    """Run the stage `beside` for one corpus, or find it done; returns its directory."""
     likeness = limits.likeness
     inputs = {
         "index": index.fingerprint, "corpus": corpus.fingerprint, "entropy": limits.entropy, "near": likeness.near,
@@ -195,10 +199,11 @@ def judged(corpus: Corpus, kept: Kept, index: KeptIndex, limits: Thresholds, run
 def beside(
     corpus: Corpus, entropy: np.ndarray, looks: Looks, kept: Kept, index: KeptIndex, limits: Thresholds
 ) -> pd.DataFrame:
-    """What every image of a corpus is beside the kept set alone, a row an image in corpus order.
+    """Table of the comparison of a corpus with the kept set alone, one row per image in corpus order.
 
     Args:
-        entropy: float [N], bits; looks: of the N images.
+        entropy: float [N], local entropy in bits.
+        looks: embeddings, pixels and locations of the N images.
     """
     readable = np.flatnonzero(corpus.readable)
     scene, scene_similarity = assign_scenes(looks.points.embeddings, index.prototypes)
@@ -227,7 +232,7 @@ def beside(
 
 
 def _columns(count: int) -> dict[str, np.ndarray]:
-    """Columns of what is not known of an image."""
+    """Default columns for `count` images about which nothing is known."""
     texts = ("nearest_kept", "duplicate_of", "duplicate_in", "digest")
     numbers = ("scene_similarity", "similarity", "duplicate_similarity", "correlation")
     return {
@@ -246,15 +251,15 @@ def _looks(corpus: Corpus, kept: Kept, index: KeptIndex, runs: Path | str) -> Lo
 def together(
     corpora: Sequence[Corpus], parts: Sequence[Path], kept: Kept, index: KeptIndex, runs: Path | str
 ) -> tuple[pd.DataFrame, Looks]:
-    """`union` of the parts of an answer."""
+    """`union` of the tables and images that the stages of the corpora left."""
     tables = [pd.read_parquet(part / BESIDE) for part in parts]
     return union(tables, [_looks(corpus, kept, index, runs) for corpus in corpora])
 
 
 def union(tables: Sequence[pd.DataFrame], looks: Sequence[Looks]) -> tuple[pd.DataFrame, Looks]:
-    """The tables of `beside` and the images of all that arrived; `row` is then that of all, one part after the other.
+    """Join the tables of `beside` and the images of all arrivals; `row` then counts through all parts.
 
-    An image that came twice, with the same id and the same pixels, or broken for the same reason, is one row.
+    An image that arrived twice (the same id and the same pixels, or unreadable for the same reason) gets one row.
     """
     starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])])
     table = pd.concat([part.assign(row=part["row"] + start) for part, start in zip(tables, starts, strict=False)])
@@ -269,7 +274,7 @@ def union(tables: Sequence[pd.DataFrame], looks: Sequence[Looks]) -> tuple[pd.Da
 def answered(
     table: pd.DataFrame, looks: Looks, kept: Kept, index: KeptIndex, likeness: Likeness, budget: str | int
 ) -> pd.DataFrame:
-    """The final verdicts: repetitions among what arrived, and the budget over what remains."""
+    """The final verdicts: find repetitions among the arrivals, then spread the budget over the remaining images."""
     names = np.array([*index.prototypes.names, OPEN_SCENE], dtype=object)
     code = table["scene_code"].to_numpy()
     table = table.assign(
@@ -307,7 +312,7 @@ def answered(
 
 
 def _proposed(table: pd.DataFrame, chosen: np.ndarray, kept: Kept, index: KeptIndex) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that would take a kept image's place, and the ids of these."""
+    """Rows of arrivals that would replace a kept image, and the ids of the kept images that they would replace."""
     similarity, neighbour = nearest_others(kept, index)
     ids = kept.table["id"].to_numpy(dtype=object)
     order = np.lexsort((ids, -similarity))
@@ -317,13 +322,13 @@ def _proposed(table: pd.DataFrame, chosen: np.ndarray, kept: Kept, index: KeptIn
 
 
 def nearest_others(kept: Kept, index: KeptIndex) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine of each kept image to the nearest other one, float32 [K], and which it is, int64 [K]; -1: alone."""
+    """Cosine of each kept image to the nearest other kept image, float32 [K], and its position, int64 [K]; -1: none."""
     points, rows = Points(kept.embeddings, index.prototypes.centre), kept.rows
     similarity, neighbour = np.full(len(rows), -1, np.float32), np.full(len(rows), -1)
     for start in range(0, len(rows) if len(rows) > 1 else 0, BLOCK):
         own = np.arange(start, min(start + BLOCK, len(rows)))
         vectors = points[rows[own]]
-        result = nearest(index.index, vectors, 3)  # itself, or its copies, are among them
+        result = nearest(index.index, vectors, 3)  # includes the image itself or copies of it
         others = points[rows[result.ravel().clip(0)]].reshape(*result.shape, -1)
         cosines = np.where((result < 0) | (result == own[:, None]), -1, paired_cosines(vectors, others))
         best = cosines.argmax(axis=1)
@@ -339,7 +344,7 @@ def summarise(
     budget: str | int,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """summary.json of an answer."""
+    """Content of the summary.json of an answer."""
     added = table["added"].to_numpy(dtype=bool)
     arrived, new = (rows["scene"].value_counts() for rows in (table, table[added]))
     names = [*index.prototypes.names, OPEN_SCENE]
@@ -377,7 +382,7 @@ def summarise(
 
 
 def announce(directory: Path, new: Corpus, earlier: Earlier | None) -> None:
-    """Say on stderr, in one line, what the new corpus is, and what that changes in an earlier answer."""
+    """Print one line on stderr: the verdicts on the new corpus, and what they change in an earlier answer."""
     table = pd.read_parquet(directory / ARRIVALS)
     own = table[table["corpus"] == new.fingerprint]
     counts = ", ".join(f"{count:,} {name}" for name, count in counts_of(own["verdict"], VERDICTS).items() if count)

@@ -1,8 +1,8 @@
-"""New images against a kept set: what each is beside it, and which of all that arrived are worth adding.
+"""Compare new images ("arrivals") with a kept set and decide which of them are worth adding.
 
-The answer is a function of the set of arrivals: what an image is beside the kept set does not depend on the other
-arrivals, and among these a fixed priority decides. So it does not matter in how many parts and in which order they come
-(docs/arrivals.md).
+The answer depends on the set of arrivals only. The comparison of an image with the kept set does not depend on the
+other arrivals, and among the arrivals a fixed priority decides. So the answer is the same for any number of parts and
+any order in which the images arrive (docs/arrivals.md).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from prune.likeness import CORRELATION, NEAR_DUPLICATE, OTHER_DATE, PairRule, co
 from prune.neighbour_index import SAMPLE, nearest, new_index, paired_cosines
 from runtime.progress import progress
 
-#: What an image is; the first four say why it is not to be added.
+#: Verdicts on an image; the first four are reasons not to add it.
 UNREADABLE, LOW_ENTROPY, COPY, REDUNDANT = "unreadable", "low_entropy", "copy", "redundant"
 WORTH, NOT_NEEDED = "worth_adding", "not_needed"
 VERDICTS = (UNREADABLE, LOW_ENTROPY, COPY, NEAR_DUPLICATE, REDUNDANT, WORTH, NOT_NEEDED)
-#: Of an image that is none of these beside the kept set, until the others that arrived are looked at.
+#: Preliminary verdict: none of the reasons applies beside the kept set; the other arrivals are not yet considered.
 CANDIDATE = "candidate"
-#: Images that are compared at a time, and pairs of images whose pixels are.
+#: Images compared at a time, and pairs of images whose pixels are compared at a time.
 BLOCK, PAIRS = 512, 256
-#: Steps of the gain by which arrivals are ordered: beyond these, it says more of the encoder's rounding than of images.
+#: Step to which the gain is rounded when arrivals are ordered: smaller differences reflect the encoder's rounding.
 GAIN_STEP = 0.01
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Arrays one after the other, of which only the rows requested are read."""
+    """Several arrays as one concatenated array; only the requested rows are read."""
 
     parts: Sequence[np.ndarray]
 
@@ -47,7 +47,7 @@ class Gathered:
         return self.shape[0]
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        """[K, ...] of rows int64 [K] or a slice."""
+        """The values [K, ...] at some rows, given as int64 [K] or a slice."""
         rows = np.arange(len(self))[rows] if isinstance(rows, slice) else rows
         result = np.empty((len(rows), *self.shape[1:]), self.parts[0].dtype)
         start = 0
@@ -60,12 +60,12 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Looks:
-    """Images as they are compared.
+    """The data of N images that a comparison needs.
 
     Attributes:
         points: unit embeddings [N, D].
         images: uint8 [N, R, R, 3].
-        locations: N of them.
+        locations: the N locations.
     """
 
     points: Points
@@ -75,13 +75,13 @@ class Looks:
 
 @dataclass(frozen=True)
 class Likeness:
-    """When an arrival repeats another image.
+    """The rule by which an arrival repeats another image.
 
     Attributes:
-        similarity: float32 [S], by scene, the cosine from which on it is redundant.
-        near: cosine from which on pixels are compared.
-        neighbours: images that each is compared with.
-        rule: of other dates and locations.
+        similarity: float32 [S], for each scene the cosine from which an image is redundant.
+        near: cosine from which pixels are compared.
+        neighbours: number of nearest images that each arrival is compared with.
+        rule: which images of other dates and locations count as duplicates.
     """
 
     similarity: np.ndarray
@@ -92,12 +92,13 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Repeats:
-    """What images repeat.
+    """For each of n images, the image that it repeats.
 
     Attributes:
         verdict: object [n]: `COPY`, `NEAR_DUPLICATE`, `REDUNDANT`, or "" for none.
-        match: int64 [n], the row of the other image, -1 for none.
-        cosine: float32 [n] to it; correlation: float32 [n] of the brightness, NaN where it was not looked at.
+        match: int64 [n], row of the repeated image; -1: none.
+        cosine: float32 [n], cosine to the repeated image.
+        correlation: float32 [n], correlation of the brightness; NaN where it was not computed.
     """
 
     verdict: np.ndarray
@@ -111,7 +112,7 @@ class Repeats:
         return cls(np.full(count, "", object), np.full(count, -1), *gaps)
 
     def put(self, rows: np.ndarray, others: Repeats) -> None:
-        """Take those of some rows from another."""
+        """Overwrite some rows with the values of `others`."""
         for name in ("verdict", "match", "cosine", "correlation"):
             getattr(self, name)[rows] = getattr(others, name)
 
@@ -120,18 +121,22 @@ def repeats(
     mine: Looks, rows: np.ndarray, theirs: Looks, candidates: np.ndarray, cosines: np.ndarray, need: np.ndarray,
     likeness: Likeness,
 ) -> Repeats:  # fmt: skip
-    """Which of its candidates each image repeats.
+    """Find which of its candidates each image repeats.
 
-    An image is a copy of one that is equal in every pixel; a near-duplicate of one at a cosine of at least `near` whose
-    brightness correlates at `CORRELATION`, unless their locations are known to differ; redundant beside one at a cosine
-    of at least `need`. The same place on another date is none of the last two, unless `likeness.rule` says otherwise.
-    The first of these counts, and of several images the nearest.
+    An image is a copy of a candidate if all pixels are equal. It is a near-duplicate if the cosine is at least
+    `likeness.near` and the brightness correlates at `CORRELATION` or more, unless the locations are known to differ. It
+    is redundant if the cosine is at least `need`. An image of the same location on another date is neither a
+    near-duplicate nor redundant, unless `likeness.rule` says otherwise. The first verdict in this order counts, and
+    among several candidates the nearest one.
 
     Args:
-        rows: int64 [n] of `mine`.
-        candidates: int64 [n, k] rows of `theirs`, -1: none.
-        cosines: float32 [n, k].
-        need: float32 [n].
+        mine: the images to judge.
+        rows: int64 [n], rows of `mine`.
+        theirs: the images to compare with.
+        candidates: int64 [n, k], rows of `theirs`; -1: none.
+        cosines: float32 [n, k], cosines to the candidates.
+        need: float32 [n], cosine from which the image is redundant.
+        likeness: the remaining thresholds.
     """
     count = len(candidates)
     order = np.argsort(-np.where(candidates < 0, -np.inf, cosines), axis=1, kind="stable")
@@ -174,13 +179,16 @@ def beside_kept(
     arrived: Looks, rows: np.ndarray, scene: np.ndarray, kept: Looks, index: faiss.Index, kept_rows: np.ndarray,
     likeness: Likeness,
 ) -> tuple[np.ndarray, np.ndarray, Repeats]:  # fmt: skip
-    """What each of some arrivals is beside the kept images alone.
+    """Compare some arrivals with the kept images alone.
 
     Args:
-        rows: int64 [n] of `arrived`; scene: int64 [n].
-        index: of the kept images; kept_rows: int64 [K], their rows in `kept`.
+        rows: int64 [n], rows of `arrived`.
+        scene: int64 [n], scene of each arrival.
+        index: faiss index of the kept images.
+        kept_rows: int64 [K], row in `kept` of each image of the index.
     Returns:
-        the nearest kept image, int64 [n] row of `kept`, the cosine to it, float32 [n], and what the arrivals repeat.
+        the row in `kept` of the nearest kept image, int64 [n]; the cosine to it, float32 [n]; and the kept images that
+        the arrivals repeat.
     """
     closest, cosine, result = np.full(len(rows), -1), np.full(len(rows), np.nan, np.float32), Repeats.none(len(rows))
     for start in progress(range(0, len(rows), BLOCK), "compare with what is kept", unit="block"):
@@ -202,16 +210,20 @@ def _cosines(vectors: np.ndarray, points: Points, candidates: np.ndarray) -> np.
 
 
 def priority(gain: np.ndarray, digest: np.ndarray, identifier: np.ndarray) -> np.ndarray:
-    """The order in which arrivals are taken, int64 [n]: what lies farthest from the kept images first, in steps of
-    `GAIN_STEP`, then by a digest of the pixels, then by id. It depends on each image alone."""
+    """The order in which arrivals are taken, int64 [n].
+
+    The images farthest from the kept images come first, in steps of `GAIN_STEP`; ties are ordered by a digest of the
+    pixels and then by id. The sort keys of an image do not depend on the other arrivals.
+    """
     return np.lexsort((identifier, digest, -np.round(gain / GAIN_STEP)))
 
 
 def among_arrivals(arrived: Looks, rows: np.ndarray, scene: np.ndarray, likeness: Likeness) -> Repeats:
-    """Which arrivals repeat one of higher priority that repeats none itself.
+    """Find the arrivals that repeat an arrival of higher priority; an image that is itself a repetition does not count.
 
     Args:
-        rows: int64 [n] of `arrived` in the order of their priority; scene: int64 [n].
+        rows: int64 [n], rows of `arrived` in the order of their priority.
+        scene: int64 [n], scene of each arrival.
     """
     result = Repeats.none(len(rows))
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int)] if len(rows) else rows
@@ -235,7 +247,11 @@ def _first_of_block(
     arrived: Looks, rows: np.ndarray, vectors: np.ndarray, need: np.ndarray, free: np.ndarray, likeness: Likeness,
     result: Repeats, start: int,
 ) -> np.ndarray:  # fmt: skip
-    """Of images of a block that repeat none before it those that repeat none in it, int64; `result` gets the rest."""
+    """Find the distinct images of a block, int64, and record the repetitions in `result`.
+
+    `free` holds the positions of the images that repeat no image of an earlier block. A distinct image repeats no other
+    image of its own block either.
+    """
     products = vectors[free] @ vectors[free].T
     leads = np.zeros(len(free), dtype=bool)
     least = np.minimum(need, likeness.near)
@@ -253,14 +269,17 @@ def _first_of_block(
 
 
 def fill(kept: np.ndarray, available: np.ndarray, budget: int) -> np.ndarray:
-    """How many of each scene's arrivals to add so that the kept set becomes as even as it can: water-filling on top.
+    """How many arrivals of each scene to add so that the kept set becomes as even as possible over the scenes.
 
-    What does not divide goes to the first scenes.
+    This is water-filling on top of the images that are kept already. A remainder that cannot be divided evenly goes to
+    the first scenes.
 
     Args:
-        kept, available: int [S]; budget: at least 0.
+        kept: int [S], kept images of each scene.
+        available: int [S], arrivals of each scene that can be added.
+        budget: number of images to add, at least 0.
     Returns:
-        int64 [S], at most `available`, of sum min(budget, sum of `available`).
+        int64 [S], at most `available`, with the sum min(budget, sum of `available`).
     """
     kept, available = np.asarray(kept, np.int64), np.asarray(available, np.int64)
     budget = min(int(budget), int(available.sum()))
@@ -278,7 +297,7 @@ def fill(kept: np.ndarray, available: np.ndarray, budget: int) -> np.ndarray:
 
 
 def first_of_scenes(scene: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Whether each of some images, in order, is among the first `counts` [S] of its scene, bool [n]."""
+    """Mark the images that are among the first `counts[s]` images of their scene s, bool [n]; `counts` is int [S]."""
     order = np.argsort(scene, kind="stable")
     starts = np.searchsorted(scene[order], np.arange(len(counts)))
     chosen = np.empty(len(scene), dtype=bool)
@@ -287,24 +306,26 @@ def first_of_scenes(scene: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def swaps(gain: np.ndarray, similarity: np.ndarray, neighbour: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
-    """Which arrival could take which kept image's place, the most redundant first, while the subset gains by it.
+    """Pairs of an arrival and a kept image that it could replace, as long as the replacement improves the subset.
 
-    An arrival must lie farther from what is kept than the image whose place it takes lies from its nearest other. Of
-    two kept images that are redundant beside one another only one goes.
+    The most redundant kept images are replaced first. The distance of the arrival to the kept set must exceed the
+    distance of the replaced image to its nearest other kept image. A kept image is not replaced if its nearest kept
+    image was replaced before.
 
     Args:
-        gain: float [n] of the arrivals, the best first.
-        similarity: float [K], cosine of each kept image to its nearest other; neighbour: int64 [K], that one or -1.
-        order: int64 [K], the kept images by their redundancy.
+        gain: float [n], gain of each arrival, the best first.
+        similarity: float [K], cosine of each kept image to its nearest other kept image.
+        neighbour: int64 [K], position of that nearest image; -1: none.
+        order: int64 [K], positions of the kept images, the most redundant first.
     Returns:
-        pairs of the position of an arrival and that of a kept image.
+        pairs (position of an arrival, position of a kept image).
     """
     result: list[tuple[int, int]] = []
     gone: set[int] = set()
     for kept in order.tolist():
         if len(result) == len(gain) or gain[len(result)] <= 1 - similarity[kept]:
             break
-        if neighbour[kept] in gone:  # it is alone now
+        if neighbour[kept] in gone:  # its nearest image was replaced already
             continue
         gone.add(kept)
         result.append((len(result), kept))
@@ -312,13 +333,13 @@ def swaps(gain: np.ndarray, similarity: np.ndarray, neighbour: np.ndarray, order
 
 
 def digests(images: np.ndarray, rows: Iterable[int]) -> np.ndarray:
-    """16 hex digits of the pixels of some images, object [n]."""
+    """Digest of the pixels of some images as 16 hex digits each, object [n]."""
     return np.array(
         [hashlib.blake2b(np.ascontiguousarray(images[row]), digest_size=8).hexdigest() for row in rows], object
     )
 
 
 def counts_of(values: Any, names: Sequence[str]) -> dict[str, int]:
-    """How many of each name, in their order."""
+    """How often each of `names` occurs among the values, in the order of `names`."""
     values = np.asarray(values, dtype=object)
     return {name: int((values == name).sum()) for name in names}

@@ -1,4 +1,4 @@
-"""New images against a kept set: `python prune/arrive.py selection=DIR corpus=folder corpus.root=new`."""
+"""Compare new images with a kept set: `python prune/arrive.py selection=DIR corpus=folder corpus.root=new`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions and pair scores of the corpus that is pruned: which scenes the pairs are compared in, and what is read."""
+"""Captions and pair scores of the corpus to prune: in which scenes pairs are compared, and which captions are read."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from prune.scenes import SceneRule
 from runtime.artefacts import fingerprint, read_json
 from runtime.errors import UserError
 
-#: Captions that training reads: those that came with the corpus; the loops' best; the best with methods that use them.
+#: Captions that training reads. GIVEN: those of the corpus; BEST: the best ones that the captioning loops found; AUTO:
+#: the best ones if the pruning method uses captions, otherwise the given ones.
 GIVEN, BEST, AUTO = CHOICES = ("given", "best", "auto")
-#: Folds by which images are dealt where no scorer is fitted.
+#: Number of folds that the images are dealt into if no scorer is fitted.
 FOLDS = 5
 
 
 @dataclass(frozen=True)
 class CleanedPairs:
-    """The stage of the loops' captions, and what it looked at."""
+    """The directory of the captioning loops' stage, and the images and captions that it compared."""
 
     directory: Path
     material: Material
 
     def scores(self, corpus: Corpus) -> PairScores:
-        """What methods see."""
+        """The scores that pruning methods see."""
         scenes = np.array(self.material.scenes, object)[self.material.scene]
         return PairScores(**scores_of_images(corpus, self.directory), scene=scenes)
 
@@ -42,7 +43,7 @@ def loops_of(cfg: DictConfig) -> Loops:
     """The two loops of `cfg.captioning`.
 
     Raises:
-        UserError: an option is no number where one is needed, or has another value that is none.
+        UserError: an option that must be a number is not one, or an option has an invalid value.
     """
     options = cfg.captioning
     for name, kind in (("rounds", int), ("most_mismatch", float), ("seed", int)):
@@ -61,7 +62,7 @@ def loops_of(cfg: DictConfig) -> Loops:
 
 
 def given_captions(cfg: DictConfig, corpus: Corpus) -> Corpus:
-    """The corpus with captions exchanged where `captioning.swapped.fraction` says so."""
+    """The corpus, with the fraction `captioning.swapped.fraction` of its captions exchanged between images."""
     options = cfg.captioning.swapped
     if options.fraction is None:
         return corpus
@@ -69,10 +70,10 @@ def given_captions(cfg: DictConfig, corpus: Corpus) -> Corpus:
 
 
 def method_of(cfg: DictConfig) -> Method:
-    """The pruning method; a `cleaning_ratio` that names a file is read from it.
+    """The pruning method of the configuration; if `cleaning_ratio` names a file, the ratios are read from that file.
 
     Raises:
-        UserError: the file is not there or holds something else than ratios by scene.
+        UserError: the file does not exist or does not hold ratios by scene.
     """
     given = cfg.prune.get("cleaning_ratio")
     if not isinstance(given, str):
@@ -88,10 +89,10 @@ def method_of(cfg: DictConfig) -> Method:
 
 
 def requested(cfg: DictConfig, method: Method) -> tuple[bool, bool]:
-    """Whether pairs are to be scored, and whether the loops' captions are to be read.
+    """Two flags: whether pairs must be scored, and whether the captions of the loops are to be read.
 
     Raises:
-        UserError: `captioning.captions` is none of `CHOICES`.
+        UserError: `captioning.captions` is not one of `CHOICES`.
     """
     choice = str(cfg.captioning.captions)
     if choice not in CHOICES:
@@ -101,11 +102,11 @@ def requested(cfg: DictConfig, method: Method) -> tuple[bool, bool]:
 
 
 def cleaned(cfg: DictConfig, pool: Pool, corpus: Corpus, scene_pool: Callable[[], Pool]) -> CleanedPairs:
-    """Run the loops, or find them done.
+    """Run the captioning loops, or find them done.
 
     Args:
-        pool: with the embeddings.
-        scene_pool: the pool with a reference, for a corpus that has no labels.
+        pool: the corpus's pool, with embeddings.
+        scene_pool: function that returns the pool with a reference; called for a corpus that has no labels.
     """
     loops = loops_of(cfg)
     labels = corpus.manifest["scene"].to_numpy(dtype=object)
@@ -119,11 +120,11 @@ def cleaned(cfg: DictConfig, pool: Pool, corpus: Corpus, scene_pool: Callable[[]
 
 
 def _estimated_scenes(pool: Pool, seed: int) -> np.ndarray:
-    """Scenes by the prototypes of the pool's reference, str [N]; "" unreadable."""
+    """Scene of each image by the prototypes of the pool's reference, str [N]; "" where the image is unreadable."""
     result = SceneRule()(pool, seed)
     return np.where(pool.readable, np.array(result.names, dtype=object)[result.scene], "")
 
 
 def read_captions(cfg: DictConfig, corpus: Corpus, directory: Path) -> Corpus:
-    """The corpus with the loops' captions."""
+    """The corpus with the captions that the loops found."""
     return with_captions(corpus, directory, float(cfg.captioning.most_mismatch))

@@ -1,4 +1,4 @@
-"""k-means of a scene at any size: bounded samples, level by level, the rest assigned in a stream."""
+"""k-means of a scene of any size: fitted to bounded samples, level by level; the other images are then assigned."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from prune.pool import Pool, Selection
 from prune.ranks import ascending
 
 CHUNK = 16_384
-#: Products (points x clusters) from which a k-means gains by more than one thread.
+#: Number of products (points x clusters) from which k-means is faster with more than one thread.
 MANY_PRODUCTS = 4_000_000
-#: Levels of clusters at most: images that are all alike cannot be split, however often one tries.
+#: Largest number of levels: images that are all alike cannot be split, so the recursion must end.
 DEEPEST = 6
-#: Least length by which a vector is divided.
+#: Smallest norm that a vector is divided by.
 TINY = np.float32(1e-12)
 
 
 @dataclass(frozen=True)
 class Points:
-    """Rows of an embedding matrix, usually a memory map, read only where they are needed.
+    """Rows of an embedding matrix, usually a memory map; rows are read when they are accessed.
 
     Attributes:
         embeddings: float [N, D].
-        centre: float32 [D], subtracted.
-        spherical: bring rows to unit length.
+        centre: float32 [D], subtracted from every row.
+        spherical: whether rows are scaled to unit length.
     """
 
     embeddings: np.ndarray
@@ -37,7 +37,7 @@ class Points:
     spherical: bool = True
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        """float32 [K, D], centred and, if spherical, of unit length; a zero vector stays zero."""
+        """The rows as float32 [K, D], centred and, if spherical, of unit length; a zero vector stays zero."""
         values = np.asarray(self.embeddings[rows])
         vectors = np.empty(values.shape, np.float32)
         if values.dtype == np.float16:
@@ -47,19 +47,19 @@ class Points:
         return vectors
 
     def restricted(self, rows: np.ndarray) -> Points:
-        """Some rows alone, read now, numbered from 0: they can be sent to another machine."""
+        """A copy of some rows in memory, numbered from 0, which can be sent to another machine."""
         return Points(np.array(self.embeddings[rows]), self.centre, self.spherical)
 
 
 @cache
 def _halves() -> np.ndarray:
-    """float32 [65536], the value of every half-precision number by its bits."""
+    """Table float32 [65536] of the value of every half-precision number, indexed by its bits."""
     return np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 @numba.njit(cache=True, nogil=True)
 def _from_half(bits: np.ndarray, halves: np.ndarray, centre: np.ndarray, spherical: bool, out: np.ndarray) -> None:
-    """Rows of half-precision numbers, uint16 [K, D], centred and, if spherical, of unit length."""
+    """Write half-precision rows, given as bits uint16 [K, D], into `out`: centred and, if spherical, of unit length."""
     for row in range(len(bits)):
         for column in range(bits.shape[1]):
             out[row, column] = halves[bits[row, column]] - centre[column]
@@ -69,7 +69,7 @@ def _from_half(bits: np.ndarray, halves: np.ndarray, centre: np.ndarray, spheric
 
 @numba.njit(cache=True, nogil=True)
 def _from_single(values: np.ndarray, centre: np.ndarray, spherical: bool, out: np.ndarray) -> None:
-    """As `_from_half`, of float32 [K, D]."""
+    """The same as `_from_half`, for values float32 [K, D]."""
     for row in range(len(values)):
         for column in range(values.shape[1]):
             out[row, column] = values[row, column] - centre[column]
@@ -79,9 +79,10 @@ def _from_single(values: np.ndarray, centre: np.ndarray, spherical: bool, out: n
 
 @numba.njit(nogil=True)
 def _to_unit_length(vector: np.ndarray) -> None:
-    """Divide by the norm, whose squares are summed as PyTorch's `norm` sums them: published selections stay the same.
+    """Divide a vector by its norm, in place.
 
-    That is eight sums side by side, then four numbers, then the rest with fused multiplication and addition.
+    The squares are summed in the order of PyTorch's `norm`, so that published selections stay the same: eight sums side
+    by side, then four numbers, then the rest with fused multiplication and addition.
     """
     size = len(vector)
     whole = size - size % 8
@@ -109,7 +110,7 @@ def _to_unit_length(vector: np.ndarray) -> None:
 
 
 def normalise(vectors: np.ndarray) -> np.ndarray:
-    """Rows of unit length, float32 [N, D]; a zero row stays zero."""
+    """Scale each row to unit length, float32 [N, D]; a zero row stays zero."""
     vectors = np.asarray(vectors, dtype=np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
@@ -117,7 +118,7 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
 def kmeans(points: np.ndarray, clusters: int, seed: int, *, iterations: int = 20, spherical: bool = True) -> np.ndarray:
     """Centroids by faiss k-means, float32 [min(clusters, n), D]; spherical ones have unit length.
 
-    A small one runs in one thread: several can then run side by side, and threads would cost more than they give.
+    A small k-means runs in one thread: more threads would make it slower, and several can run side by side.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
     clusters = min(clusters, len(points))
@@ -134,7 +135,7 @@ def kmeans(points: np.ndarray, clusters: int, seed: int, *, iterations: int = 20
     )
     threads = faiss.omp_get_max_threads()
     if len(points) * clusters < MANY_PRODUCTS:
-        faiss.omp_set_num_threads(1)  # of this thread alone
+        faiss.omp_set_num_threads(1)  # the setting applies to the current thread only
     try:
         model.train(points)
     finally:
@@ -147,7 +148,7 @@ def nearest_centroid(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Index of the nearest centroid, int64 [n], and the distance to it, float32 [n].
 
-    The distance is 1 - cosine for spherical clusters, Euclidean otherwise. Ties go to the first.
+    The distance is 1 - cosine for spherical clusters and Euclidean otherwise. Ties go to the first centroid.
     """
     products = points @ centroids.T
     if spherical:
@@ -160,14 +161,14 @@ def nearest_centroid(
 
 @dataclass(frozen=True)
 class Clustering:
-    """How a set of rows is clustered.
+    """Settings by which a set of rows is clustered; calling the object clusters them.
 
     Args:
-        branches: most clusters of one k-means.
-        hierarchical: beyond `branches`, split every cluster again until there are as many as requested; otherwise
-            `branches` is the most there will be.
-        sample_per_cluster: rows per cluster on which one k-means runs; the rest is assigned.
-        iterations: of Lloyd's algorithm.
+        branches: largest number of clusters of one k-means.
+        hierarchical: if more than `branches` clusters are requested, split every cluster again until there are as many
+            as requested; if False, there are at most `branches` clusters.
+        sample_per_cluster: rows per cluster that one k-means is fitted to; the other rows are assigned afterwards.
+        iterations: iterations of Lloyd's algorithm.
     """
 
     branches: int = 64
@@ -178,14 +179,14 @@ class Clustering:
     def __call__(
         self, points: Points, rows: np.ndarray, clusters: int, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """About `clusters` clusters of `rows`, int64 [n].
+        """Divide `rows`, int64 [n], into about `clusters` clusters.
 
-        With b branches the cost is n b log(clusters) / log(b) products and a bounded k-means per branch: near-linear
-        in n, where one k-means with as many clusters would be quadratic.
+        With b branches the cost is n b log(clusters) / log(b) products and a bounded k-means per branch. This is
+        near-linear in n, whereas one k-means with as many clusters would be quadratic.
 
         Returns:
-            labels: int64 [n], 0..k-1, none empty.
-            distances: float32 [n] to the centroid of the last level.
+            labels: int64 [n], 0..k-1, no cluster is empty.
+            distances: float32 [n], distance to the centroid of the last level.
         """
         labels, distances = self._split(points, rows, clusters, generator, DEEPEST)
         return np.unique(labels, return_inverse=True)[1], distances
@@ -193,7 +194,7 @@ class Clustering:
     def _split(
         self, points: Points, rows: np.ndarray, clusters: int, generator: np.random.Generator, levels: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One k-means and, while there are `levels` left, one inside each of its clusters; labels may skip numbers."""
+        """Run one k-means and, while `levels` remain, one inside each of its clusters; labels may skip numbers."""
         branches = max(1, min(clusters, self.branches, len(rows)))
         sample = rows
         if len(rows) > branches * self.sample_per_cluster:
@@ -218,22 +219,22 @@ class Clustering:
 
 
 def members_of(labels: np.ndarray, count: int) -> list[np.ndarray]:
-    """Ascending positions of every label 0..count-1, in one sort."""
+    """Positions of every label 0..count-1, each ascending; all labels are found with one sort."""
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.searchsorted(labels[order], np.arange(1, count)))
 
 
 def corpus_points(pool: Pool) -> tuple[np.ndarray, Points]:
-    """Readable rows of a pool, int64 [n], and its embeddings centred on their mean, of unit length.
+    """Readable rows of a pool, int64 [n], and its embeddings, centred on their mean and scaled to unit length.
 
-    Centred, because features after a ReLU all point the same way and their raw cosines say little.
+    They are centred because features after a ReLU all point in a similar direction, so their raw cosines say little.
     """
     rows = np.flatnonzero(pool.readable)
     return rows, Points(pool.embeddings, mean_embedding(pool.embeddings, rows))
 
 
 def mean_embedding(embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Mean of some rows of a memory map, float32 [D], read part by part; zeros where there are none."""
+    """Mean of some rows of a memory map, float32 [D], read part by part; zeros if there are no rows."""
     total = np.zeros(embeddings.shape[1], dtype=np.float64)
     for start in range(0, len(rows), CHUNK):
         total += np.asarray(embeddings[rows[start : start + CHUNK]], dtype=np.float32).sum(axis=0)
@@ -243,10 +244,10 @@ def mean_embedding(embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def corpus_clusters(
     pool: Pool, clusters: int | None, generator: np.random.Generator
 ) -> tuple[np.ndarray, Points, np.ndarray, np.ndarray]:
-    """One flat spherical k-means of the readable images; `clusters` None: the square root of their number.
+    """Run one flat spherical k-means on the n readable images; if `clusters` is None, there are sqrt(n) clusters.
 
     Returns:
-        rows int64 [n], points, labels int64 [n], cosine distances float32 [n].
+        the rows, int64 [n]; the points; the labels, int64 [n]; the cosine distances to the centroids, float32 [n].
     """
     rows, points = corpus_points(pool)
     if len(rows) == 0:
@@ -257,13 +258,13 @@ def corpus_clusters(
 
 
 def ranked(pool: Pool, rows: np.ndarray, score: np.ndarray, budget: int, reason: str, **diagnostics: Any) -> Selection:
-    """Keep the `budget` rows of the highest score; equal scores at the cut are drawn from (`prune.ranks`)."""
+    """Keep the `budget` rows of the highest score; ties at the cut are in a fixed random order (`prune.ranks`)."""
     kept = rows[ascending(-score)[:budget]]
     return Selection.of(pool, kept, reason, **diagnostics)
 
 
 def cluster_diagnostics(pool: Pool, rows: np.ndarray, labels: np.ndarray, distances: np.ndarray) -> dict[str, Any]:
-    """`cluster` and `centroid_distance` of a selection, for clusters of some rows."""
+    """The columns `cluster` and `centroid_distance` of a selection, from the clusters of some rows."""
     cluster = np.full(len(pool), -1, dtype=np.int32)
     distance = np.full(len(pool), np.nan, dtype=np.float32)
     cluster[rows], distance[rows] = labels, distances

@@ -1,4 +1,4 @@
-"""A selection that people change: another ratio and uniformity, images moved in or out by hand, a new directory."""
+"""Changes of a selection by people: another ratio or uniformity, images moved in or out by hand, saved separately."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from runtime.cost import Clock
 from runtime.errors import UserError
 
 ADDED, REMOVED = "added_by_hand", "removed_by_hand"
-#: What a summary says of the corpus and not of the images that are kept.
+#: Entries of a summary that describe the corpus and not the kept images.
 OF_CORPUS = ("source", "strata", "leaks")
-#: Where methods live: a stage's file names classes, and no others are built from it.
+#: Package of the methods. A stage's file names classes; only classes of this package are built from it.
 METHODS = "prune.methods."
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the page lets one change; None: as in the selection's directory.
+    """Settings that can be changed on the page; None: the value of the opened selection.
 
     Attributes:
-        ratio: fraction that is removed; uniformity: of methods that have one.
+        ratio: fraction of the images to remove.
+        uniformity: uniformity of the allocation, for methods that have this parameter.
     """
 
     ratio: float | None = None
@@ -41,9 +42,10 @@ class Settings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
-        """
+        """Read the settings from a mapping.
+
         Raises:
-            UserError: one of them is no number, or out of range.
+            UserError: a setting is not a number or out of range.
         """
         ratio, uniformity = given.get("ratio"), given.get("uniformity")
         if ratio is not None:
@@ -55,16 +57,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Edits:
-    """Rows of the corpus, int64, ascending, that are moved in and out by hand."""
+    """Rows of the corpus that are moved into or out of the subset by hand, each int64 and ascending."""
 
     added: np.ndarray
     removed: np.ndarray
 
     @classmethod
     def of(cls, given: Mapping[str, Any], count: int) -> Edits:
-        """
+        """Read the edits from a mapping.
+
         Raises:
-            UserError: they are no rows of a corpus of `count` images.
+            UserError: a row is not one of a corpus of `count` images.
         """
         return cls(*(_rows(given.get(name, []), name, count) for name in ("added", "removed")))
 
@@ -85,12 +88,12 @@ def _rows(given: Any, name: str, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Decision:
-    """An opened selection that can be made anew.
+    """An opened selection that can be computed again with other settings.
 
     Attributes:
         table: all rows of selection.parquet.
         pool: the corpus, with the scenes that the selection was made with.
-        method: None where it cannot be made anew, for the reason in `fixed`.
+        method: the pruning method; None if the selection cannot be computed again, for the reason in `fixed`.
     """
 
     kept: Kept
@@ -101,17 +104,17 @@ class Decision:
 
     @property
     def uniformity(self) -> float | None:
-        """Of the method; None where it has none."""
+        """The uniformity of the method; None if the method has no such parameter."""
         return getattr(self.method, "uniformity", None)
 
     def changed(self, settings: Settings) -> bool:
-        """Whether settings ask for another selection than the directory's."""
+        """Whether the settings differ from those of the opened selection."""
         own = (self.kept.summary["ratio"], self.uniformity)
         given = (settings.ratio, settings.uniformity)
         return any(value is not None and value != mine for value, mine in zip(given, own, strict=True))
 
     def as_it_stands(self) -> Selection:
-        """The directory's selection."""
+        """The selection as stored in the opened directory."""
         columns = ("reason", "scene", "scene_similarity", "cluster", "centroid_distance")
         kept = np.flatnonzero(self.table["kept"].to_numpy())
         summary = self.kept.summary
@@ -119,10 +122,10 @@ class Decision:
         return Selection(kept, *(self.table[name].to_numpy() for name in columns), diagnostics)
 
     def select(self, settings: Settings) -> Selection:
-        """What `prune/run.py` selects with these settings and otherwise the same, bit for bit.
+        """The selection that `prune/run.py` makes with these settings and all others unchanged, bit for bit.
 
         Raises:
-            UserError: the method has no uniformity, or cannot be run again from here.
+            UserError: the method has no uniformity, or cannot be run again from the stored data.
         """
         if self.method is None:
             raise UserError(self.fixed)
@@ -136,10 +139,10 @@ class Decision:
 
 
 def open_decision(kept: Kept) -> Decision:
-    """A selection with what it takes to make it anew: entropies, embeddings, scenes and the method.
+    """Open a selection with all that is needed to compute it again: entropies, embeddings, scenes and the method.
 
     Raises:
-        UserError: a number is not finite; see also `prune.kept.open_selection`.
+        UserError: a value is not finite; see also `prune.kept.open_selection`.
     """
     table = pd.read_parquet(kept.directory / "selection.parquet")
     cfg = OmegaConf.create({"runs": str(kept.runs), "seed": kept.inputs["seed"]})
@@ -157,10 +160,10 @@ def open_decision(kept: Kept) -> Decision:
 
 
 def _targets(value: Any) -> Any:
-    """What `runtime.artefacts.plain` made of a method, for Hydra.
+    """Convert the output of `runtime.artefacts.plain` for a method into a configuration that Hydra can instantiate.
 
     Raises:
-        UserError: it names a class that is no method.
+        UserError: the output names a class that is not a pruning method.
     """
     if isinstance(value, Mapping):
         fields = {key: _targets(item) for key, item in value.items() if key != "_class_"}
@@ -173,10 +176,10 @@ def _targets(value: Any) -> Any:
 
 
 def edited(selection: Selection, edits: Edits, readable: np.ndarray, ids: Sequence[str]) -> Selection:
-    """A selection with images moved in and out; their reasons say so.
+    """The selection with images moved in and out; the column `reason` marks these images.
 
     Raises:
-        UserError: an image is moved where it is already, cannot be read, or none is left.
+        UserError: an image is already where it is moved to, a moved image is unreadable, or no image is left.
     """
     kept = np.zeros(len(ids), dtype=bool)
     kept[selection.kept] = True
@@ -196,12 +199,12 @@ def edited(selection: Selection, edits: Edits, readable: np.ndarray, ids: Sequen
 
 
 def save(decision: Decision, settings: Settings, selection: Selection, edits: Edits) -> Path:
-    """A directory of its own for a selection that people changed; the one it came from stays as it is.
+    """Write a changed selection into a new directory; the directory of the original selection is not changed.
 
     Args:
-        selection: of these settings, without the edits.
+        selection: the selection that these settings give, without the edits.
     Returns:
-        the directory, of the same form as that of prune/run.py; that of the selection itself where nothing changed.
+        the new directory, in the format of prune/run.py; if nothing changed, the directory of the original selection.
     """
     kept, pool = decision.kept, decision.pool
     if not edits and not decision.changed(settings):
@@ -221,7 +224,7 @@ def save(decision: Decision, settings: Settings, selection: Selection, edits: Ed
         table = selection_table(pool, final, weights)
         summary = summarise(table, kept.corpus, final, kept.summary["method"], None, kept.inputs["seed"], clock.seconds)
         summary |= {name: kept.summary[name] for name in OF_CORPUS if name in kept.summary}
-        summary["images_per_second"] = None  # a part of the work was done before
+        summary["images_per_second"] = None  # unknown: part of the work was done by an earlier run
         summary["by_hand"] = {
             "selection": came_from, "added": len(edits.added), "removed": len(edits.removed), **plain(settings),
         }  # fmt: skip

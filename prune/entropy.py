@@ -13,7 +13,7 @@ AGGREGATES = ("mean", "min", "quantile", "fraction")
 
 @numba.njit(cache=True, nogil=True)
 def _luma(image: np.ndarray) -> np.ndarray:
-    """0.299 R + 0.587 G + 0.114 B in 15-bit fixed point: OpenCV's numbers, in less time on small images."""
+    """0.299 R + 0.587 G + 0.114 B in 15-bit fixed point: the same values as OpenCV's, but faster on small images."""
     height, width, _ = image.shape
     grey = np.empty((height, width), dtype=np.uint8)
     colours, out = image.reshape(-1), grey.reshape(-1)
@@ -36,15 +36,15 @@ def _patch_entropies(
     counts: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """H = log2 n - sum over bins of c log2 c / n, summed pixel by pixel.
+    """Write the entropy H = log2 n - sum over bins of (c log2 c) / n of each patch into `out`, summed pixel by pixel.
 
-    The c-th pixel of a bin adds c log2 c - (c - 1) log2 (c - 1), which `steps` has in fixed point of `unit`: no pass
-    over the bins is needed, and the sum is exact in any order.
+    The c-th pixel of a bin adds c log2 c - (c - 1) log2 (c - 1). The table `steps` holds these terms as integer
+    multiples of `unit`. So no pass over the bins is needed, and the sum is exact in any order.
     """
     height, width = luma.shape
     flat = luma.ravel()
     columns = width // patch
-    unsigned = np.uint64  # needs no check for indices from the end
+    unsigned = np.uint64  # an unsigned index needs no check for negative values
     for row in range(height // patch):
         for column in range(columns):
             counts[:] = 0
@@ -72,28 +72,28 @@ def _patch_entropies(
 
 @lru_cache(maxsize=16)
 def _steps(count: int) -> tuple[np.ndarray, float]:
-    """c log2 c - (c - 1) log2 (c - 1) for c = 1..count, int64, and the unit it is counted in."""
+    """c log2 c - (c - 1) log2 (c - 1) for c = 1..count, as int64 multiples of a unit, and that unit."""
     numbers = np.arange(count + 1, dtype=np.float64)
-    unit = 2.0 ** (np.ceil(np.log2(count * max(np.log2(count), 1))) - 60)  # all of them together stay below 2^61
+    unit = 2.0 ** (np.ceil(np.log2(count * max(np.log2(count), 1))) - 60)  # the sum of all terms stays below 2^61
     return np.round(np.diff(numbers * np.log2(np.maximum(numbers, 1))) / unit).astype(np.int64), float(unit)
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """ITU-R BT.601 luma, rounded: uint8 [H, W] of uint8 [H, W, 3]; a grey image uint8 [H, W] is its own."""
+    """ITU-R BT.601 luma, rounded, uint8 [H, W], of an image uint8 [H, W, 3]; a grey image [H, W] is returned as is."""
     image = np.ascontiguousarray(image)
     return image if image.ndim == 2 else _luma(image)
 
 
 def patch_entropies(image: np.ndarray, patch: int, *, bins: int = 256, no_data: int | None = None) -> np.ndarray:
-    """Shannon entropy in bits of the luma histogram of each non-overlapping patch.
+    """Shannon entropy, in bits, of the luma histogram of each non-overlapping patch.
 
     Rows and columns beyond the last whole patch are left out.
 
     Args:
         image: uint8 [H, W, 3] or grey uint8 [H, W].
-        patch: side in pixels, at most min(H, W).
-        bins: of the histogram, a power of two up to 256.
-        no_data: luma that means "no pixel here": not counted.
+        patch: side of a patch in pixels, at most min(H, W).
+        bins: number of histogram bins, a power of two up to 256.
+        no_data: luma value that marks missing pixels, which are not counted; None: all pixels are counted.
     Returns:
         float64 [(H // patch) * (W // patch)], each in [0, min(log2 bins, 2 log2 patch)] bits; NaN where more than half
         of a patch is no data.
@@ -102,25 +102,27 @@ def patch_entropies(image: np.ndarray, patch: int, *, bins: int = 256, no_data: 
     out = np.empty((grey.shape[0] // patch) * (grey.shape[1] // patch))
     steps, unit = _steps(patch**2)
     shift = np.uint8(8 - bins.bit_length() + 1)
-    counts = np.zeros(256, dtype=np.uint16 if patch < 256 else np.uint32)  # the smaller, the faster set to zero
+    counts = np.zeros(256, dtype=np.uint16 if patch < 256 else np.uint32)  # a smaller array is faster to clear
     _patch_entropies(grey, patch, shift, -1 if no_data is None else no_data, steps, unit, counts, out)
     return out
 
 
 @dataclass(frozen=True)
 class LocalEntropy:
-    """The entropy of one image from those of its patches (RS-Prune, stage 1; docs/method.md, section 1).
+    """Local entropy of one image, aggregated over its patches (RS-Prune, stage 1; docs/method.md, section 1).
 
     Args:
-        patch: side in pixels; an image smaller than it is one patch.
-        bins: of each patch's histogram, a power of two up to 256.
-        aggregate: "mean", "min" or "quantile" over the patches, in bits; or "fraction" of the patches above `bits`.
-        quantile: of "quantile".
-        bits: of "fraction".
-        denoise: take a 3 x 3 median first: sensor noise is not information.
-        no_data: luma of pixels that are not there (borders of a mosaic): not counted. None: every pixel counts.
+        patch: side of a patch in pixels; a smaller image is treated as one patch.
+        bins: number of bins of each patch's histogram, a power of two up to 256.
+        aggregate: "mean", "min" or "quantile" of the patch entropies, in bits; or "fraction": the fraction of patches
+            whose entropy is above `bits`.
+        quantile: the quantile in [0, 1] that the aggregate "quantile" takes.
+        bits: threshold in bits of the aggregate "fraction".
+        denoise: apply a 3 x 3 median filter first, because sensor noise is not information.
+        no_data: luma value of missing pixels (for example borders of a mosaic), which are not counted; None: every
+            pixel is counted.
     Raises:
-        ValueError: there is no such aggregate, or the bins are no power of two.
+        ValueError: the aggregate is unknown, or `bins` is not a power of two.
     """
 
     patch: int = 16
@@ -138,13 +140,13 @@ class LocalEntropy:
             raise ValueError(f"bins={self.bins}: give a power of two from 2 to 256")
 
     def __call__(self, image: np.ndarray) -> float:
-        """Entropy of uint8 [H, W, 3] or [H, W]; 0 where nothing but no-data is left."""
+        """Entropy of an image uint8 [H, W, 3] or [H, W]; 0 if more than half of every patch is no data."""
         grey = luma(image)
         if self.denoise:
-            import cv2  # for this alone
+            import cv2  # imported here: only the median filter needs it
 
             filtered = cv2.medianBlur(grey, 3)
-            # the hole stays as it was: a median at its rim would eat into the image, or grow into it
+            # no-data pixels are restored: the median at their border would shrink or grow the no-data area
             grey = filtered if self.no_data is None else np.where(grey == self.no_data, grey, filtered)
         patches = patch_entropies(grey, min(self.patch, *grey.shape), bins=self.bins, no_data=self.no_data)
         if self.no_data is not None:
@@ -161,10 +163,10 @@ class LocalEntropy:
 
 
 def entropies(measure: LocalEntropy, images: np.ndarray) -> np.ndarray:
-    """Of each of uint8 [B, H, W, 3], float32 [B]."""
+    """Entropy of each image of a batch uint8 [B, H, W, 3], as float32 [B]."""
     return np.array([measure(image) for image in images], dtype=np.float32)
 
 
 def local_entropy(image: np.ndarray, patch: int = 16) -> float:
-    """Mean patch entropy of one image in bits."""
+    """Mean entropy, in bits, of the `patch` x `patch` pixel patches of one image, uint8 [H, W, 3] or [H, W]."""
     return LocalEntropy(patch=patch)(image)

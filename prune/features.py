@@ -29,16 +29,16 @@ from runtime.artefacts import COMPLETE, read_json, stage, stage_fingerprint, wri
 from runtime.cost import StageLog
 from runtime.progress import progress
 
-#: Files of the stages.
+#: Files that the stages write.
 ENTROPY, EMBEDDINGS = "entropy.npy", "embeddings.npy"
 
 
 def scan_corpus(source: Source, runs: Path | str, measure: LocalEntropy, encoder: EfficientNetLite0) -> Corpus:
-    """Index a source, its entropies and its embeddings in one pass over the bytes, or open what is there.
+    """Index a source and compute entropies and embeddings in one pass over the files, or open an existing index.
 
-    Worker processes decode the next images and measure their entropy while the network embeds these. `corpus_entropy`
-    and `corpus_embeddings` then find their results; on a corpus that was indexed before, they compute them from its
-    decoded images.
+    Worker processes decode the next images and measure their entropy while the network embeds the current ones.
+    `corpus_entropy` and `corpus_embeddings` then find their results. For a corpus that was indexed before, they compute
+    them from its decoded images.
     """
     entropy = stage_fingerprint("entropy", {"measure": measure})
     embedding = stage_fingerprint("embedding", {"encoder": encoder})
@@ -50,7 +50,7 @@ def scan_corpus(source: Source, runs: Path | str, measure: LocalEntropy, encoder
 
 
 def corpus_entropy(corpus: Corpus, measure: LocalEntropy, runs: Path | str) -> np.ndarray:
-    """Local entropy float32 [N] in bits, zero where unreadable; cached."""
+    """Local entropy of every image in bits, float32 [N], zero where the image is unreadable; cached."""
     options = {"measure": measure}
     scan = Scan(stage_fingerprint("entropy", options), partial(entropies, measure), CHUNK, np.float32)
     build = partial(_compute, corpus, scan, "entropy", options, ENTROPY, runs)
@@ -59,7 +59,7 @@ def corpus_entropy(corpus: Corpus, measure: LocalEntropy, runs: Path | str) -> n
 
 
 def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | str) -> np.ndarray:
-    """Embeddings float16 [N, D], memory-mapped, zeros where unreadable; cached, resumed chunk by chunk."""
+    """Embeddings of all images, float16 [N, D], memory-mapped, zeros where unreadable; cached, resumable by chunks."""
     options = {"encoder": encoder}
     key = stage_fingerprint("embedding", options)
     scan = Scan(key, encoder, encoder.batch_size, np.float16, (encoder.dimensions,))
@@ -71,8 +71,10 @@ def corpus_embeddings(corpus: Corpus, encoder: EfficientNetLite0, runs: Path | s
 def _compute(
     corpus: Corpus, scan: Scan, name: str, options: Mapping[str, Any], file: str, runs: Path | str, directory: Path
 ) -> None:
-    """Fill a stage's directory with a scan of an indexed corpus: only what is not known from the index or from earlier
-    ones is computed."""
+    """Fill a stage's directory with the results of a scan of an indexed corpus.
+
+    Results that this index or earlier indexes of the source already have are copied; only the others are computed.
+    """
     path, state, rest = directory / file, directory / "progress.json", directory / "todo.npy"
     if _take(corpus, scan.key, path):
         return
@@ -102,7 +104,7 @@ def _compute(
 def _take_over(
     corpus: Corpus, runs: Path | str, name: str, options: Mapping[str, Any], file: str, values: ArrayFile
 ) -> np.ndarray:
-    """Fill in what earlier indexes of the same source have of the same images; returns which rows, bool [N]."""
+    """Copy results for the same images from earlier indexes of the source; returns which rows were filled, bool [N]."""
     known = np.zeros(len(corpus), bool)
     if "stamp" not in corpus.manifest:
         return known
@@ -120,7 +122,10 @@ def _take_over(
 
 
 def _take(corpus: Corpus, key: str, path: Path) -> bool:
-    """Put what a scan left at `path`, by a second name of the same file where the file system can."""
+    """Put the result file of a scan at `path`: a hard link where the file system supports it, otherwise a copy.
+
+    Returns whether there was a result.
+    """
     result = scanned(corpus, key)
     if result is None:
         return False

@@ -1,4 +1,4 @@
-"""A selection as what arrives is compared with it: an index of the kept images, and scenes, as a stage beside it."""
+"""The data of a selection that new images are compared with: an index of the kept images, and scenes, as a stage."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.progress import progress
 
-#: Files of the index's stage.
+#: Files that the index stage writes.
 INDEX, SCENES, PARAMETERS, KEPT = "kept.faiss", "scenes.safetensors", "index.json", "kept.parquet"
-#: Images of a scene to which prototypes are fitted, where the scenes are those of the kept images themselves.
+#: Largest number of images per scene that prototypes are fitted to, if the scenes are those of the kept images.
 OF_SCENE = 500
-#: By how much the similarity of a kept image to its scene may differ from what the selection noted.
+#: Tolerance between the similarity of a kept image to its scene and the value that the selection recorded.
 AGREE = 0.01
 
 
@@ -44,9 +44,11 @@ class Kept:
     """An opened selection.
 
     Attributes:
-        directory: of the selection; runs: of its stages.
-        inputs: what it was made from; summary: its summary.json.
-        table: the kept rows of selection.parquet, with `row`, theirs in the corpus.
+        directory: directory of the selection.
+        runs: directory of its stages.
+        inputs: inputs that the selection was made from.
+        summary: content of its summary.json.
+        table: the kept rows of selection.parquet, with the column `row`, their row in the corpus.
     """
 
     directory: Path
@@ -58,7 +60,7 @@ class Kept:
 
     @property
     def rows(self) -> np.ndarray:
-        """int64 [K], ascending."""
+        """Rows of the kept images in the corpus, int64 [K], ascending."""
         return self.table["row"].to_numpy()
 
     @property
@@ -71,27 +73,27 @@ class Kept:
 
     @property
     def embeddings(self) -> np.ndarray:
-        """float16 [N, D] of the whole corpus, memory-mapped."""
+        """Embeddings of the whole corpus, float16 [N, D], memory-mapped."""
         return corpus_embeddings(self.corpus, self.encoder, self.runs)
 
     def looks(self, centre: np.ndarray) -> Looks:
-        """All images of the corpus, as they are compared."""
+        """All images of the corpus in the form that comparisons need."""
         locations = Locations.of(self.corpus.manifest, self.corpus.resolution)
         return Looks(Points(self.embeddings, centre), self.corpus.images, Locations.together([locations]))
 
 
 @dataclass(frozen=True)
 class KeptIndex:
-    """The index stage, opened.
+    """The opened index stage.
 
     Attributes:
-        fingerprint: of the stage.
-        index: of the kept images, in their order.
-        prototypes: of the scenes.
-        counts: int64 [S], kept images by scene, the last one unknown.
-        similarity: cosine from which on an image of a known scene is redundant, then of an unknown one; None: the
-            method says nothing.
-        bytes: of the index's file.
+        fingerprint: fingerprint of the stage.
+        index: faiss index of the kept images, in their order.
+        prototypes: prototypes of the scenes.
+        counts: int64 [S], kept images of each scene; the last scene is the unknown one.
+        similarity: two cosines from which an image is redundant, for known scenes and for the unknown scene; None: the
+            method defines none.
+        bytes: size of the index's file.
     """
 
     fingerprint: str
@@ -102,16 +104,16 @@ class KeptIndex:
     bytes: int
 
     def similarities(self, otherwise: float) -> np.ndarray:
-        """float32 [S], by scene; `otherwise` where the method says nothing."""
+        """Cosine from which an image is redundant, float32 [S], by scene; `otherwise` where the method defines none."""
         known, unknown = (otherwise if value is None else value for value in self.similarity)
         return np.array([known] * (len(self.counts) - 1) + [unknown], dtype=np.float32)
 
 
 def open_selection(directory: str | Path | None) -> Kept:
-    """Open what `prune/run.py` printed.
+    """Open the selection in a directory that `prune/run.py` printed.
 
     Raises:
-        UserError: nothing given, no selection, none kept, or its corpus is gone.
+        UserError: no directory is given, it holds no selection, the selection keeps no image, or its corpus is gone.
     """
     if directory is None:
         raise UserError(
@@ -134,7 +136,7 @@ def open_selection(directory: str | Path | None) -> Kept:
 
 
 def kept_index(kept: Kept) -> KeptIndex:
-    """The index and the scenes of a selection, built beside it the first time that something arrives."""
+    """The index and the scenes of a selection; the stage is built when the first new corpus arrives."""
     inputs = {"selection": kept.directory.resolve().name}
 
     def build(directory: Path) -> None:
@@ -174,7 +176,7 @@ def kept_index(kept: Kept) -> KeptIndex:
 
 
 def _filled(points: Points, rows: np.ndarray) -> faiss.Index:
-    """The index of some rows, in their order."""
+    """A new index of some rows, in the given order."""
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int)]
     index = new_index(points[sample], len(rows))
     for start in progress(range(0, len(rows), CHUNK), "index what is kept", unit="chunk"):
@@ -183,7 +185,7 @@ def _filled(points: Points, rows: np.ndarray) -> faiss.Index:
 
 
 def _agreement(cosine: np.ndarray, noted: np.ndarray, source: str) -> float | None:
-    """Fraction of the kept images whose similarity to their scene is as the selection recorded; None if it has none."""
+    """Fraction of the kept images whose scene similarity equals the recorded one; None if none was recorded."""
     known = np.isfinite(noted)
     if source != REFERENCE or not known.any():
         return None
@@ -191,11 +193,12 @@ def _agreement(cosine: np.ndarray, noted: np.ndarray, source: str) -> float | No
 
 
 def _scenes(kept: Kept) -> tuple[Prototypes, tuple[float | None, float | None], str]:
-    """Prototypes, the cosines from which on an image of a known and of an unknown scene is redundant, and their source.
+    """Prototypes of the scenes, two cosines, and the source of the scenes.
 
-    The scenes are those of the labelled set that the selection was made with, fitted with the same seed. Where there
-    was none, they are those of the kept images: the strata that the selection names, the corpus's own labels, or new
-    strata.
+    An image of a known scene is redundant from the first cosine, an image of an unknown scene from the second one. The
+    scenes are those of the labelled set that the selection was made with, fitted with the same seed. If there was no
+    labelled set, they are the scenes of the kept images: the strata that the selection names, the labels of the corpus,
+    or new strata.
     """
     method, seed = kept.inputs["method"], int(kept.inputs["seed"])
     per_class, threshold = int(method.get("prototypes_per_class", 8)), float(method.get("threshold_quantile", 0.01))
@@ -218,7 +221,7 @@ def _scenes(kept: Kept) -> tuple[Prototypes, tuple[float | None, float | None], 
 
 
 def _own_labels(kept: Kept, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `OF_SCENE` kept images of each scene, int64 rows of the corpus, and its name."""
+    """Up to `OF_SCENE` kept images of each scene, as int64 rows of the corpus, and the scene name of each image."""
     rows = kept.rows
     labels = kept.table["scene"].fillna("").to_numpy(dtype=object)
     if set(labels) <= {"", OPEN_SCENE}:
@@ -249,12 +252,14 @@ def _pool(kept: Kept, rows: np.ndarray) -> Pool:
 
 
 def as_selected(cfg: DictConfig, kept: Kept, given: Mapping[str, Any]) -> DictConfig:
-    """The config with the encoder, the entropy and the resolution of a selection, and all splits of the new corpus.
+    """The configuration with the selection's encoder, entropy and resolution, and with all splits of the new corpus.
 
     Args:
-        given: options of the command line by their keys.
+        cfg: configuration of the command.
+        kept: the opened selection.
+        given: options of the command line by key.
     Raises:
-        UserError: one of them says otherwise.
+        UserError: an option of the command line contradicts the selection.
     """
     result = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     for name in ("encoder", "entropy"):

@@ -1,4 +1,4 @@
-"""What the splits of a corpus share: copies of files, and images that look alike to the pixel."""
+"""Leaks between the splits of a corpus: copied files, and images that look alike pixel by pixel."""
 
 from __future__ import annotations
 
@@ -32,23 +32,25 @@ from runtime.progress import progress
 
 #: The table of pairs in a stage's directory, worst first, its counts, and the images of the worst pairs.
 PAIRS, COUNTS, WORST = "pairs.parquet", "leaks.json", "worst.npy"
-#: Pairs whose images are kept for the report.
+#: Number of pairs whose images are stored for the report.
 SHOWN = 12
-#: Nearest images by hash of which one must also resemble in its pixels: plain images of any place have like hashes.
+#: Number of nearest images by hash whose pixels are compared: plain images of any location have similar hashes.
 CANDIDATES = 8
-#: Images of the corpus that are compared, evenly spread: hashing all of millions would take hours.
+#: Largest number of images of the corpus that are compared, evenly spread: hashing millions would take hours.
 MOST_OF_CORPUS = 50_000
 _last_hashes: dict[tuple[str, int], np.ndarray] = {}
 
 
 @dataclass(frozen=True)
 class Looked:
-    """Images of a split that are compared.
+    """The N images of a split that are compared.
 
     Attributes:
-        ids: object [N].
-        images: uint8 [M, R, R, 3], perhaps a memory map; rows: int64 [N], theirs in it.
-        hashes: uint64 [N]; locations: N of them.
+        ids: object [N], image ids.
+        images: uint8 [M, R, R, 3], possibly a memory map.
+        rows: int64 [N], row in `images` of each of the N images.
+        hashes: uint64 [N], perceptual hashes.
+        locations: the N locations.
     """
 
     ids: np.ndarray
@@ -64,21 +66,25 @@ class Looked:
 def leaks(
     corpus: Corpus, held_out: Mapping[str, Source], most: int, runs: Path | str, rule: PairRule | None = None
 ) -> dict[str, Any]:
-    """How many held-out images the pruned split has as well, and what val and test share.
+    """Count the held-out images that also occur in the pruned split, and the images that val and test share.
 
     Args:
-        corpus: the split that is pruned.
+        corpus: the split to prune.
         held_out: val and test, by name.
-        most: images of each that are looked at, evenly spread; of the corpus `MOST_OF_CORPUS`.
-        rule: which images of other dates and locations count; None: none of these.
+        most: largest number of images of each held-out split that are compared, evenly spread; for the corpus the
+            limit is `MOST_OF_CORPUS`.
+        runs: directory of the stages.
+        rule: which images of other dates and locations count as duplicates; None: none of them.
     Returns:
-        `exact_copies`: images of the split whose bytes lie in another split, too. `held_out` by name, and `val_test`
-        where there are both: `looked_at`, held-out images that were compared; `exact_copies`, those of all of them
-        whose bytes lie in the other split; of those compared that look like one of it, `near_duplicates`,
-        `same_location_other_date` and `look_alike_elsewhere`; and `pairs`, the table of these, below `runs`.
+        A dictionary. `exact_copies` is the number of images of the pruned split with identical bytes in another split.
+        `held_out` has the counts of each held-out split against the pruned split, by name. `val_test` has the counts
+        of val against test, if both exist. The counts of a pair of splits are: `looked_at`, held-out images that were
+        compared; `exact_copies`, how many of all held-out images have identical bytes in the other split;
+        `near_duplicates`, `same_location_other_date` and `look_alike_elsewhere`, how many of the compared images look
+        like an image of the other split, by kind; and `pairs`, path of the table of these pairs, relative to `runs`.
     """
     rule = PairRule() if rule is None else rule
-    read = cache(lambda name: _held_out(held_out[name], most))  # only where a stage is not there yet
+    read = cache(lambda name: _held_out(held_out[name], most))  # read only if a stage must be built
     result: dict[str, Any] = {"exact_copies": copies_across_splits(corpus.manifest), "held_out": {}}
     for name, source in held_out.items():
         inputs = {"corpus": corpus.fingerprint, "held_out": source, "version": source.version, "most": most}
@@ -102,7 +108,7 @@ def leaks(
 def _counted(
     runs: Path | str, inputs: Mapping[str, Any], compare: Callable[[], tuple[pd.DataFrame, np.ndarray, int]]
 ) -> dict[str, Any]:
-    """Counts of one pair of splits, from a stage of its own."""
+    """Counts of one pair of splits, from a separate stage."""
 
     def build(directory: Path) -> None:
         pairs, worst, looked = compare()
@@ -118,19 +124,23 @@ def _counted(
 def near_duplicates(
     corpus: Corpus, source: Source, most: int, rule: PairRule | None = None
 ) -> tuple[pd.DataFrame, int]:
-    """Pairs of a held-out image and the image of the corpus that looks like it, and how many were compared.
+    """Find pairs of a held-out image and an image of the corpus that look alike.
 
     Returns:
-        a table with `held_out` and `image` (their ids), `correlation`, `kind` and whether it `counts` as a duplicate,
-        those that do and the most alike first.
+        a table with the columns `held_out` and `image` (ids), `correlation`, `kind` and `counts` (whether the pair
+        counts as a duplicate), in which duplicates and high correlations come first; and the number of held-out images
+        that were compared.
     """
     held = _held_out(source, most)
     return _alike(held, _of_corpus(corpus), PairRule() if rule is None else rule)[0], len(held)
 
 
 def _alike(held: Looked, known: Looked, rule: PairRule) -> tuple[pd.DataFrame, np.ndarray]:
-    """The best pair of every image that has one, as in `near_duplicates`, and images of the first `SHOWN` of them,
-    uint8 [n, 2, R, R, 3]: one that counts is better than one that does not."""
+    """The table of `near_duplicates` and the images of its first `SHOWN` pairs, uint8 [n, 2, R, R, 3].
+
+    The table has the best pair of every held-out image that has one; a pair that counts is better than one that does
+    not.
+    """
     result = []
     for at in range(len(held) if len(known) else 0):
         distances = np.bitwise_count(known.hashes ^ held.hashes[at])
@@ -170,7 +180,7 @@ def _of_corpus(corpus: Corpus) -> Looked:
 
 
 def _held_out(source: Source, most: int) -> Looked:
-    """The readable ones of `most` images of a source, evenly spread."""
+    """The readable images among up to `most` evenly spread images of a source."""
     table = source.manifest()
     rows = thinned(len(table), most)
     read = [(row, image) for row, image in zip(rows, _images(source, rows), strict=True) if image is not None]
@@ -184,13 +194,13 @@ def _held_out(source: Source, most: int) -> Looked:
 
 
 def _copies_in(source: Source, split: str) -> int:
-    """Images of a split whose bytes lie in another one."""
+    """Number of images of a source whose bytes also occur in the given split."""
     manifest = source.manifest()
     return names_in(manifest["copy_in"], split) if "copy_in" in manifest else 0
 
 
 def _hashes(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
-    """Perceptual hashes of rows of a corpus, uint64 [K]; kept for the next held-out split of the same corpus."""
+    """Perceptual hashes of rows of a corpus, uint64 [K]; cached for the next held-out split of the same corpus."""
     key = (str(corpus.directory), len(rows))
     if key not in _last_hashes:
         blocks = progress(range(0, len(rows), BLOCK), "look for leaks", unit="block")
@@ -201,13 +211,13 @@ def _hashes(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
 
 
 def pairs_of_splits(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The counts of every pair of splits in what `leaks` gives, by name."""
+    """The counts of every pair of splits in a result of `leaks`, by name."""
     named = {f"train and {name}": part for name, part in result["held_out"].items()}
     return {**named, **({"val and test": result["val_test"]} if result.get("val_test") else {})}
 
 
 def leak_grids(result: Mapping[str, Any] | None, runs: Path) -> list[SampleGrid]:
-    """The worst pairs of every pair of splits side by side, as far as their images are still there."""
+    """Grids of the worst image pairs of every pair of splits, as far as their images still exist."""
     grids = []
     for name, part in pairs_of_splits(result).items() if result else ():
         table, images = runs / part["pairs"], (runs / part["pairs"]).with_name(WORST)
@@ -234,7 +244,7 @@ def _words(kind: str) -> str:
 
 
 def announce_leaks(result: Mapping[str, Any], name: str) -> None:
-    """Say on stderr, in one line, what the splits share; nothing where they share nothing."""
+    """Print one line on stderr about the images that the splits share; print nothing if they share none."""
     parts = [
         f"{part['near_duplicates']:,} of {part['looked_at']:,} {split} images look like one that is trained on "
         f"(table: {part['pairs']})"
@@ -254,7 +264,7 @@ def announce_leaks(result: Mapping[str, Any], name: str) -> None:
 
 
 def _images(source: Source, rows: np.ndarray) -> Iterator[np.ndarray | None]:
-    """The images of some rows, None for one that cannot be read."""
+    """Yield the images of some rows; None for an unreadable image."""
     for sample in source.reader(rows)():
         if isinstance(sample, str):
             yield None

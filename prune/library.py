@@ -1,4 +1,4 @@
-"""Pruning of plain NumPy arrays: no configuration, no files."""
+"""Pruning of plain NumPy arrays, without configuration or files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prune.methods import rsprune
 from prune.pool import Method, Pool, Selection
 from runtime.errors import UserError
 
-NAMED = 5  # bad rows that an error names
+NAMED = 5  # largest number of bad rows that an error message names
 
 
 class RSPrune:
@@ -21,11 +21,11 @@ class RSPrune:
     >>> subset = images[selection.kept]
 
     Args:
-        ratio: fraction that is removed, in [0, 1): exactly N - round(ratio N) images are kept.
-        seed: same seed, same selection bit for bit.
-        parameters: of `prune.methods.rsprune.RSPrune`, for example `uniformity=0.5`.
+        ratio: fraction of the images to remove, in [0, 1): exactly N - round(ratio N) images are kept.
+        seed: random seed; the same seed gives the same selection, bit for bit.
+        parameters: parameters of `prune.methods.rsprune.RSPrune`, for example `uniformity=0.5`.
     Raises:
-        TypeError: there is no such parameter.
+        TypeError: a parameter is unknown.
         UserError: the ratio is out of range.
     """
 
@@ -71,17 +71,19 @@ def select_from_arrays(
     """Run any pruning method on arrays.
 
     Args:
-        method: for example `prune.methods.semdedup.SemDeDup()`.
-        embeddings: float [N, D], one row an image; a memory map is read in parts.
-        ratio: fraction that is removed, in [0, 1).
-        entropy: float [N] in bits (`prune.entropy.local_entropy`); None: no image is dropped for its entropy.
+        method: the pruning method, for example `prune.methods.semdedup.SemDeDup()`.
+        embeddings: float [N, D], one row per image; a memory map is read in parts.
+        ratio: fraction of the images to remove, in [0, 1).
+        seed: random seed; the same seed gives the same selection.
+        entropy: float [N], local entropy in bits (`prune.entropy.local_entropy`); None: no image is dropped for its
+            entropy.
         reference: float [M, D], embeddings of a labelled set by the same encoder; None: no scenes are distinguished.
-        labels: [M], the reference's class of each row.
-        readable: bool [N]; images that are not count in N and are never kept. None: all are.
+        labels: [M], class of each row of the reference.
+        readable: bool [N]; unreadable images count in N and are never kept. None: all images are readable.
     Returns:
-        a Selection: `kept` is int64 [K], ascending; `reason`, `scene`, `cluster` ... have one entry an image.
+        the selection: `kept` is int64 [K], ascending; `reason`, `scene`, `cluster` etc. have one entry per image.
     Raises:
-        UserError: shapes disagree, a number is not finite, or the ratio is out of range.
+        UserError: shapes disagree, a value is not finite, or the ratio is out of range.
     """
     pool = _pool(embeddings, entropy, reference, labels, readable)
     return method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([seed, 2]))
@@ -94,7 +96,7 @@ def _pool(
     labels: np.ndarray | None,
     readable: np.ndarray | None,
 ) -> Pool:
-    """The pool of checked arrays; see `select_from_arrays`."""
+    """Check the arguments of `select_from_arrays` and make a pool of them."""
     embeddings = _matrix(embeddings, "embeddings")
     size = len(embeddings)
     readable = np.ones(size, dtype=bool) if readable is None else _vector(readable, size, "readable").astype(bool)
@@ -116,7 +118,7 @@ def _pool(
         )
     refuse_not_finite(reference, np.ones(len(reference), dtype=bool), "reference")
     return Pool(
-        ids=np.arange(size).astype(f"U{len(str(size))}"),  # no wider than needed: four bytes a digit
+        ids=np.arange(size).astype(f"U{len(str(size))}"),  # as short as possible: each digit takes four bytes
         readable=readable,
         entropy=entropy,
         embeddings=embeddings,
@@ -126,7 +128,7 @@ def _pool(
 
 
 def budget_of(images: int, ratio: float) -> int:
-    """Images to keep: exactly N - round(ratio N).
+    """Number of images to keep: exactly N - round(ratio N), for N images.
 
     Raises:
         UserError: the ratio is not in [0, 1).
@@ -151,11 +153,11 @@ def _vector(values: np.ndarray, size: int, name: str) -> np.ndarray:
 
 
 def refuse_not_finite(values: np.ndarray, requested: np.ndarray, name: str) -> None:
-    """Raise a UserError that names the first bad rows."""
+    """Raise a UserError that names the first requested rows with values that are not finite."""
     bad: list[int] = []
     for start in range(0, len(values), CHUNK):
         part = slice(start, start + CHUNK)
-        # a sum over a row is finite only if the row is; its overflow would need a row beyond any encoder's
+        # the sum of a row is finite only if all its values are; no encoder gives values large enough to overflow it
         sums = values[part].sum(axis=1, dtype=np.float32)
         suspects = np.flatnonzero(~np.isfinite(sums) & requested[part]) + start
         bad += [int(row) for row in suspects if not np.isfinite(values[row]).all()]

@@ -1,4 +1,4 @@
-"""When two images count as one: their pixels agree, and neither place nor date says otherwise."""
+"""When two images count as duplicates: their pixels agree, and their locations and dates do not contradict it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from corpus.locations import ELSEWHERE, SAME, Locations
 from runtime.errors import UserError
 
-#: Two images are near-duplicates where their brightness correlates at least so. Two dates of a place stay below, and
-#: so do two patches of one sea; a copy in another format, size or stretch does not.
+#: Smallest correlation of brightness at which two images are near-duplicates. Images of one location on two dates lie
+#: below it, and so do two patches of one sea; a copy in another format, size or contrast stretch lies above it.
 CORRELATION = 0.95
-#: Levels of 255 by which brightness must vary for it to say anything.
+#: Smallest variation of brightness, in levels of 255, at which a correlation is meaningful.
 LEAST_CONTRAST = 1.0
-#: What a pair of images is that correlate so.
+#: Kinds of pairs of images that correlate at `CORRELATION` or more.
 NEAR_DUPLICATE, OTHER_DATE, LOOK_ALIKE = "near_duplicate", "same_location_other_date", "look_alike_elsewhere"
 KINDS = (NEAR_DUPLICATE, OTHER_DATE, LOOK_ALIKE)
 CHOICES = ("distinct", "duplicate")
@@ -24,13 +24,13 @@ CHOICES = ("distinct", "duplicate")
 
 @dataclass(frozen=True)
 class PairRule:
-    """Which images that look alike are duplicates.
+    """Rule that says which images that look alike are duplicates.
 
     Args:
-        other_date: of the same place on another date: "distinct" or "duplicate".
-        elsewhere: of locations that are known and share no ground: the same.
+        other_date: "distinct" or "duplicate", for images of the same location on different dates.
+        elsewhere: "distinct" or "duplicate", for images of known locations that share no ground.
     Raises:
-        UserError: another word.
+        UserError: a value is neither "distinct" nor "duplicate".
     """
 
     other_date: str = "distinct"
@@ -43,18 +43,19 @@ class PairRule:
 
     @property
     def counted(self) -> tuple[str, ...]:
-        """The kinds of pairs that are duplicates."""
+        """The kinds of pairs that count as duplicates."""
         requested = {OTHER_DATE: self.other_date, LOOK_ALIKE: self.elsewhere}
         return tuple(kind for kind in KINDS if requested.get(kind, CHOICES[1]) == CHOICES[1])
 
 
 def kinds(first: Locations, second: Locations, equal: np.ndarray, one_grid: bool) -> np.ndarray:
-    """What each pair of images is, str [N], if the two look alike: one of `KINDS`.
+    """Kind of each pair of images that look alike, str [N]: one of `KINDS`.
 
-    Images that are equal in every pixel are near-duplicates whatever is reported of their locations and dates.
+    Images whose pixels are all equal are near-duplicates, whatever their locations and dates are.
 
     Args:
-        equal: bool [N].
+        first, second: locations of the N pairs.
+        equal: bool [N], whether all pixels of the two images are equal.
         one_grid: as in `Locations.ground_of`.
     """
     ground = first.ground_of(second, one_grid)
@@ -66,12 +67,12 @@ def kinds(first: Locations, second: Locations, equal: np.ndarray, one_grid: bool
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Pearson's correlation of the brightness of two images, uint8 [R, R, 3]; 0 where one is plain."""
+    """Pearson correlation of the brightness of two images, uint8 [R, R, 3]; 0 if an image has almost no contrast."""
     return float(correlations(first[None], second[None])[0])
 
 
 def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """`correlation` of every pair of uint8 [N, R, R, 3], float64 [N]; a pair's does not depend on the others."""
+    """`correlation` of N pairs of images uint8 [N, R, R, 3], float64 [N]; each value depends on its own pair only."""
     side = math.prod(first.shape[1:3])
     luma = [images.mean(axis=-1, dtype=np.float64).reshape(len(images), side) for images in (first, second)]
     spread = [values.std(axis=1) for values in luma]
@@ -81,10 +82,10 @@ def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def same_pixels(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Whether the images of each pair of uint8 [N, R, R, 3] are equal, bool [N]."""
+    """Whether all pixels of the two images of each pair, uint8 [N, R, R, 3], are equal; bool [N]."""
     return (first == second).all(axis=(1, 2, 3))
 
 
 def names_in(texts: Sequence[str], name: str) -> int:
-    """How many of comma-separated lists hold a name."""
+    """Number of texts, each a comma-separated list, that contain a name."""
     return sum(name in str(text).split(", ") for text in texts)

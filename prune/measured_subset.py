@@ -1,4 +1,4 @@
-"""The selected images themselves, measured before any training."""
+"""Measures of the selected images, before any training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from runtime.errors import UserError
 
 
 def measured_subset(cfg: DictConfig, method: str) -> Path:
-    """Select with a method and measure the selected images on `eval.split`; a directory with metrics.json, cached.
+    """Select with a method and measure the selected images on `eval.split`; returns the directory of metrics.json.
+
+    The result is cached.
 
     Raises:
         UserError: nothing was selected.

@@ -1,4 +1,4 @@
-"""An index of embeddings that finds the nearest of them for others: exact while there are few, approximate beyond."""
+"""Nearest-neighbour index of embeddings: exact for up to `EXACT` vectors, approximate for more."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-#: Vectors up to which every one is compared.
+#: Largest number of vectors for which all are compared.
 EXACT = 20_000
-#: Beyond: principal components, probed lists, and vectors that both are fitted to.
+#: For more vectors: principal components, probed lists, and vectors that the components and lists are fitted to.
 COMPONENTS, PROBES, SAMPLE = 64, 16, 100_000
 
 
 def new_index(sample: np.ndarray, count: int) -> faiss.Index:
     """An empty index for `count` unit vectors.
 
-    Up to `EXACT` of them are held in half precision and all compared. More are reduced to `COMPONENTS` principal
-    components, held in half precision in 2 sqrt(count) lists of which `PROBES` are searched.
+    Up to `EXACT` vectors are stored in half precision, and all of them are compared. More vectors are reduced to
+    `COMPONENTS` principal components and stored in half precision in 2 sqrt(count) lists; `PROBES` lists are searched.
 
     Args:
-        sample: float32 [n, D], unit length, of the vectors that will be added.
+        sample: float32 [n, D], unit length, a sample of the vectors that will be added.
+        count: number of vectors that will be added.
     """
     dimensions = sample.shape[1]
     if count <= EXACT:
@@ -34,7 +35,10 @@ def new_index(sample: np.ndarray, count: int) -> faiss.Index:
 
 
 def nearest(index: faiss.Index, vectors: np.ndarray, count: int) -> np.ndarray:
-    """Positions of up to `count` nearest vectors of an index for each of float32 [n, D], int64 [n, count]; -1: none."""
+    """Positions of the up to `count` nearest vectors of an index, int64 [n, count]; -1: none.
+
+    The query vectors are float32 [n, D].
+    """
     result = np.full((len(vectors), count), -1, dtype=np.int64)
     requested = min(count, index.ntotal)
     if requested and len(vectors):
@@ -43,12 +47,12 @@ def nearest(index: faiss.Index, vectors: np.ndarray, count: int) -> np.ndarray:
 
 
 def paired_cosines(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Products of unit vectors [n, D] with [n, k, D], float32 [n, k]; a row's do not depend on the other rows."""
+    """Dot products of unit vectors [n, D] with [n, k, D], float32 [n, k]; no row depends on other rows."""
     return np.einsum("nd,nkd->nk", vectors, others)
 
 
 def write_index(index: faiss.Index, path: Path) -> int:
-    """Write an index in faiss's own format; returns bytes."""
+    """Write an index in the format of faiss; returns the size of the file in bytes."""
     faiss.write_index(index, str(path))
     return path.stat().st_size
 

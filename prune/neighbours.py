@@ -1,21 +1,21 @@
-"""Nearest neighbours of the images of a pool, by faiss."""
+"""Nearest neighbours among the images of a pool, computed with faiss."""
 
 from __future__ import annotations
 
 import faiss
 import numpy as np
 
-EXACT = 20_000  # images; above it an inverted file is searched
+EXACT = 20_000  # largest number of images searched exhaustively; for more, an inverted file is searched
 
 
 def nearest_neighbours(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` most similar other rows of each row, by cosine.
+    """The `count` other rows with the highest cosine to each row.
 
-    Exact up to `EXACT` rows, then an inverted file of sqrt(n) lists, 16 of them probed.
+    The search is exact up to `EXACT` rows; for more rows it probes 16 lists of an inverted file of sqrt(n) lists.
 
     Args:
         points: float32 [n, D], unit length.
-        count: cut to n - 1.
+        count: number of neighbours, at most n - 1 (a larger value is reduced to n - 1).
     Returns:
         indices int64 [n, count] and cosines float32 [n, count], best first; -1 and -inf where the search found fewer.
     """
@@ -32,7 +32,7 @@ def nearest_neighbours(points: np.ndarray, count: int) -> tuple[np.ndarray, np.n
     index.add(points)
     cosines, result = index.search(points, count + 1)
     itself = result == np.arange(len(points))[:, None]
-    itself[~itself.any(axis=1), -1] = True  # crowded out by exact duplicates: drop the last instead
+    itself[~itself.any(axis=1), -1] = True  # duplicates displaced the image itself: drop the last
     keep = ~itself
     shape = (len(points), count)
     result, cosines = result[keep].reshape(shape), cosines[keep].reshape(shape)

@@ -1,4 +1,4 @@
-"""What the page of a selection shows and no selection has: a map of the embeddings, neighbours, near-duplicates."""
+"""Arrays for the page of a selection that a selection does not store: embedding map, neighbours, near-duplicates."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from runtime.artefacts import stage
 from runtime.progress import progress
 
 ARRAYS = "page.safetensors"
-#: Principal components in which neighbours are sought, and how many times as many of them are compared in full.
+#: Number of principal components in which candidate neighbours are searched, and number of candidates per requested
+#: neighbour that are then compared in all dimensions.
 COMPONENTS, CANDIDATES = 64, 4
-#: Images to which the components and the map are fitted; rows compared in full at once.
+#: Number of images that the components and the map are fitted to; number of rows compared in all dimensions at once.
 SAMPLE, ROWS = 20_000, 2048
 
 
 @dataclass(frozen=True)
 class PageArrays:
-    """A row an image, in corpus order.
+    """Arrays with one row per image, in corpus order.
 
     Attributes:
-        plane: float32 [N, 2], NaN where unreadable.
+        plane: float32 [N, 2], position in the embedding map; NaN where unreadable.
         neighbours: int32 [N, k], nearest other images by cosine of centred embeddings, best first; -1: none.
-        cosines: float32 [N, k], NaN where there is none.
-        group: int32 [N], near-duplicate group, numbered by its first image; -1: alone.
-        nearest_kept: int32 [N], the nearest other image that the selection keeps; -1: none.
-        nearest_cosine: float32 [N], NaN where there is none.
+        cosines: float32 [N, k], cosines to the neighbours; NaN where there is none.
+        group: int32 [N], near-duplicate group, numbered in the order of first images; -1: in no group.
+        nearest_kept: int32 [N], nearest other image that the selection keeps; -1: none.
+        nearest_cosine: float32 [N], cosine to that image; NaN where there is none.
     """
 
     plane: np.ndarray
@@ -58,7 +59,7 @@ def page_arrays(
     duplicate: float,
     runs: Path | str,
 ) -> PageArrays:
-    """The stage of `computed` for a selection, by its name."""
+    """Run `computed` as a stage for the selection of the given name, or open its result."""
     inputs = {"selection": selection, "neighbours": neighbours, "duplicate": duplicate}
 
     def build(directory: Path) -> None:
@@ -76,14 +77,18 @@ def computed(
     neighbours: int,
     duplicate: float,
 ) -> PageArrays:
-    """Everything the page shows of a corpus's embeddings.
+    """Compute all arrays that the page shows about the embeddings of a corpus.
 
-    Neighbours are sought among `COMPONENTS` principal components and then compared in all dimensions, so that cosines
-    are exact, and a neighbour may be missed beyond `prune.neighbours.EXACT` images or `COMPONENTS` dimensions.
+    Candidate neighbours are searched in `COMPONENTS` principal components and then compared in all dimensions. So the
+    cosines are exact, but a neighbour may be missed if there are more than `prune.neighbours.EXACT` images or
+    `COMPONENTS` dimensions.
 
     Args:
-        embeddings: float [N, D]; readable, kept: bool [N]; scenes: str [N].
-        neighbours: of each image; duplicate: cosine from which on two of them are of one group.
+        embeddings: float [N, D].
+        readable, kept: bool [N].
+        scenes: str [N].
+        neighbours: number of neighbours of each image.
+        duplicate: cosine from which two images belong to one near-duplicate group.
     """
     rows, count = np.flatnonzero(readable), len(embeddings)
     points = Points(embeddings, mean_embedding(embeddings, rows))
@@ -105,13 +110,16 @@ def computed(
 
 
 def groups_of(neighbours: np.ndarray, cosines: np.ndarray, rows: np.ndarray, duplicate: float) -> np.ndarray:
-    """Connected components of the pairs at `duplicate` or nearer, int32 [n]; -1: an image alone.
+    """Connected components of the pairs with a cosine of at least `duplicate`, int32 [n]; -1: in no group.
 
     Args:
-        neighbours: int [n, k], rows of the corpus; cosines: float [n, k]; rows: int [n], ascending, of the n images.
+        neighbours: int [n, k], rows of the corpus.
+        cosines: float [n, k], cosines to the neighbours.
+        rows: int [n], ascending, rows of the n images in the corpus.
+        duplicate: cosine from which two images belong to one group.
     """
     count = len(rows)
-    first, place = np.nonzero(cosines >= duplicate)  # NaN is not
+    first, place = np.nonzero(cosines >= duplicate)  # false for NaN
     second = np.searchsorted(rows, neighbours[first, place])
     graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
     labels = connected_components(graph, directed=False)[1] if count else np.empty(0, int)
@@ -152,10 +160,12 @@ def _reduced(points: Points, rows: np.ndarray) -> np.ndarray:
 def _compared(
     points: Points, rows: np.ndarray, others: np.ndarray, candidates: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best `count` of candidates by the cosine in all dimensions: rows of the corpus int32, cosines float32.
+    """The `count` candidates of the highest cosine in all dimensions: rows of the corpus int32, cosines float32.
 
     Args:
-        rows: int [n]; candidates: int [n, c], positions in `others`, int rows of the corpus; -1: none.
+        rows: int [n], rows of the corpus.
+        others: int, rows of the corpus that can be neighbours.
+        candidates: int [n, c], positions in `others`; -1: none.
     """
     result, cosines = _filled(len(rows), count)
     for part in _parts(rows if count else rows[:0], ROWS, "neighbours"):
@@ -170,10 +180,12 @@ def _compared(
 
 
 def _among(low: np.ndarray, chosen: np.ndarray, rows: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Positions in `chosen` of the nearest of them, other than the image itself, int64 [n, c]; -1: none.
+    """For each image the positions in `chosen` of the nearest chosen images except itself, int64 [n, c]; -1: none.
 
     Args:
-        low: float32 [n, d]; chosen: int [K], positions in it; own: int [K], which of `rows` these are.
+        low: float32 [n, d], vectors of all images.
+        chosen: int [K], positions in `low` of the images that can be neighbours.
+        own: int [K], positions of the chosen images among `rows`.
     """
     index = faiss.IndexFlatIP(low.shape[1])
     index.add(np.ascontiguousarray(low[chosen]))

@@ -1,6 +1,6 @@
-"""What `prune/run.py` would do (`dry_run=true`): which stages are there, how many images are left, and what they cost.
+"""The plan of `prune/run.py` (`dry_run=true`): which stages exist, how many images remain, and what they cost.
 
-Whether a stage is there is determined by the very functions that would build it, inside `nothing_built`.
+The functions that would build a stage also determine whether it exists; they run inside `nothing_built`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class Row:
     """A stage of the plan.
 
     Attributes:
-        images: that it goes through; left: of these, how many are still to be done.
-        state: "done", "to do" or how far an interrupted run is.
-        seconds: it may take, by what it took here before; None: it never ran here.
+        images: number of images that the stage processes.
+        left: number of these images that are still to be processed.
+        state: "done", "to do" or the progress of an interrupted run.
+        seconds: estimated time, from an earlier run on this machine; None: it never ran on this machine.
     """
 
     stage: str
@@ -45,10 +46,10 @@ class Row:
 
 
 def plan_lines(cfg: DictConfig, name: str) -> list[str]:
-    """The plan of a config and a method's name as text.
+    """The plan for a configuration and the name of a method, as lines of text.
 
     Raises:
-        UserError: what the command would refuse before it computes anything.
+        UserError: the command would refuse this configuration before it computes anything.
     """
     method = captioned.method_of(cfg)
     ratio = ratio_of(cfg, method, name)
@@ -64,7 +65,7 @@ def plan_lines(cfg: DictConfig, name: str) -> list[str]:
 
 
 def _index_row(cfg: DictConfig, part: str, source: Source) -> Row:
-    """Decoding, entropy and embedding of a source, in one pass."""
+    """The row for decoding, entropy and embedding of a source, which are done in one pass."""
     label = f"index, entropy and embedding of the {part}"
     measure, encoder = instantiate(cfg.entropy), instantiate(cfg.encoder)
     result: list[Any] = []
@@ -89,7 +90,7 @@ def _state(ask: Callable[[], Any]) -> str:
 
 
 def _speed(runs: Path | str) -> float | None:
-    """Images a second of the newest index that this engine built here; None: there is none."""
+    """Images per second of the newest index that the same engine built in this directory; None: there is none."""
     result = sorted(Path(runs).glob(f"corpus/*/{COST}"), key=lambda path: -path.stat().st_mtime_ns)
     for path in result:
         cost = read_json(path)
@@ -99,7 +100,7 @@ def _speed(runs: Path | str) -> float | None:
 
 
 def _needs(cfg: DictConfig, source: Source, images: int) -> list[str]:
-    """Disk, and who works."""
+    """Lines about the disk space that is needed and about the workers."""
     encoder = instantiate(cfg.encoder)
     masks = source.resolution**2 if source.mask_classes else 0
     size = images * (3 * source.resolution**2 + masks + 2 * encoder.dimensions + 4)

@@ -1,4 +1,4 @@
-"""What a pruning method gets and gives."""
+"""Input and output of a pruning method."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PairScores:
-    """How well each image's best caption fits it; NaN where an image has none. See `captioning.loop`.
+    """How well the best caption of each image fits the image; NaN where an image has no caption. See `captioning.loop`.
 
     Attributes:
-        mismatch: float32 [N], probability that the caption is of an image of another scene.
-        fit: float32 [N], log ratio of fitting this image to fitting another one of its scene, up to a constant.
-        cosine: float32 [N], of image and caption, the mean over the scorers.
-        scene: str [N], the image's scene.
+        mismatch: float32 [N], probability that the caption describes an image of another scene.
+        fit: float32 [N], log of the likelihood ratio, up to a constant: the caption fits this image, or it fits another
+            image of the same scene.
+        cosine: float32 [N], cosine of image and caption, mean over the scorers.
+        scene: str [N], scene of the image.
     """
 
     mismatch: np.ndarray
@@ -35,11 +36,11 @@ class Pool:
         readable: bool [N]; unreadable images count in N and are never kept.
         entropy: float32 [N], bits.
         embeddings: float [N, D], usually a memory map.
-        reference_embeddings: float [M, D] of the labelled reference set, or of the strata of a corpus without one; no
-            rows where the method does not say that it `uses_reference`.
-        reference_labels: str [M].
+        reference_embeddings: float [M, D], embeddings of the labelled reference set, or of the strata of a corpus that
+            has no labelled reference; M is 0 if the method does not set `uses_reference`.
+        reference_labels: str [M], scene of each row of the reference.
         captions: str [N], or None.
-        pair_scores: where the method says that it `uses_captions`, else None.
+        pair_scores: scores of images and captions if the method sets `uses_captions`, else None.
     """
 
     ids: np.ndarray
@@ -57,16 +58,16 @@ class Pool:
 
 @dataclass(frozen=True)
 class Selection:
-    """A method's answer.
+    """Result of a pruning method.
 
     Attributes:
-        kept: int64 [K], ascending indices into the pool.
+        kept: int64 [K], ascending indices of the kept images in the pool.
         reason: str [N]: kept, unreadable, low_entropy, redundant, not_drawn.
         scene: str [N], "" where the method assigns none.
         scene_similarity: float32 [N], cosine to the nearest prototype, NaN where there is none.
-        cluster: int32 [N], -1 where there is none.
-        centroid_distance: float32 [N], NaN where there is none.
-        diagnostics: what the summary should say besides (thresholds, counts).
+        cluster: int32 [N], cluster of each image, -1 where there is none.
+        centroid_distance: float32 [N], distance to the centroid of the cluster, NaN where there is none.
+        diagnostics: further entries of the summary (thresholds, counts).
     """
 
     kept: np.ndarray
@@ -79,7 +80,10 @@ class Selection:
 
     @classmethod
     def of(cls, pool: Pool, kept: np.ndarray, dropped_reason: str, **columns: Any) -> Selection:
-        """A selection; columns and diagnostics are empty by default, other rows are `dropped_reason` or unreadable."""
+        """A selection of the rows `kept`; the reason of all other rows is `dropped_reason` or unreadable.
+
+        Columns and diagnostics that are not given are empty.
+        """
         size = len(pool)
         kept = np.sort(np.asarray(kept, dtype=np.int64))
         reason = columns.pop("reason") if "reason" in columns else everywhere(size, dropped_reason)
@@ -96,19 +100,20 @@ class Selection:
 
 
 def everywhere(size: int, text: str) -> np.ndarray:
-    """One string in every place of an object [size]; `numpy.full` would make a string of its own for each."""
+    """An object array [size] whose elements are all the same string object; `numpy.full` would copy the string."""
     array = np.empty(size, dtype=object)
     array[:] = text
     return array
 
 
 class Method(Protocol):
-    """A pruning method: a frozen dataclass with one method, no I/O.
+    """A pruning method: a frozen dataclass with one method, without input or output of files.
 
-    A method that reads the pool's reference says so with an attribute `uses_reference = True`, which is no field; the
-    others get none, and need no labelled images anywhere. One that reads `pair_scores` says `uses_captions = True`. One
-    that can say itself how much goes has `estimated_budget(pool) -> int`, the budget with `ratio=null`.
+    A class that reads the pool's reference sets the attribute `uses_reference = True`, which is not a dataclass field;
+    all others get no reference and need no labelled images. A class that reads `pair_scores` sets
+    `uses_captions = True`. A class that can determine by itself how many images to keep defines
+    `estimated_budget(pool) -> int`, the budget with `ratio=null`.
     """
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
-        """Keep `budget` images of the pool (fewer only where fewer are readable)."""
+        """Keep `budget` images of the pool; fewer only if fewer images are readable."""

@@ -1,4 +1,4 @@
-"""Ranks of images by a score, where scores may be equal."""
+"""Ranks of images by a score that may have ties."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 
 import numpy as np
 
-#: Seed of the order among equal values. Fixed: a method's own generator must not depend on whether there are any.
+#: Seed of the order among equal values. It is fixed so that ties do not change the state of a method's generator.
 TIES_SEED = 0
 
 
 def ascending(values: np.ndarray) -> np.ndarray:
     """Positions of the values from the lowest to the highest, int64 [n]; NaN comes last.
 
-    Equal values stand in a random order that is always the same, since the order of the corpus would favour what it
-    lists first. The permutation is drawn only if there are equal values; without any this is a plain sort.
+    Equal values are in a random order that is always the same; the order of the corpus would favour the images that it
+    lists first. The permutation is drawn only if there are equal values; otherwise this is a plain sort.
 
     Args:
         values: float [n].
@@ -30,10 +30,11 @@ def ascending(values: np.ndarray) -> np.ndarray:
 def below_quantile(count: int, quantile: float) -> int:
     """How many of `count` different values lie strictly below their linearly interpolated quantile.
 
-    That is ceil(quantile (count - 1)): `numpy.quantile` lies between the values of the ranks around
-    quantile (count - 1), counted from zero.
+    The number is ceil(quantile (count - 1)), because `numpy.quantile` interpolates between the values at the ranks
+    around quantile (count - 1), counted from zero.
 
     Args:
+        count: number of values.
         quantile: in [0, 1].
     """
-    return math.ceil(round(quantile * max(0, count - 1), 9))  # rounded, since 0.07 * 100 is 7.000000000000001
+    return math.ceil(round(quantile * max(0, count - 1), 9))  # rounded because 0.07 * 100 is 7.000000000000001

@@ -15,10 +15,10 @@ from runtime.errors import UserError
 
 
 def copied(directory: Path, target: Target) -> None:
-    """Copy a selection; its metadata and then its summary come last, so that a copy with a summary is whole.
+    """Copy a selection to a target; metadata and then the summary are copied last: a copy with a summary is complete.
 
     Raises:
-        UserError: the target has other files, or cannot be written; the selection is there all the same.
+        UserError: the target has other files or cannot be written. The selection itself exists nevertheless.
     """
     try:
         copy_folder(
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
         return
     target = None if cfg.copy_to is None else Target(str(cfg.copy_to), access_of(cfg), "copy_to")
     if target is not None and is_main_process():
-        target.is_empty()  # one that cannot be reached is refused before anything is computed
+        target.is_empty()  # an unreachable target is refused before anything is computed
     directory, _ = select(cfg, method_name())
     if target is not None and is_main_process():
         copied(directory, target)

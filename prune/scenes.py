@@ -1,4 +1,4 @@
-"""Every image's scene, by a labelled reference: the nearest prototype or a classifier, and strata of the unknown."""
+"""Scenes of images by a labelled reference (nearest prototype or classifier), and strata of images of unknown scene."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from runtime.engine import engine
 from runtime.errors import UserError
 
 OPEN_SCENE = "open"
-#: Images whose scenes are found together by one worker.
+#: Number of images per task of a worker that assigns scenes.
 BLOCK = 16 * CHUNK
 CLASSIFIERS = ("prototypes", "lda", "logistic")
-#: Most strata of a corpus without labels; docs/method.md says what other numbers gave.
+#: Largest number of strata of a corpus without labels; docs/method.md has the results of other numbers.
 MOST_STRATA = 12
-#: Most strata of the open scene, fewest images of one on average, and images by which their number is found.
+#: Largest number of strata of the open scene, smallest mean number of images per stratum, and size of the sample by
+#: which the number of strata is found.
 MOST_OPEN_STRATA, OPEN_STRATUM_IMAGES, OPEN_SAMPLE = 256, 40, 16_384
 
 
@@ -36,14 +37,14 @@ class Scenes:
     """The scenes of a corpus.
 
     Attributes:
-        names: of the scenes; the last ones are open.
+        names: names of the scenes; the open scenes come last.
         scene: int64 [N], index into `names`.
         similarity: float32 [N], cosine to the nearest prototype; NaN where there are no prototypes.
-        centre: float32 [D] of the embedding space.
-        threshold: cosine below which an image is in an open scene; None where there are no prototypes.
-        accuracy: fraction of labelled images, each half by what was fitted to the other, that get their own scene; None
-            where no class has two.
-        open: how many of the names are open.
+        centre: float32 [D], centre of the embedding space.
+        threshold: cosine below which an image is in an open scene; None if there are no prototypes.
+        accuracy: fraction of labelled images that are assigned to their class, by two-fold cross-validation; None if no
+            class has two images.
+        open: number of open scenes.
     """
 
     names: tuple[str, ...]
@@ -57,15 +58,16 @@ class Scenes:
 
 @dataclass(frozen=True)
 class SceneRule:
-    """How images get their scene from a reference.
+    """Rule that assigns scenes to images by a reference.
 
     Args:
-        prototypes_per_class: k-means prototypes of each reference class.
-        threshold_quantile: images less similar to every prototype than this quantile of the reference are open.
-        classifier: of the images above the threshold: "prototypes" (the nearest one's class), "lda" (linear
-            discriminant analysis with Ledoit and Wolf's shrinkage, classes alike) or "logistic" (L2-regularised
-            regression).
-        split_open: strata of the open images as tight as the known scenes, instead of one.
+        prototypes_per_class: number of k-means prototypes of each reference class.
+        threshold_quantile: quantile of the reference's similarities to prototypes; images less similar than it to every
+            prototype are in the open scene.
+        classifier: classifier of the images above the threshold: "prototypes" (class of the nearest prototype), "lda"
+            (linear discriminant analysis with Ledoit-Wolf shrinkage and equal class priors) or "logistic"
+            (L2-regularised logistic regression).
+        split_open: split the open scene into strata that are as tight as the known scenes.
     """
 
     prototypes_per_class: int = 8
@@ -107,12 +109,12 @@ class Prototypes:
     """Unit prototypes of the reference classes in a centred embedding space.
 
     Attributes:
-        centre: float32 [D], subtracted before normalising.
-        vectors: float32 [P, D], unit length.
-        classes: int64 [P], index into `names`.
+        centre: float32 [D], subtracted before embeddings are normalised.
+        vectors: float32 [P, D], prototypes of unit length.
+        classes: int64 [P], class of each prototype as an index into `names`.
         names: class names, sorted.
         threshold: cosine below which an image belongs to no known scene.
-        accuracy: of the nearest prototype, as in `Scenes`.
+        accuracy: accuracy of the nearest prototype, as in `Scenes`.
     """
 
     centre: np.ndarray
@@ -126,14 +128,19 @@ class Prototypes:
 def fit_prototypes(
     embeddings: np.ndarray, labels: np.ndarray, per_class: int, threshold_quantile: float, seed: int
 ) -> Prototypes:
-    """Spherical k-means prototypes of every reference class, and the threshold below which an image is of none.
+    """Fit spherical k-means prototypes of every reference class, and the threshold of known scenes.
 
-    The threshold is the `threshold_quantile` of the cosine of labelled images to their nearest prototype: what is
-    farther from every prototype than almost every labelled image is of no known scene. Each half of the reference is
-    measured on prototypes fitted to the other half, since images lie nearer to prototypes fitted to themselves.
+    The threshold is the `threshold_quantile` of the cosine of labelled images to their nearest prototype. An image that
+    is farther from every prototype than almost every labelled image belongs to no known scene. Each half of the
+    reference is measured on prototypes fitted to the other half, because images lie nearer to prototypes that were
+    fitted to them.
 
     Args:
-        embeddings: float [M, D], M at least 1; labels: str [M].
+        embeddings: float [M, D], M at least 1.
+        labels: str [M], class of each row.
+        per_class: number of prototypes of each class.
+        threshold_quantile: quantile in [0, 1] that defines the threshold.
+        seed: seed of k-means and of the two halves.
     """
     centre = np.asarray(embeddings, dtype=np.float32).mean(axis=0)
     points = Points(embeddings, centre)[:]
@@ -150,8 +157,12 @@ def fit_prototypes(
 def _across_halves(
     points: np.ndarray, groups: list[np.ndarray], per_class: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of labelled images the cosine to the nearest prototype of the half they are not in, and whether it is of their
-    class; both empty where no class has two."""
+    """Measure labelled images on prototypes that were fitted to the other half of the reference.
+
+    Returns:
+        the cosine of each image to the nearest prototype, and whether this prototype is of the image's class; both are
+        empty if no class has two images.
+    """
     halves = _halves(groups, seed)
     nearest, right = [np.empty(0, np.float32)], [np.empty(0, bool)]
     for fit, measure in ((0, 1), (1, 0)):
@@ -165,14 +176,14 @@ def _across_halves(
 
 
 def _halves(groups: list[np.ndarray], seed: int) -> list[list[np.ndarray]]:
-    """Two random halves of every class that has two images."""
+    """Two random halves of every class that has at least two images."""
     generator = np.random.default_rng([seed, 1])
     return [np.array_split(generator.permutation(rows), 2) for rows in groups if len(rows) > 1]
 
 
 def fit_classifier(points: np.ndarray, classes: np.ndarray, kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """A linear classifier of unit vectors float32 [M, D]; returns (float32 [n, D]) -> int64 [n]."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # slow to import, and seldom needed
+    """Fit a linear classifier to unit vectors float32 [M, D]; returns a function (float32 [n, D]) -> int64 [n]."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # imported here: slow to import, rarely needed
     from sklearn.linear_model import LogisticRegression
 
     if kind == "lda":
@@ -184,7 +195,7 @@ def fit_classifier(points: np.ndarray, classes: np.ndarray, kind: str) -> Callab
 
 
 def held_out_accuracy(points: np.ndarray, classes: np.ndarray, kind: str, seed: int) -> float | None:
-    """Fraction of labelled images that a classifier fitted to the half they are not in puts into their class."""
+    """Accuracy of a classifier on the labelled images by two-fold cross-validation; None if no class has two images."""
     groups = [np.flatnonzero(classes == number) for number in range(int(classes.max()) + 1)]
     halves = _halves(groups, seed)
     if len(halves) < 2:
@@ -198,17 +209,18 @@ def held_out_accuracy(points: np.ndarray, classes: np.ndarray, kind: str, seed: 
 
 
 def tightness(points: np.ndarray, scenes: int, seed: int) -> float:
-    """How alike the images of one known scene are: the mean cosine of an image to its centroid, in as many k-means
-    clusters as there are scenes.
+    """Mean cosine of an image to its centroid, for k-means with as many clusters as there are known scenes.
 
-    Clusters and not the scenes themselves, since the strata that it is the target of are clusters, too, and a scene may
-    hold several kinds that have nothing in common. One half of the images is measured with the centroids of the other.
+    The value is the target for the tightness of the strata of the open scene. It is computed on clusters rather than
+    on the scenes, because the strata are clusters as well, and because one scene may hold several kinds of images that
+    have nothing in common. Each half of the images is measured with the centroids of the other half.
 
     Args:
         points: float32 [M, D], unit length.
         scenes: number of known scenes.
+        seed: seed of k-means and of the halves.
     Returns:
-        the cosine; 1 with fewer than four images a scene.
+        the cosine; 1 if there are fewer than four images per scene.
     """
     if len(points) < 4 * scenes:
         return 1.0
@@ -221,16 +233,18 @@ def tightness(points: np.ndarray, scenes: int, seed: int) -> float:
 
 
 def open_strata(points: Points, rows: np.ndarray, target: float, generator: np.random.Generator) -> np.ndarray:
-    """Strata of images that no known scene claims: the fewest clusters that are as tight as a known scene.
+    """Divide images of no known scene into strata: the smallest number of clusters that are as tight as a known scene.
 
-    The number is found by bisection of k-means on a sample; there are at most `MOST_OPEN_STRATA`, and on average no
-    fewer than `OPEN_STRATUM_IMAGES` images in each.
+    The number of clusters is found by bisection with k-means on a sample. There are at most `MOST_OPEN_STRATA` strata,
+    and on average at least `OPEN_STRATUM_IMAGES` images in each.
 
     Args:
-        points: unit vectors; rows: int64 [n], at least one.
+        points: unit vectors.
+        rows: int64 [n], at least one row.
         target: mean cosine of an image to the mean of its stratum (`tightness` of the known scenes).
+        generator: source of randomness.
     Returns:
-        int64 [n], 0..s-1, none empty.
+        int64 [n], stratum 0..s-1 of each row; no stratum is empty.
     """
     sample = rows[np.sort(generator.permutation(len(rows))[:OPEN_SAMPLE])]
     vectors, seed = points[sample], int(generator.integers(2**31))
@@ -243,7 +257,7 @@ def open_strata(points: Points, rows: np.ndarray, target: float, generator: np.r
     centroids, cosine = fitted(low)
     if cosine >= target:
         return np.zeros(len(rows), np.int64)
-    while cosine < target and low < high:  # double, then halve the last step
+    while cosine < target and low < high:  # double the number, then bisect the last step
         step = min(2 * low, high)
         result, cosine = fitted(step)
         if cosine >= target:
@@ -266,7 +280,7 @@ def open_strata(points: Points, rows: np.ndarray, target: float, generator: np.r
 def assign_scenes(
     embeddings: np.ndarray, prototypes: Prototypes, classify: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The scene of every image, by its nearest prototype or, above the threshold, by a classifier; streamed.
+    """Assign every image to a scene by its nearest prototype or, above the threshold, by a classifier; streamed.
 
     Returns:
         scene: int64 [N], index into `names`, or len(names) for the open scene.
@@ -285,7 +299,7 @@ def assign_scenes(
 def _nearest_scenes(
     points: Points, rows: np.ndarray, prototypes: Prototypes, classify: Callable[[np.ndarray], np.ndarray] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`assign_scenes` of some rows, without the threshold."""
+    """`assign_scenes` for some rows, without the threshold."""
     scene, similarity = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.float32)
     for start in range(0, len(rows), CHUNK):
         part = slice(start, start + CHUNK)
@@ -297,14 +311,15 @@ def _nearest_scenes(
 
 
 def corpus_strata(pool: Pool, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A reference for a corpus without labels: one mean embedding for each of its k-means clusters, and their names.
+    """Reference for a corpus without labels: the mean embedding of each k-means cluster, and the names of the clusters.
 
-    There are min(`MOST_STRATA`, sqrt(n / 2)) clusters of the n readable images, at least one (sqrt(n / 2): Mardia, Kent
-    and Bibby 1979, p. 365). With one embedding a class the prototypes are these means, and no image is of an unknown
-    scene.
+    The n readable images are divided into min(`MOST_STRATA`, sqrt(n / 2)) clusters, at least one (sqrt(n / 2): Mardia,
+    Kent and Bibby 1979, p. 365). As the reference has one embedding per class, the prototypes are these means, and no
+    image is of an unknown scene.
 
     Returns:
-        float32 [S, D], not centred, and "stratum 00", ... as object [S]; both empty where no image is readable.
+        embeddings float32 [S, D], not centred, and names "stratum 00", ... as object [S]; both are empty if no image is
+        readable.
     """
     rows, points = corpus_points(pool)
     if len(rows) == 0:

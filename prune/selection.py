@@ -1,4 +1,4 @@
-"""The pruning stage: an indexed corpus and a method to a selection directory."""
+"""The pruning stage: it makes a selection directory from an indexed corpus and a pruning method."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from runtime.cost import Clock, stage_cost
 from runtime.errors import UserError
 from runtime.tracking import track
 
-#: Where the scenes of a selection come from: a labelled reference set, or strata of the corpus itself.
+#: Sources of the scenes of a selection: a labelled reference set, or strata of the corpus itself.
 REFERENCE, CORPUS = "reference", "corpus"
 
 
 def method_name() -> str:
-    """The chosen method's name as in configs/prune."""
+    """Name of the chosen method, as in configs/prune."""
     return HydraConfig.get().runtime.choices.prune
 
 
 def reference_rows(corpus: Corpus, per_scene: int, generator: np.random.Generator) -> np.ndarray:
-    """Up to `per_scene` random labelled, readable images of each scene; int64, ascending."""
+    """Rows of up to `per_scene` random labelled and readable images of each scene; int64, ascending."""
     labels = corpus.manifest["scene"].to_numpy(dtype=object)
     usable = corpus.readable & (labels != "")
     if not usable.any():
@@ -59,12 +59,12 @@ def reference_rows(corpus: Corpus, per_scene: int, generator: np.random.Generato
 
 
 def scene_source(cfg: DictConfig, corpus: Corpus, method: Method) -> str | None:
-    """As `reference_kind`; None: the method takes no scenes."""
+    """The result of `reference_kind`, or None if the method uses no scenes."""
     return reference_kind(cfg, corpus) if getattr(method, "uses_reference", False) else None
 
 
 def reference_kind(cfg: DictConfig, corpus: Corpus) -> str:
-    """`REFERENCE`, or `CORPUS` where no set is named that has labels."""
+    """`CORPUS` if no reference set is named, or if it is the unlabelled corpus itself; otherwise `REFERENCE`."""
     if cfg.reference.source is None:
         return CORPUS
     labelled = corpus.readable & (corpus.manifest["scene"] != "").to_numpy()
@@ -73,9 +73,9 @@ def reference_kind(cfg: DictConfig, corpus: Corpus) -> str:
 
 
 def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
-    """Run the pruning stage `name` of a config, or find it done. Returns the selection's directory and its corpus."""
+    """Run the pruning stage of method `name`, or find it done; returns the selection's directory and the corpus."""
     method, measure = captioned.method_of(cfg), instantiate(cfg.entropy)
-    ratio = ratio_of(cfg, method, name)  # refused before anything is computed
+    ratio = ratio_of(cfg, method, name)  # an invalid ratio is refused before anything is computed
     clock, started = Clock(), time.time()
     encoder = instantiate(cfg.encoder)
     with clock("scan"):
@@ -104,7 +104,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         with clock("leaks"):
             summary["leaks"] = leaks_of(cfg, corpus)
         summary["strata"] = scenes and {"source": scenes, "count": len(set(pool.reference_labels.tolist()))}
-        if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run, whose time we have not
+        if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run: time unknown
             summary["images_per_second"] = None
         if pairs is not None:
             summary["captions"] = read_json(pairs.directory / SUMMARY)
@@ -131,7 +131,7 @@ def _inputs(
     scenes: str | None,
     pairs: captioned.CleanedPairs | None,
 ) -> dict[str, Any]:
-    """All that a selection depends on, for its fingerprint."""
+    """Everything that a selection depends on, for its fingerprint."""
     inputs = {
         "corpus": corpus.fingerprint,
         "method": method,
@@ -144,7 +144,7 @@ def _inputs(
         inputs["reference"] = cfg.reference if scenes == REFERENCE else None
     if pairs is not None:
         inputs["captions"] = pairs.directory.name
-    if pair_rule(cfg) != PairRule():  # else as before there was a choice
+    if pair_rule(cfg) != PairRule():  # the default keeps the fingerprints of selections made before this option existed
         inputs["pair_rule"] = pair_rule(cfg)
     return inputs
 
@@ -152,7 +152,7 @@ def _inputs(
 def _with_captions(
     cfg: DictConfig, corpus: Corpus, method: Method, measure: LocalEntropy, encoder: EfficientNetLite0, clock: Clock
 ) -> tuple[Corpus, captioned.CleanedPairs | None]:
-    """The corpus with the captions that are to be read, and the scored pairs where the method uses them."""
+    """The corpus with the captions to read, and the scored pairs if the method uses them."""
     scoring, reading = captioned.requested(cfg, method)
     if not scoring:
         return corpus, None
@@ -165,10 +165,10 @@ def _with_captions(
 
 
 def ratio_of(cfg: DictConfig, method: Method, name: str) -> float | None:
-    """The fraction that is removed: 0 by a method that keeps everything, None where the method finds it itself.
+    """The fraction of images to remove: 0 for a method that keeps everything, None if the method determines it.
 
     Raises:
-        UserError: it is out of range, or null for a method that finds none.
+        UserError: the ratio is out of range, or it is null and the method cannot determine it.
     """
     if getattr(method, "keeps_everything", False):
         return 0.0
@@ -181,7 +181,7 @@ def ratio_of(cfg: DictConfig, method: Method, name: str) -> float | None:
 
 
 def leaks_of(cfg: DictConfig, corpus: Corpus) -> dict[str, Any] | None:
-    """What the pruned split, val and test share; None where `leaks` is 0 or all splits are pruned at once.
+    """Leaks between the pruned split, val and test; None if `leaks` is 0 or all splits are pruned together.
 
     A split that is empty or has no images of its own is left out.
     """
@@ -202,7 +202,7 @@ def pair_rule(cfg: DictConfig) -> PairRule:
 
 @cache
 def _tell_of_strata(count: int) -> None:
-    """Once, though a sweep selects many times."""
+    """Print a notice about the strata, once per process, even if a sweep selects many times."""
     if is_main_process():
         print(
             f"no reference: strata were made from the corpus itself ({count} of them); give labelled scenes with "
@@ -237,7 +237,7 @@ def corpus_pool(
 
 
 def with_reference(cfg: DictConfig, pool: Pool, scenes: str, encoder: EfficientNetLite0) -> Pool:
-    """The pool with what `scene_source` says: a labelled set's images, or strata of its own.
+    """The pool with a reference from the source `scenes`: a labelled set, or strata of the corpus itself.
 
     Raises:
         UserError: the reference set has no labels.
@@ -273,7 +273,7 @@ def write_selection(
 
 
 def selection_table(pool: Pool, selection: Selection, weights: np.ndarray) -> pd.DataFrame:
-    """The contract's table: one row an image, in corpus order; `weights` are those of `prune.weights`."""
+    """Table of a selection directory: one row per image, in corpus order; `weights` are those of `prune.weights`."""
     kept = np.zeros(len(pool), dtype=bool)
     kept[selection.kept] = True
     return pd.DataFrame(
@@ -300,7 +300,7 @@ def summarise(
     seed: int,
     seconds: dict[str, float],
 ) -> dict:
-    """The contract's summary.json."""
+    """Content of the summary.json of a selection directory."""
     true_scenes = corpus.manifest["scene"].where(corpus.readable, "unreadable")
     assigned = table["scene"].where(table["scene"] != "", true_scenes)
     packages = ("torch", "faiss-cpu", "numpy", "timm", "numba")
@@ -328,7 +328,7 @@ def summarise(
 
 
 def cost_by_stage(clock: Clock, corpus: Corpus) -> dict[str, Any]:
-    """What each stage cost this command; `index`, which decodes and embeds, what it cost when it was built."""
+    """Cost of each stage in this command; for `index`, which decodes and embeds, the cost when the index was built."""
     return {"index": stage_cost(corpus.directory), **{name: own for name, own in clock.cost.items() if name != "scan"}}
 
 

@@ -1,4 +1,4 @@
-"""How many images of the corpus each kept image stands for."""
+"""Weights of kept images: the number of images of the corpus that each kept image represents."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 from prune.clusters import CHUNK, Clustering, Points, mean_embedding, members_of
 from runtime.progress import progress
 
-#: Multiplications up to which every kept image is looked at; above, an inverted file on fewer dimensions finds one.
+#: Largest number of multiplications for an exhaustive search; above it, an inverted file on fewer dimensions is used.
 EXACT = 5e11
-#: Principal components and probed lists of the inverted file, and the images that its lists are fitted to.
+#: Principal components and probed lists of the inverted file, and number of images that its lists are fitted to.
 COMPONENTS, PROBES, SAMPLE = 64, 8, 50_000
-#: Kept images up to which the lists grow with the square root of their number, and above which each list has so many:
-#: the work of one look-up then no longer grows, as the lists themselves are found by an inverted file.
+#: Up to `MANY_KEPT` kept images, the number of lists grows with the square root of the number of images. Above it, each
+#: list has `LIST_IMAGES` images, and the lists themselves are found by a second inverted file, so that the cost of one
+#: look-up no longer grows.
 MANY_KEPT, LIST_IMAGES = 250_000, 250
-#: Images by which the centre of one of these lists is found, and images that are looked up together.
+#: Number of images that the centre of one of these lists is computed from, and images that are looked up together.
 LIST_SAMPLE, TOGETHER = 32, 16 * CHUNK
 Projection = Callable[[np.ndarray], np.ndarray]
 
@@ -26,18 +27,19 @@ Projection = Callable[[np.ndarray], np.ndarray]
 def images_represented(
     embeddings: np.ndarray, readable: np.ndarray, kept: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-    """Weights of the kept images: how many readable images have each of them as their nearest kept one.
+    """Weight of each kept image: the number of readable images whose nearest kept image it is.
 
-    Nearest by cosine of centred embeddings; a kept image represents itself. With these weights the subset has the
-    corpus's distribution, as far as the embeddings tell (docs/method.md, section 3).
+    The nearest image is the one of the highest cosine of centred embeddings; a kept image represents itself. With
+    these weights the subset has the distribution of the corpus, as far as the embeddings describe it (docs/method.md,
+    section 3).
 
     Args:
         embeddings: float [N, D], usually a memory map, read in parts.
         readable: bool [N].
-        kept: int64 [K], ascending, readable.
-        generator: of the images that the inverted file is fitted to, where one is needed.
+        kept: int64 [K], ascending rows of readable images.
+        generator: draws the images that the inverted file is fitted to, if one is needed.
     Returns:
-        float32 [N], 0 where an image is not kept; its sum is the number of readable images.
+        float32 [N], 0 where an image is not kept; the sum is the number of readable images.
     """
     weights = np.zeros(len(embeddings), dtype=np.float32)
     if len(kept) == 0:
@@ -52,13 +54,13 @@ def images_represented(
     position = np.full(len(embeddings), -1, dtype=np.int64)
     position[kept] = np.arange(len(kept))
     own = position[rows]
-    owner = np.where(own >= 0, own, owner)  # of two equal images that are kept, each represents itself
+    owner = np.where(own >= 0, own, owner)  # a kept image represents itself, even if another kept image is equal to it
     weights[kept] = np.bincount(owner, minlength=len(kept))
     return weights
 
 
 def effective_size(weights: np.ndarray) -> float:
-    """Images that count alike with the same variance (Kish 1965): (sum w)^2 / sum w^2; 0 where there are none."""
+    """Effective sample size (sum w)^2 / sum w^2 (Kish 1965): equally weighted images of the same variance; 0: none."""
     total = float(weights.sum(dtype=np.float64))
     return total**2 / float((weights.astype(np.float64) ** 2).sum()) if total else 0.0
 
@@ -66,7 +68,7 @@ def effective_size(weights: np.ndarray) -> float:
 def _index(
     points: Points, kept: np.ndarray, images: int, generator: np.random.Generator
 ) -> tuple[faiss.Index, Projection]:
-    """A faiss index of the kept images, and what brings vectors to its dimensions."""
+    """A faiss index of the kept images, and the projection of vectors to its dimensions."""
     dimensions = points.embeddings.shape[1]
     if float(images) * len(kept) * dimensions <= EXACT:
         index: Any = faiss.IndexFlatIP(dimensions)
@@ -86,7 +88,7 @@ def _index(
 
 
 def _inverted(dimensions: int, lists: int) -> faiss.IndexIVFFlat:
-    """An untrained inverted file whose lists are found by looking at every centre."""
+    """An untrained inverted file whose lists are found by comparison with every centre."""
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dimensions), dimensions, lists)
     index.cp.min_points_per_centroid = 1
     index.cp.niter = 10
@@ -96,9 +98,9 @@ def _inverted(dimensions: int, lists: int) -> faiss.IndexIVFFlat:
 def _two_levels(
     points: Points, kept: np.ndarray, project: Projection, generator: np.random.Generator
 ) -> faiss.IndexIVFFlat:
-    """An inverted file of lists of `LIST_IMAGES` kept images, whose centres are in an inverted file of their own.
+    """An inverted file with `LIST_IMAGES` kept images per list; a second inverted file holds the centres of the lists.
 
-    The centres are means of hierarchical k-means, since one k-means with so many would be quadratic.
+    The centres are the means of hierarchical k-means, because one k-means with so many clusters would be quadratic.
     """
     lists = max(1, len(kept) // LIST_IMAGES)
     rows = np.sort(generator.choice(kept, min(len(kept), LIST_SAMPLE * lists), replace=False))
@@ -116,9 +118,9 @@ def _two_levels(
 
 
 def _nearest(index: Any, vectors: np.ndarray) -> np.ndarray:
-    """Position of the nearest kept image, int64 [n]; where all probed lists are empty, all lists are.
+    """Position of the nearest kept image, int64 [n]; if all probed lists are empty, all lists are searched.
 
-    Vectors of one list are looked up one after the other, so that a list is read from memory once for many.
+    Vectors that belong to the same list are looked up in sequence, so that the list is read from memory once.
     """
     # faiss's type hints describe its C++ calls, not their Python wrappers
     inverted: Any = index
@@ -138,7 +140,7 @@ def _nearest(index: Any, vectors: np.ndarray) -> np.ndarray:
 
 
 def _projected(points: Points, rows: np.ndarray, project: Projection) -> np.ndarray:
-    """What `project` makes of rows, float32 [n, d], read part by part."""
+    """Projections of some rows by `project`, float32 [n, d]; the rows are read part by part."""
     return np.concatenate([project(points[rows[start : start + CHUNK]]) for start in range(0, len(rows), CHUNK)])
 
 
@@ -148,6 +150,6 @@ def _add(index: faiss.Index, points: Points, kept: np.ndarray, project: Projecti
 
 
 def _principal_components(vectors: np.ndarray, count: int) -> np.ndarray:
-    """float32 [D, count], orthonormal, of vectors that are centred already."""
+    """The first `count` principal components of centred vectors, float32 [D, count], orthonormal."""
     _, basis = np.linalg.eigh(vectors.T.astype(np.float64) @ vectors.astype(np.float64))
     return np.ascontiguousarray(basis[:, ::-1][:, :count], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""RS-Prune as a library: what other projects import (docs/library.md). The folders beside it hold the code."""
+"""RS-Prune as a library: the names that other projects import (docs/library.md). The sibling packages hold the code."""
 
 from __future__ import annotations
 
@@ -61,10 +61,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is requested: measuring entropies, say, needs none of the clustering's libraries.
+    """Import the requested name only: measuring entropies, for example, does not load the clustering libraries.
 
     Raises:
-        ImportError: another project's folder hides one of ours.
+        AttributeError: the library has no such name.
+        ImportError: a folder or module of another project hides one of the packages of RS-Prune.
     """
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Images in and embeddings out, for those who have neither arrays nor an encoder yet."""
+"""Read a folder of images into arrays and embed images, for users who have neither arrays nor an encoder yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from rsprune.installed import needs
 
-#: Modules and classes of the encoders whose weights packages ship.
+#: Module and class of each encoder that gets its weights from a Python package.
 _ENCODERS = {
     "efficientnet_lite0": ("encoders.efficientnet", "EfficientNetLite0"),
     "efficientnet_lite2": ("encoders.efficientnet_lite2", "EfficientNetLite2"),
@@ -18,13 +18,13 @@ _ENCODERS = {
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Images of a folder, in the order of their ids.
+    """The N images of a folder, sorted by id.
 
     Attributes:
-        ids: str [N], each file's path below the folder.
-        images: uint8 [N, S, S, 3]; zeros where unreadable.
-        readable: bool [N].
-        scene: str [N], the class folder; "" where there is none.
+        ids: str [N], path of each file relative to the folder.
+        images: uint8 [N, S, S, 3]; zeros where the file is unreadable.
+        readable: bool [N], whether the file could be decoded.
+        scene: str [N], name of the class folder; "" where there is none.
         caption: str [N]; "" where there is none.
     """
 
@@ -39,16 +39,16 @@ class FolderImages:
 
 
 def read_folder(folder: str | Path, *, side: int = 64, limit: int | None = None) -> FolderImages:
-    """All images of a folder at any depth, as `corpus=folder` of the commands reads them; in memory, by this process.
+    """Read all images of a folder, at any depth, into memory, in the same way as `corpus=folder` of the commands.
 
-    Needs the extra `images`; GeoTIFFs need `geo` as well.
+    The images are decoded in the calling process. The function needs the extra `images`; GeoTIFFs also need `geo`.
 
     Args:
-        folder: of images; class folders and captions are found as docs/corpora.md says.
-        side: S in pixels; images are cropped to their central square and resized.
-        limit: at most so many, evenly spread (None: all).
+        folder: directory of the images; class folders and captions are found as described in docs/corpora.md.
+        side: S in pixels; each image is cropped to its central square and resized to S x S.
+        limit: largest number of images to read, evenly spread over the folder; None: all.
     Raises:
-        UserError: there is no such folder, it has no images, or the extra is missing.
+        UserError: the folder does not exist, it has no images, or the extra is not installed.
     """
     with needs("images", "read_folder"):
         from corpus.masks import Sample
@@ -59,7 +59,7 @@ def read_folder(folder: str | Path, *, side: int = 64, limit: int | None = None)
     images = np.zeros((len(manifest), side, side, 3), np.uint8)
     readable = np.zeros(len(manifest), dtype=bool)
     for row, read in enumerate(source.reader(np.arange(len(manifest)))()):
-        if not isinstance(read, str):  # else the reason why there is none
+        if not isinstance(read, str):  # a string is the reason why the image is unreadable
             images[row] = read.image if isinstance(read, Sample) else read
             readable[row] = True
     columns = (manifest[name].to_numpy(dtype=object) for name in ("id", "scene", "caption"))
@@ -68,16 +68,17 @@ def read_folder(folder: str | Path, *, side: int = 64, limit: int | None = None)
 
 
 def embed_images(images: np.ndarray, encoder: str = "efficientnet_lite0", *, batch_size: int = 64) -> np.ndarray:
-    """Embeddings of images by a frozen network whose weights a package ships, float32 [N, 1280].
+    """Embed images with a frozen network whose weights come with a Python package; returns float32 [N, 1280].
 
-    Needs the extra `encoders`, which has PyTorch; embeddings of any other model do as well.
+    The function needs the extra `encoders`, which includes PyTorch. The pruning methods also accept the embeddings of
+    any other model.
 
     Args:
         images: uint8 [N, H, W, 3], N images of one size.
-        encoder: "efficientnet_lite0" or "efficientnet_lite2", trained on ImageNet.
-        batch_size: images a forward pass.
+        encoder: "efficientnet_lite0" or "efficientnet_lite2", both trained on ImageNet.
+        batch_size: images per forward pass.
     Raises:
-        UserError: there is no such encoder, the images are none, or the extra is missing.
+        UserError: the encoder is unknown, the array is not uint8 [N, H, W, 3], or the extra is not installed.
     """
     from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""What must be installed: our own packages, not another project's of the same name, and those of an extra."""
+"""Checks of the installation: RS-Prune's packages are not hidden by another project's, and an extra is installed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-#: Top-level packages that the library uses, installed beside it.
+#: Top-level packages that are installed together with `rsprune` and that it uses.
 PACKAGES = ("runtime", "corpus", "encoders", "captioning", "prune", "eval")
 
 
 @cache
 def refuse_strangers() -> None:
-    """Raise an ImportError where a folder or module of another project is found under the name of one of ours.
+    """Raise an ImportError if Python finds another project's folder or module under the name of one of `PACKAGES`.
 
-    Names such as `eval` or `runtime` are common, and the directory that Python starts in comes first on its path.
+    Names such as `eval` or `runtime` are common, and Python searches the directory that it was started in first.
     """
     home = Path(__file__).resolve().parent.parent
     for name in PACKAGES:
         spec = find_spec(name)
-        # a folder without __init__.py has a path alone, a module a file alone
+        # a folder without __init__.py has only search locations, a module has only an origin
         positions = [*(spec.submodule_search_locations or ()), spec.origin] if spec else []
         result = next((Path(place).resolve() for place in positions if place), None)
         if result != home / name:
@@ -33,13 +33,14 @@ def refuse_strangers() -> None:
 
 @contextlib.contextmanager
 def needs(extra: str, what: str) -> Iterator[None]:
-    """Turn the error of an import of a package that is not installed into one line.
+    """Context manager that replaces the ModuleNotFoundError of a missing third-party package by a one-line message.
 
     Args:
-        extra: of pyproject.toml, which has it.
-        what: needs it.
+        extra: the extra of pyproject.toml that contains the package.
+        what: name of the function that needs the package, for the message.
     Raises:
-        UserError: instead of the ModuleNotFoundError.
+        UserError: a third-party package is not installed.
+        ModuleNotFoundError: the missing module is one of `PACKAGES`.
     """
     from runtime.errors import UserError
 

@@ -1,4 +1,4 @@
-"""A selection as a table, from a command or from arrays, and as tags of a data set's samples."""
+"""Selections as tables (made from arrays or read from a command's output) and as tags for the samples of a data set."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ _TABLE = "selection.parquet"
 def selection_table(
     selection: Selection, ids: Sequence[str] | np.ndarray, *, weights: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """One row an image, in the order of the arrays; columns as in the selection.parquet of `prune/run.py`.
+    """Table of a selection with one row per image, in the order of the arrays.
+
+    The columns have the names and meanings of those in the selection.parquet that `prune/run.py` writes.
 
     Args:
-        ids: str [N], names of the images, each once: paths, keys, sample ids.
-        weights: float32 [N] of `images_represented`; None: the table has no column `weight`.
+        selection: result of a pruning method on N images.
+        ids: str [N], unique names of the images: paths, keys or sample ids.
+        weights: float32 [N], result of `images_represented`; None: the table has no column `weight`.
     Returns:
-        id, kept (bool), reason, scene, scene_similarity, cluster, centroid_distance and perhaps weight.
+        a table with the columns id, kept (bool), reason, scene, scene_similarity, cluster, centroid_distance and, if
+        weights are given, weight.
     Raises:
-        UserError: there are not as many ids or weights as images, or an id is there twice.
+        UserError: the number of ids or weights is not N, or an id occurs twice.
     """
     size = len(selection.reason)
     names = pd.Series(np.asarray(ids).astype(str))
@@ -49,15 +53,15 @@ def selection_table(
 
 
 def read_selection(directory: str | Path) -> pd.DataFrame:
-    """The table of a selection that `prune/run.py` made; one row an image, in corpus order.
+    """Read the table of a selection that `prune/run.py` made, with one row per image, in corpus order.
 
     Args:
-        directory: what the command prints after `selection:`, or the selection.parquet in it.
+        directory: the directory that the command prints after `selection:`, or the selection.parquet in that directory.
     Returns:
-        id, kept (bool), reason, entropy (bits), scene, scene_similarity, cluster, centroid_distance and weight (images
-        that a kept one stands for).
+        a table with the columns id, kept (bool), reason, entropy (bits), scene, scene_similarity, cluster,
+        centroid_distance and weight (number of images that a kept image represents).
     Raises:
-        UserError: there is no selection.
+        UserError: the file does not exist or lacks the columns of a selection.
     """
     path = Path(directory)
     path = path / _TABLE if path.is_dir() else path
@@ -72,13 +76,13 @@ def read_selection(directory: str | Path) -> pd.DataFrame:
 
 
 def selection_tags(table: pd.DataFrame, prefix: str = "rsprune") -> dict[str, list[str]]:
-    """Tags of every image: `rsprune:kept`, or `rsprune:dropped` and the reason, `rsprune:redundant` for example.
+    """Tags of every image: `rsprune:kept`, or `rsprune:dropped` and the reason, for example `rsprune:redundant`.
 
     Args:
-        table: of `selection_table` or `read_selection`.
-        prefix: before the colon.
+        table: result of `selection_table` or `read_selection`.
+        prefix: text before the colon of each tag.
     Returns:
-        tags by id, for FiftyOne's `sample.tags` or any tool that tags samples.
+        dictionary from image id to tags, for FiftyOne's `sample.tags` or any other tool that tags samples.
     """
     return {
         str(name): [f"{prefix}:kept"] if kept else [f"{prefix}:dropped", f"{prefix}:{reason}"]

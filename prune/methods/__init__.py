@@ -1,1 +1,1 @@
-"""Pruning methods: one file and one YAML each."""
+"""Pruning methods: each has one module and one YAML file."""

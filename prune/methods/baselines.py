@@ -1,4 +1,4 @@
-"""The two ends of the comparison: everything, and a random subset."""
+"""The two baselines of the comparison: the whole corpus and a random subset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prune.pool import Pool, Selection
 
 @dataclass(frozen=True)
 class Full:
-    """The whole corpus: every readable image, whatever the ratio."""
+    """Keep every readable image, whatever the ratio is."""
 
     keeps_everything = True
 

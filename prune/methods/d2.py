@@ -1,4 +1,4 @@
-"""D2 pruning: difficulty passed over the neighbourhood graph."""
+"""D2 pruning: difficulty scores that are passed along the graph of nearest neighbours."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from prune.pool import Pool, Selection
 
 @dataclass(frozen=True)
 class D2Pruning:
-    """D2 pruning (Maharana et al. 2024, arXiv 2310.07931, section 3), its self-supervised form.
+    """D2 pruning (Maharana et al. 2024, arXiv 2310.07931, section 3) in its self-supervised form.
 
-    Forward pass: every image's difficulty grows by its neighbours', weighted by exp(-gamma_forward d^2). Then the
-    hardest image is taken and its neighbours' scores fall by exp(-gamma_reverse d^2) times its own, again and again.
-    Difficulty is the distance to the nearest k-means centroid, over its largest, as for unlabelled data in the paper.
-    Left out: the paper's search for both gammas on a validation set.
+    In the forward pass, each image adds the difficulties of its neighbours, weighted by exp(-gamma_forward d^2), to its
+    own difficulty. Then the image of the highest score is taken, and the scores of its neighbours fall by
+    exp(-gamma_reverse d^2) times this score; this step is repeated. The difficulty of an image is its distance to the
+    nearest k-means centroid, divided by the largest such distance, as for unlabelled data in the paper. The paper's
+    search for both gammas on a validation set is left out.
 
     Args:
-        neighbours: of each image in the graph.
-        gamma_forward, gamma_reverse: of the two kernels.
-        clusters: k-means clusters; None: the square root of the number of images.
+        neighbours: number of neighbours of each image in the graph.
+        gamma_forward, gamma_reverse: parameters of the two kernels.
+        clusters: number of k-means clusters; None: the square root of the number of images.
     """
 
     neighbours: int = 10
@@ -44,12 +45,17 @@ class D2Pruning:
 
 
 def greedy(score: np.ndarray, neighbours: np.ndarray, weights: np.ndarray, budget: int) -> np.ndarray:
-    """Take the highest score, lower its neighbours' by weight x that score, repeat; int64 [budget], ties to the first.
+    """Repeatedly take the image of the highest score and lower its neighbours' scores by weight times that score.
 
-    Scores only fall, so a heap entry that is still true is the highest.
+    Scores only fall, so the top heap entry is the highest score if it is still up to date.
 
     Args:
-        score: float64 [n], changed in place; neighbours: int64 [n, k], -1 for none; weights: float [n, k].
+        score: float64 [n], changed in place.
+        neighbours: int64 [n, k], -1 for none.
+        weights: float [n, k].
+        budget: number of images to take, at most n.
+    Returns:
+        int64 [budget], in the order of picking; ties go to the first image.
     """
     heap = [(-value, index) for index, value in enumerate(score.tolist())]
     heapq.heapify(heap)

@@ -1,4 +1,4 @@
-"""Density-based pruning: more images for the more complex clusters."""
+"""Density-based pruning: complex clusters keep more images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from prune.pool import Pool, Selection
 class DensityPruning:
     """Density-based pruning (Abbas et al. 2024, arXiv 2401.04578).
 
-    A cluster's complexity is its mean distance to the nearest other centroids times its images' mean distance to its
-    own; a softmax over complexities gives its fraction of the budget, and a quadratic program the nearest feasible one.
-    Inside a cluster the images farthest from the centroid are kept. Left out: the de-duplication and the CLIP-score
-    filter that the paper runs first.
+    The complexity of a cluster is the product of two mean distances: of its centroid to the nearest other centroids,
+    and of its images to its centroid. A softmax over the complexities gives each cluster's fraction of the budget; a
+    quadratic program finds the nearest feasible allocation. Inside a cluster the images farthest from the centroid are
+    kept. The de-duplication and the CLIP-score filter that the paper runs first are left out.
 
     Args:
-        clusters: k-means clusters; None: the square root of the number of images.
-        temperature: of the softmax.
-        neighbours: centroids to which the outer distance is averaged.
+        clusters: number of k-means clusters; None: the square root of the number of images.
+        temperature: temperature of the softmax.
+        neighbours: number of nearest other centroids that the distance between centroids is averaged over.
     """
 
     clusters: int | None = None
@@ -51,7 +51,7 @@ class DensityPruning:
 
 
 def outer_distance(centroids: np.ndarray, neighbours: int) -> np.ndarray:
-    """Mean cosine distance of each unit centroid to its nearest `neighbours` others, float [k]; one cluster: ones."""
+    """Mean cosine distance of each unit centroid to its `neighbours` nearest others, float [k]; 1 for a single one."""
     if len(centroids) == 1:
         return np.ones(1)
     distances = 1 - centroids @ centroids.T
@@ -60,10 +60,10 @@ def outer_distance(centroids: np.ndarray, neighbours: int) -> np.ndarray:
 
 
 def nearest_feasible(requested: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
-    """Integers that sum to `budget` within 0..sizes, nearest to `requested` in least squares.
+    """Integers x with 0 <= x <= sizes and sum `budget` that are nearest to `requested` in least squares.
 
-    The program min |x - requested|^2, sum x = budget, 0 <= x <= sizes has the solution x = clip(requested + shift, 0,
-    sizes) for one shift found by bisection; then rounded by largest remainders.
+    The program min |x - requested|^2 with sum x = budget and 0 <= x <= sizes has the solution
+    x = clip(requested + shift, 0, sizes). The shift is found by bisection; x is then rounded by largest remainders.
     """
     low, high = -requested.max() - 1.0, float(sizes.max()) + 1.0
     for _ in range(100):

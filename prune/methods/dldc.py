@@ -1,4 +1,4 @@
-"""DLDC (Dual Loop Data Cleaning, JSTARS 2025): image-text pairs by how well they belong together, scene by scene."""
+"""DLDC (Dual Loop Data Cleaning, JSTARS 2025): select image-text pairs by how well they match, scene by scene."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from prune.allocation import proportional
 from prune.pool import PairScores, Pool, Selection
 from runtime.errors import UserError
 
-#: Reasons of its own: the caption is another scene's; others of the scene fit better; there is no caption.
+#: Reasons to drop an image: its caption describes another scene; captions of other images of its scene fit better; it
+#: has no caption.
 MISMATCHED, LESS_FITTING, NO_CAPTION = "mismatched_caption", "less_fitting_caption", "no_caption"
-#: Scenes that an error names.
+#: Largest number of scenes that an error message names.
 NAMED = 12
 
 
 def pair_scores_of(pool: Pool, method: str) -> PairScores:
-    """The pool's scores.
+    """The pair scores of the pool.
 
     Raises:
-        UserError: it has none.
+        UserError: the pool has no pair scores.
     """
     if pool.pair_scores is None:
         raise UserError(f"{method} needs scores of images and captions: give pair_scores, or use random")
@@ -29,16 +30,16 @@ def pair_scores_of(pool: Pool, method: str) -> PairScores:
 
 @dataclass(frozen=True)
 class DLDC:
-    """Drop mismatched pairs, each scene by a fraction of its own; docs/method.md, section 8, has the formulas.
+    """Drop mismatched pairs, a different fraction in each scene; docs/method.md, section 8, has the formulas.
 
-    Without a budget (`ratio=null`) exactly the pairs stay that are not mismatched. With a smaller budget every scene
-    keeps the same part of these, those whose captions fit their image best among images of the scene. With a larger one
-    the least mismatched pairs come back.
+    Without a budget (`ratio=null`), exactly the pairs that are not mismatched are kept. With a smaller budget, every
+    scene keeps the same fraction of these pairs: those whose captions fit their images best among the images of the
+    scene. With a larger budget, the least mismatched pairs are kept as well.
 
     Args:
-        most_mismatch: probability to be mismatched above which a pair goes.
-        cleaning_ratio: instead of what is found: the part of every scene that goes, the worst pairs first; a number, or
-            numbers by scene, of which "" stands for all others. None: what is found.
+        most_mismatch: a pair is mismatched if its mismatch probability is above this value.
+        cleaning_ratio: fraction of the pairs of each scene to drop, the worst first, instead of the mismatched pairs:
+            one number, or numbers by scene, in which "" stands for all other scenes. None: drop the mismatched pairs.
     """
 
     uses_captions = True
@@ -67,15 +68,15 @@ class DLDC:
         )
 
     def estimated_budget(self, pool: Pool) -> int:
-        """Pairs that stay with `ratio=null`."""
+        """Number of pairs that are kept with `ratio=null`."""
         scores = pair_scores_of(pool, "dldc")
         return int(self.clean(scores, pool.readable & np.isfinite(scores.mismatch)).sum())
 
     def clean(self, scores: PairScores, usable: np.ndarray) -> np.ndarray:
-        """The pairs that stay before the budget is looked at, bool [N].
+        """The pairs that are kept before the budget is applied, bool [N].
 
         Raises:
-            UserError: `cleaning_ratio` names a scene that is none.
+            UserError: `cleaning_ratio` names an unknown scene.
         """
         if self.cleaning_ratio is None:
             return usable & (scores.mismatch <= self.most_mismatch)
@@ -95,7 +96,7 @@ class DLDC:
 
 
 def goodness(scores: PairScores, rows: np.ndarray, most_mismatch: float) -> np.ndarray:
-    """Orders the pairs of one scene: mismatched ones below all others, by their probability; the others by `fit`."""
+    """Score that orders the pairs of one scene: mismatched pairs come last, by probability; the others by `fit`."""
     fit = scores.fit[rows]
     level = np.argsort(np.argsort(fit, kind="stable"), kind="stable") / max(1, len(rows))
     return np.where(scores.mismatch[rows] > most_mismatch, -scores.mismatch[rows], level)
@@ -109,10 +110,10 @@ def keep_best(
     budget: int,
     most_mismatch: float,
 ) -> np.ndarray:
-    """Rows of exactly `budget` images, fewer only where fewer are readable; int64.
+    """Rows of exactly `budget` images, int64; fewer only if fewer images are readable.
 
-    Of the clean pairs each scene keeps the same part; where they are too few, the least mismatched ones come back, and
-    last images without a caption.
+    Each scene keeps the same fraction of its clean pairs. If there are too few clean pairs, the least mismatched pairs
+    are added, and then images without a caption.
     """
     chosen = np.flatnonzero(clean)
     if budget >= len(chosen):
@@ -132,7 +133,7 @@ def keep_best(
 
 @dataclass(frozen=True)
 class ClipScore:
-    """Rank all pairs by the cosine of image and caption, one ratio for all scenes (Schuhmann et al. 2022: LAION-5B)."""
+    """Rank the pairs of all scenes together by the cosine of image and caption (Schuhmann et al. 2022: LAION-5B)."""
 
     uses_captions = True
 

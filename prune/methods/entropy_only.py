@@ -1,4 +1,4 @@
-"""The first step of RS-Prune alone."""
+"""Pruning by local entropy only, the first step of RS-Prune."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class EntropyOnly:
-    """Keep the images of the highest local entropy (RS-Prune, arXiv 2512.23239, step 1). Nothing is left out.
+    """Keep the images of the highest local entropy (RS-Prune, arXiv 2512.23239, step 1); nothing of it is left out.
 
-    Images of equal entropy at the cut are drawn from (`prune.ranks`). Raises a UserError where no entropy is known.
+    Images of equal entropy at the cut are in a fixed random order (`prune.ranks`).
+
+    Raises:
+        UserError: no entropy is known.
     """
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:

@@ -1,4 +1,4 @@
-"""Facility location: every image near one that is kept."""
+"""Facility location: choose a subset so that every image is near a kept image."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from prune.pool import Pool, Selection
 class FacilityLocation:
     """Facility location by lazy greedy (Minoux 1978; as a coreset: Mirzasoleiman et al. 2020, CRAIG).
 
-    Maximises sum_i max_{j kept} s_ij with s = (1 + cosine) / 2, on the graph of nearest neighbours: similarities
-    outside it count as zero, which keeps memory at N x neighbours. Left out: CRAIG's gradients (no model is trained).
+    The method maximises sum_i max_{j kept} s_ij with s = (1 + cosine) / 2 on the graph of nearest neighbours.
+    Similarities outside the graph count as zero, which limits memory to N x neighbours. CRAIG's gradients are left out,
+    because no model is trained.
 
     Args:
-        neighbours: of each image in the graph; N - 1 gives the exact function.
+        neighbours: number of neighbours of each image in the graph; N - 1 gives the exact function.
     """
 
     neighbours: int = 64
@@ -33,19 +34,22 @@ class FacilityLocation:
 
 
 def lazy_greedy(neighbours: np.ndarray, similarity: np.ndarray, budget: int) -> np.ndarray:
-    """Greedy facility location on a graph; int64 [budget] in the order of picking, ties to the first.
+    """Greedy facility location on a graph.
 
-    Gains only fall, so an image whose refreshed gain still leads is the best (Minoux 1978).
+    Gains only fall, so an image whose updated gain is still the highest is the best one (Minoux 1978).
 
     Args:
-        neighbours: int64 [n, k], -1 for none; similarity: float [n, k] in [0, 1]; image i is similar to itself by 1.
-        budget: at most n.
+        neighbours: int64 [n, k], -1 for none.
+        similarity: float [n, k] in [0, 1]; the similarity of an image to itself is 1.
+        budget: number of images to take, at most n.
+    Returns:
+        int64 [budget], in the order of picking; ties go to the first image.
     """
     size = len(neighbours)
     known = neighbours.ravel() >= 0
     sources = np.repeat(np.arange(size), neighbours.shape[1])[known]
     targets, values = neighbours.ravel()[known], similarity.ravel()[known].astype(np.float64)
-    order = np.argsort(targets, kind="stable")  # column j of the graph: who would be served by j
+    order = np.argsort(targets, kind="stable")  # groups the edges by target j: the images that j would serve
     sources, values = sources[order], values[order]
     ends = np.searchsorted(targets[order], np.arange(size + 1))
     served = np.zeros(size)

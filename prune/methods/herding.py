@@ -1,4 +1,4 @@
-"""Herding: a subset whose mean stays the corpus's."""
+"""Herding: a subset with the same mean embedding as the corpus."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from prune.pool import Pool, Selection
 
 @dataclass(frozen=True)
 class Herding:
-    """Herding (Welling 2009), as used to pick exemplars (Rebuffi et al. 2017, iCaRL, algorithm 4), without classes.
+    """Herding (Welling 2009) as used to pick exemplars (Rebuffi et al. 2017, iCaRL, algorithm 4), without classes.
 
-    Each time the image that brings the mean of what is taken nearest to the corpus's mean embedding. Images are not
-    taken twice. On raw, not centred embeddings: the mean is what is matched. Time is N x budget x D.
+    Each step takes the image that brings the mean embedding of the taken images nearest to that of the corpus. No image
+    is taken twice. The embeddings are not centred, because their mean is matched. The time is proportional to
+    N x budget x D.
     """
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
@@ -26,12 +27,14 @@ class Herding:
 
 
 def herd(embeddings: np.ndarray, mean: np.ndarray, budget: int) -> np.ndarray:
-    """Greedy minimiser of |mean - mean of the taken|, int64 [budget] in the order of picking.
+    """Greedily minimise |mean - mean of the taken rows|; returns int64 [budget] in the order of picking.
 
-    Step t takes argmin |t mean - sum - x|^2 = argmin |x|^2 - 2 x (t mean - sum).
+    Step t takes argmin |t mean - sum - x|^2 = argmin |x|^2 - 2 x (t mean - sum), where sum is over the taken rows.
 
     Args:
-        embeddings: float32 [n, D]; mean: float32 [D]; budget: at most n.
+        embeddings: float32 [n, D].
+        mean: float32 [D].
+        budget: number of rows to take, at most n.
     """
     squares = (embeddings**2).sum(axis=1)
     missing = np.zeros(embeddings.shape[1], dtype=np.float32)

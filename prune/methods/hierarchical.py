@@ -16,16 +16,16 @@ from prune.pool import Pool, Selection
 class HierarchicalKMeans:
     """Hierarchical k-means with balanced sampling (Vo et al. 2024, arXiv 2405.15613, ssl-data-curation).
 
-    k-means on the images, then on its centroids, and so on; at each level above the first, k-means is repeated on the
-    centroids nearest to the new ones (resampling), which spreads them evenly. The budget is water-filled from the top
-    level down to the first, and images are drawn at random in a cluster of the first level, as in the paper.
-    Left out: the paper's distributed k-means.
+    k-means is run on the images, then on the resulting centroids, and so on. At each level above the first, k-means is
+    repeated on the lower centroids that are nearest to the new ones (resampling), which spreads the new centroids
+    evenly. The budget is water-filled from the top level down to the first, and the images of a cluster of the first
+    level are drawn at random, as in the paper. The paper's distributed k-means is left out.
 
     Args:
-        shrink: members of each cluster at each level, bottom up: sqrt-like levels of N/16, N/256 ... clusters.
-        levels: of the tree.
-        resampling: rounds of resampling at each level above the first.
-        resample_size: centroids kept nearest to each new one in a round.
+        shrink: mean number of members per cluster at each level; 16 gives levels of N/16, N/256 ... clusters.
+        levels: number of levels of the tree.
+        resampling: number of resampling rounds at each level above the first.
+        resample_size: number of lower centroids nearest to each new centroid that a round keeps.
     """
 
     shrink: int = 16
@@ -45,7 +45,7 @@ class HierarchicalKMeans:
     def _tree(
         self, points: Points, rows: np.ndarray, generator: np.random.Generator
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Labels of the images at the first level, then of each level's clusters at the next; image distances."""
+        """Labels of the images at the first level and of each level's clusters at the next one; image distances."""
         clusters = max(1, len(rows) // self.shrink)
         labels, distances = Clustering(clusters, hierarchical=False)(points, rows, clusters, generator)
         levels = [labels]
@@ -68,10 +68,10 @@ def sample_tree(levels: Sequence[np.ndarray], budget: int, generator: np.random.
     """Water-fill a budget from the top of a tree down, then draw at random; int64 [budget].
 
     Args:
-        levels: labels int64 [n_l] of level l's items in level l + 1; the first are the images.
-        budget: at most the number of images.
+        levels: for each level l, labels int64 [n_l] of its items in level l + 1; the items of level 0 are the images.
+        budget: number of images to draw, at most the number of images.
     """
-    counts = [np.bincount(levels[0])]  # images under each cluster, level by level
+    counts = [np.bincount(levels[0])]  # number of images in each cluster, level by level
     for labels in levels[1:]:
         counts.append(np.bincount(labels, weights=counts[-1]).astype(np.int64))
     budgets = water_fill(counts[-1], budget)

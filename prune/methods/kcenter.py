@@ -1,4 +1,4 @@
-"""k-center greedy: cover the corpus with the smallest radius."""
+"""k-center greedy: cover the corpus with the smallest possible radius."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from prune.pool import Pool, Selection
 class KCenterGreedy:
     """Core-set by farthest-first traversal (Sener and Savarese 2018, arXiv 1708.00489, algorithm 1).
 
-    Starts at a random image and takes, each time, the one farthest from all taken; on unit vectors, where cosine and
-    Euclidean distance order alike. Left out: the paper's mixed-integer refinement. Time and memory are N x budget x D
-    and N x D.
+    The method starts with a random image; each step takes the image farthest from all taken images. It works on unit
+    vectors, for which cosine and Euclidean distance give the same order. The paper's mixed-integer refinement is left
+    out. Time is proportional to N x budget x D, memory to N x D.
     """
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:

@@ -1,4 +1,4 @@
-"""Moderate coreset: neither the easiest nor the hardest."""
+"""Moderate coreset: keep neither the easiest nor the hardest images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from prune.scenes import assign_scenes, fit_prototypes
 
 @dataclass(frozen=True)
 class ModerateCoreset:
-    """Moderate coreset (Xia et al. 2023, ICLR): keep images at about the median distance from their class's mean.
+    """Moderate coreset (Xia et al. 2023, ICLR): keep images at about the median distance from the mean of their class.
 
-    Classes are the scenes of the nearest reference prototypes, since the corpus has no labels; the middle of the
-    sorted distances is taken over all classes together, as in the paper.
+    As the corpus has no labels, the class of an image is the scene of its nearest reference prototype. The middle of
+    the sorted distances is taken over all classes together, as in the paper.
 
     Args:
-        prototypes_per_class: k-means prototypes of each reference class.
+        prototypes_per_class: number of k-means prototypes of each reference class.
     """
 
     uses_reference = True
@@ -43,7 +43,7 @@ class ModerateCoreset:
 
 
 def distances_to_means(points: Points, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Euclidean distance of each row to the mean of its label, float32 [n]."""
+    """Euclidean distance of each row to the mean of the rows with the same label, float32 [n]."""
     distances = np.empty(len(rows), dtype=np.float32)
     for group in members_of(labels, int(labels.max(initial=-1)) + 1):
         if len(group):

@@ -1,4 +1,4 @@
-"""RS-Prune (arXiv 2512.23239): entropy, scene-aware clustering, fine-grained selection."""
+"""RS-Prune (arXiv 2512.23239): entropy filter, scene-aware clustering and fine-grained selection."""
 
 from __future__ import annotations
 
@@ -17,31 +17,38 @@ from runtime.engine import engine
 
 @dataclass(frozen=True)
 class RSPrune:
-    """The paper's method; docs/method.md gives every formula and says which are ours.
+    """The RS-Prune method; docs/method.md has every formula and says which ones are not from the paper.
 
     Args:
-        entropy_quantile: fraction of the n readable images that goes in step 1, those of the lowest local entropy:
-            exactly ceil(entropy_quantile (n - 1)) of them by rank, images of equal entropy in a fixed random order.
-        entropy_bits: absolute threshold in bits instead (None: the quantile); an image at the threshold stays.
-        entropy_otsu: Otsu's threshold instead, between the two modes of the corpus's entropies; the same holds.
-        scenes: cluster inside the scenes of the reference set; False, or an empty reference: in the whole corpus.
-        prototypes_per_class: k-means prototypes of each reference class.
+        entropy_quantile: fraction of the n readable images, those of the lowest local entropy, that step 1 removes:
+            exactly ceil(entropy_quantile (n - 1)) images by rank; images of equal entropy are in a fixed random order.
+        entropy_bits: absolute threshold in bits, used instead of the quantile (None: use the quantile); an image at the
+            threshold is kept.
+        entropy_otsu: use Otsu's threshold between the two modes of the corpus's entropies instead; an image at the
+            threshold is kept.
+        scenes: cluster inside the scenes of the reference set; if False or without a reference, cluster the whole
+            corpus at once.
+        prototypes_per_class: number of k-means prototypes of each reference class.
         threshold_quantile: images less similar to every prototype than this quantile of the reference form the open
             scene.
-        scene_classifier: of the other images, and `split_open`: strata in the open scene; see `prune.scenes.SceneRule`.
-        images_per_cluster: clusters of a scene = its images / this, at least one.
-        clusters_per_scene: a number of clusters for every scene instead of the rule.
-        max_clusters: most clusters of one k-means; beyond it a scene is split level by level if `hierarchical`,
-            otherwise this is the most it gets.
+        scene_classifier: classifier of the other images; see `prune.scenes.SceneRule`.
+        split_open: divide the open scene into strata; see `prune.scenes.SceneRule`.
+        images_per_cluster: number of images per cluster; a scene gets its number of images divided by this value as its
+            number of clusters, at least one.
+        clusters_per_scene: fixed number of clusters for every scene, instead of `images_per_cluster`.
+        max_clusters: largest number of clusters of one k-means. If a scene needs more, it is split level by level if
+            `hierarchical`; otherwise it gets this number.
         hierarchical: see `max_clusters`.
-        spherical: k-means on unit vectors by cosine; False: on centred embeddings by Euclidean distance.
-        sample_per_cluster: images per cluster on which k-means runs; the rest is assigned.
-        uniformity: 0 spreads the budget over scenes and clusters in proportion to size, 1 evenly (water-filling).
-        representativeness: fraction of a cluster's budget taken nearest to the centroid; the rest is spread.
-        duplicate_similarity: cosine above which an image counts as a duplicate of one already taken.
-        reference_duplicates: this quantile of the cosine of a reference image to its nearest neighbour is the cosine
-            from which on an image of a known scene repeats another: what is nearer than images known to differ adds
-            nothing. Repetitions are kept only where nothing else is left. None: no image repeats another.
+        spherical: run k-means on unit vectors by cosine; False: on centred embeddings by Euclidean distance.
+        sample_per_cluster: number of images per cluster that k-means is fitted to; the others are assigned afterwards.
+        uniformity: 0 spreads the budget over scenes and clusters in proportion to their size, 1 evenly (water-filling).
+        representativeness: fraction of a cluster's budget that is taken nearest to the centroid; the remaining images
+            are chosen far from each other.
+        duplicate_similarity: cosine above which an image counts as a duplicate of an image already taken.
+        reference_duplicates: quantile of the cosine of a reference image to its nearest neighbour. The value at this
+            quantile is the cosine from which an image of a known scene repeats another one, because images that are
+            nearer to each other than images known to differ add nothing. Repetitions are kept only if no other images
+            are left. None: no image counts as a repetition.
     """
 
     entropy_quantile: float = 0.2
@@ -64,7 +71,7 @@ class RSPrune:
     reference_duplicates: float | None = 0.99
 
     def __post_init__(self) -> None:
-        _ = self._scene_rule  # refuses what it does not know
+        _ = self._scene_rule  # raises an error for an unknown classifier
 
     @property
     def uses_reference(self) -> bool:
@@ -107,7 +114,7 @@ class RSPrune:
         )
 
     def _entropy_step(self, pool: Pool, budget: int) -> _EntropyStep:
-        """Step 1: the lowest entropies go, by rank for a quantile, otherwise all below the threshold."""
+        """Step 1: remove the images of the lowest entropies, by rank for a quantile, otherwise below the threshold."""
         rows = np.flatnonzero(pool.readable)
         entropy = pool.entropy[rows]
         if len(rows) == 0 or np.isnan(entropy).all():
@@ -124,7 +131,7 @@ class RSPrune:
         return _EntropyStep(informative, float(threshold), dropped, returned)
 
     def _scenes(self, pool: Pool, generator: np.random.Generator) -> Scenes:
-        """Step 2, first half: every image's scene."""
+        """Step 2, first half: assign every image to a scene."""
         seed = int(generator.integers(2**31))
         if self.scenes and len(pool.reference_embeddings):
             return self._scene_rule(pool, seed)
@@ -139,11 +146,11 @@ class RSPrune:
     def _clusters(
         self, pool: Pool, scenes: Scenes, rows: np.ndarray, budget: int, generator: np.random.Generator
     ) -> _Clusters:
-        """Step 2, second half, and step 3: clusters of each scene's part of `rows`, int64 [n], and picks in them."""
+        """Step 2, second half, and step 3: cluster the part of `rows`, int64 [n], in each scene, and pick images."""
         points = Points(pool.embeddings, scenes.centre, self.spherical)
         similarities = self._repetition_similarities(pool, scenes)
         groups = [rows[group] for group in members_of(scenes.scene[rows], len(scenes.names))]
-        # scenes side by side, each with randomness of its own: the result does not depend on who is first
+        # scenes run in parallel, each with its own generator: the result does not depend on the order of execution
         jobs = list(zip(groups, zip(generator.spawn(len(groups)), similarities, strict=True), strict=True))
         groups, own = [group for group, _ in jobs if len(group)], [own for group, own in jobs if len(group)]
         result = list(engine().map_rows(self._of_scene, points, groups, own))
@@ -166,14 +173,14 @@ class RSPrune:
         return _Clusters(kept, cluster, distance, count, skipped, int((sizes - distinct).sum()))
 
     def _repetition_similarities(self, pool: Pool, scenes: Scenes) -> list[float | None]:
-        """For every scene the cosine from which on an image repeats another; None: none does.
+        """For every scene the cosine from which an image repeats another one; None: no image counts as a repetition.
 
-        It is None in open scenes: how near to one another different images of theirs are is not known.
+        The value is None for open scenes, because the similarity of different images of an open scene is not known.
         """
         unknown: list[float | None] = [None] * len(scenes.names)
         labels = pool.reference_labels.tolist()
         if self.reference_duplicates is None or not self.scenes or len(set(labels)) == len(labels):
-            return unknown  # one image a scene, as of a corpus's own strata, are means and no photographs
+            return unknown  # one row per scene, as for strata of the corpus: the rows are means, not images
         known = normalise(np.asarray(pool.reference_embeddings, dtype=np.float32) - scenes.centre)
         similarity = float(np.quantile(nearest_similarities(known), self.reference_duplicates))
         return [similarity] * (len(unknown) - scenes.open) + unknown[: scenes.open]
@@ -181,7 +188,7 @@ class RSPrune:
     def _of_scene(
         self, points: Points, rows: np.ndarray, generator: np.random.Generator, similarity: float | None
     ) -> _SceneClusters:
-        """Clusters of one scene, and which of its images repeat no other of their cluster."""
+        """Cluster one scene and find the images that repeat no other image of their cluster."""
         requested = self.clusters_per_scene or max(1, round(len(rows) / self.images_per_cluster))
         clustering = Clustering(self.max_clusters, self.hierarchical, self.sample_per_cluster)
         labels, distances = clustering(points, rows, requested, generator)
@@ -193,10 +200,10 @@ class RSPrune:
         return _SceneClusters(labels, distances, distinct)
 
     def _pick(self, points: Points, rows: np.ndarray, scene: _SceneClusters, budget: int) -> tuple[np.ndarray, int]:
-        """Step 3: the budget over a scene's clusters, then representative and spread images of each.
+        """Step 3: spread the budget over the clusters of a scene, then pick central and spread-out images of each.
 
         Returns:
-            int64 [budget] positions in the scene's `rows`, and how many near-duplicates were passed over.
+            positions in the scene's `rows`, int64 [budget], and the number of near-duplicates that were passed over.
         """
         members = members_of(scene.labels, int(scene.labels.max()) + 1)
         sizes = np.array([len(group) for group in members])
@@ -207,7 +214,7 @@ class RSPrune:
             if count == 0:
                 continue
             candidates = group[scene.distinct[group]]
-            if count > known:  # repetitions, the nearest to the centroid first
+            if count > known:  # add repetitions, the nearest to the centroid first
                 repeated = group[~scene.distinct[group]]
                 order = np.argsort(scene.distances[repeated], kind="stable")
                 picks.append(np.concatenate([candidates, repeated[order[: count - known]]]))
@@ -228,20 +235,21 @@ class RSPrune:
 
 
 def _unit(points: Points, rows: np.ndarray) -> np.ndarray:
-    """Unit vectors of rows, float32 [n, D], contiguous."""
+    """The rows scaled to unit length, float32 [n, D], contiguous."""
     vectors = points[rows]
     return np.ascontiguousarray(vectors if points.spherical else normalise(vectors))
 
 
 @dataclass(frozen=True)
 class _EntropyStep:
-    """What step 1 leaves.
+    """Result of step 1.
 
     Attributes:
-        informative: bool [N], who stays.
-        threshold: bits; None where no entropy is known.
-        dropped: images that the rule removes.
-        returned: how many of them, those of the highest entropy, came back because the budget needed them.
+        informative: bool [N], images that remain.
+        threshold: entropy threshold in bits; None if no entropy is known.
+        dropped: number of images that the rule removes.
+        returned: number of removed images, those of the highest entropy, that were restored because the budget needs
+            them.
     """
 
     informative: np.ndarray
@@ -252,8 +260,11 @@ class _EntropyStep:
 
 @dataclass(frozen=True)
 class _SceneClusters:
-    """Clusters of the n images of one scene: labels int [n], distances to the centroid float32 [n], and which repeat no
-    other of their cluster, bool [n]."""
+    """Clusters of the n images of one scene.
+
+    The fields are labels int [n], distances to the centroid float32 [n], and whether an image repeats no other image of
+    its cluster, bool [n].
+    """
 
     labels: np.ndarray
     distances: np.ndarray
@@ -262,15 +273,15 @@ class _SceneClusters:
 
 @dataclass(frozen=True)
 class _Clusters:
-    """Clusters of all scenes and what was picked in them.
+    """Clusters of all scenes and the images that were picked from them.
 
     Attributes:
-        kept: int64 [K], rows of the pool.
-        cluster: int32 [N], -1 where there is none.
-        distance: float32 [N] to the centroid, NaN where there is none.
-        count: clusters.
-        skipped: near-duplicates that were passed over.
-        repetitions: images that repeat another.
+        kept: int64 [K], picked rows of the pool.
+        cluster: int32 [N], cluster of each image, -1 where there is none.
+        distance: float32 [N], distance to the centroid, NaN where there is none.
+        count: number of clusters.
+        skipped: number of near-duplicates that were passed over.
+        repetitions: number of images that repeat another one.
     """
 
     kept: np.ndarray
@@ -282,15 +293,15 @@ class _Clusters:
 
 
 def otsu(values: np.ndarray) -> float:
-    """Otsu's (1979) threshold of a sample, from 256 bins; values from it on are the upper class."""
-    from skimage.filters import threshold_otsu  # slow to import, and seldom needed
+    """Otsu's threshold (1979) of a sample, from 256 bins; values at or above it are the upper class."""
+    from skimage.filters import threshold_otsu  # imported here: slow to import, rarely needed
 
     low, high = float(values.min()), float(values.max())
-    return threshold_otsu(values, 256) + (high - low) / 512 if low < high else low  # of the bin, its upper edge
+    return threshold_otsu(values, 256) + (high - low) / 512 if low < high else low  # upper edge of the bin
 
 
 def nearest_similarities(points: np.ndarray) -> np.ndarray:
-    """Cosine of each unit vector of float32 [n, D] to the nearest other one, float32 [n]."""
+    """Cosine of each unit vector, float32 [n, D], to the nearest other one, float32 [n]."""
     nearest = np.empty(len(points), dtype=np.float32)
     for start in range(0, len(points), 1000):
         part = points[start : start + 1000] @ points.T
@@ -301,10 +312,14 @@ def nearest_similarities(points: np.ndarray) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def distinct_of(points, order, similarity):
-    """Which images are at least `similarity` near to none that comes before them in `order` and is distinct itself.
+    """Mark the distinct images.
+
+    An image is distinct if its cosine to every distinct image before it in `order` is below `similarity`.
 
     Args:
-        points: float32 [n, D], unit length, contiguous; order: int64 [n]; similarity: float32 cosine.
+        points: float32 [n, D], unit length, contiguous.
+        order: int64 [n], order in which the images are considered.
+        similarity: float32, cosine from which an image repeats another one.
     Returns:
         bool [n].
     """
@@ -325,16 +340,20 @@ def distinct_of(points, order, similarity):
 def pick_in_cluster(
     points: np.ndarray, distances: np.ndarray, budget: int, representativeness: float, duplicate_similarity: float
 ) -> tuple[np.ndarray, int]:
-    """Pick `budget` members of one cluster: some near the centroid, the rest far from all taken so far.
+    """Pick `budget` members of one cluster: the first part near the centroid, the others far from all taken so far.
 
-    Near-duplicates of what is taken come last in both parts. Farthest-first traversal (Gonzalez 1985) does the spread.
+    The second part is picked by farthest-first traversal (Gonzalez 1985). In both parts, near-duplicates of taken
+    images come last.
 
     Args:
         points: float32 [n, D], unit length.
-        distances: float32 [n] to the centroid.
-        budget: at most n.
+        distances: float32 [n], distances to the centroid.
+        budget: number of images to pick, at most n.
+        representativeness: fraction of the budget for the first part.
+        duplicate_similarity: cosine above which an image is a near-duplicate.
     Returns:
-        int64 [budget] indices in the order of picking, and how many near-duplicates the first part passed over.
+        int64 [budget], indices in the order of picking, and the number of near-duplicates that the first part passed
+        over.
     """
     if budget >= len(points):
         return np.arange(len(points)), 0
@@ -345,19 +364,20 @@ def pick_in_cluster(
 
 @numba.njit(cache=True, nogil=True)
 def near_then_far(points, order, near, budget, duplicate_similarity):
-    """The first `near` of `order` that are no near-duplicates, then farthest-first.
-
-    Returns int64 [budget], and how many images were passed over because they are near-duplicates of one taken before:
-    each was next in `order` and would have been taken. The second part may still take them.
+    """Take the first `near` images of `order` that are not near-duplicates, then the others farthest-first.
 
     Args:
         points: float32 [n, D], unit length, contiguous.
-        order: int64 [k], at least one.
-        near, budget: near <= budget <= n.
-        duplicate_similarity: float32 cosine.
+        order: int64 [k], k at least 1.
+        near: number of images of the first part, at most `budget`.
+        budget: number of images to take, at most n.
+        duplicate_similarity: float32, cosine above which an image is a near-duplicate.
+    Returns:
+        int64 [budget], and the number of images that were passed over: each was next in `order` but is a near-duplicate
+        of an image taken before. The second part may still take them.
     """
     count = len(points)
-    nearest_taken = np.full(count, -np.inf, dtype=np.float32)  # cosine to the nearest image taken
+    nearest_taken = np.full(count, -np.inf, dtype=np.float32)  # cosine to the nearest taken image
     taken = np.empty(budget, dtype=np.int64)
     size = 0
     position = 0
@@ -366,7 +386,7 @@ def near_then_far(points, order, near, budget, duplicate_similarity):
         index = -1
         if size < near:
             while position < count and nearest_taken[order[position]] >= duplicate_similarity:
-                skipped += nearest_taken[order[position]] < np.inf  # infinite: this one is taken
+                skipped += nearest_taken[order[position]] < np.inf  # infinite: this image itself is taken
                 position += 1
             if position < count:
                 index = order[position]

@@ -1,4 +1,4 @@
-"""Images by RS-Prune, pairs by DLDC."""
+"""Combination of RS-Prune, which selects images, and DLDC, which excludes mismatched pairs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class RSPruneDLDC(RSPrune):
-    """RS-Prune among the images whose best caption is not mismatched; the others only where these are too few.
+    """RS-Prune among the images whose best caption is not mismatched; other images are kept only if these are too few.
 
     Args:
-        most_mismatch: probability to be mismatched above which a pair counts as such; the rest is `RSPrune`'s.
+        most_mismatch: a pair is mismatched if its mismatch probability is above this value. All other parameters are
+            those of `RSPrune`.
     """
 
     uses_captions = True

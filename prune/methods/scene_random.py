@@ -1,4 +1,4 @@
-"""Random images, every scene alike: what scenes give without clusters."""
+"""Random images with the same number from every scene: the effect of scenes without clusters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class SceneRandom:
-    """Water-fill the budget over the scenes of the reference set, then draw at random inside each (a control of ours).
+    """Water-fill the budget over the scenes of the reference set, then draw at random inside each scene.
 
-    Raises a UserError without a reference.
+    This is a control experiment of this project, not a published method.
 
     Args:
         prototypes_per_class, threshold_quantile, scene_classifier, split_open: as in `RSPrune`.
+    Raises:
+        UserError: by `select`, if there is no reference.
     """
 
     uses_reference = True
@@ -31,7 +33,7 @@ class SceneRandom:
     split_open: bool = True
 
     def __post_init__(self) -> None:
-        _ = self._scene_rule  # refuses what it does not know
+        _ = self._scene_rule  # raises an error for an unknown classifier
 
     @property
     def _scene_rule(self) -> SceneRule:

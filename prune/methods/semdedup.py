@@ -16,12 +16,13 @@ BLOCK = 2048
 class SemDeDup:
     """Semantic de-duplication (Abbas et al. 2023, arXiv 2303.09540).
 
-    Inside each k-means cluster an image goes when its cosine to another one that is kept before it exceeds a
-    threshold; of a group of duplicates the one farthest from the centroid stays. The paper fixes the threshold; here
-    it is the one that meets the budget exactly: images go in the order of their largest such cosine.
+    Inside each k-means cluster, the images are ordered by their distance to the centroid, the farthest first. An image
+    is dropped if its cosine to an image before it exceeds a threshold, so the image of a group of duplicates that is
+    farthest from the centroid is kept. The paper fixes the threshold. Here, images are dropped in the order of their
+    largest such cosine, which is equivalent to the threshold that meets the budget exactly.
 
     Args:
-        clusters: k-means clusters; None: the square root of the number of images.
+        clusters: number of k-means clusters; None: the square root of the number of images.
     """
 
     clusters: int | None = None
@@ -37,7 +38,7 @@ class SemDeDup:
 
 
 def largest_cosine_before(points: np.ndarray) -> np.ndarray:
-    """Largest cosine of each row of float32 [n, D] (unit length) to any row before it; -inf for the first."""
+    """Largest cosine of each row of float32 [n, D], unit length, to any row before it; -inf for the first row."""
     result = np.full(len(points), -np.inf, dtype=np.float32)
     for start in range(0, len(points), BLOCK):
         block = points[start : start + BLOCK]

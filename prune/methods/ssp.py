@@ -1,4 +1,4 @@
-"""Self-supervised prototypes: keep the easy or the hard images."""
+"""Self-supervised prototypes: keep the easiest or the hardest images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from prune.pool import Pool, Selection
 class SSPPrototypes:
     """Self-supervised prototype metric (Sorscher et al. 2022, arXiv 2206.14486, section 4).
 
-    An image's difficulty is its cosine distance to the nearest k-means centroid. Left out: the paper's optional
-    balancing over labelled classes, since the corpus has no labels.
+    The difficulty of an image is its cosine distance to the nearest k-means centroid. The paper's optional balancing
+    over labelled classes is left out, because the corpus has no labels.
 
     Args:
-        keep: "hard", the farthest from their centroids (right where data is plenty), or "easy", the nearest.
-        clusters: k-means clusters; None: the square root of the number of images.
+        keep: "hard" keeps the images farthest from their centroids (better if data are abundant), "easy" the nearest.
+        clusters: number of k-means clusters; None: the square root of the number of images.
     Raises:
-        ValueError: `keep` is something else.
+        ValueError: `keep` has another value.
     """
 
     keep: str = "hard"
