@@ -102,28 +102,18 @@ def _widen(values: dict[str, tuple[float, float]], pixels: Pixels) -> None:
         values[pixels.kind] = (min(low, float(np.nanmin(shown))), max(high, float(np.nanmax(shown))))
 
 
-<<<<<<< HEAD
 def describe(data: bytes, options: RasterOptions = SHOWN) -> str:
-    """Format, type, bands with their meaning and no data of an image file, in one line without its size.
+    """One-line description of an image file: format, data type, bands with their meaning and no-data value, no size.
 
     Args:
         options: choose the bands that are shown.
     """
-=======
-def describe(data: bytes) -> str:
-    """One-line description of an image file: format, data type, bands with their meaning and no-data value, no size."""
->>>>>>> s8-words
     if data.startswith(tuple(DRIVERS)):
         try:
             with opened(data) as raster:
                 if raster.driver != "PNG" or raster.dtypes[0] != "uint8":
-<<<<<<< HEAD
                     return _raster(raster, options)
-        except Exception:  # Pillow may know more of it
-=======
-                    return _raster(raster)
         except Exception:  # Pillow may be able to read it
->>>>>>> s8-words
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -132,13 +122,8 @@ def describe(data: bytes) -> str:
         return "no image that can be opened"
 
 
-<<<<<<< HEAD
 def describe_scenes(files: Sequence[Path], options: RasterOptions) -> Counter[str]:
-    """`describe` of the headers of at most `SCENES` files, evenly spread."""
-=======
-def describe_scenes(files: Sequence[Path]) -> Counter[str]:
     """Count the descriptions of the headers of at most `SCENES` evenly spread files."""
->>>>>>> s8-words
     import rasterio
 
     result: Counter[str] = Counter()
