@@ -1,4 +1,4 @@
-"""Super-resolution with a conditional pipeline: what plain diffusers does not do (docs/method.md, section 6).
+"""Super-resolution with a conditional pipeline: what plain diffusers does not do (docs/method.md, section 7).
 
 The network draws the difference between the latents of the image and of its interpolated input, which are added here.
 Three steps follow. The residual: the output is the interpolated input plus the difference of two decoded latents, so
