@@ -41,7 +41,7 @@ def _usage(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
         arguments += ", clean_caption=False"
     metadata = ""
     if cfg.metadata.fields:
-        given = " ".join(f"sample.metadata.{name}=NUMBER" for name in cfg.metadata.fields)
+        given = "'sample.metadata={" + ",".join(f"{name}:NUMBER" for name in cfg.metadata.fields) + "}'"
         metadata = (
             f"\n## Metadata\n\nThe model also reads {', '.join(cfg.metadata.fields)}, encoded by `{FOLDER}/`; without "
             "them it is drawn from by plain diffusers as above. With them:\n\n```\npython scripts/sample.py "
