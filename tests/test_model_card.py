@@ -73,7 +73,7 @@ def test_a_card_says_what_is_not_known_and_begins_with_the_hubs_metadata() -> No
 def test_a_card_names_the_side_of_crops_and_the_metadata() -> None:
     text = card("train.views.crop=32", "metadata=location")
     assert "images of 32 px" in text
-    assert "sample.metadata.lon=NUMBER sample.metadata.lat=NUMBER" in section(text, "Metadata")
+    assert "'sample.metadata={lon:NUMBER,lat:NUMBER}'" in section(text, "Metadata")
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "PixArtAlphaPipeline"])
