@@ -364,7 +364,7 @@ def test_bad_options_are_refused_before_anything_is_drawn(
         ({"foundation": str(plain_run), "sample.locations": [{"lon": 1}]}, "has no metadata_encoder"),
         ({"sample.metadata": {"snow": 1}}, "does not know snow"),
         ({"sample.metadata": 7}, "sample.metadata=7: give a number to each field"),
-        ({"sample.locations": ["Amazon"]}, "give a list of places"),
+        ({"sample.locations": ["Amazon"]}, "give a list of locations"),
         ({"sample.locations": [{"lon": 1}, {"name": "Amazon", "lon": "x"}]}, "metadata lon=x: give a number"),
         ({"sample.out": "full"}, "is not empty"),
     ]
