@@ -61,7 +61,7 @@ def record(cfg: DictConfig, method: str, run: Path) -> Path:
 
 
 def write_experiment(folder: Path) -> None:
-    """Write the table and curves of an experiment, and where training on everything overtakes subsets if it has both."""
+    """Write the table and curves of an experiment and, if possible, where training on everything overtakes subsets."""
     rows = read_results(folder / RESULTS)
     write_tables(build_tables([row for row in rows if row["what"] == "final"]), folder)
     metric = Quantity("kid_x1000", evaluation_encoder(rows), "balanced").name

@@ -223,7 +223,7 @@ SCORE_BINS = 48
 def score_edges(*values: np.ndarray) -> np.ndarray:
     """Edges of the bins of histograms of the same score, float64 [SCORE_BINS + 1].
 
-    Half a percent of the values lies in the first bin, and half a percent in the last one.
+    The outer edges are the quantiles of 0.5 % and 99.5 % of all values.
     """
     everything = np.concatenate(values) if values else np.empty(0)
     if len(everything) == 0:
