@@ -38,8 +38,8 @@ class ImageTextToText:
     """Captions by any network that `AutoModelForImageTextToText` knows.
 
     A network with a chat template receives a message with the image and the prompt. A network without one, such as
-    BLIP, continues the prompt as a prefix, or starts without a prefix if the prompt is "". The prompt is not part of the
-    caption.
+    BLIP, continues the prompt as a prefix, or starts without a prefix if the prompt is "". The prompt is not part of
+    the caption.
 
     Images with the same prompt are described together, without padding. The noise of an image depends on its seed only,
     so the other images in a batch change a text only if rounding in a larger matrix product decides a near tie.
