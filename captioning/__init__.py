@@ -1,1 +1,1 @@
-"""Image-text pairs cleaned: captions written for images, scored, and kept or replaced."""
+"""Cleaning of image-text pairs: captions are written for images, scored, and kept or replaced."""

@@ -1,4 +1,4 @@
-"""The external loop's pen: captions of images, block by block, over all processes, and why an image has none."""
+"""The external loop: write captions of images block by block, over all processes, or reasons why there are none."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from runtime.artefacts import fingerprint, is_main_process, stage
 from runtime.engine import Step, engine
 from runtime.progress import progress
 
-#: Images that are described between two notes of what is done.
+#: Number of images that are described between two records of progress.
 BLOCK = 2048
-#: Images that a worker of a cluster describes together, about.
+#: Approximate number of images per task of a cluster's worker.
 WORKER_IMAGES = 128
-#: Bytes of the longest caption.
+#: Largest size of a caption in bytes.
 MOST_BYTES = 2048
 DESCRIPTIONS = "descriptions.parquet"
 
@@ -35,11 +35,14 @@ def describe(
     """Captions of some images of a corpus; cached, and resumed from the last finished block.
 
     Args:
-        rows: int64, ascending.
-        attempt: 0, 1 ...: another prompt, temperature or plan each.
-        seed: with an image's id it decides what is random about its caption.
+        material: the corpus and its metadata.
+        rows: rows of the images, int64, ascending.
+        captioner: the captioner.
+        attempt: 0, 1, ...; each attempt uses another prompt, temperature or plan.
+        seed: together with the id of an image, it determines all randomness of its caption.
+        runs: directory of the stages.
     Returns:
-        the pairs, and rows with id, caption ("") and reason of the images that could not be described.
+        the pairs, and a table with id, caption ("") and reason of the images that could not be described.
     """
 
     def build(directory: Path) -> None:
@@ -76,7 +79,7 @@ def describe(
 
 
 def metadata_of(material: Material, row: int) -> ImageMetadata:
-    """What is known of an image beside its pixels."""
+    """Known data about an image besides its pixels."""
     corpus = material.corpus
     mask = None if corpus.masks is None else np.asarray(corpus.masks[row])
     scene = material.scenes[material.scene[row]] if material.labelled else ""
@@ -85,7 +88,7 @@ def metadata_of(material: Material, row: int) -> ImageMetadata:
 
 @dataclass(frozen=True)
 class _Request:
-    """Images to describe: rows int64 [n], ascending, what is known of each, and its seed."""
+    """Images to describe: rows int64 [n], ascending, and the metadata and seed of each image."""
 
     rows: np.ndarray
     metadata: list[ImageMetadata]
@@ -99,7 +102,7 @@ def _request(material: Material, rows: np.ndarray, attempt: int, seed: int) -> _
 
 
 def _lines(material: Material, rows: np.ndarray, captioner: Captioner, attempt: int, seed: int) -> list[str]:
-    """A line an image, "=" and a caption or "!" and a reason, by all processes of a launch or all workers."""
+    """One line per image, "=" and a caption or "!" and a reason, by all processes of a launch or all workers."""
     if engine().shares_files:
 
         def of_process(own: np.ndarray) -> np.ndarray:
@@ -119,7 +122,7 @@ def _pixels(images: ArrayFile, requested: _Request) -> tuple[_Request, np.ndarra
 
 
 def _described(captioner: Captioner, attempt: int, work: tuple[_Request, np.ndarray]) -> list[str]:
-    """Lines of the images [N, R, R, 3] that are requested."""
+    """Lines for the requested images [N, R, R, 3]."""
     requested, images = work
     result: list[str | Undescribed] = []
     for start in range(0, len(requested.rows), captioner.batch_size):
@@ -133,7 +136,7 @@ def _described(captioner: Captioner, attempt: int, work: tuple[_Request, np.ndar
 
 
 def _packed(lines: Sequence[str]) -> np.ndarray:
-    """uint8 [n, MOST_BYTES] that processes can exchange."""
+    """The lines as an array uint8 [n, MOST_BYTES], which processes can exchange."""
     packed = np.zeros((len(lines), MOST_BYTES), np.uint8)
     for place, line in enumerate(lines):
         data = line.encode()

@@ -1,4 +1,4 @@
-"""How well mismatched pairs are found, where it is known which they are."""
+"""Measures of the detection of mismatched pairs, for data in which the mismatched pairs are known."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from sklearn.metrics import roc_auc_score
 
 
 def worst_first(mismatch: np.ndarray, fit: np.ndarray, most_mismatch: float) -> np.ndarray:
-    """Order of pairs, the first to go first, int64 [P]: those of another scene by their probability, then by `fit`."""
+    """Order in which pairs are removed, int64 [P]: mismatched pairs by their probability, then the others by `fit`."""
     bad = mismatch > most_mismatch
     return np.lexsort((np.where(bad, -mismatch, fit), ~bad))
 
 
 def detection(swapped: np.ndarray, order: np.ndarray, removed: int) -> dict[str, float | None]:
-    """Precision and recall of the first `removed` pairs of an order, and of as many as are swapped.
+    """Precision and recall of the first `removed` pairs of an order, and of as many pairs as are swapped.
 
     Args:
-        swapped: bool [P]; order: int64 [P], the first to go first.
+        swapped: bool [P], whether the caption of a pair was exchanged.
+        order: int64 [P], order in which pairs are removed.
+        removed: number of removed pairs.
     Returns:
         swap_removed (fraction), swap_precision, swap_recall, swap_precision_at_true and swap_auc, the area under the
         curve of the order; None where it is undefined.
@@ -35,7 +37,7 @@ def detection(swapped: np.ndarray, order: np.ndarray, removed: int) -> dict[str,
 
 
 def fraction_error(swapped: np.ndarray, scene: np.ndarray, fractions: np.ndarray) -> float:
-    """Mean over scenes of the distance between a found fraction float [S] and the true one."""
+    """Mean over scenes of the absolute difference between the estimated fraction, float [S], and the true one."""
     pairs = np.bincount(scene, minlength=len(fractions))
     true = np.bincount(scene, swapped, len(fractions)) / np.maximum(pairs, 1)
     return float(np.abs(fractions - true)[pairs > 0].mean())

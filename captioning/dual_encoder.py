@@ -1,8 +1,8 @@
-"""A linear CLIP: images and texts into one space in closed form, from features of a frozen image encoder.
+"""A linear CLIP: maps of images and texts into one space in closed form, from features of a frozen image encoder.
 
-Canonical correlation analysis (Hotelling 1936) with ridge penalties (Vinod 1976). Its optimum is unique, it is found in
-seconds on a CPU, and mismatched pairs among the training pairs only shrink the cross-covariance, so it learns from the
-very pairs that it cleans. docs/method.md, section 8, has the formulas.
+The method is canonical correlation analysis (Hotelling 1936) with ridge penalties (Vinod 1976). The optimum is unique
+and is found in seconds on a CPU. Mismatched pairs among the training pairs only reduce the cross-covariance, so the
+model can learn from the pairs that it is to clean. docs/method.md, section 8, has the formulas.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from runtime.errors import UserError
 
 #: Rows that are multiplied at once.
 CHUNK = 16_384
-#: What is hashed: a word, or a letter of a script without spaces.
+#: Pattern of the hashed tokens: a word, or a letter of a script without spaces.
 WORD = rf"(?u)[{UNSPACED}]|[^\W{UNSPACED}]+"
-#: Parts of a covariance's trace below which a direction is noise of rounding.
+#: A direction with less than this fraction of the covariance's trace is rounding noise.
 EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class DualEncoder:
-    """How a linear CLIP is fitted.
+    """Settings for fitting a linear CLIP.
 
     Args:
-        dimensions: of the common space: the strongest canonical directions.
-        image_ridge, text_ridge: penalties, as parts of the mean variance of a direction.
-        power: a direction counts with its canonical correlation to this power.
-        image_directions, text_directions: principal directions that the features and the texts are reduced to first.
-        hashes: columns of the hashed words and pairs of words.
-        scene_scale: length of the one-hot code of an image's known scene beside its features of mean length 1; 0: none.
-        folds: parts of the images; the pairs of a part are scored by the encoder fitted to the other parts.
-        most_pairs: pairs that an encoder is fitted to, drawn at random where there are more.
+        dimensions: dimensions of the common space, which are the strongest canonical directions.
+        image_ridge, text_ridge: penalties, as fractions of the mean variance of a direction.
+        power: directions are weighted by their canonical correlation to this power.
+        image_directions, text_directions: numbers of principal directions that features and texts are first reduced to.
+        hashes: number of columns for hashed words and pairs of words.
+        scene_scale: length of the one-hot code of an image's known scene, which is appended to its features of mean
+            length 1; 0: no code.
+        folds: number of folds of the images; the pairs of a fold are scored by the encoder fitted to the other folds.
+        most_pairs: largest number of pairs that an encoder is fitted to; if there are more, they are drawn at random.
     """
 
     dimensions: int = 48
@@ -66,7 +67,10 @@ class FittedEncoder:
     """Two maps from reduced images and texts into the common space.
 
     Attributes:
-        image_centre: float32 [R]; image_map: float32 [R, D]; text_centre: float32 [S]; text_map: float32 [S, D].
+        image_centre: float32 [R].
+        image_map: float32 [R, D].
+        text_centre: float32 [S].
+        text_map: float32 [S, D].
     """
 
     image_centre: np.ndarray
@@ -79,20 +83,22 @@ class FittedEncoder:
         return _unit((reduced - self.image_centre) @ self.image_map)
 
     def texts(self, reduced: np.ndarray) -> np.ndarray:
-        """Unit embeddings float32 [T, D] of reduced texts [T, S]; zeros for a text of which no word is known."""
+        """Unit embeddings float32 [T, D] of reduced texts [T, S]; zeros for a text without known words."""
         known = reduced.any(axis=1, keepdims=True)
         return _unit(((reduced - self.text_centre) @ self.text_map) * known)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """float32 of length 1, or 0 where there is none."""
+    """Scale vectors to length 1, float32; a zero vector stays zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 def hashed_words(texts: Sequence[str], hashes: int) -> sparse.csr_matrix:
-    """Counts of words and of pairs of neighbouring words by their hash, float32 [T, H]; of letters in place of words in
-    scripts without spaces."""
+    """Counts of words and of pairs of neighbouring words by their hash, float32 [T, H].
+
+    In scripts without spaces, letters are counted instead of words.
+    """
     vectorizer = HashingVectorizer(
         n_features=hashes, ngram_range=(1, 2), alternate_sign=False, norm=None, token_pattern=WORD,
         dtype=np.float32,
@@ -108,18 +114,20 @@ def weighted(counts: sparse.csr_matrix, inverse_frequency: np.ndarray) -> sparse
 
 
 def inverse_frequencies(counts: sparse.csr_matrix) -> np.ndarray:
-    """log((1 + T) / (1 + T_h)) + 1 of each hash, float32 [H]: T texts, T_h of them with it."""
+    """log((1 + T) / (1 + T_h)) + 1 for each hash, float32 [H]: T is the number of texts, T_h of texts with the hash."""
     having = np.bincount(counts.indices, minlength=counts.shape[1])
     return (np.log((1 + counts.shape[0]) / (1 + having)) + 1).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Principal directions of images and of texts, each for itself: who belongs to whom plays no part.
+    """Principal directions of images and of texts, computed separately, so that the pairing does not matter.
 
     Attributes:
-        image_centre: float32 [F]; image_basis: float32 [F, R] of the features divided by their deviations.
-        inverse_frequency: float32 [H]; text_basis: float32 [H, S].
+        image_centre: float32 [F].
+        image_basis: float32 [F, R], for features divided by their standard deviations.
+        inverse_frequency: float32 [H].
+        text_basis: float32 [H, S].
         length: mean squared length of the reduced features.
     """
 
@@ -133,10 +141,10 @@ class Reduction:
     def of(
         cls, options: DualEncoder, features: np.ndarray, texts: Sequence[str], generator: np.random.Generator
     ) -> Reduction:
-        """Of features [N, F] and of texts.
+        """Compute the reduction from features [N, F] and texts.
 
         Args:
-            generator: of the randomised decomposition of the texts (Halko, Martinsson and Tropp 2011).
+            generator: generator for the randomised decomposition of the texts (Halko, Martinsson and Tropp 2011).
         """
         centre, basis = principal_directions(features, options.image_directions)
         counts = hashed_words(texts, options.hashes)
@@ -152,7 +160,7 @@ class Reduction:
         return cls(centre, basis, frequencies, text_basis, float(squares.sum(1).mean()))
 
     def images(self, features: np.ndarray) -> np.ndarray:
-        """float32 [N, R] of features [N, F]."""
+        """Reduce features [N, F] to float32 [N, R]."""
         parts = [
             (np.asarray(features[start : start + CHUNK], np.float32) - self.image_centre) @ self.image_basis
             for start in range(0, len(features), CHUNK)
@@ -160,7 +168,7 @@ class Reduction:
         return np.concatenate([np.empty((0, self.image_basis.shape[1]), np.float32), *parts])
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [T, S]; zeros for a text without words."""
+        """Reduce texts to float32 [T, S]; zeros for a text without words."""
         words = hashed_words(texts, len(self.inverse_frequency))
         return np.asarray(weighted(words, self.inverse_frequency) @ self.text_basis, np.float32)
 
@@ -169,8 +177,9 @@ def fit_dual_encoder(options: DualEncoder, images: np.ndarray, texts: np.ndarray
     """Fit both maps to pairs.
 
     Args:
-        images: float32 [P, R], texts: float32 [P, S], of a `Reduction`.
-        weights: float [P], how much each pair counts, not negative, one at least above zero.
+        images: float32 [P, R], from a `Reduction`.
+        texts: float32 [P, S], from a `Reduction`.
+        weights: float [P], weight of each pair, not negative, at least one positive.
     """
     fraction = (weights / weights.sum()).astype(np.float64)
     image_centre, text_centre = fraction @ images, fraction @ texts
@@ -179,7 +188,7 @@ def fit_dual_encoder(options: DualEncoder, images: np.ndarray, texts: np.ndarray
 
 
 def principal_directions(features: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean float32 [F], and the strongest principal directions float32 [F, R] of standardised features [N, F]."""
+    """Mean float32 [F] and strongest principal directions float32 [F, R] of standardised features [N, F]."""
     values = np.asarray(features, np.float32)
     centre = values.mean(0)
     deviation = values.std(0) + EPSILON

@@ -1,4 +1,4 @@
-"""From statistics of pairs to the probability that a caption is not of its image; docs/method.md, section 8."""
+"""Probability that a caption does not belong to its image, from statistics of pairs; docs/method.md, section 8."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures, StandardScaler
 
-#: Statistics beyond this many deviations count as this many.
+#: Statistics are limited to this number of standard deviations.
 MOST_DEVIATIONS = 8.0
-#: Quantiles of the shuffled pairs' evidence below which pairs are counted: there next to no matched pair lies.
+#: Quantiles of the evidence of shuffled pairs below which pairs are counted; almost no matched pair lies below them.
 QUANTILES = (0.2, 0.3, 0.4, 0.5)
 #: Inverse strength of the L2 penalty of the regression.
 PENALTY = 0.1
-#: Parts of the images; the evidence of a part's pairs is given by a regression on the others.
+#: Number of parts of the images; the evidence of the pairs of a part comes from a regression on the other parts.
 PARTS = 5
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A learned log ratio: how much more often a pair looks so than a shuffled one does, up to a constant.
+    """A learned log ratio of the densities of pairs and of shuffled pairs, up to a constant.
 
     Attributes:
-        model: logistic regression of pairs against shuffled ones, on statistics and their products.
-        shuffled: float64 [P'], the log ratios of the shuffled pairs, rows with NaN left out.
-        cross_fitted: float64 [P] and [P'], log ratios of the pairs and of the shuffled ones, each by a regression that
-            did not learn from it: one that did puts its pairs above their shuffled ones, mismatched or not.
+        model: logistic regression of pairs against shuffled pairs, on statistics and their products.
+        shuffled: float64 [P'], log ratios of the shuffled pairs, without rows with NaN.
+        cross_fitted: float64 [P] and [P'], log ratios of the pairs and of the shuffled pairs, each from a regression
+            that was not fitted to it. A regression puts the pairs that it was fitted to above their shuffled versions,
+            mismatched or not.
     """
 
     model: Pipeline
@@ -36,21 +37,22 @@ class Evidence:
     cross_fitted: tuple[np.ndarray, np.ndarray]
 
     def __call__(self, statistics: np.ndarray) -> np.ndarray:
-        """float64 [P] of statistics [P, F]."""
+        """Log ratios float64 [P] for statistics [P, F]."""
         return self.model.decision_function(statistics)
 
 
 def learn_evidence(observed: np.ndarray, shuffled: np.ndarray, image: np.ndarray | None = None) -> Evidence | None:
-    """Tell pairs from shuffled ones by a density ratio (Sugiyama, Suzuki and Kanamori 2012, chapter 4).
+    """Distinguish pairs from shuffled pairs by a density ratio (Sugiyama, Suzuki and Kanamori 2012, chapter 4).
 
-    The pairs hold mismatched ones themselves, which are distributed as the shuffled ones are. So the ratio is a growing
-    function of that of matched to shuffled pairs, and orders them alike.
+    The pairs include mismatched ones, which have the same distribution as shuffled pairs. So the learned ratio is an
+    increasing function of the ratio of matched to shuffled pairs, and gives the same order.
 
     Args:
-        observed: float [P, F]; shuffled: float [P, F] of the same images, rows with NaN are left out.
-        image: int64 [P], whose pairs are in one part; None: each pair is of another image.
+        observed: float [P, F], statistics of the pairs.
+        shuffled: float [P, F], statistics of shuffled pairs of the same images; rows with NaN are left out.
+        image: int64 [P], image of each pair; pairs of one image are in the same part. None: all images are different.
     Returns:
-        None where fewer than two pairs can be shuffled.
+        the evidence; None if fewer than two pairs can be shuffled.
     """
     usable = ~np.isnan(shuffled).any(axis=1)
     if usable.sum() < 2 or len(observed) < 2:
@@ -62,7 +64,7 @@ def learn_evidence(observed: np.ndarray, shuffled: np.ndarray, image: np.ndarray
     for number in range(PARTS):
         others = [values[own != number] for values, own in zip(data, parts, strict=True)]
         if min(map(len, others)) == 0:
-            continue  # as few pairs as that say nothing anyway
+            continue  # so few pairs are not informative
         fitted = _regression(*others)
         for result, values, own in zip(crossed, data, parts, strict=True):
             if (own == number).any():
@@ -80,11 +82,12 @@ def _regression(observed: np.ndarray, shuffled: np.ndarray) -> Pipeline:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """
+    """A fitted model of mismatched pairs.
+
     Attributes:
-        fraction: of the pairs that are mismatched, in all scenes.
-        by_scene: float64 [S], in every scene.
-        likelihood_ratio: from evidence to the ratio of the densities of matched and of shuffled pairs.
+        fraction: fraction of mismatched pairs in all scenes together.
+        by_scene: float64 [S], fraction of mismatched pairs in each scene.
+        likelihood_ratio: function from evidence to the ratio of the densities of matched and of shuffled pairs.
     """
 
     fraction: float
@@ -92,17 +95,18 @@ class Mismatch:
     likelihood_ratio: IsotonicRegression
 
     def probability(self, evidence: np.ndarray, scene: np.ndarray) -> np.ndarray:
-        """Probability of pairs with this evidence float [P] in these scenes int64 [P] to be mismatched; float64 [P]."""
+        """Mismatch probability, float64 [P], of pairs with this evidence, float [P], in these scenes, int64 [P]."""
         fraction = self.by_scene[scene]
         density = np.maximum(self.likelihood_ratio.predict(evidence), 0)
         return fraction / np.maximum(fraction + (1 - fraction) * density, 1e-12)
 
 
 def mismatched_fraction(evidence: np.ndarray, shuffled: np.ndarray) -> float:
-    """The part of pairs that are shuffled, by how many fall where next to no matched pair does (Storey 2002).
+    """Fraction of pairs that are mismatched, from the number of pairs where almost no matched pair lies (Storey 2002).
 
     Args:
-        evidence: float [P] of the pairs; shuffled: float [P'], at least one.
+        evidence: float [P], evidence of the pairs.
+        shuffled: float [P'], evidence of shuffled pairs, at least one.
     """
     parts = [(evidence < np.quantile(shuffled, level)).mean() / level for level in QUANTILES]
     return float(np.clip(np.mean(parts), 0, 1))
@@ -111,9 +115,10 @@ def mismatched_fraction(evidence: np.ndarray, shuffled: np.ndarray) -> float:
 def scene_fractions(
     evidence: np.ndarray, scene: np.ndarray, shuffled: np.ndarray, shuffled_scene: np.ndarray, scenes: int, prior: float
 ) -> np.ndarray:
-    """`mismatched_fraction` of every scene by its own shuffled pairs, float64 [S], towards the mean over all pairs.
+    """`mismatched_fraction` of every scene, float64 [S], shrunk towards the mean over all pairs.
 
-    By its own, since what a caption of another scene looks like depends on the scene, and so does how many there are.
+    Each scene is compared with its own shuffled pairs, because the evidence of captions of other scenes, and their
+    number, depend on the scene.
     """
     everywhere = mismatched_fraction(evidence, shuffled)
     own, pairs = np.full(scenes, everywhere), np.bincount(scene, minlength=scenes)
@@ -133,16 +138,19 @@ def fit_mismatch(
     scenes: int,
     prior_pairs: float = 20.0,
 ) -> Mismatch:
-    """A mixture of matched and shuffled pairs: f = (1 - π) f_matched + π f_shuffled, where f_shuffled is known.
+    """Fit a mixture of matched and shuffled pairs: f = (1 - π) f_matched + π f_shuffled, where f_shuffled is known.
 
-    The fractions are found where f_matched is next to nothing; the ratio f / f_shuffled is the isotonic regression of
-    pairs against shuffled ones on the evidence, from which that of f_matched follows. Shuffled pairs count in it as
-    often as their scene has mismatched ones.
+    The fractions π are estimated where f_matched is almost zero. The ratio f / f_shuffled comes from an isotonic
+    regression of pairs against shuffled pairs on the evidence, and the ratio f_matched / f_shuffled follows from it. In
+    this regression, shuffled pairs are weighted by the number of mismatched pairs in their scene.
 
     Args:
-        evidence: float [P]; scene: int64 [P], 0..`scenes` - 1.
-        shuffled: float [P'], at least one; shuffled_scene: int64 [P'].
-        prior_pairs: the fraction of all scenes counts in each scene as so many pairs.
+        evidence: float [P], evidence of the pairs.
+        scene: int64 [P], scene of each pair, 0..`scenes` - 1.
+        shuffled: float [P'], evidence of shuffled pairs, at least one.
+        shuffled_scene: int64 [P'], scene of each shuffled pair.
+        scenes: number of scenes.
+        prior_pairs: weight of the fraction over all scenes in each scene, as a number of pairs.
     """
     fractions = scene_fractions(evidence, scene, shuffled, shuffled_scene, scenes, prior_pairs)
     fraction = float(fractions[scene].mean())

@@ -1,7 +1,7 @@
-"""The two loops of DLDC together: captions are scored, images without a good one described again, the best one stays.
+"""The two loops of DLDC: score captions, describe images without a good caption again, keep the best caption.
 
-DLDC (Dual Loop Data Cleaning, JSTARS 2025) names the loops; its models, thresholds and search are not public. What is
-here is ours: docs/method.md, section 8.
+DLDC (Dual Loop Data Cleaning, JSTARS 2025) defines the loops; its models, thresholds and search are not public. This
+implementation uses models and thresholds of this project: docs/method.md, section 8.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from runtime.errors import UserError
 from runtime.notices import notice
 
 CAPTIONS, REFUSED, SUMMARY = "captions.parquet", "quarantine.parquet", "summary.json"
-#: Images that are described again: none, those whose best caption is mismatched or that have none, or all.
+#: Which images are described again: none, those without a caption or with a mismatched best caption, or all.
 DESCRIBE = ("none", "mismatched", "all")
-#: Fraction of mismatched captions above which something else is wrong with them.
+#: Fraction of mismatched captions above which the cause is probably another error in the captions.
 SUSPICIOUS = 0.8
 
 
 @dataclass(frozen=True)
 class Loops:
-    """How captions are cleaned and repaired.
+    """Settings for cleaning and repairing captions.
 
     Args:
-        scorers: by name; their statistics are averaged.
+        scorers: scorers by name; their statistics are averaged.
         captioner: writes new captions.
         describe: one of `DESCRIBE`.
-        rounds: how often an image is described at most.
-        most_mismatch: probability to be mismatched above which a caption is no candidate.
-        seed: of the folds, of shuffled pairs and of captions.
+        rounds: largest number of times that an image is described.
+        most_mismatch: mismatch probability above which a caption is not a candidate.
+        seed: seed of the folds, of shuffled pairs and of captions.
     """
 
     scorers: tuple[PairScorer, ...]
@@ -65,11 +65,16 @@ class Loops:
 def material_of(
     corpus: Corpus, features: np.ndarray, features_key: str, scenes: np.ndarray, labelled: bool, folds: int, seed: int
 ) -> Material:
-    """What scorers may look at.
+    """Make the data that scorers may use.
 
     Args:
-        scenes: str [N]; labelled: they are the corpus's own.
-        folds: parts into which the images are dealt at random.
+        corpus: the images.
+        features: float [N, F], features of a frozen image encoder.
+        features_key: fingerprint of the encoder.
+        scenes: str [N].
+        labelled: whether the scenes are labels of the corpus.
+        folds: number of folds that the images are divided into at random.
+        seed: seed of the folds.
     """
     names, scene = np.unique(scenes.astype(str), return_inverse=True)
     fold = np.random.default_rng([seed, 630]).permutation(len(corpus)) % folds
@@ -77,13 +82,13 @@ def material_of(
 
 
 def clean_captions(material: Material, loops: Loops, runs: Path | str) -> Path:
-    """Run both loops; the result's directory holds `CAPTIONS`, `REFUSED` and `SUMMARY`.
+    """Run both loops; returns a directory with the files `CAPTIONS`, `REFUSED` and `SUMMARY`.
 
-    `CAPTIONS` has a row a candidate: image (row of the corpus), id, scene, caption, source, round, the columns of
-    `captioning.scoring.Scored`, and `chosen`: the best of its image.
+    `CAPTIONS` has one row per candidate: image (row of the corpus), id, scene, caption, source, round, the columns of
+    `captioning.scoring.Scored`, and `chosen`, which marks the best caption of an image.
 
     Raises:
-        UserError: no image has a caption, and none is to be described.
+        UserError: no image has a caption, and no image is to be described.
     """
     given, refused = given_pairs(material.corpus.manifest)
     tried = [refused]
@@ -138,7 +143,7 @@ def _readable(material: Material) -> np.ndarray:
 
 
 def images_to_describe(material: Material, pairs: Pairs, scored: Scored, loops: Loops) -> np.ndarray:
-    """Rows of the images that have no good caption yet, or of all; int64, ascending."""
+    """Rows of the images without a good caption, or of all images; int64, ascending."""
     rows = _readable(material)
     if loops.describe == "all":
         return rows
@@ -162,8 +167,11 @@ def captions_table(material: Material, pairs: Pairs, scored: Scored, most_mismat
 
 
 def best_of_images(image: np.ndarray, scores: pd.DataFrame, most_mismatch: float) -> np.ndarray:
-    """Which candidate is its image's best, bool [P]: of those that are not mismatched the one that fits its image best
-    among images of the same scene, or the least mismatched where all are."""
+    """Mark the best candidate of each image, bool [P].
+
+    The best candidate is the not mismatched one that fits its image best among images of the same scene. If all
+    candidates of an image are mismatched, it is the least mismatched one.
+    """
     mismatch, fit = scores["mismatch"].to_numpy(), scores["fit"].to_numpy()
     good = mismatch <= most_mismatch
     rank = np.where(good, -fit, mismatch)
@@ -227,8 +235,11 @@ def _announce(summary: dict[str, Any]) -> None:
 
 
 def with_captions(corpus: Corpus, directory: Path, most_mismatch: float) -> Corpus:
-    """The corpus with the loops' captions: of every image the good candidates, the best one first; the best one alone
-    where none is good. Images without a candidate keep what they have."""
+    """The corpus with the captions of the loops.
+
+    An image gets its good candidates, the best one first, or only the best one if none is good. Images without a
+    candidate keep their captions.
+    """
     table = pd.read_parquet(directory / CAPTIONS, columns=["image", "caption", "mismatch", "chosen"])
     table = table[(table["mismatch"] <= most_mismatch) | table["chosen"]]
     table = table.sort_values(["image", "chosen"], ascending=[True, False], kind="stable")
@@ -243,9 +254,9 @@ def with_captions(corpus: Corpus, directory: Path, most_mismatch: float) -> Corp
 
 
 def scores_of_images(corpus: Corpus, directory: Path) -> dict[str, np.ndarray]:
-    """Of each image's best caption `mismatch`, `fit` and `cosine` (the mean over scorers), float32 [N].
+    """`mismatch`, `fit` and `cosine` (mean over scorers) of the best caption of each image, float32 [N] each.
 
-    NaN where an image has no candidate.
+    The values are NaN for an image without a candidate.
     """
     table = pd.read_parquet(directory / CAPTIONS)
     table = table[table["chosen"]]

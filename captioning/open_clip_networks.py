@@ -1,4 +1,4 @@
-"""CLIPs in open_clip's form behind the interface of `encoders.clip_scores.ClipScorer`."""
+"""CLIP models in the format of open_clip, with the interface of `encoders.clip_scores.ClipScorer`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from runtime.artefacts import file_digest
 
 @dataclass(frozen=True)
 class OpenClip(ClipScorer):
-    """As `ClipScorer`; `tokenizer` is open_clip's."""
+    """A `ClipScorer` with a model and tokenizer of open_clip."""
 
     @torch.no_grad()
     def image_embeddings(self, images: np.ndarray) -> torch.Tensor:
@@ -37,7 +37,7 @@ class OpenClip(ClipScorer):
 
     def cut(self, texts: Sequence[str]) -> int:
         longest, tokenizer = self.tokenizer.context_length, self.tokenizer
-        if hasattr(tokenizer, "tokenizer"):  # of transformers
+        if hasattr(tokenizer, "tokenizer"):  # a tokenizer of transformers
             return sum(len(ids) > longest for ids in tokenizer.tokenizer(list(texts), verbose=False).input_ids)
         return sum(len(tokenizer.encode(text)) + 2 > longest for text in texts)
 
@@ -45,10 +45,10 @@ class OpenClip(ClipScorer):
 def load_open_clip(
     name: str, architecture: str, path: str, *, repository: str | None = None, revision: str | None = None
 ) -> OpenClip:
-    """The network of a file.
+    """Load a network from a file.
 
     Raises:
-        one of `encoders.pixels.LOAD_ERRORS`: the file or the architecture is not there, or they do not fit.
+        one of `encoders.pixels.LOAD_ERRORS`: the file or the architecture does not exist, or they do not match.
     """
     import open_clip
 
@@ -75,7 +75,7 @@ def load_open_clip(
 
 @contextlib.contextmanager
 def _root_logger_silent() -> Iterator[None]:
-    """open_clip warns there that the weights are random, which they are for a moment."""
+    """Silence the root logger: open_clip warns that weights are random, which is true only until they are loaded."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
@@ -86,16 +86,16 @@ def _root_logger_silent() -> Iterator[None]:
 
 
 def _weights(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a file by name: no other objects are read from it.
+    """The tensors in a file by name; no other objects are read from it.
 
     Raises:
-        ValueError: it holds none, or holds something else as well.
+        ValueError: the file holds no tensors, or other objects as well.
     """
     if file.suffix == ".safetensors":
         return load_file(file)
     try:
         result: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds: what the file says decides which
+    except Exception as error:  # the type of the exception depends on the content of the file
         raise ValueError("it is no file of tensors alone, and nothing else is read from it") from error
     result = result.get("state_dict", result) if isinstance(result, dict) else result
     if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):

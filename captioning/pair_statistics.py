@@ -1,4 +1,4 @@
-"""How well an image and a caption belong together, beside what shuffled captions reach: four standardised cosines."""
+"""Four standardised cosines of an image and a caption, which compare the pair with shuffled captions and images."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Images and captions that a pair is compared with, of other scenes and of its own.
+#: Number of images and captions that a pair is compared with, of other scenes and of its own scene.
 SAMPLE = 256
-#: Pairs that are computed at once.
+#: Number of pairs that are computed at once.
 BLOCK = 8192
-#: Standard deviations of cosines below which all partners are alike.
+#: Standard deviation of cosines below which all partners count as equal.
 LEAST_DEVIATION = 1e-4
 #: Columns of the statistics: the image with other captions and the caption with other images, of other scenes and of
-#: the image's own.
+#: the image's scene.
 COLUMNS = ("image_among_other_scenes", "caption_among_other_scenes", "image_in_its_scene", "caption_in_its_scene")
 
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """
+    """Statistics of P pairs.
+
     Attributes:
-        cosine: float32 [P] of the pairs.
+        cosine: float32 [P], cosines of the pairs.
         observed: float32 [P, 4], `COLUMNS` of the pairs.
-        same, other: float32 [P, 4] of the images of `partner` with a caption of another image of their scene, and of
-            another scene; NaN where there is none, and of all other pairs.
+        same, other: float32 [P, 4], `COLUMNS` of the images of `partner` pairs with a caption of another image, of the
+            same scene and of another scene; NaN if there is no such caption, and for pairs that are not partners.
     """
 
     cosine: np.ndarray
@@ -44,17 +45,18 @@ def pair_statistics(
 ) -> PairStatistics:
     """Statistics of all pairs, scene by scene in every fold; memory does not grow with the square of the pairs.
 
-    A cosine is standardised by the mean and deviation of the cosines of the same image with `SAMPLE` captions, and of
-    the same caption with `SAMPLE` images: a caption that fits everything says little about one image.
+    A cosine is standardised by the mean and standard deviation of the cosines of the same image with `SAMPLE` captions,
+    and of the same caption with `SAMPLE` images, because a caption that fits all images says little about one image.
 
     Args:
-        images: unit float [N, D]; a memory map is read in parts.
-        texts: unit float [P, D], the pairs' captions, by the encoder of the pair's fold.
+        images: unit embeddings float [N, D]; a memory map is read in parts.
+        texts: unit embeddings float [P, D] of the captions of the pairs, by the encoder of the pair's fold.
         image_of: int64 [P], row of each pair's image, ascending.
-        fold: int64 [N], the encoder that each image was embedded by: only those of one fold can be compared.
+        fold: int64 [N], fold of the encoder that embedded each image; only images of one fold can be compared.
         scene: int64 [N].
-        partner: bool [P], the pairs whose images and captions others are compared with. Their own statistics are the
-            same whatever other pairs there are.
+        partner: bool [P], the pairs whose images and captions others are compared with. The statistics of these pairs
+            do not depend on the other pairs.
+        generator: draws the samples.
     """
     count = len(image_of)
     result = PairStatistics(np.zeros(count, np.float32), *(np.full((count, 4), np.nan, np.float32) for _ in range(3)))
@@ -93,7 +95,7 @@ def _of_group(
     outside: np.ndarray,
     generator: np.random.Generator,
 ) -> None:
-    """Fill in the pairs `group` of one scene in one fold; its possible partners are `inside`, others' `outside`."""
+    """Fill in the pairs `group` of one scene and fold; possible partners are `inside` (same scene) and `outside`."""
     parts, image_of = {"same": inside, "other": outside}, vectors.image_of
     drawn = {name: np.full(len(group), -1) for name in parts}
     for name, part in parts.items():
@@ -112,12 +114,12 @@ def _of_group(
 
 
 def _drawn(group: np.ndarray, partners: np.ndarray, image_of: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A partner of another image for each pair, int64 [n]; -1 where there is none."""
+    """A random partner of another image for each pair, int64 [n]; -1 if there is none."""
     own = image_of[group]
     first, last = (np.searchsorted(image_of[partners], own, side) for side in ("left", "right"))
     others = len(partners) - (last - first)
     place = generator.integers(np.maximum(others, 1))
-    place += np.where(place >= first, last - first, 0)  # past the image's own
+    place += np.where(place >= first, last - first, 0)  # skip partners of the same image
     return np.where(others > 0, np.append(partners, -1)[np.minimum(place, len(partners))], -1)
 
 
@@ -126,7 +128,8 @@ def _columns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cosines [n] and `COLUMNS` [n, 4] of the images of `pairs` with the captions of `captions_of`.
 
-    Compared with the pairs of `samples`, but for those of the same image and of the image that the caption is from.
+    They are compared with the pairs of `samples`, except pairs of the same image and of the image that the caption is
+    from.
     """
     own, captions = vectors.image(pairs), vectors.caption(captions_of)
     image_of = vectors.image_of
@@ -140,7 +143,7 @@ def _columns(
 
 
 def _standardised(cosine: np.ndarray, others: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """(cosine - mean) / deviation of the usable cosines in each row; 0 where there are fewer than two."""
+    """(cosine - mean) / standard deviation of the usable cosines in each row; 0 if there are fewer than two."""
     count = usable.sum(1)
     mean = (others * usable).sum(1) / np.maximum(count, 1)
     square = (others**2 * usable).sum(1) / np.maximum(count, 1)

@@ -1,4 +1,4 @@
-"""Image-text pairs: every caption that an image has is a candidate, whoever wrote it."""
+"""Image-text pairs: every caption of an image is a candidate, from any source."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pandas as pd
 
 from corpus.captions import scene_caption
 
-#: Sources of the captions that come with a corpus: written by somebody, or only the name of the scene.
+#: Sources of the captions that come with a corpus: a written caption, or only the name of the scene.
 GIVEN, SCENE_NAME = "given", "scene name"
-#: Why a caption that came with the corpus is no candidate.
+#: Reasons why a caption of the corpus is not a candidate.
 EMPTY, NO_WORDS = "empty caption", "caption without words"
 #: Letters of scripts that put no spaces between words, as a class of a regular expression: Thai, Lao, Burmese, Khmer,
 #: Japanese and Chinese. One of them can be a word.
@@ -23,13 +23,13 @@ _WORD = re.compile(rf"[^\W\d_]{{2,}}|[{UNSPACED}]")
 
 @dataclass(frozen=True)
 class Pairs:
-    """Candidates, image after image.
+    """Candidates, sorted by image.
 
     Attributes:
         image: int64 [P], ascending rows of the corpus.
         text: object [P].
         source: object [P], `GIVEN`, `SCENE_NAME` or a captioner's name.
-        round: int64 [P], in which a caption was written; 0 for those that came with the corpus.
+        round: int64 [P], round in which a caption was written; 0: it came with the corpus.
     """
 
     image: np.ndarray
@@ -49,7 +49,7 @@ class Pairs:
         return cls(np.asarray(image, np.int64), texts, sources, np.full(len(text), made_in, np.int64))
 
     def joined(self, other: Pairs) -> Pairs:
-        """Both, sorted by image; of one image this one's come first, and none comes twice."""
+        """All candidates of both, sorted by image, without duplicates; for one image, those of `self` come first."""
         parts = [np.concatenate([getattr(self, name), getattr(other, name)]) for name in vars(self)]
         order = np.argsort(parts[0], kind="stable")
         both = Pairs(*(part[order] for part in parts))
@@ -63,10 +63,10 @@ def has_words(text: str) -> bool:
 
 
 def given_pairs(manifest: pd.DataFrame) -> tuple[Pairs, pd.DataFrame]:
-    """The captions that came with a corpus's readable images, and those that are none.
+    """The captions that came with the readable images of a corpus, and the captions that are not candidates.
 
     Returns:
-        the pairs, and rows with id, caption and reason (`EMPTY`, `NO_WORDS`).
+        the pairs, and a table of the other captions with id, caption and reason (`EMPTY`, `NO_WORDS`).
     """
     first = manifest["caption"].to_numpy(dtype=object)
     lists = manifest["captions"].tolist() if "captions" in manifest else [None] * len(manifest)

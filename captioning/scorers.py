@@ -1,7 +1,7 @@
 """Models that score pairs: CLIP-like networks of the hub, and linear CLIPs that are fitted to the corpus itself.
 
-A scorer turns images and captions into unit vectors of one space. One that learns from the corpus does so fold by fold:
-the pairs of a fold's images are embedded by what was fitted to the other folds.
+A scorer converts images and captions into unit vectors of one space. A scorer that learns from the corpus uses folds:
+the pairs of the images of a fold are embedded by a model that was fitted to the other folds.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.progress import progress
 
-#: Texts that are embedded at once.
+#: Number of texts that are embedded at once.
 TEXTS = 1024
-#: Images that a network embeds together.
+#: Number of images that a network embeds together.
 IMAGES = 256
 
 
 @dataclass(frozen=True)
 class Material:
-    """What scorers may look at.
+    """The data that scorers may use.
 
     Attributes:
         corpus: the images.
-        features: float [N, F] of a frozen image encoder, usually a memory map.
-        features_key: of the encoder.
-        scene: int64 [N], the scene of every image; those that say none are a scene of their own.
-        scenes: their names.
-        labelled: the scenes are the corpus's own labels, not found from the features.
-        fold: int64 [N], of every image.
+        features: float [N, F], features of a frozen image encoder, usually a memory map.
+        features_key: fingerprint of the encoder.
+        scene: int64 [N], scene of every image; images without a scene form a separate scene.
+        scenes: names of the scenes.
+        labelled: whether the scenes are labels of the corpus, not found from the features.
+        fold: int64 [N], fold of every image.
     """
 
     corpus: Corpus
@@ -57,7 +57,7 @@ class Material:
 
     @property
     def key(self) -> str:
-        """Changes with the images, their features and their scenes."""
+        """A key that changes with the images, their features and their scenes."""
         return fingerprint(
             corpus=self.corpus.fingerprint, features=self.features_key, scenes=self.scenes,
             scene=fingerprint(of=self.scene.tolist()), fold=fingerprint(of=self.fold.tolist()),
@@ -65,11 +65,11 @@ class Material:
 
 
 class PairScorer(Protocol):
-    """A frozen dataclass, made by Hydra from configs/scorer.
+    """Interface of scorers: a frozen dataclass that Hydra makes from configs/scorer.
 
     Attributes:
-        name: of its column in captions.parquet.
-        joint: all processes of a launch take part.
+        name: name of its column in captions.parquet.
+        joint: whether all processes of a launch take part.
     """
 
     name: str
@@ -77,24 +77,26 @@ class PairScorer(Protocol):
 
     @property
     def key(self) -> str:
-        """Of its weights; "" where it learns from the corpus."""
+        """Fingerprint of its weights; "" if it learns from the corpus."""
 
     def embed(self, material: Material, given: Pairs, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-        """Unit vectors float [N, D] of all images, zeros of unreadable ones, and [P, D] of the captions of `pairs`.
+        """Unit vectors of all images, float [N, D] (zeros if unreadable), and of the captions of `pairs`, [P, D].
 
         Args:
-            given: the pairs that it may learn from.
+            material: the images and their features.
+            given: the pairs that the scorer may learn from.
+            pairs: the pairs to embed.
         """
 
 
 @dataclass(frozen=True)
 class FittedScorer:
-    """A linear CLIP on the features that pruning clusters with, fitted fold by fold to the corpus's own pairs.
+    """A linear CLIP on the features that pruning clusters with, fitted fold by fold to the pairs of the corpus.
 
     Args:
-        options: of the fit.
-        name: of its column.
-        seed: of the fit.
+        options: options of the fit.
+        name: name of its column.
+        seed: seed of the fit.
     """
 
     joint = False
@@ -157,7 +159,7 @@ class FittedScorer:
 
 
 def _with_scene(reduction: Reduction, material: Material, options: DualEncoder, rows: np.ndarray) -> np.ndarray:
-    """Reduced features float32 [n, R] of some images, with the code of their labelled scene behind them."""
+    """Reduced features float32 [n, R] of some images, followed by the code of their labelled scene."""
     reduced = reduction.images(material.features[rows])
     if not options.scene_scale or not material.labelled:
         return reduced
@@ -169,7 +171,7 @@ def _with_scene(reduction: Reduction, material: Material, options: DualEncoder, 
 
 
 class NetworkScorer(ABC):
-    """A CLIP from elsewhere; a frozen dataclass with `name` and `path`."""
+    """A pretrained CLIP from the hub or a file; a frozen dataclass with `name` and `path`."""
 
     joint = True
 
@@ -178,10 +180,10 @@ class NetworkScorer(ABC):
 
     @abstractmethod
     def load(self) -> ClipScorer:
-        """The network.
+        """Load the network.
 
         Raises:
-            one of `encoders.pixels.LOAD_ERRORS`: it is not there.
+            one of `encoders.pixels.LOAD_ERRORS`: the network cannot be loaded.
         """
 
     @property
@@ -192,7 +194,7 @@ class NetworkScorer(ABC):
         """The network on this machine's accelerator, loaded once.
 
         Raises:
-            UserError: it is not there.
+            UserError: the network cannot be loaded.
         """
         return _loaded(self)
 
@@ -205,9 +207,9 @@ class HubScorer(NetworkScorer):
     """A CLIP of `transformers` in a folder or on the hub.
 
     Args:
-        name: of its column.
-        path: folder or hub name; weights as safetensors.
-        revision: commit of the hub; None: the newest.
+        name: name of its column.
+        path: folder or hub name, with safetensors weights.
+        revision: commit on the hub; None: the newest.
     """
 
     name: str
@@ -220,14 +222,14 @@ class HubScorer(NetworkScorer):
 
 @dataclass(frozen=True)
 class OpenClipScorer(NetworkScorer):
-    """A CLIP in open_clip's form, as RemoteCLIP and GeoRSCLIP are published.
+    """A CLIP in the format of open_clip, in which RemoteCLIP and GeoRSCLIP are published.
 
     Args:
-        name: of its column.
-        architecture: as open_clip names it, "ViT-B-32" for example.
+        name: name of its column.
+        architecture: name of the architecture in open_clip, for example "ViT-B-32".
         path: the file of weights (.pt, .pth or .safetensors), or its name in `repository`.
-        repository: hub name; None: `path` is a file of this machine.
-        revision: commit of the hub; None: the newest.
+        repository: hub name; None: `path` is a local file.
+        revision: commit on the hub; None: the newest.
     """
 
     name: str
@@ -259,13 +261,15 @@ def _loaded(scorer: NetworkScorer) -> ClipScorer:
 
 
 def embed_with_clip(scorer: NetworkScorer, material: Material, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-    """As `PairScorer.embed`, over all processes of a launch, or by the engine's workers.
+    """`PairScorer.embed` over all processes of a launch, or by the engine's workers.
 
-    Captions beyond the network's tokens are counted.
+    The captions with more tokens than the network reads are counted.
     """
     corpus, clip = material.corpus, scorer.clip()
     width = clip.text_embeddings(["a"]).shape[1]
-    distinct, position = np.unique(pairs.text, return_inverse=True)  # as objects: one long text widens no other
+    distinct, position = np.unique(
+        pairs.text, return_inverse=True
+    )  # an object array: one long text does not widen the others
     cut = clip.cut(distinct.tolist()) if len(distinct) else 0
     if cut:
         notice(f"{cut} of {len(distinct)} different captions are longer than {clip.name} reads, and are cut")

@@ -1,4 +1,4 @@
-"""The internal loop: how well every caption fits its image, by all scorers, and which do not belong together."""
+"""The internal loop: score how well every caption fits its image, by all scorers, and find mismatched pairs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from eval.processes import first_process_decides
 from runtime.artefacts import fingerprint, is_main_process, read_json, stage, write_json
 
 SCORES, SCENES = "scores.parquet", "scenes.json"
-#: Of the shuffled pairs, float32, ascending: with captions of other scenes, and of the same scene.
+#: Files with the evidence of shuffled pairs, float32, ascending: with captions of other scenes, and of the same scene.
 SHUFFLED = {"other": "shuffled_other.npy", "same": "shuffled_same.npy"}
-#: Statistics that tell either kind of shuffled pairs: what is found of another scene's captions must not depend on how
-#: many of them the image's own scene holds.
+#: Statistics that are used for each kind of shuffled pairs. The detection of captions of other scenes must not depend
+#: on the number of such captions in the image's scene.
 USED = {"other": slice(0, 2), "same": slice(0, 4)}
-#: Pairs to which the densities are fitted, drawn at random where there are more.
+#: Largest number of pairs that the densities are fitted to; if there are more, they are drawn at random.
 FITTED = 200_000
 
 
@@ -31,9 +31,10 @@ class Scored:
     """Scores of pairs.
 
     Attributes:
-        table: a row a pair: `cosine_<scorer>`, `evidence` (that it is no pair of two scenes), `fit` (that it is no pair
-            of two images of one scene) and `mismatch`, the probability that the caption is of another scene.
-        directory: of the stage, with `SHUFFLED` and `SCENES`.
+        table: one row per pair: `cosine_<scorer>`; `evidence` against a caption of another scene; `fit`, evidence
+            against a caption of another image of the same scene; and `mismatch`, the probability that the caption is
+            of another scene.
+        directory: directory of the stage, with `SHUFFLED` and `SCENES`.
     """
 
     table: pd.DataFrame
@@ -41,7 +42,7 @@ class Scored:
 
     @property
     def fractions(self) -> dict[str, float]:
-        """Mismatched part of the given pairs in every scene."""
+        """Fraction of mismatched pairs among the given pairs, by scene."""
         return read_json(self.directory / SCENES)["by_scene"]
 
 
@@ -51,8 +52,12 @@ def score_pairs(
     """Score pairs by all scorers; cached.
 
     Args:
-        given: the pairs that scorers learn from, and that others are compared with: a part of `pairs`.
-        seed: of what pairs are shuffled to.
+        material: the images and their features.
+        given: the pairs that scorers learn from and that others are compared with; a subset of `pairs`.
+        pairs: the pairs to score.
+        scorers: the scorers.
+        seed: seed of the shuffling.
+        runs: directory of the stages.
     """
     embedded = [_embedded(material, given, pairs, scorer, runs) for scorer in scorers]
     inputs = {"embeddings": [path.name for path in embedded], "scorers": [scorer.name for scorer in scorers]}
@@ -98,7 +103,7 @@ def _part_of(given: Pairs, pairs: Pairs) -> np.ndarray:
 
 
 def _statistics(path: Path, material: Material, pairs: Pairs, partner: np.ndarray, seed: int) -> PairStatistics:
-    """By one scorer; the same seed shuffles the pairs alike for all."""
+    """Statistics of one scorer; with the same seed, the pairs are shuffled in the same way for all scorers."""
     images, texts = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("images", "texts"))
     generator = np.random.default_rng([seed, 610])
     return pair_statistics(images, texts, pairs.image, material.fold, material.scene, partner, generator)

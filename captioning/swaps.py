@@ -1,4 +1,4 @@
-"""Captions exchanged between images by a seed: pairs of which it is known that they do not belong together."""
+"""Seeded exchange of captions between images, which gives pairs that are known to be mismatched."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from corpus.index import Corpus
 from runtime.artefacts import fingerprint
 from runtime.errors import UserError
 
-#: Times that partners of the same scene are drawn again.
+#: Largest number of times that partners of the same scene are drawn again.
 TRIES = 1000
 
 
 @dataclass(frozen=True)
 class Swaps:
-    """
+    """Settings of the exchange.
+
     Args:
-        fraction: of the images with a caption whose captions are exchanged among them, in [0, 1].
-        within_scene: only between images of one scene; otherwise only between scenes.
-        uneven: the fraction of each scene is drawn between 0 and twice the fraction.
-        seed: of who exchanges with whom.
+        fraction: fraction, in [0, 1], of the images with a caption that exchange their captions.
+        within_scene: exchange only between images of one scene; otherwise only between scenes.
+        uneven: draw the fraction of each scene between 0 and twice `fraction`.
+        seed: seed of the exchange.
     """
 
     fraction: float
@@ -36,10 +37,10 @@ class Swaps:
 
 
 def swapped_corpus(corpus: Corpus, swaps: Swaps) -> tuple[Corpus, np.ndarray]:
-    """The corpus with one caption an image, its first, a fraction of them exchanged.
+    """The corpus with the first caption of each image, of which a fraction is exchanged.
 
     Returns:
-        the corpus, and bool [N], which images have another text than their own.
+        the corpus, and bool [N], whether the text of an image has changed.
     """
     own = corpus.manifest["caption"].to_numpy(dtype=object)
     scene = corpus.manifest["scene"].to_numpy(dtype=str)
@@ -53,7 +54,7 @@ def swapped_corpus(corpus: Corpus, swaps: Swaps) -> tuple[Corpus, np.ndarray]:
 
 
 def exchanged(rows: np.ndarray, scene: np.ndarray, swaps: Swaps, generator: np.random.Generator) -> np.ndarray:
-    """For each of `rows` the row whose caption it gets, int64 [n]: itself, or one of its scene, or one of another."""
+    """For each of `rows`, the row whose caption it gets, int64 [n]: itself, a row of its scene, or of another scene."""
     givers = rows.copy()
     names, code = np.unique(scene[rows], return_inverse=True)
     fractions = np.full(len(names), swaps.fraction)

@@ -1,1 +1,1 @@
-"""Frozen networks that turn images or text into features: one file and one YAML each."""
+"""Frozen networks that turn images or text into features; each has one module and one YAML file."""

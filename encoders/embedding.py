@@ -1,4 +1,4 @@
-"""What an image encoder is, and embedding a set of images with one."""
+"""The interface of image encoders, and the embedding of a set of images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Encoder(Protocol):
     """A frozen network: uint8 images [B, H, W, 3] to float32 features [B, D].
 
     Attributes:
-        name: in metric names (`fd_<name>`).
-        batch_size: images a forward pass.
-        dimensions: D.
+        name: name in metric names (`fd_<name>`).
+        batch_size: images per forward pass.
+        dimensions: number D of features.
     """
 
     name: str
@@ -32,7 +32,7 @@ def device() -> torch.device:
 
 
 def embed(encoder: Encoder, images: np.ndarray, *, batch_size: int = 64, label: str = "embedding") -> np.ndarray:
-    """Embed images [N, H, W, 3] uint8 in batches. Returns float32 [N, D]."""
+    """Embed images, uint8 [N, H, W, 3], in batches; returns float32 [N, D]."""
     if len(images) == 0:
         return np.empty((0, encoder.dimensions), np.float32)
     batches = range(0, len(images), batch_size)

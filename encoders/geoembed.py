@@ -1,4 +1,4 @@
-"""GeoEmbed v3: a ResNet-18 for aerial images, whose weights a package ships."""
+"""GeoEmbed v3: a ResNet-18 for aerial images with weights from a Python package."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class GeoEmbed(PackagedEncoder):
-    """ResNet-18 of the package `geoembed` (v3), trained on aerial images of 0.15 m a pixel; 256-d.
+    """ResNet-18 of the package `geoembed` (v3), trained on aerial images of 0.15 m per pixel; 256-d.
 
-    The package's embeddings have unit length; here they are times sqrt(256), since KID's kernel (x·y / D + 1)^3 is
-    all but linear on unit vectors. Licence of the weights: MIT. The package is not among the pinned ones, since it asks
-    for an OpenCL library that its weights do not need: `pip install --no-deps geoembed==1.1.2`.
+    The embeddings of the package have unit length. Here they are multiplied by sqrt(256), because KID's kernel
+    (x·y / D + 1)^3 is almost linear on unit vectors. Licence of the weights: MIT. The package is not among the pinned
+    ones, because it requires an OpenCL library that its weights do not need:
+    `pip install --no-deps geoembed==1.1.2`.
 
     Args:
         input_size: side in pixels to which images are resized (antialiased bilinear) before the network; a multiple
-            of 32. The weights are of 128.
-        batch_size: images a forward pass.
+            of 32. The weights were trained with 128.
+        batch_size: images per forward pass.
     """
 
     name: str = "geoembed"
@@ -47,7 +48,9 @@ def _geoembed() -> nn.Module:
     from torchvision.models import resnet18
 
     weights = package_file("geoembed", "weights/v3.npz")
-    with torch.inference_mode(False):  # the first caller may be in inference mode; the weights must not be
+    with torch.inference_mode(
+        False
+    ):  # the weights must not be inference tensors, even if the first caller is in inference mode
         network = resnet18(num_classes=256)
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
@@ -67,7 +70,7 @@ def _geoembed() -> nn.Module:
 
 
 def _torchvision_name(name: str) -> str:
-    """The name of a GeoEmbed tensor in torchvision's ResNet."""
+    """The name that a tensor of GeoEmbed has in torchvision's ResNet."""
     for theirs, ours in (("bb.stem.0.", "conv1."), ("bb.stem.1.", "bn1."), (".short.", ".downsample."), ("bb.", "")):
         name = name.replace(theirs, ours)
     return name

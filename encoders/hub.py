@@ -21,17 +21,18 @@ from runtime.errors import UserError
 class TransformersEncoder:
     """The pooled output of an image network of `transformers`, from the hub or a folder.
 
-    DINOv2: the normalised class token. CLIP, and RemoteCLIP in that form: the projected image embedding.
+    For DINOv2, the output is the normalised class token. For CLIP, and RemoteCLIP in the format of CLIP, it is the
+    projected image embedding.
 
     Args:
-        name: in metric names (`fd_<name>`).
-        path: of the hub (`owner/name`) or a folder; weights as safetensors, with preprocessor_config.json.
-        revision: commit of the hub, to pin the weights; None: the newest. A folder has none. A fingerprint knows the
-            weights by path and revision.
+        name: name in metric names (`fd_<name>`).
+        path: hub name (`owner/name`) or folder, with safetensors weights and preprocessor_config.json.
+        revision: commit on the hub, to pin the weights; None: the newest. A folder has no revision. Fingerprints
+            identify the weights by path and revision.
         input_size: side in pixels to which images are resized.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
     Raises:
-        UserError: the name is FID's, the network cannot be loaded or does not take images of this size.
+        UserError: the name is reserved for FID, or the network cannot be loaded or does not take images of this size.
     """
 
     name: str
@@ -73,7 +74,9 @@ class TransformersEncoder:
 def _transformers_network(encoder: TransformersEncoder) -> tuple[nn.Module, PixelRecipe]:
     path = os.path.expanduser(encoder.path)
     try:
-        config = AutoConfig.from_pretrained(path, revision=encoder.revision)  # without the hub, the first to give up
+        config = AutoConfig.from_pretrained(
+            path, revision=encoder.revision
+        )  # the first call that fails if the hub cannot be reached
         network = AutoModel.from_pretrained(path, config=config, revision=encoder.revision, use_safetensors=True)
         recipe = PixelRecipe.of(path, encoder.input_size, encoder.revision)
     except LOAD_ERRORS as error:

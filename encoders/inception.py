@@ -1,4 +1,4 @@
-"""The InceptionV3 that FID is defined on, by clean-fid."""
+"""The InceptionV3 that FID is defined with, through clean-fid."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from runtime.errors import UserError
 
 INCEPTION = "inception"
 INCEPTION_FILE = "inception-2015-12-05.pt"
-#: Of that file, as crowsonkb/k-diffusion publishes it (evaluation.py).
+#: SHA-256 of that file, as published by crowsonkb/k-diffusion (evaluation.py).
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
 @dataclass(frozen=True)
 class InceptionV3:
-    """The InceptionV3 of FID: the pooled 2048 features of the TorchScript file that clean-fid uses.
+    """The InceptionV3 of FID: the 2048 pooled features of the TorchScript file that clean-fid uses.
 
-    Images are resized as clean-fid's mode "clean" does (Parmar et al. 2022): PIL's bicubic, by channel, unrounded.
+    Images are resized as in clean-fid's mode "clean" (Parmar et al. 2022): with PIL's bicubic filter, by channel,
+    without rounding.
 
     Args:
-        folder: holds `inception-2015-12-05.pt`.
-        download: fetch the file from where clean-fid gets it, if it is not there.
-        batch_size: images a forward pass.
+        folder: folder with `inception-2015-12-05.pt`.
+        download: download the file from clean-fid's source if it does not exist.
+        batch_size: images per forward pass.
     Raises:
-        UserError: the file is missing and cannot be fetched, or is another one.
+        UserError: the file does not exist and cannot be downloaded, or it is a different file.
     """
 
     folder: str = "~/.cache/clean-fid"
     download: bool = True
     batch_size: int = 32
-    #: fixed, since `fid` goes by it
+    #: fixed, because the metric `fid` is identified by this name
     name: str = field(default=INCEPTION, init=False)
     input_size: int = field(default=299, init=False)
     dimensions: int = field(default=2048, init=False)
@@ -54,7 +55,7 @@ class InceptionV3:
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Features float32 [B, 2048] of float images [B, 3, H, W] in [-1, 1]; differentiable.
 
-        The resize is torch's, which differs from PIL's by rounding: distances go through `__call__`.
+        The images are resized with torch, which differs from PIL by rounding; distances are computed with `__call__`.
         """
         size = (self.input_size, self.input_size)
         pixels = (images.to(device()) + 1) * 127.5
@@ -62,14 +63,14 @@ class InceptionV3:
         return self.network()(pixels.clamp(0, 255)).float()
 
     def resize(self, images: np.ndarray) -> torch.Tensor:
-        """uint8 [B, H, W, 3] to float32 [B, 3, 299, 299] in [0, 255]."""
+        """Resize images uint8 [B, H, W, 3] to float32 [B, 3, 299, 299] in [0, 255]."""
         from cleanfid.resize import build_resizer
 
         resizer = build_resizer("clean")
         return torch.from_numpy(np.stack([resizer(image) for image in images])).permute(0, 3, 1, 2)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        network = self.network()  # refused before anything is computed
+        network = self.network()  # a missing file is refused before anything is computed
         with torch.no_grad():
             return network(self.resize(images).to(device())).float().cpu().numpy()
 
@@ -108,10 +109,10 @@ def _sha256(path: Path) -> str:
 
 
 def _fetch_inception(path: Path) -> None:
-    """Download beside and rename into place.
+    """Download the file to a temporary name and rename it.
 
     Raises:
-        OSError, HTTPException: it cannot be fetched or written, or what came is another file; nothing is left.
+        OSError, HTTPException: the file cannot be downloaded or written, or it is a different file; no file is left.
     """
     from cleanfid.downloads_helper import inception_url
 

@@ -1,4 +1,4 @@
-"""What the encoders share whose weights a package ships: finding the file, pixels, fused batch norm."""
+"""Common code of the encoders with weights from Python packages: finding the file, preprocessing, fused batch norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.errors import UserError
 
 
 class PackagedEncoder(ABC):
-    """Features of a frozen network that sees [-1, 1] NCHW images; see `encoders.embedding.Encoder`.
+    """Features of a frozen network that takes NCHW images in [-1, 1]; see `encoders.embedding.Encoder`.
 
     Subclasses are frozen dataclasses with the field `input_size` and the method `network`.
     """
@@ -28,7 +28,7 @@ class PackagedEncoder(ABC):
         """The frozen feature network in eval mode: [-1, 1] NCHW float32 in, float32 [B, D] out."""
 
     def resize(self, images: torch.Tensor) -> torch.Tensor:
-        """Float images [B, 3, H, W] as channels_last [B, 3, input_size, input_size], antialiased bilinear."""
+        """Resize float images [B, 3, H, W] to [B, 3, input_size, input_size], channels_last, antialiased bilinear."""
         images = images.contiguous(memory_format=torch.channels_last)
         size = (self.input_size, self.input_size)
         if images.shape[-2:] == size:
@@ -53,10 +53,10 @@ class PackagedEncoder(ABC):
 
 
 def package_file(package: str, pattern: str) -> Path:
-    """The file of an installed package whose path matches a glob pattern. The package is not imported.
+    """The file of an installed package whose path matches a glob pattern; the package is not imported.
 
     Raises:
-        UserError: the package is not installed or holds no such file.
+        UserError: the package is not installed or has no such file.
     """
     try:
         files = metadata.files(package) or []
@@ -71,7 +71,7 @@ def package_file(package: str, pattern: str) -> Path:
 
 
 def fuse_batch_norm(module: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it, in place; what timm fused into it (the activation) stays."""
+    """Fold each batch norm into the convolution before it, in place; activations that timm fused into it are kept."""
     names = [name for name, _ in module.named_children()]
     for first, second in pairwise(names):
         convolution, norm = getattr(module, first), getattr(module, second)

@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, by the features of an AlexNet whose weights the user has."""
+"""LPIPS: perceptual distance of two images by the features of an AlexNet with weights that the user provides."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from runtime.artefacts import file_digest
 from runtime.errors import UserError
 
 BATCH = 64
-#: Side in pixels of the smallest image that AlexNet's last layer sees anything of.
+#: Smallest side in pixels for which AlexNet's last layer has an output.
 LEAST = 31
 
 
 @dataclass(frozen=True)
 class PerceptualScorer:
-    """LPIPS (Zhang et al. 2018) on AlexNet, by torchmetrics.
+    """LPIPS (Zhang et al. 2018) on AlexNet, computed with torchmetrics.
 
     Attributes:
-        network: two float images [B, 3, H, W] in [-1, 1] in, distances [B, 1, 1, 1] out.
-        fingerprint: of the AlexNet's weights.
+        network: network that maps two batches of float images [B, 3, H, W] in [-1, 1] to distances [B, 1, 1, 1].
+        fingerprint: fingerprint of the weights of AlexNet.
     """
 
     network: nn.Module
@@ -35,13 +35,13 @@ class PerceptualScorer:
 
     @torch.no_grad()
     def scores(self, images: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        """LPIPS of each pair, float32 [N]; 0 of equal images.
+        """LPIPS of each pair, float32 [N]; 0 for equal images.
 
         Args:
             images, truth: uint8 [N, H, W, 3].
         Raises:
-            ValueError: they differ in shape.
-            UserError: they are smaller than `LEAST` px.
+            ValueError: the arrays differ in shape.
+            UserError: the images are smaller than `LEAST` px.
         """
         if images.shape != truth.shape:
             raise ValueError(f"pairs differ in shape: {images.shape} and {truth.shape}")
@@ -59,10 +59,10 @@ def perceptual_scorer(weights: str | None) -> PerceptualScorer | None:
     """The scorer of `eval.lpips`; None without weights.
 
     Args:
-        weights: state dict of torchvision's AlexNet, .safetensors or what torch saves. The weights of LPIPS's own
-            layers are in torchmetrics.
+        weights: file with the state dict of torchvision's AlexNet, in safetensors or torch format. The weights of the
+            layers of LPIPS are part of torchmetrics.
     Raises:
-        UserError: the file is missing or holds something else.
+        UserError: the file does not exist or has other content.
     """
     if weights is None:
         return None
@@ -72,18 +72,18 @@ def perceptual_scorer(weights: str | None) -> PerceptualScorer | None:
             f"no {path}, which eval.lpips names: put torchvision's AlexNet weights there (alexnet-owt-7be5be79.pth), "
             "or set eval.lpips=null to leave lpips out"
         )
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # its first weights are random, and not kept
-        # the public class of torchmetrics fetches AlexNet from the net
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # the initial random weights are replaced
+        # the public class of torchmetrics would download AlexNet
         network = _LPIPS(net="alex", pnet_rand=True)
     network.net.load_state_dict(_backbone(path, network.net))
     return PerceptualScorer(network.eval().requires_grad_(False).to(device()), file_digest(path))
 
 
 def _backbone(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
-    """The convolutions of an AlexNet's file, by their names in `network`: `features.3.bias` is its `slice2.3.bias`.
+    """The convolutions in an AlexNet file, by their names in `network`: `features.3.bias` becomes `slice2.3.bias`.
 
     Raises:
-        UserError: they are not in the file.
+        UserError: the file does not contain them.
     """
     refusal = f"{path}, which eval.lpips names, holds no AlexNet of torchvision"
     remedy = "give alexnet-owt-7be5be79.pth, its tensors as safetensors, or eval.lpips=null"
@@ -92,7 +92,7 @@ def _backbone(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
             source = load_file(path)
         else:
             source = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises whatever its reader stumbles on
+    except Exception as error:  # a broken file may raise any exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{refusal} ({reason}): {remedy}") from error
     result = {}

@@ -1,4 +1,4 @@
-"""Pixels as a network of the hub wants them, and what its loader may raise."""
+"""Preprocessing of images for networks of the hub, and the exceptions of their loaders."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoImageProcessor
 
-#: What `from_pretrained` raises for a network that is not there, cannot be reached or is broken.
+#: Exceptions of `from_pretrained` for a network that does not exist, cannot be reached or is broken.
 LOAD_ERRORS = (OSError, ValueError, HTTPError, SafetensorError)
-#: What a message about a missing encoder advises.
+#: Advice in messages about a missing encoder.
 AVOID = "choose encoder=efficientnet_lite0, which a package ships (in profile=paper also encoder@evaluation_encoder=…)"
 
 
@@ -32,8 +32,8 @@ class PixelRecipe:
     """The resizing and the colour normalisation that a network was trained with.
 
     Args:
-        size: side in pixels of what the network sees; images are resized whole (antialiased bicubic), not cropped.
-        mean, std: of the channels in [0, 1].
+        size: side in pixels of the network's input; whole images are resized (antialiased bicubic), not cropped.
+        mean, std: mean and standard deviation of the channels in [0, 1].
     """
 
     size: int
@@ -42,7 +42,7 @@ class PixelRecipe:
 
     @classmethod
     def of(cls, path: str, size: int, revision: str | None = None) -> PixelRecipe:
-        """The recipe that lies beside a network of the hub (preprocessor_config.json)."""
+        """Read the recipe of a network from its preprocessor_config.json."""
         processor = AutoImageProcessor.from_pretrained(path, revision=revision)
         return cls(size, tuple(processor.image_mean), tuple(processor.image_std))
 

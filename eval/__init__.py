@@ -1,1 +1,1 @@
-"""Images or pipelines to metrics, convergence curves, tables and reports."""
+"""Evaluation: metrics of images and pipelines, and numbers about convergence."""

@@ -1,4 +1,4 @@
-"""What a convergence curve says in numbers: the area under it, and when it reached a target."""
+"""Numbers of a convergence curve: the area under it, and when it reached a target."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AXES = ("step", "images_seen", "seconds")
 
 
 def area_under_curve(x: Sequence[float], y: Sequence[float]) -> float:
-    """Mean height of a curve over its span, by trapezoids; of one point its height."""
+    """Mean height of a curve over its span, by the trapezoidal rule; for a single point its height."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     return float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 and x[-1] > x[0] else float(y[-1])
 
@@ -21,7 +21,7 @@ def area_under_curve(x: Sequence[float], y: Sequence[float]) -> float:
 def first_reached(
     x: Sequence[float], y: Sequence[float], target: float, *, lower_is_better: bool = True
 ) -> float | None:
-    """Where a curve first reaches a target, linearly between its points; None if it never does."""
+    """The x at which a curve first reaches a target, interpolated linearly; None if it never does."""
     gain = np.asarray(y, dtype=np.float64) - target
     gain = -gain if lower_is_better else gain
     reached = np.flatnonzero(gain >= 0)
@@ -35,7 +35,7 @@ def first_reached(
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less of a number is better: the loss, and what `METRICS` says so of."""
+    """Whether lower values are better: true for the loss and for metrics that `METRICS` marks so."""
     quantity = Quantity.parse(name)
     return name == "loss" if quantity is None else quantity.entry.better == "lower"
 
@@ -44,10 +44,10 @@ def summarise(lines: Sequence[Mapping[str, float]], targets: Mapping[str, float]
     """Areas under the curves of a run's metrics over images seen, and when each target was reached.
 
     Args:
-        lines: of convergence.jsonl, in order.
-        targets: by metric as the lines name it; one that was not measured is never reached.
+        lines: lines of convergence.jsonl, in order.
+        targets: targets by the name of the metric in the lines; the target of an unmeasured metric is never reached.
     Returns:
-        area_under_curve: by metric; reached: by metric, of step, images_seen and seconds, null where never.
+        `area_under_curve`, by metric; and `reached`, by metric: step, images_seen and seconds, null if never reached.
     """
     metrics = [key for key in lines[0] if key not in AXES and all(line[key] is not None for line in lines)]
     images = [line["images_seen"] for line in lines]

@@ -1,8 +1,8 @@
-"""Known damage to a set of images at growing strength: what a distance between image sets must see.
+"""Known damage to a set of images at growing strength, which a distance between image sets must detect.
 
-Damage of pixels maps uint8 [N, H, W, 3] to the same shape. Damage of the mixture replaces images by other images of the
-same scenes' pool; it maps rows of that pool to rows. Strength 0 changes nothing. With an equal generator a stronger
-damage holds the weaker one: noise is the same field scaled, the same images are replaced and then more.
+Damage of pixels maps uint8 [N, H, W, 3] to the same shape. Damage of the mixture replaces images by other images of a
+pool; it maps rows of the pool to rows. Strength 0 changes nothing. For equal generators, a stronger damage includes the
+weaker one: the noise is the same field, scaled; the same images are replaced, and further ones.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def compressed(images: np.ndarray, strength: float, generator: np.random.Generat
 
 
 def recoloured(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
-    """The hue of HSV turned by strength degrees."""
+    """Rotate the hue (HSV) by `strength` degrees."""
     hsv = rgb2hsv(images)
     hsv[..., 0] = (hsv[..., 0] + strength / 360) % 1
     return _bytes(255 * hsv2rgb(hsv))
 
 
 def flattened(images: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
-    """Less contrast: pixels move to the mean colour of their image; strength is the fraction of the way."""
+    """Reduce contrast: move pixels towards the mean colour of their image by the fraction `strength`."""
     mean = images.mean(axis=(1, 2), keepdims=True)
     return _bytes(images + strength * (mean - images))
 
@@ -80,11 +80,12 @@ def _bytes(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pool:
-    """Images of several scenes, dealt into two disjoint sets of the same size and the rest.
+    """Images of several scenes, divided into two disjoint sets of the same size and the remaining images.
 
     Attributes:
-        images: uint8 [M, H, W, 3]; scenes: str [M].
-        reference, clean: rows, int64 [N]; every scene alike.
+        images: uint8 [M, H, W, 3].
+        scenes: str [M].
+        reference, clean: rows of the two sets, int64 [N]; all scenes are equally frequent.
         spare: rows of neither set, int64.
     """
 
@@ -115,10 +116,12 @@ def deal(images: np.ndarray, scenes: np.ndarray, size: int, generator: np.random
 
 
 def swapped(pool: Pool, strength: float, generator: np.random.Generator) -> np.ndarray:
-    """The clean set's rows; a fraction (the strength) of the other scenes' images is replaced by the commonest scene's.
+    """Rows of the clean set in which images of the most frequent scene replace a part of the others.
+
+    The strength is the fraction of images of other scenes that are replaced.
 
     Raises:
-        UserError: that scene has too few spare images.
+        UserError: the most frequent scene has too few spare images.
     """
     names, counts = np.unique(pool.scenes[pool.spare], return_counts=True)
     intruder = names[counts.argmax()]
@@ -135,10 +138,10 @@ def swapped(pool: Pool, strength: float, generator: np.random.Generator) -> np.n
 
 
 def fewer_modes(pool: Pool, strength: float, generator: np.random.Generator) -> np.ndarray:
-    """The clean set's rows with the images of lost scenes replaced by further images of the other scenes, in turn.
+    """Rows of the clean set in which further images of the remaining scenes, in turn, replace those of lost scenes.
 
-    Strength is the fraction of scenes that are lost, in random order; one is left at least. Where the spare images of a
-    scene run out, its images repeat.
+    The strength is the fraction of scenes that are lost, in random order; at least one remains. If a scene has no spare
+    images left, its images are repeated.
     """
     names = generator.permutation(np.unique(pool.scenes))
     lost = min(round(strength * len(names)), len(names) - 1)
@@ -157,8 +160,8 @@ class Damage:
     """One kind of damage.
 
     Attributes:
-        unit: of the strength.
-        strengths: growing, from what the eye hardly sees to what it cannot overlook.
+        unit: unit of the strength.
+        strengths: ascending strengths, from hardly visible to obvious damage.
         pixels: (images, strength, generator) -> images, or None.
         mixture: (pool, strength, generator) -> rows of the pool in place of `pool.clean`, or None.
     """
@@ -182,7 +185,7 @@ DAMAGES: dict[str, Damage] = {
 
 
 class PoolFeatures:
-    """Features of a pool's images, each image embedded when it is first requested."""
+    """Features of the images of a pool; each image is embedded when it is first requested."""
 
     def __init__(self, encoder: Encoder, pool: Pool) -> None:
         self.encoder, self.pool = encoder, pool
@@ -201,9 +204,12 @@ def damage_curve(features: PoolFeatures, name: str, strengths: Sequence[float], 
     """Distances between the reference and the clean set, undamaged (strength 0) and at each strength.
 
     Args:
-        name: of `DAMAGES`.
+        features: features of the pool.
+        name: key of `DAMAGES`.
+        strengths: strengths above 0, ascending.
+        seed: seed of the damage.
     Returns:
-        A row a strength, 0 first: strength, kid_x1000, kid_x1000_low, kid_x1000_high, fd.
+        a table with one row per strength, 0 first: strength, kid_x1000, kid_x1000_low, kid_x1000_high, fd.
     """
     damage, pool, encoder = DAMAGES[name], features.pool, features.encoder
     reference = features(pool.reference)
@@ -224,19 +230,19 @@ def damage_curve(features: PoolFeatures, name: str, strengths: Sequence[float], 
 
 
 def inversions(values: Sequence[float]) -> int:
-    """Pairs of a sequence that should grow whose later value is not the larger one."""
+    """Number of pairs of a sequence in which the later value is not larger than the earlier one."""
     return sum(later <= value for index, value in enumerate(values) for later in values[index + 1 :])
 
 
 def verdict(curve: pd.DataFrame) -> dict[str, float]:
-    """How well an encoder orders one damage, and how soon it sees it.
+    """How well an encoder orders the strengths of one damage, and at which strength it detects the damage.
 
     Args:
         curve: the rows of `damage_curve`.
     Returns:
-        `<metric>_spearman`, the correlation of KID and Fréchet distance with the strength; `<metric>_inversions`, pairs
-        in the wrong order; `beyond_intervals`, those of them whose KID intervals lie apart; `seen_at`, the first step
-        (1, 2, ...) whose KID interval lies above the undamaged one, NaN where none does.
+        `<metric>_spearman`, rank correlation of KID and Fréchet distance with the strength; `<metric>_inversions`,
+        number of pairs in the wrong order; `beyond_intervals`, number of such pairs with disjoint KID intervals;
+        `seen_at`, the first step (1, 2, ...) whose KID interval lies above the undamaged one, NaN if there is none.
     """
     result: dict[str, float] = {}
     for metric in ("kid_x1000", "fd"):
@@ -249,12 +255,14 @@ def verdict(curve: pd.DataFrame) -> dict[str, float]:
 
 
 def kernel_alignment(features: np.ndarray, other: np.ndarray) -> float:
-    """Linear CKA of two encoders' features of the same images, debiased: 0 for unrelated ones, 1 for equal ones.
+    """Debiased linear CKA of two encoders' features of the same images: 0 if unrelated, 1 if equal.
 
-    Kornblith et al. 2019, with the unbiased HSIC of Song et al. 2012 (equation 5), which more dimensions do not lift.
+    The formula is from Kornblith et al. 2019, with the unbiased HSIC of Song et al. 2012 (equation 5), which does not
+    grow with the number of dimensions.
 
     Args:
-        features: float [N, D]; other: float [N, E]; N at least 4.
+        features: float [N, D], N at least 4.
+        other: float [N, E].
     """
     kernels = [np.asarray(x, dtype=np.float64) @ np.asarray(x, dtype=np.float64).T for x in (features, other)]
     for kernel in kernels:

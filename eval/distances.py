@@ -9,7 +9,7 @@ import torch
 from scipy.stats import t as student_t
 from torchmetrics.image.kid import poly_kernel
 
-#: With fewer images no distance is defined: a jackknife needs two blocks of two, a third neighbour four.
+#: Smallest number of images for a distance: a jackknife needs two blocks of two images, a third neighbour four images.
 FEWEST = 4
 
 
@@ -21,24 +21,25 @@ class Interval(NamedTuple):
     high: float
 
 
-#: Of sets that are too small.
+#: The result for sets that are too small.
 UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
 
 
 def too_few(*sets: np.ndarray) -> bool:
-    """Whether one of the sets has fewer than `FEWEST` images; a distance between them is NaN then."""
+    """Whether one of the sets has fewer than `FEWEST` images, so that a distance between them is NaN."""
     return min(map(len, sets)) < FEWEST
 
 
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     """Fréchet distance of the Gaussians fitted to two feature sets (Heusel et al. 2017, equation 6).
 
-    tr sqrt(S1 S2) is the sum of the singular values of X1 X2' for centred features X / sqrt(n - 1), which is exact
-    also with fewer images than dimensions; tests compare it with clean-fid's and torchmetrics' arithmetic.
-    With n below D most of it is bias: compare only sets of the same size, and read KID beside it.
+    tr sqrt(S1 S2) is computed as the sum of the singular values of X1 X2' for centred features X / sqrt(n - 1). This is
+    exact even with fewer images than dimensions; tests compare it with the results of clean-fid and torchmetrics. If n
+    is below D, most of the value is bias: compare only sets of the same size, and consider KID as well.
 
     Args:
-        features: float [N, D]; reference: float [M, D].
+        features: float [N, D].
+        reference: float [M, D].
     """
     if too_few(features, reference):
         return float("nan")
@@ -46,7 +47,7 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     mean_first, mean_second = first.mean(0), second.mean(0)
     first = (first - mean_first) / (len(first) - 1) ** 0.5
     second = (second - mean_second) / (len(second) - 1) ** 0.5
-    if len(first) > first.shape[1] and len(second) > second.shape[1]:  # D x D factors are smaller then
+    if len(first) > first.shape[1] and len(second) > second.shape[1]:  # the D x D factors are then smaller
         first, second = torch.linalg.qr(first)[1], torch.linalg.qr(second)[1]
     cross = torch.linalg.svdvals(first @ second.T).sum()
     distance = (mean_first - mean_second).square().sum() + first.square().sum() + second.square().sum() - 2 * cross
@@ -58,16 +59,18 @@ def extrapolated_frechet_distance(
 ) -> float:
     """Fréchet distance extrapolated to infinitely many images (Chong and Forsyth 2020).
 
-    The bias of the distance is linear in 1 / n to first order: a least-squares line through the distances of random
-    subsets of n images, at 1 / n = 0. The paper fixes the statistics of 50,000 real images; here both sets are cut to n
-    images, since a held-out set is as small as the other one. Below n = D terms of higher order leave part of the bias.
+    The bias of the distance is linear in 1 / n to first order. The result is the value at 1 / n = 0 of a least-squares
+    line through the distances of random subsets of n images. The paper fixes the statistics of 50,000 real images; here
+    both sets are reduced to n images, because a held-out set is as small as the other one. Below n = D, terms of higher
+    order leave a part of the bias.
 
     Args:
-        features: float [N, D]; reference: float [M, D].
-        sizes: n from half of the smaller set to the whole of it.
-        seed: of the subsets.
+        features: float [N, D].
+        reference: float [M, D].
+        sizes: number of values of n, from half of the smaller set to the whole of it.
+        seed: seed of the subsets.
     Returns:
-        the distance, which sampling may take below zero; NaN where half of the smaller set is too small.
+        the distance, which may be negative due to sampling; NaN if half of the smaller set is too small.
     """
     size = min(len(features), len(reference))
     if size < 2 * FEWEST:
@@ -84,11 +87,13 @@ def extrapolated_frechet_distance(
 def kernel_distance(features: np.ndarray, reference: np.ndarray, *, blocks: int = 23) -> Interval:
     """Unbiased KID x 1000 with a 95 % interval (Binkowski et al. 2018: cubic polynomial kernel).
 
-    The interval is the delete-one-block jackknife over both sets. The larger set is cut to the smaller one's size.
+    The interval is computed by a delete-one-block jackknife over both sets. The larger set is reduced to the size of
+    the smaller one.
 
     Args:
-        features: float [N, D]; reference: float [M, D].
-        blocks: of the jackknife; a prime, so that no period in the order of the images falls in with it.
+        features: float [N, D].
+        reference: float [M, D].
+        blocks: number of blocks of the jackknife; a prime, so that it shares no period with the order of the images.
     """
     if too_few(features, reference):
         return UNDEFINED
@@ -100,13 +105,16 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, *, blocks: int 
 def weighted_kernel_distance(
     features: np.ndarray, weights: np.ndarray, reference: np.ndarray, *, blocks: int = 23
 ) -> Interval:
-    """`kernel_distance` of a weighted set: what images drawn in proportion to their weights have.
+    """`kernel_distance` of a weighted set: the distance of images drawn in proportion to their weights.
 
-    Unbiased: sum over i != j of w_i w_j k_ij / ((sum w)^2 - sum w^2) is the mean kernel of two different images. All of
-    both sets count, since the estimate does not depend on their sizes.
+    The estimate is unbiased: sum over i != j of w_i w_j k_ij / ((sum w)^2 - sum w^2) is the mean kernel of two
+    different images. All images of both sets are used, because the estimate does not depend on the sizes.
 
     Args:
-        features: float [N, D]; weights: float [N], at least 0, not all in one image; reference: float [M, D].
+        features: float [N, D].
+        weights: float [N], at least 0; more than one must be positive.
+        reference: float [M, D].
+        blocks: number of blocks of the jackknife.
     """
     if too_few(features, reference):
         return UNDEFINED
@@ -119,9 +127,9 @@ def kernel_distance_difference(
 ) -> Interval:
     """KID x 1000 of `features` minus that of `other`, with the 95 % interval of the difference.
 
-    Paired: row i of both sets came from the same prompt and the same noise, and is left out of both together with row
-    i of the reference. What the two sets share, the draw of prompts and reference images above all, cancels; two
-    intervals that overlap may still hide a difference that this one shows.
+    The interval is paired: row i of both sets has the same prompt and the same noise, and the jackknife leaves it out
+    of both sets together with row i of the reference. Variation that both sets share, mainly the draw of prompts and
+    reference images, cancels. So this interval may show a difference even if the two separate intervals overlap.
 
     Args:
         features, other, reference: float [N, D].
@@ -138,10 +146,10 @@ def kernel_distance_difference(
 
 
 class _BlockSums(NamedTuple):
-    """Weighted sums of the kernel over pairs of blocks, float64 [B, B] each, and of the weights of each block.
+    """Weighted sums of the kernel over pairs of blocks, float64 [B, B] each, and sums of the weights of each block.
 
-    Block b holds every B-th row, so that sets ordered by scene leave out all scenes alike. The sums within a set leave
-    out the diagonal. Of each set, `mass` [2, B] is the sum of the weights and `squares` [2, B] that of their squares.
+    Block b has every B-th row, so that in sets ordered by scene each block contains all scenes. The sums within a set
+    omit the diagonal. `mass` [2, B] is the sum of the weights of each set, `squares` [2, B] the sum of their squares.
     """
 
     first: np.ndarray
@@ -220,13 +228,15 @@ def recall(features: np.ndarray, reference: np.ndarray) -> float:
 
 
 def density_coverage(features: np.ndarray, reference: np.ndarray, neighbours: int = 5) -> tuple[float, float]:
-    """Density and coverage (Naeem et al. 2020, equations 5 and 6) on the reference's k-NN balls.
+    """Density and coverage (Naeem et al. 2020, equations 5 and 6) on the k-NN balls of the reference images.
 
-    Density: how many reference balls an image lies in, over k; above 1 where images crowd the dense parts.
-    Coverage: fraction of reference balls with at least one image inside.
+    Density is the mean number of reference balls that an image lies in, divided by k; it exceeds 1 if images crowd in
+    the dense parts. Coverage is the fraction of reference balls that contain at least one image.
 
     Args:
-        features: float [N, D]; reference: float [M, D].
+        features: float [N, D].
+        reference: float [M, D].
+        neighbours: the number k of nearest neighbours that defines the radius of a ball.
     """
     if too_few(reference):
         return float("nan"), float("nan")

@@ -1,4 +1,4 @@
-"""Images from any diffusers text-to-image pipeline, with noise that depends on the image's number alone."""
+"""Images from any text-to-image pipeline of diffusers; the noise of an image depends on seed and image number only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.progress import progress
 
 
 def starting_noise(numbers: Sequence[int], shape: tuple[int, int, int], seed: int) -> torch.Tensor:
-    """Standard normal float32 [N, C, h, w]; that of an image depends on the seed and on its number alone."""
+    """Standard normal noise, float32 [N, C, h, w]; the noise of an image depends on the seed and its number only."""
     rows = [np.random.default_rng([seed, int(number)]).standard_normal(shape, dtype=np.float32) for number in numbers]
     return torch.from_numpy(np.stack(rows) if rows else np.empty((0, *shape), np.float32))
 
@@ -34,16 +34,19 @@ def generate(
 ) -> np.ndarray:
     """One image per prompt, uint8 [N, H, W, 3].
 
-    Of a StableDiffusionPipeline and its kin, or a PixArtAlphaPipeline.
-
     Args:
-        guidance_scale: classifier-free guidance; 1 switches it off.
-        seed: of the starting noise: the same for every method that is compared.
-        noise_of: for each image the number that its starting noise depends on; None: its position.
-        size: side of the images in px; None: the one that the network was trained at.
+        pipeline: a StableDiffusionPipeline or a variant of it, or a PixArtAlphaPipeline.
+        prompts: the N prompts.
+        steps: solver steps.
+        guidance_scale: scale of classifier-free guidance; 1 switches it off.
+        seed: seed of the starting noise, the same for all methods that are compared.
+        batch_size: images per call of the pipeline.
+        label: name of the progress bar.
+        noise_of: for each image, the number that its starting noise depends on; None: its position.
+        size: side of the images in pixels; None: the size that the network was trained with.
         options: further arguments of the pipeline, the same for all images.
-        conditions: further per-image arguments of the pipeline, cut into the same batches (for example `image`);
-            `prompt_embeds` stand in for the prompts.
+        conditions: further per-image arguments of the pipeline (for example `image`), divided into the same batches;
+            `prompt_embeds` replace the prompts.
     """
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     side = network.config.sample_size if size is None else size // pipeline.vae_scale_factor
@@ -74,7 +77,7 @@ def generate(
 
 
 def of_its_kind(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What a PixArtAlphaPipeline must be called with beside what all are: its defaults are those of T5 and 1024 px."""
+    """Further arguments for a PixArtAlphaPipeline, because its defaults are for T5 and 1024 px."""
     if not isinstance(pipeline, PixArtAlphaPipeline):
         return {}
     return {

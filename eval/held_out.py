@@ -1,4 +1,4 @@
-"""Held-out sets of a split: every scene alike (balanced), and as the corpus is (natural)."""
+"""Held-out sets of a split: all scenes equally frequent (balanced), or in the proportions of the corpus (natural)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eval.metrics import SETS
 from runtime.artefacts import stage
 from runtime.errors import UserError
 
-#: Column of a manifest: images of different grounds share no pixel; "" lies on more than one.
+#: Column of a manifest: images with different values share no pixel; "": the image lies in more than one cell.
 GROUND = "ground"
 
 
@@ -25,9 +25,9 @@ class HeldOut:
     """Held-out images of one set, with their features and captions.
 
     Attributes:
-        name: balanced or natural.
-        rows: int64 [N] into the corpus; any leading part of `balanced` is balanced itself.
-        features: float32 [N, D] of every encoder that judges, by its name.
+        name: "balanced" or "natural".
+        rows: int64 [N], rows of the corpus; any leading part of the balanced set is balanced as well.
+        features: float32 [N, D] for every evaluating encoder, by name.
         captions: str [N].
     """
 
@@ -62,7 +62,7 @@ class HeldOut:
 
     @property
     def key(self) -> dict[str, object]:
-        """What the images are, for fingerprints."""
+        """Identity of the images, for fingerprints."""
         return {"corpus": self.corpus.fingerprint, "rows": self.rows.tolist()}
 
 
@@ -89,10 +89,10 @@ DRAWS = dict(zip(SETS, (balanced_rows, natural_rows), strict=True))
 
 
 def halves(corpus: Corpus, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint halves of a corpus's readable images, bool [N] each, which share no ground where it is known.
+    """Two disjoint halves of the readable images of a corpus, bool [N] each, which share no ground where it is known.
 
-    With a column `ground`, every second ground belongs to the second half and what straddles two of them to neither;
-    without one, every second image of each scene, in a seeded order.
+    With a column `ground`, every second value belongs to the second half, and images across a border to neither.
+    Without it, every second image of each scene belongs to the second half, in a seeded random order.
     """
     readable = corpus.readable
     if GROUND in corpus.manifest:
@@ -109,9 +109,9 @@ def halves(corpus: Corpus, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def usable_images(corpus: Corpus, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images that a held-out set of `size` is drawn from, and those that a second one is drawn from, bool [N] each.
+    """The images that a held-out set of `size` images and a second such set are drawn from, bool [N] each.
 
-    The two halves, or, where the first is too small, all images and none.
+    These are the two halves; if the first half is too small, they are all images and none.
     """
     first, second = halves(corpus, seed)
     if np.count_nonzero(first) >= size:
@@ -125,6 +125,11 @@ def held_out_sets(
     """Draw both sets from one half of a split (see `usable_images`) and embed them; features are cached.
 
     Args:
+        corpus: corpus of the split.
+        encoders: encoders to embed with.
+        size: number of images of each set.
+        seed: seed of the draw.
+        runs: directory of the stages.
         half: 0, or 1 for the second set of `real_held_out`, which may be smaller or empty.
     Raises:
         UserError: the split is too small, or `size` is below `FEWEST`.

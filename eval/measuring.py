@@ -1,4 +1,4 @@
-"""The measuring stages: images of a model, drawn once, and their metrics by every judge."""
+"""The measuring stages: draw images from a model once, and compute their metrics with all evaluating networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from eval.peers.peer import PeerModel
 from eval.processes import first_process_decides, over_processes
 from runtime.artefacts import fingerprint, is_main_process, read_json, stage, write_json
 
-#: Captions of a scene, of training images, whose mean embedding stands for it when images are classified.
+#: Number of captions of training images whose mean embedding represents a scene in zero-shot classification.
 SCENE_CAPTIONS = 64
 IMAGES = "images.npy"
 
@@ -35,8 +35,8 @@ class Sampling:
 
     Attributes:
         steps: solver steps.
-        guidance_scale: of classifier-free guidance; 1 switches it off.
-        seed: of the starting noise, which is the same for every model.
+        guidance_scale: scale of classifier-free guidance; 1 switches it off.
+        seed: seed of the starting noise, the same for every model.
     """
 
     steps: int
@@ -50,12 +50,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Judges:
-    """The frozen networks that measure, none of which needs to know what made the images.
+    """The frozen networks that compute metrics; they do not depend on the model that made the images.
 
     Attributes:
-        encoders: the evaluation encoder first, then the one that pruning clusters with.
-        clip: None where there is no CLIP model.
-        described: captions of every scene, of training images; empty where there are fewer than two scenes.
+        encoders: the evaluation encoder first, then the encoder that pruning clusters with.
+        clip: the CLIP model; None if there is none.
+        described: captions of training images by scene; empty if there are fewer than two scenes.
     """
 
     encoders: tuple[Encoder, ...]
@@ -70,7 +70,7 @@ class Judges:
 
 
 def encoders_of(cfg: DictConfig) -> tuple[Encoder, ...]:
-    """The evaluation encoder, the encoder of the selection where that is another one, and those of `eval.encoders`."""
+    """The evaluation encoder, the encoder of the selection if it is a different one, and those of `eval.encoders`."""
     configs = (cfg.evaluation_encoder, cfg.encoder, *cfg.eval.encoders.values())
     result = {encoder.name: encoder for encoder in map(instantiate, configs)}
     return tuple(result.values())
@@ -90,15 +90,15 @@ def scene_captions(corpus: Corpus) -> dict[str, list[str]]:
 
 
 def evaluation_sets(cfg: DictConfig, split: str | None = None, *, images: int | None = None) -> dict[str, HeldOut]:
-    """Both held-out sets of a split (`eval.split` if none is given) with the features of every encoder that judges."""
+    """Both held-out sets of a split (default: `eval.split`) with the features of every evaluating encoder."""
     corpus = index_corpus(instantiate(cfg.corpus[split or cfg.eval.split]), cfg.runs)
     return held_out_sets(corpus, encoders_of(cfg), int(images or cfg.eval.images), int(cfg.eval.seed), cfg.runs)
 
 
 def draw_images(model: Model | PeerModel, held: HeldOut, sampling: Sampling, runs: Path | str) -> Path:
-    """An image of every held-out caption, drawn once: `images.npy`, uint8 [N, H, W, 3], in the stage's directory.
+    """Draw one image for every held-out caption; returns the stage's directory with `images.npy`, uint8 [N, H, W, 3].
 
-    Image i starts from noise that depends on the seed and i alone. All processes of a launch take part.
+    Image i starts from noise that depends on the seed and on i only. All processes of a launch take part.
     """
     metadata = held.corpus.manifest.iloc[held.rows]
 
@@ -116,17 +116,20 @@ def draw_images(model: Model | PeerModel, held: HeldOut, sampling: Sampling, run
 def measure_images(
     images: Path, held: HeldOut, judges: Judges, runs: Path | str, training: TrainingImages | None = None
 ) -> Path:
-    """Metrics of a stage's images, of which image i was drawn from held-out caption i; cached.
+    """Metrics of the images of a stage, in which image i was drawn from held-out caption i; cached.
 
     Args:
-        images: directory of a stage that holds `images.npy`, uint8 [N, H, W, 3].
-        training: what their model was trained on, where that is known.
+        images: directory of a stage with `images.npy`, uint8 [N, H, W, 3].
+        held: the held-out set.
+        judges: the evaluating networks.
+        runs: directory of the stages.
+        training: training images of the model, if they are known.
     Returns:
-        a directory with metrics.json (names without the held-out set's), confusion.json and the features of every
-        encoder, `<encoder>.npy`.
+        a directory with metrics.json (names without the name of the held-out set), confusion.json and the features of
+        every encoder, `<encoder>.npy`.
     """
     inputs = {"images": f"{images.parent.name}/{images.name}", "held_out": held.key, "judges": judges.key}
-    inputs["metrics"] = sorted(METRICS)  # a new metric is computed on the images that are there
+    inputs["metrics"] = sorted(METRICS)  # a new metric is computed on existing images
     inputs |= {} if training is None else {"training": training.key}
 
     def build(directory: Path) -> None:
@@ -143,7 +146,7 @@ def measure_images(
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of a set of images, its features by encoder, and what CLIP sees in the images of each scene."""
+    """Metrics of a set of images, its features by encoder, and the scenes that CLIP recognises, by true scene."""
 
     metrics: dict[str, float | None]
     features: dict[str, np.ndarray]
@@ -161,8 +164,8 @@ def measure(
     """Compare uint8 [N, H, W, 3] with a held-out set of N images.
 
     Args:
-        captioned: image i is of held-out caption i: CLIP judges it too, and it can teach a classifier that scene.
-        training: what the images' model was trained on, where that is known.
+        captioned: image i was drawn from held-out caption i, so CLIP metrics and classification accuracy are defined.
+        training: training images of the model, if they are known.
     """
     features = {encoder.name: embed_rows(encoder, images) for encoder in judges.encoders}
     scenes = drawn_scenes(held)[: len(images)] if captioned else None
@@ -175,7 +178,7 @@ def measure(
 
 
 def drawn_scenes(held: HeldOut) -> np.ndarray:
-    """Scenes of images that are drawn from the held-out captions, str [N]; "" where there is no caption."""
+    """Scenes of images drawn from the held-out captions, str [N]; "" where there is no caption."""
     return np.where([bool(caption) for caption in held.captions], held.scenes, "")
 
 
@@ -186,11 +189,13 @@ def compare(
     scenes: np.ndarray | None = None,
     training: TrainingImages | None = None,
 ) -> dict[str, float | None]:
-    """All metrics of features [N, D], by encoder, beside a held-out set's.
+    """All metrics of features [N, D], given by encoder, against a held-out set.
 
     Args:
-        scenes: of the images, str [N], "" where an image has none; None: they are not known.
-        training: what the images' model was trained on, where that is known.
+        features: features of the images by encoder.
+        held: the held-out set.
+        scenes: scenes of the images, str [N], "" where an image has none; None: unknown.
+        training: training images of the model, if they are known.
     """
     labels: dict[str, np.ndarray] = {}
     if scenes is not None and (held.scenes != "").any():
@@ -207,9 +212,9 @@ def compare(
 def judge_captions(
     images: np.ndarray, held: HeldOut, judges: Judges
 ) -> tuple[dict[str, float | None], Confusion | None]:
-    """What CLIP says of images of the held-out captions, and what it sees in those of each scene.
+    """CLIP metrics of images drawn from the held-out captions, and the scenes that CLIP recognises in them.
 
-    Nothing without a CLIP model, or where no held-out image has a caption: a score against no words says nothing.
+    The result is empty without a CLIP model, or if no held-out image has a caption.
     """
     if judges.clip is None or not any(held.captions):
         return {}, None
@@ -228,9 +233,9 @@ def embed_rows(encoder: Encoder, images: np.ndarray) -> np.ndarray:
 
 
 def scene_confusion(judges: Judges, held: HeldOut, images: np.ndarray) -> Confusion | None:
-    """What CLIP sees in images of the held-out captions, among the scenes of the training images.
+    """Confusion of the scenes that CLIP recognises in images of the held-out captions, among the training scenes.
 
-    None without a CLIP model or without two scenes. Images of no known scene are left out.
+    The result is None without a CLIP model or with fewer than two scenes. Images of unknown scene are left out.
     """
     described = judges.described or {}
     scenes = held.scenes[: len(images)]
@@ -246,7 +251,7 @@ def scene_confusion(judges: Judges, held: HeldOut, images: np.ndarray) -> Confus
 
 
 def real_confusion(held: HeldOut, judges: Judges, runs: Path | str) -> Confusion | None:
-    """What CLIP sees in the held-out images themselves; cached."""
+    """Confusion of the scenes that CLIP recognises in the held-out images themselves; cached."""
 
     def build(directory: Path) -> None:
         write_json(directory / "confusion.json", scene_confusion(judges, held, held.images))
@@ -256,7 +261,7 @@ def real_confusion(held: HeldOut, judges: Judges, runs: Path | str) -> Confusion
 
 
 def with_set(held_out: str, metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Metrics under their full names, with the held-out set's in front."""
+    """Metrics under their full names, with the name of the held-out set as a prefix."""
     return {f"{held_out}_{name}" if held_out else name: value for name, value in metrics.items()}
 
 
@@ -268,7 +273,7 @@ def measure_model(
     runs: Path | str,
     training: TrainingImages | None = None,
 ) -> dict[str, Path]:
-    """Draw from a model for each held-out set and measure; the directories of `measure_images`, by set."""
+    """Draw images from a model for each held-out set and measure them; returns directories of `measure_images`."""
     return {
         name: measure_images(draw_images(model, held, sampling, runs), held, judges, runs, training)
         for name, held in sets.items()

@@ -1,4 +1,4 @@
-"""Measuring what a user points to: a model's directory, or a folder of images."""
+"""Measuring of a model's directory or a folder of images that the user names."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.tracking import track
 
-#: Fewer images than this say nothing about a set.
+#: Smallest number of images that can be measured as a set.
 FEWEST_IMAGES = 10
-#: In a run's directory: what its training was, of which the summary repeats the most.
+#: File in a run's directory with the settings of its training.
 TRAINING = "training.json"
-#: In a run's directory: where the CLIP model that judges it lies.
+#: File in a run's directory with the location of its CLIP model for scores.
 SCORER = "scorer.json"
-#: In the result's directory: how a peer's images were made.
+#: File in the result's directory that records how the images of a peer were made.
 PEER = "peer.json"
 
 
 def measure_any(cfg: DictConfig) -> Path:
-    """Compare `cfg.of` with both held-out sets of `eval.split`; the result directory has metrics.json.
+    """Compare `cfg.of` with both held-out sets of `eval.split`; returns the directory with metrics.json.
 
     Raises:
         UserError: there is nothing to measure, or too little of it.
@@ -95,11 +95,11 @@ def measure_peer(cfg: DictConfig) -> Path:
 def _result(
     cfg: DictConfig, name: str, measured: Mapping[str, Path], metadata: Mapping[str, Any] | None = None
 ) -> Path:
-    """The directory of `measure_any`.
+    """Write the result directory of `measure_any`.
 
     Args:
         measured: directories of `measure_model`, by set.
-        metadata: of peer.json.
+        metadata: content of peer.json.
     """
 
     def build(directory: Path) -> None:
@@ -115,7 +115,7 @@ def _result(
 
 
 def distinct_sets(sets: Mapping[str, HeldOut]) -> dict[str, HeldOut]:
-    """Both sets, or the natural one alone where both hold the same images, as of a whole split."""
+    """Both sets, or only the natural one if both have the same images, for example a whole split."""
     if len({tuple(sorted(held.rows)) for held in sets.values()}) > 1:
         return dict(sets)
     notice("both held-out sets hold the same images: they are drawn and measured once, as the natural set")
@@ -123,9 +123,10 @@ def distinct_sets(sets: Mapping[str, HeldOut]) -> dict[str, HeldOut]:
 
 
 def kept_images(selection: Path, corpus: Corpus, embeddings: Callable[[str], np.ndarray]) -> TrainingImages:
-    """The images of a corpus that a selection's directory keeps.
+    """The images of a corpus that a selection keeps.
 
     Args:
+        selection: directory of the selection.
         embeddings: as in `TrainingImages`.
     """
     kept = pd.read_parquet(selection / "selection.parquet", columns=["kept"])["kept"].to_numpy()
@@ -134,9 +135,10 @@ def kept_images(selection: Path, corpus: Corpus, embeddings: Callable[[str], np.
 
 
 def find_training(source: Path, corpus: Corpus, encoders: Sequence[Encoder], runs: Path | str) -> TrainingImages | None:
-    """What a run or a snapshot was trained on, where its selection and the features of its corpus lie in `runs`.
+    """The training images of a run or a snapshot, if its selection and the features of its corpus are in `runs`.
 
-    None for a pipeline from elsewhere, or one that was trained on another corpus: nothing is embedded here.
+    The result is None for other pipelines and for a model that was trained on another corpus, because this function
+    embeds nothing.
     """
     run = next((place for place in (source, *source.parents[:2]) if (place / TRAINING).is_file()), None)
     if run is None:
@@ -154,12 +156,12 @@ def find_training(source: Path, corpus: Corpus, encoders: Sequence[Encoder], run
 
 
 def find_scorer(cfg: DictConfig, source: Path) -> ClipScorer | None:
-    """The CLIP model that judges: the run's own, or the configured one where that is not trained here.
+    """The CLIP model for scores: that of the run, or the configured one unless it must be trained first.
 
-    None, said in one line, where there is neither.
+    If there is neither, the function prints one line and returns None.
 
     Raises:
-        UserError: it is named but not there.
+        UserError: a model is named but does not exist.
     """
     for run in (source, source.parent, source.parent.parent):
         if (run / SCORER).is_file():
@@ -179,15 +181,15 @@ def find_scorer(cfg: DictConfig, source: Path) -> ClipScorer | None:
 
 
 def _in_run(run: Path, place: str) -> str:
-    """A folder relative to the run, or a hub name or another place as it is."""
+    """Resolve a folder relative to the run; a hub name or another path is returned unchanged."""
     return str(run / place) if (run / place).is_dir() else place
 
 
 def load_scorer(folder: str, tokenizer: str, name: str, *, revision: str | None, plain: bool) -> ClipScorer:
-    """As `encoders.clip_scores.load_clip`, with one line for a user where it fails.
+    """The same as `encoders.clip_scores.load_clip`, with a one-line error.
 
     Raises:
-        UserError: it is not there.
+        UserError: the model cannot be loaded.
     """
     try:
         return load_clip(folder, tokenizer, name, revision=revision, plain=plain)
@@ -199,7 +201,7 @@ def load_scorer(folder: str, tokenizer: str, name: str, *, revision: str | None,
 
 
 def measure_folder(cfg: DictConfig, source: Path, sets: Mapping[str, HeldOut]) -> Path:
-    """Compare a seeded random sample of a folder's images with both held-out sets, N against N.
+    """Compare a seeded random sample of N images of a folder with N images of each held-out set.
 
     Raises:
         UserError: there are fewer than `FEWEST_IMAGES`.
@@ -224,7 +226,7 @@ def measure_folder(cfg: DictConfig, source: Path, sets: Mapping[str, HeldOut]) -
 
 
 def sample_rows(folder: Corpus, images: int, seed: int, source: Path) -> np.ndarray:
-    """At most `images` random readable rows, int64, ascending: the order of the names says nothing.
+    """At most `images` random readable rows, int64, ascending; random, because names may be in a meaningful order.
 
     Raises:
         UserError: there are fewer than `FEWEST_IMAGES`.

@@ -1,4 +1,4 @@
-"""Does a model repeat its training images? Distances of its images to the nearest of them."""
+"""Memorisation: distances of a model's images to the nearest of its training images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eval.subsets import unit
 
 #: Training images read at a time.
 BLOCK = 8192
-#: Distance that rounding alone leaves between two copies, of which one has float16 features.
+#: Distance between two copies that is due to rounding, if one has float16 features.
 ROUNDING = 1e-5
 
 
@@ -22,9 +22,10 @@ class TrainingImages:
     """The images that a model was trained on, as rows of an embedded corpus.
 
     Attributes:
-        key: what they are, for fingerprints.
-        rows: int64 [K] into the corpus.
-        embeddings: the name of an encoder to its float [N, D] of the whole corpus, usually a memory map.
+        key: identity of the images, for fingerprints.
+        rows: int64 [K], rows of the corpus.
+        embeddings: function from the name of an encoder to the embeddings of the whole corpus, float [N, D], usually a
+            memory map.
     """
 
     key: Mapping[str, Any]
@@ -37,7 +38,8 @@ def nearest_distances(features: np.ndarray, embeddings: np.ndarray, rows: np.nda
 
     Args:
         features: float [N, D].
-        embeddings: float [M, D]; rows: int64 [K], those of the training images. Read block by block.
+        embeddings: float [M, D], read block by block.
+        rows: int64 [K], rows of the training images.
     """
     centre = np.zeros(embeddings.shape[1])
     for block in _blocks(embeddings, rows):
@@ -51,15 +53,16 @@ def nearest_distances(features: np.ndarray, embeddings: np.ndarray, rows: np.nda
 
 
 def nearest_training(features: np.ndarray, reference: np.ndarray, embeddings: np.ndarray, rows: np.ndarray) -> float:
-    """Median distance of the images to their nearest training images, over that of real held-out images.
+    """Median distance of images to their nearest training images, divided by that of real held-out images.
 
-    1: no nearer to the training images than photographs that no model has seen; 0: copies of them.
+    The value is 1 if the images are no nearer to the training images than unseen photographs are, and 0 for copies.
 
     Args:
-        features: float [N, D]; reference: float [M, D] of the held-out images.
+        features: float [N, D], features of the images.
+        reference: float [M, D], features of the held-out images.
         embeddings, rows: as in `nearest_distances`.
     Returns:
-        the ratio; NaN of too few images, or where half of the held-out images are copies of training images.
+        the ratio; NaN for too few images, or if half of the held-out images are copies of training images.
     """
     if too_few(features, reference, rows):
         return float("nan")

@@ -1,8 +1,8 @@
-"""Metrics: one entry each in `METRICS`, computed from what is known of a set of images, and named in one way.
+"""The list of all metrics, `METRICS`, their computation, and their names.
 
-A metric's full name is `<held-out set>_<metric>_<encoder or model>`, for example `balanced_kid_x1000_geoembed`; parts
-that do not apply are left out. `Quantity` builds such a name and takes it apart. Tables, report, convergence and
-README read `METRICS`; nothing else knows which metrics there are.
+The full name of a metric is `<held-out set>_<metric>_<encoder or model>`, for example `balanced_kid_x1000_geoembed`;
+parts that do not apply are left out. `Quantity` builds and parses such names. Tables, report, convergence and README
+read `METRICS`, which is the only list of metrics.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from eval import classification, distances, memorisation, pairs, restoration, subsets, waste
 from eval.distances import Interval
 
-#: Held-out sets, and the prefix of their metrics' names.
+#: Names of the held-out sets, which are prefixes of the names of metrics.
 SETS = ("balanced", "natural")
 #: The encoder whose Fréchet distance is called `fid`.
 INCEPTION = "inception"
@@ -24,18 +24,18 @@ FID = "fid"
 
 
 class Metric(NamedTuple):
-    """One number about a set of images.
+    """A metric of a set of images.
 
     Attributes:
-        name: heading of its column.
-        better: "lower", "higher", or "" where neither is.
-        decimals: shown in tables.
-        needs: names of the inputs that `compute` takes, in order; it runs where all of them are known.
-        compute: returns a float, an `Interval`, or None where the number is undefined.
-        by: what its full name ends in: "encoder", "clip" (the model) or "" (nothing).
-        biased: depends on the number of images, so that only sets of equal size may be compared.
-        shown: in tables for the evaluation encoder ("evaluation"), for the encoder of the selection too ("both"), or in
-            their CSV files alone ("file").
+        name: heading of its column in tables.
+        better: "lower", "higher", or "" if neither is better.
+        decimals: number of decimals in tables.
+        needs: names of the inputs of `compute`, in order; the metric is computed if all of them are known.
+        compute: function that returns a float, an `Interval`, or None if the metric is undefined.
+        by: last part of the full name: "encoder", "clip" (name of the CLIP model) or "" (none).
+        biased: whether the value depends on the number of images, so that only sets of equal size can be compared.
+        shown: where it is shown: in tables for the evaluation encoder ("evaluation"), also for the encoder of the
+            selection ("both"), or only in CSV files ("file").
     """
 
     name: str
@@ -123,11 +123,11 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number's full name, taken apart.
+    """The parts of the full name of a number.
 
     Attributes:
         metric: a key of `METRICS`.
-        of: the encoder or model that it is measured with, or "".
+        of: the encoder or model that computes it, or "".
         held_out: a name of `SETS`, or "".
         minus: the method whose value is subtracted, or "".
         part: "", "low" or "high" (an interval's ends).
@@ -151,7 +151,7 @@ class Quantity:
 
     @classmethod
     def parse(cls, name: str) -> Quantity | None:
-        """Take a full name apart; None where it is no metric's."""
+        """Parse a full name; None if it is not the name of a metric."""
         rest, part = name, ""
         for end in ("low", "high"):
             if rest.endswith(f"_{end}"):
@@ -161,7 +161,7 @@ class Quantity:
         rest = rest.removeprefix(f"{held_out}_") if held_out else rest
         if rest == FID:
             return cls("fd", INCEPTION, held_out, minus, part)
-        for metric in sorted(METRICS, key=len, reverse=True):  # `fd_infinity_x` is no `fd` by an encoder `infinity_x`
+        for metric in sorted(METRICS, key=len, reverse=True):  # `fd_infinity_x` is not `fd` of an encoder `infinity_x`
             entry = METRICS[metric]
             of = rest.removeprefix(metric).removeprefix("_")
             if rest in (metric, f"{metric}_{of}") and bool(of) == bool(entry.by):
@@ -172,13 +172,15 @@ class Quantity:
 def compute(
     inputs: Mapping[str, Any], *, of: Mapping[str, str], held_out: str = "", only: Sequence[str] | None = None
 ) -> dict[str, float | None]:
-    """Every metric whose inputs are known, by its full name; an interval's ends as `…_low` and `…_high`.
+    """Compute every metric whose inputs are known; the ends of an interval are named `…_low` and `…_high`.
 
     Args:
-        inputs: by the names that `Metric.needs` uses.
+        inputs: inputs by the names in `Metric.needs`.
         of: names of the encoder and of the CLIP model, by "encoder" and "clip".
         held_out: name of the held-out set.
-        only: keys of `METRICS` to compute; None: all that can be.
+        only: keys of `METRICS` to compute; None: all metrics that can be computed.
+    Returns:
+        values by full name.
     """
     result: dict[str, float | None] = {}
     for key, metric in METRICS.items():
@@ -195,5 +197,5 @@ def compute(
 
 
 def _finite(value: float | None) -> float | None:
-    """The number, or None where it is undefined: JSON knows no NaN."""
+    """The number, or None if it is not finite, because JSON has no NaN."""
     return None if value is None or not np.isfinite(value) else float(value)

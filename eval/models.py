@@ -1,4 +1,4 @@
-"""What can be measured: a pretraining run, one of its snapshots, a diffusers pipeline, or a folder of images."""
+"""Models that can be measured: a pretraining run, one of its snapshots, or a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from runtime.artefacts import file_digest, fingerprint
 from runtime.errors import UserError
 
 INDEX = "model_index.json"
-#: In a snapshot's folder: step, images_seen, seconds and loss.
+#: File in a snapshot's folder with step, images_seen, seconds and loss.
 SNAPSHOT = "snapshot.json"
-#: Folder of a run with a folder for each snapshot, named by the images seen.
+#: Folder in a run with one folder per snapshot, named by the number of images seen.
 SNAPSHOTS = "snapshots"
-#: Parts of a pipeline that are trained; a snapshot holds one of them.
+#: Parts of a pipeline that are trained; a snapshot contains one of them.
 NETWORKS = ("unet", "transformer")
 TEXT_TO_IMAGE = ("StableDiffusionPipeline", "PixArtAlphaPipeline")
-#: What diffusers, transformers and safetensors raise over files that are absent, broken or of another shape.
+#: Exceptions of diffusers, transformers and safetensors for files that are missing, broken or of another shape.
 UNLOADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A text-to-image pipeline on disk, its network replaced by a snapshot's where one is given.
+    """A text-to-image pipeline on disk; if a snapshot is given, its network replaces that of the pipeline.
 
     Attributes:
         pipeline: folder with model_index.json.
@@ -62,7 +62,7 @@ class Model:
         """The pipeline on this machine's accelerator.
 
         Raises:
-            UserError: it is none for text to image, or does not load.
+            UserError: it is not a text-to-image pipeline, or it cannot be loaded.
         """
         try:
             kind = json.loads((self.pipeline / INDEX).read_text(encoding="utf-8"))["_class_name"]
@@ -73,7 +73,7 @@ class Model:
                 network = self.network
                 of = json.loads((network / "config.json").read_text(encoding="utf-8"))["_class_name"]
                 parts[network.name] = getattr(diffusers, of).from_pretrained(network, use_safetensors=True)
-            # local files alone: diffusers asks the hub for a part that a folder lacks
+            # only local files: otherwise diffusers requests missing parts from the hub
             pipeline = DiffusionPipeline.from_pretrained(
                 self.pipeline, use_safetensors=True, local_files_only=True, **parts
             )
@@ -85,7 +85,7 @@ class Model:
         return pipeline
 
     def conditions(self, captions: Sequence[str], rows: pd.DataFrame) -> dict[str, Any]:
-        """What its images depend on beside the captions: nothing."""
+        """Everything besides the captions that the images depend on: nothing."""
         return {}
 
     def draw(
@@ -96,21 +96,23 @@ class Model:
         numbers: np.ndarray,
         **sampling: Any,
     ) -> np.ndarray:
-        """Images of some captions, uint8 [K, H, W, 3]. Image i starts from noise that depends on the seed and i alone.
+        """Images of some captions, uint8 [K, H, W, 3]; the noise of image i depends on the seed and on i only.
 
         Args:
-            captions: of the whole held-out set; rows: of the manifest, one a caption.
-            numbers: int64 [K], which captions.
+            loaded: the loaded pipeline.
+            captions: captions of the whole held-out set.
+            rows: rows of the manifest, one per caption.
+            numbers: int64 [K], positions of the captions to draw.
             sampling: steps, guidance_scale, seed and label of `eval.generate.generate`.
         """
         return generate(loaded, [captions[number] for number in numbers], noise_of=numbers, **sampling)
 
 
 def find_model(folder: Path) -> Model | None:
-    """The model of a run, a snapshot or a pipeline's folder; None where it is none of them.
+    """The model in the folder of a run, a snapshot or a pipeline; None if the folder is none of these.
 
     Raises:
-        UserError: there is no such folder, or a snapshot lies outside of its run.
+        UserError: the folder does not exist, or a snapshot is not inside its run.
     """
     if not folder.is_dir():
         raise UserError(f"of={folder} is no folder: give a run, a snapshot, a diffusers pipeline or a folder of images")

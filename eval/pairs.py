@@ -1,4 +1,4 @@
-"""Numbers about images of which each has its own counterpart: the true image, its caption, its mask."""
+"""Metrics of images that each have a counterpart: the true image, a caption or a mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio as image_psnr
 
 from corpus.masks import IGNORED
 
-#: Images by the scene that they are of, then by the one that CLIP sees in them.
+#: Number of images by their true scene, then by the scene that CLIP recognises.
 Confusion = Mapping[str, Mapping[str, int]]
 #: Rounding to 8 bits alone leaves a mean squared error of 1/12: above this, two images cannot be distinguished.
 LARGEST_PSNR = float(10 * np.log10(12 * 255**2))
@@ -35,9 +35,10 @@ def _batches(images: np.ndarray, truth: np.ndarray) -> Sequence[tuple[torch.Tens
 
 
 def peak_signal_noise_ratio(images: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over the pairs of each pair's PSNR in dB over all its pixels and channels (torchmetrics).
+    """Mean over the pairs of the PSNR in dB over all pixels and channels of a pair (torchmetrics).
 
-    A pair counts at most `LARGEST_PSNR`: one featureless ocean tile, met exactly, would make the mean infinite.
+    The PSNR of a pair is limited to `LARGEST_PSNR`: one featureless ocean tile that is matched exactly would make the
+    mean infinite.
 
     Args:
         images, truth: uint8 [N, H, W, 3].
@@ -50,9 +51,10 @@ def peak_signal_noise_ratio(images: np.ndarray, truth: np.ndarray) -> float:
 
 
 def structural_similarity(images: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over the pairs of each pair's SSIM over its channels (Wang et al. 2004: Gaussian window, sigma 1.5).
+    """Mean over the pairs of the SSIM over the channels of a pair (Wang et al. 2004: Gaussian window, sigma 1.5).
 
-    By scikit-image, whose window is separable and which leaves out positions where it leaves the image.
+    Computed with scikit-image, which uses a separable window and leaves out positions at which the window extends
+    beyond the image.
 
     Args:
         images, truth: [N, H, W, C] in 0..255, H and W at least 11.
@@ -82,7 +84,7 @@ def luma(images: np.ndarray) -> np.ndarray:
 
 
 def luma_peak_signal_noise_ratio(images: np.ndarray, truth: np.ndarray) -> float:
-    """`peak_signal_noise_ratio` of the luma, as super-resolution papers have it: the peak is 255, nothing is cropped.
+    """`peak_signal_noise_ratio` of the luma, as in super-resolution papers: the peak is 255, nothing is cropped.
 
     Args:
         images, truth: uint8 [N, H, W, 3].
@@ -112,17 +114,18 @@ def mean_score(scores: np.ndarray) -> float:
 
 
 def scene_accuracy(confusion: Confusion) -> float | None:
-    """Fraction of the images in which CLIP sees the scene that they are of; None of no images."""
+    """Fraction of the images in which CLIP recognises the true scene; None if there are no images."""
     images = sum(sum(seen.values()) for seen in confusion.values())
     return sum(seen.get(scene, 0) for scene, seen in confusion.items()) / images if images else None
 
 
 def mean_intersection_over_union(segmentation: np.ndarray, masks: np.ndarray, classes: int) -> float:
-    """Mean over the classes that occur of intersection over union of all pixels together (torchmetrics).
+    """Intersection over union of all pixels together, averaged over the classes that occur (torchmetrics).
 
     Args:
-        segmentation, masks: uint8 [N, H, W], values below `classes`; pixels whose mask is `corpus.masks.IGNORED` count
-            nowhere.
+        segmentation, masks: uint8 [N, H, W], values below `classes`; pixels whose mask is `corpus.masks.IGNORED` are
+            left out.
+        classes: number of classes.
     """
     known = np.asarray(masks) != IGNORED
     result, truth = (torch.from_numpy(np.asarray(x)[known]).long() for x in (segmentation, masks))
@@ -134,6 +137,6 @@ def mean_intersection_over_union(segmentation: np.ndarray, masks: np.ndarray, cl
 
 
 def pixel_accuracy(segmentation: np.ndarray, masks: np.ndarray, classes: int) -> float:
-    """Fraction of the pixels whose class is the mask's, of those that have one in the mask."""
+    """Fraction of the pixels with the class of the mask, among the pixels that have a class in the mask."""
     known = np.asarray(masks) != IGNORED
     return float((segmentation[known] == masks[known]).mean())

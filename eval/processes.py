@@ -1,4 +1,4 @@
-"""Work over all processes of a launch: each draws, embeds or encodes its fraction, and all get the whole."""
+"""Work shared by all processes of a launch: each draws, embeds or encodes a part, and all get the whole result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _state():
 
 
 def first_process_decides(own: bool) -> bool:
-    """What the first process of a launch says; all processes must ask."""
+    """The value of the first process of a launch; all processes must call this function."""
     state = _state()
     answer = torch.tensor(int(own and state.is_main_process), device=state.device)
     torch.distributed.all_reduce(answer)
@@ -26,7 +26,7 @@ def first_process_decides(own: bool) -> bool:
 
 
 def place_in_launch() -> tuple[int, int]:
-    """This process's number and how many take part; (0, 1) in a build of the first process alone."""
+    """Number of this process and number of processes; (0, 1) in a build that only the first process runs."""
     if alone_in_launch():
         return 0, 1
     state = _state()
@@ -34,7 +34,7 @@ def place_in_launch() -> tuple[int, int]:
 
 
 def from_first_process(numbers: Sequence[int]) -> list[int]:
-    """Whole numbers of the first process of a launch; all processes must ask, with as many numbers."""
+    """Whole numbers of the first process of a launch; all processes must call this with equally many numbers."""
     if alone_in_launch():
         return list(numbers)
     state = _state()
@@ -44,7 +44,7 @@ def from_first_process(numbers: Sequence[int]) -> list[int]:
 
 
 def gathered(own: np.ndarray) -> list[np.ndarray]:
-    """What every process of a launch has, in the order of the processes; all must call it, with one shape and dtype."""
+    """The arrays of all processes of a launch, in order; all must call this with arrays of one shape and dtype."""
     if alone_in_launch():
         return [own]
     state = _state()
@@ -55,13 +55,14 @@ def gathered(own: np.ndarray) -> list[np.ndarray]:
 
 
 def over_processes(function: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
-    """`function` of rows 0..count-1, computed over all processes of a launch and gathered, in the order of the rows.
+    """Compute `function` for rows 0..count-1 over all processes of a launch, and gather the results in row order.
 
-    Every process must call it, and gets the whole. Process r of n computes rows r, r + n, r + 2 n ... In a build of the
-    first process alone (`runtime.artefacts.stage` without `together`) that one computes all.
+    Every process must call this and gets the whole result. Process r of n computes rows r, r + n, r + 2 n ... In a
+    build that only the first process runs (`runtime.artefacts.stage` without `together`), it computes all rows.
 
     Args:
-        function: int64 [K] rows to an array [K, ...]; it must take no rows as well.
+        function: function from rows int64 [K] to an array [K, ...]; it must accept an empty array of rows.
+        count: number of rows.
     """
     if alone_in_launch():
         return function(np.arange(count))

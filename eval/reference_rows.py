@@ -1,4 +1,4 @@
-"""Reference rows: what the metrics say of real images, and of real training images that were only encoded."""
+"""Reference rows: metrics of real images, and of real training images that were encoded and decoded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eval.memorisation import TrainingImages
 from eval.metrics import METRICS, compute
 from runtime.artefacts import stage, write_json
 
-#: What each row is; the order of the tables.
+#: Description of each row, in the order of the tables.
 REFERENCE_ROWS = {
     "real_held_out": "a second, disjoint set of as many held-out images: what a perfect generator reaches",
     "real_train": "as many real training images, unpruned",
@@ -28,7 +28,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Rebuild:
-    """A way to encode and decode images: uint8 [N, R, R, 3] to the same, and what it depends on."""
+    """A function that encodes and decodes images, uint8 [N, R, R, 3], and everything that it depends on."""
 
     key: str
     function: Callable[[np.ndarray], np.ndarray]
@@ -47,11 +47,14 @@ def reference_rows(
     """Measure every reference row on as many images as each held-out set has; cached.
 
     Args:
-        sets: the held-out sets, by the prefix of their metrics' names; the report shows images of the first.
-        further: for some of them, disjoint sets of the same size.
-        corpus: of training images, unpruned.
-        rebuilds: for the rows `reconstructed_train` and `pca`.
-        training: all images of `corpus`, where their features are at hand.
+        sets: the held-out sets, by the prefix of their metrics' names; the report shows images of the first one.
+        further: disjoint sets of the same size, for some of the held-out sets.
+        corpus: corpus of the training images, not pruned.
+        judges: the evaluating networks.
+        rebuilds: the functions for the rows `reconstructed_train` and `pca`.
+        seed: seed of the draw.
+        runs: directory of the stages.
+        training: all images of `corpus`, if their features exist.
     Returns:
         a directory with reference_rows.json (metrics by row), and a few training images and their reconstructions.
     """
@@ -93,6 +96,6 @@ def reference_rows(
 def real_held_out(
     further: HeldOut, held: HeldOut, judges: Judges, training: TrainingImages | None = None
 ) -> dict[str, float | None]:
-    """Real images against a disjoint held-out set, and what CLIP says of them with their own captions."""
+    """Metrics of real images against a disjoint held-out set, and CLIP metrics with their captions."""
     metrics = compare(further.features, held, scenes=further.scenes, training=training)
     return metrics | judge_captions(further.images, further, judges)[0]

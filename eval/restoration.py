@@ -1,7 +1,7 @@
-"""Numbers about images made from an input: against the input, against the truth, and among samples of one input.
+"""Metrics of images made from an input: against the input, against the truth, and among samples of one input.
 
 The families reflectance, spectral, spatial, synthesis and correctness are those of Aybar et al. 2024 (opensr-test);
-docs/method.md says where the definitions differ. Values of pixels divided by 255 stand for reflectances.
+docs/method.md describes where the definitions differ. Pixel values divided by 255 are used as reflectances.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from eval.pairs import peak_signal_noise_ratio
 from runtime.basicsr_alias import basicsr_module
 
-#: Sides of NIQE's blocks, in pixels; the first is its authors'.
+#: Sides of the blocks of NIQE in pixels; the authors use the first one.
 NIQE_BLOCKS = (96, 64, 32)
-#: Blocks along the shorter side that an image needs: a covariance of one block does not exist.
+#: Smallest number of blocks along the shorter side: the covariance of a single block is undefined.
 NIQE_BLOCKS_ALONG = 2
-#: Steps per pixel in which a shift is sought.
+#: Number of steps per pixel in the search of a shift.
 SHIFT_STEPS = 20
-#: Standard deviation in grey levels below which an image has nothing that could be seen to shift.
+#: Standard deviation in grey levels below which an image is too flat to detect a shift.
 FLAT = 1.0
 #: The fractions of a pixel that the output changes or should have changed, in the order of `correctness_maps`.
 FRACTIONS = ("hallucination", "omission", "improvement")
@@ -36,7 +36,7 @@ def _pairs(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray, 
     """Float64 [H, W, 3] pairs of two arrays [N, H, W, 3].
 
     Raises:
-        ValueError: they differ in shape or are no colour images.
+        ValueError: the arrays differ in shape or are not colour images.
     """
     _check_colour(first, second)
     return ((np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(first, second, strict=True))
@@ -60,21 +60,21 @@ def _mean(values: list[float]) -> float | None:
 
 
 def niqe(images: np.ndarray) -> float | None:
-    """Mean NIQE (Mittal et al. 2013) by basicsr, with its parameters of pristine photographs, on BT.601 luma.
+    """Mean NIQE (Mittal et al. 2013), computed with basicsr and its parameters of pristine photographs, on BT.601 luma.
 
-    Blocks have `niqe_block` pixels a side. Images of which fewer than two blocks have any texture are left out.
+    The side of a block is `niqe_block` pixels. Images with fewer than two textured blocks are left out.
 
     Args:
         images: uint8 [N, H, W, 3].
     Returns:
-        lower is more natural; None below 64 px, or where all images are left out.
+        the mean, lower is more natural; None below 64 px, or if all images are left out.
     """
     block = niqe_block(min(images.shape[1:3]))
     return None if block is None else _mean([_niqe(image, block) for image in images])
 
 
 def niqe_block(side: int) -> int | None:
-    """Side of the largest block of `NIQE_BLOCKS` of which an image has two by two; None where it has none."""
+    """Side of the largest block of `NIQE_BLOCKS` that fits two by two into an image; None if none does."""
     return next((block for block in NIQE_BLOCKS if block * NIQE_BLOCKS_ALONG <= side), None)
 
 
@@ -82,7 +82,7 @@ def _niqe(image: np.ndarray, block: int) -> float:
     """NIQE of uint8 [H, W, 3]; NaN where it is undefined."""
     luma = basicsr_module("utils").rgb2ycbcr(np.ascontiguousarray(image), y_only=True).astype(np.float32)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # blocks without texture, which it leaves out itself
+        warnings.simplefilter("ignore", RuntimeWarning)  # blocks without texture, which basicsr leaves out
         try:
             return basicsr_module("metrics.niqe").niqe(luma, *_pristine(), block, block)
         except np.linalg.LinAlgError:  # no covariance: fewer than two blocks are left
@@ -100,7 +100,7 @@ def _pristine() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def consistency(degraded: np.ndarray, low: np.ndarray) -> float:
-    """Mean PSNR in dB of the degraded output against the low-resolution input, as `psnr` and capped alike.
+    """Mean PSNR in dB of the degraded output against the low-resolution input, limited in the same way as `psnr`.
 
     Args:
         degraded: the output, degraded again, uint8 or float [N, h, w, 3] in 0..255.
@@ -116,10 +116,10 @@ def reflectance(degraded: np.ndarray, low: np.ndarray) -> float:
 
 
 def spectral(degraded: np.ndarray, low: np.ndarray) -> float | None:
-    """Mean angle in degrees between a pixel's colour in the degraded output and in the input.
+    """Mean angle in degrees between the colours of a pixel in the degraded output and in the input.
 
-    The mean over an image's pixels, then over images. Black has no angle: where either pixel is black, it is left out.
-    Arrays as for `consistency`.
+    The mean is taken over the pixels of an image, then over images. Black has no angle, so pixels that are black in
+    either image are left out. The arrays are those of `consistency`.
     """
     return _mean([_spectral_angle(a, b) for a, b in _pairs(degraded, low)])
 
@@ -127,7 +127,7 @@ def spectral(degraded: np.ndarray, low: np.ndarray) -> float | None:
 def _spectral_angle(first: np.ndarray, second: np.ndarray) -> float:
     known = (first != 0).any(-1) & (second != 0).any(-1)
     first, second = first[known], second[known]
-    # by sine and cosine, since the arc cosine is inexact where angles are small
+    # computed from sine and cosine, because the arc cosine is inexact for small angles
     sine, cosine = np.linalg.norm(np.cross(first, second), axis=-1), (first * second).sum(-1)
     return float(np.rad2deg(np.arctan2(sine, cosine)).mean()) if known.any() else np.nan
 
@@ -135,15 +135,16 @@ def _spectral_angle(first: np.ndarray, second: np.ndarray) -> float:
 def spatial(degraded: np.ndarray, low: np.ndarray) -> float | None:
     """Mean length of the shift between the degraded output and the input, in low-resolution pixels.
 
-    By scikit-image's phase cross-correlation of the channels' mean under a Hann window, in steps of 1/20 pixel. Images
-    that are flat (`FLAT`) in either have no shift and are left out. Arrays as for `consistency`.
+    The shift is found by scikit-image's phase cross-correlation of the mean over channels under a Hann window, in steps
+    of 1/20 pixel. Images that are flat (`FLAT`) in the output or the input have no shift and are left out. The arrays
+    are those of `consistency`.
     """
     return _mean([_shift(a.mean(-1), b.mean(-1)) for a, b in _pairs(degraded, low)])
 
 
 def _shift(moved: np.ndarray, fixed: np.ndarray) -> float:
-    """Of float [h, w]; NaN where either is flat."""
-    # every command imports this module, and these take seconds
+    """Length of the shift between two images, float [h, w]; NaN if either is flat."""
+    # imported here: every command imports this module, and these imports take seconds
     from skimage.filters import window
     from skimage.registration import phase_cross_correlation
 
@@ -156,7 +157,7 @@ def _shift(moved: np.ndarray, fixed: np.ndarray) -> float:
 
 
 def synthesis(images: np.ndarray, enlarged: np.ndarray) -> float:
-    """What the output adds to the interpolated input: their mean absolute difference in 0..1.
+    """Mean absolute difference, in 0..1, between the output and the interpolated input.
 
     Args:
         images, enlarged: uint8 [N, H, W, 3].
@@ -168,7 +169,7 @@ def synthesis(images: np.ndarray, enlarged: np.ndarray) -> float:
 
 
 def colour_error(images: np.ndarray, truth: np.ndarray) -> float:
-    """Absolute difference of an image's mean colour to the truth's in grey levels, mean over channels and images.
+    """Absolute difference between the mean colours of output and truth in grey levels, mean over channels and images.
 
     Args:
         images, truth: uint8 [N, H, W, 3].
@@ -192,7 +193,7 @@ def improvement(images: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> 
 
 
 def _fraction(index: int, *sets: np.ndarray) -> float | None:
-    """One of the fractions: the mean over an image's pixels that count, then over the images that have such."""
+    """One of the fractions: the mean over the valid pixels of an image, then over images that have valid pixels."""
     fractions = (image[..., index] for image in _correctness(*sets))
     return _mean(
         [float(fraction[np.isfinite(fraction)].mean()) for fraction in fractions if np.isfinite(fraction).any()]
@@ -206,7 +207,7 @@ def correctness_maps(images: np.ndarray, truth: np.ndarray, enlarged: np.ndarray
         images, truth: uint8 [N, H, W, 3].
         enlarged: the interpolated input, uint8 [N, H, W, 3].
     Returns:
-        float32 [N, H, W, 3], which sum to 1, or NaN in pixels that are quiet in all three and do not count.
+        float32 [N, H, W, 3]; the three fractions sum to 1, or are NaN in pixels without detail in all three images.
     """
     return np.stack(list(_correctness(images, truth, enlarged)))
 
@@ -225,7 +226,7 @@ def _fractions(image: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> np
     )
     loudest = np.maximum(np.maximum(to_truth, to_input), needed)
     counts = loudest > np.quantile(needed, QUIET_QUANTILE, method="lower")
-    # where truth and input are one, the change that is there is infinite beside the one needed: hallucination
+    # where truth and input are equal, no change is needed, so any change is hallucination (an infinite ratio)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         missed, changed = to_truth / needed, to_input / needed
         bend = -np.expm1(-SCORE_BEND * (missed + changed - 1))
@@ -239,7 +240,7 @@ def _fractions(image: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> np
 
 
 def spread(samples: np.ndarray) -> float | None:
-    """Mean of `spread_map` over pixels and images, in grey levels; None of fewer than two samples an input.
+    """Mean of `spread_map` over pixels and images, in grey levels; None for fewer than two samples per input.
 
     Args:
         samples: uint8 [N, k, H, W, 3], k samples of every input.
@@ -249,15 +250,15 @@ def spread(samples: np.ndarray) -> float | None:
 
 
 def spread_map(samples: np.ndarray) -> np.ndarray:
-    """How much samples of one input differ in every pixel: float32 [N, H, W] in grey levels.
+    """Variation of the samples of one input in every pixel, float32 [N, H, W] in grey levels.
 
-    The standard deviation over the samples (k - 1 degrees of freedom, so that numbers of samples may differ), averaged
-    over the channels.
+    The value is the standard deviation over the samples, averaged over the channels. It uses k - 1 degrees of freedom,
+    so that results for different numbers of samples can be compared.
 
     Args:
         samples: uint8 [N, k, H, W, 3], k at least 2.
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer than two samples.
     """
     _check_samples(samples)
     if samples.shape[1] < 2:
@@ -276,7 +277,7 @@ def _deviation(samples: np.ndarray) -> np.ndarray:
 
 
 def diversity(sample_features: np.ndarray) -> float | None:
-    """Mean over inputs of the mean 1 - cosine over pairs of their samples; None of fewer than two samples an input.
+    """Mean of 1 - cosine over pairs of samples of one input, then over inputs; None for fewer than two samples.
 
     Args:
         sample_features: float [N, k, D].

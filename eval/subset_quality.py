@@ -1,4 +1,4 @@
-"""How good a subset is before anything is trained on it: every metric of real images, on the selected ones."""
+"""Quality of a subset before any training: all metrics of real images, computed on the selected images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from eval.metrics import compute
 from eval.subsets import unit
 from eval.waste import ImageRows
 
-#: Images of a subset on which the quadratic measures run, and of the corpus that a subset is compared with.
+#: Number of images of a subset, and of the corpus that it is compared with, for measures of quadratic cost.
 SAMPLE = 2000
-#: Images on which weighted distances run: more than the others take, since weights leave fewer effective ones.
+#: Number of images for weighted distances; it is larger because weights reduce the effective number of images.
 WEIGHTED_SAMPLE = 4000
 
 
@@ -27,14 +27,18 @@ def subset_quality(
     embeddings: Mapping[str, np.ndarray],
     seed: int,
 ) -> dict[str, float | None]:
-    """Everything about the selected real images themselves, without training.
+    """All metrics of the selected real images themselves, without training.
 
-    Distances compare as many of them as a held-out set has; the rest is of the subset alone, by the evaluation encoder.
+    Distances compare as many selected images as a held-out set has. The other metrics are about the subset alone, by
+    the evaluation encoder.
 
     Args:
-        rows: int64 [K], the selection; weights: float32 [K], images of the corpus that each stands for.
+        rows: int64 [K], rows of the selected images.
+        weights: float32 [K], number of images of the corpus that each selected image represents.
         sets: held-out sets, by name.
-        embeddings: float [N, D] of the whole corpus by every encoder that judges, the evaluation encoder's first.
+        corpus: the corpus.
+        embeddings: float [N, D] of the whole corpus by encoder, the evaluation encoder first.
+        seed: seed of the samples.
     """
     metrics: dict[str, float | None] = {}
     scenes = corpus.manifest["scene"].to_numpy(dtype=str)

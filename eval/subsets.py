@@ -1,23 +1,24 @@
-"""Numbers about the selected images alone: diversity, balance, and how well they represent the corpus."""
+"""Metrics of the selected images alone: diversity, balance, and representation of the corpus."""
 
 from __future__ import annotations
 
 import faiss
 import numpy as np
 
-#: Images of a subset on which the quadratic measures run.
+#: Number of images of a subset for measures of quadratic cost.
 SAMPLE = 2000
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows of unit length, float [n, D]; a zero row stays zero."""
+    """Scale each row to unit length, float [n, D]; a zero row stays zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def vendi_score(points: np.ndarray) -> float:
     """Vendi score (Friedman and Dieng 2023, definition 3.1) with the cosine kernel: the effective number of images.
 
-    The exponential of the entropy of the eigenvalues of K / n; 1 where all are alike, n where all are orthogonal.
+    The score is the exponential of the entropy of the eigenvalues of K / n: 1 if all images are equal, n if all are
+    orthogonal.
 
     Args:
         points: float [n, D], unit length.
@@ -31,10 +32,11 @@ def vendi_score(points: np.ndarray) -> float:
 
 
 def scene_entropy(scenes: np.ndarray, known: int) -> float:
-    """Shannon entropy of the labels of a subset over that of `known` even scenes: 1 is perfectly balanced.
+    """Shannon entropy of the labels of a subset, divided by that of `known` equally frequent scenes; 1: balanced.
 
     Args:
         scenes: str [K]; "" (unlabelled) does not count.
+        known: number of scenes.
     """
     counts = np.unique(scenes[scenes != ""], return_counts=True)[1]
     fractions = counts / max(counts.sum(), 1)
@@ -42,10 +44,12 @@ def scene_entropy(scenes: np.ndarray, known: int) -> float:
 
 
 def representation(points: np.ndarray, kept: np.ndarray, groups: np.ndarray) -> float:
-    """Mean cosine of an image to its nearest kept one, averaged within each group first: all groups count alike.
+    """Mean cosine of an image to its nearest kept image, averaged within each group and then over the groups.
 
     Args:
-        points: float32 [n, D] of the corpus, unit length; kept: float32 [K, D], unit length; groups: [n] labels.
+        points: float32 [n, D], unit length, images of the corpus.
+        kept: float32 [K, D], unit length, kept images.
+        groups: labels [n].
     """
     index = faiss.IndexFlatIP(points.shape[1])
     index.add(kept)
@@ -54,10 +58,11 @@ def representation(points: np.ndarray, kept: np.ndarray, groups: np.ndarray) -> 
 
 
 def knee(kept: np.ndarray, value: np.ndarray) -> int:
-    """Index of the knee of a rising, flattening curve: the point farthest above the chord (Satopaa et al. 2011).
+    """Index of the knee of a rising and flattening curve: the point farthest above the chord (Satopaa et al. 2011).
 
     Args:
-        kept: float [n], ascending; value: float [n].
+        kept: float [n], ascending.
+        value: float [n].
     """
     span = np.ptp(value) or 1.0
     x = (kept - kept[0]) / max(kept[-1] - kept[0], 1e-12)

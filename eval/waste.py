@@ -1,6 +1,6 @@
-"""What a subset wastes, measured on its pixels: near-duplicates and images that say little.
+"""Waste in a subset, measured on pixels: near-duplicates and images of low information.
 
-No encoder and no entropy is used here, so that a method that prunes by them is not judged by its own thresholds.
+Neither encoders nor the local entropy are used here, so that no method is judged by the quantities that it prunes by.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dct
 
-#: Images read at a time.
+#: Number of images read at a time.
 BLOCK = 256
-#: Bits of 64 in which the hashes of near-duplicates differ at most (docs/method.md, section 5, has the measured rates).
+#: Largest number of different bits, of 64, in hashes of near-duplicates (measured rates: docs/method.md, section 5).
 NEAR_DUPLICATE_BITS = 8
-#: Fraction of the corpus, the cheapest to compress, that counts as low in information.
+#: Fraction of the corpus, the images with the smallest JPEG files, that counts as low in information.
 LOW_INFORMATION = 0.2
 #: Quality of the JPEGs whose size is measured, without chroma subsampling.
 JPEG_QUALITY = 75
 
-_HASHED_SIDE = 32  # px to which an image is brought before its DCT
+_HASHED_SIDE = 32  # side in pixels to which an image is resized before the DCT
 _HASH_SIDE = 8  # frequencies kept in each direction
 
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Rows of an image array, usually a memory map, read only where they are needed.
+    """Rows of an image array, usually a memory map; rows are read when they are accessed.
 
     Attributes:
         images: uint8 [N, H, W, 3].
@@ -46,10 +46,11 @@ class ImageRows:
 
 
 def near_duplicate_fraction(images: np.ndarray | ImageRows, bits: int = NEAR_DUPLICATE_BITS) -> float:
-    """Fraction of images of which another image's perceptual hash differs in at most `bits` of 64 bits; exact.
+    """Fraction of images for which the perceptual hash of another image differs in at most `bits` of 64 bits; exact.
 
     Args:
         images: uint8 [N, H, W, 3].
+        bits: largest number of different bits.
     """
     return float((nearest_hash(perceptual_hashes(images)) <= bits).mean()) if len(images) else 0.0
 
@@ -59,12 +60,13 @@ def low_information_fraction(
 ) -> float:
     """Fraction of images that compress to as few bytes as the lowest `quantile` of the corpus.
 
-    A size that several images of the sample share may lie across the quantile. Of such a size the same fraction counts
-    here as in the sample, so that a sample measured against itself gives `quantile` exactly.
+    Several images of the sample may have the size at the quantile. Images of this size count with the fraction that
+    lies below the quantile in the sample, so that a sample measured against itself gives exactly `quantile`.
 
     Args:
         images: uint8 [N, H, W, 3].
         corpus_sample: uint8 [M, H, W, 3], readable images of the corpus before pruning, drawn at random.
+        quantile: fraction of the corpus that counts as low in information.
     """
     if len(images) == 0:
         return 0.0
@@ -78,8 +80,9 @@ def low_information_fraction(
 def perceptual_hashes(images: np.ndarray | ImageRows) -> np.ndarray:
     """DCT perceptual hash of every image, uint64 [N]; the same bits as `imagehash.phash` of ImageHash 4.3.
 
-    Luma at 32 x 32 px, two-dimensional DCT-II, the 8 x 8 lowest frequencies: a bit is set where the coefficient exceeds
-    their median (Krawetz 2011, "Looks Like It"). Coefficients go from the highest bit of the first byte on, by rows.
+    The luma is resized to 32 x 32 px and transformed by a two-dimensional DCT-II. Each of the 8 x 8 lowest frequencies
+    gives one bit, which is set if the coefficient exceeds their median (Krawetz 2011, "Looks Like It"). The
+    coefficients are stored by rows, beginning with the highest bit of the first byte.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -97,9 +100,9 @@ def perceptual_hashes(images: np.ndarray | ImageRows) -> np.ndarray:
 
 
 def nearest_hash(hashes: np.ndarray) -> np.ndarray:
-    """Hamming distance of every hash to the nearest of the others, int64 [N]; 65 for a single one.
+    """Hamming distance of every hash to the nearest other hash, int64 [N]; 65 if there is no other.
 
-    Every pair is compared, once; memory is `BLOCK` x N x 8 bytes.
+    Every pair is compared once; memory is `BLOCK` x N x 8 bytes.
 
     Args:
         hashes: uint64 [N].
@@ -115,12 +118,12 @@ def nearest_hash(hashes: np.ndarray) -> np.ndarray:
 
 
 def jpeg_bytes_per_pixel(images: np.ndarray | ImageRows) -> np.ndarray:
-    """Size of every image as a JPEG of quality `JPEG_QUALITY`, headers included, over its pixels; float64 [N].
+    """Bytes per pixel of every image as a JPEG of quality `JPEG_QUALITY`, headers included, float64 [N].
 
     Args:
         images: uint8 [N, H, W, 3].
     """
-    import simplejpeg  # near-duplicates are found without it
+    import simplejpeg  # imported here: near-duplicates do not need it
 
     sizes = [
         len(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=JPEG_QUALITY, colorsubsampling="444"))

@@ -1,1 +1,1 @@
-"""Numbers and images to tables, figures and HTML pages."""
+"""Tables, figures and HTML pages made from numbers and images."""

@@ -1,4 +1,4 @@
-"""The page on new images: what they are beside a kept set, and which are worth adding."""
+"""The report on new images: how they compare with a kept set, and which are worth adding."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from report.figures import contact_sheet
 from report.page import Picture, SampleGrid, png_bytes, write_report
 from report.prune_report import percentage
 
-#: Images of a sheet, a row of them, and pairs side by side.
+#: Number of images of a sheet, of images per row, and of pairs.
 SHOWN, COLUMNS, PAIRS = 48, 12, 12
-#: Screen pixels of an image's side at least.
+#: Smallest side of a shown image in screen pixels.
 SIDE = 96
-#: What the verdicts mean, the most interesting first.
+#: Meanings of the verdicts, the most interesting first.
 MEANINGS = {
     "worth_adding": "new beside what is kept, and within the budget",
     "not_needed": "new beside what is kept, but the budget goes to others",
@@ -31,7 +31,7 @@ MEANINGS = {
 
 
 class Images(Protocol):
-    """uint8 [N, R, R, 3], read where it is requested."""
+    """Images uint8 [N, R, R, 3] that are read when they are accessed."""
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...
 
@@ -47,9 +47,11 @@ def write_arrivals_report(
     """Write the report of an answer.
 
     Args:
-        table: the rows of arrivals.parquet, with `row`, theirs in `images`.
+        path: path of the page.
+        table: the rows of arrivals.parquet, with the column `row`, their row in `images`.
         summary: the content of summary.json.
-        kept: the corpus that the kept images are of.
+        images: the new images.
+        kept: the corpus of the kept images.
         generator: draws the images shown.
     """
     counts = summary["verdicts"]
@@ -108,7 +110,7 @@ def _scenes(summary: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _sheets(table: pd.DataFrame, images: Images, generator: np.random.Generator) -> list[Picture]:
-    """A sheet of every verdict, and of unknown scenes; unreadable images have no pixels to show."""
+    """One sheet for every verdict and one for unknown scenes; unreadable images cannot be shown."""
     groups = {name: (table["verdict"] == name, text) for name, text in MEANINGS.items() if name != "unreadable"}
     groups["unknown_scene"] = (table["unknown_scene"], "like no scene that is known, whatever the verdict")
     sheets = []
@@ -125,7 +127,7 @@ def _sheets(table: pd.DataFrame, images: Images, generator: np.random.Generator)
 
 
 def _repeated(table: pd.DataFrame, images: Images, kept: Corpus) -> SampleGrid | None:
-    """Near-duplicates beside what they repeat, the most alike first."""
+    """Near-duplicates next to the images that they repeat, the most similar first."""
     chosen = table[table["verdict"] == "near_duplicate"].sort_values(["correlation", "id"], ascending=[False, True])
     chosen = chosen.head(PAIRS)
     if chosen.empty:
@@ -150,7 +152,7 @@ def _repeated(table: pd.DataFrame, images: Images, kept: Corpus) -> SampleGrid |
 
 
 def _swaps(table: pd.DataFrame, images: Images, kept: Corpus) -> SampleGrid | None:
-    """Arrivals beside the kept images whose place they would take."""
+    """Arrivals next to the kept images that they would replace."""
     chosen = table[table["replaces"] != ""].sort_values(["gain", "id"], ascending=[False, True]).head(PAIRS)
     if chosen.empty:
         return None

@@ -1,4 +1,4 @@
-"""Convergence curves as data: runs of several seeds made one curve, and what the page's interactive chart draws."""
+"""Convergence curves as data: averages over several seeds, and the data of the page's interactive chart."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from eval.convergence import AXES, lower_is_better
 from eval.metrics import Quantity
 from report.figures import is_wide, method_colours, metric_title
 
-#: Columns that may be a horizontal axis, and what they are called.
+#: Columns that can be the horizontal axis, and their labels.
 LABELS = {axis: axis.replace("_", " ") for axis in AXES} | {"flops": "FLOPs"}
 ONE_SEED = "Bands: 95 % intervals of the images of one seed."
 SEVERAL_SEEDS = "Bands: the lowest and the highest of {} seeds; the line is their mean."
 
 
 def averaged(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The mean of several seeds at each step, the lowest and the highest as its interval; a single one as it is."""
+    """Mean of several seeds at each step, with the lowest and highest value as interval; one seed is unchanged."""
     if len(frames) == 1:
         return frames[0]
     groups = pd.concat(frames).groupby("step", as_index=False)
@@ -36,12 +36,13 @@ def averaged(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def chart(
     curves: Mapping[str, pd.DataFrame], metric: str, *, references: Mapping[str, float], seeds: int = 1
 ) -> dict[str, Any]:
-    """All that the interactive chart of a metric shows, as JSON values; a number that is missing is null.
+    """Data of the interactive chart of a metric, as JSON values; missing numbers are null.
 
     Args:
-        curves: by method, as `averaged` makes them; those without the metric are left out.
-        references: horizontal lines.
-        seeds: the most that a curve is made of.
+        curves: curves by method, from `averaged`; curves without the metric are left out.
+        metric: full name of the metric.
+        references: values of horizontal lines, by name.
+        seeds: largest number of seeds of a curve.
     """
     result = {name: frame for name, frame in curves.items() if metric in frame.columns and len(frame)}
     axes = [axis for axis in LABELS if all(axis in frame.columns for frame in result.values())]

@@ -1,7 +1,7 @@
-"""The data card of an exported subset: what was kept and why, licence, bias, leaks, and how to repeat it.
+"""The data card of an exported subset: what was kept and why, licence, bias, leaks, and how to repeat the pruning.
 
-Pure functions on the tables and records that a selection leaves. The same selection gives the same bytes: neither a
-clock nor a path of the machine goes in.
+The functions depend only on the tables and records of a selection. The same selection gives the same bytes, because the
+card contains neither times nor paths of the machine.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import pandas as pd
 
 from runtime.redaction import ACCESS, public
 
-#: The card's name in an export. Not README.md: `datasets` would read its head as settings.
+#: Name of the card in an export. It is not README.md, because `datasets` would read the beginning of it as settings.
 DATA_CARD = "DATA_CARD.md"
-#: Scenes with a row of their own, the largest of the corpus first.
+#: Largest number of scenes with a separate row, the largest of the corpus first.
 MOST_SCENES = 40
 #: A scene counts as over- or under-represented beyond this factor.
 EVEN = 1.1
-#: What the reasons of selection.parquet mean.
+#: Meanings of the reasons in selection.parquet.
 REASONS = {
     "low_entropy": "local information entropy below the threshold, as of water, cloud or no data",
     "redundant": "others of their kind fill the budget",
@@ -40,16 +40,16 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a selection; all but the two tables may be empty, as an earlier version left it.
+    """The records of a selection; except for the two tables, they may be empty for selections of earlier versions.
 
     Attributes:
-        name: of the corpus.
-        scenes: str [N], the corpus's own labels, "" unknown.
-        selection: N rows of selection.parquet.
+        name: name of the corpus.
+        scenes: str [N], labels of the corpus, "": unknown.
+        selection: the N rows of selection.parquet.
         summary: the content of summary.json.
         stage: the content of stage.json: configuration, commit and versions.
-        defaults: groups of `configs/` as they are written, by name: corpus, prune, entropy, encoder.
-        given_licence: of the data, as the export's options name it.
+        defaults: default values of the groups corpus, prune, entropy and encoder of `configs/`, by name.
+        given_licence: licence of the data in the options of the export.
     """
 
     name: str
@@ -66,14 +66,15 @@ class Record:
 
     @property
     def licence(self) -> str | None:
-        """That of the export, else `corpus.licence` as it was pruned; None: not given."""
+        """The licence in the options of the export, else `corpus.licence` of the pruning run; None: not given."""
         return self.given_licence or (self.config.get("corpus") or {}).get("licence")
 
 
 def data_card(record: Record, form: str) -> str:
-    """The card of a subset as Markdown.
+    """The data card of a subset as Markdown.
 
     Args:
+        record: the records of the selection.
         form: the form of the export, a key of `FORMS`.
     """
     kept, images = int(record.selection["kept"].sum()), len(record.selection)
@@ -102,10 +103,13 @@ def scene_balance(scenes: Sequence[str], kept: np.ndarray, weight: np.ndarray) -
     """How often each scene occurs before and after pruning, the largest of the corpus first.
 
     Args:
-        scenes: str [N]; kept: bool [N]; weight: float [N], of the kept images.
+        scenes: str [N].
+        kept: bool [N].
+        weight: float [N], weights of the kept images.
     Returns:
-        columns scene, before, after (images), factor (the scene's fraction of the subset over its fraction of the
-        corpus; 1 is proportional, 0 is lost) and weighted (the same of the subset with its weights).
+        a table with the columns scene, before, after (numbers of images), factor (the scene's fraction of the subset
+        divided by its fraction of the corpus: 1 is proportional, 0 is lost) and weighted (the same factor for the
+        weighted subset).
     """
     frame = pd.DataFrame(
         {"scene": np.asarray(scenes, dtype=object), "after": kept, "weight": np.where(kept, weight, 0)}
@@ -121,9 +125,9 @@ def scene_balance(scenes: Sequence[str], kept: np.ndarray, weight: np.ndarray) -
 
 
 def repeat_command(record: Record) -> str:
-    """The command that prunes the same corpus again, with the options that are not as in `configs/`.
+    """The command that prunes the same corpus again, with the options that differ from the defaults in `configs/`.
 
-    Folders are given as `DIR`, for they are another on every machine.
+    Folders are written as `DIR`, because they differ between machines.
     """
     corpus = record.config.get("corpus") or {}
     kind = str((corpus.get("train") or {}).get("_target_", "")).split(".")[-2:-1]
@@ -216,7 +220,7 @@ def _bias(record: Record) -> Iterator[str]:
 
 
 def _sentence(table: pd.DataFrame) -> str:
-    """Which scenes the subset has more and less of, and which it lost."""
+    """Sentence about the scenes that are over-represented, under-represented or lost in the subset."""
     over = table[table["factor"] > EVEN].sort_values(["factor", "scene"], ascending=[False, True])
     under = table[(table["factor"] < 1 / EVEN) & (table["after"] > 0)].sort_values(["factor", "scene"])
     lost = table.loc[table["after"] == 0, "scene"].astype(str).tolist()
@@ -272,7 +276,7 @@ def _repeat(record: Record, form: str) -> Iterator[str]:
 
 
 def _changed(group: str, own: Any, defaults: Any) -> list[str]:
-    """Overrides for what is not as in a group's file; what is there an interpolation follows from the others."""
+    """Overrides for values that differ from a group's file; interpolated values follow from others and are left out."""
     if not own or not defaults:
         return []
     words = []
@@ -296,7 +300,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _override(key: str, value: Any) -> str:
-    """`key=value` as Hydra and a shell read it."""
+    """`key=value`, quoted for Hydra and the shell."""
     folder = key.rpartition(".")[2] in ("root", "masks", "path", "class_names") and isinstance(value, str)
     if folder and (PurePath(value).is_absolute() or key.endswith(".root")):
         return f"{key}=DIR"
@@ -322,7 +326,7 @@ def _hydra(value: Any) -> str:
 
 
 def _reference(config: Mapping[str, Any]) -> list[str]:
-    """The option that names the labelled reference set; none where it is the corpus itself, the default."""
+    """The option that names the labelled reference set; none if it is the corpus itself, which is the default."""
     if "reference" not in config:
         return []
     source = (config["reference"] or {}).get("source")
@@ -341,6 +345,6 @@ def _text(value: Any) -> str:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    """A GitHub table of texts."""
+    """A table of texts in GitHub's Markdown."""
     escaped = table.map(lambda text: str(text).replace("|", "\\|").replace("\n", " "))
     return escaped.to_markdown(index=False, tablefmt="pipe", disable_numparse=True)

@@ -1,4 +1,4 @@
-"""The page on which people look at a selection and decide: one HTML file, and thumbnails in it and beside it."""
+"""The page for inspecting and changing a selection: one HTML file, with thumbnails inside it and in a folder."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from runtime.progress import progress
 
 HERE = Path(__file__).parent
 PAGE, THUMBNAILS = "index.html", "thumbs"
-#: Thumbnails of one file: a square of so many a side. Their JPEG quality.
+#: Number of thumbnails along each side of one image file of thumbnails, and its JPEG quality.
 ATLAS_SIDE, QUALITY = 40, 80
-#: Characters of an id and of a caption that the page holds.
+#: Largest number of characters of an id and of a caption in the page.
 LONGEST = 300
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page holds of a selection, a row an image in corpus order.
+    """Content of the page of a selection, one row per image in corpus order.
 
     Attributes:
-        title: of the page; metadata: what its script needs besides, JSON-ready.
+        title: title of the page.
+        metadata: further data for the page's script, as JSON values.
         table: the rows of selection.parquet.
-        manifest: with id, caption, lon and lat where they are known.
+        manifest: table with id and caption, and with lon and lat where they are known.
         columns: further arrays [N] or [N, k]: x, y, neighbours, cosines, group, nearest_kept, nearest_cosine.
         images: uint8 [N, R, R, 3], memory-mapped.
     """
@@ -51,7 +52,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Thumbnails:
-    """How many thumbnails there are: `tile` px each, `embedded` in the page, `most` in all."""
+    """Thumbnails of the page: `tile` is their side in px, `embedded` the number inside the page, `most` the total."""
 
     tile: int
     embedded: int
@@ -59,7 +60,7 @@ class Thumbnails:
 
 
 def write_decision_page(directory: Path, shown: Shown, options: Thumbnails) -> Path:
-    """Write the page, and beside it the thumbnails that are not in it; returns its file."""
+    """Write the page and, next to it, the thumbnails that are not embedded; returns the path of the page."""
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / THUMBNAILS, ignore_errors=True)
     drawn = drawn_rows(shown.table, options.most)
@@ -74,7 +75,7 @@ def write_decision_page(directory: Path, shown: Shown, options: Thumbnails) -> P
 
 
 def drawn_rows(table: pd.DataFrame, most: int) -> np.ndarray:
-    """The images with thumbnails, int64, ascending: all that can be read, or a random sample of them."""
+    """Rows of the images with thumbnails, int64, ascending: all readable images, or a random sample of them."""
     rows = np.flatnonzero((table["reason"] != "unreadable").to_numpy())
     return np.sort(np.random.default_rng(0).permutation(rows)[:most]) if len(rows) > most else rows
 
@@ -83,7 +84,9 @@ def decision_page(shown: Shown, options: Thumbnails, beside: bool) -> str:
     """The page as HTML.
 
     Args:
-        beside: the folder of thumbnails is there too.
+        shown: the content.
+        options: settings of the thumbnails.
+        beside: whether the folder of thumbnails exists next to the page.
     """
     drawn = drawn_rows(shown.table, options.most)
     inside = _spread(shown.table["kept"].to_numpy()[drawn], drawn, options.embedded)
@@ -109,12 +112,12 @@ def decision_page(shown: Shown, options: Thumbnails, beside: bool) -> str:
 
 
 def names_of(table: pd.DataFrame) -> dict[str, list[str]]:
-    """What the codes of `selection_columns` stand for: `scenes` and `reasons`."""
+    """Names for the codes in `selection_columns`: `scenes` and `reasons`."""
     return {f"{name}s": sorted(set(table[name].astype(str))) for name in ("scene", "reason")}
 
 
 def selection_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """The columns that another selection of the same corpus changes; scenes and reasons count in sorted order."""
+    """The columns that differ between selections of one corpus; scenes and reasons are codes in sorted order."""
     codes = {name: np.unique(table[name].astype(str), return_inverse=True)[1] for name in ("scene", "reason")}
     return {
         "kept": table["kept"].to_numpy().astype(np.uint8),
@@ -127,11 +130,12 @@ def selection_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def bundle(columns: Mapping[str, np.ndarray], texts: Mapping[str, list[str]]) -> tuple[list[dict[str, Any]], bytes]:
-    """Arrays and texts as one compressed block, and where each lies in it.
+    """Pack arrays and texts into one compressed block.
 
     Returns:
-        of each column `name`, `type` (a typed array of JavaScript, or "json"), `start`, `length` in values (of texts in
-        bytes) and `width`, values a row; and the gzip of the block, the same bytes for the same data.
+        the position of each column: `name`, `type` (a typed array of JavaScript, or "json"), `start`, `length` (number
+        of values; for texts, bytes) and `width` (values per row); and the block, compressed with gzip, which is the
+        same for the same data.
     """
     types = {"u1": "Uint8Array", "u2": "Uint16Array", "i4": "Int32Array", "f4": "Float32Array"}
     header: list[dict[str, Any]] = []
@@ -150,7 +154,7 @@ def bundle(columns: Mapping[str, np.ndarray], texts: Mapping[str, list[str]]) ->
 
 
 def _known(shown: Shown) -> dict[str, np.ndarray]:
-    """Entropy, and locations where there are any."""
+    """Entropy, and locations if there are any."""
     columns = {"entropy": shown.table["entropy"].to_numpy(dtype=np.float32)}
     if {"lon", "lat"} <= set(shown.manifest):
         locations = shown.manifest[["lon", "lat"]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float32)
@@ -172,7 +176,7 @@ def _texts(manifest: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _spread(kept: np.ndarray, rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many rows, half of them kept if there are as many, evenly spread; int64, ascending."""
+    """At most `most` evenly spread rows, int64, ascending; half of them are kept images if there are enough."""
     if len(rows) <= most:
         return rows
     groups = [rows[kept], rows[~kept]]
@@ -186,7 +190,7 @@ def _spread(kept: np.ndarray, rows: np.ndarray, most: int) -> np.ndarray:
 
 
 def _atlas(images: np.ndarray, rows: np.ndarray, tile: int) -> bytes:
-    """Thumbnails side by side, `ATLAS_SIDE` a line, as JPEG; the side that is not full is black."""
+    """Thumbnails in a grid with `ATLAS_SIDE` per row, as JPEG; unused cells are black."""
     columns = min(ATLAS_SIDE, max(1, len(rows)))
     lines = max(1, -(-len(rows) // columns))
     sheet = np.zeros((lines * tile, columns * tile, 3), np.uint8)
@@ -199,7 +203,7 @@ def _atlas(images: np.ndarray, rows: np.ndarray, tile: int) -> bytes:
 
 
 def thumbnail(image: np.ndarray, tile: int) -> np.ndarray:
-    """uint8 [R, R, 3] at `tile` px; smaller images are enlarged without smoothing."""
+    """Resize an image, uint8 [R, R, 3], to `tile` px; smaller images are enlarged without smoothing."""
     if image.shape[0] == tile:
         return image
     method = Image.Resampling.BOX if image.shape[0] > tile else Image.Resampling.NEAREST

@@ -1,7 +1,7 @@
-"""README's table and pictures, docs/results.md and docs/benchmarks.md.
+"""The table and pictures of README, docs/results.md and docs/benchmarks.md.
 
-What the commands measured goes from `results/` to `results/published/`, a file of rows for every section, which the
-repository keeps: README's table and docs/results.md can be made anew from it anywhere, byte for byte.
+Results of commands are copied from `results/` to `results/published/`, with one file of rows per section. These files
+are part of the repository, so README's table and docs/results.md can be reproduced from them anywhere, byte for byte.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from report.tables import TABLE_NOTES, build_tables, evaluation_encoder, to_mark
 from runtime.artefacts import finite, read_json
 from runtime.errors import UserError
 
-#: What the tables say of the method, the unfavourable included.
+#: Findings of the tables about the method, including the unfavourable ones.
 FINDINGS = (
     "**Blue Marble.** A model trained on the subset of `rsprune` draws images that are nearer to scene-balanced ones "
     "than models trained on everything or on a random subset, with every seed. It is farther from images in the "
@@ -51,12 +51,12 @@ FINDINGS = (
     "pairs are as good as models of pairs that were never exchanged. Captions of other images of the same scene are "
     "not found; `dldc` only orders them better than `clip_score`."
 )
-#: Directories of results on AID's photographs, how they are called and what they were made with.
+#: Directories of results on AID's photographs, their titles and their settings.
 AID = {
     "aid_defaults": ("every default", "nothing changed but the corpus"),
     "aid": ("its own autoencoder", "autoencoder and text encoder (1,000 steps) trained on them"),
 }
-#: Below `results`, and kept with the repository: rows as the commands wrote them, a file a section.
+#: Folder in `results` that is part of the repository: rows as the commands wrote them, one file per section.
 PUBLISHED = "published"
 TAIL_FILE = "long_tail"
 
@@ -66,10 +66,10 @@ class Section:
     """A section of docs/results.md.
 
     Attributes:
-        title: of the section.
-        source: where the commands leave its rows, below `results`; `{profile}` stands for the profile's name.
-        tables: that it shows, in order.
-        intro: what stands above them.
+        title: title of the section.
+        source: path in `results` where the commands write its rows; `{profile}` is replaced by the name of the profile.
+        tables: names of the tables in the section, in order.
+        intro: text above the tables.
     """
 
     title: str
@@ -87,7 +87,7 @@ def _on_aid(folder: str) -> Section:
     return Section(f"Aerial images: AID, {name}", f"{folder}/local/results.jsonl", ("generation",), intro)
 
 
-#: By the name of their file in `results/published`, in the document's order.
+#: Sections by the name of their file in `results/published`, in the order of the document.
 SECTIONS = {
     "chain": Section(
         "The chain, with every metric",
@@ -131,7 +131,7 @@ SECTIONS = {
     ),
     TAIL_FILE: Section("A made long tail", "long_tail/long_tail.json", ()),
 }
-#: What README calls the rows of its table; others have their own names.
+#: Names of the rows in README's table; other rows keep their names.
 NAMES = {
     "full": "`full`: all images",
     "random": "`random`",
@@ -141,7 +141,7 @@ NAMES = {
 
 
 def fill_readme(published: Path, readme: Path) -> None:
-    """Put the table of four columns and its sentence between the marks of a README."""
+    """Write the table of four columns and its sentence between the marks in a README."""
     rows = read_results(published / "chain.jsonl")
     table = overview_table(rows)
     body = table.to_markdown(index=False, tablefmt="pipe", colalign=["left", *["right"] * 3], disable_numparse=True)
@@ -152,7 +152,7 @@ def fill_readme(published: Path, readme: Path) -> None:
 
 
 def overview_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Generation in four columns: method, KID×1000 to the balanced and to the natural set, seeds; as texts."""
+    """Table of generation results as texts: method, KID×1000 to the balanced and to the natural set, seeds."""
     generation, encoder = build_tables(rows)["generation"], evaluation_encoder(rows)
     generation = generation[(generation["kind"] == "measured") | generation["prune"].isin(NAMES)]
     columns = {name: Quantity("kid_x1000", encoder, name).name for name in ("balanced", "natural")}
@@ -171,7 +171,7 @@ def overview_table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def overview_sentence(rows: Sequence[Row]) -> str:
-    """What the rows say of `SUBJECT` against `BASELINE`; its words follow from the numbers, the unfavourable too."""
+    """Sentence that compares `SUBJECT` with `BASELINE`; its wording follows from the numbers, favourable or not."""
     generation, encoder = build_tables(rows)["generation"], evaluation_encoder(rows)
     uniform = generation[(generation["kind"] == "measured") & (generation["weighting"] == weighting_name(0))]
     uniform = uniform.set_index("prune")
@@ -196,10 +196,10 @@ def overview_sentence(rows: Sequence[Row]) -> str:
 
 
 def screenshot(page: Path, target: Path, width: int, height: int) -> None:
-    """Photograph a page in headless Chromium.
+    """Take a screenshot of a page with headless Chromium.
 
     Raises:
-        UserError: there is no Chromium.
+        UserError: Chromium is not installed.
     """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
@@ -213,7 +213,7 @@ def screenshot(page: Path, target: Path, width: int, height: int) -> None:
 
 
 def publish(results: Path, profile: str) -> Path:
-    """Copy what the commands left in `results` to `results/published`; a section of which nothing is here stays."""
+    """Copy rows from `results` to `results/published`; a section without new rows is not changed."""
     target = results / PUBLISHED
     target.mkdir(parents=True, exist_ok=True)
     for name, section in SECTIONS.items():
@@ -226,7 +226,7 @@ def publish(results: Path, profile: str) -> Path:
 
 
 def write_results(published: Path, target: Path) -> None:
-    """docs/results.md from the published rows. A section without any stays as it is."""
+    """Write docs/results.md from the published rows; a section without rows is not changed."""
     result = {section.title: text for name, section in SECTIONS.items() if (text := section_text(published, name))}
     old = sections_of(target.read_text(encoding="utf-8")) if target.is_file() else {}
     titles = [*result, *(title for title in old if title not in result)]
@@ -241,7 +241,7 @@ def write_results(published: Path, target: Path) -> None:
 
 
 def section_text(published: Path, name: str) -> str:
-    """The Markdown of a section's published rows; empty where there are none."""
+    """The Markdown of a section from its published rows; empty if there are none."""
     section, path = SECTIONS[name], published / f"{name}.jsonl"
     if not path.is_file():
         return ""
@@ -262,7 +262,7 @@ def section_text(published: Path, name: str) -> str:
 
 
 def starts_text(rows: Sequence[Row]) -> str:
-    """What `starts` says of the foundations, its note first; empty where no task was fine-tuned from several."""
+    """Text about the foundations from `starts`, its note first; empty if no task was fine-tuned from several."""
     table = starts_table(rows)
     if not len(table):
         return ""
@@ -271,7 +271,7 @@ def starts_text(rows: Sequence[Row]) -> str:
 
 
 def crossings(rows: Sequence[Row]) -> str:
-    """After how many images training on everything becomes better than training on a subset, ratio by ratio."""
+    """For each ratio, the number of images after which training on everything is better than training on a subset."""
     metric = Quantity("kid_x1000", evaluation_encoder(rows), "balanced").name
     result = overtaken(snapshots(rows), metric)
     lines = []
@@ -294,7 +294,7 @@ def sections_of(text: str) -> dict[str, str]:
 
 
 def long_tail_section(result: Mapping[str, Any]) -> str:
-    """What the methods kept of the made long tail."""
+    """Section about the images that the methods kept of the synthetic long-tailed corpus."""
     table = pd.DataFrame(result["methods"]).drop(columns="seconds")
     return (
         f"`scripts/long_tail.py`: {result['images']:,} tiles of {result['corpus']}, class counts by a power law, "
@@ -304,7 +304,7 @@ def long_tail_section(result: Mapping[str, Any]) -> str:
 
 
 def write_benchmarks(results: Path, target: Path) -> None:
-    """docs/benchmarks.md: what `make bench` measured, with the machine named."""
+    """Write docs/benchmarks.md with the measurements of `make bench` and the name of the machine."""
     parts = ["# Benchmarks", "Generated by `make readme` from what `make bench` left: do not edit."]
     path = results / "bench.json"
     if path.is_file():
@@ -346,12 +346,12 @@ def write_benchmarks(results: Path, target: Path) -> None:
             markdown(pd.DataFrame(rows)),
         ]
     parts += pair_benchmarks(results / "bench_pairs.json")
-    if len(parts) > 2:  # nothing was measured here: what the document says stays
+    if len(parts) > 2:  # without measurements the document is not changed
         target.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def pair_benchmarks(path: Path) -> list[str]:
-    """Paragraphs about scoring pairs; none where it was not measured."""
+    """Paragraphs about scoring pairs; none if it was not measured."""
     if not path.is_file():
         return []
     result = read_json(path)
@@ -367,5 +367,5 @@ def pair_benchmarks(path: Path) -> list[str]:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A GitHub table of any frame."""
+    """A data frame as a table in GitHub's Markdown."""
     return table.to_markdown(index=False, tablefmt="pipe", floatfmt=",.3f", intfmt=",")

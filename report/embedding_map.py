@@ -1,4 +1,4 @@
-"""Where images lie in the plane: a 2-D map of embeddings for people to look at."""
+"""A two-dimensional map of embeddings for visual inspection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.preprocessing import normalize
 
-#: Principal components that the discriminant axes are sought in: with fewer images than dimensions all can be parted.
+#: Number of principal components for the discriminant axes: with fewer images than dimensions, any classes would be
+#: separable.
 COMPONENTS = 50
 
 
@@ -19,9 +20,9 @@ class PlaneMap:
     """A fitted map of embeddings into the plane; see `fit_map`.
 
     Attributes:
-        mean: float32 [D], subtracted before rows are brought to unit length.
-        steps: fitted transformations, one after the other; none: everything lies at the origin.
-        centre, spread: float [2], of the images it was fitted to.
+        mean: float32 [D], subtracted before rows are scaled to unit length.
+        steps: fitted transformations, applied in order; none: all images are at the origin.
+        centre, spread: float [2], mean and standard deviation of the images that the map was fitted to.
     """
 
     mean: np.ndarray
@@ -30,7 +31,7 @@ class PlaneMap:
     spread: np.ndarray
 
     def __call__(self, embeddings: np.ndarray) -> np.ndarray:
-        """float [n, D] to float32 [n, 2]."""
+        """Map embeddings float [n, D] to positions float32 [n, 2]."""
         if not self.steps or len(embeddings) == 0:
             return np.zeros((len(embeddings), 2), dtype=np.float32)
         flat = normalize(np.asarray(embeddings, dtype=np.float32) - self.mean)
@@ -40,10 +41,13 @@ class PlaneMap:
 
 
 def embedding_map(embeddings: np.ndarray, scenes: np.ndarray) -> np.ndarray:
-    """Two axes that part the scenes best (linear discriminants), or the principal ones where there are under three.
+    """Positions on the two axes that separate the scenes best, or on two principal axes for fewer than three scenes.
+
+    The separating axes are those of a linear discriminant analysis.
 
     Args:
-        embeddings: float [n, D]; scenes: str [n].
+        embeddings: float [n, D].
+        scenes: str [n].
     Returns:
         float32 [n, 2], each axis with unit variance.
     """

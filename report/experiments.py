@@ -1,4 +1,4 @@
-"""Rows of an experiment (configs/experiment): what every finished cell of its sweep adds to one file."""
+"""Rows of an experiment (configs/experiment); every finished cell of its sweep adds rows to one file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from report.results import append_result, read_results, result_row, write_bytes
 from report.tables import ROW_METADATA, build_tables, evaluation_encoder, write_tables
 from runtime.artefacts import read_json
 
-#: Below `results`: a file and a folder of tables for every experiment.
+#: Folder in `results` with a file and a folder of tables for every experiment.
 EXPERIMENTS = "experiments"
 RESULTS = "results.jsonl"
 
@@ -52,7 +52,7 @@ def _text(value: Any) -> str:
 
 
 def record(cfg: DictConfig, method: str, run: Path) -> Path:
-    """Add a run's rows to its experiment's file, and write the experiment's table anew; the folder of both."""
+    """Add the rows of a run to its experiment's file and rewrite the experiment's table; returns the folder."""
     folder = Path(cfg.results) / EXPERIMENTS / str(cfg.experiment.name)
     for row in experiment_rows(cfg, method, run):
         append_result(folder / RESULTS, row)
@@ -61,7 +61,7 @@ def record(cfg: DictConfig, method: str, run: Path) -> Path:
 
 
 def write_experiment(folder: Path) -> None:
-    """Table and curves of an experiment, and where training on everything overtakes its subsets, if it has both."""
+    """Write the table and curves of an experiment and, if possible, where training on everything overtakes subsets."""
     rows = read_results(folder / RESULTS)
     write_tables(build_tables([row for row in rows if row["what"] == "final"]), folder)
     metric = Quantity("kid_x1000", evaluation_encoder(rows), "balanced").name
@@ -76,7 +76,7 @@ def write_experiment(folder: Path) -> None:
 
 
 def cell_curves(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The snapshots of every cell, averaged over its seeds, by what tells the cell from the others."""
+    """The snapshots of every cell, averaged over its seeds, by the options in which the cells differ."""
     fields = ["prune", "ratio", *(name for name in frame if name.startswith("field:"))]
     varied = [name for name in fields if frame[name].nunique() > 1] or ["prune"]
     curves = {}
@@ -94,11 +94,12 @@ def overtaken(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Where training on everything becomes better than training on a subset.
 
     Args:
-        curves: rows of one experiment's snapshots with columns ratio, seed, images_seen and the metric, of which
-            less is better; ratio 0 is the whole corpus.
+        curves: rows of the snapshots of one experiment with the columns ratio, seed, images_seen and the metric; ratio
+            0 is the whole corpus.
+        metric: name of the metric; lower values are better.
     Returns:
-        A row for every ratio above 0 and seed: `images_seen` at which the curve of ratio 0 comes below that of the
-        subset, linearly between snapshots; NaN where it never does within the experiment.
+        a table with one row for every ratio above 0 and seed: `images_seen` at which the curve of ratio 0 falls below
+        that of the subset, interpolated linearly between snapshots; NaN if it never does within the experiment.
     """
     rows = []
     for seed, of_seed in curves.groupby("seed"):
@@ -114,9 +115,9 @@ def overtaken(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def best_ratio(rows: list[dict[str, Any]], metric: str, images_seen: float) -> pd.DataFrame:
-    """What a measured experiment says of every ratio after so many images: mean, deviation and number of its seeds.
+    """Metric of every ratio after `images_seen` images: mean, standard deviation and number of seeds.
 
-    Values between two snapshots are interpolated; a run that is shorter than `images_seen` says nothing.
+    Values between two snapshots are interpolated; a run that is shorter than `images_seen` is left out.
     """
     values = []
     frame = snapshots(rows)
@@ -130,7 +131,7 @@ def best_ratio(rows: list[dict[str, Any]], metric: str, images_seen: float) -> p
 
 
 def snapshots(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The snapshots of an experiment: prune, ratio, seed, step, its columns as `field:<name>`, and every metric."""
+    """Table of the snapshots of an experiment: prune, ratio, seed, step, its options as `field:<name>`, all metrics."""
     known = {"what", "split", "prune", "corpus", *ROW_METADATA}
     result = [
         {
@@ -145,5 +146,5 @@ def snapshots(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def read_experiment(results: Path | str, name: str) -> list[dict[str, Any]]:
-    """The rows of an experiment; none where nothing of it is computed."""
+    """The rows of an experiment; none if nothing of it was computed."""
     return read_results(Path(results) / EXPERIMENTS / name / RESULTS)

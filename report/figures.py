@@ -1,6 +1,7 @@
-"""Figures and picture sheets: Matplotlib `Figure`s without global state, PIL images with crisp tiles.
+"""Figures and sheets of images: Matplotlib `Figure`s without global state, PIL images with sharp tiles.
 
-Colours are Okabe and Ito's (2008), distinguished with every common colour blindness; curves also differ by marker.
+Colours are those of Okabe and Ito (2008), which are distinguishable with all common kinds of colour blindness; curves
+also differ by marker.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ from eval.restoration import FRACTIONS
 from report.tables import PLAIN, method_order
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e3e8ee"
-#: Characters of the longest name that is drawn.
+#: Largest number of characters of a name in a figure.
 LONGEST_LABEL = 40
 BEFORE, AFTER, ACCENT = "#b4bdc9", "#0072b2", "#d55e00"
 _COLOURS = {"full": "#3d3d3d", "random": "#e69f00", "rsprune": "#0072b2", "scratch": "#cc79a7"}
 _OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#8c6d1f", "#7a4fb5")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
-#: Pixels between tiles and around a sheet, and their colour: not white, so that ice and cloud have an edge.
+#: Width in pixels of the gap between tiles and around a sheet. Its colour is not white, so that ice and cloud have an
+#: edge.
 GAP = 6
 PAPER = (233, 237, 241)
-#: Colours of `correctness_pictures` and legend of their row: red, blue, green, and grey where nothing counts.
+#: Colours of `correctness_pictures` and legend of their row: red, blue, green, and grey for pixels without detail.
 CORRECTNESS = dict(zip((*FRACTIONS, "no detail"), ("#d55e00", "#0072b2", "#009e73", "#b4bdc9"), strict=True))
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure in inches; small, so that its text stays readable at phone width."""
+    """An empty figure of a size in inches; it is small, so that its text stays readable at the width of a phone."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)
@@ -81,13 +83,13 @@ def convergence_figure(
     x: Sequence[str] = ("step",),
     references: Mapping[str, float] | None = None,
 ) -> Figure:
-    """A metric during training, a curve a method, its 95 % interval shaded where `<metric>_low/_high` exist.
+    """A metric during training with one curve per method; 95 % intervals are shaded if `<metric>_low/_high` exist.
 
     Args:
-        convergence: per method the rows of its convergence.jsonl.
+        convergence: rows of convergence.jsonl, by method.
         metric: column to draw; methods without it are left out.
-        x: columns of the horizontal axis, a panel each: step, images_seen, seconds.
-        references: horizontal lines: reference rows.
+        x: columns for horizontal axes, with one panel each: step, images_seen, seconds.
+        references: values of horizontal lines, from reference rows.
     Raises:
         ValueError: no method has the metric.
     """
@@ -149,12 +151,12 @@ def method_colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether values span so much that only a logarithmic axis shows all of them."""
+    """Whether values span such a range that only a logarithmic axis shows all of them."""
     return bool(values) and min(values) > 0 and max(values) / min(values) > 4
 
 
 def metric_title(metric: str) -> str:
-    """A metric's name for people: held-out set, metric, encoder."""
+    """Readable name of a metric: held-out set, metric, encoder."""
     quantity = Quantity.parse(metric)
     if quantity is None:
         return PLAIN[metric][0] if metric in PLAIN else metric.replace("_", " ")
@@ -162,10 +164,12 @@ def metric_title(metric: str) -> str:
 
 
 def toy_figure(points: np.ndarray, classes: np.ndarray, kept: Mapping[str, np.ndarray]) -> Figure:
-    """Points in the plane before pruning and after it, a panel a method, with the counts of each class.
+    """Points in the plane before and after pruning, one panel per method, with the counts of each class.
 
     Args:
-        points: float [n, 2]; classes: str [n]; kept: bool [n] by method.
+        points: float [n, 2].
+        classes: str [n].
+        kept: bool [n], by method.
     """
     figure = _figure(3.4 * (1 + len(kept)), 4.2)
     panels = figure.subplots(1, 1 + len(kept), sharex=True, sharey=True)
@@ -186,11 +190,11 @@ def toy_figure(points: np.ndarray, classes: np.ndarray, kept: Mapping[str, np.nd
 
 
 def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.ndarray) -> Figure:
-    """Local information entropy of all and of the kept images.
+    """Histogram of the local information entropy of all images and of the kept images.
 
     Args:
-        entropy: bits, float32 [N]; NaN where unreadable.
-        threshold: bits below which images went, or None.
+        entropy: entropy in bits, float32 [N]; NaN where unreadable.
+        threshold: entropy in bits below which images were removed, or None.
         kept: bool [N].
     """
     known = np.isfinite(entropy)
@@ -207,19 +211,19 @@ def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.nda
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
     axes.yaxis.set_major_formatter(FuncFormatter(_counts))
-    # above the bars, so that it never hides one
+    # the legend is outside the axes, so that it hides no bar
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=11)
     return figure
 
 
-#: Bins of score histograms.
+#: Number of bins of score histograms.
 SCORE_BINS = 48
 
 
 def score_edges(*values: np.ndarray) -> np.ndarray:
     """Edges of the bins of histograms of the same score, float64 [SCORE_BINS + 1].
 
-    They leave half a percent on each side to the first and to the last bin.
+    The outer edges are the quantiles of 0.5 % and 99.5 % of all values.
     """
     everything = np.concatenate(values) if values else np.empty(0)
     if len(everything) == 0:
@@ -229,7 +233,7 @@ def score_edges(*values: np.ndarray) -> np.ndarray:
 
 
 def score_fractions(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Part of the pairs in each bin, those beyond the edges in the outermost; float64, all 0 of none."""
+    """Fraction of the pairs in each bin, float64; pairs beyond the edges count in the outermost bins; no pairs: 0."""
     counts, _ = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)
     return counts / max(len(scores), 1)
 
@@ -243,16 +247,18 @@ def pair_histogram(
     title: str = "",
     small: bool = False,
 ) -> Figure:
-    """A score of given and of shuffled pairs, as fractions of each, with the cut.
+    """Histograms of a score for given and for shuffled pairs, as fractions of each, with the cut.
 
     Args:
         given, shuffled: float [P] and [P'], log ratios up to a constant.
-        edges: of `score_edges`.
-        cuts: a line at their median, and a band from the lowest to the highest where they differ; none: no line.
-        small: a panel of many, without legend, labels and a vertical axis.
+        edges: edges of the bins, from `score_edges`.
+        cuts: cuts, shown by a line at their median and a band from the lowest to the highest if they differ; empty: no
+            line.
+        title: title of the figure.
+        small: whether it is one of many panels, without legend, labels and vertical axis.
     """
     figure = Figure((2.1, 1.3), facecolor="white") if small else _figure(6.4, 4.0)
-    # placed by hand, all panels have the same axes
+    # fixed positions give all panels the same axes
     axes = figure.add_axes((0.03, 0.2, 0.94, 0.77)) if small else figure.add_subplot()
     for values, name, colour in ((shuffled, "shuffled", BEFORE), (given, "given", AFTER)):
         label = f"{name}, {len(values):,} pairs"
@@ -281,18 +287,20 @@ def signed(value: float) -> str:
 
 
 def _label(name: str) -> str:
-    """A scene's name as it is drawn: one line of at most `LONGEST_LABEL` characters, nothing of it a formula."""
+    """A scene's name for a figure: one line of at most `LONGEST_LABEL` characters, without formula markup."""
     text = " ".join(name.split())
     text = text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
     return text.replace("$", r"\$").replace("_", " _", 1) if text.startswith("_") else text.replace("$", r"\$")
 
 
 def map_figure(positions: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, most: int = 10) -> Figure:
-    """A 2-D map of images: by scene, and what was kept.
+    """A 2-D map of images, coloured by scene and by whether they were kept.
 
     Args:
-        positions: float [n, 2]; scenes: str [n]; kept: bool [n].
-        most: scenes with a colour of their own, the largest first.
+        positions: float [n, 2].
+        scenes: str [n].
+        kept: bool [n].
+        most: largest number of scenes with separate colours, the largest scenes first.
     """
     figure = _figure(6.8, 4.4)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -326,10 +334,11 @@ def map_figure(positions: np.ndarray, scenes: np.ndarray, kept: np.ndarray, *, m
 
 
 def world_figure(lon: np.ndarray, lat: np.ndarray, kept: np.ndarray) -> Figure:
-    """Where images lie on Earth, over a pale Blue Marble (public domain): grey dropped, blue kept.
+    """World map of images over a pale Blue Marble (public domain): dropped images in grey, kept images in blue.
 
     Args:
-        lon, lat: float [n] in degrees; kept: bool [n].
+        lon, lat: float [n], in degrees.
+        kept: bool [n].
     """
     figure = _figure(6.8, 3.9)
     axes = figure.add_subplot()
@@ -353,12 +362,13 @@ def world_figure(lon: np.ndarray, lat: np.ndarray, kept: np.ndarray) -> Figure:
 def overview(
     lon: np.ndarray, lat: np.ndarray, kept: np.ndarray, before: np.ndarray, after: np.ndarray, columns: int = 8
 ) -> Image.Image:
-    """README's picture: where the kept images lie, above images before and after pruning.
+    """The picture of README: a map of the kept images above random images before and after pruning.
 
     Args:
-        lon, lat: float [n] in degrees; kept: bool [n].
+        lon, lat: float [n], in degrees.
+        kept: bool [n].
         before, after: uint8 [m, H, W, 3], random images of the corpus and of the subset.
-        columns: images in a row of each sheet.
+        columns: images per row of each sheet.
     """
     sheets = [contact_sheet(images, columns, scale=1) for images in (before, after)]
     width = sum(sheet.width for sheet in sheets) + 4 * GAP
@@ -379,10 +389,12 @@ def overview(
 
 
 def ratio_curve(table: pd.DataFrame, suggested: float, title: str) -> Figure:
-    """Representation of the corpus by its subset over ratios, and the suggested ratio.
+    """Curve of the representation of the corpus by its subset over ratios, with the suggested ratio.
 
     Args:
-        table: columns ratio (fraction removed) and representation (cosine of an image to its nearest kept one).
+        table: columns ratio (fraction removed) and representation (cosine of an image to its nearest kept image).
+        suggested: the suggested ratio.
+        title: title of the figure.
     """
     figure = _figure(6.4, 4.0)
     axes = figure.add_subplot()
@@ -397,7 +409,9 @@ def scale_figure(rows: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> Fi
     """Seconds and peak memory of every stage over the number of images, both axes logarithmic.
 
     Args:
-        rows: with `part` ("tiles" or "synthetic", which is dashed), `stage`, `images`, `seconds`, `peak_anonymous_gb`.
+        rows: rows with `part` ("tiles", or "synthetic", drawn dashed), `stage`, `images`, `seconds` and
+            `peak_anonymous_gb`.
+        stages: names of the stages to draw.
     """
     figure = _figure(9.0, 4.4)
     panels = figure.subplots(1, 2)
@@ -419,10 +433,10 @@ def scale_figure(rows: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> Fi
 
 
 def damage_figure(curves: pd.DataFrame) -> Figure:
-    """How KID grows with known damage: a panel a damage, a curve an encoder.
+    """Growth of KID with known damage: one panel per kind of damage, one curve per encoder.
 
-    Encoders differ in scale, so growth is drawn in half widths of the undamaged interval: above 1 the damage stands out
-    of what the draw of the images does.
+    Encoders differ in scale, so the growth is drawn in half widths of the undamaged interval: above 1, the damage
+    exceeds the variation that is due to the draw of the images.
 
     Args:
         curves: columns encoder, damage, step (0: undamaged), strength, kid_x1000, kid_x1000_low, kid_x1000_high.
@@ -454,11 +468,11 @@ def damage_figure(curves: pd.DataFrame) -> Figure:
 
 
 def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int = 30) -> Figure:
-    """Images (log scale) and fractions of every scene before and after pruning, largest scene first.
+    """Numbers of images (log scale) and fractions of every scene before and after pruning, largest scene first.
 
     Args:
-        before, after: images by scene.
-        most: scenes drawn singly; the smaller ones are summed up as one bar.
+        before, after: number of images by scene.
+        most: largest number of separate scenes; the smaller ones are combined in one bar.
     """
     names = sorted(before.keys() | after.keys(), key=lambda name: (-before.get(name, 0), name))
     pairs = [(_label(name) or "(none)", before.get(name, 0), after.get(name, 0)) for name in names]
@@ -491,11 +505,11 @@ def scene_bars(before: Mapping[str, int], after: Mapping[str, int], *, most: int
 
 
 def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]], *, most: int = 40) -> Figure:
-    """What is seen in images of each scene, as fractions of its images: a panel a model or the photographs.
+    """Confusion matrices of recognised scenes as fractions of each true scene; one panel per model or photographs.
 
     Args:
-        confusions: by panel, images by the scene that they are of and then by the one seen in them.
-        most: scenes drawn; of more, those with the most images.
+        confusions: for each panel, the number of images by true scene and then by recognised scene.
+        most: largest number of scenes; if there are more, those with the most images are drawn.
     """
     names = {name for confusion in confusions.values() for scene, seen in confusion.items() for name in (scene, *seen)}
     first = next(iter(confusions.values()))
@@ -523,10 +537,10 @@ def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]], 
 
 
 def cluster_sizes(before: Sequence[int], after: Sequence[int]) -> Figure:
-    """Sizes of all clusters before and after pruning, each sorted from large to small: flat is balanced.
+    """Sizes of all clusters before and after pruning, each sorted in descending order; a flat curve is balanced.
 
     Args:
-        before, after: images a cluster, int [K].
+        before, after: number of images per cluster, int [K].
     """
     figure = _figure(6.4, 3.8)
     axes = figure.add_subplot()
@@ -560,16 +574,16 @@ def contact_sheet(
     *,
     row_labels: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Images in reading order on `PAPER`, `GAP` pixels apart, enlarged without smoothing.
+    """Sheet of images in reading order on the colour `PAPER`, `GAP` pixels apart, enlarged without smoothing.
 
     Args:
         images: uint8 [N, H, W, 3].
-        columns: images a row.
-        labels: a caption under every image, wrapped to three lines at most.
-        scale: screen pixels an image pixel.
-        row_labels: a label left of every row.
+        columns: images per row.
+        labels: a caption under every image, wrapped to at most three lines.
+        scale: screen pixels per image pixel.
+        row_labels: a label to the left of every row.
     Returns:
-        RGB; the top-left corner of image i stands at x = GAP + label width + (i % columns) * (W * scale + GAP),
+        an RGB image; the top-left corner of image i is at x = GAP + label width + (i % columns) * (W * scale + GAP),
         y = GAP + (i // columns) * (H * scale + GAP + caption height).
     """
     images = np.asarray(images)
@@ -602,12 +616,12 @@ def contact_sheet(
 
 
 def correctness_pictures(fractions: np.ndarray) -> np.ndarray:
-    """A picture of each image's hallucination (red), omission (blue) and improvement (green), mixed by their fractions.
+    """Pictures of hallucination (red), omission (blue) and improvement (green), mixed by their fractions in each pixel.
 
-    A row of `comparison_sheet`, whose legend is `CORRECTNESS`.
+    They form a row of `comparison_sheet`; the legend is `CORRECTNESS`.
 
     Args:
-        fractions: float [N, H, W, 3] of `eval.restoration.correctness_maps`; NaN, which does not count, is grey.
+        fractions: float [N, H, W, 3], from `eval.restoration.correctness_maps`; NaN (pixels without detail) is grey.
     Returns:
         uint8 [N, H, W, 3].
     """
@@ -620,12 +634,12 @@ def correctness_pictures(fractions: np.ndarray) -> np.ndarray:
 def comparison_sheet(
     rows: Mapping[str, np.ndarray], scale: int = 2, *, legend: Mapping[str, str] | None = None
 ) -> Image.Image:
-    """One labelled row a set of images, e.g. input, ours, scratch, truth; smaller images are enlarged to the largest.
+    """Sheet with one labelled row per set of images (e.g. input, ours, scratch, truth), all in the largest size.
 
     Args:
-        rows: label -> uint8 [N, H, W, 3], the same N in every row.
-        scale: screen pixels a pixel of the largest images.
-        legend: name -> colour (`#rrggbb`), below the rows.
+        rows: images uint8 [N, H, W, 3] by label, with the same N in every row.
+        scale: screen pixels per pixel of the largest images.
+        legend: colours (`#rrggbb`) by name, shown below the rows.
     """
     height = max(images.shape[1] for images in rows.values())
     width = max(images.shape[2] for images in rows.values())
@@ -642,7 +656,7 @@ def comparison_sheet(
 
 
 def _with_legend(sheet: Image.Image, legend: Mapping[str, str]) -> Image.Image:
-    """A sheet with a line of swatches and names below it, on more lines where one is too short."""
+    """The sheet with a legend of coloured squares and names below it, on several lines if necessary."""
     font, side = _font(13), 12
     widths = [side + GAP + math.ceil(font.getlength(name)) for name in legend]
     positions, x, y = [], GAP, sheet.height
@@ -661,7 +675,7 @@ def _with_legend(sheet: Image.Image, legend: Mapping[str, str]) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Words on at most so many lines of a width in pixels; what does not fit ends in an ellipsis."""
+    """Wrap text to at most `lines` lines of a width in pixels; text that does not fit is replaced by an ellipsis."""
     wrapped: list[str] = []
     for word in text.split():
         longer = f"{wrapped[-1]} {word}" if wrapped else word

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: tables, figures, sample sheets and kept/dropped galleries, every picture inlined."""
+"""A self-contained HTML page with tables, figures, sample sheets and galleries; all pictures are embedded."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from eval.reference_rows import REFERENCE_ROWS
 from report.tables import REFERENCE, TABLE_NOTES, seeds_line, show
 
 HERE = Path(__file__).parent
-#: Style and scripts, written into the page.
+#: Style sheet and scripts that are embedded in the page.
 ASSETS = ("page.css", "sort.js", "chart.js")
-#: Headings of sections that a page may call otherwise.
+#: Default headings of sections for which a page may set another heading.
 HEADINGS = {"sheets": "Samples"}
 #: The sentence under each section's heading.
 LEADS = {
@@ -49,9 +49,9 @@ class Picture(NamedTuple):
     """A figure or a sheet.
 
     Attributes:
-        png: bytes or file; what stays visible without JavaScript.
-        chart: of `report.curves.chart`, drawn in place of the picture.
-        folded: shown on demand.
+        png: bytes or file of the picture, which is shown without JavaScript.
+        chart: data from `report.curves.chart`; the chart is drawn in place of the picture.
+        folded: whether the picture is shown only on demand.
     """
 
     title: str
@@ -63,11 +63,12 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """Images side by side: a row a prompt, a column a method.
+    """Images side by side, with one row per prompt and one column per method.
 
     Attributes:
-        columns: by heading, uint8 [N, H, W, 3].
-        prompts: str [N]; row: what one of them is.
+        columns: images uint8 [N, H, W, 3], by heading.
+        prompts: str [N].
+        row: name for one row, for example "prompt".
     """
 
     title: str
@@ -84,8 +85,8 @@ class Gallery:
     Attributes:
         title: the scene.
         kept, dropped: uint8 [n, H, W, 3] and [m, H, W, 3], the images to show.
-        kept_total, dropped_total: how many there are in all.
-        note: why they were dropped; such a gallery has no kept images.
+        kept_total, dropped_total: total numbers of such images.
+        note: the reason why the images were dropped; a gallery with a note has no kept images.
     """
 
     title: str
@@ -101,8 +102,8 @@ class Caption:
     """A caption under an image.
 
     Attributes:
-        note: who wrote it and how it scores.
-        struck: it was thrown out.
+        note: source and scores of the caption.
+        struck: whether the caption was rejected.
     """
 
     text: str
@@ -125,8 +126,8 @@ class ScenePairs:
 
     Attributes:
         title: the scene.
-        counts: a line beside the title.
-        groups: by kind ("best", "worst"): a line about them, and the pairs.
+        counts: a line of counts next to the title.
+        groups: for each kind ("best", "worst"), a line of text and the pairs.
     """
 
     title: str
@@ -135,7 +136,7 @@ class ScenePairs:
 
 
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:
-    """A PIL image or uint8 [H, W, 3] as PNG."""
+    """A PIL image or an array uint8 [H, W, 3] as PNG."""
     return _encode(image, "PNG", optimize=True)
 
 
@@ -149,7 +150,7 @@ def figure_bytes(figure: Figure, dpi: int = 150) -> bytes:
 def figure_svg(figure: Figure) -> bytes:
     """A Matplotlib figure as SVG, the same bytes for the same figure."""
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "figure"}):  # else the names of its parts are random
+    with rc_context({"svg.hashsalt": "figure"}):  # otherwise the ids of its elements are random
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
@@ -175,16 +176,21 @@ def write_report(
     """Write the page; empty sections are left out.
 
     Args:
-        intro: plain text, blank lines part paragraphs.
-        tables: by name; frames of `report.tables.build_tables` get directions and best marks, others stay as they are.
-        verdict: of `report.verdict_view.verdict_view`; it leads the page.
-        figures, sheets: of `Picture` the first fields at least.
-        galleries: by method.
-        panels: small figures side by side, below the others; pairs: by scene.
+        path: path of the page.
+        title: title of the page.
+        intro: plain text; blank lines separate paragraphs.
+        tables: tables by name. Tables of `report.tables.build_tables` get direction arrows and marks for the best
+            values; other tables are shown unchanged.
+        verdict: result of `report.verdict_view.verdict_view`, shown first.
+        figures, sheets: pictures, or tuples of at least the first fields of `Picture`.
+        galleries: galleries by method.
+        panels: small figures side by side, below the others.
+        pairs: image-text pairs by scene.
+        grids: grids of samples.
         key_figures: short values for the head of the page.
-        notes: replaces the text under a table (by its name) or under a section's heading (a key of `LEADS`).
-        links: files beside this one, by their titles.
-        headings: replaces those of `HEADINGS`.
+        notes: replacements for the text under a table (by its name) or under a section's heading (a key of `LEADS`).
+        links: files next to this one, by title.
+        headings: replacements for `HEADINGS`.
     """
     notes = notes or {}
     html = _template().render(
@@ -228,7 +234,7 @@ def _template() -> Template:
 
 def _table(name: str, table: pd.DataFrame, notes: Mapping[str, str]) -> dict[str, Any]:
     shown = show(table)
-    first = int(shown.headings[0] == "kind")  # shown by shading here
+    first = int(shown.headings[0] == "kind")  # the page shows the column `kind` by shading
     return {
         "name": name,
         "note": notes.get(name, TABLE_NOTES.get(name, "")),
@@ -242,7 +248,7 @@ def _table(name: str, table: pd.DataFrame, notes: Mapping[str, str]) -> dict[str
 
 
 def _references(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
-    """What the reference rows in these tables are, by name."""
+    """Descriptions of the reference rows in these tables, by name."""
     names = {name for table in tables if "kind" in table for name in table.loc[table["kind"] == REFERENCE, "prune"]}
     return {name: text for name, text in REFERENCE_ROWS.items() if name in names}
 
@@ -290,7 +296,7 @@ def _scene_pairs(scene: ScenePairs) -> dict[str, Any]:
 
 
 def _tile(image: np.ndarray) -> str:
-    """A gallery tile as a data address: WebP at high quality is a fifth of a PNG, and galleries hold a thousand."""
+    """A gallery tile as a data URL in high-quality WebP, which is a fifth of a PNG; galleries have a thousand tiles."""
     return _inline(_encode(image, "WEBP", quality=92), "webp")
 
 

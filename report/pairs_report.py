@@ -1,4 +1,4 @@
-"""The page about image-text pairs: scores with the cut of every scene, its best and its worst pairs."""
+"""The report on image-text pairs: scores with the cut of every scene, and its best and worst pairs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from runtime.progress import progress
 
 PAIRS_PAGE = "pairs.html"
 PAIRS_LINK, BACK_LINK = "Image-text pairs: scores, best and worst", "Report of the pruning run"
-#: Scenes with a histogram of their own, the largest first.
+#: Largest number of scenes with a separate histogram, the largest first.
 MOST_PANELS = 24
-#: Best, and worst, pairs shown of a scene.
+#: Number of best pairs, and of worst pairs, shown for each scene.
 PER_GROUP = 6
-#: Pixels of a shown image's longer side, and characters of a shown caption.
+#: Longer side of a shown image in pixels, and length of a shown caption in characters.
 THUMBNAIL = 128
 LONGEST_CAPTION = 220
 #: Columns that are read.
@@ -32,11 +32,11 @@ COLUMNS = ["image", "scene", "caption", "source", "round", "evidence", "fit", "m
 
 @dataclass(frozen=True)
 class PairTable:
-    """Candidates of the loops and what became of them.
+    """Candidate captions of the captioning loops, and the decisions on them.
 
     Attributes:
-        rows: the columns `COLUMNS`, and `given` (scorers learned from it), `bad` (more likely mismatched than the cut
-            allows), `thrown` (bad and not the best of its image) and `kept` (its image is).
+        rows: the columns `COLUMNS`, and `given` (scorers learned from it), `bad` (mismatch probability above the cut),
+            `thrown` (bad and not the best of its image) and `kept` (its image is kept).
         most_mismatch: the cut, a probability.
     """
 
@@ -45,12 +45,14 @@ class PairTable:
 
     @classmethod
     def of(cls, candidates: pd.DataFrame, kept: np.ndarray, most_mismatch: float) -> PairTable:
-        """
+        """Make the table of a pruning run.
+
         Args:
             candidates: rows of the loops' table.
-            kept: int64, rows of the corpus.
+            kept: int64, rows of the kept images in the corpus.
+            most_mismatch: the cut, a probability.
         """
-        # where no image came with a caption, the captions of the first round take the place of given ones
+        # if no image came with a caption, the captions of the first round are used as given ones
         first = candidates["round"].min() if len(candidates) else 0
         bad = candidates["mismatch"] > most_mismatch
         rows = candidates.assign(
@@ -73,8 +75,10 @@ class PairTable:
 
     @property
     def new(self) -> pd.Series:
-        """Of the chosen: whether it was written for an image that came with captions ("repaired"), or with none
-        ("described"); "" for a given one."""
+        """Kind of each chosen caption: "repaired", "described" or "" (given).
+
+        A new caption is "repaired" if its image came with captions, and "described" if it came without.
+        """
         chosen = self.chosen
         had = chosen["image"].isin(self.given["image"])
         words = np.where(chosen["given"], "", np.where(had, "repaired", "described"))
@@ -82,14 +86,15 @@ class PairTable:
 
 
 def cut_of(evidence: np.ndarray, bad: np.ndarray) -> float | None:
-    """Evidence at which a scene's pairs pass from mismatched to matched, halfway between the nearest of both.
+    """Evidence that separates the mismatched from the matched pairs of a scene, halfway between the nearest of both.
 
-    In one scene the probability to be mismatched never grows with the evidence.
+    Such a value exists because the mismatch probability in a scene never grows with the evidence.
 
     Args:
-        evidence: float [P]; bad: bool [P].
+        evidence: float [P].
+        bad: bool [P], whether a pair is mismatched.
     Returns:
-        None where all are alike.
+        the value; None if all pairs are matched or all are mismatched.
     """
     if bad.all() or not bad.any():
         return None
@@ -105,22 +110,22 @@ def cuts_by_scene(table: PairTable) -> dict[str, float]:
 
 
 def best_pairs(rows: pd.DataFrame, most: int) -> pd.DataFrame:
-    """Of the chosen good candidates those that fit best; the best first."""
+    """The chosen and not mismatched candidates that fit best, the best first."""
     good = rows[rows["chosen"] & ~rows["bad"]]
     return good.sort_values("fit", ascending=False, kind="stable").head(most)
 
 
 def worst_pairs(rows: pd.DataFrame, most: int) -> pd.DataFrame:
-    """The given candidates that are most likely mismatched, one an image; the worst first.
+    """The given candidates that are most likely mismatched, one per image, the worst first.
 
-    The probability has plateaus: on one, less evidence is worse.
+    Candidates of equal probability are ordered by evidence; less evidence is worse.
     """
     given = rows[rows["given"]].sort_values(["mismatch", "evidence"], ascending=[False, True], kind="stable")
     return given.drop_duplicates("image").head(most)
 
 
 def shortened(text: str, most: int = LONGEST_CAPTION) -> str:
-    """A caption on one line of at most so many characters; what is cut off is an ellipsis."""
+    """A caption on one line of at most `most` characters; an ellipsis replaces the rest."""
     text = " ".join(text[: 20 * most].split())
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
@@ -129,10 +134,11 @@ def write_pairs_report(path: Path | str, captions: Path, kept: np.ndarray, image
     """Write the page of one pruning run; reads at most `2 * PER_GROUP` images of at most `MOST_SCENES` scenes.
 
     Args:
+        path: path of the page.
         captions: directory of the loops' stage.
         kept: int64, rows of the corpus that the method keeps.
         images: uint8 [N, R, R, 3], memory-mapped.
-        name: of the method.
+        name: name of the method.
     """
     summary = read_json(captions / "summary.json")
     candidates = pd.read_parquet(captions / "captions.parquet", columns=COLUMNS)
@@ -253,7 +259,7 @@ def _known(fraction: float | None) -> str:
 
 
 def _scenes(table: PairTable, names: Sequence[str], fractions: Mapping[str, float | None]) -> pd.DataFrame:
-    """Counts by scene, in this order."""
+    """Table of counts by scene, in the order of `names`."""
     chosen = table.chosen.assign(**{word: table.new == word for word in ("repaired", "described")})
     chosen["images"] = 1
     given = table.given.assign(captions=1)
@@ -279,7 +285,7 @@ def _pairs(table: PairTable, images: np.ndarray, names: Sequence[str], counts: p
     """Best and worst pairs of the largest scenes.
 
     Args:
-        counts: of `_scenes`, a row a name.
+        counts: table from `_scenes`, one row per name.
     """
     by_scene = dict(iter(table.rows.groupby("scene")))
     groups = {
@@ -303,7 +309,7 @@ def _pairs(table: PairTable, images: np.ndarray, names: Sequence[str], counts: p
 def _cards(
     rows: pd.DataFrame, best: pd.DataFrame, worst: pd.DataFrame, thumbnails: Mapping[int, np.ndarray]
 ) -> dict[str, list[PairCard]]:
-    """The pairs of a scene to show, with what a new caption replaces and with what took a thrown one's place."""
+    """The pairs of a scene to show, each with the caption that it replaced or that replaced it."""
     old = worst_pairs(rows[rows["image"].isin(best["image"])], len(rows))
     old = old[old["thrown"]].set_index("image").to_dict("index")
     new = rows[rows["chosen"] & rows["image"].isin(worst["image"])].set_index("image").to_dict("index")

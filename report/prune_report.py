@@ -1,4 +1,4 @@
-"""The page a curator reads after pruning: what was kept, what went, why, and how the balance changed."""
+"""The report on a pruning run: which images were kept and dropped, why, and how the balance of scenes changed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from report.figures import cluster_sizes, entropy_histogram, map_figure, scene_b
 from report.page import LEADS, Gallery, SampleGrid, figure_bytes, write_report
 
 REPORT_PAGE = "report.html"
-#: Scenes with a gallery of their own, the largest first.
+#: Largest number of scenes with a separate gallery, the largest first.
 MOST_SCENES = 40
 NO_SCENE = "no scene"
-#: Counts of a method that the page shows, where it gives them.
+#: Counts that the page shows if the method provides them.
 COUNTED = ("dropped_by_entropy", "returned_by_entropy", "skipped_as_duplicate")
-#: Images on the map.
+#: Largest number of images on the map.
 MAPPED = 3000
 WORLD_MAPPED = 6000
 LEAKS = "Leaks between the splits"
@@ -62,11 +62,12 @@ def write_prune_report(
         summary: the content of summary.json.
         images: uint8 [N, R, R, 3], memory-mapped.
         generator: draws the images shown.
-        per_group: images shown of the kept and of the dropped ones of a scene, and of those dropped for one reason.
-        embeddings: float [N, D], memory-mapped, for the map; None draws none.
-        locations: N rows with lon and lat in degrees, NaN unknown, for the world map; None draws none.
-        links: pages beside this one, by their titles.
-        leaks: images that the splits share, side by side.
+        per_group: number of images shown for each group: kept images of a scene, dropped images of a scene, and images
+            dropped for one reason.
+        embeddings: float [N, D], memory-mapped, for the map; None: no map.
+        locations: N rows with lon and lat in degrees, NaN: unknown, for the world map; None: no world map.
+        links: pages next to this one, by title.
+        leaks: grids of images that the splits share.
     """
     galleries, left_out = _galleries(selection, images, generator, per_group)
     reasons = reason_galleries(selection, images, generator, per_group)
@@ -103,7 +104,7 @@ def write_prune_report(
 def _galleries(
     selection: pd.DataFrame, images: np.ndarray, generator: np.random.Generator, per_group: int
 ) -> tuple[list[Gallery], int]:
-    """Galleries of the largest scenes, and how many scenes are left out. Unreadable images have no pixels to show."""
+    """Galleries of the largest scenes, and the number of scenes left out; unreadable images cannot be shown."""
     readable = (selection["reason"] != "unreadable").to_numpy()
     kept = selection["kept"].to_numpy(dtype=bool)
     scenes = selection["scene"].fillna("").astype(str).to_numpy(dtype=object)
@@ -124,7 +125,7 @@ def _galleries(
 def reason_galleries(
     selection: pd.DataFrame, images: np.ndarray, generator: np.random.Generator, per_group: int
 ) -> list[Gallery]:
-    """What went for each reason; unreadable images have no pixels to show."""
+    """Galleries of the images that were dropped for each reason; unreadable images cannot be shown."""
     reasons = selection["reason"].to_numpy(dtype=object)
     nothing, galleries = images[:0], []
     for reason in sorted(set(reasons) - {"kept", "unreadable"}):
@@ -138,7 +139,7 @@ def reason_galleries(
 def _map(
     selection: pd.DataFrame, embeddings: np.ndarray | None, generator: np.random.Generator
 ) -> list[tuple[str, str, bytes]]:
-    """The map of a sample in which kept images are half, if there are as many."""
+    """The map of a sample; half of the sample are kept images if there are enough."""
     if embeddings is None:
         return []
     kept = selection["kept"].to_numpy(dtype=bool)
@@ -159,7 +160,7 @@ def _map(
 def _world(
     selection: pd.DataFrame, locations: pd.DataFrame | None, generator: np.random.Generator
 ) -> list[tuple[str, str, bytes]]:
-    """The world map of a sample, half of it kept if there are as many, of the images whose place is known."""
+    """The world map of a sample of the images with known locations; half are kept images if there are enough."""
     if locations is None:
         return []
     locations = locations[["lon", "lat"]].apply(pd.to_numeric, errors="coerce")
@@ -234,7 +235,7 @@ def _why(quarantined: Mapping[str, int]) -> str:
 
 
 def _scenes(summary: Mapping[str, Any]) -> pd.DataFrame:
-    """scene, before, after, kept fraction, fraction before, fraction after; largest first."""
+    """Table with scene, before, after, kept fraction, fraction before and fraction after, the largest scene first."""
     scenes = sorted((summary.get("scenes") or {}).items(), key=lambda item: (-item[1]["before"], item[0]))
     total = max(sum(counts["before"] for _, counts in scenes), 1)
     kept = max(sum(counts["after"] for _, counts in scenes), 1)
@@ -264,7 +265,7 @@ def _reasons(selection: pd.DataFrame) -> pd.DataFrame:
 
 
 def _leaks(result: Mapping[str, Any]) -> pd.DataFrame:
-    """A row a pair of splits."""
+    """Table with one row per pair of splits."""
     named = {f"{name} in train": part for name, part in result["held_out"].items()}
     if result.get("val_test"):
         named["val in test"] = result["val_test"]
@@ -284,7 +285,7 @@ def _seconds(summary: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _cluster_counts(selection: pd.DataFrame) -> pd.DataFrame:
-    """before, after by (scene, cluster): numbers may start anew in every scene."""
+    """Counts before and after by (scene, cluster), because cluster numbers may start again in every scene."""
     inside = selection[selection["cluster"] >= 0]
     return inside.groupby(["scene", "cluster"])["kept"].agg(before="size", after="sum")
 
@@ -300,5 +301,5 @@ def _clusters(selection: pd.DataFrame) -> pd.DataFrame:
 
 
 def percentage(value: float) -> str:
-    """A fraction for people."""
+    """A fraction as a readable percentage."""
     return f"{value:.2%}" if 0 < value < 0.001 else f"{value:.1%}"

@@ -1,4 +1,4 @@
-"""results.jsonl: a line for every finished cell, written so that readers see the old file or the new one."""
+"""results.jsonl: one line per finished cell; it is replaced atomically, so readers see the old or the new file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from runtime.artefacts import fingerprint, finite, plain, provenance, read_json
 from runtime.errors import UserError
 
 Row = Mapping[str, Any]
-#: What tells one row from another.
+#: Fields that identify a row.
 KEY = ("stage", "corpus", "prune", "ratio", "seed", "step", "fingerprint")
-#: What every other method is compared with, image by image.
+#: The method that all others are compared with, image by image.
 BASELINE = "random"
-#: The method that the project is about, compared with every other one.
+#: The method of this project, which is compared with all others.
 SUBJECT = "rsprune"
 
 
 def read_results(path: Path | str) -> list[dict[str, Any]]:
-    """Rows of a results file, oldest first; none where the file is missing.
+    """Rows of a results file, the oldest first; none if the file does not exist.
 
     Raises:
         UserError: a line is not a JSON object with a stage and metrics.
@@ -50,19 +50,19 @@ def read_results(path: Path | str) -> list[dict[str, Any]]:
 
 
 def weighting_name(weighting: float) -> str:
-    """How a table names a `train.weighting`: uniform (0), natural (1), or the exponent."""
+    """Name of a `train.weighting` in tables: uniform (0), natural (1), or the exponent."""
     return {0.0: "uniform", 1.0: "natural"}.get(float(weighting), f"{weighting:g}")
 
 
 def run_name(method: str, weighting: str | None) -> str:
-    """What a training is called beside others: its method, and its weighting where images are not drawn alike."""
+    """Name of a training in comparisons: its method, and its weighting if images are not drawn uniformly."""
     return method if weighting in (None, weighting_name(0)) else f"{method}, {weighting} weights"
 
 
 def append_result(path: Path | str, row: Row) -> None:
-    """Add a row at the end of a results file; a row with the same `KEY` goes.
+    """Append a row to a results file; an existing row with the same `KEY` is removed.
 
-    Values that JSON cannot hold (NaN, infinity) become null.
+    Values that JSON cannot represent (NaN, infinity) become null.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,12 +73,12 @@ def append_result(path: Path | str, row: Row) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside and rename into place."""
+    """Write a text file atomically: write to a temporary file, then rename it."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside and rename into place."""
+    """Write a file atomically: write to a temporary file, then rename it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, path)
@@ -90,7 +90,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One writer at a time in this directory: the cells of a sweep may finish together."""
+    """Lock that allows one writer at a time in a directory, because cells of a sweep may finish simultaneously."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -110,13 +110,18 @@ def result_row(
     step: int = 0,
     **fields: str,
 ) -> dict[str, Any]:
-    """A row of results.jsonl: the contract's fields, and further ones of an ablation.
+    """A row of results.jsonl: the common fields, and further fields of an ablation.
 
     Args:
-        kind: the row's stage.
-        metrics: the evaluation encoder's before those of others.
-        directory: the stage directory in which the metrics were computed; its commit goes into the row, and the seconds
-            of training where it is a training's.
+        cfg: configuration of the command.
+        kind: stage of the row.
+        method: name of the pruning method.
+        ratio: fraction of removed images.
+        metrics: metrics, those of the evaluation encoder before those of others.
+        directory: stage directory in which the metrics were computed. The row records its commit and, for a training,
+            the seconds of training.
+        step: training step.
+        fields: further fields.
     """
     summary = directory / "summary.json"
     seconds = read_json(summary).get("seconds") if summary.is_file() else None

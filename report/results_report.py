@@ -25,7 +25,7 @@ from runtime.artefacts import read_json
 from runtime.errors import UserError
 
 SHOWN = 16  # tiles of a gallery
-#: RunFolders of the computations, by "<stage>/<method>": one directory for each seed.
+#: Directories of the computations, by "<stage>/<method>": one directory per seed.
 RunFolders = Mapping[str, list[Path]]
 #: Folder of a downstream run with its inputs, outputs and the truth, uint8 [N, H, W, 3].
 SAMPLES = "samples"
@@ -70,7 +70,7 @@ def _of(run_folders: RunFolders, kind: str) -> dict[str, Path]:
 
 
 def _all_of(run_folders: RunFolders, kind: str) -> dict[str, list[Path]]:
-    """Every method's directories, one a seed."""
+    """The directories of every method, one per seed."""
     return {key.split("/")[1]: result for key, result in run_folders.items() if key.startswith(kind + "/")}
 
 
@@ -80,7 +80,7 @@ def _seeds(rows: list[dict]) -> list[int]:
 
 
 def _confusions(run_folders: RunFolders) -> dict[str, dict[str, dict[str, int]]]:
-    """What CLIP sees in the held-out photographs and in each method's images; empty where there are no scenes."""
+    """Scenes that CLIP recognises in the held-out photographs and in each method's images; empty without scenes."""
     result = {}
     for method, path in _of(run_folders, "foundation").items():
         scenes = read_json(path / "summary.json").get("scenes") or {}
@@ -91,7 +91,7 @@ def _confusions(run_folders: RunFolders) -> dict[str, dict[str, dict[str, int]]]
 
 
 def _curves(run_folders: RunFolders) -> dict[str, pd.DataFrame]:
-    """Every method's convergence, averaged over its seeds; of several the lowest and highest are its interval."""
+    """Convergence of every method, averaged over its seeds; with several seeds, lowest and highest are its interval."""
     return {
         key.split("/")[1]: averaged([pd.read_json(path / CONVERGENCE, lines=True) for path in result])
         for key, result in run_folders.items()
@@ -106,7 +106,7 @@ def _convergence_figures(run_folders: RunFolders, rows: list[dict], directory: P
     pictures = []
     for metric, name in (("kid_x1000", "convergence_kid"), ("fd", "convergence_fd")):
         column = Quantity(metric, encoder, "balanced").name
-        # only what does not depend on the number of images may stand beside curves of fewer images
+        # curves use fewer images, so only metrics that do not depend on the number of images have reference lines
         lines = {} if METRICS[metric].biased else {key: real[key].get(column) for key in REFERENCE_ROWS if key in real}
         lines = {key: value for key, value in lines.items() if value is not None and key != "pca"}
         data = figure_bytes(convergence_figure(curves, column, x=("images_seen",), references=lines))
@@ -118,7 +118,7 @@ def _convergence_figures(run_folders: RunFolders, rows: list[dict], directory: P
 
 
 def _length_figures(rows: list[dict], directory: Path) -> list[Picture]:
-    """Every start by its length of fine-tuning, a figure a task; none of a single length."""
+    """Every start by its length of fine-tuning, one figure per task; none if there is a single length."""
     pictures = []
     for task, metrics in JUDGED.items():
         metric, curves = judged_metric(rows, metrics[0]), length_curves(rows, task)
@@ -188,7 +188,7 @@ def _galleries(run_folders: RunFolders) -> dict[str, list[Gallery]]:
             pictures = [np.array(corpus.images[rows]) for rows in shown]
             galleries[method].append(Gallery(scene or "unlabelled", *pictures, len(taken), len(left)))
         reasons = reason_galleries(table, corpus.images, generator, SHOWN)
-        if len(reasons) > 1:  # a method with a single reason tells nothing by it
+        if len(reasons) > 1:  # a single reason is not informative
             galleries[f"{method}, dropped by reason"] = reasons
     return galleries
 

@@ -1,4 +1,4 @@
-"""A cost model of every stage from measured sizes, and docs/scale.md: what 10^8 and 10^9 images would take."""
+"""A cost model of every stage, fitted to measurements, and docs/scale.md with estimates for 10^8 and 10^9 images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from report.results import write_text
 from runtime.artefacts import read_json
 
 Row = Mapping[str, Any]
-#: Stages in their order, and what each does.
+#: Stages in order, with descriptions.
 STAGES = {
     "manifest": "read the headers of all shards",
     "index": "decode the tiles, measure their entropy, write both (with the header pass)",
@@ -24,27 +24,28 @@ STAGES = {
     "weights": "the nearest kept image of every image",
     "table": "selection.parquet",
 }
-#: Those that one node does, whatever the number of nodes, and of these what one process does in one thread.
+#: Stages that run on one node, whatever the number of nodes; and those of them that run in one thread of one process.
 ON_ONE_NODE, ONE_THREAD = ("manifest", "selection", "weights", "table"), ("manifest", "table")
-#: What is measured on made embeddings as well, up to more of them.
+#: Stages that are also measured on synthetic embeddings, for larger numbers of images.
 ALONE = ("selection", "weights", "table")
 TILES, SYNTHETIC, DEFAULT = "tiles", "synthetic", "embedding, default input"
 TARGETS = (10**8, 10**9)
-#: Made images from which a model is carried on to these: below, other ways are taken (`prune.weights`).
+#: Smallest number of synthetic images for fitting a model for extrapolation: smaller numbers use other algorithms
+#: (`prune.weights`).
 ENOUGH = 10**6
-#: Bytes of an inverted file for a kept image: 64 components and its number (`prune.weights`).
+#: Bytes per kept image in an inverted file: 64 components and the image's number (`prune.weights`).
 INDEX_BYTES = 64 * 4 + 8
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """seconds = a N^b and peak GB = c + d N, as fitted.
+    """A fitted model: seconds = a N^b and peak GB = c + d N, for N images.
 
     Attributes:
-        a, b: least squares of log seconds on log N.
-        c, d: least squares of the peak of anonymous memory on N.
+        a, b: least-squares fit of log seconds on log N.
+        c, d: least-squares fit of the peak of anonymous memory on N.
         residual: largest deviation of a measured time from the model, as a factor minus one.
-        sizes: images of the rows that it is fitted to.
+        sizes: numbers of images of the rows that the model is fitted to.
     """
 
     a: float
@@ -62,9 +63,9 @@ class CostModel:
 
 
 def fit(rows: Sequence[Row], fit_from: int) -> CostModel | None:
-    """The model of one stage's rows of at least `fit_from` images, or of all where fewer than two have as many.
+    """Fit a model to the rows of one stage with at least `fit_from` images, or to all rows if fewer than two have.
 
-    Returns None with fewer than two sizes.
+    The result is None if there are fewer than two sizes.
     """
     large = [row for row in rows if row["images"] >= fit_from]
     rows = sorted(large if len(large) > 1 else rows, key=lambda row: row["images"])
@@ -90,13 +91,13 @@ def models(rows: Sequence[Row], part: str, fit_from: int) -> dict[str, CostModel
 
 
 def write_scale(measured: Path, target: Path) -> None:
-    """docs/scale.md from bench_scale.json; without it the document stays as it is."""
+    """Write docs/scale.md from bench_scale.json; without that file the document is not changed."""
     if measured.is_file():
         write_text(target, scale_document(read_json(measured)))
 
 
 def scale_document(result: Mapping[str, Any]) -> str:
-    """The whole document."""
+    """The whole document docs/scale.md."""
     rows, settings = result["rows"], result["settings"]
     fitted = {part: models(rows, part, result["fit_from"]) for part in (TILES, SYNTHETIC)}
     parts = [
@@ -138,7 +139,7 @@ def measured_table(rows: Sequence[Row], part: str) -> str:
 
 
 def default_encoder(rows: Sequence[Row]) -> str:
-    """One sentence about the encoder's own input size; empty where it was not measured."""
+    """One sentence about the default input size of the encoder; empty if it was not measured."""
     result = next((row for row in rows if row["stage"] == DEFAULT), None)
     if result is None:
         return ""
@@ -165,7 +166,7 @@ def model_table(fitted: Mapping[str, Mapping[str, CostModel]]) -> str:
 
 
 def extrapolations(result: Mapping[str, Any], fitted: Mapping[str, Mapping[str, CostModel]]) -> list[str]:
-    """Paragraphs for 10^8 and 10^9 images on the named cluster; none before all stages are measured."""
+    """Paragraphs for 10^8 and 10^9 images on the named cluster; none if a stage has not been measured."""
     tiles, alone = fitted[TILES], fitted[SYNTHETIC]
     if not {"manifest", "index"} <= tiles.keys() or not set(ALONE) <= alone.keys():
         return []
@@ -209,10 +210,12 @@ class Step:
 
 
 def arithmetic(images: int, result: Mapping[str, Any], on_node: Mapping[str, CostModel]) -> list[Step]:
-    """Hours of every stage on the cluster, with what they are computed from.
+    """Estimated hours of every stage on the cluster, with the numbers that they are computed from.
 
     Args:
-        on_node: the models of `ON_ONE_NODE`.
+        images: number of images.
+        result: measurements, the content of bench_scale.json.
+        on_node: models of the stages `ON_ONE_NODE`.
     """
     cluster, size = result["cluster"], result["bytes_per_image"]
     nodes, vcpus = cluster["nodes"], cluster["vcpus"]
@@ -279,7 +282,7 @@ def bottleneck(steps: Sequence[Step]) -> str:
 
 
 def memory(images: int, result: Mapping[str, Any], on_node: Mapping[str, CostModel]) -> str:
-    """What one node has to hold."""
+    """Text about the memory that one node needs."""
     dimensions, room = result["settings"]["dimensions"], result["cluster"]["memory_gib"] * 2**30 / 1e9
     disk, kept = images * dimensions * 2, images * 0.15
     needs = {name: on_node[name].gigabytes(images) for name in ON_ONE_NODE}
@@ -303,7 +306,7 @@ def memory(images: int, result: Mapping[str, Any], on_node: Mapping[str, CostMod
 
 
 def changes(result: Mapping[str, Any], on_node: Mapping[str, CostModel]) -> list[str]:
-    """What the code does not do yet."""
+    """Changes that the code does not include yet."""
     disk = 1e9 * result["settings"]["dimensions"] * 2 / 1e9
     return [
         f"- **The manifest.** Each image is a row of Python objects in one process, "

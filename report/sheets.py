@@ -1,4 +1,4 @@
-"""Sample grids of a results directory: the same prompts and noise, a column a method, one grid a training seed."""
+"""Sample grids of a results directory: same prompts and noise, one column per method, one grid per training seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from report.page import SampleGrid
 from report.tables import method_order
 from runtime.artefacts import read_json
 
-#: Prompts of a grid: a balanced set deals its scenes round-robin, so the first ones are of different scenes.
+#: Number of prompts of a grid; the first ones are of different scenes, because a balanced set alternates its scenes.
 PROMPTS = 8
 HELD_OUT = "held-out photograph"
 CAPTION = (
@@ -23,11 +23,11 @@ CAPTION = (
 
 
 def sample_grids(measured: Mapping[str, Sequence[Path]], seeds: Sequence[int]) -> list[SampleGrid]:
-    """A grid for each training seed of the generated images that were measured; images that are gone are left out.
+    """One grid per training seed with the generated images that were measured; missing images are left out.
 
     Args:
-        measured: by run the directories of the stage `measured`, one a seed.
-        seeds: their numbers.
+        measured: directories of the stage `measured` by run, one per seed.
+        seeds: the seeds, in the order of the directories.
     """
     grids = []
     for index, seed in enumerate(seeds):

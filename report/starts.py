@@ -1,4 +1,4 @@
-"""The foundations as starts of the downstream tasks: curves over lengths, paired differences; and the dial."""
+"""Foundation models as starting points of the downstream tasks: curves over lengths, paired differences; the dial."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from report.results import SUBJECT, Row
 from report.tables import evaluation_encoder, method_order
 from report.verdict import t_interval
 
-#: Tasks that foundations are fine-tuned for, and the metrics that their starts are judged by.
+#: Tasks that foundations are fine-tuned for, and the metrics that compare their starting points.
 JUDGED = {
     "super_resolution": ("kid_x1000", "feature_distance", "psnr"),
     "semantic_synthesis": ("kid_x1000", "feature_distance", "miou"),
 }
-#: What the stage of a task's rows by length of fine-tuning ends in.
+#: Suffix of the stage of a task's rows by length of fine-tuning.
 LENGTHS = "_lengths"
-#: Stage of rows of one model with other dials, and their field.
+#: Stage of the rows of one model with different dial settings, and the field of the dial in these rows.
 DIAL = "dial"
 
 
@@ -30,13 +30,14 @@ def _named(metric: str, encoder: str) -> str:
 
 
 def starts(rows: Sequence[Row], subject: str = SUBJECT) -> pd.DataFrame:
-    """Paired differences of the subject's foundation to every other start, over the seeds that both have.
+    """Paired differences between the subject's foundation and every other start, over the seeds that both have.
 
-    At equal lengths of fine-tuning, with the same images, batches and noise.
+    The lengths of fine-tuning, images, batches and noise are equal.
 
     Returns:
-        A row for every task, step, metric and other start: mean, low and high of the difference (subject minus other;
-        95 % by Student's t over seeds, NaN for one seed), seeds, and better, worse, tie or unknown.
+        a table with one row for every task, step, metric and other start: mean, low and high of the difference (subject
+        minus other; 95 % interval by Student's t over seeds, NaN for one seed), the number of seeds, and the verdict
+        better, worse, tie or unknown.
     """
     encoder = evaluation_encoder(rows)
     result = []
@@ -74,7 +75,7 @@ def _difference(
 
 
 def starts_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """`starts` as people read it: a row a task, length and other start, a column a metric."""
+    """`starts` as a readable table: one row per task, length and other start, one column per metric."""
     result = starts(rows)
     lines = []
     for (task, step, other), part in result.groupby(["task", "step", "other"], sort=False):
@@ -109,7 +110,7 @@ def judged_metric(rows: Sequence[Row], metric: str) -> str:
 
 
 def dial_figure(rows: Sequence[Row]) -> Figure | None:
-    """PSNR against distance over the dial of one model, with the methods that have none; None without such rows."""
+    """PSNR against distance over the dial of one model, with methods without a dial; None if there are no such rows."""
     name = judged_metric(rows, "kid_x1000")
     points = [(float(row[DIAL]), row["metrics"]) for row in rows if row["stage"] == DIAL]
     points = sorted((point for point in points if point[1].get(name) is not None), key=lambda point: point[0])
@@ -133,5 +134,5 @@ def dial_figure(rows: Sequence[Row]) -> Figure | None:
 
 
 def _without_dial(row: Row) -> bool:
-    """Whether a method draws nothing: an interpolation, or the regression network at its full length."""
+    """Whether a method has no random draw: an interpolation, or the regression network at its full length."""
     return not row.get("step") or row["prune"] == "regression"

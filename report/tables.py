@@ -1,7 +1,7 @@
-"""Result rows to tables: data frames at full precision, and from them Markdown, LaTeX and CSV.
+"""Tables of result rows: data frames at full precision, converted to Markdown, LaTeX and CSV.
 
-Metrics are what `eval.metrics.METRICS` lists; columns carry their full names. Tables hold nothing that differs between
-a resumed and an undisturbed run: no seconds, no machine, no commit.
+The metrics are those of `eval.metrics.METRICS`; the columns have their full names. Tables contain nothing that differs
+between a resumed and an uninterrupted run: no seconds, no machine, no commit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eval.metrics import METRICS, SETS, Quantity
 from eval.reference_rows import REFERENCE_ROWS
 from report.results import BASELINE, Row, read_results, weighting_name, write_text
 
-#: Table name of each stage.
+#: Name of the table of each stage.
 TABLE_OF_STAGE = {
     "generation": "generation",
     "convergence": "convergence",
@@ -30,11 +30,11 @@ TABLE_OF_STAGE = {
     "semantic_synthesis": "semantic_synthesis",
     "ablation": "ablation",
 }
-#: Stages whose rows have no fields of their own; those of others (an ablation, an experiment) are texts.
+#: Stages whose rows have no additional fields; the additional fields of other stages (ablation, experiment) are texts.
 PLAIN_STAGES = frozenset({*TABLE_OF_STAGE, "reference"} - {"ablation"})
-#: Keys of a row that say how it was computed, and that no table shows.
+#: Keys of a row that record how it was computed; tables do not show them.
 ROW_METADATA = frozenset({"stage", "metrics", "fingerprint", "commit", "machine", "config", "seconds", "kept", "flops"})
-#: What each table shows and how to read it.
+#: Notes of the tables: what each one shows and how to read it.
 TABLE_NOTES = {
     "generation": "Generated images against real held-out images: a scene-balanced set and one as nature mixes it.",
     "convergence": "The same metrics during training, on the validation split: at each step every method has seen "
@@ -75,9 +75,10 @@ TABLE_NOTES = {
     "generated from the scene-balanced held-out captions by each method's model, and the photographs with these "
     "captions.",
 }
-#: Tables in which rows with the same whole number in a field stand together, and are compared with one another alone.
+#: Tables with groups: rows with the same whole number in this field are placed together and compared only within the
+#: group.
 GROUPED_BY = {"augmentation": "real images", "joint_conditions": "images"}
-#: Numbers of a row that are no metrics but shown: heading and decimals.
+#: Numbers of a row that are shown but are not metrics: heading and decimals.
 PLAIN = {
     "images_seen": ("images seen", 0),
     "loss": ("loss", 4),
@@ -115,12 +116,13 @@ def method_order(name: str) -> tuple[int, str]:
 
 
 def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
-    """Tables by name (`TABLE_OF_STAGE`, other stages by their own), full-precision numbers; none without measured rows.
+    """Tables by name, with numbers at full precision; no table without measured rows.
 
-    Columns: kind ("measured" or "reference"), corpus, prune, ratio, weighting, step, seeds (how many), the fields that
-    only ablation rows have, then the metrics. Rows of one cell that differ in the seed alone become one: means, and, of
-    several seeds, standard deviations as `<metric>_spread` in place of intervals. Of several rows for one cell and seed
-    the newest counts. Reference rows stand at the bottom of every table with which they share a distance.
+    The names are those of `TABLE_OF_STAGE`; other stages give their own name. The columns are kind ("measured" or
+    "reference"), corpus, prune, ratio, weighting, step, seeds (how many), the additional fields of ablation rows, then
+    the metrics. Rows of one cell that differ only in the seed are combined: means and, for several seeds, standard
+    deviations as `<metric>_spread` in place of intervals. Of several rows for one cell and seed, the newest counts.
+    Reference rows are at the bottom of every table with which they share a distance.
     """
     rows = list(rows)
     tables = {}
@@ -136,7 +138,7 @@ def build_tables(rows: Iterable[Row]) -> dict[str, pd.DataFrame]:
 
 
 def evaluation_encoder(rows: Sequence[Row]) -> str:
-    """The encoder whose metrics come first in the newest row that has any, or ""."""
+    """The encoder of the first metrics in the newest row that has metrics of an encoder, or ""."""
     quantities = (Quantity.parse(name) for row in reversed(rows) for name in row["metrics"])
     return next((quantity.of for quantity in quantities if quantity and quantity.entry.by == "encoder"), "")
 
@@ -174,7 +176,7 @@ def _frame(name: str, measured: list[dict[str, Any]], references: list[dict[str,
     mean, spread = groups[metrics].mean(), groups[metrics].std().drop(columns=ends).add_suffix(_SPREAD)
     columns = {name: part[name].to_numpy() for part in (mean, spread) for name in part}
     table = pd.DataFrame({"seeds": groups.size().to_numpy(), **columns}, index=mean.index)
-    table.loc[table["seeds"] > 1, ends] = np.nan  # intervals are of one seed's images
+    table.loc[table["seeds"] > 1, ends] = np.nan  # intervals are defined for the images of one seed
     order = [column for key in metrics for column in (key, key + _SPREAD) if column in table]
     table = table.dropna(axis=1, how="all").reset_index()
     table = table[[column for column in [*cell, "seeds", *order] if column in table or column in cell]]
@@ -185,9 +187,9 @@ def _frame(name: str, measured: list[dict[str, Any]], references: list[dict[str,
 
 
 def _row_order(name: str, record: dict[str, Any]) -> tuple[Any, ...]:
-    """Reference rows last; by corpus; convergence by step first, so that methods at one step stand together.
+    """Sort key of rows: by corpus, reference rows last; convergence by step first, which groups methods at one step.
 
-    Rows without a method come before those with one, and groups of `GROUPED_BY` by their number.
+    Rows without a method come before rows with one; groups of `GROUPED_BY` are ordered by their number.
     """
     method, measured = str(record["prune"]), record["kind"] == "measured"
     known = list(REFERENCE_ROWS)
@@ -203,7 +205,7 @@ def _row_order(name: str, record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _held_out(column: str) -> str | None:
-    """The held-out set that a metric is about; None: no metric."""
+    """The held-out set of a metric; None: the column is not a metric."""
     quantity = Quantity.parse(column.removeprefix("metric:"))
     return None if quantity is None else quantity.held_out
 
@@ -214,7 +216,7 @@ def _is_distance(column: str) -> bool:
 
 
 def _column_order(column: str) -> tuple[Any, ...]:
-    """Plain numbers, then balanced before natural, in the order of `METRICS`, a metric before its interval."""
+    """Sort key of columns: plain numbers, balanced before natural, order of `METRICS`, a metric before its interval."""
     name = column.removeprefix("metric:")
     quantity = Quantity.parse(name)
     if quantity is None:
@@ -229,10 +231,10 @@ def _column_order(column: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one cell shows: a value, its interval or spread ("" none), and whether it is the best measured one.
+    """Content of one cell: a value, its interval or spread ("": none), and whether it is the best measured value.
 
     Attributes:
-        key: the number at full precision, by which rows are sorted; None: the cell has none.
+        key: the number at full precision, by which rows are sorted; None: the cell has no number.
     """
 
     value: str
@@ -248,14 +250,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table as it is shown: headings with direction arrows, and rows of cells with their kind."""
+    """A table for display: headings with direction arrows, and rows of cells with their kind."""
 
     headings: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Which columns hold numbers only."""
+        """Whether each column contains only numbers."""
         columns = [[cells[index] for _, cells in self.rows] for index in range(len(self.headings))]
         return tuple(
             any(cell.number for cell in column) and all(cell.number or cell.value == _NOTHING for cell in column)
@@ -264,18 +266,18 @@ class Shown:
 
 
 def metric_of(column: str) -> str | None:
-    """The metric that a column of a table of `build_tables` is about; None: it is about none."""
+    """The metric of a column in a table of `build_tables`; None: the column is not a metric."""
     quantity = Quantity.parse(column) or Quantity.parse(column.removesuffix(_SPREAD))
     return None if quantity is None else quantity.metric
 
 
 def show(table: pd.DataFrame) -> Shown:
-    """Round a table, fold intervals and spreads into their cells and mark the best measured value of every metric.
+    """Round a table, merge intervals and spreads into their cells, and mark the best measured value of every metric.
 
-    Columns that are the same in all measured rows (corpus, seeds, step), columns without any value, and metrics that
-    are for the CSV file alone are left out. The best is sought among measured rows of one corpus and of one group of
-    `GROUPED_BY`, and of one step where a method has several. Values that round to the same text share the mark; a
-    single value has none. A table without a `kind` is shown as it is.
+    Columns that are equal in all measured rows (corpus, seeds, step), columns without values, and metrics that only the
+    CSV file shows are left out. The best value is found among measured rows of one corpus and one group of
+    `GROUPED_BY`, and of one step if a method has several. Values that round to the same text share the mark; a single
+    value has no mark. A table without the column `kind` is shown unchanged.
     """
     if "kind" not in table.columns:
         return _show_plain(table)
@@ -292,7 +294,7 @@ def show(table: pd.DataFrame) -> Shown:
 def _is_shown(table: pd.DataFrame, name: str, measured: pd.Series) -> bool:
     if name == "kind":
         return not measured.all()
-    if name == "step":  # 0: no training at all, as with bicubic
+    if name == "step":  # 0: no training, as for bicubic interpolation
         return table.loc[measured & (table["step"] > 0), name].nunique() > 1
     if name in ("corpus", "seeds", "weighting"):
         return table.loc[measured, name].nunique(dropna=False) > 1
@@ -302,7 +304,7 @@ def _is_shown(table: pd.DataFrame, name: str, measured: pd.Series) -> bool:
     if quantity is not None:
         entry, encoder = quantity.entry, table.attrs.get("encoder", "")
         other = entry.by == "encoder" and encoder not in ("", quantity.of)
-        if quantity.minus not in ("", BASELINE):  # the report's verdict shows them
+        if quantity.minus not in ("", BASELINE):  # the verdict of the report shows these differences
             return False
         if quantity.part or entry.shown == "file" or (other and (entry.shown != "both" or quantity.minus)):
             return False
@@ -310,7 +312,7 @@ def _is_shown(table: pd.DataFrame, name: str, measured: pd.Series) -> bool:
 
 
 def _better(name: str) -> str:
-    """ "lower", "higher", or "" for what is no metric or a difference (its best is its metric's)."""
+    """Better direction of a column: "lower", "higher", or "" for a difference or for a column that is not a metric."""
     quantity = Quantity.parse(name)
     return "" if quantity is None or quantity.minus else quantity.entry.better
 
@@ -382,7 +384,7 @@ def _heading(name: str) -> str:
 
 
 def _show_plain(table: pd.DataFrame) -> Shown:
-    """Any table: whole numbers with thousands separators, others with four digits."""
+    """Show any other table: whole numbers with thousands separators, other numbers with four digits."""
 
     def cell(value: Any) -> Cell:
         if isinstance(value, str):
@@ -399,7 +401,7 @@ def _show_plain(table: pd.DataFrame) -> Shown:
 
 
 def seeds_line(table: pd.DataFrame) -> str:
-    """The first line of a table of measurements: over how many seeds it was made; "" for other tables."""
+    """First line of a table of measurements, with the number of seeds; "" for other tables."""
     if not {"seeds", "kind"} <= set(table.columns):
         return ""
     most = int(table.loc[table["kind"] == "measured", "seeds"].max())
@@ -409,7 +411,7 @@ def seeds_line(table: pd.DataFrame) -> str:
 
 
 def note(name: str, table: pd.DataFrame) -> str:
-    """A table's caption: what it shows, how to read it, what its reference rows are."""
+    """Caption of a table: what it shows, how to read it, and what its reference rows are."""
     parts = [TABLE_NOTES.get(name, "")]
     shown = show(table)
     if any(heading.endswith(("↓", "↑")) for heading in shown.headings):
@@ -431,10 +433,10 @@ def note(name: str, table: pd.DataFrame) -> str:
 
 
 def scene_table(confusions: Mapping[str, Mapping[str, Mapping[str, int]]]) -> pd.DataFrame:
-    """How often each scene is recognised: a row a scene and one for all, a column a model or the photographs.
+    """How often each scene is recognised: one row per scene and one for all, one column per model or photographs.
 
     Args:
-        confusions: by column, images by the scene that they are of and then by the one seen in them.
+        confusions: for each column, the number of images by true scene and then by recognised scene.
     """
     first = next(iter(confusions.values()))
     rows = []
@@ -455,7 +457,7 @@ def scene_table(confusions: Mapping[str, Mapping[str, Mapping[str, int]]]) -> pd
 
 
 def _texts(shown: Shown, bold: str, escape: Any = str) -> pd.DataFrame:
-    """The cells as texts, the best ones in bold."""
+    """The cells as texts, with the best values in bold."""
     rows = [
         [
             f"{bold.format(escape(cell.value)) if cell.best else escape(cell.value)} {escape(cell.interval)}".strip()
@@ -467,7 +469,7 @@ def _texts(shown: Shown, bold: str, escape: Any = str) -> pd.DataFrame:
 
 
 def to_markdown(name: str, table: pd.DataFrame) -> str:
-    """A GitHub table below the line of its seeds, reference rows at the bottom, and its note."""
+    """A table in GitHub's Markdown: the line about seeds, the table with reference rows at the bottom, and its note."""
     shown = show(table)
     texts = _texts(shown, "**{}**", lambda text: text.replace("|", "\\|"))
     align = ["right" if number else "left" for number in shown.numeric]
@@ -481,14 +483,14 @@ _SYMBOLS |= {"±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r
 
 @lru_cache(maxsize=4096)
 def latex_escape(text: str) -> str:
-    """Text with every character that LaTeX would read as a command replaced (pandas' rules, and our symbols)."""
+    """Text with all special characters of LaTeX escaped (the rules of pandas, and the symbols of this project)."""
     escaped = pd.DataFrame([[text]]).style.format(escape="latex").hide(axis="index").hide(axis="columns")
     line = escaped.to_latex().splitlines()[1].removesuffix(r" \\")
     return "".join(_SYMBOLS.get(character, character) for character in line)
 
 
 def to_latex(name: str, table: pd.DataFrame) -> str:
-    """A booktabs table that fits the text width, with caption and label `tab:<name>`; a rule sets off references."""
+    """A booktabs table of the text width with caption and label `tab:<name>`; a rule separates the reference rows."""
     shown = show(table)
     texts = _texts(shown, r"\textbf{{{}}}", latex_escape)
     columns = "".join("r" if number else "l" for number in shown.numeric)
@@ -508,7 +510,7 @@ def to_latex(name: str, table: pd.DataFrame) -> str:
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """Every column at full precision."""
+    """The table as CSV, with all columns at full precision."""
     return table.to_csv(index=False, lineterminator="\n")
 
 
@@ -526,7 +528,7 @@ def write_tables(tables: Mapping[str, pd.DataFrame], directory: Path | str) -> l
 
 
 def publish(results: Path, name: str) -> None:
-    """Write the tables of `results/results.jsonl`, print the one of this name, and say where they are."""
+    """Write the tables of `results/results.jsonl`, print the table of this name, and print where they are."""
     tables = build_tables(read_results(results / "results.jsonl"))
     write_tables(tables, results)
     print(to_markdown(name, tables[name]))

@@ -1,4 +1,4 @@
-"""What the rows say of the claim: paired differences between RS-Prune and every other method, and a word for each."""
+"""Test of the project's claim: paired differences between RS-Prune and every other method, with a verdict for each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLAIM = (
 )
 #: The methods that the claim names.
 RIVALS = ("full", "random", "scene_random")
-#: What an interval is made of: seeds; the images of one seed, paired; the same, each method's own interval.
+#: Basis of an interval: seeds; paired images of one seed; images of one seed with separate intervals of the methods.
 SEEDS, PAIRED, UNPAIRED = "seeds", "paired images", "unpaired images"
 METRIC = "kid_x1000"
 
@@ -29,8 +29,8 @@ class Comparison:
     """A difference of KID × 1000, `subject` minus `other`, with its 95 % interval (NaN where unknown).
 
     Attributes:
-        subject, other: `run_name`s.
-        seeds: how many seeds both have.
+        subject, other: names of the runs, from `run_name`.
+        seeds: number of seeds that both have.
         basis: SEEDS, PAIRED or UNPAIRED.
     """
 
@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def word(self) -> str:
-        """better, worse, tie (the interval holds zero), or unknown (there is no interval). Lower is better."""
+        """Verdict: better, worse, tie (the interval contains zero), or unknown (no interval); lower is better."""
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             return "unknown"
         if self.low <= 0 <= self.high:
@@ -67,11 +67,12 @@ def t_interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compare(rows: Iterable[Row], stage: str = "generation") -> list[Comparison]:
-    """RS-Prune's runs against every other method's of the same corpus, step and ratio (or of no pruning at all).
+    """Compare the runs of RS-Prune with those of all other methods of the same corpus, step and ratio.
 
-    Of several rows for one run and seed the newest counts.
+    Runs without pruning are compared with all ratios. Of several rows for one run and seed, the newest counts.
 
     Args:
+        rows: rows of results.
         stage: "generation", or "subset" for the kept images themselves.
     """
     rows = list(rows)
@@ -107,7 +108,7 @@ def _order(comparison: Comparison) -> tuple:
 def _difference(
     mine: Mapping[int, Mapping], theirs: Mapping[int, Mapping], quantity: Quantity, subject: str, other: str
 ) -> tuple[float, float, float, int, str] | None:
-    """mean, low, high, seeds, basis; None where no seed has both values."""
+    """Mean, low, high, seeds and basis of a difference; None if no seed has both values."""
     common = [seed for seed in mine if seed in theirs]
     common = [seed for seed in common if None not in (mine[seed].get(quantity.name), theirs[seed].get(quantity.name))]
     if not common:
@@ -129,13 +130,13 @@ _PARTS = ("", "low", "high")
 
 
 def _half(metrics: Mapping, quantity: Quantity) -> float:
-    """Half the width of a metric's own interval; NaN where it has none."""
+    """Half the width of the interval of a metric; NaN if it has none."""
     low, high = (metrics.get(f"{quantity.name}_{part}") for part in ("low", "high"))
     return math.nan if low is None or high is None else (high - low) / 2
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
-    """Whether the rows support the claim: against every method that it names, on every held-out set measured."""
+    """Sentence on whether the rows support the claim, against every method that it names and on every held-out set."""
     claimed = [item for item in comparisons if item.subject == SUBJECT and item.other in RIVALS]
     if not claimed:
         return "The rows cannot test the claim yet."
@@ -150,7 +151,7 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 
 
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
-    """A sentence for each run of RS-Prune and held-out set: what it is better than, worse than, and tied with."""
+    """One sentence per run of RS-Prune and held-out set: which methods it is better than, worse than or tied with."""
     groups: dict[tuple, list[Comparison]] = {}
     for item in comparisons:
         groups.setdefault((item.corpus, item.ratio, item.step, item.subject, item.held_out), []).append(item)
@@ -179,7 +180,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def seeds_note(comparisons: Sequence[Comparison]) -> str:
-    """How many seeds the comparisons have, and what their intervals therefore say."""
+    """Note on the number of seeds of the comparisons, and on the meaning of their intervals."""
     if not comparisons:
         return ""
     counts = sorted({item.seeds for item in comparisons})

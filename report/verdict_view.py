@@ -1,4 +1,4 @@
-"""The verdict as the page shows it: texts, table cells, and where each interval lies on a common scale."""
+"""The verdict in the form that the page shows: texts, table cells, and positions of intervals on a common scale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from report.results import Row
 from report.verdict import CLAIM, SEEDS, Comparison, compare, headline, seeds_note, sentences
 
-#: Titles of the tables by stage; the subset's is folded: the claim is about generated images.
+#: Titles of the tables by stage; the table of subsets is folded, because the claim is about generated images.
 TITLES = {
     "generation": "Generated images, KID×10³ of {} minus the other method's",
     "subset": "The kept images themselves, before any training, KID×10³ of {} minus the other method's",
@@ -18,7 +18,7 @@ _STATUS = {"The rows support the claim.": "better", "The rows do not support the
 
 
 def verdict_view(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What the page's template asks for; None where no row can be compared."""
+    """Data for the page's template; None if no rows can be compared."""
     result = {stage: compare(rows, stage) for stage in TITLES}
     if not any(result.values()):
         return None
@@ -49,7 +49,7 @@ _HOW = (
 
 
 def _table(items: Sequence[Comparison]) -> dict[str, Any]:
-    """Headings and rows of one run; corpus, ratio and step are shown where they differ."""
+    """Headings and rows for one run; corpus, ratio and step are shown if they differ."""
     several = len({(item.corpus, item.ratio, item.step) for item in items}) > 1
     ends = [abs(end) for item in items for end in (item.low, item.high, item.mean) if math.isfinite(end)]
     scale = max(ends, default=0.0) or 1.0
@@ -63,7 +63,7 @@ def _table(items: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def _cells(item: Comparison, several: bool) -> dict[str, dict[str, Any]]:
-    """Cells by heading."""
+    """Cells of a comparison by heading."""
     known = item.word != "unknown"
     where = {"corpus": _cell(item.corpus), "ratio": _number(item.ratio), "step": _number(item.step)}
     return {
@@ -82,13 +82,13 @@ def _cell(text: str, *, word: bool = False) -> dict[str, Any]:
 
 
 def _number(value: float | None, text: str | None = None) -> dict[str, Any]:
-    """A number to sort by, and how it is shown."""
+    """A number for sorting, and its text."""
     shown = "–" if value is None else (text or f"{value:g}")
     return {"text": shown, "value": "" if value is None else value, "number": True, "word": False}
 
 
 def _range(item: Comparison, scale: float) -> dict[str, float] | None:
-    """Left end, width and mean of an interval in percent of a bar whose middle is zero; None without an interval."""
+    """Left end, width and mean of an interval, in percent of a bar centred on zero; None without an interval."""
     if item.word == "unknown":
         return None
     low, mean, high = (round(50 + 50 * value / scale, 2) for value in (item.low, item.mean, item.high))

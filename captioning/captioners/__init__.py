@@ -1,1 +1,1 @@
-"""Captioners: images and known metadata in, texts out. One file and one YAML each."""
+"""Captioners, which turn images and known metadata into texts; each has one module and one YAML file."""

@@ -1,4 +1,4 @@
-"""What every captioner is given and gives back."""
+"""The interface of captioners: their input and output."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 
 from corpus.captions import encodable, words
 
-#: A scene's words beyond these are cut: it is a name, not a text.
+#: Largest number of words of a scene's name; further words are removed.
 SCENE_WORDS = 8
 SCENE_LETTERS = 60
 
 
 @dataclass(frozen=True)
 class ImageMetadata:
-    """What is known of an image beside its pixels.
+    """Known data about an image besides its pixels.
 
     Args:
         scene: words such as "baseball field"; "": unknown.
-        mask: class numbers uint8 [H, W], 255 for none, of any size; None: no mask.
-        classes: names of the mask's classes, by number.
+        mask: class numbers uint8 [H, W] of any size, 255: no class; None: no mask.
+        classes: names of the classes of the mask, by number.
     """
 
     scene: str = ""
@@ -33,7 +33,7 @@ class ImageMetadata:
 
 @dataclass(frozen=True)
 class Undescribed:
-    """An image that cannot be described; it is quarantined with the reason."""
+    """Result for an image that cannot be described; the image is quarantined with the reason."""
 
     reason: str
 
@@ -43,8 +43,8 @@ class Captioner(Protocol):
 
     Attributes:
         name: the source of its captions in captions.parquet.
-        batch_size: images a call.
-        attempts: how many different attempts it knows; later ones repeat them with other seeds.
+        batch_size: images per call.
+        attempts: number of different attempts; later attempts repeat them with other seeds.
     """
 
     name: str
@@ -54,22 +54,22 @@ class Captioner(Protocol):
     def __call__(
         self, images: np.ndarray, metadata: Sequence[ImageMetadata], attempt: int, seeds: Sequence[int]
     ) -> list[str | Undescribed]:
-        """A text, or the reason why there is none, for each image.
+        """Describe images: a text for each image, or the reason why there is none.
 
         Args:
             images: uint8 [B, H, W, 3].
-            metadata: of each image.
-            attempt: 0, 1, 2, ...: the round; each describes in another way.
-            seeds: of each image, 0 or more; they alone decide what is random about its text.
+            metadata: metadata of each image.
+            attempt: number of the round, from 0; each attempt describes images in a different way.
+            seeds: seed of each image, at least 0; all randomness of its text depends on this seed only.
         """
         ...
 
 
 def scene_words(scene: str) -> str:
-    """A scene's name as words for a text: `BaseballField` is "baseball field", "class 3" and "???" are none.
+    """A scene's name as words for a text: `BaseballField` gives "baseball field", "class 3" and "???" give "".
 
-    Control characters and all punctuation but hyphens and apostrophes within words are dropped, and what is beyond
-    `SCENE_WORDS` words or `SCENE_LETTERS` characters.
+    Control characters and punctuation are removed, except hyphens and apostrophes within words. The result is limited
+    to `SCENE_WORDS` words and `SCENE_LETTERS` characters.
     """
     kept = re.sub(r"[^\w'’\- ]|(?<!\w)['’\-]+|['’\-]+(?!\w)", " ", encodable(scene[: 10 * SCENE_LETTERS]))
     named = words(kept)

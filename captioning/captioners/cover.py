@@ -1,4 +1,4 @@
-"""Land cover as an image shows it: each pixel's kind, by its colour or by a mask."""
+"""Land cover in an image: the kind of ground of each pixel, by its colour or by a mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from captioning.captioners.captioner import scene_words
 
 #: Longest side in pixels of the copy on which an image is measured.
 SIDE = 128
-#: No kind, in a map of kinds.
+#: Value of a pixel without a kind in a map of kinds.
 NONE = 255
 #: Kinds by colour, in the order of their numbers. The last three are those of images without colour.
 COLOURS = (
@@ -19,15 +19,15 @@ COLOURS = (
     "dark grey", "middle grey", "bright grey",
 )  # fmt: skip
 _GREEN, _DARK_GREEN, _TURQUOISE, _BLUE, _DARK, _BARE, _GREY, _WHITE, _RED, _LOW, _MIDDLE, _HIGH = range(len(COLOURS))
-#: Classes of masks that say nothing about what is there.
+#: Names of mask classes that do not describe the ground.
 _NAMELESS = {
     "", "background", "other", "others", "clutter", "unknown", "unlabeled", "unlabelled", "unclassified", "ignore",
     "ignored", "void", "none", "nodata", "no data", "invalid",
 }  # fmt: skip
-#: Chroma, in CIELAB, up to which an image counts as one without colour: 99 % of its pixels.
+#: An image has no colour if 99 % of its pixels have at most this chroma in CIELAB.
 _COLOURLESS = 3.0
 _SMOOTHING = 1.2  # px, sigma
-_MAJORITY = 5  # px, side of the window in which the most frequent kind wins
+_MAJORITY = 5  # px, side of the window of the majority filter
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Cover:
     """Kinds of ground on a small copy of an image, at most `SIDE` px wide and high.
 
     Attributes:
-        kinds: uint8 [h, w], positions in `names`; 255: none. Each is the most frequent of its neighbourhood.
-        single: uint8 [h, w], the same before that vote, for things of a few pixels.
-        names: of `COLOURS`, or words of a mask's classes.
-        light: float32 [h, w], lightness (CIELAB L*, 0 to 100), a little smoothed.
-        slope: float32 [h, w], its change per pixel.
-        gradient: float32 [h, w, 2], that change to the right and downwards.
-        by_mask: the names come from a mask.
+        kinds: uint8 [h, w], indices into `names`, after a majority filter; 255: none.
+        single: uint8 [h, w], the same before the majority filter, for objects of a few pixels.
+        names: names from `COLOURS`, or words of the classes of a mask.
+        light: float32 [h, w], slightly smoothed lightness (CIELAB L*, 0 to 100).
+        slope: float32 [h, w], change of lightness per pixel.
+        gradient: float32 [h, w, 2], this change to the right and downwards.
+        by_mask: whether the names come from a mask.
     """
 
     kinds: np.ndarray
@@ -54,7 +54,7 @@ class Cover:
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:
-    """A uint8 image [H, W, 3], or a copy by area averages whose longest side is `SIDE`."""
+    """A uint8 image [H, W, 3], reduced by area averages so that its longest side is at most `SIDE`."""
     height, width = image.shape[:2]
     scale = SIDE / max(height, width)
     if scale >= 1:
@@ -82,8 +82,8 @@ def _is_black(image: np.ndarray) -> np.ndarray:
 def land_cover(image: np.ndarray, mask: np.ndarray | None = None, classes: tuple[str, ...] = ()) -> Cover:
     """Kinds of ground in a uint8 image [H, W, 3].
 
-    They are the classes of the mask, uint8 [M, N] of any size, where it has some that have a name; else groups of
-    colours in CIELAB after a Gaussian of 1.2 px. Pixels without data (black, 0 to 2) have no kind.
+    If the mask, uint8 [M, N] of any size, has classes with names, the kinds are these classes; otherwise they are
+    groups of colours in CIELAB after a Gaussian filter of 1.2 px. Pixels without data (black, 0 to 2) have no kind.
     """
     small = shrunk(image)
     lab = cv2.cvtColor(np.ascontiguousarray(small, np.float32) / 255, cv2.COLOR_RGB2LAB)
@@ -99,10 +99,10 @@ def land_cover(image: np.ndarray, mask: np.ndarray | None = None, classes: tuple
 
 
 def by_colour(lab: np.ndarray) -> np.ndarray:
-    """Numbers of kinds uint8 [h, w], positions in `COLOURS`, of CIELAB pixels float32 [h, w, 3].
+    """Kinds of CIELAB pixels float32 [h, w, 3], as indices into `COLOURS`, uint8 [h, w].
 
-    Hue angles in degrees: red 0 to 50, brown and yellow to 98, or to 112 where pale, green to 185, or to 160 where not
-    dark (L* from 36), turquoise to 225 (where dark and dull: dark green), blue to 310.
+    Ranges of hue angles in degrees: red 0 to 50; brown and yellow up to 98, or up to 112 if pale; green up to 185, or
+    up to 160 if not dark (L* from 36); turquoise up to 225 (dark green if dark and dull); blue up to 310.
     """
     light, a, b = lab[..., 0], lab[..., 1], lab[..., 2]
     chroma = np.hypot(a, b)
@@ -126,7 +126,7 @@ def by_colour(lab: np.ndarray) -> np.ndarray:
 
 
 def _of_mask(mask: np.ndarray, classes: tuple[str, ...], size: tuple[int, int]) -> tuple[np.ndarray, tuple] | None:
-    """Kinds at a size (width, height), and their names, of a mask; None where no class with a name occurs."""
+    """Kinds from a mask, resized to (width, height), and their names; None if no class with a name occurs."""
     names = tuple(scene_words(name) for name in classes[:NONE])
     table = np.full(256, NONE, np.uint8)
     for number, name in enumerate(names):
@@ -137,7 +137,7 @@ def _of_mask(mask: np.ndarray, classes: tuple[str, ...], size: tuple[int, int]) 
 
 
 def _majority(kinds: np.ndarray) -> np.ndarray:
-    """Each pixel's most frequent kind in a square window."""
+    """Majority filter: the most frequent kind in a square window around each pixel."""
     result = np.flatnonzero(np.bincount(kinds.ravel(), minlength=256))
     if len(result) == 1:
         return kinds

@@ -37,28 +37,30 @@ NO_TEXT = Undescribed("the captioner wrote no text")
 class ImageTextToText:
     """Captions by any network that `AutoModelForImageTextToText` knows.
 
-    One with a chat template is given a question: a message with the image and the prompt. One without, as BLIP, goes on
-    from the prompt as a prefix, or starts from nothing where it is "". Neither is part of the caption.
+    A network with a chat template receives a message with the image and the prompt. A network without one, such as
+    BLIP, continues the prompt as a prefix, or starts without a prefix if the prompt is "". The prompt is not part of
+    the caption.
 
-    Images of one prompt are described together, and nothing is padded. An image's seed alone draws its noise, so that
-    its neighbours in a batch change a text only where rounding in a larger matrix product tips a near tie.
+    Images with the same prompt are described together, without padding. The noise of an image depends on its seed only,
+    so the other images in a batch change a text only if rounding in a larger matrix product decides a near tie.
 
     Args:
         name: the source of its captions.
-        path: of the hub (`owner/name`) or a folder; weights as safetensors, with the processor's files.
-        revision: commit of the hub; None: the newest. A folder has none.
-        prompts: one for each attempt. `{scene}` stands for the scene's words; a sentence with it is left out where the
-            scene is unknown.
-        temperatures: of each attempt; 0: the likeliest token each time. After the last attempt those that sample are
-            taken again in turn.
-        top_p: the likeliest tokens of this total probability are sampled from (Holtzman et al. 2020); 1: all.
-        max_new_tokens: of a caption; a sentence that is cut off there is left out unless it is the only one.
-        batch_size: images a call.
-        dtype: of `DTYPES`; auto: as the weights are stored.
-        side: pixels to which the longer side of a smaller image is enlarged (bicubic) before the network's own
-            preprocessing; 0: never.
+        path: hub name (`owner/name`) or folder, with safetensors weights and the processor's files.
+        revision: commit on the hub; None: the newest. A folder has no revision.
+        prompts: one prompt for each attempt. `{scene}` is replaced by the scene's words; a sentence with it is left out
+            if the scene is unknown.
+        temperatures: temperature of each attempt; 0: always take the most probable token. After the last attempt, the
+            attempts that sample are repeated in turn.
+        top_p: sample from the most probable tokens with this total probability (Holtzman et al. 2020); 1: all tokens.
+        max_new_tokens: largest number of tokens of a caption; a sentence that is cut off there is left out unless it is
+            the only one.
+        batch_size: images per call.
+        dtype: key of `DTYPES`; auto: the type in which the weights are stored.
+        side: smaller images are enlarged (bicubic) so that their longer side has this number of pixels, before the
+            preprocessing of the network; 0: never.
     Raises:
-        UserError: options that do not fit together; on first use, a network that cannot be loaded.
+        UserError: options contradict each other; on first use, the network cannot be loaded.
     """
 
     name: str
@@ -107,7 +109,7 @@ class ImageTextToText:
         return texts
 
     def plan(self, attempt: int) -> int:
-        """Position of an attempt's prompt and temperature: its own, or beyond the last one of those that sample."""
+        """Index of the prompt and temperature of an attempt; after the last one, an index of those that sample."""
         if attempt < self.attempts:
             return attempt
         again = [at for at, value in enumerate(self.temperatures) if value > 0] or list(range(self.attempts))
@@ -142,19 +144,19 @@ class ImageTextToText:
 
 
 class SeededNoise(LogitsProcessor):
-    """Adds Gumbel noise to logits, so that the largest of each row is a sample of it (Maddison et al. 2014).
+    """Adds Gumbel noise to logits, so that the largest value of each row is a sample (Maddison et al. 2014).
 
-    Each row has a generator of its own on the CPU: what is drawn depends neither on the other rows nor on the device.
+    Each row has a separate generator on the CPU, so the samples depend neither on other rows nor on the device.
 
     Args:
-        seeds: of the rows.
+        seeds: seed of each row.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """float [B, V] with noise, float32."""
+        """The logits, float [B, V], with noise, as float32."""
         width = scores.shape[1]
         drawn = torch.stack([torch.empty(width).exponential_(generator=one) for one in self.generators])
         return scores.float() - drawn.log().to(scores.device)
@@ -164,8 +166,8 @@ class SeededNoise(LogitsProcessor):
 def _loaded(path: str, revision: str | None, dtype: str) -> tuple[ProcessorMixin, PreTrainedModel]:
     place = os.path.expanduser(path)
     try:
-        options = {"revision": revision, "trust_remote_code": False}  # else it would ask on the terminal
-        config = AutoConfig.from_pretrained(place, **options)  # without the hub, the first to give up
+        options = {"revision": revision, "trust_remote_code": False}  # otherwise it would prompt on the terminal
+        config = AutoConfig.from_pretrained(place, **options)  # the first call that fails if the hub cannot be reached
         processor = AutoProcessor.from_pretrained(place, **options)
         model = AutoModelForImageTextToText.from_pretrained(
             place, config=config, dtype=dtype, use_safetensors=True, **options
@@ -183,7 +185,7 @@ def _loaded(path: str, revision: str | None, dtype: str) -> tuple[ProcessorMixin
 
 
 def _inputs(processor: ProcessorMixin, images: list[Image.Image], question: str) -> BatchFeature:
-    """What the network takes: the images, each with the same question or prefix."""
+    """Input of the network: the images, all with the same question or prefix."""
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if template is None:
         return processor(images=images, text=[question] * len(images) if question else None, return_tensors="pt")
@@ -200,7 +202,7 @@ def _inputs(processor: ProcessorMixin, images: list[Image.Image], question: str)
 
 
 def prompt(pattern: str, scene: str) -> str:
-    """A prompt with the scene's words for `{scene}`; sentences with it are left out where the scene is unknown."""
+    """A prompt with the scene's words for `{scene}`; sentences with it are left out if the scene is unknown."""
     if known := scene_words(scene):
         return pattern.replace("{scene}", known)
     parts = re.split(r"(?<=[.!?])\s+", pattern)
@@ -208,7 +210,7 @@ def prompt(pattern: str, scene: str) -> str:
 
 
 def enlarged(image: np.ndarray, side: int) -> Image.Image:
-    """A uint8 image [H, W, 3] whose longer side is `side` pixels at least."""
+    """A uint8 image [H, W, 3], enlarged if necessary so that its longer side is at least `side` pixels."""
     picture = Image.fromarray(image)
     if max(picture.size) >= side:
         return picture
@@ -217,10 +219,10 @@ def enlarged(image: np.ndarray, side: int) -> Image.Image:
 
 
 def without_prompt(written: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-    """Token ids [B, T] without those of the prompt [B, P] that they begin with; the very first is not compared.
+    """Token ids [B, T] without the prompt [B, P] at their beginning; the first token is not compared.
 
-    Networks repeat all of the prompt, or none, or (BLIP) all but its last token with another first one, which it writes
-    into the prompt as well.
+    Some networks repeat the whole prompt and some nothing. BLIP repeats all but the last token, with another first
+    token, which it writes into the prompt as well.
     """
     if given is None:
         return written
@@ -231,7 +233,7 @@ def without_prompt(written: torch.Tensor, given: torch.Tensor | None) -> torch.T
 
 
 def caption(text: str, question: str, *, cut_off: bool = False) -> str | Undescribed:
-    """What a network wrote, as a caption: single spaces, no prompt or quotes around it, whole sentences if cut off."""
+    """Convert the output of a network to a caption: single spaces, no prompt, no quotes, only complete sentences."""
     text, question = " ".join(text.split()), " ".join(question.split())
     text = "".join(letter for letter in text if letter.isprintable() and letter != "\ufffd")
     if question and text.casefold().startswith(question.casefold()):

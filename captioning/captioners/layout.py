@@ -1,4 +1,4 @@
-"""Where the kinds of ground lie in an image, how much there is of each, beside what, and in which texture."""
+"""Layout of the kinds of ground in an image: their positions, fractions, neighbours and texture."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 from captioning.captioners.cover import Cover
 
-#: Fractions of the image from which a kind, and a patch of it, counts.
+#: Smallest fractions of the image for a kind and for a patch of a kind.
 LEAST_FRACTION = 0.04
 LEAST_FRACTION_OF_MASK = 0.01
 LEAST_PATCH = 0.01
-#: Pixels, and fraction of the image, of a small bright object.
+#: Limits, in pixels and as a fraction of the image, for small bright objects.
 SPOT_PIXELS = 9
 SPOT_FRACTION = 0.02
 #: Mean change of lightness per pixel below which a surface is smooth, and from which it is rough.
 SMOOTH, ROUGH = 1.0, 2.6
-_CELLS = 8  # rows and columns of the cells in which lines are looked for
+_CELLS = 8  # number of rows and columns of cells in the search for lines
 _AXES = (("left", "column", "right"), ("upper", "row", "lower"))
 
 
@@ -27,19 +27,19 @@ class Part:
     """All ground of one kind.
 
     Attributes:
-        name: of the kind.
-        fraction: of the image, 0 to 1.
+        name: name of the kind.
+        fraction: fraction of the image, 0 to 1.
         place: "whole", "spread", "scattered", "edges", "centre", "left", "left edge", "upper right",
             "upper right corner", "row" (across the middle), "column", "mainly left", ...
-        patches: how many of notable size there are.
-        largest: fraction of the image of the largest.
+        patches: number of patches of notable size.
+        largest: fraction of the image that the largest patch covers.
         light: mean lightness (CIELAB L*).
-        slope: its mean change per pixel, away from the part's outline.
-        strip: where the largest runs if it is long and narrow: "left right", "upper lower", "upper left lower right"
-            or "lower left upper right"; "" otherwise.
-        shape: "round", "rectangular" or "", of a largest that lies clear of the image's border.
-        inside: name of the kind that surrounds it, "" for none.
-        beside: name of the kind that it has the longest border with, "" for none.
+        slope: mean change of lightness per pixel, without the outline of the part.
+        strip: direction of the largest patch if it is long and narrow: "left right", "upper lower",
+            "upper left lower right" or "lower left upper right"; "" otherwise.
+        shape: "round", "rectangular" or "", shape of the largest patch if it does not touch the image's border.
+        inside: name of the kind that surrounds the part, "" for none.
+        beside: name of the kind with the longest common border, "" for none.
     """
 
     name: str
@@ -57,13 +57,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """
+    """The layout of an image.
+
     Attributes:
-        parts: the largest first; one at least, unless nothing has a kind.
-        spots: number of small bright objects; their place.
+        parts: the parts, the largest first; at least one, unless no pixel has a kind.
+        spots: number of small bright objects, and their place.
         slope: mean change of lightness per pixel (CIELAB L*).
-        lines: of the whole image: "left right", "upper lower", "diagonal", "grid" (two directions at right angles), "".
-        by_mask: the parts' names are words of a mask's classes.
+        lines: direction of lines in the whole image: "left right", "upper lower", "diagonal", "grid" (two directions at
+            right angles), or "".
+        by_mask: whether the names of the parts are words of the classes of a mask.
     """
 
     parts: tuple[Part, ...]
@@ -75,7 +77,7 @@ class Layout:
 
 
 def layout(cover: Cover) -> Layout:
-    """The parts of an image by their size, with positions and neighbours, its small bright objects and its lines."""
+    """Compute the layout: parts by size with positions and neighbours, small bright objects, and lines."""
     counts = np.bincount(cover.kinds.ravel(), minlength=256)[: len(cover.names)]
     fractions = counts / cover.kinds.size
     least = LEAST_FRACTION_OF_MASK if cover.by_mask else LEAST_FRACTION
@@ -88,10 +90,10 @@ def layout(cover: Cover) -> Layout:
 
 
 def place(where: np.ndarray, fraction: float | None = None) -> str:
-    """The place of the true pixels of bool [h, w], which may be none but one, in the words of `Part.place`.
+    """The place of the true pixels of bool [h, w], in the words of `Part.place`.
 
-    On each axis they have a position if their standard deviation is below 0.2 of the image's side (a half has 0.144,
-    the whole 0.289); the centroid says which.
+    On each axis the pixels have a position if their standard deviation is below 0.2 of the image's side (half of an
+    image has 0.144, the whole image 0.289). The centroid determines the position.
     """
     fraction = float(where.mean()) if fraction is None else fraction
     if fraction >= 0.85:
@@ -123,7 +125,7 @@ def _cell(across: str, down: str, margins: list[float]) -> str:
 
 
 def _centre_and_spread(weights: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of positions, in parts of the side, from the weights of its pixels."""
+    """Mean and standard deviation of positions along a side, as fractions of it, from the weights of its pixels."""
     positions = (np.arange(len(weights)) + 0.5) / len(weights)
     total = weights.sum()
     centre = float((weights * positions).sum() / total)
@@ -163,7 +165,7 @@ def _part(cover: Cover, number: int) -> Part:
 
 
 def _strip(blob: np.ndarray, side: int) -> str:
-    """Which way a long and narrow blob bool [h, w] runs; "" for another, or one shorter than 0.6 of the side."""
+    """Direction of a long and narrow blob, bool [h, w]; "" for other blobs or if shorter than 0.6 of the side."""
     moments = cv2.moments(blob.view(np.uint8), binaryImage=True)
     area = moments["m00"]
     xx, yy, xy = (moments[key] / area + offset for key, offset in (("mu20", 1 / 12), ("mu02", 1 / 12), ("mu11", 0)))
@@ -171,7 +173,7 @@ def _strip(blob: np.ndarray, side: int) -> str:
     length, breadth = np.sqrt(12 * (middle + half)), np.sqrt(12 * max(1e-9, middle - half))
     if length < 0.6 * side or length < 4 * breadth or area < 0.5 * length * breadth:
         return ""
-    angle = np.degrees(0.5 * np.arctan2(2 * xy, xx - yy))  # of the long axis, y downwards
+    angle = np.degrees(0.5 * np.arctan2(2 * xy, xx - yy))  # angle of the long axis, y points downwards
     if abs(angle) < 22.5:
         return "left right"
     if abs(angle) > 67.5:
@@ -180,7 +182,7 @@ def _strip(blob: np.ndarray, side: int) -> str:
 
 
 def _shape(blob: np.ndarray) -> str:
-    """ "round" where a blob without its holes fills most of its circle, "rectangular" where most of its rectangle."""
+    """ "round" if a blob with filled holes covers most of its circle, "rectangular" if most of its rectangle."""
     framed = np.pad(blob.view(np.uint8), 1)
     outlines, _ = cv2.findContours(framed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     outline = max(outlines, key=len)
@@ -197,7 +199,7 @@ def _shape(blob: np.ndarray) -> str:
 def _borders(kinds: np.ndarray, count: int) -> np.ndarray:
     """Lengths in pixels of the borders between kinds, int64 [count, count + 1].
 
-    The last column holds those with the image's edge and with what has no kind.
+    The last column has the borders with the edge of the image and with pixels without a kind.
     """
     step = count + 1
     numbers = np.minimum(kinds, count).astype(np.intp)
@@ -236,10 +238,11 @@ def _spots(cover: Cover) -> tuple[int, str]:
 
 
 def _lines(gradient: np.ndarray) -> str:
-    """The direction of parallel lines all over the image, by the structure tensor of 8 x 8 cells.
+    """The direction of parallel lines in the whole image, from the structure tensor of 8 x 8 cells.
 
-    A cell counts if it has edges. The mean of exp(2i angle) over the cells tells one direction, that of exp(4i angle)
-    two at right angles; its length is 1 where all agree, and less where a cell's own edges disagree.
+    A cell counts if it has edges. The mean of exp(2i angle) over the cells indicates one direction, and the mean of
+    exp(4i angle) two directions at right angles. The length of a mean is 1 if all angles agree, and smaller if the
+    edges in a cell disagree.
     """
     height, width = gradient.shape[:2]
     if min(height, width) < 2 * _CELLS:
@@ -249,7 +252,7 @@ def _lines(gradient: np.ndarray) -> str:
     strong = energy > 0.7
     if strong.mean() < 0.45:
         return ""
-    squared = (dx + 1j * dy) ** 2  # length: energy, angle: twice the gradient's
+    squared = (dx + 1j * dy) ** 2  # length: energy; angle: twice that of the gradient
     double = _cells(squared)[strong] / energy[strong]
     fourfold = _cells(squared**2 / np.maximum(np.abs(squared), 1e-6))[strong] / energy[strong]
     mean = double.mean()

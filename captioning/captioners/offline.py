@@ -1,4 +1,4 @@
-"""A captioner that needs no download: sentences out of what is measured in the pixels or given by a mask."""
+"""A captioner that needs no download: it makes sentences from measurements of the pixels or from a mask."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from captioning.captioners.wording import (
 )
 from runtime.errors import UserError
 
-#: Words of the longest short caption.
+#: Largest number of words of a short caption.
 SHORT = 13
-#: Patches beyond these are not counted but called scattered.
+#: Largest number of patches that a caption counts; more patches are called scattered.
 COUNTED = 6
 NO_DATA = Undescribed("no data")
 ONE_COLOUR = Undescribed("one flat colour")
@@ -36,18 +36,18 @@ ONE_COLOUR = Undescribed("one flat colour")
 
 @dataclass(frozen=True)
 class OfflineCaptioner:
-    """Says what lies where: the scene's words, kinds of ground with their fractions, places, shapes and texture.
+    """Captioner that names the scene and the kinds of ground with their fractions, places, shapes and texture.
 
-    The kinds are a mask's classes, or groups of colours: a caption says "green vegetation", not "a park". An image
-    without data (98 % black) is `Undescribed` even if its scene is known, because its pixels show no such scene. One of
-    a single flat colour is `Undescribed` unless a scene or a mask says what it is, as of open water.
+    The kinds are the classes of a mask or groups of colours: a caption says "green vegetation", not "a park". An image
+    without data (98 % black) is `Undescribed` even if its scene is known, because its pixels do not show the scene. An
+    image of a single flat colour is `Undescribed` unless it has a scene or a mask, as for open water.
 
     Args:
         name: the source of its captions.
-        batch_size: images a call.
-        plans: a plan of `PLANS` for each attempt, then from the first one again.
+        batch_size: images per call.
+        plans: a key of `PLANS` for each attempt; later attempts start again with the first one.
     Raises:
-        UserError: no plan, or an unknown one.
+        UserError: there are no plans, or a plan is unknown.
     """
 
     name: str = "offline"
@@ -90,9 +90,10 @@ def compose(measured: Layout, scene: str, plan: str, rng: np.random.Generator) -
     """One to six sentences about a layout.
 
     Args:
-        measured: with one part at least.
-        scene: its words, "" for none (`scene_words`).
-        plan: of `PLANS`.
+        measured: layout with at least one part.
+        scene: words of the scene (`scene_words`), "" for none.
+        plan: key of `PLANS`.
+        rng: generator that picks among equal wordings.
     """
     return sentences(PLANS[plan](_View(measured, scene, rng)))
 
@@ -101,7 +102,7 @@ def compose(measured: Layout, scene: str, plan: str, rng: np.random.Generator) -
 
 
 class _View:
-    """A layout with its words chosen: what the plans put together."""
+    """A layout with chosen words, from which the plans make sentences."""
 
     def __init__(self, measured: Layout, scene: str, rng: np.random.Generator, colours: bool = True) -> None:
         self.measured, self.rng, self.words = measured, rng, scene
@@ -123,7 +124,7 @@ class _View:
 
 
 def _short(view: _View) -> list[str]:
-    """About 8 to 12 words, the scene first: then as much as fits about the two largest parts."""
+    """A text of about 8 to 12 words: the scene, then as much about the two largest parts as fits."""
     chosen = view.items[:1] + [item for item in view.items[1:] if _differ(view.items[0][0], item[0])][:1]
     phrases = [(called.text, POSITIONS[part.place][0]) for part, called in chosen]
     if view.scene:
@@ -137,7 +138,7 @@ def _short(view: _View) -> list[str]:
 
 
 def _differ(first: Part, second: Part) -> bool:
-    """Whether two kinds are more than two shades of one, as two greens are."""
+    """Whether two kinds differ by more than the shade of one colour, such as two greens."""
     return first.name.split()[-1] != second.name.split()[-1] or not {first.name, second.name} <= set(COLOURS)
 
 
@@ -153,7 +154,7 @@ def _phrases(phrases: list[tuple[str, str]]) -> list[list[str]]:
 
 
 def _layout(view: _View) -> list[str]:
-    """What covers how much of which part; then the scene."""
+    """Sentences about which kinds cover which part of the image, then the scene."""
     (part, called), *others = view.items[:3]
     result = [f"{other.text} {view.place(smaller)}" for smaller, other in others]
     fraction = _covers(view, part, called)
@@ -168,7 +169,7 @@ def _layout(view: _View) -> list[str]:
 
 
 def _covers(view: _View, part: Part, called: Noun) -> str:
-    """ "blue water covers about half of the image on the left" """
+    """A clause such as "blue water covers about half of the image on the left"."""
     covers = verb(called, view.pick("cover", "fill", "take")) + " "
     covers = covers.replace("takes ", "takes up ").replace("take ", "take up ")
     where = "" if part.place in ("whole", "spread") else " " + view.place(part)

@@ -1,4 +1,4 @@
-"""Words for what was measured: nouns for kinds of ground, phrases for positions, fractions and numbers."""
+"""Words for measurements: nouns for kinds of ground, phrases for positions, fractions and numbers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import numpy as np
 
 from captioning.captioners.layout import ROUGH, SMOOTH, Layout, Part
 
-#: Words of scenes in which smooth surfaces that are dark are water, and those of still water, where green ones are too.
+#: Words of scenes with water, in which smooth dark surfaces are water; and of scenes with still water, in which smooth
+#: green surfaces are water as well.
 _WATERS = {
     "water", "river", "lake", "pond", "sea", "ocean", "port", "harbor", "harbour", "bay", "beach", "coast", "reservoir",
     "bridge", "marina", "lagoon", "island",
 }  # fmt: skip
 _STILL = {"lake", "pond", "sea", "ocean", "port", "harbor", "harbour", "reservoir", "marina", "lagoon"}
-#: Words of scenes without buildings, where what is grey and rough is bare.
+#: Words of scenes without buildings, in which grey rough surfaces are bare ground.
 _WILDS = {
     "mountain", "desert", "forest", "beach", "island", "snow", "ice", "glacier", "wetland", "chaparral", "river",
     "meadow", "land", "bareland", "coast",
 }  # fmt: skip
-#: Words of scenes in which what is green is vegetation, however smooth.
+#: Words of scenes in which green surfaces are vegetation, even if they are smooth.
 _PLANTED = {
     "forest", "woodland", "meadow", "farmland", "cropland", "grassland", "shrubland", "rangeland", "pasture", "crop",
     "vegetation", "wetland", "chaparral", "mountain", "orchard", "vineyard",
 }  # fmt: skip
-#: Mean change of lightness per pixel from which green is vegetation in any scene.
+#: Mean change of lightness per pixel from which green surfaces are vegetation in any scene.
 PLANTS = 1.3
 #: Last words of scenes that take no article.
 _MASS = {
@@ -35,7 +36,7 @@ _MASS = {
     "rangeland", "bare", "forestland", "greenland", "scrub", "pavement", "concrete", "asphalt", "rock", "ground",
 }  # fmt: skip
 _MANY = {"people", "sheep", "aircraft"}
-#: Positions as adverbs; the first of each is the plainest.
+#: Positions as adverbs; the first wording of each is the plainest.
 POSITIONS: dict[str, tuple[str, ...]] = {
     "whole": ("across the whole image", "over the whole image", "across the whole view"),
     "spread": ("across the image", "throughout the image", "all over the image"),
@@ -72,7 +73,7 @@ LINES = {
     "grid": ("straight edges meet at right angles", "straight lines cross at right angles"),
 }
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-#: How greens are distinguished where an image shows both.
+#: Words that distinguish the two greens if an image has both.
 _SHADES = {
     "green vegetation": "light green vegetation",
     "green plants": "light green plants",
@@ -103,9 +104,9 @@ class Noun:
     """A noun phrase.
 
     Attributes:
-        text: with its article, as a subject.
-        of: as in "patches of …".
-        plural: it takes "cover", not "covers".
+        text: the phrase with its article, as a subject.
+        of: the form after "of", as in "patches of …".
+        plural: whether it takes a plural verb ("cover", not "covers").
     """
 
     text: str
@@ -114,9 +115,9 @@ class Noun:
 
 
 def noun(part: Part, measured: Layout, scene: str, rng: np.random.Generator, *, colours: bool) -> Noun:
-    """What a part of a layout is called: by its mask's class, or by its colour and texture.
+    """Noun phrase for a part of a layout, by the class of a mask or by colour and texture.
 
-    The generator picks among the wordings.
+    The generator picks among equal wordings.
     """
     if measured.by_mask:
         return _class_noun(part.name)
@@ -158,10 +159,10 @@ def _variants(part: Part, measured: Layout, scene: set[str], colours: bool) -> S
 
 
 def _water(part: Part, scene: set[str]) -> str:
-    """The colour of what looks like water, else "".
+    """The colour of a part that looks like water, else "".
 
-    That is what is blue or turquoise and smooth; where the scene has water, also what is smooth and dark, and where it
-    is still water, what is smooth and dark green, or green with a shape or other ground all around.
+    Smooth blue or turquoise parts look like water. If the scene has water, smooth dark parts do as well. If it has
+    still water, so do smooth parts that are dark green, or green with a shape or surrounded by other ground.
     """
     name, wet = part.name, bool(scene & _WATERS)
     if name in ("turquoise", "blue"):
@@ -224,7 +225,7 @@ def _class_noun(name: str) -> Noun:
 
 
 def scene_phrase(scene: str) -> str:
-    """A scene's words with the article that they take: "an airport", "storage tanks", "a residential area"."""
+    """A scene's words with their article: "an airport", "storage tanks", "a residential area"."""
     words = scene.split()
     if words[-1] in _MASS or _is_plural(words[-1]):
         return scene
@@ -238,14 +239,14 @@ def _is_plural(word: str) -> bool:
 
 
 def article(text: str) -> str:
-    """ "a" or "an", by the sound that a word's letters most often have."""
+    """ "a" or "an", by the usual pronunciation of the first letters."""
     if re.match(r"(?:uni|use|usu|eu|one|ura)", text):
         return "a"
     return "an" if re.match(r"[aeiou8]|hour|honest", text) else "a"
 
 
 def fraction_of(fraction: float) -> str:
-    """A fraction of the image in words, at the nearest of the fractions that have a name."""
+    """A fraction of the image in words, rounded to the nearest fraction that has a name."""
     for least, words in (
         (0.93, "nearly all of the image"),
         (0.7, "most of the image"),
@@ -260,7 +261,7 @@ def fraction_of(fraction: float) -> str:
 
 
 def number(count: int) -> str:
-    """A number in words: exact to six, with "about" beyond, "dozens of" from 25 on."""
+    """A number in words: exact up to six, with "about" above, "dozens of" from 25."""
     if count <= 6:
         return _NUMBERS[count]
     if count <= 12:
@@ -269,14 +270,14 @@ def number(count: int) -> str:
 
 
 def verb(subject: Noun, stem: str) -> str:
-    """A regular verb, or "is", as the subject wants it in the present."""
+    """Present form of a regular verb, or of "is", for a subject."""
     if stem == "is":
         return "are" if subject.plural else "is"
     return stem if subject.plural else f"{stem}s"
 
 
 def listed(items: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Join items as `a`, `a and b`, or `a, b and c`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
@@ -285,6 +286,6 @@ def pick(variants: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def sentences(texts: Iterable[str]) -> str:
-    """Texts as sentences: a capital first, a full stop last, single spaces."""
+    """Format texts as sentences, with an initial capital, a full stop and single spaces."""
     tidy = [" ".join(text.split()) for text in texts]
     return " ".join(f"{text[0].upper()}{text[1:]}." for text in tidy)

@@ -1,9 +1,9 @@
-"""CRS-Diff (Tang et al. 2024, arXiv 2403.11614): Stable Diffusion under six images, a content vector and metadata.
+"""CRS-Diff (Tang et al. 2024, arXiv 2403.11614): Stable Diffusion with six images, a content vector and metadata.
 
-Of a caption alone its own code (src/test/inference.py of github.com/Sonettoo/CRS-Diff) still runs a local adapter on
-black maps, which adds to every block of the U-Net's decoder, puts four tokens of a content adapter behind those of the
-caption, and adds an embedding of seven zeros to the time's. Without those the weights of Stable Diffusion in its
-checkpoint are another model: to convert them alone would measure something that is not CRS-Diff.
+Even for a caption alone, its code (src/test/inference.py of github.com/Sonettoo/CRS-Diff) runs a local adapter on black
+maps, which adds to every block of the U-Net's decoder; appends four tokens of a content adapter to those of the
+caption; and adds an embedding of seven zeros to that of the time. Without these parts, the weights of Stable Diffusion
+in its checkpoint are a different model, so converting only them would not measure CRS-Diff.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from eval.peers.drawn import DrawnImages
 
 @dataclass(frozen=True)
 class CRSDiff(DrawnImages):
-    """Its images of captions alone, drawn by its own code."""
+    """Images of captions alone that the code of CRS-Diff has drawn."""
 
     reason: ClassVar[str] = (
         "its local adapter, content adapter and metadata embedding, without which its U-Net is another model, are not "

@@ -1,8 +1,8 @@
-"""DiffusionSat (Khanna et al. 2024, arXiv 2312.03606): Stable Diffusion 2.1 with seven numbers beside the time.
+"""DiffusionSat (Khanna et al. 2024, arXiv 2312.03606): Stable Diffusion 2.1 with seven numbers besides the time.
 
-Its U-Net, the `SatUNet` of github.com/samar-khanna/DiffusionSat, is that of diffusers and one embedding more: of each
-number sinusoidal features, as of the time, and an MLP of its own, all added to the time's embedding. Here diffusers'
-own U-Net carries it in the place of its class embedding, which it adds in the same way.
+Its U-Net, the `SatUNet` of github.com/samar-khanna/DiffusionSat, is the U-Net of diffusers with one more embedding.
+Each number gets sinusoidal features, like the time, and a separate MLP; the results are added to the embedding of the
+time. Here the U-Net of diffusers holds this embedding in place of its class embedding, which it adds in the same way.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from runtime.errors import UserError
 
 #: The numbers, in the order of their embeddings.
 FIELDS = ("lon", "lat", "ground_sampling_distance", "cloud_fraction", "year", "month", "day")
-#: Of each the value that is scaled to 0, and what is from there to 1000: `metadata_normalize` in its data_util.py,
-#: after the offsets that its training adds. Metres a pixel go beyond 1000.
+#: For each number, the value that is scaled to 0, and the range from it that is scaled to 1000: `metadata_normalize` in
+#: its data_util.py, after the offsets that its training adds. Metres per pixel go beyond 1000.
 LOW = (-180.0, -90.0, 0.0, 0.0, 1980.0, 0.0, 0.0)
 SPAN = (360.0, 180.0, 1.0, 1.0, 120.0, 12.0, 31.0)
-#: Of the embedding's weights, in its files and in diffusers' U-Net.
+#: Prefixes of the embedding's weights, in the files of DiffusionSat and in the U-Net of diffusers.
 THEIRS, OURS = "metadata_embedding.", "class_embedding."
 
 
 class MetadataEmbedding(nn.ModuleList):
-    """The sum of an embedding of each number.
+    """The sum of the embeddings of several numbers.
 
     Args:
-        count: of numbers.
-        features: sinusoidal ones of each.
-        width: of the time's embedding.
-        flip_sin_to_cos, shift: of the features, as of the time's.
+        count: number of numbers.
+        features: number of sinusoidal features of each number.
+        width: width of the time's embedding.
+        flip_sin_to_cos, shift: settings of the sinusoidal features, as for the time.
     """
 
     def __init__(self, count: int, features: int, width: int, *, flip_sin_to_cos: bool, shift: float) -> None:
@@ -63,11 +63,13 @@ class MetadataEmbedding(nn.ModuleList):
 
 @dataclass(frozen=True)
 class DiffusionSat(Peer):
-    """Its single-image model. What of an image's place, resolution, clouds and date is not known is 0, as it was where
-    its training dropped a number.
+    """The single-image model of DiffusionSat.
+
+    Unknown values of an image's location, resolution, clouds and date are 0, the value of a number that was dropped in
+    its training.
 
     Args:
-        unet: folder of the U-Net below the pipeline's; None: `unet`, else that of the last `checkpoint-N`.
+        unet: folder of the U-Net inside the pipeline's folder; None: `unet`, else that of the last `checkpoint-N`.
     """
 
     unet: str | None = None
@@ -101,10 +103,10 @@ class DiffusionSat(Peer):
 
 
 def network_of(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> UNet2DConditionModel:
-    """diffusers' U-Net with the embedding, of a `SatUNet`'s config.json and weights, in float32, frozen.
+    """The U-Net of diffusers with the embedding, made from the config.json and weights of a `SatUNet`; float32, frozen.
 
     Raises:
-        RuntimeError: a weight is absent, of another shape or not known.
+        RuntimeError: a weight is missing, unknown or of another shape.
     """
     known = inspect.signature(UNet2DConditionModel.__init__).parameters
     network = UNet2DConditionModel(**{key: value for key, value in config.items() if key in known})
@@ -123,12 +125,14 @@ def network_of(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -
 
 
 def metadata_of(row: Mapping[str, Any], side: int, resolution: int) -> dict[str, float]:
-    """The seven numbers of a row of a manifest in their own units, NaN where it has none.
+    """The seven numbers of a row of a manifest in their original units, NaN where a value is missing.
 
-    The date is of the columns `year`, `month` and `day`, else of `date`, else of `year` and `day_of_year`.
+    The date is taken from the columns `year`, `month` and `day`, else from `date`, else from `year` and `day_of_year`.
 
     Args:
-        side, resolution: px of the row's image, and of the one to draw, which shows the same ground.
+        row: row of the manifest.
+        side: side of the row's image in pixels.
+        resolution: side in pixels of the image to draw, which shows the same ground.
     """
     metadata = {name: number(row, name) for name in FIELDS}
     metadata["ground_sampling_distance"] = metres(row, side, resolution)
@@ -143,6 +147,6 @@ def metadata_of(row: Mapping[str, Any], side: int, resolution: int) -> dict[str,
 
 
 def scaled(metadata: Mapping[str, float]) -> list[float]:
-    """`FIELDS` in its network's units; 0 for NaN."""
+    """The values of `FIELDS`, scaled for the network; 0 for NaN."""
     values = np.array([metadata[name] for name in FIELDS])
     return np.nan_to_num((values - LOW) / SPAN * 1000, nan=0.0).tolist()

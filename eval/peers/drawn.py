@@ -1,4 +1,4 @@
-"""Images that a system's own code has drawn, for systems whose networks are not of diffusers."""
+"""Images that were drawn with the code of another system, for systems whose networks are not those of diffusers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eval.peers.peer import IMAGES, Peer
 from runtime.errors import UserError
 from runtime.progress import progress
 
-#: Beside the images: a line an image, in the order of their names.
+#: File next to the images with one caption per line, in the order of the images' names.
 CAPTIONS = "captions.txt"
 
 
@@ -26,8 +26,8 @@ class Drawn:
     """Images in a folder.
 
     Attributes:
-        files: by name, sorted.
-        captions: of the files; empty where the folder has no `captions.txt`.
+        files: image files, sorted by name.
+        captions: captions of the files; empty if the folder has no `captions.txt`.
     """
 
     files: tuple[Path, ...]
@@ -36,13 +36,13 @@ class Drawn:
 
 @dataclass(frozen=True)
 class DrawnImages(Peer):
-    """A folder with an image of every held-out caption.
+    """A folder with one image for every held-out caption.
 
-    An image belongs to the caption whose image it is named as (`airport_1.png` to `airport/airport_1.jpg`), or to the
-    one of its line in `captions.txt`; of equal captions each gets the next image.
+    An image belongs to the caption of the held-out image with the same name (`airport_1.png` to
+    `airport/airport_1.jpg`), or to the caption in its line of `captions.txt`; equal captions get successive images.
     """
 
-    #: Why its weights are not read.
+    #: Reason why the weights are not read.
     reason: ClassVar[str] = "its networks are not of diffusers"
 
     def check(self, folder: Path) -> None:
@@ -68,7 +68,7 @@ class DrawnImages(Peer):
     def draw(
         self, loaded: Drawn, captions: Sequence[str], rows: pd.DataFrame, numbers: np.ndarray, side: int, **_: Any
     ) -> np.ndarray:
-        """The images of some captions, their central squares at `resolution`: uint8 [K, R, R, 3]."""
+        """The images of some captions, cropped to central squares and resized to `resolution`, uint8 [K, R, R, 3]."""
         files = self.files_of(loaded, captions, rows["id"].tolist())
         images = np.empty((len(numbers), self.resolution, self.resolution, 3), np.uint8)
         for position, row in enumerate(progress(numbers, f"read {self.name}", unit="image")):
@@ -82,7 +82,7 @@ class DrawnImages(Peer):
         """The file of every caption.
 
         Raises:
-            UserError: one has none.
+            UserError: a caption has no file.
         """
         named = {path.stem: path for path in loaded.files}
         given: dict[str, list[Path]] = defaultdict(list)
@@ -108,5 +108,5 @@ class DrawnImages(Peer):
 
     @staticmethod
     def _images(folder: Path) -> list[Path]:
-        """Sorted; a contact sheet's name begins with an underscore."""
+        """Image files, sorted; files whose names begin with an underscore are contact sheets and left out."""
         return sorted(path for path in folder.glob("[!_.]*") if path.suffix.lower() in IMAGES)

@@ -1,6 +1,6 @@
 """GeoRSSD (Zhang et al. 2024, arXiv 2306.11300): Stable Diffusion 2.1, fine-tuned on a part of RS5M.
 
-A plain pipeline of diffusers: it is given the caption alone.
+It is a plain pipeline of diffusers that receives only the caption.
 """
 
 from __future__ import annotations

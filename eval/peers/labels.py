@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline whose U-Net is given numbers beside the time, as DiffusionSat's and Text2Earth's are."""
+"""A Stable Diffusion pipeline whose U-Net receives numbers besides the time, as in DiffusionSat and Text2Earth."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from diffusers import StableDiffusionPipeline
 
 
 class LabelledPipeline(StableDiffusionPipeline):
-    """Called with `labels`, one for each prompt, which the U-Net gets as its `class_labels`.
+    """A StableDiffusionPipeline with `labels`, one per prompt, which the U-Net receives as `class_labels`.
 
-    The half of classifier-free guidance without a caption gets labels of 0, which both systems were trained to take as
-    unknown.
+    The unconditional half of classifier-free guidance gets labels of 0, which means unknown in the training of both
+    systems.
     """
 
     def __call__(self, *args: Any, labels: Sequence, guidance_scale: float = 7.5, **options: Any) -> Any:
-        """As a StableDiffusionPipeline.
+        """Call the StableDiffusionPipeline.
 
         Args:
-            labels: numbers, or arrays of equal length, one for each image.
+            labels: one number per image, or one array per image, all of equal length.
         """
         given = torch.as_tensor(np.stack(labels), dtype=self.unet.dtype, device=self.unet.device)
         if guidance_scale > 1:

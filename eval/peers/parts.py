@@ -1,6 +1,7 @@
-"""Parts of a Stable Diffusion pipeline from a folder: safetensors alone, and no code but that of diffusers.
+"""Parts of a Stable Diffusion pipeline from a folder: only safetensors, and only code of diffusers.
 
-A pipeline's own `from_pretrained` would import the modules that its index names, which of these systems are not here.
+`from_pretrained` of a pipeline would import the modules that its index names, and those of the other systems are not
+installed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from runtime.errors import UserError
 #: Suffixes of files that can run code when they are read.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-#: What is fetched of a hub name.
+#: Files that are downloaded from a hub repository.
 WANTED = ("*.safetensors", "*.json", "*.txt")
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 DOCS = "docs/comparison.md"
@@ -31,10 +32,10 @@ Loaded = TypeVar("Loaded")
 
 
 def place_of(of: str) -> Path:
-    """What is at a path, or the safetensors and configs of a hub name (`owner/name`), fetched once.
+    """The path itself if it exists, else a local copy of safetensors and configs of a hub repository (`owner/name`).
 
     Raises:
-        UserError: there is no such thing, or the hub cannot be reached.
+        UserError: there is no such path or repository, or the hub cannot be reached.
     """
     path = Path(of).expanduser()
     if path.exists():
@@ -54,7 +55,7 @@ def weights_of(folder: Path) -> Path:
     """The safetensors file in a part's folder.
 
     Raises:
-        UserError: there is none, or a pickle in its place.
+        UserError: there is no such file, or there is a pickle instead.
     """
     files = sorted(folder.glob("*")) if folder.is_dir() else []
     tensors = [path for path in files if path.suffix == ".safetensors"]
@@ -70,10 +71,10 @@ def weights_of(folder: Path) -> Path:
 
 
 def check_parts(folder: Path, peer: str, classes: Sequence[str]) -> None:
-    """Whether a folder holds a pipeline of one of these classes; its U-Net is not looked at.
+    """Check that a folder holds a pipeline of one of these classes; the U-Net is not checked.
 
     Raises:
-        UserError: it does not, or its autoencoder or text encoder has no weights that are read here.
+        UserError: it does not, or its autoencoder or text encoder has no weights in a supported format.
     """
     if not (folder / INDEX).is_file():
         raise UserError(f"of={folder} has no {INDEX}: give the folder of {peer}'s pipeline ({DOCS})")
@@ -86,10 +87,10 @@ def check_parts(folder: Path, peer: str, classes: Sequence[str]) -> None:
 
 
 def network_config(folder: Path, peer: str, kind: str) -> dict[str, Any]:
-    """config.json of a U-Net.
+    """Content of the config.json of a U-Net.
 
     Raises:
-        UserError: it or its weights are not there, or it is of another class.
+        UserError: the file or the weights do not exist, or the U-Net is of another class.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: give the folder of {peer}'s pipeline ({DOCS})")
@@ -104,7 +105,7 @@ def plain_network(folder: Path) -> UNet2DConditionModel:
     """A U-Net of diffusers in float32, frozen.
 
     Raises:
-        UserError: it does not load.
+        UserError: it cannot be loaded.
     """
 
     def load() -> UNet2DConditionModel:
@@ -118,12 +119,16 @@ def plain_network(folder: Path) -> UNet2DConditionModel:
 def pipeline_of(
     kind: type[StableDiffusionPipeline], folder: Path, unet: UNet2DConditionModel, scheduler: str | None
 ) -> StableDiffusionPipeline:
-    """A pipeline of a folder's parts and a U-Net, on this machine's accelerator, in float32, without a safety checker.
+    """A pipeline made from a U-Net and the other parts in a folder, on the accelerator, float32, no safety checker.
 
     Args:
-        scheduler: class of diffusers, which takes the settings of the folder's; None: the folder's own.
+        kind: class of the pipeline.
+        folder: folder with the parts.
+        unet: the U-Net.
+        scheduler: name of a scheduler class of diffusers, which uses the settings of the folder's scheduler; None: the
+            scheduler of the folder.
     Raises:
-        UserError: a part does not load, or is of another class.
+        UserError: a part cannot be loaded or is of another class.
     """
 
     def load() -> StableDiffusionPipeline:
@@ -151,10 +156,10 @@ def pipeline_of(
 
 
 def loaded(folder: Path, load: Callable[[], Loaded]) -> Loaded:
-    """What a function loads from a folder.
+    """Call a function that loads something from a folder, and convert its errors.
 
     Raises:
-        UserError: in place of what libraries raise over absent and broken files.
+        UserError: a file is missing or broken.
     """
     try:
         return load()
@@ -163,15 +168,15 @@ def loaded(folder: Path, load: Callable[[], Loaded]) -> Loaded:
 
 
 def one_line(error: Exception) -> str:
-    """The beginning of an error's text."""
+    """The first line of an error's text, shortened."""
     return " ".join(str(error).split())[:200]
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file's object.
+    """The object in a JSON file.
 
     Raises:
-        UserError: it is none.
+        UserError: the file holds no JSON object.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))

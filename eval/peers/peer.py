@@ -1,4 +1,4 @@
-"""A named text-to-image system beside ours: what it must offer, and its images in the form that measuring takes."""
+"""Other text-to-image systems for comparison: their interface, and their images in the form that is measured."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from corpus.decoding import square
 from eval.generate import generate
 from runtime.artefacts import file_digest, fingerprint
 
-#: Suffixes of images that another system's own code has drawn.
+#: Suffixes of images that another system has drawn.
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
-#: Files of a peer's folder that can change what is measured.
+#: Suffixes of files in a peer's folder that can change the measured values.
 COUNTED = (".safetensors", ".json", ".txt", *IMAGES)
 
 
 @dataclass(frozen=True)
 class Peer(ABC):
-    """A system and how its authors draw with it.
+    """Another system, with the sampling settings of its authors.
 
-    A subclass has `check` and `load`, and `extra` where the system is given more of an image than its caption.
+    A subclass defines `check` and `load`, and `extra` if the system receives more than the caption of an image.
 
     Args:
-        name: in messages and in the row.
-        resolution: side in px of what it draws.
+        name: name of the system in messages and in the row of results.
+        resolution: side of its images in pixels.
         steps: solver steps.
-        guidance_scale: of classifier-free guidance; 1 switches it off.
-        scheduler: class of diffusers; None: the one in its folder.
-        template: the prompt, of `{caption}` and `{scene}`.
+        guidance_scale: scale of classifier-free guidance; 1 switches it off.
+        scheduler: name of a scheduler class of diffusers; None: the scheduler in its folder.
+        template: template of the prompt, with `{caption}` and `{scene}`.
         batch_size: images drawn at once.
     """
 
@@ -50,25 +50,26 @@ class Peer(ABC):
 
     @abstractmethod
     def check(self, folder: Path) -> None:
-        """Look at what is there before anything is computed.
+        """Check the files in a folder before anything is computed.
 
         Raises:
-            UserError: the folder holds no such system, or holds it as a pickle.
+            UserError: the folder does not hold this system, or holds it as a pickle.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> Any:
-        """What `draw` draws with, of a folder that `check` let pass.
+        """Load the object that `draw` uses from a folder that passed `check`.
 
         Raises:
             UserError: a file is broken.
         """
 
     def prompt(self, caption: str, row: Mapping[str, Any]) -> str:
-        """What the system is requested.
+        """The prompt for a caption.
 
         Args:
-            row: of the manifest.
+            caption: the caption.
+            row: row of the manifest.
         """
         return self.template.format(caption=caption, scene=words(str(row.get("scene") or "")))
 
@@ -76,21 +77,22 @@ class Peer(ABC):
         """Further arguments of the pipeline for one image.
 
         Args:
-            row: of the manifest.
-            side: of the corpus's images in px, which the row's `ground_sampling_distance` is of.
+            row: row of the manifest.
+            side: side in pixels of the corpus's images, for which the row's `ground_sampling_distance` holds.
         """
         return {}
 
     def draw(
         self, loaded: Any, captions: Sequence[str], rows: pd.DataFrame, numbers: np.ndarray, side: int, **sampling: Any
     ) -> np.ndarray:
-        """Images of some captions, uint8 [K, R, R, 3]. Image i starts from noise that depends on the seed and i alone.
+        """Images of some captions, uint8 [K, R, R, 3]; the noise of image i depends on the seed and on i only.
 
         Args:
-            captions: of the whole held-out set.
-            rows: of the manifest, one a caption.
-            numbers: int64 [K], which captions.
-            side: of the corpus's images in px.
+            loaded: result of `load`.
+            captions: captions of the whole held-out set.
+            rows: rows of the manifest, one per caption.
+            numbers: int64 [K], positions of the captions to draw.
+            side: side of the corpus's images in pixels.
             sampling: steps, guidance_scale, seed and label of `generate`.
         """
         if not len(numbers):
@@ -110,12 +112,12 @@ class Peer(ABC):
 
 @dataclass(frozen=True)
 class PeerModel:
-    """A peer with its weights; `eval.measuring` draws from it as from a `eval.models.Model`.
+    """A peer with its weights; `eval.measuring` uses it like a `eval.models.Model`.
 
     Attributes:
         peer: the system.
-        folder: its weights, or its images.
-        side: of the held-out images in px, to which its images are resized.
+        folder: folder of its weights or of its images.
+        side: side in pixels of the held-out images, to which its images are resized.
     """
 
     peer: Peer
@@ -129,11 +131,11 @@ class PeerModel:
         return fingerprint(files={path.relative_to(self.folder).as_posix(): file_digest(path) for path in files})
 
     def load(self) -> Any:
-        """As the peer loads it."""
+        """The result of the peer's `load`."""
         return self.peer.load(self.folder)
 
     def conditions(self, captions: Sequence[str], rows: pd.DataFrame) -> dict[str, Any]:
-        """What its images of these captions depend on beside the captions."""
+        """Everything besides the captions that the images of these captions depend on."""
         requested = [
             [self.peer.prompt(caption, row), self.peer.extra(row, self.side)]
             for caption, row in zip(captions, rows.to_dict("records"), strict=True)
@@ -143,14 +145,14 @@ class PeerModel:
     def draw(
         self, loaded: Any, captions: Sequence[str], rows: pd.DataFrame, numbers: np.ndarray, **sampling: Any
     ) -> np.ndarray:
-        """As the peer draws them, resized as the corpus's images were: uint8 [K, side, side, 3]."""
+        """Images of the peer, resized in the same way as the corpus's images, uint8 [K, side, side, 3]."""
         images = self.peer.draw(loaded, captions, rows, numbers, self.side, **sampling)
         resized = [square(image, self.side) for image in images]
         return np.stack(resized) if resized else np.empty((0, self.side, self.side, 3), np.uint8)
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What its row says of how its images were made."""
+        """Record of how its images were made, for its row of results."""
         return {
             "peer": self.peer.name,
             "weights": self.key,
@@ -163,16 +165,17 @@ class PeerModel:
 
 
 def number(row: Mapping[str, Any], name: str) -> float:
-    """A number of a row; NaN where it has none of this name."""
+    """A number in a row; NaN if the row has no such column."""
     value = pd.to_numeric(row.get(name), errors="coerce")
     return math.nan if pd.isna(value) or not np.isfinite(value) else float(value)
 
 
 def metres(row: Mapping[str, Any], side: int, resolution: int) -> float:
-    """Metres a pixel of an image of the same ground at another side; NaN where the row does not know them.
+    """Metres per pixel of an image that shows the same ground with another side; NaN if the row has no value.
 
     Args:
-        side: in px of the image that the row is of.
-        resolution: of the image that is requested.
+        row: row of the manifest.
+        side: side in pixels of the row's image.
+        resolution: side in pixels of the requested image.
     """
     return number(row, "ground_sampling_distance") * side / resolution

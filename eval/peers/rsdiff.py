@@ -1,7 +1,8 @@
 """RSDiff (Sebaq and ElHelw 2024; code, weights and figures: github.com/asebaq/rsdiff): a cascade in pixels on RSICD.
 
-Two U-Nets of the package imagen-pytorch, 128 and 256 px, under a frozen T5. That package is not among ours. Its
-`sample_grid.py` writes images and a `captions.txt`, which are read as they are.
+It consists of two U-Nets of the package imagen-pytorch, for 128 and 256 px, conditioned by a frozen T5. This project
+does not include that package. The script `sample_grid.py` of RSDiff writes images and a `captions.txt`, which are read
+unchanged.
 """
 
 from __future__ import annotations
@@ -14,6 +15,6 @@ from eval.peers.drawn import DrawnImages
 
 @dataclass(frozen=True)
 class RSDiff(DrawnImages):
-    """Its images, drawn by its own code."""
+    """Images that the code of RSDiff has drawn."""
 
     reason: ClassVar[str] = "its two U-Nets are of the package imagen-pytorch, not of diffusers"

@@ -1,9 +1,9 @@
-"""Text2Earth (Liu et al. 2025, arXiv 2501.00895): Stable Diffusion whose U-Net is given the resolution.
+"""Text2Earth (Liu et al. 2025, arXiv 2501.00895): Stable Diffusion whose U-Net receives the resolution.
 
-Its own pipeline takes it as a prefix of the prompt, `16_GOOGLE_LEVEL_a caption`, cuts that off before the text is
-encoded and gives the number to the U-Net's class embedding, which is made of it as the time's is. Level L means
-2^(17 - L) metres a pixel, 10 to 18; 0 is unknown (README.md and pipeline_text2earth_diffusion.py of
-github.com/Chen-Yang-Liu/Text2Earth).
+The pipeline of Text2Earth takes the resolution as a prefix of the prompt, `16_GOOGLE_LEVEL_a caption`. It removes the
+prefix before the text is encoded and gives the number to the class embedding of the U-Net, which embeds it in the same
+way as the time. Level L means 2^(17 - L) metres per pixel, for L from 10 to 18; 0 is unknown (README.md and
+pipeline_text2earth_diffusion.py of github.com/Chen-Yang-Liu/Text2Earth).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOWEST, HIGHEST, UNKNOWN = 10, 18, 0
 
 @dataclass(frozen=True)
 class Text2Earth(Peer):
-    """The hub's lcybuaa/Text2Earth, or a folder that holds the same files."""
+    """The hub's lcybuaa/Text2Earth, or a folder with the same files."""
 
     def check(self, folder: Path) -> None:
         check_parts(folder, self.name, ("Text2EarthDiffusionPipeline", "StableDiffusionPipeline"))
@@ -44,7 +44,7 @@ class Text2Earth(Peer):
 
 
 def level_of(distance: float) -> int:
-    """The level nearest to so many metres a pixel, within those that it was trained with; 0 of NaN."""
+    """The level nearest to `distance` metres per pixel, within the levels of its training; 0 for NaN."""
     if not distance > 0:
         return UNKNOWN
     return min(max(round(17 - math.log2(distance)), LOWEST), HIGHEST)
