@@ -75,8 +75,9 @@ bench-engines: $(READY)  ## pruning with engine=ray beside engine=local on this 
 sweep: $(READY)  ## an experiment of configs/experiment: make sweep EXPERIMENT=ratio_compute
 	$(BIN)/python train/pretrain.py -m experiment=$(EXPERIMENT) profile=$(PROFILE)
 
-quality: $(READY)  ## every pruning method at several ratios, judged without training
-	$(BIN)/python scripts/quality.py profile=$(PROFILE)
+quality: $(READY)  ## every pruning method at several ratios, judged without training; METHODS=random,mine RATIOS=0.85
+	$(BIN)/python scripts/quality.py profile=$(PROFILE) $(if $(METHODS),'quality.methods=[$(METHODS)]') \
+	    $(if $(RATIOS),'quality.ratios=[$(RATIOS)]')
 
 ablation: $(READY)  ## RS-Prune with one choice changed at a time, judged without training
 	$(BIN)/python scripts/ablation.py profile=$(PROFILE)

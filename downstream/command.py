@@ -52,7 +52,7 @@ def run_or_fine_tuned(cfg: DictConfig, name: str) -> Path:
     if cfg.run is not None:
         return Path(str(cfg.run)).expanduser()
     if cfg.foundation is None and (network := shipped_network(cfg, name)) is not None:
-        notice(f"no run=DIR: {network} draws, which comes with the repository")
+        notice(f"using the shipped network {network}; run=DIR names another")
         return network
     if cfg.foundation is None:
         cfg = OmegaConf.merge(cfg, {"foundation": SHIPPED})

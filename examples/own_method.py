@@ -21,6 +21,8 @@ class FarFromMean:
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows = np.flatnonzero(pool.readable)  # the others are never kept
+        if not len(rows):
+            return Selection.of(pool, rows, "not_drawn")
         vectors = np.asarray(pool.embeddings[rows], dtype=np.float32)
         distance = np.linalg.norm(vectors - vectors.mean(axis=0), axis=1)
         score = distance + self.jitter * distance.std() * generator.standard_normal(len(rows))

@@ -8,7 +8,7 @@ import numpy as np
 
 from prune.clusters import CHUNK
 from prune.methods import rsprune
-from prune.pool import Method, Pool, Selection
+from prune.pool import Method, Pool, Selection, checked
 from runtime.errors import UserError
 
 NAMED = 5  # largest number of bad rows that an error message names
@@ -86,7 +86,9 @@ def select_from_arrays(
         UserError: shapes disagree, a value is not finite, or the ratio is out of range.
     """
     pool = _pool(embeddings, entropy, reference, labels, readable)
-    return method.select(pool, budget_of(len(pool), ratio), np.random.default_rng([seed, 2]))
+    budget = budget_of(len(pool), ratio)
+    selection = method.select(pool, budget, np.random.default_rng([seed, 2]))
+    return checked(selection, pool, budget, type(method).__name__)
 
 
 def _pool(

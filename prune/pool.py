@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from runtime.errors import UserError
+
 
 @dataclass(frozen=True)
 class PairScores:
@@ -97,6 +99,25 @@ class Selection:
         }
         missing: dict[str, Any] = {name: default() for name, default in defaults.items() if name not in columns}
         return cls(kept=kept, reason=reason, **missing, **columns)
+
+
+def checked(selection: Selection, pool: Pool, budget: int, name: str) -> Selection:
+    """The selection, if it keeps as many images as it has to.
+
+    Raises:
+        UserError: it keeps another number than the budget (all readable images, if there are fewer), an image twice, or
+            one that cannot be read.
+    """
+    kept = np.asarray(selection.kept, dtype=np.int64)
+    expected = min(budget, int(pool.readable.sum()))
+    twice, unreadable = len(kept) - len(np.unique(kept)), int((~pool.readable[kept]).sum())
+    if len(kept) == expected and not twice and not unreadable:
+        return selection
+    more = f", {twice} of them twice" * bool(twice) + f", {unreadable} of them unreadable" * bool(unreadable)
+    raise UserError(
+        f"prune={name} keeps {len(kept)} images{more}, but must keep {expected} of {len(pool)}: let its `select` "
+        "return the rows of that many different readable images (docs/add_a_method.md)"
+    )
 
 
 def everywhere(size: int, text: str) -> np.ndarray:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 from omegaconf import DictConfig
 
 from corpus.remote import Target, access_of, copy_folder
 from prune.planning import plan_lines
 from prune.selection import method_name, select
+from report.prune_report import REPORT_PAGE
 from runtime.application import run
-from runtime.artefacts import COMPLETE, is_main_process
+from runtime.artefacts import COMPLETE, is_main_process, read_json
 from runtime.errors import UserError
 
 
@@ -29,6 +31,17 @@ def copied(directory: Path, target: Target) -> None:
     print(f"copied: {target}")
 
 
+def outcome(directory: Path) -> list[str]:
+    """How many images a selection keeps, why the others are dropped, and where its report lies."""
+    summary = read_json(directory / "summary.json")
+    reasons = pd.read_parquet(directory / "selection.parquet", columns=["reason"])["reason"].value_counts()
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if reason != "kept")
+    return [
+        f"kept: {summary['kept']:,} of {summary['images']:,} images" + (f" (dropped: {dropped})" if dropped else ""),
+        f"report: {(directory / REPORT_PAGE).resolve()}",
+    ]
+
+
 def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         print("\n".join(plan_lines(cfg, method_name())))
@@ -37,6 +50,8 @@ def main(cfg: DictConfig) -> None:
     if target is not None and is_main_process():
         target.is_empty()  # an unreachable target is refused before anything is computed
     directory, _ = select(cfg, method_name())
+    if is_main_process():
+        print("\n".join(outcome(directory)))
     if target is not None and is_main_process():
         copied(directory, target)
     print(f"selection: {directory}")

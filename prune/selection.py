@@ -26,7 +26,7 @@ from prune.features import corpus_embeddings, corpus_entropy, scan_corpus
 from prune.leaks import announce_leaks, leak_grids, leaks
 from prune.library import budget_of, refuse_not_finite
 from prune.likeness import PairRule
-from prune.pool import Method, Pool, Selection
+from prune.pool import Method, Pool, Selection, checked
 from prune.scenes import corpus_strata
 from prune.weights import effective_size, images_represented
 from report.pairs_report import PAIRS_LINK, PAIRS_PAGE, write_pairs_report
@@ -94,6 +94,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         with clock("selection"):
             budget = method.estimated_budget(pool) if ratio is None else budget_of(len(pool), ratio)
             selection = method.select(pool, budget, np.random.default_rng([cfg.seed, 2]))
+            selection = checked(selection, pool, budget, name)
         with clock("weights"):
             generator = np.random.default_rng([cfg.seed, 5])
             weights = images_represented(pool.embeddings, pool.readable, selection.kept, generator)
@@ -205,8 +206,8 @@ def _tell_of_strata(count: int) -> None:
     """Print a notice about the strata, once per process, even if a sweep selects many times."""
     if is_main_process():
         print(
-            f"no reference: strata were made from the corpus itself ({count} of them); give labelled scenes with "
-            "reference=folder reference.root=DIR",
+            f"no labels: {count} clusters of the corpus (strata) stand for its scenes; reference=folder "
+            "reference.root=DIR names labelled ones",
             file=sys.stderr,
             flush=True,
         )

@@ -24,7 +24,7 @@ MOST_SCENES = 40
 EVEN = 1.1
 #: Meanings of the reasons in selection.parquet.
 REASONS = {
-    "low_entropy": "local information entropy below the threshold, as of water, cloud or no data",
+    "low_entropy": "lowest local information entropy of the corpus (the fraction `prune.entropy_quantile`)",
     "redundant": "others of their kind fill the budget",
     "not_drawn": "left out by a random draw",
 }
@@ -155,7 +155,7 @@ def _why(record: Record) -> Iterator[str]:
         "seed": summary.get("seed"),
         "scenes": _strata(record),
         "encoder": str((inputs.get("encoder") or {}).get("_target_", "unknown")).rpartition(".")[2],
-        "entropy threshold (bits)": summary.get("entropy_threshold"),
+        "entropy threshold (bits)": _threshold(record),
     }
     rows = [{"": name, "value": _text(value)} for name, value in metadata.items() if value is not None]
     yield _markdown(pd.DataFrame(rows))
@@ -181,6 +181,17 @@ def _strata(record: Record) -> str | None:
     return f"{result['count']} classes of a labelled reference set"
 
 
+def _threshold(record: Record) -> str | None:
+    """The entropy below which images were removed, and the fraction that this is; None for methods without one."""
+    threshold = record.summary.get("entropy_threshold")
+    if threshold is None:
+        return None
+    fraction = (record.config.get("prune") or {}).get("entropy_quantile")
+    return f"{threshold:.3f}" + (
+        f": the lowest {fraction:.0%} are removed (`prune.entropy_quantile`)" if fraction else ""
+    )
+
+
 def _bias(record: Record) -> Iterator[str]:
     labelled = np.asarray(record.scenes, dtype=object)
     scenes, named = labelled, "the corpus's own scene labels"
@@ -196,27 +207,37 @@ def _bias(record: Record) -> Iterator[str]:
         "corpus (2: twice as frequent as in the corpus). `weighted`: the same when each image counts `weight` times."
     )
     shown = table.head(MOST_SCENES)
-    yield _markdown(
-        pd.DataFrame(
-            {
-                "scene": shown["scene"],
-                "in the corpus": shown["before"].map("{:,}".format),
-                "in the subset": shown["after"].map("{:,}".format),
-                "factor": shown["factor"].map("{:.2f}".format),
-                "weighted": shown["weighted"].map("{:.2f}".format),
-            }
-        )
-    )
+    columns = {
+        "scene": shown["scene"],
+        "in the corpus": shown["before"].map("{:,}".format),
+        "in the subset": shown["after"].map("{:,}".format),
+        "factor": shown["factor"].map("{:.2f}".format),
+        "weighted": shown["weighted"].map("{:.2f}".format),
+    }
+    if scenes is not labelled and (typical := _typical(record.selection)):
+        columns["typical images"] = shown["scene"].map(typical).fillna("")
+    yield _markdown(pd.DataFrame(columns))
     if len(table) > MOST_SCENES:
         yield f"{len(table) - MOST_SCENES:,} smaller scenes are not listed."
     yield _sentence(table)
     weights = weights[kept]
     yield (
         "Every image has a `weight`: the number of corpus images that it stands for, itself included. Weights go up to "
-        f"{weights.max(initial=0):,.0f}; the effective size of the weighted subset is "
-        f"{weights.sum() ** 2 / max((weights**2).sum(), 1e-12):,.0f} images (Kish 1965). Sample in proportion to "
-        "`weight` for the corpus's proportions, uniformly for those of this subset."
+        f"{weights.max(initial=0):,.0f}. Sample in proportion to `weight` to get the proportions of the corpus, "
+        "uniformly to get those of this table. Sampled by weight, the subset estimates a mean as precisely as "
+        f"{weights.sum() ** 2 / max((weights**2).sum(), 1e-12):,.0f} images of equal weight (effective size; Kish "
+        "1965)."
     )
+
+
+def _typical(selection: pd.DataFrame, count: int = 2) -> dict[str, str]:
+    """The ids of the kept images that are most similar to their scene, by scene; empty where none is recorded."""
+    if not {"id", "scene_similarity"} <= set(selection):
+        return {}
+    kept = selection[selection["kept"] & selection["scene_similarity"].notna()]
+    kept = kept.sort_values(["scene_similarity", "id"], ascending=[False, True], kind="stable")
+    first = kept.groupby("scene")["id"].apply(lambda ids: ", ".join(f"`{name}`" for name in ids.head(count)))
+    return {str(scene): names for scene, names in first.items()}
 
 
 def _sentence(table: pd.DataFrame) -> str:
@@ -248,7 +269,10 @@ def _quarantine(record: Record) -> str:
 def _leaks(record: Record) -> str:
     result = record.summary.get("leaks")
     if not result:
-        return "Not looked for: `leaks=0` was given, or all splits were pruned at once (`corpus.train.split=all`)."
+        source = (record.config.get("corpus") or {}).get("train") or {}
+        at_once = isinstance(source, Mapping) and source.get("split") == "all"
+        why = "all splits were pruned at once (`corpus.train.split=all`)" if at_once else "`leaks=0` was given"
+        return f"Not looked for: {why}."
     lines = [f"- exact copies across splits: {result.get('exact_copies', 0):,}"]
     for name, counts in result.get("held_out", {}).items():
         lines.append(

@@ -222,9 +222,8 @@ def _key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
     if (accuracy := counts.get("scene_accuracy")) is not None:
         key_figures["scene accuracy on the reference"] = f"{accuracy:.1%}"
     if weights := summary.get("weights"):
-        key_figures["images that a kept one stands for"] = (
-            f"at most {weights['largest']:,.0f}; as varied as {weights['effective_size']:,.0f} images alike"
-        )
+        key_figures["largest weight"] = f"{weights['largest']:,.0f}"
+        key_figures["effective size by weight"] = f"{weights['effective_size']:,.0f} images"
     if summary.get("images_per_second"):
         key_figures["images a second"] = f"{summary['images_per_second']:,.0f}"
     return key_figures

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import difflib
 import errno
 import functools
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -202,8 +205,40 @@ def _one_line(error: Exception) -> str:
         options = [line for line in lines[start + 1 :] if ":" not in line]
         message = message.rstrip(".") + ". Choose one of: " + ", ".join(options) + "."
     if "not in struct" in str(cause) or "Could not override" in message:
-        message += " See configs/ for the keys."
-    return message
+        message += _similar_keys(message)
+    if missing := re.search(r"Error locating target '([\w.]+)'", str(error)):
+        message = f"_target_ {missing[1]} cannot be imported ({message}): give module and class"
+    where = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
+    return message if where is None else f"{_source_of(where[1])}: {message}{_fields_of(error, message)}"
+
+
+def _similar_keys(message: str) -> str:
+    """Options that are spelt like the one of a message, and the folder that lists all of its kind."""
+    named = re.search(r"'([\w.]+)'", message)
+    key = named[1] if named else ""
+    folder = key.partition(".")[0]
+    place = f"configs/{folder}/" if (CONFIGS / folder).is_dir() and folder else "configs/"
+    similar = difflib.get_close_matches(key, _leaves(_defaults()), n=3, cutoff=0.75)
+    return (f" Did you mean {' or '.join(similar)}?" if similar else "") + f" See {place} for the keys."
+
+
+def _source_of(key: str) -> str:
+    """Where the object of a key is configured: `prune=rsprune (configs/prune/rsprune.yaml)`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    choice = HydraConfig.get().runtime.choices.get(key) if HydraConfig.initialized() else None
+    return f"{key}={choice} (configs/{key}/{choice}.yaml)" if choice else key
+
+
+def _fields_of(error: Exception, message: str) -> str:
+    """The fields of the class of an instantiation that was given another one; "" for other errors."""
+    target = re.search(r"'([\w.]+)'", str(error))
+    if "unexpected keyword argument" not in message or target is None:
+        return ""
+    module, _, name = target[1].rpartition(".")
+    known = getattr(sys.modules.get(module), name, None)
+    names = [field.name for field in dataclasses.fields(known)] if dataclasses.is_dataclass(known) else []
+    return f"; its fields are {', '.join(names)}" if names else ""
 
 
 def _fail(message: str) -> None:

@@ -12,23 +12,24 @@ from report.results import append_result, result_row
 from report.tables import publish
 from runtime.application import changed_config, run
 from runtime.artefacts import read_json
+from runtime.progress import progress
 
 
 def main(cfg: DictConfig) -> None:
     results = Path(cfg.results) / cfg.profile.name / "quality"
-    for method in cfg.quality.methods:
-        for ratio in [0.0] if method == "full" else cfg.quality.ratios:
-            for seed in cfg.profile.seeds:
-                start = time.perf_counter()
-                chosen = changed_config(
-                    f"prune={method}", f"ratio={ratio}", f"seed={seed}", f"eval.split={cfg.quality.split}"
-                )
-                directory = measured_subset(chosen, method)
-                metrics = read_json(directory / "metrics.json")
-                append_result(
-                    results / "results.jsonl", result_row(chosen, "subset", method, ratio, metrics, directory)
-                )
-                print(f"{method} {ratio:g}, seed {seed}: {time.perf_counter() - start:.1f} s", flush=True)
+    cells = [
+        (method, ratio, seed)
+        for method in cfg.quality.methods
+        for ratio in ([0.0] if method == "full" else cfg.quality.ratios)
+        for seed in cfg.profile.seeds
+    ]
+    for method, ratio, seed in progress(cells, f"quality of {len(cells)} subsets", unit="subset"):
+        start = time.perf_counter()
+        chosen = changed_config(f"prune={method}", f"ratio={ratio}", f"seed={seed}", f"eval.split={cfg.quality.split}")
+        directory = measured_subset(chosen, method)
+        metrics = read_json(directory / "metrics.json")
+        append_result(results / "results.jsonl", result_row(chosen, "subset", method, ratio, metrics, directory))
+        print(f"{method} {ratio:g}, seed {seed}: {time.perf_counter() - start:.1f} s", flush=True)
     publish(results, "subset_quality")
 
 

@@ -8,7 +8,7 @@ from runtime.versions import SOURCES, outdated, sources
 
 def main() -> None:
     for line in outdated(read_json(SOURCES) if SOURCES.is_file() else {"stages": {}, "modules": {}}):
-        print(line.split(": ")[0])
+        print(f"{line.split(': ')[0]}: recorded; if its results change, raise its version in runtime/versions.py")
     write_json(SOURCES, sources())
 
 

@@ -80,7 +80,7 @@ def test_the_card_says_what_went_why_and_what_is_biased() -> None:
     for line in (
         "| sea     | 6               | 4               | 1.67     | 1.67       |",
         "Over-represented: sea (× 1.67). Not in the subset at all: land, ice.",
-        "effective size of the weighted subset is 2 images",  # 10² / 52
+        "as precisely as 2 images of equal weight",  # 10² / 52
         "2 images could not be used", "- empty file: 2", "exact copies across splits: 1",
         "`val`: 4 near-duplicates of other splits among 50 images", "## Licence\n\nCC-BY-4.0",
         "5 strata that k-means made of the corpus", "| RS-Prune, commit  | abc       |",

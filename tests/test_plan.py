@@ -264,8 +264,8 @@ def planned(cfg: DictConfig) -> list[str]:
 )
 def test_a_corpus_that_is_not_there_is_one_line(root: str | None, given: str, command, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    given = {"???": "'???'", None: "null"}.get(root, f"{tmp_path}/{root}")
-    [line] = planned(command("corpus=folder", f"corpus.root={given}", "prune=random", "reference=none"))
+    path = {"???": "'???'", None: "null"}.get(root, f"{tmp_path}/{root}")
+    [line] = planned(command("corpus=folder", f"corpus.root={path}", "prune=random", "reference=none"))
     assert given in line
 
 

@@ -12,10 +12,11 @@ from skimage.measure import shannon_entropy
 
 from prune.allocation import allocate, allocate_distinct, proportional, water_fill
 from prune.entropy import AGGREGATES, LocalEntropy, local_entropy, patch_entropies
+from prune.library import select_from_arrays
 from prune.methods.baselines import Full, Random
 from prune.methods.entropy_only import EntropyOnly
 from prune.methods.rsprune import RSPrune, distinct_of, nearest_similarities, pick_in_cluster
-from prune.pool import Pool
+from prune.pool import Pool, Selection, checked
 from prune.ranks import ascending, below_quantile
 from prune.scenes import assign_scenes, fit_prototypes
 from prune.selection import budget_of
@@ -238,10 +239,10 @@ def test_a_threshold_in_bits_keeps_all_that_lie_at_it(rule):
 
 def test_what_comes_back_is_counted_apart_from_what_was_dropped():
     pool, _ = blobs([201])
-    metadata = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).metadata
+    metadata = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).diagnostics
     assert metadata["dropped_by_entropy"] == 100 and metadata["returned_by_entropy"] == 49
     pool = replace(pool, entropy=np.full(201, np.nan, dtype=np.float32))
-    metadata = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).metadata
+    metadata = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).diagnostics
     assert (
         metadata["dropped_by_entropy"] == metadata["returned_by_entropy"] == 0 and metadata["entropy_threshold"] is None
     )
@@ -358,11 +359,11 @@ def test_a_selection_says_how_often_its_duplicate_guard_acted():
         )
         for limit in (0.9999, 2.0)
     )
-    assert guarded.metadata["skipped_as_duplicate"] > 0 and not np.array_equal(guarded.kept, free.kept)
-    assert free.metadata["skipped_as_duplicate"] == 0
+    assert guarded.diagnostics["skipped_as_duplicate"] > 0 and not np.array_equal(guarded.kept, free.kept)
+    assert free.diagnostics["skipped_as_duplicate"] == 0
     idle = RSPrune(duplicate_similarity=1.1, representativeness=1.0, reference_duplicates=None)
     idle = idle.select(pool, 80, np.random.default_rng(0))
-    assert idle.metadata["skipped_as_duplicate"] == 0 and np.array_equal(idle.kept, free.kept)
+    assert idle.diagnostics["skipped_as_duplicate"] == 0 and np.array_equal(idle.kept, free.kept)
 
 
 @settings(deadline=None, max_examples=50)
@@ -421,3 +422,27 @@ def test_what_is_nearer_than_reference_images_are_repeats():
     free = RSPrune(**options, reference_duplicates=None, representativeness=1.0, duplicate_similarity=2.0)
     selection = free.select(pool, 6, np.random.default_rng(0))
     assert selection.diagnostics["repetitions"] == 0 and len(set(selection.kept % 6)) < 6
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([0, 1, 2, 3], "prune=mine keeps 4 images, but must keep 3 of 6"),
+        ([0, 1, 1], "keeps 3 images, 1 of them twice"),
+        ([0, 1, 5], "keeps 3 images, 1 of them unreadable"),
+    ],
+)
+def test_a_method_that_breaks_the_budget_is_refused(kept: list[int], message: str) -> None:
+    class Mine:
+        def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
+            return replace(Selection.of(pool, np.arange(budget), "not_drawn"), kept=np.array(kept))
+
+    embeddings = np.eye(6, dtype=np.float32)
+    readable = np.arange(6) < 5
+    with pytest.raises(UserError, match="keeps"):
+        select_from_arrays(Mine(), embeddings, ratio=0.5, readable=readable)
+    pool = Pool(np.arange(6).astype(str), readable, np.zeros(6), embeddings, embeddings[:0], np.empty(0, dtype=object))
+    with pytest.raises(UserError, match=message):
+        checked(Mine().select(pool, 3, np.random.default_rng(0)), pool, 3, "mine")
+    fewer = Selection.of(pool, np.arange(5), "not_drawn")
+    assert checked(fewer, pool, 6, "mine") is fewer, "all readable images, where there are fewer than the budget"

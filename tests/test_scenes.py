@@ -52,7 +52,7 @@ def test_a_classifier_is_right_where_the_nearest_prototype_is_not() -> None:
         method = SceneRandom(threshold_quantile=0.0, scene_classifier=classifier)
         result = select_from_arrays(method, embeddings, ratio=0.5, reference=reference, labels=labels)
         accuracy[classifier] = (result.scene == truth).mean()
-        message[classifier] = result.metadata["scene_accuracy"]
+        message[classifier] = result.diagnostics["scene_accuracy"]
     assert min(accuracy["lda"], accuracy["logistic"]) > accuracy["prototypes"] + 0.1
     for classifier in CLASSIFIERS:  # measured on halves, so on fewer images than it is used with
         assert message[classifier] == pytest.approx(accuracy[classifier], abs=0.06)

@@ -137,8 +137,8 @@ def test_every_method_prunes_a_flat_folder(name: str, flat: Path, capsys: pytest
     if name in SCENIC:
         assert summary["strata"] == {"source": "corpus", "count": 6}
         assert lines == [
-            "no reference: strata were made from the corpus itself (6 of them); give labelled scenes with "
-            "reference=folder reference.root=DIR"
+            "no labels: 6 clusters of the corpus (strata) stand for its scenes; reference=folder "
+            "reference.root=DIR names labelled ones"
         ]
         assert "6, made from the corpus" in (directory / "report.html").read_text()
     else:
@@ -176,10 +176,10 @@ def test_own_labels_are_the_reference_unless_none_is_requested(flat: Path, tmp_p
     )
     assert default == named == former
     assert read_json(default / "summary.json")["strata"] == {"source": "reference", "count": 2}
-    assert "no reference" not in capsys.readouterr().err
+    assert "no labels" not in capsys.readouterr().err
     chosen, _ = select(config(tmp_path / "labelled", "prune=rsprune", "reference=none"), "rsprune")
     assert read_json(chosen / "summary.json")["strata"] == {"source": "corpus", "count": 5}
-    assert "(5 of them)" in capsys.readouterr().err
+    assert "no labels: 5 clusters" in capsys.readouterr().err
     flat_default, flat_none = (
         select(config(flat, "prune=rsprune", *more), "rsprune")[0] for more in ([], ["reference=none"])
     )

@@ -565,7 +565,7 @@ def test_without_a_run_the_shipped_network_draws(tmp_path: Path, capsys) -> None
     Image.fromarray(colours(20, 10)).save(tmp_path / "a.png")
     cfg["in"], cfg.out = str(tmp_path / "a.png"), str(tmp_path / "b.png")
     main(cfg)
-    assert "bluemarble_super_resolution draws" in capsys.readouterr().err
+    assert "using the shipped network" in capsys.readouterr().err
     assert Image.open(tmp_path / "b.png").size == (40, 80) and not (tmp_path / "runs").exists()
     other = OmegaConf.merge(cfg, {"downstream": {"super_resolution": {"factor": 2}}})
     assert shipped_network(other, "super_resolution") is None, "it enlarges by another factor"
