@@ -151,8 +151,7 @@ def changed_options(cfg: DictConfig) -> dict[str, Any]:
     """The options of a config that differ from configs/, by their dotted keys; of folders only the names.
 
     Options that change no result are omitted: where a run writes, how it is tracked, which experiment it belongs to,
-    and
-    how files behind URLs are reached.
+    and how files behind URLs are reached.
     """
     from runtime.redaction import ACCESS
 

@@ -30,8 +30,7 @@ def plain(value: Any) -> Any:
     """A JSON-ready copy of configs, dataclasses, paths and NumPy scalars.
 
     Two kinds of values that change no result are omitted: dataclass fields with the metadata {"fingerprint": False},
-    and
-    the options for how a source's files are reached. Credentials are removed from URLs (`runtime.redaction`).
+    and the options for how a source's files are reached. Credentials are removed from URLs (`runtime.redaction`).
     """
     omegaconf = sys.modules.get("omegaconf")  # the library works without it; where there is a config, it is imported
     if omegaconf and isinstance(value, (omegaconf.DictConfig, omegaconf.ListConfig)):
@@ -198,10 +197,8 @@ def stage(
 
     `build` receives a directory to fill. The directory is called `<fingerprint>.partial` until `build` returns, so a
     directory with its final name is complete. A failed or killed stage leaves only the `.partial` directory. The next
-    try
-    empties it first, unless `resumable` is set; then `build` finds the files that the earlier try left. If two runs
-    want
-    the same stage, the second waits for the first and prints a message.
+    try empties it first, unless `resumable` is set; then `build` finds the files that the earlier try left. If two runs
+    want the same stage, the second waits for the first and prints a message.
 
     In a launch of several processes the first one builds and the others poll for the finished directory. This needs no
     process group and has no time limit; if the first process fails, the launcher ends the others.

@@ -59,8 +59,7 @@ def quote_paths(arguments: Sequence[str], sweep: bool = False) -> list[str]:
     """Quote the values of paths in a command's arguments for Hydra; all other arguments are returned unchanged.
 
     Values that are empty, null or already quoted are returned unchanged. An existing path is always taken literally. If
-    no
-    path with the given name exists: escapes of Hydra's grammar (`a\\,b`) are interpreted, a leading `~` is the home
+    no path with the given name exists: escapes of Hydra's grammar (`a\\,b`) are interpreted, a leading `~` is the home
     directory, `${…}` is interpolated, and in a sweep commas separate cells. If a shell expands
     `corpus.urls=DIR/{0..9}.tar` to several words, all of these shards are used.
 

@@ -24,9 +24,8 @@ class StageLog:
     """The structured log of a stage that is computed in parts.
 
     `log.jsonl` has one JSON object per line: time (UTC), stage, corpus, engine, worker (host and process), rows (first
-    and
-    last), images, unreadable, shards, elapsed (seconds since this run of the stage began), and the worker's seconds,
-    cpu_seconds and gpu_seconds. A run that continues a killed run appends to its log.
+    and last), images, unreadable, shards, elapsed (seconds since this run of the stage began), and the worker's
+    seconds, cpu_seconds and gpu_seconds. A run that continues a killed run appends to its log.
     """
 
     def __init__(self, directory: Path, stage: str, corpus: str) -> None:

@@ -73,8 +73,7 @@ class Engine(Protocol):
 
         Args:
             workers: number for the steps without a network; 0 or 1: in this process, if the engine supports it; None:
-                one
-                per core.
+                one per core.
         Raises:
             UserError: an item's workers were killed repeatedly, or the cluster is gone.
         """
@@ -85,8 +84,7 @@ class Engine(Protocol):
         """Call `function(table, rows, *arguments)` for every group of rows in parallel; results come in order.
 
         The function may use `rows` only to select them from `table`: a worker may receive a table that contains only
-        these
-        rows, numbered from 0.
+        these rows, numbered from 0.
 
         Args:
             table: with a method `restricted(rows)` that makes such a table.

@@ -60,8 +60,7 @@ def in_processes(
     """Apply `function` to every item in single-threaded worker processes; results come in the order of the items.
 
     For many short calls that hold the interpreter's lock, such as decoders. Function, items and results are pickled;
-    large
-    ones are better written to a file. The processes are reused by the next call.
+    large ones are better written to a file. The processes are reused by the next call.
 
     Args:
         workers: number of processes; 0 or 1: in this process; None: one per core.

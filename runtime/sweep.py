@@ -31,13 +31,11 @@ class Cells:
     """The cells of a command's sweep, and the errors that occurred in them.
 
     A cell that cannot be composed is omitted. A cell that fails does not end the sweep. Hydra's own launcher runs one
-    cell
-    after the other in this process, and the failure is reported here. Other launchers (joblib, submitit) run cells in
-    processes of their own: that process reports the failure and raises, and the launcher keeps the error until all
-    cells
-    are done. The output of submitit's processes goes to files, so the command repeats the messages at the end. If
-    several
-    processes train a cell together, a failure ends the whole sweep, because the other processes would wait forever.
+    cell after the other in this process, and the failure is reported here. Other launchers (joblib, submitit) run cells
+    in processes of their own: that process reports the failure and raises, and the launcher keeps the error until all
+    cells are done. The output of submitit's processes goes to files, so the command repeats the messages at the end. If
+    several processes train a cell together, a failure ends the whole sweep, because the other processes would wait
+    forever.
     """
 
     def __init__(self) -> None:
@@ -128,8 +126,7 @@ class Cells:
 
         Args:
             explain: makes one line of an error that the user can fix, including errors of Hydra and OmegaConf; called
-                with
-                the error and `runs`.
+                with the error and `runs`.
         """
         before = Sweeper.validate_batch_is_legal
 

@@ -32,9 +32,8 @@ class Tracker:
     """Logs scalars, images, tables and files to a W&B run, to TensorBoard's event files, to both, or nowhere.
 
     If a service fails, one line reports it and nothing more is sent; the stage continues. Accelerate's `log_with` is
-    not
-    used: it has no artifacts, custom axes and tables for both services, and no tracker without an Accelerator, as in
-    pruning.
+    not used: it has no artifacts, custom axes and tables for both services, and no tracker without an Accelerator, as
+    in pruning.
     """
 
     def __init__(self, wandb_run: Any = None, events: Any = None) -> None:
