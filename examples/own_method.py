@@ -1,4 +1,4 @@
-"""My own method: a frozen dataclass with one method `select`. CONTRIBUTING.md makes a command's choice of it."""
+"""Example of an own method: a frozen dataclass with one method `select`; see CONTRIBUTING.md for the command line."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rsprune import Pool, RSPrune, Selection, select_from_arrays
 
 @dataclass(frozen=True)
 class FarFromMean:
-    """Keep what is least like the average image.
+    """Keep the images that are least similar to the mean image.
 
     Args:
-        jitter: noise on the distances, as a fraction of their standard deviation: 0 is the strict order.
+        jitter: noise on the distances, as a fraction of their standard deviation; 0: strict order.
     """
 
     jitter: float = 0.0
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
-        rows = np.flatnonzero(pool.readable)  # the others are never kept
+        rows = np.flatnonzero(pool.readable)  # unreadable images are never kept
         vectors = np.asarray(pool.embeddings[rows], dtype=np.float32)
         distance = np.linalg.norm(vectors - vectors.mean(axis=0), axis=1)
         score = distance + self.jitter * distance.std() * generator.standard_normal(len(rows))
