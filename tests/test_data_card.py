@@ -1,4 +1,4 @@
-"""The data card of an export: its counts and factors recomputed, its command, and the same bytes every time."""
+"""The data card of an export: recomputed counts and factors, its command, and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEFAULTS = {
 
 
 def record(**changes: object) -> Record:
-    """Ten images of three scenes, of which the first four are kept."""
+    """Ten images of three scenes; the first four are kept."""
     kept = np.arange(10) < 4
     table = pd.DataFrame(
         {
