@@ -213,7 +213,7 @@ def _write(path, tiles, **options):
         figures=[("Curve", "falls", png_bytes(tiles[0]))],
         sheets=[("Sheet", "drawn", sheet)],
         galleries={"rsprune": [Gallery("ocean", tiles[:2], tiles[2:], 2, 1234)]},
-        metadata={"seed": "0"},
+        key_figures={"seed": "0"},
         **options,
     )
     return Page(path)
@@ -328,7 +328,7 @@ def test_prune_report_maps_the_embeddings(tmp_path):
 def test_prune_report_says_what_the_entropy_step_and_the_duplicate_guard_did(tmp_path):
     selection, images = _selection(50), np.zeros((50, 8, 8, 3), dtype=np.uint8)
     counts = {"dropped_by_entropy": 1234, "returned_by_entropy": 0, "skipped_as_duplicate": 56, "clusters": 7}
-    summary = {**_summary(selection), "metadata": counts}
+    summary = {**_summary(selection), "diagnostics": counts}
     write_prune_report(tmp_path / "a", selection, summary, images, np.random.default_rng(0))
     text = " ".join(Page(tmp_path / "a").text)
     assert "dropped by entropy 1,234" in text
@@ -340,12 +340,12 @@ def test_prune_report_shows_where_on_earth_and_why_not(tmp_path):
     locations = pd.DataFrame({"lon": np.linspace(-170, 170, 300), "lat": np.linspace(-80, 80, 300)})
     locations.loc[:9, "lon"] = np.nan
     summary = {**_summary(selection), "quarantined": {"empty file": 2}}
-    summary |= {"weights": {"largest": 41.0, "effective_size": 1203.4}, "metadata": {"scene_accuracy": 0.875}}
+    summary |= {"weights": {"largest": 41.0, "effective_size": 1203.4}, "diagnostics": {"scene_accuracy": 0.875}}
     images = np.zeros((300, 8, 8, 3), dtype=np.uint8)
     write_prune_report(tmp_path / "a", selection, summary, images, np.random.default_rng(0), locations=locations)
     text = " ".join(Page(tmp_path / "a").text)
-    assert "Where 290 images lie" in text and "2 empty file" in text
-    assert "at most 41; as varied as 1,203 images alike" in text and "87.5%" in text
+    assert "Locations of 290 images" in text and "2 empty file" in text
+    assert "at most 41; effective size 1,203 images" in text and "87.5%" in text
     kept = selection["kept"].to_numpy()
     axes = world_figure(locations["lon"].to_numpy()[10:], locations["lat"].to_numpy()[10:], kept[10:]).axes[0]
     drawn = {points.get_label(): points.get_offsets() for points in axes.collections}
