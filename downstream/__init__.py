@@ -1,1 +1,1 @@
-"""Foundation model to image-conditioned tasks: what they share, and one file a task in `downstream.tasks`."""
+"""Image-conditioned tasks on a foundation model: shared code, and one file per task in `downstream.tasks`."""

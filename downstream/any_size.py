@@ -1,4 +1,4 @@
-"""Images of any size, enlarged or drawn from masks tile by tile, and the files and folders of the two commands."""
+"""Enlarge images of any size, or draw them from masks, tile by tile; and the files and folders of the two commands."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.progress import progress
 
-#: Makes images float32 [1, H, W, 3] agree with low-resolution ones uint8 [1, H/f, W/f, 3].
+#: Makes images float32 [1, H, W, 3] consistent with low-resolution images uint8 [1, H/f, W/f, 3].
 Agree = Callable[[np.ndarray, np.ndarray], np.ndarray]
-#: Told how many tiles are done.
+#: Receives the number of tiles that have just been finished.
 Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class TileOptions:
-    """How an image is cut into tiles.
+    """How an image is divided into tiles.
 
     Attributes:
-        overlap: least of neighbours, as a fraction of a tile's side.
-        batch_size: tiles drawn at once.
-        seed: of the noise that tiles start from.
+        overlap: smallest overlap of neighbouring tiles, as a fraction of a tile's side.
+        batch_size: number of tiles drawn at once.
+        seed: seed of the tiles' initial noise.
     Raises:
-        UserError: a number is none, or too small.
+        UserError: a value is not a number, or is too small.
     """
 
     overlap: float
@@ -64,10 +64,11 @@ class TileOptions:
 
 
 def grid_of(source: Source, model: Restorer | Synthesizer, overlap: float) -> Grid:
-    """The tiles of what a model draws of a source.
+    """The tiles that a model draws for a source.
 
     Args:
-        overlap: least of neighbours, as a fraction of a tile's side; tiles advance by a latent cell at least.
+        overlap: smallest overlap of neighbours, as a fraction of a tile's side; tiles advance by at least one latent
+            cell.
     """
     factor = getattr(model, "factor", 1)
     multiple = math.lcm(_cell(model), factor)
@@ -75,14 +76,14 @@ def grid_of(source: Source, model: Restorer | Synthesizer, overlap: float) -> Gr
     return Grid(source.height * factor, source.width * factor, model.side, pixels, multiple)
 
 
-#: Rows of the input beside a strip that consistency looks at: back-projection by bicubic enlargement is local.
+#: Rows of the input above and below a strip that the consistency step uses; back-projection by bicubic is local.
 CONTEXT = 8
 
 
 def agreeing(restorer: Restorer) -> dict[str, Any]:
-    """Arguments of `upscaled` that make strips consistent with their input where the restorer's outputs are.
+    """Arguments for `upscaled` that make strips consistent with their input, if the restorer's outputs are consistent.
 
-    Blended tiles are nearly so: each is, but their weights differ inside an input pixel.
+    Blending needs this step: each tile is consistent, but the blending weights vary inside an input pixel.
     """
     options = restorer.options
     if not options.consistency:
@@ -103,14 +104,14 @@ def upscaled(
     context: int = 0,
     advance: Advance = lambda tiles: None,
 ) -> Iterator[Strip]:
-    """An enlarged image in strips uint8 [h, W, 3], from top to bottom.
+    """Enlarge an image; yields strips uint8 [h, W, 3] from top to bottom.
 
-    What has no data is filled from the nearest pixel that has before a tile is drawn, so that its values change
-    nothing else.
+    Before a tile is drawn, pixels without data are filled from the nearest pixel with data, so that the values of
+    missing pixels have no effect.
 
     Args:
-        agree: makes a strip agree with its input again; None: nothing does.
-        context: rows of the input above and below a strip that `agree` looks at.
+        agree: makes a strip consistent with its input again; None: no such step.
+        context: rows of the input above and below a strip that `agree` uses.
     """
     factor, top = restorer.factor, 0
     grid = grid_of(source, restorer, options.overlap)
@@ -130,9 +131,9 @@ def upscaled(
 def synthesized(
     source: Source, synthesizer: Synthesizer, options: TileOptions, *, advance: Advance = lambda tiles: None
 ) -> Iterator[Strip]:
-    """The image of a mask of class numbers, in strips uint8 [h, W, 3] from top to bottom.
+    """Draw the image of a mask of class numbers; yields strips uint8 [h, W, 3] from top to bottom.
 
-    What has no data is of no class for the model, and has none in the image.
+    Pixels without data have no class for the model, and no data in the image.
     """
     grid, top = grid_of(source, synthesizer, options.overlap), 0
     for part in blended(grid, _Tiles(source, synthesizer, grid, options, advance).rows()):
@@ -146,9 +147,9 @@ def whole(strips: Iterable[Strip]) -> np.ndarray:
 
 
 def filled(strip: Strip) -> np.ndarray:
-    """The values of a strip; where there is no data, those of the nearest pixel that has, or 0 where none has.
+    """The values of a strip; pixels without data get the value of the nearest pixel with data, or 0 if there is none.
 
-    Of class numbers [h, W], 255 where there is no data.
+    Pixels without data in class numbers [h, W] get 255.
     """
     values, valid = strip
     if valid is None:
@@ -162,7 +163,7 @@ def filled(strip: Strip) -> np.ndarray:
 
 
 def _cell(model: Restorer | Synthesizer) -> int:
-    """Side of a latent cell in drawn pixels."""
+    """Side of a latent cell in pixels of the drawn image."""
     return model.side // model.latent_shape[1]
 
 
@@ -186,7 +187,7 @@ class _Tiles:
         return getattr(self.model, "factor", 1)
 
     def rows(self) -> Iterator[Iterator[tuple[int, np.ndarray]]]:
-        """For each of the grid's rows its tiles, as `blended` takes them."""
+        """For each row of the grid its tiles, in the format of `blended`."""
         grid, cell = self.grid, _cell(self.model)
         columns = reflected(0, grid.padded_width // self.factor, self.source.width)
         cells = (grid.side // cell, grid.padded_width // cell, self.model.latent_shape[0])
@@ -200,7 +201,11 @@ class _Tiles:
             yield self._row(Strip(values, valid), noise)
 
     def _row(self, strip: Strip, noise: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """The tiles of a row with the numbers of their columns; those without any data are not drawn, but repeated."""
+        """The tiles of a row with their column numbers.
+
+        Tiles without any data are not drawn: for images the pixels of the input are repeated, for masks there is no
+        tile.
+        """
         factor, side, cell = self.factor, self.grid.side, _cell(self.model)
 
         def low(array: np.ndarray, number: int) -> np.ndarray:
@@ -214,7 +219,7 @@ class _Tiles:
         numbers = range(len(self.grid.columns))
         drawn = [number for number in numbers if strip.valid is None or low(strip.valid, number).any()]
         for number in sorted(set(numbers) - set(drawn)):
-            if strip.values.ndim == 3:  # what no mask draws may be black
+            if strip.values.ndim == 3:  # without a mask to draw from, the image may be black
                 yield number, low(strip.values, number).repeat(factor, axis=0).repeat(factor, axis=1)
             self.advance(1)
         for start in range(0, len(drawn), self.options.batch_size):
@@ -228,7 +233,7 @@ class _Tiles:
 
 
 class Job(NamedTuple):
-    """An image file, and the file that its result becomes."""
+    """An image file and the file for its result."""
 
     source: Path
     target: Path
@@ -236,14 +241,14 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Translation:
-    """What a command does with every image.
+    """The operation that a command applies to every image.
 
     Attributes:
-        opened: a file as a source.
-        grid: the tiles that are drawn of a source.
+        opened: opens a file as a source.
+        grid: returns the tiles that are drawn for a source.
         drawn: (source, advance) -> strips of the result.
-        factor: by which it is larger than the source.
-        label: of the progress bar.
+        factor: side of the result over side of the source.
+        label: label of the progress bar.
     """
 
     opened: Callable[[Path], AbstractContextManager[Source]]
@@ -254,13 +259,14 @@ class Translation:
 
 
 def jobs_of(source: Any, target: Any, option: str, suffix: Callable[[Path], str]) -> list[Job]:
-    """The images of a file or a folder and where their results go; a folder's tree is kept.
+    """The images of a file or folder and the paths of their results; the tree of a folder is kept.
 
     Args:
         source, target: values of the options `option` and `out`.
-        suffix: of the result of a file in a folder.
+        option: name of the option, for messages.
+        suffix: returns the suffix of the result of a file in a folder.
     Raises:
-        UserError: there is no such file or folder, it is empty, or something is there already.
+        UserError: there is no such file or folder, it is empty, or the target already exists.
     """
     if source is None or target is None:
         missing = option if source is None else "out"
@@ -296,12 +302,12 @@ def _is_taken(target: Path, folder: bool) -> bool:
 
 
 def translate(jobs: Sequence[Job], target: Path, translation: Translation) -> None:
-    """Write the result of every job, after a look at all of them.
+    """Check all images, then write the result of every job.
 
     Args:
-        target: the file, or the folder that all jobs' targets are in; it appears when all is done.
+        target: the file, or the folder of all results; it appears only when everything is done.
     Raises:
-        UserError: an image is damaged, or none that the command knows.
+        UserError: an image is damaged or in an unknown format.
     """
     tiles = sum(_checked(job, translation) for job in progress(jobs, "look", unit="image"))
     with progress((), translation.label, total=tiles, unit="tile") as bar:
@@ -314,10 +320,10 @@ def translate(jobs: Sequence[Job], target: Path, translation: Translation) -> No
 
 
 def _checked(job: Job, translation: Translation) -> int:
-    """The tiles of an image that is whole."""
+    """Check that an image is complete; returns the number of its tiles."""
     with translation.opened(job.source) as source:
         check_size(job.target, source.height * translation.factor, source.width * translation.factor)
-        if source.place is not None:  # else it has been decoded
+        if source.place is not None:  # other images have been decoded when opened
             for start in range(0, source.height, BLOCK):
                 source.rows(start, min(start + BLOCK, source.height))
         if source.place is not None and source.place.known and job.target.suffix.lower() not in RASTERS:

@@ -1,8 +1,8 @@
 """Generated images as training data: a segmenter trained on real images, on generated ones, and on both.
 
-Everything but the data is the same in all trainings of one seed: the network and its first weights, the number of
-steps, the size of a batch, the held-out images. Generated images are drawn from masks of the real images that the same
-training may use, so that no further label comes in with them.
+All trainings of one seed share everything except the data: the network and its initial weights, the number of steps,
+the batch size and the held-out images. Generated images are drawn from masks of the real images that the same training
+may use, so they add no further labels.
 """
 
 from __future__ import annotations
@@ -55,27 +55,27 @@ from runtime.errors import UserError
 from train.latents import symmetric
 
 TASK = "semantic_synthesis"
-#: How the generated images that are used are chosen from those that were drawn.
+#: Ways to choose the generated images to use from those that were drawn.
 RANDOM, PRUNED = "random", "rsprune"
 IMAGES, MASKS, KEPT = "images.npy", "masks.npy", "kept.npy"
 TRAINING, MEASURED = "training.json", "metrics.json"
-#: Images drawn between two writes.
+#: Number of images drawn between two writes.
 CHUNK = 500
 
 
 @dataclass(frozen=True)
 class AugmentationOptions:
-    """What is compared.
+    """Options of the comparison.
 
     Attributes:
-        run: directory of a semantic-synthesis run, which draws; None: the configured foundation is fine-tuned.
-        real_images: training images with masks, every scene with the same chance, that stand for 100 percent.
-        amounts: percents of them; a smaller amount's images are part of a larger one's.
+        run: directory of a semantic-synthesis run that draws images; None: the configured foundation is fine-tuned.
+        real_images: number of training images with masks that count as 100 percent; every scene has the same chance.
+        amounts: percentages of these images; a smaller amount is a subset of a larger one.
         pool: images drawn for each amount and seed.
         ratio: fraction of the pool that is not used.
-        generated_fraction: of a batch, where it mixes real and generated images.
-        steps: of the optimizer, in every training.
-        seeds: each chooses images, draws and trains anew.
+        generated_fraction: fraction of generated images in a batch with real and generated images.
+        steps: optimizer steps of every training.
+        seeds: for each seed, images are chosen and drawn and the segmenters are trained again.
     """
 
     run: str | None
@@ -116,9 +116,9 @@ class Cell:
     """One training.
 
     Attributes:
-        amount: percent of the real images whose masks are used.
-        real: whether the images of these masks are trained on.
-        choice: `RANDOM`, `PRUNED`, or None where no generated images are trained on.
+        amount: percentage of the real images with masks that are used.
+        real: whether the images of these masks are used for training.
+        choice: `RANDOM`, `PRUNED`, or None if no generated images are used.
     """
 
     amount: float
@@ -128,17 +128,17 @@ class Cell:
 
 
 def grid(options: AugmentationOptions) -> list[Cell]:
-    """All trainings: of every amount real images alone and with generated ones, and generated alone of the largest."""
+    """All trainings: real images with and without generated ones for every amount; only generated for the largest."""
     kinds = [(amount, True, choice) for amount in options.amounts for choice in (None, RANDOM, PRUNED)]
     kinds += [(options.amounts[-1], False, choice) for choice in (RANDOM, PRUNED)]
     return [Cell(*kind, seed) for seed in options.seeds for kind in kinds]
 
 
-# ---------------------------------------------------------------- what is trained on
+# ---------------------------------------------------------------- training data
 
 
 def rows_of_amount(corpus: Corpus, rows: np.ndarray, percent: float, seed: int) -> np.ndarray:
-    """So many percent of some rows, at least one, dealt over the scenes; more percent keep what fewer have. int64."""
+    """A percentage of some rows int64, at least one, spread over the scenes; larger percentages include smaller."""
     usable = np.zeros(len(corpus), dtype=bool)
     usable[rows] = True
     dealt = balanced_rows(corpus, usable, len(rows), np.random.default_rng([seed, 60]))
@@ -146,7 +146,7 @@ def rows_of_amount(corpus: Corpus, rows: np.ndarray, percent: float, seed: int) 
 
 
 def scene_weights(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
-    """Weights float64 [N] of sum 1 that give every scene of some rows the same fraction, and all other rows none."""
+    """Weights float64 [N] of sum 1: every scene among `rows` has the same total, all other rows have 0."""
     codes, _ = pd.factorize(corpus.manifest["scene"].to_numpy(dtype=object)[rows])
     weights = np.zeros(len(corpus))
     weights[rows] = 1 / np.bincount(codes)[codes]
@@ -154,10 +154,10 @@ def scene_weights(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
 
 
 def deal(weights: np.ndarray, size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Which masks to draw from, and in which of the eight symmetries each.
+    """Choose the masks to draw from, and one of the eight symmetries for each.
 
-    Systematic sampling: each occurs `size * weight` times to within one. Uses of one mask begin at a random symmetry
-    and go through all of them before one comes again.
+    Systematic sampling: each mask occurs `size * weight` times, rounded up or down. The repetitions of a mask start at
+    a random symmetry and use all eight before one is repeated.
 
     Args:
         weights: float64 [N] of sum 1.
@@ -166,14 +166,14 @@ def deal(weights: np.ndarray, size: int, generator: np.random.Generator) -> tupl
     """
     positions = (np.arange(size) + generator.random()) / size
     upto = np.cumsum(weights)
-    last = int(np.flatnonzero(weights)[-1])  # the sum may round to less than the last place
+    last = int(np.flatnonzero(weights)[-1])  # because of rounding, the sum may be below the last position
     rows = np.minimum(np.searchsorted(upto, positions, side="right"), last)
     use = np.arange(size) - np.searchsorted(rows, rows)
     return rows, (generator.integers(8, size=len(weights))[rows] + use) % 8
 
 
 def turned(masks: np.ndarray, symmetries: np.ndarray) -> np.ndarray:
-    """Masks uint8 [K, R, R], each in its symmetry."""
+    """Masks uint8 [K, R, R], each transformed by its symmetry."""
     result = np.empty_like(masks)
     for symmetry in np.unique(symmetries):
         rows = symmetries == symmetry
@@ -184,10 +184,10 @@ def turned(masks: np.ndarray, symmetries: np.ndarray) -> np.ndarray:
 def sources_of(
     real: LabelledImages | None, generated: LabelledImages | None, batch_size: int, generated_fraction: float
 ) -> list[tuple[LabelledImages, int]]:
-    """What a training's batches are drawn from, with the number of images of each.
+    """The data sources of a training's batches, with the number of images from each.
 
     Raises:
-        UserError: a mixed batch has no place for both.
+        UserError: a mixed batch is too small for both sources.
     """
     if real is None or generated is None:
         return [(source, batch_size) for source in (real, generated) if source is not None]
@@ -205,15 +205,15 @@ def sources_of(
 
 @dataclass(frozen=True)
 class Study:
-    """What all trainings share.
+    """Inputs that all trainings share.
 
     Attributes:
-        cfg: of corpus, encoder, entropy, reference and segmenter.
-        pruning: a config whose `prune` is the method that chooses.
+        cfg: config of corpus, encoder, entropy, reference and segmenter.
+        pruning: a config with the pruning method for choosing images in `prune`.
         task: semantic synthesis.
-        run: directory of the run that draws.
-        rows: int64, the training images that stand for 100 percent.
-        held: the real images that are measured on.
+        run: directory of the run that draws images.
+        rows: int64, the training images that count as 100 percent.
+        held: the held-out real images.
         colours: uint8 [256, 3], the run's colour of every mask value.
     """
 
@@ -229,12 +229,12 @@ class Study:
 
     @classmethod
     def of(cls, cfg: DictConfig, pruning: DictConfig) -> Study:
-        """Of a config; where it names no run, its foundation is fine-tuned.
+        """Make a study from a config; if it names no run, its foundation is fine-tuned.
 
         Raises:
             Unsuited: the corpus has no masks.
-            UserError: an option is out of range, the run is none of this task and corpus, or the held-out images are
-                training images.
+            UserError: an option is out of range, the run is of another task or corpus, or the held-out images are
+            training images.
         """
         options = AugmentationOptions.of(cfg)
         task = TASKS[TASK](cfg)
@@ -262,10 +262,10 @@ def _checked_run(path: str) -> Path:
 
 
 def run_colours(run: Path, corpus: Corpus) -> np.ndarray:
-    """The colour that a run was trained with of every mask value, uint8 [256, 3].
+    """The colour of every mask value in a run's training, uint8 [256, 3].
 
     Raises:
-        UserError: its palette has other classes than the corpus.
+        UserError: the classes of its palette differ from those of the corpus.
     """
     palette = read_json(run / "palette.json")
     names = [name for name in palette if name != NO_CLASS]
@@ -281,9 +281,9 @@ def run_colours(run: Path, corpus: Corpus) -> np.ndarray:
 
 
 def drawn_pool(study: Study, amount: float, seed: int) -> Path:
-    """Images drawn from the masks of an amount's real images: a stage's directory with images.npy, masks.npy.
+    """Images drawn from the masks of an amount's real images: a stage's directory with images.npy and masks.npy.
 
-    Image i starts from noise that depends on the seed and i alone; images are guided as the task's outputs are.
+    The noise of image i depends only on the seed and i; guidance is that of the task's outputs.
     """
     corpus, options = study.corpus, study.options
     rows = rows_of_amount(corpus, study.rows, amount, seed)
@@ -335,9 +335,10 @@ def drawn_pool(study: Study, amount: float, seed: int) -> Path:
 
 
 def _pipeline(study: Study) -> DiffusionPipeline:
-    """
+    """Load the study's pipeline.
+
     Raises:
-        UserError: it does not load, or draws images of another side than the corpus's.
+        UserError: it does not load, or its image side differs from the corpus's.
     """
     try:
         pipeline = load_pipeline(study.run / "pipeline")
@@ -353,7 +354,7 @@ def _pipeline(study: Study) -> DiffusionPipeline:
 
 
 def chosen(study: Study, pool: Path, choice: str, seed: int) -> np.ndarray:
-    """Which images of a pool are used, at the same number for every choice: int64, ascending."""
+    """The images of a pool to use, int64, ascending; the number is the same for every choice."""
     budget = budget_of(study.options.pool, study.options.ratio)
     if choice == RANDOM:
         return np.sort(np.random.default_rng([seed, 62]).permutation(study.options.pool)[:budget])
@@ -379,7 +380,7 @@ def chosen(study: Study, pool: Path, choice: str, seed: int) -> np.ndarray:
 
 
 def _pool(study: Study, pool: Path, scenes: str | None) -> Pool:
-    """Generated images as a pruning method sees them, with the reference that the corpus is pruned with."""
+    """Generated images in the form that a pruning method reads, with the same reference as the corpus's."""
     cfg, images = study.cfg, np.load(pool / IMAGES, mmap_mode="r")
     encoder = instantiate(cfg.encoder)
     embeddings = embed(encoder, images, batch_size=encoder.batch_size, label="embed generated images")
@@ -398,7 +399,7 @@ def _pool(study: Study, pool: Path, scenes: str | None) -> Pool:
 
 
 def trained_cell(study: Study, cell: Cell) -> Path:
-    """The segmenter of a cell: a stage's directory with its weights and training.json (what it was trained on)."""
+    """The segmenter of a cell: a stage's directory with its weights and training.json (its training data)."""
     settings = replace(SegmenterOptions.of(study.cfg), seed=cell.seed)
     corpus, options = study.corpus, study.options
     rows = rows_of_amount(corpus, study.rows, cell.amount, cell.seed)
@@ -431,7 +432,7 @@ def trained_cell(study: Study, cell: Cell) -> Path:
 
 
 def generated_images(pool: Path, kept: Sequence[int]) -> LabelledImages:
-    """The images of a pool that are used, each with the same chance."""
+    """The images of a pool that are used, all with the same weight."""
     images, masks = (np.load(pool / file, mmap_mode="r") for file in (IMAGES, MASKS))
     weights = np.zeros(len(images))
     weights[kept] = 1.0
@@ -439,7 +440,7 @@ def generated_images(pool: Path, kept: Sequence[int]) -> LabelledImages:
 
 
 def images_of(study: Study, cell: Cell) -> dict[str, int]:
-    """How many `real_images`, `generated_images` and `masks` of real images a cell trains on."""
+    """The numbers of `real_images`, `generated_images` and `masks` of real images in a cell's training."""
     masks = len(rows_of_amount(study.corpus, study.rows, cell.amount, cell.seed))
     used = 0 if cell.choice is None else budget_of(study.options.pool, study.options.ratio)
     return {"real_images": masks if cell.real else 0, "generated_images": used, "masks": masks}

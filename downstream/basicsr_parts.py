@@ -1,4 +1,4 @@
-"""What of basicsr super-resolution uses: blur kernels and a network. Import it on first use: it takes seconds."""
+"""The parts of basicsr for super-resolution: blur kernels and a network. Import on first use: it takes seconds."""
 
 from __future__ import annotations
 

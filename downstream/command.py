@@ -1,4 +1,4 @@
-"""What the entry points of the tasks share."""
+"""Shared code of the tasks' entry points."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from train.shipped import SHIPPED
 
 
 def run_task(cfg: DictConfig, name: str) -> None:
-    """Fine-tune the configured foundation for a task, measure it and the baselines; prints metrics and the run."""
+    """Fine-tune the configured foundation for a task, measure it and the baselines; print metrics and the run."""
     start = time.perf_counter()
-    task = TASKS[name](cfg)  # what the corpus lacks is reported before minutes go into a foundation
+    task = TASKS[name](cfg)  # missing data of the corpus are reported before a foundation is trained
     directory = fine_tune(cfg, task, *resolve_foundation(cfg))
     for baseline, measured in measure_baselines(cfg, task).items():
         _print_metrics(read_json(measured / METRICS_FILE), f"{baseline} ")
@@ -34,7 +34,7 @@ def run_task(cfg: DictConfig, name: str) -> None:
 
 
 def _publish_combinations(cfg: DictConfig, name: str, directory: Path) -> None:
-    """Add a run's combinations of conditions to the table of its task, in a folder of the results, and print it."""
+    """Add a run's combinations of conditions to its task's table in the folder of results, and print the table."""
     summary, results = read_json(directory / "summary.json"), Path(cfg.results) / cfg.profile.name / name
     for conditions, metrics in summary["combinations"].items():
         fields = {"conditions": conditions, "split": summary["split"], "images": str(summary["images"])}
@@ -44,10 +44,10 @@ def _publish_combinations(cfg: DictConfig, name: str, directory: Path) -> None:
 
 
 def run_or_fine_tuned(cfg: DictConfig, name: str) -> Path:
-    """The run that `run` names; null: the shipped network of the task, or that of `foundation`, fine-tuned once.
+    """The run that `run` names; if null, the task's shipped network, or `foundation` fine-tuned for it (cached).
 
     Raises:
-        UserError: the foundation is none, or does not fit the corpus.
+        UserError: the foundation does not exist or does not fit the corpus.
     """
     if cfg.run is not None:
         return Path(str(cfg.run)).expanduser()

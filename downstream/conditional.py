@@ -1,10 +1,10 @@
 """Image-conditioned latent diffusion: the network and the pipeline that all tasks share.
 
-The U-Net sees the condition picture's latents beside the noisy ones (Brooks et al. 2023, InstructPix2Pix, section 3.2)
-and is saved as a StableDiffusionInstructPix2PixPipeline. That pipeline feeds the autoencoder's raw latents, not
-multiplied by `scaling_factor`. Training feeds latents of unit scale, at which Adam's steps fit all inputs alike, and
-the factor goes into the first convolution's weights when the pipeline is saved: the same function. A task whose
-conditions are read by an encoder of their own (masks) has them at unit scale already.
+The U-Net receives the latents of the condition picture concatenated to the noisy ones (Brooks et al. 2023,
+InstructPix2Pix, section 3.2), and is saved as a StableDiffusionInstructPix2PixPipeline. That pipeline passes the
+autoencoder's raw latents, not multiplied by `scaling_factor`. Training passes latents of unit scale, so that Adam's
+step size suits all inputs. When the pipeline is saved, the factor is folded into the weights of the first convolution,
+which leaves the function unchanged. A task with its own encoder for conditions (masks) has unit scale already.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from train.networks import new_unet
 from train.objective import prediction_of
 from train.shipped import foundation_path
 
-#: What the pipeline calls its network, and its folder.
+#: Name of the network in the pipeline, and of its folder.
 NETWORK = "unet"
-#: The method of a run that starts from no foundation.
+#: Method name of a run without a foundation.
 SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A foundation model taken apart; `unet` is None where the network starts from nothing, and so is `foundation`."""
+    """The parts of a foundation model; `unet` and `foundation` are None for a network without a foundation."""
 
     unet: UNet2DConditionModel | None
     autoencoder: nn.Module
@@ -55,12 +55,12 @@ class Parts:
 
 
 def resolve_foundation(cfg: DictConfig) -> tuple[Path | None, str]:
-    """The run that `foundation` names and the method it stands for; null pretrains one, `scratch` is none.
+    """The run that `foundation` names, and its method; null pretrains one, `scratch` means no foundation.
 
     `shipped` is the model that comes with the repository.
 
     Raises:
-        UserError: the folder is no pretraining run.
+        UserError: the folder is not a pretraining run.
     """
     if cfg.foundation is None:
         name = method_name()
@@ -74,7 +74,7 @@ def resolve_foundation(cfg: DictConfig) -> tuple[Path | None, str]:
 
 
 def _pipeline_folder(directory: Path) -> Path:
-    """The text-to-image pipeline of a pretraining run, or the folder itself where it is such a pipeline."""
+    """The text-to-image pipeline of a pretraining run, or the folder itself if it is such a pipeline."""
     for folder in (directory / "pipeline", directory):
         index = folder / "model_index.json"
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
@@ -92,10 +92,10 @@ def _pipeline_folder(directory: Path) -> Path:
 
 
 def load_parts(cfg: DictConfig, foundation: Path | None, corpus: Corpus) -> Parts:
-    """All of a foundation run's networks, or from scratch the configured frozen ones.
+    """Load all networks of a foundation run; without a foundation, the configured frozen networks.
 
     Raises:
-        UserError: the folder is no pretraining run, or its pipeline does not load.
+        UserError: the folder is not a pretraining run, or its pipeline does not load.
     """
     if foundation is None:
         autoencoder, _ = load_autoencoder(cfg)
@@ -103,7 +103,7 @@ def load_parts(cfg: DictConfig, foundation: Path | None, corpus: Corpus) -> Part
         return Parts(None, autoencoder, text.text_encoder, text.tokenizer)
     folder = _pipeline_folder(foundation)
     try:
-        # local files alone: diffusers asks the hub for a part that a folder lacks
+        # local files only: otherwise diffusers asks the hub for missing parts
         pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except UNLOADABLE as error:
         reason = " ".join(str(error).split())[:200]
@@ -120,7 +120,7 @@ def load_parts(cfg: DictConfig, foundation: Path | None, corpus: Corpus) -> Part
 
 
 def weights_digest(module: nn.Module) -> str:
-    """16 hex digits of all weights, whatever file they came from."""
+    """16 hex digits of all weights, independent of their file."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -129,7 +129,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def widen(unet: UNet2DConditionModel, condition_channels: int) -> UNet2DConditionModel:
-    """The same network with further input channels, which it ignores until it has learned otherwise (zero weights)."""
+    """The same network with further input channels of weight zero, so they have no effect before training."""
     with torch.random.fork_rng():
         wide = UNet2DConditionModel.from_config(unet.config, in_channels=unet.config.in_channels + condition_channels)
     state = unet.state_dict()
@@ -143,10 +143,10 @@ def widen(unet: UNet2DConditionModel, condition_channels: int) -> UNet2DConditio
 def conditioned_network(
     cfg: DictConfig, parts: Parts, latent_shape: tuple[int, int, int], text_width: int
 ) -> UNet2DConditionModel:
-    """The foundation's network, widened by as many channels as its latents have, or a new one of that shape.
+    """The foundation's network with twice the input channels, for the condition; without a foundation a new network.
 
     Raises:
-        UserError: the foundation's latents have another side than these.
+        UserError: the side of the foundation's latents differs from `latent_shape`.
     """
     channels, size, _ = latent_shape
     if parts.unet is None:
@@ -161,7 +161,7 @@ def conditioned_network(
 
 @torch.no_grad()
 def for_raw_condition(unet: UNet2DConditionModel, scaling_factor: float) -> UNet2DConditionModel:
-    """A copy that takes the condition's raw latents where the given network took them at unit scale."""
+    """A copy that takes the condition's raw latents, where the given network takes latents of unit scale."""
     unet = copy.deepcopy(unet)
     unet.conv_in.weight[:, unet.config.out_channels :] *= scaling_factor
     return unet
@@ -170,7 +170,7 @@ def for_raw_condition(unet: UNet2DConditionModel, scaling_factor: float) -> UNet
 def condition_reader(
     autoencoder: nn.Module, encoder: Callable[[nn.Module], nn.Module] | None
 ) -> tuple[nn.Module, float]:
-    """The autoencoder that encodes condition pictures, and the factor that takes its raw latents to unit scale.
+    """The autoencoder that encodes condition pictures, and the factor from its raw latents to unit scale.
 
     Args:
         encoder: `Task.encoder`.
@@ -182,7 +182,7 @@ def condition_reader(
 
 @torch.no_grad()
 def encode_condition(autoencoder: nn.Module, pictures: np.ndarray) -> torch.Tensor:
-    """Raw latents float32 [N, C, h, w] of uint8 [N, H, W, 3], as the pipeline computes them: the mode, unscaled."""
+    """Raw latents float32 [N, C, h, w] of uint8 [N, H, W, 3], as in the pipeline: the mode, unscaled."""
     device = next(autoencoder.parameters()).device
     parts = []
     for start in progress(range(0, len(pictures), 128), "encode conditions", unit="batch"):
@@ -198,12 +198,12 @@ def conditional_pipeline(
     scheduler: SchedulerMixin,
     encoder: Callable[[nn.Module], nn.Module] | None = None,
 ) -> StableDiffusionInstructPix2PixPipeline:
-    """The parts and a network trained on unit-scale conditions, as a pipeline that loads without any code of ours.
+    """Assemble the parts and a network trained on unit-scale conditions to a pipeline that loads with plain diffusers.
 
-    Call it with `image=` (PIL, or [0, 1] arrays) and guidance_scale=1; larger ones also guide by the image.
+    Call it with `image=` (PIL, or [0, 1] arrays) and guidance_scale=1; larger values also guide by the image.
 
     Args:
-        encoder: `Task.encoder`; the pipeline's autoencoder then encodes conditions alone, and decodes as before.
+        encoder: `Task.encoder`; the pipeline's autoencoder then encodes conditions only, and decodes as before.
     """
     autoencoder, scale = condition_reader(parts.autoencoder, encoder)
     pipeline = StableDiffusionInstructPix2PixPipeline(

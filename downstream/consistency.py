@@ -1,4 +1,4 @@
-"""Back-projection (Irani and Peleg 1991): images that reduce to their low-resolution image."""
+"""Back-projection (Irani and Peleg 1991): correct images so that their reduction equals a low-resolution image."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch.nn.functional import interpolate
 
 from downstream.degradation import LinearKind, reduce
 
-#: Exact corrections after the smooth ones: one would do, were there no clipping.
+#: Largest number of exact corrections after the smooth ones; without clipping one would be enough.
 MOST_EXACT_STEPS = 64
-#: Grey levels by which a pixel of the reduced image may be wrong.
+#: Largest accepted error of a pixel of the reduced image, in grey levels.
 TOLERANCE = 0.01
 
 
 def back_project(images: np.ndarray, low: np.ndarray, factor: int, kind: LinearKind, iterations: int) -> np.ndarray:
-    """The images, corrected so that `reduce` makes `low` of them: x + up(low - reduce(x)), again and again.
+    """Correct images so that `reduce` of them gives `low`: iterate x + up(low - reduce(x)).
 
-    First `up` is bicubic, which is smooth. It leaves a part of high frequency, which the pseudo-inverse of the
-    reduction removes: the least correction that is exact, and with `area` the nearest-neighbour enlargement. Values
-    are clipped to 0..255 after every step. An image is finished when no pixel of its reduction is wrong by more than
-    `TOLERANCE`; it ends less exact only where nearly all of its pixels are 0 or 255.
+    In the first iterations `up` is bicubic, which is smooth but leaves a high-frequency residual. Then `up` is the
+    pseudo-inverse of the reduction, which gives the smallest exact correction; for `area` it is the nearest-neighbour
+    enlargement. Values are clipped to 0..255 after every step. An image is finished when no pixel of its reduction is
+    wrong by more than `TOLERANCE`; a larger error remains only where nearly all of its pixels are 0 or 255.
 
     Args:
-        images: float32 [N, H, W, 3]; what lies outside 0..255 is clipped first.
+        images: float32 [N, H, W, 3]; values outside 0..255 are clipped first.
         low: uint8 or float [N, H/factor, W/factor, 3].
-        iterations: of the smooth correction.
+        iterations: number of smooth corrections.
     Returns:
         float32 [N, H, W, 3] in 0..255.
     """
@@ -57,7 +57,7 @@ def _least(rest: np.ndarray, factor: int, kind: LinearKind) -> np.ndarray:
 
 @functools.lru_cache
 def _pseudo_inverse(side: int, factor: int, kind: LinearKind) -> np.ndarray:
-    """Of the reduction along one axis, float32 [side, side / factor]."""
+    """The pseudo-inverse of the reduction along one axis, float32 [side, side / factor]."""
     identity = torch.eye(side, dtype=torch.float64)[None, None]
     size = (side // factor, side)
     if kind == "area":

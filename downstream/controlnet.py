@@ -1,8 +1,8 @@
-"""Conditions by ControlNets (Zhang et al. 2023): the foundation stays frozen, trained copies of its encoder steer it.
+"""Conditions by ControlNets (Zhang et al. 2023): trained copies of the encoder of the frozen foundation steer it.
 
-Saved as a StableDiffusionControlNetPipeline, which loads with plain diffusers. Of one ControlNet its `image` is a
-tensor, such as one-hot masks; of several (diffusers' MultiControlNetModel) a list of them. What several say is summed,
-each multiplied by its scale: 0 switches a condition off, in training and in the pipeline alike.
+Saved as a StableDiffusionControlNetPipeline, which loads with plain diffusers. For one ControlNet the argument `image`
+is a tensor, such as one-hot masks; for several (diffusers' MultiControlNetModel) it is a list. The residuals of several
+are summed, each multiplied by its scale: 0 switches a condition off, both in training and in the pipeline.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from downstream.conditional import Parts
 from runtime.errors import UserError
 from train.objective import Objective, denoising_loss
 
-#: What the pipeline calls it, and its folder; those of further ones are controlnet_1 and so on.
+#: Name of the ControlNet in the pipeline, and of its folder; further ones are controlnet_1 and so on.
 CONTROLNET = "controlnet"
 
 
 def one_hot(masks: np.ndarray, classes: int) -> np.ndarray:
-    """A channel a class, float32 [N, K, H, W] of uint8 [N, H, W]; a pixel without a class is 0 in all of them."""
+    """One channel per class, float32 [N, K, H, W] of uint8 [N, H, W]; 0 in all channels for a pixel without a class."""
     return (masks[:, None] == np.arange(classes, dtype=np.uint8)[:, None, None]).astype(np.float32)
 
 
 def new_controlnet(parts: Parts, *channels: int, seed: int) -> ControlNetModel | MultiControlNetModel:
-    """A ControlNet with the encoder of the foundation's network, whose output is zero at first; or several, as one.
+    """A ControlNet with the encoder of the foundation's network and zero output at first; with several `channels`,
+    several.
 
-    The conditions' encoders of several begin with weights that keep their variance.
+    If there are several, the conditions' encoders are initialised so that they keep the variance.
 
     Args:
-        channels: of each one's condition.
+        channels: number of channels of each condition.
     Raises:
-        UserError: there is no foundation, or its autoencoder's factor is not 8, which a ControlNet reduces masks by.
+        UserError: there is no foundation, or its autoencoder's factor is not 8, the factor by which a ControlNet
+        reduces masks.
     """
     if parts.unet is None:
         raise UserError("a ControlNet steers a foundation: give foundation=DIR, or network=fractions for scratch")
@@ -57,10 +59,10 @@ def new_controlnet(parts: Parts, *channels: int, seed: int) -> ControlNetModel |
 
 
 def _keep_variance(encoder: nn.Module) -> None:
-    """Draw the weights of a condition's encoder anew, but for its last layer, which is zero (He et al. 2015).
+    """Initialise the weights of a condition's encoder again (He et al. 2015), except for its last layer, which is zero.
 
-    With torch's own, what differs between conditions shrinks to less than a thousandth in the seven layers, and a
-    short training hardly learns to see it.
+    With torch's default, differences between conditions shrink to less than a thousandth over the seven layers, and a
+    short training hardly learns to use them.
     """
     for layer in (encoder.conv_in, *encoder.blocks):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -82,10 +84,12 @@ def steered_loss(
 
     Args:
         unet: the foundation's, frozen.
-        latents, noise: float [B, C, h, w]; time: float [B]; text: float [B, L, D].
+        latents, noise: float [B, C, h, w].
+        time: float [B].
+        text: float [B, L, D].
         conditions: float [B, K, H, W] each, such as one-hot masks.
-        scales: float [B, n] of n conditions, by which each one's residuals are multiplied, image by image: the
-            pipeline's `controlnet_conditioning_scale`. None: there is one ControlNet alone.
+        scales: float [B, n] for n conditions: factor of each condition's residuals for each image, the pipeline's
+            `controlnet_conditioning_scale`. None: there is only one ControlNet.
     """
     noisy, timesteps, target, weights = objective.noisy(latents, noise, time)
     if scales is None:
@@ -106,7 +110,7 @@ def steered_loss(
 
 
 def load_controlnet(folder: Path) -> ControlNetModel | MultiControlNetModel:
-    """What `save_pretrained` has left in a folder, and of several in those beside it."""
+    """Load one or several ControlNets written by `save_pretrained`; the folders of several lie next to each other."""
     several = folder.with_name(f"{folder.name}_1").is_dir()
     kind = MultiControlNetModel if several else ControlNetModel
     return kind.from_pretrained(str(folder), use_safetensors=True)
@@ -115,7 +119,7 @@ def load_controlnet(folder: Path) -> ControlNetModel | MultiControlNetModel:
 def steered_pipeline(
     parts: Parts, controlnet: ControlNetModel | MultiControlNetModel, scheduler: SchedulerMixin
 ) -> StableDiffusionControlNetPipeline:
-    """The foundation and its ControlNet. Call it with `image=` float [N, K, H, W], of several with a list of these."""
+    """The foundation and its ControlNet. Call it with `image=` float [N, K, H, W], or a list of these for several."""
     pipeline = StableDiffusionControlNetPipeline(
         vae=parts.autoencoder,
         text_encoder=parts.text_encoder,

@@ -1,4 +1,4 @@
-"""The images that tasks are trained on and measured with; the same for all pruning methods."""
+"""The images for training and measuring of tasks; the same for all pruning methods."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from train.latents import scene_balanced_weights
 
 
 def corpus_of(cfg: DictConfig, split: str) -> Corpus:
-    """The whole of a split: train, val or test."""
+    """A complete split: train, val or test."""
     return index_corpus(instantiate(cfg.corpus[split]), cfg.runs)
 
 
 def training_rows(corpus: Corpus, size: int, seed: int) -> np.ndarray:
-    """Up to `size` different readable rows, every scene with the same chance; int64, ascending."""
+    """Up to `size` different readable rows, with the same chance for every scene; int64, ascending."""
     weights = scene_balanced_weights(corpus)
     size = min(size, np.count_nonzero(weights))
     return np.sort(np.random.default_rng([seed, 10]).choice(len(corpus), size, replace=False, p=weights))

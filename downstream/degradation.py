@@ -1,8 +1,9 @@
-"""How a high-resolution image becomes a low-resolution one: `area`, `bicubic`, or the random chain `blind`.
+"""Degradation of a high-resolution image to a low-resolution one: `area`, `bicubic`, or the random chain `blind`.
 
 `blind` is the second-order model of Wang et al. 2021 (Real-ESRGAN, section 3 and figure 2): blur, resizing, noise and
-JPEG, the same once more, and a sinc filter before or after the last JPEG. Kernels and their chances are that paper's,
-as basicsr has them; resizing by OpenCV and Poisson noise are those of Zhang et al. 2021 (BSRGAN, sections 3.2 and 3.3).
+JPEG, the same a second time, and a sinc filter before or after the last JPEG. Kernels and their probabilities are that
+paper's, as implemented in basicsr; resizing by OpenCV and Poisson noise follow Zhang et al. 2021 (BSRGAN, sections 3.2
+and 3.3).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from runtime.errors import UserError
 LinearKind = Literal["area", "bicubic"]
 Range = tuple[float, float]
 
-#: Kinds of blur kernels and their chances (Real-ESRGAN, section 3.2 and its training options).
+#: Kinds of blur kernels and their probabilities (Real-ESRGAN, section 3.2 and its training options).
 KERNELS = {
     "gaussian": 0.45,
     "gaussian_anisotropic": 0.25,
@@ -36,7 +37,7 @@ KERNELS = {
 #: Shape parameter of the generalized Gaussian and of the plateau kernels (Real-ESRGAN, section 4.1).
 SHAPES: dict[str, Range] = {"generalized": (0.5, 4.0), "plateau": (1.0, 2.0)}
 RESIZINGS = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
-#: Second part of the seed of a generator; the third is the number of the image.
+#: Second part of a generator's seed; the third part is the number of the image.
 STREAM = 40
 
 
@@ -45,7 +46,7 @@ class Linear:
     """A fixed linear reduction.
 
     Attributes:
-        kind: `area`, means of factor x factor pixels, or `bicubic`, antialiased as PIL's.
+        kind: `area`, means of factor x factor pixels, or `bicubic`, antialiased like PIL's.
     """
 
     kind: LinearKind = "area"
@@ -60,13 +61,13 @@ class Round:
     """Ranges of one of the two rounds of blur, resizing, noise and JPEG; numbers are uniform in their range.
 
     Attributes:
-        blur_chance: of a blur at all.
+        blur_chance: probability of a blur.
         sides: of the kernels in pixels, odd.
         sigma: of the kernels in pixels.
-        enlarge_chance, reduce_chance: of a resizing beyond 1 or below it; else the side stays.
+        enlarge_chance, reduce_chance: probability of resizing by a scale above or below 1; otherwise the side is kept.
         scale: of the resizing, from below 1 to above it.
-        noise: deviation of Gaussian noise in grey levels.
-        photons: of Poisson noise, at a value of 255; uniform in its logarithm.
+        noise: standard deviation of Gaussian noise in grey levels.
+        photons: of Poisson noise, number at a value of 255; uniform in its logarithm.
         jpeg: quality.
     """
 
@@ -88,12 +89,12 @@ class Blind:
     Attributes:
         seed: of all random numbers.
         first, second: the two rounds. The second one's resizing is relative to the low resolution.
-        sinc_chance: of a sinc kernel in place of a blur kernel.
-        last_sinc_chance: of a sinc filter at the low resolution.
-        cutoff: of the sinc kernels, in units of pi, which is what pixels can hold.
-        last_sides: of the last sinc kernel in pixels, odd.
-        gaussian_chance: of Gaussian noise; else it is Poisson noise.
-        grey_chance: of noise that is the same in all channels.
+        sinc_chance: probability of a sinc kernel in place of a blur kernel.
+        last_sinc_chance: probability of a sinc filter at the low resolution.
+        cutoff: cutoff frequency of the sinc kernels in units of pi, the highest frequency that pixels can represent.
+        last_sides: side of the last sinc kernel in pixels, odd.
+        gaussian_chance: probability of Gaussian noise; otherwise Poisson noise.
+        grey_chance: probability of noise that is the same in all channels.
     """
 
     seed: int
@@ -115,10 +116,10 @@ Degradation = Linear | Blind
 
 
 def degradation_of(cfg: DictConfig) -> Degradation:
-    """The one that `downstream.super_resolution.degradation` names.
+    """The degradation that `downstream.super_resolution.degradation` names.
 
     Raises:
-        UserError: there is none of that name, or a range or a chance is none.
+        UserError: there is none of that name, or a range or a probability is invalid.
     """
     settings = cfg.downstream.super_resolution
     if settings.degradation in get_args(LinearKind):
@@ -133,7 +134,7 @@ def degradation_of(cfg: DictConfig) -> Degradation:
 
 
 def _checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Options with ranges as tuples; UserError for chances outside 0..1 and for ranges that are none."""
+    """Options with ranges as tuples; UserError for probabilities outside 0..1 and for invalid ranges."""
     result = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name, value in result.items():
         if name.endswith("chance"):
@@ -161,10 +162,10 @@ def degrade(
 
     Args:
         degradation: None: area means.
-        numbers: of the images, non-negative; None: 0 to N - 1. What `blind` makes of an image depends on its pixels,
-            its number and the seed alone.
+        numbers: non-negative number of each image; None: 0 to N - 1. The result of `blind` for an image depends only on
+            its pixels, its number and the seed.
     Raises:
-        UserError: the sides are no multiples of the factor.
+        UserError: the sides are not multiples of the factor.
     """
     degradation = degradation or Linear()
     height, width = _low_sides(images, factor)
@@ -185,7 +186,7 @@ def low_resolution(images: np.ndarray, factor: int) -> np.ndarray:
     """Area means, uint8 [N, H, W, 3] to [N, H/factor, W/factor, 3], rounded half up.
 
     Raises:
-        UserError: the sides are no multiples of the factor.
+        UserError: the sides are not multiples of the factor.
     """
     height, width = _low_sides(images, factor)
     blocks = images.reshape(len(images), height, factor, width, factor, images.shape[3])
@@ -194,13 +195,13 @@ def low_resolution(images: np.ndarray, factor: int) -> np.ndarray:
 
 
 def reduce(images: np.ndarray, factor: int, kind: LinearKind) -> np.ndarray:
-    """What `degrade` makes of them before it rounds, float32 [N, H, W, 3] in 0..255 to [N, H/factor, W/factor, 3].
+    """The result of `degrade` before rounding, float32 [N, H, W, 3] in 0..255 to [N, H/factor, W/factor, 3].
 
-    Bicubic goes along rows and then along columns and clips what overshoots 0..255 after either, as PIL does. PIL
-    rounds after either as well, so that its result may differ from the rounded one by 1.
+    Like PIL, bicubic reduces rows first and then columns, and clips overshoots of 0..255 after each. PIL also rounds
+    after each, so its result may differ by 1 from this result rounded.
 
     Raises:
-        UserError: the sides are no multiples of the factor.
+        UserError: the sides are not multiples of the factor.
     """
     height, width = _low_sides(images, factor)
     if kind == "area":
@@ -214,10 +215,10 @@ def reduce(images: np.ndarray, factor: int, kind: LinearKind) -> np.ndarray:
 
 
 def add_noise(low: np.ndarray, deviation: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Gaussian noise, rounded and clipped, uint8 [N, h, w, 3].
+    """Add Gaussian noise to uint8 [N, h, w, 3]; the result is rounded and clipped.
 
     Args:
-        deviation: float [N], of each image, in grey levels.
+        deviation: float [N], standard deviation for each image, in grey levels.
     """
     noise = generator.standard_normal(low.shape, dtype=np.float32)
     return _to_uint8(low + np.asarray(deviation, dtype=np.float32)[:, None, None, None] * noise)
@@ -245,7 +246,7 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def _blind(image: np.ndarray, low: tuple[int, int], blind: Blind, generator: np.random.Generator) -> np.ndarray:
-    """One image, uint8, reduced to the sides `low`."""
+    """Reduce one uint8 image to the sides `low`."""
     first, second = blind.first, blind.second
     pixels = _blurred(image.astype(np.float32), first, blind, generator)
     pixels = _resized(pixels, _random_sides(image.shape[:2], first, generator), generator)
@@ -299,10 +300,10 @@ def _blur_kernel(ranges: Round, generator: np.random.Generator) -> np.ndarray:
 
 
 def _sinc_kernel(blind: Blind, sides: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """A circular low-pass filter, which rings, of sum 1."""
+    """A circular low-pass filter of sum 1, which causes ringing."""
     from downstream.basicsr_parts import circular_lowpass_kernel
 
-    with np.errstate(divide="ignore", invalid="ignore"):  # its centre is set apart
+    with np.errstate(divide="ignore", invalid="ignore"):  # the centre is set separately
         return circular_lowpass_kernel(np.pi * generator.uniform(*blind.cutoff), _random_side(sides, generator))
 
 
@@ -320,13 +321,13 @@ def _random_sides(sides: tuple[int, int], ranges: Round, generator: np.random.Ge
 
 
 def _resized(pixels: np.ndarray, sides: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """By area, bilinear or bicubic; the latter two are not antialiased (BSRGAN, section 3.2)."""
+    """Resize by area, bilinear or bicubic; the latter two are not antialiased (BSRGAN, section 3.2)."""
     kernel = RESIZINGS[generator.integers(len(RESIZINGS))]
     return cv2.resize(pixels, sides[::-1], interpolation=kernel).clip(0, 255)
 
 
 def _noisy(pixels: np.ndarray, ranges: Round, blind: Blind, generator: np.random.Generator) -> np.ndarray:
-    """Gaussian or Poisson noise, of all channels or of their grey value alone."""
+    """Add Gaussian or Poisson noise, to each channel or the same to all channels."""
     gaussian, grey = generator.random() < blind.gaussian_chance, generator.random() < blind.grey_chance
     values = pixels.mean(axis=2, keepdims=True) if grey else pixels
     if gaussian:

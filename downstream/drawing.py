@@ -1,4 +1,4 @@
-"""The models of fine-tuned runs that draw the tiles of an image of any size (`downstream.any_size`)."""
+"""Models of fine-tuned runs that draw the tiles of an image of any size (`downstream.any_size`)."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _STEERED = "StableDiffusionControlNetPipeline"
 
 @dataclass(frozen=True)
 class Synthesizer:
-    """A run of semantic synthesis.
+    """The model of a semantic-synthesis run.
 
     Attributes:
         pipeline: conditioned on the mask in the palette's colours, or with a ControlNet.
-        palette: colour [r, g, b] of every class by its name, and of what has none as NO_CLASS.
+        palette: colour [r, g, b] of every class by its name, and of pixels without a class as NO_CLASS.
         steps: of the solver.
         prompt: of all tiles; may be empty.
     """
@@ -47,26 +47,26 @@ class Synthesizer:
 
     @property
     def side(self) -> int:
-        """Of a tile, in pixels."""
+        """Side of a tile in pixels."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Of a tile's noise."""
+        """Shape of a tile's noise."""
         size = self.pipeline.unet.config.sample_size
         return self.pipeline.vae.config.latent_channels, size, size
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Their names, by the number in a mask."""
+        """Names of the classes, indexed by the number in a mask."""
         return class_names(self.palette)
 
     @torch.inference_mode()
     def __call__(self, masks: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Images uint8 [N, side, side, 3] of class numbers uint8 [N, side, side], 255 where there is none.
+        """Images uint8 [N, side, side, 3] of class numbers uint8 [N, side, side]; 255: no class.
 
         Args:
-            noise: standard normal float32 [N, C, h, w] to start from.
+            noise: initial noise, standard normal float32 [N, C, h, w].
         """
         steered = type(self.pipeline).__name__ == _STEERED
         if steered:
@@ -98,12 +98,12 @@ def with_dial(restorer: Restorer, dial: float) -> Restorer:
 def load_restorer(
     run: Path, option: str, *, steps: int, factor: int, options: Restoration, noise_level: int = 0
 ) -> Restorer:
-    """The model of a super-resolution run, or of its pipeline.
+    """Load the model of a super-resolution run, or its pipeline.
 
     Args:
-        option: that names the run, for messages.
-        factor, options: by which it enlarges, and how, where the run does not say so.
-        noise_level: of the inputs in grey levels; the network gets the nearest of those that it was trained with.
+        option: the option that names the run, for messages.
+        factor, options: enlargement factor and its options, used if the run does not store them.
+        noise_level: noise of the inputs in grey levels; the network gets the nearest level that it was trained with.
     Raises:
         UserError: there is none, it is of another task, or it does not load.
     """
@@ -124,12 +124,12 @@ def load_restorer(
 def load_synthesizer(
     run: Path, option: str, *, steps: int, prompt: str = "", guidance: Guidance | None = None
 ) -> Synthesizer:
-    """The model of a run of semantic synthesis.
+    """Load the model of a semantic-synthesis run.
 
     Args:
-        option: that names the run, for messages.
+        option: the option that names the run, for messages.
         prompt: of all tiles.
-        guidance: None: none.
+        guidance: None: no guidance.
     Raises:
         UserError: there is none, it is of another task, or it does not load.
     """
@@ -140,7 +140,7 @@ def load_synthesizer(
 
 
 def palette_of(run: Path, option: str) -> dict[str, list[int]]:
-    """The colours of a run's masks: [r, g, b] of every class by its name, and of what has none as NO_CLASS.
+    """The colours of a run's masks: [r, g, b] of every class by its name, and of pixels without a class as NO_CLASS.
 
     Raises:
         UserError: the run has no palette.json.
@@ -159,7 +159,7 @@ def class_names(palette: Mapping[str, list[int]]) -> tuple[str, ...]:
 
 
 def colour_numbers(palette: Mapping[str, list[int]]) -> dict[int, int]:
-    """The class number of every colour 0xRRGGBB of a palette; 255 of what has no class."""
+    """The class number of every colour 0xRRGGBB of a palette; 255 for pixels without a class."""
     names = class_names(palette)
     numbers = {}
     for name, (red, green, blue) in palette.items():
@@ -168,10 +168,10 @@ def colour_numbers(palette: Mapping[str, list[int]]) -> dict[int, int]:
 
 
 def _metadata(run: Path, option: str, task: str) -> dict[str, Any]:
-    """The inputs that a run's training had, {} where it does not say.
+    """The inputs of a run's training; {} if the run does not store them.
 
     Raises:
-        UserError: it was a training for another task.
+        UserError: the training was for another task.
     """
     metadata = read_json(run / COMPLETE) if (run / COMPLETE).is_file() else {}
     if metadata.get("stage", task) != task:

@@ -1,4 +1,4 @@
-"""Edges of images by Canny's detector, and how well two sets of them agree."""
+"""Edges of images by Canny's detector, and the agreement of two edge maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skimage.feature import canny
 
 from eval.pairs import luma
 
-#: Pixels, along rows and columns, by which an edge may lie beside its counterpart.
+#: Largest distance in pixels, along rows and columns, between an edge pixel and its counterpart.
 TOLERANCE = 1
 
 
@@ -20,9 +20,9 @@ class Canny:
     """Options of Canny's detector.
 
     Attributes:
-        sigma: of the Gaussian blur before it, in pixels.
-        low, high: thresholds of the gradient's size; an edge has a pixel above `high` and none below `low`. Levels are
-            fractions of the largest grey level, gradients those of a Sobel filter of unit weight.
+        sigma: of the preceding Gaussian blur, in pixels.
+        low, high: thresholds of the gradient's magnitude; an edge has a pixel above `high` and none below `low`. Grey
+            levels are fractions of the largest one, gradients those of a Sobel filter of unit weight.
     Raises:
         ValueError: sigma is not above 0, or the thresholds are not 0 < low <= high.
     """
@@ -45,11 +45,11 @@ def edges(images: np.ndarray, options: Canny) -> np.ndarray:
 
 
 def edge_agreement(result: np.ndarray, truth: np.ndarray) -> float:
-    """F-score of edge pixels over all images together, bool [N, H, W] each; NaN where neither has any.
+    """F-score of edge pixels over all images together, bool [N, H, W] each; NaN if neither has any edge.
 
-    The harmonic mean of precision, the fraction of the found pixels that have a true one within `TOLERANCE`, and of
-    recall, the fraction of the true pixels that have a found one there (as boundaries are compared by Martin et al.
-    2004, but without their one-to-one assignment).
+    It is the harmonic mean of precision, the fraction of found pixels with a true one within `TOLERANCE`, and recall,
+    the fraction of true pixels with a found one within `TOLERANCE`. Boundaries are compared in this way by Martin et
+    al. 2004, but with a one-to-one assignment, which is omitted here.
     """
     around = np.ones((1, 2 * TOLERANCE + 1, 2 * TOLERANCE + 1), dtype=bool)
     right = np.count_nonzero(result & binary_dilation(truth, around))

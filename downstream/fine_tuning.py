@@ -1,6 +1,7 @@
-"""The training stage of a task: a foundation's network, or a new one, to an image-conditioned pipeline.
+"""The training stage of a task: train a foundation's network, or a new one, as an image-conditioned pipeline.
 
-Its fingerprint holds nothing of evaluation: other held-out images, encoders, solver steps or metrics never train again.
+Its fingerprint contains nothing about evaluation, so other held-out images, encoders, solver steps or metrics never
+require a new training.
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ CHECKPOINTS = "checkpoints"
 
 
 def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -> Path:
-    """Train a task's network from a foundation run, or from nothing (None), and measure it on held-out images.
+    """Train a task's network from a foundation run, or from scratch (None), and measure it on held-out images.
 
-    Foundation and scratch share shape, data, steps, batches and all noise, but for `downstream.extra_steps`, which
-    scratch alone gets.
+    Foundation and scratch have the same shape, data, steps, batches and noise. The only difference is
+    `downstream.extra_steps`, which apply to scratch only.
 
     Args:
-        name: of the foundation's pruning method, or `scratch`.
+        name: name of the foundation's pruning method, or `scratch`.
     Returns:
-        runs/<task>/<fingerprint>/ with pipeline/, training.json and what measuring leaves: summary.json, samples/.
+        runs/<task>/<fingerprint>/ with pipeline/, training.json and the results of measuring: summary.json, samples/.
     Raises:
-        UserError: the foundation is none, or does not fit the corpus.
+        UserError: the foundation is invalid or does not fit the corpus.
     """
-    objective_of(cfg)  # what does not go together is reported before anything is computed
+    objective_of(cfg)  # contradictory options are reported before anything is computed
     corpus = corpus_of(cfg, "train")
     parts = load_parts(cfg, foundation, corpus)
     _check_sides(corpus, held_out_images(cfg).corpus)
@@ -73,7 +74,7 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
         with track(cfg, task.name, name) as tracker:
             _train(_Run(cfg, task, name, corpus, parts, options, directory, tracker))
             measure_run(cfg, task, directory, tracker)
-            if is_main_process():  # four times the network's size, and of no more use
+            if is_main_process():  # four times the network's size, and no longer needed
                 shutil.rmtree(directory / CHECKPOINTS)
 
     inputs = training_inputs(cfg, task, name, corpus, parts, options)
@@ -86,13 +87,13 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
         together=first_process_decides(cfg),
         code="downstream",
     )
-    # found in the cache just after the build; anew where what it is measured with has changed since
+    # cached if just built; measured again if the evaluation options have changed since the build
     measure_run(cfg, task, directory, Tracker())
     return directory
 
 
 def loop_options(cfg: DictConfig, foundation: Path | None) -> LoopOptions:
-    """How long and how fast a task is trained."""
+    """Length and speed of a task's training."""
     options = LoopOptions(**cfg.downstream.loop, seed=cfg.seed)
     extra = int(cfg.downstream.extra_steps) if foundation is None else 0
     return replace(options, steps=options.steps + extra)
@@ -101,7 +102,7 @@ def loop_options(cfg: DictConfig, foundation: Path | None) -> LoopOptions:
 def training_inputs(
     cfg: DictConfig, task: Task, name: str, corpus: Corpus, parts: Parts, options: LoopOptions
 ) -> dict[str, Any]:
-    """All that the trained network depends on, for its fingerprint."""
+    """Everything that the trained network depends on, for its fingerprint."""
     settings = cfg.downstream
     return {
         "condition": task.metadata,
@@ -128,7 +129,7 @@ def _check_sides(corpus: Corpus, held_out: Corpus) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one training is made of."""
+    """The inputs of one training."""
 
     cfg: DictConfig
     task: Task
@@ -141,7 +142,7 @@ class _Run:
 
 
 def _train(run: _Run) -> None:
-    """Train, and leave the pipeline and training.json in the run's directory."""
+    """Train, and write the pipeline and training.json to the run's directory."""
     cfg, objective = run.cfg, objective_of(run.cfg)
     accelerator = make_accelerator(cfg)
     for part in (run.parts.autoencoder, run.parts.text_encoder):
@@ -171,11 +172,11 @@ def _train(run: _Run) -> None:
     )
     if accelerator.is_main_process:
         _finish(run, accelerator, best[name], objective, training)
-    accelerator.wait_for_everyone()  # all of them measure the pipeline that the first one has written
+    accelerator.wait_for_everyone()  # all processes measure the pipeline that the first one writes
 
 
 def _new_network(run: _Run, examples: Examples) -> tuple[str, nn.Module]:
-    """The network to train, by its name in the pipeline."""
+    """The network to train, and its name in the pipeline."""
     cfg, parts = run.cfg, run.parts
     if run.task.controls:
         channels = [condition.shape[1] for condition in examples.conditions_of(np.arange(1))]
@@ -205,10 +206,10 @@ def _loss(run: _Run, objective: Objective, accelerator: Accelerator) -> ComputeL
 
 @dataclass(frozen=True)
 class Examples:
-    """What a task's network learns from.
+    """The training data of a task's network.
 
     Attributes:
-        latents: float32 [K, C, h, w] of unit scale, of the images, or their difference to those of the conditions.
+        latents: float32 [K, C, h, w] of unit scale, of the images or of their difference to the conditions.
         conditions_of: int64 [B], numbers of images, to their conditions, float32 [B, C', h, w] or [B, C', H, W] each.
         prompts: [T + 1, L, D], hidden states of the captions' texts; the last row is the empty text.
         caption_of: int64 [K], row of an image's caption in `prompts`.
@@ -244,7 +245,7 @@ def _examples(run: _Run) -> Examples:
 
 
 def _latents(cfg: DictConfig, corpus: Corpus, rows: np.ndarray, autoencoder: nn.Module) -> np.ndarray:
-    """Unit-scale latents of images, float32 [K, C, h, w]; of a variational autoencoder the means. Kept on disk."""
+    """Unit-scale latents of images, float32 [K, C, h, w]; the means for a variational autoencoder. Cached on disk."""
     result = cached_latents(autoencoder, weights_digest(autoencoder), corpus, rows, cfg.runs)[0]
     return result[:, : autoencoder.config.latent_channels]
 
@@ -252,7 +253,7 @@ def _latents(cfg: DictConfig, corpus: Corpus, rows: np.ndarray, autoencoder: nn.
 def _conditions(
     cfg: DictConfig, task: Task, corpus: Corpus, rows: np.ndarray, pictures: np.ndarray, autoencoder: nn.Module
 ) -> np.ndarray:
-    """Unit-scale latents of condition pictures, float32 [K, C, h, w]; kept on disk."""
+    """Unit-scale latents of condition pictures, float32 [K, C, h, w]; cached on disk."""
 
     def build(directory: Path) -> None:
         reader, scale = condition_reader(autoencoder, task.encoder)
@@ -269,13 +270,13 @@ def _conditions(
 
 @dataclass(frozen=True)
 class Dropout:
-    """What is hidden from the network in training.
+    """The inputs that are hidden from the network in training.
 
     Attributes:
-        condition: chance of a whole condition to be blanked; half of these lose their caption too, so that a draw can
-            be guided by its condition.
-        channel: chance of each channel of a condition to be blanked.
-        mean_fraction: fraction of the images that are all noise.
+        condition: probability that a whole condition is blanked; half of these images lose their caption too, so that
+            classifier-free guidance by the condition is possible.
+        channel: probability that each channel of a condition is blanked.
+        mean_fraction: fraction of the images that are pure noise.
     """
 
     condition: float = 0.0
@@ -308,7 +309,7 @@ def steered_batches(examples: Examples, objective: Objective, size: int, dropout
     """Batches for several ControlNets: latents, hidden states, noise, times, every condition, and their scales [B, n].
 
     Args:
-        dropout: chance of each scale to be 0, independently of the others; else it is 1.
+        dropout: probability that each scale is 0, independently of the others; otherwise it is 1.
     """
     shape, empty = examples.latents.shape[1:], len(examples.prompts) - 1
     count = len(examples.conditions_of(np.arange(1)))
@@ -342,14 +343,14 @@ def _dropout(run: _Run) -> Dropout:
 
 
 def snapshot_steps(cfg: DictConfig, options: LoopOptions) -> list[int]:
-    """Steps of `downstream.lengths` below the last, after which the averaged network is kept."""
+    """Steps of `downstream.lengths` below the last one; the averaged network is kept after each."""
     return sorted({int(step) for step in cfg.downstream.lengths if 0 < step < options.steps})
 
 
 def _keep_snapshot(
     run: _Run, accelerator: Accelerator, step: int, mean_loss: float, seconds: float, modules: Modules
 ) -> None:
-    """Save the averaged network, as the pipeline has it, in a folder of its own; beside, and renamed into place."""
+    """Save the averaged network in the pipeline's format in its own folder, renamed when complete."""
     if accelerator.is_main_process:
         images_seen = step * run.options.batch_size
         folder = run.directory / SNAPSHOTS / f"{images_seen:012d}"
@@ -370,7 +371,7 @@ def _keep_snapshot(
 def _finish(
     run: _Run, accelerator: Accelerator, network: nn.Module, objective: Objective, training: dict[str, Any]
 ) -> None:
-    """Save the pipeline, the task's files and what the training was."""
+    """Save the pipeline, the task's files and facts about the training."""
     trained = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     scheduler = objective.scheduler(run.cfg.train.flow_shift)
     if not run.task.controls:

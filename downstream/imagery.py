@@ -1,7 +1,7 @@
 """Image files of any size, read and written in strips of rows.
 
-PNG, JPEG and WebP are decoded whole, as uint8; TIFFs are read in windows. Everything is written as a tiled GeoTIFF,
-block row by block row, which GDAL then copies into the other formats line by line.
+PNG, JPEG and WebP are decoded at once, as uint8; TIFFs are read in windows. Every output is first written as a tiled
+GeoTIFF, one row of blocks after the other; GDAL then copies it to the other formats line by line.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ PICTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".webp": ("WEBP", {"LOSSLESS": "YES"}),
 }
 SUFFIXES = (*PICTURES, *RASTERS)
-#: Longest sides of the formats that have a limit.
+#: Longest side in pixels of the formats that have a limit.
 LONGEST = {"JPEG": 65_500, "WEBP": 16_383}
-#: Pictures that are decoded whole are refused above.
+#: Largest number of pixels of a picture that is decoded at once; larger ones are refused.
 MOST_PIXELS = 2**29
-#: Side of a written GeoTIFF's blocks, and of the picture of a raster that tells its levels; megabytes of GDAL's cache.
+#: Side of a written GeoTIFF's blocks; side of the overview from which levels are estimated; GDAL's cache in megabytes.
 BLOCK, OVERVIEW, CACHE = 256, 512, 256
-#: Different values in a mask, above which it is none.
+#: Largest number of different values in a mask.
 MOST_VALUES = 2**16
 _SHOWN = RasterOptions()
-#: Class numbers of few bits, which Pillow spreads over 0..255, in grey PNGs.
+#: Factors by which Pillow scales values of 2 and 4 bits in grey PNGs to 0..255.
 _SPREAD = {2: 85, 4: 17}
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -70,7 +70,7 @@ class Strip(NamedTuple):
 
     Attributes:
         values: [h, W, 3] or [h, W].
-        valid: where there is data, bool [h, W], or None where there is everywhere.
+        valid: bool [h, W], true where there is data; None: data everywhere.
     """
 
     values: np.ndarray
@@ -79,11 +79,11 @@ class Strip(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a raster lies, and how it says that there is no data.
+    """Georeference of a raster, and its encoding of missing data.
 
     Attributes:
-        empty: the value of a band for no data, 0..255; None: none.
-        masked: whether a mask of its own says so.
+        empty: the value of a band for no data, 0..255; None: no such value.
+        masked: whether a separate mask marks missing data.
     """
 
     crs: CRS | None = None
@@ -98,7 +98,7 @@ class Place:
         return self.crs is not None or self.transform is not None or bool(self.control_points[0])
 
     def enlarged(self, factor: int) -> Place:
-        """The same ground in pixels of 1 / factor of the side."""
+        """The same ground with pixels of 1 / factor of the side."""
         from rasterio import Affine
         from rasterio.control import GroundControlPoint
 
@@ -114,7 +114,7 @@ class Source(Protocol):
     """An image that is read in strips.
 
     Attributes:
-        place: None of what is no raster.
+        place: None if the image is not a raster.
     """
 
     height: int
@@ -129,7 +129,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image: [H, W, 3] or [H, W], and where it has data."""
+    """A decoded image, [H, W, 3] or [H, W], and the mask of its data."""
 
     values: np.ndarray
     valid: np.ndarray | None = None
@@ -148,12 +148,12 @@ class Picture:
 
 
 def rgb_picture(image: Image.Image, name: str) -> Picture:
-    """An opened image as colours uint8 [H, W, 3], upright; clear pixels have no data.
+    """An opened image as colours uint8 [H, W, 3], upright; transparent pixels have no data.
 
-    What is converted or left out is one line on stderr.
+    Conversions and omitted parts are reported in one line on stderr.
 
     Args:
-        name: of the image, for messages.
+        name: name of the image, for messages.
     Raises:
         UserError: it has two bands.
     """
@@ -180,13 +180,13 @@ def rgb_picture(image: Image.Image, name: str) -> Picture:
 
 
 def mask_picture(image: Image.Image, colours: Mapping[int, int], name: str) -> Picture:
-    """An opened mask as it is: numbers [H, W], or colours uint8 [H, W, 3].
+    """An opened mask unchanged: numbers [H, W], or colours uint8 [H, W, 3].
 
-    An image with a palette gives its colours where all of them are known, else its indices.
+    An image with a palette gives its colours if all of them are known, otherwise its indices.
 
     Args:
-        colours: those that are known, 0xRRGGBB.
-        name: of the mask, for messages.
+        colours: the known colours, 0xRRGGBB.
+        name: name of the mask, for messages.
     Raises:
         UserError: it has two bands.
     """
@@ -211,10 +211,10 @@ def mask_picture(image: Image.Image, colours: Mapping[int, int], name: str) -> P
 
 @contextlib.contextmanager
 def _decoded(path: Path) -> Iterator[Image.Image]:
-    """An opened image that is no TIFF, of more pixels than Pillow allows.
+    """Open an image that is not a TIFF, also with more pixels than Pillow allows by default.
 
     Raises:
-        UserError: it is none, damaged or far too large.
+        UserError: it is not an image, is damaged or far too large.
     """
     allowed, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -233,7 +233,7 @@ def _decoded(path: Path) -> Iterator[Image.Image]:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Deep values [H, W, 1] as colours uint8 [H, W, 3], stretched between percentiles of a sample."""
+    """Values [H, W, 1] of more than 8 bits as colours uint8 [H, W, 3], stretched between percentiles of a sample."""
     survey = survey_of([Pixels(values)], _SHOWN)
     parts = [to_rgb(Pixels(values[top : top + BLOCK]), _SHOWN, survey) for top in range(0, len(values), BLOCK)]
     return np.concatenate(parts)
@@ -241,14 +241,14 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Decoders' errors as one line."""
+    """Context that converts decoders' errors to a UserError of one line."""
     try:
         yield
     except (UserError, MemoryError):
         raise
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it") from error
-    except Exception as error:  # decoders raise whatever they like on damaged files
+    except Exception as error:  # decoders raise many kinds of errors on damaged files
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} is no image, or damaged ({reason}): replace or remove it") from error
 
@@ -265,7 +265,7 @@ class Raster:
     """An opened GeoTIFF as colours uint8 [h, W, 3].
 
     Attributes:
-        survey: the levels of deep values, and whether a declared alpha band is one.
+        survey: the levels for values of more than 8 bits, and whether a declared alpha band really is one.
     """
 
     path: Path
@@ -291,7 +291,8 @@ class Raster:
         return _place(self.dataset, int(no_data) if fits else 0 if may_lack else None, masked)
 
     def rows(self, start: int, stop: int) -> Strip:
-        """
+        """Read a range of rows.
+
         Raises:
             UserError: the file is damaged there.
         """
@@ -309,10 +310,10 @@ class Raster:
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Source]:
-    """An image file as colours uint8; what is converted or left out is one line on stderr.
+    """An image file as colours uint8; conversions and omitted parts are reported in one line on stderr.
 
     Raises:
-        UserError: it is none, damaged, or has a number of bands that is not shown.
+        UserError: it is not an image, is damaged, or has an unsupported number of bands.
     """
     if path.suffix.lower() not in RASTERS:
         with _decoded(path) as image:
@@ -350,7 +351,7 @@ def _say_what_changes(raster: Raster, pixels: Pixels) -> None:
 
 @dataclass(frozen=True)
 class _MaskRaster:
-    """An opened GeoTIFF of numbers [h, W] or colours uint8 [h, W, 3], as they are in the file."""
+    """An opened GeoTIFF of numbers [h, W] or colours uint8 [h, W, 3], unchanged."""
 
     path: Path
     dataset: DatasetReader
@@ -386,10 +387,10 @@ class _MaskRaster:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[DatasetReader]:
-    """A GeoTIFF, with a cache of GDAL's that is bounded.
+    """Open a GeoTIFF with a bounded cache of GDAL.
 
     Raises:
-        UserError: it is none, or damaged.
+        UserError: it is not a GeoTIFF, or is damaged.
     """
     import rasterio
 
@@ -416,7 +417,7 @@ def _window(dataset: DatasetReader, start: int, stop: int) -> Any:
 
 
 def _has_mask(dataset: DatasetReader, band: int) -> bool:
-    """Whether a band has a mask of its own, beside a value for no data and an alpha band."""
+    """Whether a band has its own mask, in addition to a value for no data and an alpha band."""
     from rasterio.enums import MaskFlags
 
     flags = dataset.mask_flag_enums[band - 1]
@@ -433,13 +434,13 @@ def _place(dataset: DatasetReader, empty: int | None, masked: bool) -> Place:
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask as class numbers uint8 [h, W], 255 where there is none.
+    """A mask as class numbers uint8 [h, W]; 255: no class.
 
     Attributes:
-        of: its numbers or colours.
+        of: source of its numbers or colours.
         coloured: whether `of` gives colours.
-        keys: all that occur, int64, ascending: numbers, or colours 0xRRGGBB.
-        classes: uint8, the class of each.
+        keys: all occurring numbers, or colours 0xRRGGBB; int64, ascending.
+        classes: uint8, the class of each key.
     """
 
     of: Source
@@ -469,13 +470,13 @@ class Mask:
 
 @contextlib.contextmanager
 def open_mask(path: Path, names: Sequence[str], colours: Mapping[int, int]) -> Iterator[Mask]:
-    """A mask file, looked through once.
+    """Open a mask file after scanning it once.
 
     Args:
-        names: of the classes, by their numbers.
+        names: names of the classes, indexed by their numbers.
         colours: class number, or 255, by colour 0xRRGGBB.
     Raises:
-        UserError: it is none, damaged, has a number of bands that is not known, or labels that the model lacks.
+        UserError: it is not a mask, is damaged, has an unsupported number of bands, or has labels that the model lacks.
     """
     if path.suffix.lower() not in RASTERS:
         with _decoded(path) as image:
@@ -501,9 +502,10 @@ def checked_mask(source: Source, names: Sequence[str], colours: Mapping[int, int
     """A source of numbers or colours as class numbers.
 
     Args:
-        name: of the mask, for messages; the others as of `open_mask`.
+        names, colours: as in `open_mask`.
+        name: name of the mask, for messages.
     Raises:
-        UserError: it holds something that is no class of the model.
+        UserError: a value in it is not a class of the model.
     """
     try:
         coloured = source.rows(0, 1).values.ndim == 3
@@ -518,17 +520,17 @@ def checked_mask(source: Source, names: Sequence[str], colours: Mapping[int, int
 
 
 class Unknown(ValueError):
-    """What a mask holds is no class."""
+    """A value in a mask is not a class."""
 
 
 def classes_of(keys: np.ndarray, coloured: bool, count: int, colours: Mapping[int, int]) -> np.ndarray:
-    """The class of each number, or colour 0xRRGGBB, that occurs in a mask, uint8; 255 of what has none.
+    """The class of each number, or colour 0xRRGGBB, that occurs in a mask, uint8; 255: no class.
 
-    Colours that are all grey, but not all known, are numbers.
+    If all colours are grey but not all are known, they are read as numbers.
 
     Args:
         keys: int64.
-        count: of the classes.
+        count: number of classes.
         colours: class number, or 255, by colour.
     Raises:
         Unknown: there is no such class.
@@ -551,10 +553,10 @@ def _some(values: Sequence[str], most: int = 6) -> str:
 
 
 def _occurring(source: Source, coloured: bool) -> np.ndarray:
-    """All numbers, or colours 0xRRGGBB, that occur where a source has data, int64, ascending.
+    """All numbers, or colours 0xRRGGBB, that occur in pixels with data, int64, ascending.
 
     Raises:
-        Unknown: `_keys` does not know them, or there are more than `MOST_VALUES`.
+        Unknown: `_keys` cannot convert them, or there are more than `MOST_VALUES`.
     """
     result = np.zeros(0, np.int64)
     for start in range(0, source.height, BLOCK):
@@ -567,10 +569,10 @@ def _occurring(source: Source, coloured: bool) -> np.ndarray:
 
 
 def _keys(values: np.ndarray, coloured: bool) -> np.ndarray:
-    """Whole numbers [...] as they are, or colours [..., 3] as 0xRRGGBB, int32.
+    """Convert integers [...] unchanged, or colours [..., 3] to 0xRRGGBB, int32.
 
     Raises:
-        Unknown: numbers that are not whole, or colours deeper than 8 bits.
+        Unknown: numbers that are not integers, or colours of more than 8 bits.
     """
     if coloured:
         if values.dtype != np.uint8:
@@ -589,7 +591,7 @@ def _keys(values: np.ndarray, coloured: bool) -> np.ndarray:
 
 @contextlib.contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
-    """A path beside the target for a file or folder, which takes the target's place when the block ends.
+    """A temporary path for a file or folder next to the target; it replaces the target when the context ends.
 
     Raises:
         UserError: nothing can be written there.
@@ -599,7 +601,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
         yield partial
-        if target.is_dir():  # an empty one
+        if target.is_dir():  # an empty folder
             target.rmdir()
         os.replace(partial, target)
     except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
@@ -616,7 +618,7 @@ def _remove(path: Path) -> None:
 
 
 def check_size(target: Path, height: int, width: int) -> None:
-    """Refuse what a file's format cannot hold.
+    """Refuse sizes that a file's format does not support.
 
     Raises:
         UserError: a side is too long.
@@ -630,13 +632,13 @@ def check_size(target: Path, height: int, width: int) -> None:
 
 
 def write_image(target: Path, strips: Iterable[Strip], height: int, width: int, place: Place | None) -> None:
-    """Write strips of colours uint8 as an image of the format that the target's suffix names.
+    """Write strips of colours uint8 as an image in the format of the target's suffix.
 
-    What has no data is black in a picture, and what the place says in a GeoTIFF.
+    Pixels without data are black in a picture; in a GeoTIFF they are encoded as `place` defines.
 
     Args:
         height, width: of the image.
-        place: None where there is none.
+        place: None without a georeference.
     """
     import rasterio.shutil
 
@@ -665,7 +667,7 @@ def _write_raster(path: Path, strips: Iterable[Strip], height: int, width: int, 
         path, "w", driver="GTiff", height=height, width=width, nodata=place.empty, **where, **kind, **blocks
     ) as dataset:
         top = 0
-        for strip in regrouped(strips, BLOCK):  # whole blocks: a half one would be compressed twice
+        for strip in regrouped(strips, BLOCK):  # whole blocks, because a partial block would be compressed twice
             window = Window(0, top, width, len(strip.values))
             dataset.write(np.moveaxis(with_gaps(strip, place.empty), -1, 0), window=window)
             if place.masked:
@@ -675,7 +677,10 @@ def _write_raster(path: Path, strips: Iterable[Strip], height: int, width: int, 
 
 
 def with_gaps(strip: Strip, empty: int | None) -> np.ndarray:
-    """The colours of a strip with the value for no data, or black, where it has none, and nowhere else in any band."""
+    """The colours of a strip, with the value `empty`, or black, where there is no data.
+
+    No other pixel has the value `empty` in any band.
+    """
     values = strip.values
     if empty is not None:
         values = np.where(values == empty, np.uint8(empty + 1 if empty < 255 else 254), values)
@@ -683,7 +688,7 @@ def with_gaps(strip: Strip, empty: int | None) -> np.ndarray:
 
 
 def regrouped(strips: Iterable[Strip], height: int) -> Iterator[Strip]:
-    """The same rows in strips of a height, the last as high as what is left."""
+    """The same rows in strips of the given height; the last strip has the remaining rows."""
     waiting: list[Strip] = []
     for strip in strips:
         waiting.append(strip)

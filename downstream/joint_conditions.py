@@ -1,4 +1,4 @@
-"""Images from a mask, edges and a low resolution at once: `python downstream/joint_conditions.py foundation=DIR`."""
+"""Draw images from mask, edges and low resolution together: `python downstream/joint_conditions.py foundation=DIR`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Masks as conditions: class fractions per latent cell, and an autoencoder whose encoder reads them from a picture.
+"""Masks as conditions: class fractions per latent cell, and an autoencoder with an encoder that reads them from a
+picture.
 
-The network is given, for every latent cell, the fraction of its pixels that each class has. A pixel without a class
-counts for none, so that an unknown mask is all zeros, which is also what the pipeline guides away from.
+For every latent cell the network receives the fraction of pixels of each class. A pixel without a class counts for
+none. So an unknown mask is all zeros, which is also the unconditional input of the pipeline's guidance.
 
-A StableDiffusionInstructPix2PixPipeline encodes its condition with its autoencoder and uses that encoder for nothing
-else. So the saved pipeline holds a copy of the autoencoder with another encoder of the same class, AutoencoderTiny,
-whose weights are set by hand: it takes the mask as a picture in the colours of a palette and gives the class fractions.
+A StableDiffusionInstructPix2PixPipeline encodes its condition with its autoencoder, and uses the autoencoder's encoder
+for nothing else. So the saved pipeline holds a copy of the autoencoder with another encoder of the same class,
+AutoencoderTiny, with weights set by hand: it maps a picture of the mask in the colours of a palette to class fractions.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from torch import nn
 from corpus.masks import IGNORED
 from runtime.errors import UserError
 
-#: Directions that are tried for the one that tells colours best apart.
+#: Number of directions that are tried to find the one that separates the colours best.
 DIRECTIONS = 4000
 
 
 def class_codes(classes: int, channels: int) -> np.ndarray:
-    """What each class adds to the channels of a condition, float32 [K, C].
+    """The contribution of each class to the channels of a condition, float32 [K, C].
 
-    One channel a class where there are enough, so that channel k is the fraction of class k. Otherwise unit vectors in
-    random directions, of which no two of up to some dozens are alike.
+    If there are enough channels, channel k is the fraction of class k. Otherwise the codes are unit vectors in random
+    directions; for up to a few dozen classes no two of them are similar.
     """
     if classes <= channels:
         return np.eye(classes, channels, dtype=np.float32)
@@ -38,7 +39,7 @@ def class_fractions(masks: np.ndarray, codes: np.ndarray, cell: int) -> np.ndarr
     """The mean of the codes of each cell's pixels, float32 [N, C, H / cell, W / cell].
 
     Args:
-        masks: uint8 [N, H, W]; `IGNORED` has no class and adds nothing.
+        masks: uint8 [N, H, W]; `IGNORED` means no class and adds nothing.
         codes: float32 [K, C].
         cell: side of a latent cell in pixels.
     """
@@ -55,17 +56,17 @@ def class_fractions(masks: np.ndarray, codes: np.ndarray, cell: int) -> np.ndarr
 
 
 def mask_autoencoder(autoencoder: nn.Module, palette: np.ndarray, codes: np.ndarray) -> nn.Module:
-    """The autoencoder with an encoder that turns pictures in the palette's colours into `class_fractions`.
+    """The autoencoder with an encoder that maps pictures in the palette's colours to `class_fractions`.
 
-    Its decoder is the given one's. The first layers project a pixel's colour on one axis, on which all colours differ,
-    and interpolate between them: a piecewise linear function of the axis that is a class's code at its colour and zero
-    at the unknown one's. The strided convolutions then take means.
+    The decoder is unchanged. The first layers of the encoder project the colour of a pixel to an axis on which all
+    colours differ, and apply a piecewise linear function: at a class's colour its value is the class's code, at the
+    colour of unknown pixels it is zero. The strided convolutions then compute means.
 
     Args:
         palette: uint8 [K + 1, 3], all different; the last colour is that of pixels without a class.
         codes: float32 [K, C].
     Raises:
-        UserError: the autoencoder is no AutoencoderTiny.
+        UserError: the autoencoder is not an AutoencoderTiny.
     """
     if not isinstance(autoencoder, AutoencoderTiny):
         raise UserError(
@@ -73,7 +74,7 @@ def mask_autoencoder(autoencoder: nn.Module, palette: np.ndarray, codes: np.ndar
             "(autoencoder=bluemarble_f8c16 or corpus_f8c16), or downstream.semantic_synthesis.network=controlnet"
         )
     stages = len(autoencoder.config.encoder_block_out_channels)
-    width = len(palette) + 4  # a hinge a colour, one more below them, and the colour itself
+    width = len(palette) + 4  # one hinge per colour, one more below them, and the colour itself
     config = {
         **{key: value for key, value in autoencoder.config.items() if key != "block_out_channels"},
         "encoder_block_out_channels": (width,) * stages,
@@ -89,7 +90,7 @@ def mask_autoencoder(autoencoder: nn.Module, palette: np.ndarray, codes: np.ndar
 
 @torch.no_grad()
 def _set_weights(layers: nn.Sequential, palette: np.ndarray, codes: np.ndarray) -> None:
-    """Weights of conv, block, strided convs and conv of an EncoderTiny, as `mask_autoencoder` says."""
+    """Set the weights of conv, block, strided convs and conv of an EncoderTiny; see `mask_autoencoder`."""
     first, block, *strided, last = layers
     for layer in (first, *block.conv, *strided, last):
         if isinstance(layer, nn.Conv2d):
@@ -100,18 +101,18 @@ def _set_weights(layers: nn.Sequential, palette: np.ndarray, codes: np.ndarray) 
     hinges = len(knots)  # hinge j is relu(position - knot j); knot 0 lies below all colours
     colour = slice(hinges, hinges + 3)
     first.weight[colour, :, 1, 1] = torch.eye(3)
-    # the block's first convolution: hinges, and the colour as it is
+    # the block's first convolution: hinges, and the unchanged colour
     block.conv[0].weight[:hinges, colour, 1, 1] = torch.from_numpy(direction).float()
     block.conv[0].bias[:hinges] = torch.from_numpy(-knots).float()
     block.conv[0].weight[colour, colour, 1, 1] = torch.eye(3)
-    # its second: one hat a class, made of hinges; the colour again
-    hats = torch.from_numpy(_hats(knots)).float()  # [colours in their order, hinges]
+    # the second: one hat function per class, a sum of hinges; and the colour again
+    hats = torch.from_numpy(_hats(knots)).float()  # [colours in order, hinges]
     classes = len(codes)
     for position, number in enumerate(order):
         if number < classes:
             block.conv[2].weight[number, :hinges, 1, 1] = hats[position]
     block.conv[2].weight[colour, colour, 1, 1] = torch.eye(3)
-    # its third: the hats pass, the colour is taken from the skip connection
+    # the third: the hats pass, and the colour of the skip connection is subtracted
     block.conv[4].weight[:classes, :classes, 1, 1] = torch.eye(classes)
     block.conv[4].weight[colour, colour, 1, 1] = -torch.eye(3)
     for layer in strided:  # of stride 2 with a padding of 1: rows 1 and 2 of the kernel cover the cell
@@ -120,11 +121,11 @@ def _set_weights(layers: nn.Sequential, palette: np.ndarray, codes: np.ndarray) 
 
 
 def _axis(palette: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A unit vector on which all colours of [0, 1]^3 lie apart, the knots of a function on it, and their colours.
+    """A unit vector that separates all colours of [0, 1]^3, the knots of a function on it, and their colours.
 
     Returns:
-        float64 [3]; float64 [K + 2], ascending: one below all colours, then the colours'; int64 [K + 1], the colour of
-        each knot but the first.
+        float64 [3]; float64 [K + 2], ascending: one knot below all colours, then those of the colours; int64 [K + 1],
+        the colour of each knot except the first.
     Raises:
         UserError: two colours are the same.
     """
@@ -144,8 +145,8 @@ def _axis(palette: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _hats(knots: np.ndarray) -> np.ndarray:
     """Hat functions as sums of hinges, float64 [K + 1, K + 2]: hat i is 1 at knot i + 1 and 0 at all other knots.
 
-    Row i holds the coefficients of relu(x - knot j). At and above its last knot a hat stays constant.
+    Row i holds the coefficients of relu(x - knot j). From the last knot on a hat is constant.
     """
-    values = np.maximum(knots[1:, None] - knots[None], 0)  # of every hinge at every knot but the first
+    values = np.maximum(knots[1:, None] - knots[None], 0)  # of every hinge at every knot except the first
     requested = np.eye(len(knots) - 1)
     return np.linalg.lstsq(values, requested, rcond=None)[0].T

@@ -1,7 +1,7 @@
-"""Measuring a task: what its network, or a method without one, makes of the held-out images, and the run's files.
+"""Measuring of a task: outputs of its network, or of a baseline, for the held-out images; and the run's result files.
 
-Outputs are drawn once and measured once, in stages of their own; a run's summary.json and samples/ repeat what they
-found. Baselines go the same way as networks.
+Outputs are drawn once and measured once, in separate stages; a run's summary.json and samples/ repeat their results.
+Baselines are measured in the same way as networks.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from runtime.tracking import Tracker
 from train.measured_run import MEASURED, TRAINING, write_lines
 from train.sampler import pipeline_fingerprint
 
-#: In the directory of a task's outputs: uint8 [N, R, R, 3].
+#: File in the directory of a task's outputs: uint8 [N, R, R, 3].
 OUTPUTS = "outputs.npy"
 METRICS_FILE = "metrics.json"
-#: Columns of a sample sheet, and images kept for the report.
+#: Number of columns of a sample sheet, and of images kept for the report.
 SHOWN = 12
-#: A sheet shows the spread of an input's outputs in so many times its grey levels.
+#: Factor by which a sheet multiplies the grey levels of the spread of an input's outputs.
 SPREAD_GAIN = 4
-#: Numbers of the noise of further outputs of an image, and of further samples of one output, start here.
+#: First noise number of further outputs of an image, and of further samples of one output.
 VARIANTS, SAMPLES = 10**8, 10**10
 
 
 @dataclass(frozen=True)
 class TaskJudges:
-    """The frozen networks that a task is measured with; None where no metric needs one, or without its weights."""
+    """The frozen networks for measuring a task; None if no metric needs one, or if its weights are missing."""
 
     encoders: tuple[Encoder, ...]
     segmenter: Segmenter | None
@@ -60,7 +60,7 @@ class TaskJudges:
 
     @classmethod
     def of(cls, cfg: DictConfig, task: Task) -> TaskJudges:
-        """Of a config; the segmenter is trained if it is not there."""
+        """Load them for a config; the segmenter is trained if it does not exist."""
         needs = {need for key in task.metrics for need in METRICS[key].needs}
         return cls(
             encoders_of(cfg),
@@ -73,13 +73,13 @@ class TaskJudges:
 
 
 def draw_outputs(cfg: DictConfig, task: Task, run: Path, held: HeldOut, snapshot: Path | None = None) -> Path:
-    """One output a held-out image; the stage's directory, with outputs.npy.
+    """Draw one output per held-out image; returns the stage's directory, with outputs.npy.
 
-    Output i starts from noise that depends on `eval.seed` and i alone. All processes of a launch take part.
+    The noise of output i depends only on `eval.seed` and i. All processes of a launch take part.
 
     Args:
-        run: of a training, with pipeline/.
-        snapshot: of the run, with a network in place of the pipeline's.
+        run: directory of a training, with pipeline/.
+        snapshot: a snapshot of the run; its network replaces the pipeline's.
     """
 
     def build(directory: Path) -> None:
@@ -94,7 +94,7 @@ def draw_outputs(cfg: DictConfig, task: Task, run: Path, held: HeldOut, snapshot
 
 
 def draw_variants(cfg: DictConfig, task: Task, run: Path, held: HeldOut) -> Path:
-    """`downstream.variants` outputs of each held-out image, from other noise each: uint8 [N, k, R, R, 3] in a stage."""
+    """`downstream.variants` outputs per held-out image, each from different noise: uint8 [N, k, R, R, 3] in a stage."""
     count = int(cfg.downstream.variants)
 
     def build(directory: Path) -> None:
@@ -109,7 +109,7 @@ def draw_variants(cfg: DictConfig, task: Task, run: Path, held: HeldOut) -> Path
 
 
 def _repeated(held: HeldOut, count: int) -> HeldOut:
-    """Each image so many times in a row, without features."""
+    """Repeat each image `count` times in a row, without features."""
     captions = [caption for caption in held.captions for _ in range(count)]
     return replace(held, rows=held.rows.repeat(count), features={}, captions=captions)
 
@@ -128,7 +128,7 @@ def _drawing_inputs(cfg: DictConfig, task: Task, run: Path, held: HeldOut) -> di
 def _drawn(
     cfg: DictConfig, task: Task, pipeline: DiffusionPipeline, held: HeldOut, numbers: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
-    """Outputs uint8 [K, R, R, 3] of some rows of a held-out set; `numbers` int64 [N] are those of their noise."""
+    """Outputs uint8 [K, R, R, 3] of some rows of a held-out set; `numbers` int64 [N] determine their noise."""
     picked, seed = held.rows[rows], int(cfg.eval.seed)
     if task.draw is not None:
         noise = task_noise(pipeline, numbers[rows], seed, task.samples)
@@ -150,7 +150,7 @@ def _drawn(
 
 
 def _pipeline_images(task: Task, held: HeldOut, rows: np.ndarray) -> Any:
-    """What a pipeline takes as `image`: pictures, a tensor for a ControlNet, or for several a list an image."""
+    """The argument `image` of a pipeline: pictures, a tensor for one ControlNet, or one list per image for several."""
     if not task.controls:
         return [Image.fromarray(image) for image in task.condition(held.corpus, rows)]
     conditions = [torch.from_numpy(control(held.corpus, rows)) for control in task.controls.values()]
@@ -158,7 +158,10 @@ def _pipeline_images(task: Task, held: HeldOut, rows: np.ndarray) -> Any:
 
 
 def task_noise(pipeline: DiffusionPipeline, numbers: np.ndarray, seed: int, samples: int) -> np.ndarray:
-    """Standard normal float32 [K, samples, C, h, w] of outputs by their numbers; the first sample is that of one."""
+    """Standard normal noise float32 [K, samples, C, h, w] by the outputs' numbers.
+
+    Sample 0 is the same noise as with samples=1.
+    """
     side, channels = pipeline.unet.config.sample_size, pipeline.vae.config.latent_channels
     parts = [
         starting_noise(numbers if index == 0 else [number + index * SAMPLES for number in numbers],
@@ -169,7 +172,7 @@ def task_noise(pipeline: DiffusionPipeline, numbers: np.ndarray, seed: int, samp
 
 
 def load_pipeline(folder: Path, snapshot: Path | None = None) -> DiffusionPipeline:
-    """A pipeline that `fine_tune` has left, on this machine's accelerator; a snapshot's network replaces its own."""
+    """Load a pipeline of `fine_tune` on this machine's accelerator; a snapshot's network replaces the pipeline's."""
     parts = {}
     if snapshot is not None and (snapshot / NETWORK).is_dir():
         parts[NETWORK] = UNet2DConditionModel.from_pretrained(snapshot / NETWORK, use_safetensors=True)
@@ -181,17 +184,17 @@ def load_pipeline(folder: Path, snapshot: Path | None = None) -> DiffusionPipeli
 
 
 def baseline_outputs(cfg: DictConfig, task: Task, baseline: str, held: HeldOut) -> Path:
-    """What a task's baseline makes of the held-out images, as `draw_outputs`."""
+    """Outputs of a task's baseline for the held-out images, in the format of `draw_outputs`."""
     return computed_outputs(cfg, task, baseline, held, lambda: task.baselines[baseline](held))
 
 
 def computed_outputs(
     cfg: DictConfig, task: Task, method: str, held: HeldOut, compute_all: Callable[[], np.ndarray], of: str = ""
 ) -> Path:
-    """Outputs of a method that draws nothing, as `draw_outputs`; computed by the first process.
+    """Outputs of a deterministic method, in the format of `draw_outputs`; computed by the first process.
 
     Args:
-        of: what they depend on beside the task and the images.
+        of: further dependencies of the outputs, in addition to the task and the images.
     """
 
     def build(directory: Path) -> None:
@@ -212,7 +215,7 @@ def _save_outputs(directory: Path, outputs: np.ndarray) -> None:
 def measure_outputs(
     cfg: DictConfig, task: Task, outputs: Path, held: HeldOut, judges: TaskJudges, variants: Path | None = None
 ) -> Path:
-    """Metrics of the outputs of the first images, by the held-out images; the stage's directory, with metrics.json.
+    """Metrics of the outputs of the first held-out images; returns the stage's directory, with metrics.json.
 
     Args:
         outputs: directory of `draw_outputs` or `baseline_outputs`.
@@ -245,7 +248,7 @@ def output_metrics(
     """The task's metrics by their full names; all processes of a launch take part.
 
     Args:
-        outputs: uint8 [N, R, R, 3], of which image i belongs to held-out image i.
+        outputs: uint8 [N, R, R, 3]; image i belongs to held-out image i.
         variants: uint8 [M, k, R, R, 3], several outputs of the first M images.
     """
     inputs: dict[str, Any] = {"images": outputs, "truth": held.images}
@@ -267,13 +270,13 @@ def output_metrics(
 
 
 def segmentation_inputs(segmenter: Segmenter, images: np.ndarray, held: HeldOut) -> dict[str, Any]:
-    """What metrics of a segmentation need; image i belongs to held-out image i."""
+    """The inputs of metrics of a segmentation; image i belongs to held-out image i."""
     segmentation = over_processes(lambda rows: segmenter(images[rows]), len(images))
     return {"segmentation": segmentation, "masks": held.masks, "classes": len(held.corpus.mask_classes)}
 
 
 def real_segmentation_metrics(cfg: DictConfig, held: HeldOut) -> dict[str, float | None]:
-    """`miou` and `pixel_accuracy` of the segmenter on real held-out images: what a perfect generator reaches; cached.
+    """`miou` and `pixel_accuracy` of the segmenter on real held-out images: the level of a perfect generator; cached.
 
     Args:
         held: images with masks.
@@ -291,7 +294,7 @@ def real_segmentation_metrics(cfg: DictConfig, held: HeldOut) -> dict[str, float
 
 
 def measure_baselines(cfg: DictConfig, task: Task) -> dict[str, Path]:
-    """Measure a task's baselines as its networks are; directories with metrics.json, by baseline."""
+    """Measure a task's baselines in the same way as its networks; directories with metrics.json, by baseline."""
     held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
     return {
         name: measure_outputs(cfg, task, baseline_outputs(cfg, task, name, held), held, judges)
@@ -303,7 +306,7 @@ def measure_baselines(cfg: DictConfig, task: Task) -> dict[str, Path]:
 
 
 def measured_fine_tuning(cfg: DictConfig, task: Task, run: Path) -> tuple[Path, Path | None, Path]:
-    """The stages that measure a finished training: its outputs, its variants (None: no metric needs any), metrics."""
+    """The stages that measure a finished training: outputs, variants (None: no metric needs any), and metrics."""
     held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
     outputs, variants = draw_outputs(cfg, task, run, held), None
     if cfg.downstream.variants > 1 and set(task.metrics) & {"spread", "diversity"}:
@@ -314,7 +317,7 @@ def measured_fine_tuning(cfg: DictConfig, task: Task, run: Path) -> tuple[Path, 
 def measured_combinations(
     cfg: DictConfig, task: Task, run: Path, held: HeldOut, judges: TaskJudges
 ) -> dict[str, tuple[Path, Path]]:
-    """The stages that measure a finished training in every one of `Task.combinations`: outputs and metrics, by name."""
+    """The stages that measure a finished training for each of `Task.combinations`: outputs and metrics, by name."""
     result = {}
     for name, chosen in task.combinations().items():
         outputs = draw_outputs(cfg, chosen, run, held)
@@ -323,7 +326,7 @@ def measured_combinations(
 
 
 def measure_run(cfg: DictConfig, task: Task, run: Path, tracker: Tracker) -> None:
-    """Write convergence.jsonl, measured.json, summary.json and samples/ of a finished training into its directory."""
+    """Write convergence.jsonl, measured.json, summary.json and samples/ of a finished training to its directory."""
     held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
     lines = [_measured_snapshot(cfg, task, run, held, judges, snapshot) for snapshot in snapshots_of(run)]
     outputs, variants, measured = measured_fine_tuning(cfg, task, run)
@@ -349,7 +352,7 @@ def measure_run(cfg: DictConfig, task: Task, run: Path, tracker: Tracker) -> Non
 
 
 def measure_drawn(cfg: DictConfig, task: Task, run: Path) -> Path:
-    """Metrics of a finished training whose outputs are drawn by this config; the directory of `measure_outputs`."""
+    """Metrics of a finished training with outputs drawn by this config; returns the directory of `measure_outputs`."""
     held = held_out_images(cfg)
     return measure_outputs(cfg, task, draw_outputs(cfg, task, run, held), held, TaskJudges.of(cfg, task))
 
@@ -357,7 +360,7 @@ def measure_drawn(cfg: DictConfig, task: Task, run: Path) -> Path:
 def _measured_snapshot(
     cfg: DictConfig, task: Task, run: Path, held: HeldOut, judges: TaskJudges, snapshot: Path
 ) -> dict[str, Any]:
-    """A line of convergence.jsonl."""
+    """Measure a snapshot; returns a line of convergence.jsonl."""
     outputs = draw_outputs(cfg, task, run, held.first(int(cfg.downstream.length_images)), snapshot)
     return {**read_json(snapshot / SNAPSHOT), **_curve_metrics(cfg, task, outputs, held, judges)}
 
@@ -365,7 +368,7 @@ def _measured_snapshot(
 def _curve_metrics(
     cfg: DictConfig, task: Task, outputs: Path, held: HeldOut, judges: TaskJudges
 ) -> dict[str, float | None]:
-    """The metrics of a curve over lengths, of the first `downstream.length_images` at every length alike."""
+    """The metrics of a curve over lengths, on the same first `downstream.length_images` images for every length."""
     curve, few = replace(task, metrics=task.curve), held.first(int(cfg.downstream.length_images))
     return read_json(measure_outputs(cfg, curve, outputs, few, judges) / METRICS_FILE)
 
@@ -378,12 +381,14 @@ def save_samples(
     variants: np.ndarray | None = None,
     combinations: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """The sheet (inputs, output, truth, maps) and its images as arrays, uint8 [N, H, W, 3]. Returns the sheet's path.
+    """Save the sample sheet (inputs, output, truth, maps) and its images as arrays, uint8 [N, H, W, 3].
 
     Args:
         outputs: uint8 [N, H, W, 3] of the held-out images.
-        variants: uint8 [M, k, H, W, 3], M >= N, of which the sheet shows the first and how much all differ.
-        combinations: outputs by `Task.combinations`, which the sheet shows in place of the outputs.
+        variants: uint8 [M, k, H, W, 3], M >= N; the sheet shows the first one and the spread of all.
+        combinations: outputs by `Task.combinations`, which the sheet shows instead of `outputs`.
+    Returns:
+        The path of the sheet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inputs, truth = task.inputs(held), held.images

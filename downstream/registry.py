@@ -1,7 +1,7 @@
-"""`TASKS`: all tasks, found by looking through the folder `downstream/tasks`.
+"""`TASKS`: all tasks, found by scanning the folder `downstream/tasks`.
 
-A task's file may say with `unsuited(cfg)` what keeps a corpus from it, and with `IN_CHAIN = False` that
-`make reproduce` leaves it out.
+A task's file may define `unsuited(cfg)`, which says why a corpus cannot be used for it, and `IN_CHAIN = False`, which
+excludes it from `make reproduce`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ TASKS = find_tasks()
 
 
 def chain_tasks() -> dict[str, MakeTask]:
-    """Those of `TASKS` that `make reproduce` goes through."""
+    """The tasks of `TASKS` that are part of `make reproduce`."""
     modules = {name: sys.modules.get(make_task.__module__) for name, make_task in TASKS.items()}
     return {name: TASKS[name] for name, module in modules.items() if getattr(module, "IN_CHAIN", True)}
 
 
 def suitable_names(cfg: DictConfig) -> list[str]:
-    """The names of `suitable_tasks`, determined by the sources of the corpus, without an index."""
+    """The names of `suitable_tasks`, determined from the sources of the corpus, without an index."""
     modules = {name: sys.modules[make_task.__module__] for name, make_task in chain_tasks().items()}
     return [name for name, module in modules.items() if not getattr(module, "unsuited", lambda _: None)(cfg)]
 
 
 def suitable_tasks(cfg: DictConfig) -> dict[str, Task]:
-    """The tasks of `chain_tasks` that the corpus can be used for; what keeps it from another is reported on stderr."""
+    """The tasks of `chain_tasks` for which the corpus can be used; reports on stderr why others cannot be used."""
     result = {}
     for name, make_task in chain_tasks().items():
         try:

@@ -1,7 +1,7 @@
-"""Super-resolution's rival by regression: a network from the low-resolution image to the image, all in pixels.
+"""Regression baseline of super-resolution: a network from the low-resolution image to the image, in pixel space.
 
-The network is EDSR (Lim et al. 2017) of basicsr, which adds to the bicubic enlargement, and learns by the mean absolute
-error in pixels (their section 3.3). It has as many weights, training images, steps and batches as the network that it
+The network is EDSR (Lim et al. 2017) of basicsr, added to the bicubic enlargement. Its loss is the mean absolute error
+in pixels (section 3.3 of that paper). It has as many weights, training images, steps and batches as the network that it
 is compared with.
 """
 
@@ -32,26 +32,27 @@ from train.latents import symmetric
 from train.loop import Batch, DrawBatch, LoopOptions, Modules, train_loop
 from train.measured_run import TRAINING
 
-#: The method, and its network in checkpoints.
+#: Name of the method, and of its network in checkpoints.
 REGRESSION = "regression"
 WEIGHTS = "regression.safetensors"
 CHECKPOINTS = "checkpoints"
 BATCH = 100
-#: Residual blocks of EDSR at the most (its section 4.2); more weights make it wider.
+#: Largest number of EDSR's residual blocks (section 4.2 of the paper); further weights go into the width.
 MOST_BLOCKS = 32
-#: Channels are multiples of this.
+#: The number of channels is a multiple of this.
 WIDTH_STEP = 8
-#: By how much the number of weights may differ from what was requested.
+#: Largest relative difference between the number of weights and the requested one.
 LEEWAY = 0.1
 
 
 class RegressionNetwork(nn.Module):
-    """EDSR on top of the bicubic enlargement, which is all that it gives until it has learned (last weights zero).
+    """EDSR added to the bicubic enlargement; its last weights are zero at first, so the initial output is the
+    enlargement.
 
     Args:
         factor: 2, 3, 4, 8 and so on.
-        width: channels.
-        blocks: residual blocks.
+        width: number of channels.
+        blocks: number of residual blocks.
     """
 
     def __init__(self, factor: int, width: int, blocks: int) -> None:
@@ -66,17 +67,17 @@ class RegressionNetwork(nn.Module):
         nn.init.zeros_(self.body.conv_last.bias)
 
     def forward(self, low: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, factor h, factor w] in about [-1, 1] of low-resolution ones [N, 3, h, w] in [-1, 1]."""
-        # PIL's bicubic: without antialias, torch takes another kernel
+        """Images [N, 3, factor h, factor w] in about [-1, 1] from low-resolution images [N, 3, h, w] in [-1, 1]."""
+        # PIL's bicubic: without antialias, torch uses another kernel
         base = interpolate(low, scale_factor=self.shape["factor"], mode="bicubic", antialias=True, align_corners=False)
         return base + self.body(low.contiguous(memory_format=torch.channels_last))
 
 
 def new_regression_network(parameters: int, factor: int, seed: int) -> RegressionNetwork:
-    """An untrained network of about so many weights.
+    """An untrained network with approximately the given number of weights.
 
     Raises:
-        UserError: EDSR does not enlarge by this factor, or has no shape of that size.
+        UserError: EDSR does not support this factor, or has no shape of that size.
     """
     if factor < 2 or (factor != 3 and factor & (factor - 1)):
         raise UserError(
@@ -90,10 +91,10 @@ def new_regression_network(parameters: int, factor: int, seed: int) -> Regressio
 
 
 def _shape_of(parameters: int, factor: int) -> tuple[int, int]:
-    """The least width that needs no more than `MOST_BLOCKS` blocks, and the blocks.
+    """The smallest width that needs at most `MOST_BLOCKS` blocks, and the number of blocks.
 
     Raises:
-        UserError: no shape comes within `LEEWAY`.
+        UserError: no shape is within `LEEWAY` of the number of weights.
     """
     width = WIDTH_STEP
     while _weights(width, MOST_BLOCKS, factor) < parameters:
@@ -109,7 +110,7 @@ def _shape_of(parameters: int, factor: int) -> tuple[int, int]:
 
 
 def _weights(width: int, blocks: int, factor: int) -> int:
-    """How many an EDSR has."""
+    """Number of weights of an EDSR."""
 
     def convolution(inputs: int, outputs: int) -> int:
         return 9 * inputs * outputs + outputs
@@ -124,11 +125,11 @@ def _weights(width: int, blocks: int, factor: int) -> int:
 
 
 def train_regression(cfg: DictConfig, parameters: int, options: LoopOptions) -> Path:
-    """Train a network on the training images of the other super-resolution networks; once, whatever the foundation.
+    """Train a network on the training images of the other super-resolution networks; cached for all foundations.
 
     Args:
-        parameters: weights of the network that it is compared with.
-        options: that network's, but for what `downstream.super_resolution.regression` sets.
+        parameters: number of weights of the network that it is compared with.
+        options: that network's options, except for those that `downstream.super_resolution.regression` sets.
     Returns:
         runs/regression/<fingerprint>/ with regression.safetensors and training.json.
     Raises:
@@ -166,7 +167,7 @@ def _train(
     options: LoopOptions,
     directory: Path,
 ) -> None:
-    """Train, and leave the weights and training.json in the directory."""
+    """Train, and write the weights and training.json to the directory."""
     accelerator = make_accelerator(cfg)
     metadata = {
         "method": REGRESSION,
@@ -203,7 +204,8 @@ def paired_batches(low: np.ndarray, images: np.ndarray, size: int) -> DrawBatch:
     """Batches for `train_loop`: low-resolution images and images in [-1, 1], each pair in one of eight symmetries.
 
     Args:
-        low, images: uint8 [K, h, h, 3] and [K, H, H, 3].
+        low: uint8 [K, h, h, 3].
+        images: uint8 [K, H, H, 3].
     """
 
     def draw(random: np.random.Generator, part: slice) -> Batch:
@@ -214,7 +216,7 @@ def paired_batches(low: np.ndarray, images: np.ndarray, size: int) -> DrawBatch:
 
 
 def _turned(images: torch.Tensor, symmetries: np.ndarray) -> torch.Tensor:
-    """Each of the images [N, 3, H, H] in its symmetry."""
+    """Transform each of the images [N, 3, H, H] by its symmetry."""
     return torch.cat([symmetric(images[i : i + 1], int(symmetry)) for i, symmetry in enumerate(symmetries)])
 
 
@@ -224,11 +226,11 @@ def pixel_loss(modules: Modules, batch: Batch) -> torch.Tensor:
     return l1_loss(modules[REGRESSION](low), images)
 
 
-# ---------------------------------------------------------------- use
+# ---------------------------------------------------------------- inference
 
 
 def load_regression(directory: Path) -> RegressionNetwork:
-    """What `train_regression` has left, on this machine's accelerator."""
+    """Load a network of `train_regression` on this machine's accelerator."""
     network = RegressionNetwork(**read_json(directory / TRAINING)["network"])
     network.load_state_dict(load_file(directory / WEIGHTS))
     return network.to(device()).eval()
@@ -243,7 +245,7 @@ def regression_outputs(network: nn.Module, low: np.ndarray) -> np.ndarray:
 
 
 def measured_regression(cfg: DictConfig, task: Task, parameters: int, options: LoopOptions) -> tuple[Path, Path]:
-    """Train it, and measure it as the task's networks are; the directories of the training and of its metrics.
+    """Train the network and measure it like the task's networks; returns the directories of training and metrics.
 
     Args:
         task: super_resolution.

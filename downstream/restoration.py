@@ -1,9 +1,10 @@
-"""Super-resolution with a conditional pipeline: what plain diffusers does not do (docs/method.md, section 7).
+"""Super-resolution with a conditional pipeline: the steps beyond plain diffusers (docs/method.md, section 7).
 
-The network draws the difference between the latents of the image and of its interpolated input, which are added here.
-Three steps follow. The residual: the output is the interpolated input plus the difference of two decoded latents, so
-that what the autoencoder loses of the input stays. The dial: latents between the mean of all images that fit the input,
-which one solver step gives, and one of these images. Consistency: the output, reduced again, is the input.
+The network draws the difference between the latents of the image and those of its interpolated input; the sum is
+computed here. There are three options. Residual: the output is the interpolated input plus the difference of two
+decoded latents, so the autoencoder's loss of input detail has no effect. Dial: latents between the mean of all images
+that fit the input, which one solver step gives, and one sample of these images. Consistency: the reduced output equals
+the input.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Restoration:
-    """How an output is made of what the network draws.
+    """How an output is computed from the network's draws.
 
     Attributes:
-        dial: 0 the mean image, smooth and near in pixels; 1 one draw, with all detail; between them both.
-        samples: draws whose mean stands for one draw; more of them are nearer in pixels and smoother.
-        mean_draws: noises over which the mean image is averaged; at one solver step each.
-        residual: add the difference of decoded latents to the interpolated input, in place of the decoded latents.
+        dial: 0: the mean image, smooth and with a small pixel error; 1: one draw, with all detail; or a value between.
+        samples: number of draws whose mean replaces one draw; more draws give a smaller pixel error and smoother
+            images.
+        mean_draws: number of noises over which the mean image is averaged, at one solver step each.
+        residual: add the difference of decoded latents to the interpolated input, instead of using the decoded latents.
         consistency: rounds of back-projection; 0: none.
         kind: the reduction that consistency assumes, area or bicubic.
         relative: the network draws the latents' difference to those of the interpolated input, not the latents.
@@ -57,7 +59,7 @@ class Restoration:
 
     @property
     def noises(self) -> int:
-        """Noises that an output is drawn from."""
+        """Number of noises from which an output is drawn."""
         return max(self.samples if self.dial else 0, self.mean_draws if self.dial < 1 else 0)
 
 
@@ -69,7 +71,7 @@ class Restorer:
         pipeline: image-conditioned, trained on interpolated pictures.
         factor: side of an output over side of an input.
         steps: solver steps of a draw.
-        prompt: of images that have none of their own.
+        prompt: prompt of images without their own.
     """
 
     pipeline: StableDiffusionInstructPix2PixPipeline
@@ -80,12 +82,12 @@ class Restorer:
 
     @property
     def side(self) -> int:
-        """Of an output, in pixels."""
+        """Side of an output in pixels."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Of an output's noise; that of several draws lies in further channels."""
+        """Shape of an output's noise; the noises of several draws are concatenated along the channels."""
         size = self.pipeline.unet.config.sample_size
         return self.pipeline.vae.config.latent_channels * self.options.noises, size, size
 
@@ -101,11 +103,11 @@ class Restorer:
 
         Args:
             low: uint8 [N, h, w, 3].
-            noise: float32 [N, k, C, H / 8, W / 8], or [N, k C, H / 8, W / 8]; where k is below `options.noises`, what
-                is averaged over more of them is averaged over k.
+            noise: float32 [N, k, C, H / 8, W / 8], or [N, k C, H / 8, W / 8]; if k is below `options.noises`, averages
+                that need more noises use only k.
             prompts: of each image; None: `prompt`.
             label: of a progress bar; None: none.
-            rebuilt: `rebuilt_inputs` of them, where it is known already.
+            rebuilt: result of `rebuilt_inputs` for the enlarged images, if already computed.
         """
         if noise.ndim == 4:
             channels = self.pipeline.vae.config.latent_channels
@@ -139,10 +141,10 @@ class Restorer:
         return result.clip(0, 255).astype(np.float32)
 
     def _between(self, condition: torch.Tensor, noise: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Latents [N, C, h, w] of unit scale, where the dial points to."""
+        """Latents [N, C, h, w] of unit scale at the position of the dial."""
         dial, options = self.options.dial, self.options
         result = torch.zeros_like(noise[:, 0])
-        if dial < 1:  # one solver step: the network's estimate of the latents from noise alone
+        if dial < 1:  # one solver step: the network's estimate of the latents from pure noise
             means = [self.draw(condition, part, text, 1) for part in noise[:, : options.mean_draws].unbind(1)]
             result += (1 - dial) * torch.stack(means).mean(0)
         if dial > 0:
@@ -152,10 +154,13 @@ class Restorer:
 
     @torch.inference_mode()
     def draw(self, condition: torch.Tensor, noise: torch.Tensor, text: torch.Tensor, steps: int) -> torch.Tensor:
-        """Latents of unit scale [N, C, h, w]: what the pipeline draws without guidance, encoding its pictures once.
+        """Latents of unit scale [N, C, h, w]: the pipeline's result without guidance, but its pictures are encoded only
+        once.
 
         Args:
-            condition: raw latents of the interpolated inputs, noise: [N, C, h, w]; text: hidden states [N, L, D].
+            condition: raw latents of the interpolated inputs, [N, C, h, w].
+            noise: [N, C, h, w].
+            text: hidden states [N, L, D].
         """
         scheduler, unet = self.pipeline.scheduler, self.pipeline.unet
         scheduler.set_timesteps(steps, device=unet.device)
@@ -168,20 +173,20 @@ class Restorer:
 
 
 def rebuilt_inputs(vae: nn.Module, enlarged: np.ndarray) -> np.ndarray:
-    """What the autoencoder makes of interpolated inputs, float32 [N, H, W, 3] of uint8; not clipped."""
+    """The autoencoder's reconstructions of interpolated inputs, float32 [N, H, W, 3] of uint8; not clipped."""
     parts = [_decoded(vae, _encoded(vae, enlarged[start : start + BATCH])) for start in range(0, len(enlarged), BATCH)]
     return np.concatenate(parts)
 
 
 @torch.inference_mode()
 def _encoded(vae: nn.Module, images: np.ndarray) -> torch.Tensor:
-    """Raw latents of uint8 [N, H, W, 3], as the pipeline encodes its condition."""
+    """Raw latents of uint8 [N, H, W, 3], encoded like the pipeline's condition."""
     output = vae.encode(to_tensor(images).to(vae.device))
     return output.latents if hasattr(output, "latents") else output.latent_dist.mode()
 
 
 @torch.inference_mode()
 def _decoded(vae: nn.Module, latents: torch.Tensor) -> np.ndarray:
-    """Float32 [N, H, W, 3] in 0..255, not clipped, of raw latents."""
+    """Decode raw latents to float32 [N, H, W, 3] in 0..255, not clipped."""
     images = vae.decode(latents.to(vae.dtype)).sample
     return ((images.float() + 1) * 127.5).permute(0, 2, 3, 1).cpu().numpy()

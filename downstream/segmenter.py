@@ -1,7 +1,7 @@
-"""The segmenter that judges images drawn from masks: a library's network, trained here on real images and their masks.
+"""The segmenter for judging images drawn from masks: a library's network, trained on real images and their masks.
 
-It is trained on the training split until its mean intersection over union on `val` stops improving, and takes no part
-in what it judges. What it reaches on real images is the reference that generated ones are read against.
+It is trained on the training split until its mean intersection over union on `val` stops improving. It has no part in
+the generation of the images that it judges. Its result on real images is the reference for generated ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from train.latents import scene_balanced_weights, symmetric
 
 WEIGHTS = "segmenter.safetensors"
 BATCH = 100
-#: The learning rate falls by this factor after more than so many rounds without a better result.
+#: The learning rate is multiplied by the factor after more than RATE_PATIENCE rounds without a better result.
 RATE_FACTOR, RATE_PATIENCE = 0.3, 1
 
 
@@ -48,12 +48,12 @@ class SegmenterOptions:
         encoder: name of an encoder of segmentation_models_pytorch.
         channels: of the decoder; a multiple of 32.
         batch_size, learning_rate, weight_decay: of AdamW.
-        ema_decay: of the average of the weights, a step; the average is what is measured and kept.
-        round_images: training images between two looks at `val`, every scene with the same chance.
+        ema_decay: decay per step of the average of the weights; the average is measured and kept.
+        round_images: training images between two evaluations on `val`; every scene has the same chance.
         val_images: scene-balanced images of `val`.
         patience: rounds without a better result after which the training ends.
-        most_rounds: after which it ends in any case.
-        seed: of its weights and batches; the same for all training seeds of what it judges.
+        most_rounds: largest number of rounds.
+        seed: of its weights and batches; the same for all training seeds of the networks that it judges.
     """
 
     encoder: str
@@ -84,7 +84,7 @@ class Segmenter:
 
     Attributes:
         directory: of the stage that trained it.
-        classes: how many there are.
+        classes: number of classes.
     """
 
     directory: Path
@@ -93,7 +93,7 @@ class Segmenter:
 
     @property
     def key(self) -> str:
-        """What it is, for fingerprints."""
+        """Its identity for fingerprints."""
         return self.directory.name
 
     @cached_property
@@ -103,18 +103,18 @@ class Segmenter:
         return network.to(device()).eval()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """The likeliest class of every pixel, uint8 [N, H, W], of uint8 [N, H, W, 3]."""
+        """The most probable class of every pixel, uint8 [N, H, W], of uint8 [N, H, W, 3]."""
         return segment(self.network, images)
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with masks that batches are drawn from.
+    """Images with masks from which batches are drawn.
 
     Attributes:
         images: uint8 [N, R, R, 3], usually a memory map.
         masks: uint8 [N, R, R].
-        weights: float64 [N], each image's chance up to a common factor; 0: it is never drawn.
+        weights: float64 [N], relative probability of drawing each image; 0: never.
     """
 
     images: np.ndarray
@@ -123,7 +123,7 @@ class LabelledImages:
 
 
 def trained_segmenter(cfg: DictConfig) -> Segmenter:
-    """The segmenter of the corpus, trained if it is not there, by the first process of a launch.
+    """The segmenter of the corpus; if it does not exist, the first process of a launch trains it.
 
     Raises:
         UserError: the corpus has no masks.
@@ -178,10 +178,10 @@ def new_network(options: SegmenterOptions, classes: int) -> nn.Module:
 def train_segmenter(
     network: nn.Module, training: Corpus, val: Corpus, options: SegmenterOptions
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Train in rounds until `val` stops improving.
+    """Train in rounds until the result on `val` stops improving.
 
     Returns:
-        the averaged weights of the best round, and of every round its number, loss, `miou` and `pixel_accuracy`.
+        the averaged weights of the best round, and for every round its number, loss, `miou` and `pixel_accuracy`.
     """
     generator = np.random.default_rng([options.seed, 30])
     rows = np.sort(balanced_rows(val, val.readable, options.val_images, generator))
@@ -218,7 +218,7 @@ def train_segmenter(
 def train_for(
     network: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], options: SegmenterOptions, steps: int
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Train for exactly so many steps, the learning rate falling to zero along a cosine; no image is looked at besides.
+    """Train for a fixed number of steps; the learning rate falls to zero along a cosine. No other images are used.
 
     Returns:
         the averaged weights, and the loss of every step.
@@ -237,7 +237,7 @@ def train_for(
 def labelled_batches(
     sources: Sequence[tuple[LabelledImages, int]], generator: np.random.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches: so many images of each source by their weights, all in one of the eight symmetries.
+    """Endless batches: a fixed number of images per source, drawn by their weights, all in one of the eight symmetries.
 
     Yields:
         images float32 [B, 3, R, R] in [-1, 1] and masks int64 [B, R, R].
@@ -291,7 +291,7 @@ def class_scores(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def segment(network: nn.Module, images: np.ndarray) -> np.ndarray:
-    """The likeliest class of every pixel, uint8 [N, H, W], of uint8 [N, H, W, 3]."""
+    """The most probable class of every pixel, uint8 [N, H, W], of uint8 [N, H, W, 3]."""
     parts = [
         class_scores(network, to_tensor(images[start : start + BATCH])).argmax(1).byte().cpu().numpy()
         for start in range(0, len(images), BATCH)

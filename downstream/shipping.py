@@ -1,4 +1,4 @@
-"""The networks of tasks that come with the repository: what they keep of their run, and their card."""
+"""The shipped networks of tasks: the files that they keep from their run, and their model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.artefacts import COMPLETE, read_json, write_json
 from train.shipped import ship, shipped_folder
 
 SAMPLES = Path("samples") / "inputs.npy"
-#: How each task's network is used.
+#: Command that uses each task's network.
 _COMMANDS = {
     "super_resolution": ("Super-resolution, {factor} times", "python scripts/upscale.py in=PATH out=PATH"),
     "semantic_synthesis": ("Images from masks", "python scripts/synthesize.py mask=PATH out=PATH"),
@@ -22,7 +22,7 @@ _COMMANDS = {
 
 
 def ship_task(cfg: DictConfig, run: Path, target: Path, texts: Iterable[str]) -> None:
-    """Write the network of a task's run as `train.shipped.ship` does, with its conditions and one held-out input.
+    """Write the network of a task's run like `train.shipped.ship`, with its conditions and one held-out input.
 
     Args:
         texts: the captions that the foundation and the task were trained on.
@@ -37,7 +37,7 @@ def ship_task(cfg: DictConfig, run: Path, target: Path, texts: Iterable[str]) ->
 
 
 def shipped_network(cfg: DictConfig, task: str) -> Path | None:
-    """The folder of a task's shipped network; None where there is none, or it enlarges by another factor."""
+    """The folder of a task's shipped network; None if there is none, or if its enlargement factor differs."""
     folder = shipped_folder(task)
     if not (folder / "model_index.json").is_file():
         return None
@@ -46,10 +46,11 @@ def shipped_network(cfg: DictConfig, task: str) -> Path | None:
 
 
 def task_card(cfg: DictConfig, summary: Mapping[str, Any], condition: Mapping[str, Any]) -> str:
-    """Markdown with the hub's header of metadata.
+    """The model card in Markdown, with the hub's metadata header.
 
     Args:
-        summary: of the run; condition: what its inputs are, as its fingerprint has it.
+        summary: of the run.
+        condition: description of its inputs, as in its fingerprint.
     """
     title, command = _COMMANDS[summary["task"]]
     measured = {name: value for name, value in sorted(summary["metrics"].items()) if value is not None}

@@ -1,4 +1,4 @@
-"""What sets one image-conditioned task apart from another."""
+"""The definition of an image-conditioned task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.errors import UserError
 
 
 class Unsuited(UserError):
-    """The corpus lacks what a task needs."""
+    """The corpus lacks data that a task needs."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,19 @@ class Guidance:
     """Classifier-free guidance of a draw (Brooks et al. 2023, section 3.2.1).
 
     Attributes:
-        text: towards the caption; condition: towards the condition. 1 and 1 switch it off, and a step costs a third.
+        text: scale of guidance towards the caption.
+        condition: scale towards the condition. If both are 1, guidance is off, and a step costs a third.
     """
 
     text: float = 1.0
     condition: float = 1.0
 
     def arguments(self, controlnet: bool) -> dict[str, float]:
-        """As the pipeline takes them. An InstructPix2Pix pipeline guides only where its text scale is above 1; one with
-        a ControlNet knows no guidance by the condition."""
+        """The arguments of the pipeline.
+
+        An InstructPix2Pix pipeline guides only if its text scale is above 1; a ControlNet pipeline cannot guide by the
+        condition.
+        """
         if controlnet or self.text == self.condition == 1:
             return {"guidance_scale": self.text}
         return {"guidance_scale": max(self.text, 1 + 1e-6), "image_guidance_scale": self.condition}
@@ -44,34 +48,36 @@ class Task:
 
     Attributes:
         name: of its file, its stage and its table.
-        condition: (corpus, rows) -> the pictures that the pipeline is given, uint8 [K, R, R, 3]; None: all that it is
-            given are `controls`.
-        metadata: what the trained network depends on beside the corpus, for fingerprints.
+        condition: (corpus, rows) -> the condition pictures for the pipeline, uint8 [K, R, R, 3]; None: the only inputs
+            are `controls`.
+        metadata: further dependencies of the trained network in addition to the corpus, for fingerprints.
         captioned: whether the network reads the captions of the images.
         metrics: keys of `eval.metrics.METRICS` that are measured; those that need a segmentation get one.
-        curve: those of them that are measured at every length of `downstream.lengths`; the others at the end alone.
+        curve: the metrics that are measured at every length of `downstream.lengths`; the others only at the end.
         inputs: (held-out images) -> labelled rows of the sample sheet above the outputs; inputs.npy is the first.
         baselines: methods without a network, by name: held-out images to outputs uint8 [N, R, R, 3].
         files: further JSON files of a run, by name.
-        encoder: the autoencoder -> one whose encoder reads the condition pictures, of any scale; None: its own encoder.
-        controls: (corpus, rows) -> what a ControlNet on the frozen foundation is given, float32 [K, C, R, R], and its
-            pipeline as `image`, by the condition's name; of several each has a ControlNet of its own. Empty: the
+        encoder: the autoencoder -> one with an encoder that reads the condition pictures, of any scale; None: its own
+            encoder.
+        controls: (corpus, rows) -> by the condition's name, the input float32 [K, C, R, R] of a ControlNet on the
+            frozen foundation, and of its pipeline as `image`; several conditions have one ControlNet each. Empty: the
             condition enters the network itself.
-        control_dropout: of several ControlNets the chance of each to be switched off for an image in training; it
-            stands for `downstream.condition_dropout`.
+        control_dropout: for several ControlNets, probability that each is switched off for an image in training;
+            replaces `downstream.condition_dropout`.
         scales: of several ControlNets when outputs are drawn; 0 switches one off.
-        examples: (corpus, rows) -> condition pictures and texts of training images, where they differ from those of
-            held-out ones.
+        examples: (corpus, rows) -> condition pictures and texts of training images, if they differ from those of
+            held-out images.
         relative: the network learns the difference of the latents to those of the condition picture.
-        mean_fraction: fraction of the training images that are all noise, from which the network learns the mean image.
-        channel_dropout: chance of each channel of a condition to be blanked in training.
+        mean_fraction: fraction of the training images that are pure noise, from which the network learns the mean
+            image.
+        channel_dropout: probability that each channel of a condition is blanked in training.
         guidance: of the outputs.
-        draw: (pipeline, corpus, rows, noise) -> outputs uint8 [K, R, R, 3], where one call of the pipeline is not all;
+        draw: (pipeline, corpus, rows, noise) -> outputs uint8 [K, R, R, 3], if one call of the pipeline is not enough;
             noise is float32 [K, samples, C, h, w].
-        draw_metadata: what the outputs depend on beside the trained network, for fingerprints.
-        samples: noise that an output is drawn from.
+        draw_metadata: further dependencies of the outputs in addition to the trained network, for fingerprints.
+        samples: number of noises from which an output is drawn.
         measured: (held-out images, outputs) -> further inputs of metrics, by name.
-        own_metrics: (held-out images, outputs) -> numbers that `eval.metrics.METRICS` does not know, by name.
+        own_metrics: (held-out images, outputs) -> numbers that are not in `eval.metrics.METRICS`, by name.
         maps: (held-out images, outputs) -> labelled pictures below the outputs of the sample sheet, and their legend.
     """
 
@@ -102,17 +108,17 @@ class Task:
     legend: Mapping[str, str] | None = None
 
     def texts(self, corpus: Corpus, rows: np.ndarray) -> list[str]:
-        """What the network reads beside the condition, of each image."""
+        """The text of each image, which the network reads in addition to the condition."""
         if not self.captioned:
             return [""] * len(rows)
         return corpus.manifest["caption"].to_numpy(dtype=str)[rows].tolist()
 
     def combinations(self) -> dict[str, Task]:
-        """Of several ControlNets the task with all of them, without each, with each alone and without any, by name."""
+        """Variants of a task with several ControlNets, by name: all, all but one, only one, and none of them."""
         if len(self.controls) < 2:
             return {}
         switched_on = {"all": list(self.controls)}
-        if len(self.controls) > 2:  # without one of two the other is alone
+        if len(self.controls) > 2:  # with two, "without one" is the same as "only the other"
             switched_on |= {f"without {name}": [one for one in self.controls if one != name] for name in self.controls}
         switched_on |= {f"{name} alone": [name] for name in self.controls} | {"none": []}
         return {

@@ -1,7 +1,7 @@
-"""Images of any size as overlapping tiles: where tiles lie, their weights, the noise of the ground, blending in strips.
+"""Images of any size as overlapping tiles: positions, weights and noise of the tiles, and blending in strips.
 
-Lengths are in pixels of the drawn image unless specified otherwise. Nothing here holds more of an image than one row of
-tiles.
+Lengths are in pixels of the drawn image unless specified otherwise. The code never holds more of an image than one row
+of tiles.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from functools import cached_property
 
 import numpy as np
 
-#: Latent cells in a row and a column of a block of noise that one generator draws.
+#: Side in latent cells of a block of noise that one generator draws.
 BLOCK = 16
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the tiles of an image lie.
+    """Positions of the tiles of an image.
 
     Attributes:
         height, width: of the image.
         side: of a tile.
-        overlap: least of two neighbours, but for rounding up to `multiple`.
-        multiple: that all positions are multiples of; it divides the side.
+        overlap: smallest overlap of two neighbours, before rounding up to `multiple`.
+        multiple: all positions are multiples of it; it divides the side.
     """
 
     height: int
@@ -36,12 +36,12 @@ class Grid:
 
     @cached_property
     def rows(self) -> list[int]:
-        """Tops of the rows of tiles."""
+        """Top positions of the rows of tiles."""
         return tile_starts(self.padded_height, self.side, self.overlap, self.multiple)
 
     @cached_property
     def columns(self) -> list[int]:
-        """Left ends of the columns of tiles."""
+        """Left positions of the columns of tiles."""
         return tile_starts(self.padded_width, self.side, self.overlap, self.multiple)
 
     @property
@@ -53,23 +53,23 @@ class Grid:
         return padded_length(self.width, self.side, self.multiple)
 
     def __len__(self) -> int:
-        """Tiles."""
+        """Number of tiles."""
         return len(self.rows) * len(self.columns)
 
 
 def padded_length(length: int, side: int, multiple: int) -> int:
-    """The least length that holds a tile and is a multiple of `multiple`, which divides `side`."""
+    """The smallest length that holds a tile and is a multiple of `multiple`, which divides `side`."""
     return max(side, -(-length // multiple) * multiple)
 
 
 def tile_starts(length: int, side: int, overlap: int, multiple: int = 1) -> list[int]:
-    """Starts of as few tiles as cover a length, evenly spread; the first is 0, the last tile ends at the length.
+    """Starts of the fewest tiles that cover a length, evenly spread; the first is 0, the last tile ends at the length.
 
     Args:
         length, side: multiples of `multiple`, the length at least the side.
-        overlap: least of two neighbours; rounded up so that tiles start at multiples of `multiple`.
+        overlap: smallest overlap of two neighbours; rounded up so that tiles start at multiples of `multiple`.
     Raises:
-        ValueError: the length is too short or no multiple, or tiles that overlap so much would not advance.
+        ValueError: the length is too short or not a multiple, or the overlap is so large that tiles would not advance.
     """
     if length < side or length % multiple or side % multiple:
         raise ValueError(f"length {length}, side {side}: give multiples of {multiple}, the first at least the second")
@@ -82,7 +82,7 @@ def tile_starts(length: int, side: int, overlap: int, multiple: int = 1) -> list
 
 
 def reflected(start: int, stop: int, length: int) -> np.ndarray:
-    """Positions in 0..length-1 of start..stop-1 of a sequence that is mirrored at its ends, int64."""
+    """Map positions start..stop-1 of a sequence that is mirrored at its ends to 0..length-1, int64."""
     if length == 1:
         return np.zeros(stop - start, np.int64)
     period = 2 * (length - 1)
@@ -101,7 +101,7 @@ def tile_window(side: int, overlap: int) -> np.ndarray:
 def tile_fractions(starts: list[int], side: int, overlap: int) -> np.ndarray:
     """Weights of tiles along an axis that add up to one at every pixel, float32 [tiles, side].
 
-    Those of a tile in the plane are the product over both axes, and add up to one as well.
+    The weights of a tile in two dimensions are the product over both axes, and add up to one as well.
     """
     window = tile_window(side, overlap)
     total = np.zeros(starts[-1] + side)
@@ -113,11 +113,11 @@ def tile_fractions(starts: list[int], side: int, overlap: int) -> np.ndarray:
 def ground_noise(seed: int, top: int, left: int, height: int, width: int, channels: int) -> np.ndarray:
     """Standard normal float32 [channels, height, width] of a window of latent cells.
 
-    That of a cell depends on the seed, the number of channels and the cell's row and column in the image alone, so
-    that overlapping tiles start from the same noise where they overlap.
+    The noise of a cell depends only on the seed, the number of channels and the cell's row and column in the image, so
+    overlapping tiles start from the same noise in their overlap.
 
     Args:
-        top, left: of the window, in cells from the image's first.
+        top, left: position of the window, in cells from the image's first cell.
     """
     noise = np.empty((channels, height, width), np.float32)
     for block_row in range(top // BLOCK, -(-(top + height) // BLOCK)):
@@ -131,16 +131,16 @@ def ground_noise(seed: int, top: int, left: int, height: int, width: int, channe
 
 
 def _common(block: int, start: int, length: int) -> tuple[slice, slice]:
-    """What a block of cells and a window have in common: its place in the block, and in the window."""
+    """The intersection of a block of cells and a window: its slice in the block, and in the window."""
     first, last = max(block, start), min(block + BLOCK, start + length)
     return slice(first - block, last - block), slice(first - start, last - start)
 
 
 def blended(grid: Grid, tile_rows: Iterable[Iterable[tuple[int, np.ndarray]]]) -> Iterator[np.ndarray]:
-    """The image of a grid's tiles in strips from top to bottom, each whole when the next row of tiles begins.
+    """Blend a grid's tiles; yields the image in strips from top to bottom, each complete when the next row begins.
 
     Args:
-        tile_rows: for each of `grid.rows` its tiles with the numbers of their columns: [side, side, 3] of any type.
+        tile_rows: for each of `grid.rows` its tiles with their column numbers: [side, side, 3] of any type.
     Yields:
         float32 [h, width, 3]; the heights add up to that of the image.
     """
@@ -159,10 +159,10 @@ def blended(grid: Grid, tile_rows: Iterable[Iterable[tuple[int, np.ndarray]]]) -
 
 
 def in_context(strips: Iterable[np.ndarray], rows: int) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Each strip [h, W, …] between up to `rows` rows of what is above it and of the strip below it.
+    """Each strip [h, W, …] extended by up to `rows` rows of the image above it and of the strip below it.
 
     Yields:
-        the strip with these rows, and how many of them are above and below it.
+        the extended strip, and the numbers of added rows above and below it.
     """
     above: np.ndarray | None = None
     strip: np.ndarray | None = None

@@ -1,4 +1,4 @@
-"""I have arrays: embeddings of any model, and perhaps images and labels. Needs the core alone."""
+"""Example for arrays: embeddings of any model, and optionally images and labels. Needs only the core package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rsprune import RSPrune, images_represented, local_entropy, select_from_arra
 
 
 def main() -> None:
-    # stand-ins for yours: 600 images of three scenes, the first much more frequent, and their embeddings
+    # example data in place of yours: 600 images of three scenes, the first much more frequent, and their embeddings
     random = np.random.default_rng(0)
     scene = random.choice(3, size=600, p=[0.8, 0.15, 0.05])
     embeddings = random.standard_normal((3, 64))[scene] + 0.4 * random.standard_normal((600, 64))
@@ -27,7 +27,7 @@ def main() -> None:
         print(f"  {reason}: {count}")
     print(f"of each scene {np.bincount(scene, minlength=3)}, kept {np.bincount(scene[selection.kept], minlength=3)}")
 
-    # how many images each kept one stands for: sampling weights that bring the corpus's mixture back
+    # number of images that each kept one represents: sampling weights that restore the mixture of the corpus
     everything = np.ones(len(images), dtype=bool)
     weights = images_represented(embeddings, everything, selection.kept, np.random.default_rng(0))
     print(f"weights of the kept sum to {weights.sum():.0f}")

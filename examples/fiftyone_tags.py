@@ -1,8 +1,8 @@
-"""I want to look at a selection in FiftyOne: tags of the samples. Needs `pip install fiftyone`.
+"""Example for FiftyOne: tag samples to view a selection. Needs `pip install fiftyone`.
 
-`python examples/fiftyone_tags.py DATASET SELECTION`: a data set of FiftyOne whose files the command
-`python prune/run.py corpus=folder corpus.root=FOLDER` pruned, and the directory that it printed.
-Then `fiftyone app launch DATASET`, and filter by `rsprune:kept` or `rsprune:redundant`.
+`python examples/fiftyone_tags.py DATASET SELECTION`. DATASET is a FiftyOne data set of the files that the command
+`python prune/run.py corpus=folder corpus.root=FOLDER` pruned; SELECTION is the directory that the command printed.
+Then run `fiftyone app launch DATASET`, and filter by `rsprune:kept` or `rsprune:redundant`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from rsprune import read_selection, selection_tags
 
 
 def tag_samples(dataset: Any, tags: Mapping[str, list[str]]) -> int:
-    """Tag every sample whose file path ends as an id of the selection does; returns how many were found.
+    """Tag every sample with a file path that ends in an id of the selection; returns the number of samples found.
 
-    Of FiftyOne it uses `Dataset.iter_samples(autosave=True)`, `sample.filepath` and the list `sample.tags` alone.
-    Older tags of ours are replaced, others stay.
+    Uses only `Dataset.iter_samples(autosave=True)`, `sample.filepath` and the list `sample.tags` of FiftyOne. Older
+    `rsprune:` tags are replaced, other tags are kept.
     """
     by_name: dict[str, list[str]] = {PurePath(name).as_posix(): given for name, given in tags.items()}
     depths = {len(PurePath(name).parts) for name in by_name}

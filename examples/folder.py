@@ -1,4 +1,4 @@
-"""I have a folder of images: `python examples/folder.py [FOLDER]`. Needs the extra `images`; `encoders` is better."""
+"""Example for a folder of images: `python examples/folder.py [FOLDER]`. Extra `images`, or better `encoders`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rsprune import RSPrune, embed_images, local_entropy, near_duplicate_fractio
 
 
 def generated(folder: Path, count: int = 60) -> None:
-    """Images of random blocks; every third one repeats the one before with a little noise."""
+    """Images of random blocks; every third one repeats the preceding one with a little noise."""
     random = np.random.default_rng(0)
     for number in range(count):
         if number % 3 < 2:
@@ -24,7 +24,7 @@ def generated(folder: Path, count: int = 60) -> None:
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
-    """Images at 8 x 8 px as vectors: what is left without PyTorch. It sees colours and layout, no content."""
+    """Images at 8 x 8 px as vectors, for use without PyTorch. They represent colours and layout, but no content."""
     small = images.reshape(len(images), 8, images.shape[1] // 8, 8, images.shape[2] // 8, 3).mean(axis=(2, 4))
     return small.reshape(len(images), -1).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""I have a Hugging Face data set: `Dataset.select` keeps what the selection keeps. Needs `pip install datasets`."""
+"""Example for a Hugging Face data set: `Dataset.select` with the kept rows. Needs `pip install datasets`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rsprune import RSPrune, local_entropy
 
 
 def generated(count: int = 80) -> Dataset:
-    """A stand-in for `load_dataset(NAME, split="train")`: images of two classes, one of them plain."""
+    """A replacement for `load_dataset(NAME, split="train")`: images of two classes, one of them plain."""
     random = np.random.default_rng(0)
     label = (np.arange(count) % 4 == 0).astype(int)
     blocks = random.integers(0, 256, size=(count, 8, 8, 3)) * label[:, None, None, None] + 100
@@ -22,11 +22,11 @@ def generated(count: int = 80) -> Dataset:
 def main() -> None:
     dataset = generated()
     images = np.stack([np.asarray(row["image"].convert("RGB").resize((32, 32))) for row in dataset])
-    # `embed_images(images)` (the extra `encoders`) says more than these thumbnails
+    # `embed_images(images)` (the extra `encoders`) is more informative than these thumbnails
     embeddings = images[:, ::4, ::4].reshape(len(images), -1).astype(np.float32)
     bits = np.array([local_entropy(image) for image in images])
     selection = RSPrune(ratio=0.75).select(embeddings, entropy=bits)
-    subset = dataset.select(selection.kept)  # the columns, types and cached files stay as they are
+    subset = dataset.select(selection.kept)  # columns, types and cached files are unchanged
     names = dataset.features["label"]
     for name, part in (("all", dataset), ("kept", subset)):
         counts = np.bincount(part["label"], minlength=2)

@@ -1,4 +1,4 @@
-"""My own method: a frozen dataclass with one method `select`. CONTRIBUTING.md makes a command's choice of it."""
+"""Example of an own method: a frozen dataclass with one method `select`; see CONTRIBUTING.md for the command line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rsprune import Pool, RSPrune, Selection, select_from_arrays
 
 @dataclass(frozen=True)
 class FarFromMean:
-    """Keep what is least like the average image.
+    """Keep the images that are least similar to the mean image.
 
     Args:
-        jitter: noise on the distances, as a fraction of their standard deviation: 0 is the strict order.
+        jitter: noise on the distances, as a fraction of their standard deviation; 0: strict order.
     """
 
     jitter: float = 0.0

@@ -1,6 +1,6 @@
-"""I have WebDataset shards: read them, select by key, write the kept samples as they are. `pip install webdataset`.
+"""Example for WebDataset shards: read, select by key, copy the kept samples unchanged. `pip install webdataset`.
 
-For shards that do not fit in memory, or behind URLs, the command does it: `python prune/run.py corpus=webdataset`.
+For shards that do not fit in memory, or behind URLs, use the command `python prune/run.py corpus=webdataset`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def main(folder: Path) -> None:
     for sample in wds.WebDataset(shards, shardshuffle=False).decode("rgb8"):
         keys.append(sample["__key__"])
         images.append(sample["png"])
-    # `embed_images(np.stack(images))` (the extra `encoders`) says more than these thumbnails
+    # `embed_images(np.stack(images))` (the extra `encoders`) is more informative than these thumbnails
     embeddings = np.stack(images)[:, ::4, ::4].reshape(len(images), -1).astype(np.float32)
     bits = np.array([local_entropy(image) for image in images])
     table = selection_table(RSPrune(ratio=0.5).select(embeddings, entropy=bits), keys)
 
     kept = set(table["id"][table["kept"]])
     with wds.ShardWriter(str(folder / "kept-%06d.tar"), maxcount=20, verbose=0) as sink:
-        for sample in wds.WebDataset(shards, shardshuffle=False):  # bytes: nothing is encoded a second time
+        for sample in wds.WebDataset(shards, shardshuffle=False):  # raw bytes: nothing is encoded a second time
             if sample["__key__"] in kept:
                 sink.write({name: value for name, value in sample.items() if name not in ("__url__", "__local_path__")})
     written = sum(

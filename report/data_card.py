@@ -26,7 +26,7 @@ EVEN = 1.1
 REASONS = {
     "low_entropy": "lowest local information entropy of the corpus (the fraction `prune.entropy_quantile`)",
     "redundant": "others of their kind fill the budget",
-    "not_drawn": "left out by a random draw",
+    "not_drawn": "not selected in a random draw",
 }
 MEANINGS = {"kept": "in this subset", "unreadable": "could not be used; see Quarantine", **REASONS}
 FORMS = {
@@ -34,7 +34,7 @@ FORMS = {
     "symlinks": "links to the corpus's files in `images/`, with `images/metadata.jsonl`",
     "webdataset": "tar shards `subset-*.tar` in the WebDataset format",
     "huggingface": "a Hugging Face data set for `datasets.load_from_disk`",
-    "list": "the ids in `kept.txt`, and a row an image in `kept.jsonl`",
+    "list": "the ids in `kept.txt`, and one row per image in `kept.jsonl`",
 }
 
 
@@ -151,7 +151,7 @@ def _why(record: Record) -> Iterator[str]:
     summary, inputs = record.summary, record.stage.get("inputs") or {}
     metadata = {
         "method": summary.get("method", "unknown"),
-        "ratio (fraction removed)": "found by the method" if inputs.get("ratio", 0) is None else summary.get("ratio"),
+        "ratio (fraction removed)": "set by the method" if inputs.get("ratio", 0) is None else summary.get("ratio"),
         "seed": summary.get("seed"),
         "scenes": _strata(record),
         "encoder": str((inputs.get("encoder") or {}).get("_target_", "unknown")).rpartition(".")[2],
@@ -163,7 +163,7 @@ def _why(record: Record) -> Iterator[str]:
         return
     counts = record.selection["reason"].value_counts()
     rows = [
-        {"reason": name, "images": f"{count:,}", "meaning": MEANINGS.get(name, "as the method's page says")}
+        {"reason": name, "images": f"{count:,}", "meaning": MEANINGS.get(name, "see the documentation of the method")}
         for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     ]
     yield _markdown(pd.DataFrame(rows))
@@ -177,7 +177,7 @@ def _strata(record: Record) -> str | None:
     if result["source"] == "reference" and source is not None and source == own:
         return f"{result['count']} scene labels of the corpus itself"
     if result["source"] == "corpus":
-        return f"{result['count']} strata that k-means made of the corpus (no labels)"
+        return f"{result['count']} strata by k-means on the corpus (no labels)"
     return f"{result['count']} classes of a labelled reference set"
 
 
@@ -203,8 +203,8 @@ def _bias(record: Record) -> Iterator[str]:
         readable = (record.selection["reason"] != "unreadable").to_numpy()
     table = scene_balance(np.where(scenes == "", "(none)", scenes)[readable], kept[readable], weights[readable])
     yield (
-        f"By {named}, of readable images. `factor`: the scene's fraction of the subset, divided by its fraction of the "
-        "corpus (2: twice as frequent as in the corpus). `weighted`: the same when each image counts `weight` times."
+        f"Readable images by {named}. `factor`: the scene's fraction of the subset, divided by its fraction of the "
+        "corpus (2: twice as frequent as in the corpus). `weighted`: the same if each image counts `weight` times."
     )
     shown = table.head(MOST_SCENES)
     columns = {
@@ -277,13 +277,13 @@ def _leaks(record: Record) -> str:
     for name, counts in result.get("held_out", {}).items():
         lines.append(
             f"- `{name}`: {counts['near_duplicates']:,} near-duplicates of other splits among "
-            f"{counts['looked_at']:,} images looked at"
+            f"{counts['looked_at']:,} compared images"
         )
     if result.get("val_test"):
         counts = result["val_test"]
         lines.append(
             f"- `val` and `test`: {counts['near_duplicates']:,} near-duplicates of each other among "
-            f"{counts['looked_at']:,} images looked at"
+            f"{counts['looked_at']:,} compared images"
         )
     return "\n".join(lines)
 
@@ -291,7 +291,7 @@ def _leaks(record: Record) -> str:
 def _repeat(record: Record, form: str) -> Iterator[str]:
     command = repeat_command(record)
     yield f"```sh\n{command}\npython scripts/export.py selection=DIR to={form}\n```"
-    yield "`DIR`: a folder of your machine; of the second line, the one that the first command prints."
+    yield "`DIR`: a folder on your machine; in the second line, the folder that the first command prints."
     versions = record.summary.get("versions") or {}
     rows = [{"code": "RS-Prune, commit", "version": record.stage.get("commit", "unknown")}]
     rows += [{"code": "stage `selection`", "version": str(record.stage.get("version", "unknown"))}]

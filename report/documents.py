@@ -30,26 +30,26 @@ from runtime.errors import UserError
 #: Findings of the tables about the method, including the unfavourable ones.
 FINDINGS = (
     "**Blue Marble.** A model trained on the subset of `rsprune` draws images that are nearer to scene-balanced ones "
-    "than models trained on everything or on a random subset, with every seed. It is farther from images in the "
-    "corpus's own proportions. If each image is drawn as often as its weight says, it is as near to these as the "
-    "other models, and no nearer to balanced ones. As a subset it cannot be distinguished from `scene_random`, "
-    "which takes random images inside the same scenes; on a corpus of overlapping crops and damaged tiles the "
-    "two differ.\n\n"
-    "**Downstream tasks.** Over three seeds and at equal steps, the foundation of `rsprune` is no better start than "
-    "that of a random subset beyond the interval. Super-resolution is far nearer to real images than bicubic "
-    "enlargement and than a regression network of as many weights and steps, at about one decibel less than that "
-    "network; after 500 steps the start no longer matters. Images drawn from masks are nearer to real ones from any "
-    "foundation than from scratch, and follow their masks less closely.\n\n"
-    "**AID.** This corpus is curated and balanced already. `rsprune` loses to `random` and to `scene_random` there: "
-    "its subset is farther from both held-out sets, with every seed. With its images weighted it is as near as "
-    "theirs. Trainings on AID are missing here until they are computed with the evaluation encoder.\n\n"
-    "**Version.** The tables of methods and of single choices judged without training, of AID's subsets and of the "
-    "made long tail were made before the reference set decided which images repeat each other. On Blue Marble both "
-    "versions keep the same images for seed 0. On the made long tail `rsprune` now keeps 0.092 near-duplicates in "
-    "place of 0.207.\n\n"
-    "**Image-text pairs.** `dldc` finds captions of other scenes and estimates how many there are. Models of cleaned "
-    "pairs are as good as models of pairs that were never exchanged. Captions of other images of the same scene are "
-    "not found; `dldc` only orders them better than `clip_score`."
+    "than models trained on everything or on a random subset, with every seed. Its images are farther from real images "
+    "in the corpus's own proportions. If the subset is sampled in proportion to the weights of its images, the model "
+    "is as near to these as the other models, and no nearer to the balanced ones. As a subset, `rsprune` cannot be "
+    "distinguished from `scene_random`, which takes random images inside the same scenes. On a corpus of overlapping "
+    "crops and damaged tiles the two differ.\n\n"
+    "**Downstream tasks.** Over three seeds and at equal steps, the foundation of `rsprune` is not a better start than "
+    "that of a random subset by more than the interval. Super-resolution is far nearer to real images than bicubic "
+    "enlargement and than a regression network with as many weights and steps, at about one decibel less PSNR than "
+    "that network. After 500 steps the start no longer matters. Images drawn from masks are nearer to real ones from "
+    "any foundation than from scratch, but they follow their masks less closely.\n\n"
+    "**AID.** This corpus is already curated and balanced. On it, `rsprune` is worse than `random` and `scene_random`: "
+    "its subset is farther from both held-out sets, with every seed. With weighted images it is as near as theirs. "
+    "Trainings on AID are missing here until they are computed with the evaluation encoder.\n\n"
+    "**Version.** Some tables were computed with an earlier version, in which the reference set did not yet determine "
+    "which images repeat each other: those of methods and of single options evaluated without training, of AID's "
+    "subsets and of the synthetic long tail. On Blue Marble both versions keep the same images for seed 0. On the "
+    "synthetic long tail `rsprune` now keeps 0.092 near-duplicates instead of 0.207.\n\n"
+    "**Image-text pairs.** `dldc` finds captions of other scenes and estimates their number. Models trained on cleaned "
+    "pairs are as good as models trained on pairs that were never exchanged. Captions of other images of the same "
+    "scene are not found; `dldc` only ranks them better than `clip_score` does."
 )
 #: Directories of results on AID's photographs, their titles and their settings.
 AID = {
@@ -82,7 +82,7 @@ def _on_aid(folder: str) -> Section:
     name, how = AID[folder]
     intro = (
         "`scripts/reproduce.py` on a folder (docs/training.md has the command): AID's photographs at 64 px with "
-        f"RSICD's captions, {how}. A guess among the 30 scenes would be right in 0.033 of all cases."
+        f"RSICD's captions, {how}. A random guess among the 30 scenes is right in 0.033 of all cases."
     )
     return Section(f"Aerial images: AID, {name}", f"{folder}/local/results.jsonl", ("generation",), intro)
 
@@ -281,8 +281,9 @@ def crossings(rows: Sequence[Row]) -> str:
         value = f"{reached.mean():,.0f}{spread}" if len(reached) else "–"
         lines.append({"ratio": f"{ratio:g}", "seeds": len(seeds), "overtaken in": len(reached), "images seen": value})
     note = (
-        f"Images seen when training on the whole corpus comes nearer to the balanced validation set "
-        f"than the subset ({metric}), and in how many of the seeds it does within the experiment."
+        f"images seen: number of training images after which training on the whole corpus is nearer to the balanced "
+        f"validation set than training on the subset ({metric}). overtaken in: number of seeds in which this happens "
+        "within the experiment."
     )
     return f"{pd.DataFrame(lines).to_markdown(index=False, tablefmt='pipe', disable_numparse=True)}\n\n{note}"
 
@@ -305,7 +306,7 @@ def long_tail_section(result: Mapping[str, Any]) -> str:
 
 def write_benchmarks(results: Path, target: Path) -> None:
     """Write docs/benchmarks.md with the measurements of `make bench` and the name of the machine."""
-    parts = ["# Benchmarks", "Generated by `make readme` from what `make bench` left: do not edit."]
+    parts = ["# Benchmarks", "Generated by `make readme` from the results of `make bench`: do not edit."]
     path = results / "bench.json"
     if path.is_file():
         result = read_json(path)
@@ -320,9 +321,9 @@ def write_benchmarks(results: Path, target: Path) -> None:
         parts += [
             "## Selection",
             f"Synthetic clustered embeddings, {result['dimensions']} dimensions, float16 on disk, ratio=0.85. "
-            "`peak_gb`: largest resident memory of a process of its own, the mapped embeddings included. "
-            "`kinds_kept`: fraction of the true clusters with a kept image; `evenness`: entropy of the kept over the "
-            "true clusters, 1 is even.",
+            "`peak_gb`: largest resident memory of a separate process, including the mapped embeddings. "
+            "`kinds_kept`: fraction of the true clusters with a kept image; `evenness`: normalised entropy of the kept "
+            "images over the true clusters, 1 is even.",
             markdown(pd.concat([table, quality], axis=1)),
             "Growth from the second largest to the largest size: "
             + ", ".join(f"{name} ~ N^{value:.2f}" for name, value in result["exponents"].items())
@@ -340,8 +341,8 @@ def write_benchmarks(results: Path, target: Path) -> None:
         rows += [{"": name, "images/s": f"{value:.2f}"} for name, value in result["ratios"].items()]
         parts += [
             "## Training",
-            f"Machine: {result['machine']}. {result['network']}; {result['gflop_per_image']:.2f} GFLOP an image, of "
-            f"{result['peak_gflops']:,.0f} GFLOP/s that large matrix products reach here: "
+            f"Machine: {result['machine']}. {result['network']}; {result['gflop_per_image']:.2f} GFLOP per image. "
+            f"Large matrix products reach {result['peak_gflops']:,.0f} GFLOP/s on this machine: "
             f"{result['model_flops_utilisation']:.0%} model FLOPs utilisation.",
             markdown(pd.DataFrame(rows)),
         ]
@@ -359,8 +360,8 @@ def pair_benchmarks(path: Path) -> list[str]:
     network = [{"": name, "figure": f"{value:,.2f}"} for name, value in result["network"].items()]
     return [
         "## Image-text pairs",
-        f"Machine: {result['machine']}. Made features of 256 dimensions and captions of ten words, 30 scenes; seconds "
-        "of each step in a process of its own, and its largest resident memory.",
+        f"Machine: {result['machine']}. Synthetic features of 256 dimensions and captions of ten words, 30 scenes. "
+        "Seconds of each step in a separate process, and the largest resident memory of this process.",
         markdown(pd.DataFrame(rows)),
         markdown(pd.DataFrame(network)),
     ]

@@ -28,18 +28,19 @@ LEAKS = "Leaks between the splits"
 
 #: Notes under the headings of the report.
 _NOTES = {
-    "tables": "Exact counts. The budget counts every image of the corpus, unreadable ones included.",
-    "figures": "Grey is the corpus before pruning, blue is what was kept.",
-    "scenes": "Images by scene before and after. A long tail that survives shows as a high kept fraction of "
-    "the small scenes.",
-    "reasons": "Why images were kept or dropped; each image has one reason.",
-    "sheets": "Images of two splits that look alike to the pixel. What is measured on the left one of a pair "
-    "was seen in the right one. Images of the same place on another date, and of different locations, are "
-    "counted apart and are no duplicates, unless other_date or elsewhere says so.",
-    "leaks": "Images of a split that look like one of another, of those looked at.",
-    "seconds": "Time by stage; a stage whose result was cached takes next to none.",
-    "clusters": "Sizes of the clusters that images were drawn from. Balanced pruning brings the largest down "
-    "and leaves the smallest whole.",
+    "tables": "Exact counts. The budget is a fraction of all images of the corpus, including unreadable ones.",
+    "figures": "Grey is the corpus before pruning, blue is the kept subset.",
+    "scenes": "Images by scene before and after pruning. If the long tail is preserved, small scenes have a high kept "
+    "fraction.",
+    "reasons": "Reasons why images were kept or dropped; each image has one reason.",
+    "sheets": "Images of two splits that are near-duplicates pixel by pixel. A measurement on the left image of a "
+    "pair uses content that also occurs in the split of the right one. Images of the same place on another date, and "
+    "of different locations, are counted separately and are no duplicates, unless other_date or elsewhere says "
+    "otherwise.",
+    "leaks": "Numbers of images of a split that are similar to an image of another split, among the compared images.",
+    "seconds": "Time by stage; a stage with a cached result takes almost no time.",
+    "clusters": "Sizes of the clusters from which images were drawn. Balanced pruning reduces the largest clusters "
+    "and keeps the smallest complete.",
 }
 
 
@@ -80,7 +81,7 @@ def write_prune_report(
         path,
         title=f"{summary['method']}: {summary['kept']:,} of {summary['images']:,} images kept",
         intro=f"{percentage(1 - summary['kept'] / max(summary['images'], 1))} of the corpus was removed by the method "
-        f"{summary['method']}. This page shows what stayed, what went and why.",
+        f"{summary['method']}. This page shows kept and dropped images, and the reasons.",
         key_figures=_key_figures(summary),
         links=links,
         tables={name: table for name, table in tables.items() if len(table)},
@@ -151,8 +152,8 @@ def _map(
     scenes = selection["scene"].fillna("").to_numpy(dtype=str)[rows]
     locations = embedding_map(np.asarray(embeddings[rows], dtype=np.float32), scenes)
     caption = (
-        f"{len(rows):,} sampled images in the plane of the embedding space that parts the scenes best. Blue should "
-        "reach wherever grey does, and evenly."
+        f"{len(rows):,} sampled images in the plane of the embedding space that separates the scenes best. Blue should "
+        "cover the same area as grey, evenly."
     )
     return [("Map", caption, figure_bytes(map_figure(locations, scenes, kept[rows])))]
 
@@ -172,7 +173,7 @@ def _world(
         return []
     shown = locations.iloc[rows]
     figure = world_figure(shown["lon"].to_numpy(), shown["lat"].to_numpy(), kept[rows])
-    caption = f"Where {len(rows):,} images lie. What is kept should reach every region that has anything to show."
+    caption = f"Locations of {len(rows):,} images. Kept images should occur in every region with informative images."
     return [("World", caption, figure_bytes(figure))]
 
 
@@ -189,13 +190,13 @@ def _figures(selection: pd.DataFrame, summary: Mapping[str, Any]) -> list[tuple[
     if np.isfinite(entropy).any():
         threshold = summary.get("entropy_threshold")
         caption = "Flat images (open water, cloud, no data) lie at the left, textured ones at the right." + (
-            " Images left of the line went first." if threshold is not None else ""
+            " Images left of the line were removed first." if threshold is not None else ""
         )
         figure = entropy_histogram(entropy, threshold, selection["kept"].to_numpy(dtype=bool))
         figures.append(("Entropy", caption, figure_bytes(figure)))
     sizes = _cluster_counts(selection)
     if len(sizes):
-        caption = "A steep grey slope means that a few kinds of image make up the corpus; blue should be flatter."
+        caption = "A steep grey slope means that a few kinds of images dominate the corpus; blue should be flatter."
         figure = cluster_sizes(sizes["before"].to_numpy(), sizes["after"].to_numpy())
         figures.append(("Clusters", caption, figure_bytes(figure)))
     return figures
@@ -213,7 +214,7 @@ def _key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
         "seed": str(summary["seed"]),
     }
     if strata := summary.get("strata"):
-        origin = "of the reference set" if strata["source"] == "reference" else "made from the corpus, no reference"
+        origin = "of the reference set" if strata["source"] == "reference" else "strata of the corpus, no reference"
         key_figures["scenes"] = f"{strata['count']:,}, {origin}"
     if threshold is not None:
         key_figures["entropy threshold"] = f"{threshold:.2f} bits"

@@ -36,44 +36,51 @@ PLAIN_STAGES = frozenset({*TABLE_OF_STAGE, "reference"} - {"ablation"})
 ROW_METADATA = frozenset({"stage", "metrics", "fingerprint", "commit", "machine", "config", "seconds", "kept", "flops"})
 #: Notes of the tables: what each one shows and how to read it.
 TABLE_NOTES = {
-    "generation": "Generated images against real held-out images: a scene-balanced set and one as nature mixes it.",
-    "convergence": "The same metrics during training, on the validation split: at each step every method has seen "
-    "equally many images.",
-    "subset_quality": "The kept real images themselves against the held-out images, before any training; Vendi score "
+    "generation": "Generated images compared with real held-out images: a scene-balanced set, and a set in the "
+    "corpus's own proportions.",
+    "convergence": "The same metrics during training, on the validation split. At each step all methods have seen the "
+    "same number of images.",
+    "subset_quality": "The kept real images compared with the held-out images, before any training; Vendi score "
     "(effective number of kinds), evenness of the true scenes, fractions of near-duplicates (perceptual hash) and of "
     "images of low information (JPEG bytes).",
-    "super_resolution": "Held-out images restored from a quarter of their side; networks at one dial, which the rows' "
-    "config names where it is not the default. scratch: the same network without a foundation. regression: EDSR with "
-    "as many weights and steps.",
-    "semantic_synthesis": "Images drawn from held-out masks, guided by them. scratch: the same network without a "
-    "foundation. nearest_mask: the training image whose mask agrees most.",
-    "starts": "The foundation of rsprune as a start of the downstream tasks, minus another start at equal lengths of "
-    "fine-tuning, with equal images, batches and noise: mean over the seeds, and its 95 % interval by Student's t.",
-    "dial": "Super-resolution of one network by its dial: 0 is the mean image, 1 one draw with all detail.",
-    "ablation": "One choice changed at a time, measured on the validation split.",
-    "generator": "One change of the generator's training or sampling at a time, RS-Prune's subset, equal seconds of "
-    "training, measured on the validation split.",
-    "augmentation": "A segmenter trained on real images, on generated ones (0 real) or on both, for equally many "
-    "steps, measured on real held-out images. prune: how the generated images were chosen from a pool; ratio: the "
-    "fraction of the pool that went. They were drawn from masks of the real images of their row, those beside 0 real "
-    "ones from the masks of the largest number. Rows of one number of real images are compared with one another.",
-    "pair_detection": "Captions that were exchanged between images of a corpus and looked for. dldc finds the fraction "
-    "itself; clip_score and random are given the true one. Without exchanges what is removed was the corpus's own. "
-    "Error of scenes' fractions: mean distance of the found or given fraction to the true one.",
-    "pair_training": "Text-to-image models at equal steps: raw pairs of which a fraction of the captions was exchanged "
-    "between scenes, cleaned ones (prune=dldc ratio=null), as many by clip_score, repaired ones (mismatched images "
-    "described again), and the clean pairs before the exchange. The fitted CLIPs judge by the true captions; the one "
-    "on the features of the selection's encoder is of the kind that cleaned.",
-    "cleaning_probe": "Small text-to-image models by the part of every scene's pairs that was cleaned, on the "
+    "super_resolution": "Held-out images restored from a quarter of their side. All networks use the default dial, "
+    "unless the config of a row names another one. scratch: the same network without a foundation. regression: EDSR "
+    "with as many weights and steps.",
+    "semantic_synthesis": "Images drawn from held-out masks, with guidance by the masks. scratch: the same network "
+    "without a foundation. nearest_mask: the training image whose mask agrees most.",
+    "starts": "Downstream tasks that start from the foundation of rsprune, minus those that start from another one, "
+    "at equal lengths of fine-tuning and with equal images, batches and noise: mean over the seeds, and its 95 % "
+    "interval by Student's t.",
+    "dial": "Super-resolution by one network with different values of its dial: 0 gives the mean image, 1 gives one "
+    "draw with all detail.",
+    "ablation": "One option changed at a time, measured on the validation split.",
+    "generator": "One option of the generator's training or sampling changed at a time, on RS-Prune's subset, for "
+    "equal seconds of training, measured on the validation split.",
+    "augmentation": "A segmenter trained on real images, on generated ones (0 real) or on both, for the same number "
+    "of steps, measured on real held-out images. prune: how the generated images were chosen from a pool; ratio: the "
+    "removed fraction of the pool. The generated images of a row were drawn from masks of its real images; in rows "
+    "with 0 real images, from the masks of the largest number of real images. Rows with the same number of real "
+    "images are compared with one another.",
+    "pair_detection": "Detection of captions that were exchanged between images of a corpus. dldc estimates the "
+    "exchanged fraction itself; clip_score and random are given the true one. In rows without exchanges, the removed "
+    "captions are the corpus's own. Error of scenes' fractions: mean absolute difference between the estimated or "
+    "given fraction and the true one.",
+    "pair_training": "Text-to-image models at equal steps, trained on: raw pairs, with a fraction of the captions "
+    "exchanged between scenes; cleaned pairs (prune=dldc ratio=null); as many pairs chosen by clip_score; repaired "
+    "pairs (mismatched images described again); and the clean pairs before the exchange. The fitted CLIPs evaluate "
+    "with the true captions; the one on features of the selection's encoder is of the same kind as the one that "
+    "cleaned the pairs.",
+    "cleaning_probe": "Small text-to-image models by the fraction of every scene's pairs that was cleaned, on the "
     "validation split.",
-    "caption_quality": "Captions of the same images by their source: the fraction called mismatched, the mean log "
-    "ratio of fitting the image to fitting another of its scene, CLIP scores by judges fitted to the given captions of "
-    "other images.",
-    "joint_conditions": "Images drawn by one model with all of its conditions, without each, with each alone and with "
-    "none, which is its foundation. Edge agreement: F-score of Canny's edges within 1 px of the real image's.",
-    "scenes": "Fraction of images in which CLIP sees the scene that they are of, among all scenes of the table: "
-    "generated from the scene-balanced held-out captions by each method's model, and the photographs with these "
-    "captions.",
+    "caption_quality": "Captions of the same images by their source: the fraction classified as mismatched; the mean "
+    "log ratio between the fit to the image and the fit to another image of its scene; and CLIP scores by judges that "
+    "were fitted to the given captions of other images.",
+    "joint_conditions": "Images drawn by one model with all of its conditions, without each one, with each one only, "
+    "and with none, which is its foundation. Edge agreement: F-score of Canny's edges within 1 px of those of the "
+    "real image.",
+    "scenes": "Fraction of images in which CLIP recognises the image's scene among all scenes of the table. The "
+    "images are those that each method's model generated from the scene-balanced held-out captions, and the "
+    "photographs with these captions.",
 }
 #: Tables with groups: rows with the same whole number in this field are placed together and compared only within the
 #: group.
@@ -406,7 +413,7 @@ def seeds_line(table: pd.DataFrame) -> str:
         return ""
     most = int(table.loc[table["kind"] == "measured", "seeds"].max())
     if most == 1:
-        return "One seed: what another seed of the selection and the training would change is not known."
+        return "One seed: the variation over seeds of the selection and the training is not known."
     return f"Mean over up to {most} seeds of the selection and the training, ± their standard deviation."
 
 
@@ -417,15 +424,15 @@ def note(name: str, table: pd.DataFrame) -> str:
     if any(heading.endswith(("↓", "↑")) for heading in shown.headings):
         parts.append("↓ lower is better, ↑ higher is better, bold: the best measured value.")
     if any(cell.interval.startswith("[") for _, cells in shown.rows for cell in cells):
-        parts.append("Brackets: 95 % interval of the sampling of images, not of the training seed.")
+        parts.append("Brackets: 95 % interval for the sampling of images, without the variation over training seeds.")
     if any((quantity := Quantity.parse(column)) and quantity.minus for column in table.columns):
-        parts.append("Differences are paired (same prompts, noise and held-out images): below zero is better.")
+        parts.append("Differences are paired (same prompts, noise and held-out images); below zero is better.")
     if encoder := table.attrs.get("encoder"):
-        parts.append(f"The encoder {encoder} takes no part in selection, autoencoder or training.")
+        parts.append(f"The encoder {encoder} is not used for selection, autoencoder or training.")
     if "kind" in table.columns and (table["kind"] == REFERENCE).any():
         rows = table.loc[table["kind"] == REFERENCE, "prune"].unique()
         parts.append(
-            "Reference rows, N against N as all others: "
+            "Reference rows, with the same numbers of images as all other rows: "
             + "; ".join(f"{row}: {REFERENCE_ROWS[row]}" for row in rows if row in REFERENCE_ROWS)
             + "."
         )

@@ -1,1 +1,1 @@
-"""What every stage stands on: command line, cached stages, tracking, progress, workers, errors, launch."""
+"""Infrastructure that all stages share: command line, cached stages, tracking, progress, workers, errors, launch."""

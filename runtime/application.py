@@ -1,4 +1,4 @@
-"""What every entry point shares: Hydra, one-line errors with exit code 2, quiet libraries, the process's set-up."""
+"""Set-up that every entry point shares: Hydra, one-line errors with exit code 2, quiet libraries, process settings."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def prepare_process() -> None:
-    """Denormals to zero (some networks ran 2-9 times slower without), memory kept, libraries quiet."""
+    """Set up the process: flush denormals to zero, keep freed memory, silence libraries.
+
+    With denormals, some networks ran 2-9 times slower.
+    """
     keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it reports every attempt to reach the hub
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise it reports every attempt to reach the hub
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors arrive here instead of as Hydra's own pages
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of being printed by Hydra
     silence_libraries()
     import torch
 
@@ -46,9 +49,10 @@ def prepare_process() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library hand freed memory out again instead of returning it to the system, where it is glibc.
+    """Let glibc's allocator reuse freed memory instead of returning it to the system; no effect with other C libraries.
 
-    Networks allocate large arrays at every layer: the system's fresh, zeroed pages cost a third of a forward pass.
+    Networks allocate large arrays at every layer: getting fresh, zeroed pages from the system cost a third of a forward
+    pass.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -80,20 +84,20 @@ def run(main: Callable) -> None:
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
         hide(secret_values(OmegaConf.to_container(cfg, resolve=False)))
-        if cells.elsewhere():  # a launcher's process has run nothing of this function's set-up
+        if cells.elsewhere():  # a launcher's process has not run the set-up of this function
             join_tasks()
             prepare_process()
         with cells.counted():
             try:
                 quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
                 with quiet, command(cfg), running_in(cfg.runs), using(instantiate(cfg.engine)):
-                    main(cfg)  # of several processes the first alone prints the result
-            except Exception as error:  # inside, or Hydra prints a page first
+                    main(cfg)  # with several processes, only the first one prints the result
+            except Exception as error:  # caught inside, otherwise Hydra prints its own report first
                 message = explained(error, cfg.runs)
                 if cells.outlives() or cells.elsewhere():
                     cells.unforeseen(error, cfg.runs) if message is None else cells.foreseen(message)
                 if cells.elsewhere():
-                    if process_count() > 1:  # the others of this cell may wait for it in a collective operation
+                    if process_count() > 1:  # other processes of this cell may wait for it in a collective operation
                         sys.exit(cells.exit_code)
                     raise  # the launcher keeps it until all cells are done
                 if not cells.outlives():
@@ -120,7 +124,7 @@ def run(main: Callable) -> None:
 
 
 def explained(error: Exception, runs: str) -> str | None:
-    """One line for an error that the user can mend; None for any other."""
+    """One line for an error that the user can fix; None for any other error."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -137,7 +141,7 @@ def explained(error: Exception, runs: str) -> str | None:
 
 
 def changed_config(*overrides: str) -> DictConfig:
-    """The running command's config with further overrides: another method, ratio or seed."""
+    """The running command's config with further overrides, for example another method, ratio or seed."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
@@ -147,10 +151,10 @@ def changed_config(*overrides: str) -> DictConfig:
 
 
 def changed_options(cfg: DictConfig) -> dict[str, Any]:
-    """The options of a config that are not as in configs/, by their dotted keys; folders by their names alone.
+    """The options of a config that differ from configs/, by their dotted keys; of folders only the names.
 
-    Where a run writes, how it is tracked and which experiment it belongs to are left out: they change no result. So is
-    how files behind URLs are reached.
+    Options that change no result are omitted: where a run writes, how it is tracked, which experiment it belongs to,
+    and how files behind URLs are reached.
     """
     from runtime.redaction import ACCESS
 
@@ -166,7 +170,7 @@ def changed_options(cfg: DictConfig) -> dict[str, Any]:
 
 @functools.cache
 def _defaults() -> DictConfig:
-    """The config without any override, composed where Hydra runs already and where it does not."""
+    """The config without any override; works whether Hydra is already running or not."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -177,7 +181,7 @@ def _defaults() -> DictConfig:
 
 
 def _leaves(cfg: DictConfig) -> dict[str, Any]:
-    """Options by their dotted keys, interpolations as they are written, without secrets."""
+    """Options by their dotted keys, with unresolved interpolations and without secrets."""
     from runtime.provenance import unresolved
 
     result: dict[str, Any] = {}
@@ -194,7 +198,9 @@ def _leaves(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's pages, cut to what helps: the message, and for a missing option the choices."""
+    """Shorten the long messages of Hydra and OmegaConf to the message and, for a missing option, the choices."""
+    from runtime.errors import UserError
+
     cause = error
     while isinstance(cause.__cause__, Exception) and "error" in str(error).lower()[:8]:
         cause = cause.__cause__
@@ -209,7 +215,7 @@ def _one_line(error: Exception) -> str:
     if missing := re.search(r"Error locating target '([\w.]+)'", str(error)):
         message = f"_target_ {missing[1]} cannot be imported ({message}): give module and class"
     where = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
-    return message if where is None else f"{_source_of(where[1])}: {message}{_fields_of(error, message)}"
+    return message if where is None or isinstance(cause, UserError) else f"{_source_of(where[1])}: {message}{_fields_of(error, message)}"
 
 
 def _similar_keys(message: str) -> str:
@@ -249,7 +255,7 @@ def _fail(message: str) -> None:
 
 
 def _print_unforeseen(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Python's own report of an error that nobody foresaw, without credentials."""
+    """Print Python's own report of an unforeseen error, without credentials."""
     from runtime.redaction import redacted
 
     print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)

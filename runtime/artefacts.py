@@ -1,4 +1,4 @@
-"""Stage directories: named by what went in, written beside, renamed into place when whole."""
+"""Stage directories: named by a fingerprint of their inputs, written under a temporary name, renamed when complete."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ COMPLETE = "stage.json"
 def plain(value: Any) -> Any:
     """A JSON-ready copy of configs, dataclasses, paths and NumPy scalars.
 
-    A dataclass field with the metadata {"fingerprint": False}, which changes no result, is left out, and so is how a
-    source's files are reached. URLs are without credentials (`runtime.redaction`).
+    Two kinds of values that change no result are omitted: dataclass fields with the metadata {"fingerprint": False},
+    and the options for how a source's files are reached. Credentials are removed from URLs (`runtime.redaction`).
     """
     omegaconf = sys.modules.get("omegaconf")  # the library works without it; where there is a config, it is imported
     if omegaconf and isinstance(value, (omegaconf.DictConfig, omegaconf.ListConfig)):
@@ -51,7 +51,7 @@ def plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """A copy of JSON-ready values in which None stands for NaN and infinity, which JSON does not know."""
+    """A copy of JSON-ready values with None in place of NaN and infinity, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -60,7 +60,7 @@ def finite(value: Any) -> Any:
 
 
 def class_name(kind: type) -> str:
-    """Module and name of a class, the same whether its module is imported or is the program that runs."""
+    """Module and name of a class; the same whether its module is imported or runs as the main program."""
     module, program = kind.__module__, Path(getattr(sys.modules["__main__"], "__file__", None) or ROOT).resolve()
     if module == "__main__" and program.is_relative_to(ROOT):
         module = ".".join(program.relative_to(ROOT).with_suffix("").parts)
@@ -74,7 +74,8 @@ def fingerprint(**inputs: Any) -> str:
 
 
 def stage_fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
-    """The fingerprint of a stage: of its inputs, its code's version and those of the stages it comes after.
+    """The fingerprint of a stage, from its inputs, the version of its code and the versions of the stages that precede
+    it.
 
     Raises:
         LookupError: `runtime.versions` does not know the stage.
@@ -83,13 +84,13 @@ def stage_fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
 
 
 def provenance(directory: Path) -> dict[str, Any]:
-    """`commit` and `versions` with which a stage's directory was built; "unknown" and {} where it does not say."""
+    """`commit` and `versions` with which a stage's directory was built; "unknown" and {} if they are not recorded."""
     metadata = read_json(directory / COMPLETE) if (directory / COMPLETE).is_file() else {}
     return {"commit": metadata.get("commit", "unknown"), "versions": metadata.get("versions", {})}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one; no number is NaN or infinite."""
+    """Write JSON atomically: a reader sees the complete old or new file. NaN and infinity are not allowed."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(finite(plain(value)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -106,23 +107,29 @@ def file_digest(path: Path) -> str:
 
 
 def file_stamp(path: Path, content_hash: bool = False) -> str:
-    """What changes with a file: its size and time of change, or its bytes; empty if it cannot be looked at."""
+    """A text that changes when a file changes: from its size and modification time, or from its bytes.
+
+    Empty if the file cannot be read.
+
+    Args:
+        content_hash: use the bytes.
+    """
     try:
         if content_hash and path.is_file():  # a pipe or a device may have no end
             return file_digest(path)
         status = path.stat()
         return f"{status.st_size}-{status.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else "-shut")
-    except OSError:  # a dangling link, say: reading it gives the reason
+    except OSError:  # for example a dangling link: reading the file later gives the reason
         return ""
 
 
 def is_main_process() -> bool:
-    """Whether this is the only or the first process of a launch (`accelerate launch`, torchrun, MPI)."""
+    """Whether this process is the first or only one of a launch (`accelerate launch`, torchrun, MPI)."""
     return _of_launch(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0) == 0
 
 
 def process_count() -> int:
-    """Processes of this launch."""
+    """Number of processes of this launch."""
     return _of_launch(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1)
 
 
@@ -131,10 +138,10 @@ def _of_launch(names: Sequence[str], alone: int) -> int:
 
 
 class NotBuilt(Exception):
-    """A stage that is not there was requested where nothing may be built.
+    """A stage that does not exist was requested inside `nothing_built`.
 
     Attributes:
-        directory: that it would have.
+        directory: the directory that the stage would have.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -147,13 +154,13 @@ _run_folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("run_f
 
 
 def run_folder() -> Path | None:
-    """The run directory of the running command, for what is worth keeping beside its stages; None outside of one."""
+    """The run directory of the running command, for files to keep next to its stages; None outside a command."""
     return _run_folder.get()
 
 
 @contextlib.contextmanager
 def running_in(folder: Path | str) -> Iterator[None]:
-    """While this lasts, `run_folder` is that one."""
+    """Context in which `run_folder` returns this folder."""
     token = _run_folder.set(Path(folder))
     try:
         yield
@@ -162,13 +169,13 @@ def running_in(folder: Path | str) -> Iterator[None]:
 
 
 def may_build() -> bool:
-    """Whether `stage` builds what is not there: not inside `nothing_built`."""
+    """Whether `stage` may build missing stages; false inside `nothing_built`."""
     return not _looking.get()
 
 
 @contextlib.contextmanager
 def nothing_built() -> Iterator[None]:
-    """While this lasts, `stage` returns what is there and raises `NotBuilt` in place of building what is not."""
+    """Context in which `stage` returns existing stages, and raises `NotBuilt` instead of building missing ones."""
     token = _looking.set(True)
     try:
         yield
@@ -188,22 +195,22 @@ def stage(
 ) -> Path:
     """Run `build` once for these inputs and return `runs/<name>/<fingerprint>/`.
 
-    `build` receives a directory to fill. It is `<fingerprint>.partial` until `build` returns, so a directory that
-    carries its final name is whole. A failed or killed stage leaves only the `.partial`, which is emptied before the
-    next try unless `resumable`, in which case `build` finds what it left there. Of two runs that want the same stage
-    the second waits for the first, and says so.
+    `build` receives a directory to fill. The directory is called `<fingerprint>.partial` until `build` returns, so a
+    directory with its final name is complete. A failed or killed stage leaves only the `.partial` directory. The next
+    try empties it first, unless `resumable` is set; then `build` finds the files that the earlier try left. If two runs
+    want the same stage, the second waits for the first and prints a message.
 
-    In a launch of several processes the first one builds and the others watch for the finished directory: that needs
-    no process group, runs into no time limit, and the launcher ends them if the first one fails.
+    In a launch of several processes the first one builds and the others poll for the finished directory. This needs no
+    process group and has no time limit; if the first process fails, the launcher ends the others.
 
     Args:
-        together: of a build that trains over all processes of a launch, which then all call it: gives every process
-            what the first one says. Without it a late process would see the directory that another launch has just
-            finished and return, while the first process waits for it in the build.
-        code: the stage's row in `runtime.versions`, where it is not the one of its name.
+        together: for a build that trains over all processes of a launch, so that all of them call it: a function that
+            gives every process the answer of the first one. Without it, a late process could see the directory that
+            another launch has just finished and return, while the first process waits for it in the build.
+        code: name of the stage's entry in `runtime.versions`; None: `name`.
     Raises:
-        LookupError: there is no such row.
-        NotBuilt: inside `nothing_built`, it is not there.
+        LookupError: `runtime.versions` has no such entry.
+        NotBuilt: the stage does not exist, inside `nothing_built`.
     """
     code = code or name
     key = stage_fingerprint(code, inputs)
@@ -217,7 +224,7 @@ def stage(
     if not joint and (final / COMPLETE).is_file():
         return final
     with _alone(Path(runs) / ".locks" / f"{name}-{key}.lock", final) if main else contextlib.nullcontext():
-        needed = main and not (final / COMPLETE).is_file()  # another run may have finished it meanwhile
+        needed = main and not (final / COMPLETE).is_file()  # another run may have finished it in the meantime
         if needed:
             if partial.exists() and not resumable:
                 shutil.rmtree(partial)
@@ -236,12 +243,12 @@ def stage(
     return final
 
 
-#: Whether the first process of a launch is in a build of its own, while the others wait for the finished directory.
+#: Whether the first process of a launch builds a stage alone, while the others wait for the finished directory.
 _alone_in_build = contextvars.ContextVar("alone_in_build", default=False)
 
 
 def alone_in_launch() -> bool:
-    """Whether no other process takes part in what this one does: a meeting of all would never end."""
+    """Whether no other process takes part in the current work; a collective operation would then never end."""
     return process_count() == 1 or _alone_in_build.get()
 
 
@@ -255,14 +262,14 @@ def _building_alone() -> Iterator[None]:
 
 
 def _code_versions(code: str) -> dict[str, Any]:
-    """The code that builds a stage: its version and those of the stages before it, commit, packages and config."""
+    """Versions of the code that builds a stage: its own, those of the preceding stages, commit, packages and config."""
     versions = versions_of(code)
     return {"version": versions.pop(code), "after": versions, **origin()}
 
 
 @contextlib.contextmanager
 def _alone(path: Path, final: Path) -> Iterator[None]:
-    """Hold a lock that the system takes back from a killed process."""
+    """Hold a file lock that the system releases if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:

@@ -1,4 +1,4 @@
-"""Modules of basicsr 1.4.2, which asks for a module of torchvision that is gone; its names live in another one."""
+"""Import of basicsr 1.4.2, which needs a torchvision module that no longer exists; its names are in another module."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 
 
 def basicsr_module(name: str) -> ModuleType:
-    """A module of basicsr, for example "metrics.niqe", imported with torchvision's old module name in place.
+    """Import a module of basicsr, for example "metrics.niqe", with an alias for torchvision's old module name.
 
-    Its import would also switch off NumPy's warnings of divisions for everybody.
+    NumPy's settings for division warnings are preserved; importing basicsr alone would switch these warnings off
+    globally.
     """
     functional = import_module("torchvision.transforms.functional")
     sys.modules.setdefault("torchvision.transforms.functional_tensor", functional)

@@ -1,6 +1,6 @@
-"""Paths on a command line are quoted for Hydra's grammar, so that they need no quotes but the shell's.
+"""Quote paths on a command line for Hydra's grammar, so that users need only the shell's own quoting.
 
-Hydra reads `key=value` with a grammar in which `=`, a comma, brackets, quotes, `#` and others have a meaning.
+Hydra reads `key=value` with a grammar in which `=`, commas, brackets, quotes, `#` and other characters have a meaning.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ PATH_KEYS = (
     *("arrive.after", "demo.super_resolution", "demo.semantic_synthesis"),
 )
 PATH_NAMES = ("root", "path", "folder", "dir", "masks", "urls", "out", "pretrained", "resume")
-#: Of shards: a brace list, whose commas do not separate the cells of a sweep; several joined by `::`.
+#: Key of shards: commas in its brace lists do not separate the cells of a sweep; several values are joined by `::`.
 SHARDS = "urls"
 
 _OVERRIDE = re.compile(r"(\+{0,2}[A-Za-z_][\w./@-]*)=(.*)", re.DOTALL)
 _QUOTED = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')\s*""", re.DOTALL)
-_ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")  # what Hydra's grammar takes for escaped
+_ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")  # the escapes of Hydra's grammar
 _SWEEP = re.compile(r"(?:choice|glob|range|interval|shuffle|sort|tag)\s*\(.*\)", re.DOTALL)
 
 
@@ -33,7 +33,7 @@ def is_path(key: str) -> bool:
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether Hydra takes the arguments of a command for a sweep (`-m`)."""
+    """Whether Hydra reads the arguments of a command as a sweep (`-m`)."""
     from hydra._internal.utils import get_args_parser
 
     options, _ = get_args_parser().parse_known_args(list(arguments))
@@ -41,10 +41,12 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 
 
 def refuse_unknown(arguments: Sequence[str]) -> None:
-    """Hydra would print its usage, and the arguments as they are, with the credentials that may be among them.
+    """Refuse arguments that Hydra does not accept.
+
+    Hydra itself would print its usage and the arguments verbatim, including any credentials.
 
     Raises:
-        UserError: Hydra does not take some arguments.
+        UserError: Hydra does not accept some arguments.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -54,12 +56,12 @@ def refuse_unknown(arguments: Sequence[str]) -> None:
 
 
 def quote_paths(arguments: Sequence[str], sweep: bool = False) -> list[str]:
-    """Arguments of a command with the values of paths quoted for Hydra; all others stay as they are.
+    """Quote the values of paths in a command's arguments for Hydra; all other arguments are returned unchanged.
 
-    A value stays as it is that is empty, null or quoted already. Escapes of Hydra's grammar (`a\\,b`) count where no
-    path is called so. A leading `~` is the home directory where no path is called so. `${…}` interpolates where no
-    path is called so. In a sweep, commas separate cells where no path is called so. Of the words into which a shell
-    expands `corpus.urls=DIR/{0..9}.tar`, all shards count.
+    Values that are empty, null or already quoted are returned unchanged. An existing path is always taken literally. If
+    no path with the given name exists: escapes of Hydra's grammar (`a\\,b`) are interpreted, a leading `~` is the home
+    directory, `${…}` is interpolated, and in a sweep commas separate cells. If a shell expands
+    `corpus.urls=DIR/{0..9}.tar` to several words, all of these shards are used.
 
     Args:
         sweep: whether the command runs once for every combination of the values (`-m`).
@@ -74,7 +76,7 @@ def quote_paths(arguments: Sequence[str], sweep: bool = False) -> list[str]:
 
 
 def _joined(arguments: Sequence[str]) -> list[tuple[str | None, str]]:
-    """Keys (None: no override) and values of arguments; neighbours that name shards are joined by `::`."""
+    """Keys and values of arguments; the key is None without an override. Adjacent shards are joined by `::`."""
     result: list[tuple[str | None, str]] = []
     for argument in arguments:
         override = _OVERRIDE.fullmatch(argument)
@@ -96,7 +98,7 @@ def _is_shards(key: str) -> bool:
 
 
 def _is_there(path: str) -> bool:
-    """Whether the file or folder exists to whose name the last character belongs that may have another meaning."""
+    """Whether a path exists, checked up to the path component that contains its last special character."""
     end = path.find("/", max(path.rfind(mark) for mark in ",$~'\"\\"))
     return os.path.lexists(path if end < 0 else path[:end])
 
@@ -110,27 +112,30 @@ def _quote_value(value: str, shards: bool, sweep: bool) -> str:
 
 
 def _quote(value: str, shards: bool) -> str:
-    """One path, as a string of Hydra's grammar that OmegaConf reads as that path."""
+    """Quote one path as a string of Hydra's grammar that OmegaConf reads back as that path."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     text = value
     if _is_there(value):
         if os.path.normpath(value).startswith("~"):  # would be expanded later
             text = os.path.join(os.getcwd(), value)
-        if "${" in text:  # else an interpolation; OmegaConf unescapes the backslashes before it, and no others
+        if "${" in text:  # otherwise an interpolation; OmegaConf unescapes only backslashes before it
             text = re.sub(r"(\\*)\$\{", lambda result: 2 * result[1] + r"\${", text)
     elif _QUOTED.fullmatch(value) or value.lower() == "null":
         return value
     else:
         text = _ESCAPED.sub(r"\1", value)
         text = "::".join(map(os.path.expanduser, text.split("::"))) if shards else os.path.expanduser(text)
-    if text == "???":  # a value that OmegaConf misses
+    if text == "???":  # OmegaConf's marker of a missing value
         text = "./???"
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def _cells(value: str, shards: bool) -> list[str]:
-    """The values between the commas of a sweep; commas of a path that exists, quoted, escaped or in braces are none."""
+    """The values between the commas of a sweep.
+
+    Commas do not separate cells if they belong to an existing path, are quoted or escaped, or stand in braces.
+    """
     parts = _parts(value, shards)
     cells: list[str] = []
     while parts:

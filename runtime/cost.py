@@ -1,4 +1,4 @@
-"""What a stage costs: a log with a line for every finished part, and its sums beside the results."""
+"""Cost of a stage: a log with one line per finished part, and the sums next to the results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import numpy as np
 from runtime.artefacts import read_json, write_json
 from runtime.engine import Done, engine, spent
 
-#: A line a finished part of a stage, and the sums, in the stage's directory.
+#: File names in the stage's directory: the log, with one line per finished part, and the sums.
 LOG, COST = "log.jsonl", "cost.json"
 
 
 class StageLog:
-    """The structured log of a stage that works part by part.
+    """The structured log of a stage that is computed in parts.
 
-    `log.jsonl` has a JSON object a line: time (UTC), stage, corpus, engine, worker (host and process), rows (first and
-    last), images, unreadable, shards, elapsed (seconds since this run of the stage began), and the worker's seconds,
-    cpu_seconds and gpu_seconds. A run that goes on where another was killed appends to its log.
+    `log.jsonl` has one JSON object per line: time (UTC), stage, corpus, engine, worker (host and process), rows (first
+    and last), images, unreadable, shards, elapsed (seconds since this run of the stage began), and the worker's
+    seconds, cpu_seconds and gpu_seconds. A run that continues a killed run appends to its log.
     """
 
     def __init__(self, directory: Path, stage: str, corpus: str) -> None:
@@ -37,7 +37,7 @@ class StageLog:
         self._file.write("\n" if cut else "")
 
     def add(self, part: Done, rows: np.ndarray, unreadable: int = 0, shards: Sequence[str] = ()) -> None:
-        """Note a finished part."""
+        """Log a finished part."""
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **self._about,
@@ -53,13 +53,13 @@ class StageLog:
         self._file.flush()
 
     def close(self) -> None:
-        """Sum up all runs of the stage in `cost.json`."""
+        """Write the sums over all runs of the stage to `cost.json`."""
         self._file.close()
         write_json(self._directory / COST, cost_of(logged(self._directory)))
 
 
 def logged(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a stage's log, without one that a kill has cut."""
+    """The lines of a stage's log; a line that was truncated by a kill is omitted."""
     path, result = directory / LOG, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -70,12 +70,15 @@ def logged(directory: Path) -> list[dict[str, Any]]:
 
 
 def cost_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums of a log: `seconds` on the clock, `cpu_seconds` and `gpu_seconds` of all workers, `images`, `workers`, and
-    the `engine`."""
+    """Sums of a log.
+
+    The keys are `seconds` (wall-clock time), `cpu_seconds` and `gpu_seconds` of all workers, `images`, `workers` and
+    `engine`.
+    """
     seconds, before, workers, engines = 0.0, 0.0, set(), set()
     total = {"images": 0, "cpu_seconds": 0.0, "gpu_seconds": 0.0}
     for line in lines:
-        seconds += line["elapsed"] - (before if line["elapsed"] >= before else 0.0)  # less than before: a new run
+        seconds += line["elapsed"] - (before if line["elapsed"] >= before else 0.0)  # smaller than before: a new run
         before = line["elapsed"]
         workers.add(line["worker"])
         engines.add(line["engine"])
@@ -86,17 +89,17 @@ def cost_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def stage_cost(directory: Path) -> dict[str, Any] | None:
-    """`cost_of` a finished stage; None for one that an earlier version built."""
+    """`cost_of` a finished stage; None if an earlier version built it without a log."""
     path = directory / COST
     return read_json(path) if path.is_file() else None
 
 
 class Clock:
-    """Seconds by name: `with clock("embedding"): ...`; of a name that is used again, the sum.
+    """Timer by name: `with clock("embedding"): ...`. Times of a repeated name are added.
 
     Attributes:
-        seconds: on the clock.
-        cost: of each name `seconds`, `cpu_seconds` (of this process and of workers) and `gpu_seconds`.
+        seconds: wall-clock seconds by name.
+        cost: for each name `seconds`, `cpu_seconds` (of this process and of workers) and `gpu_seconds`.
     """
 
     def __init__(self) -> None:

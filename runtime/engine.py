@@ -1,7 +1,7 @@
-"""Where the work of a stage runs: on this machine by processes and threads, or on a Ray cluster (`runtime.ray_engine`).
+"""Execution of a stage's work: by processes and threads of this machine or on a Ray cluster (`runtime.ray_engine`).
 
-A stage describes its work as steps that every item goes through, and takes the results in the order of the items. So
-the engine changes neither a result nor its fingerprint.
+A stage describes its work as steps that every item passes through, and receives the results in the order of the items.
+Therefore the engine changes neither a result nor its fingerprint.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Step:
-    """A function that every item goes through.
+    """A function that every item passes through.
 
     Attributes:
-        function: picklable, of one argument.
-        network: it holds a network, which is loaded once a worker and may use a GPU.
-        home: it reads files of the run directory, which only the machine that runs the command has for certain.
+        function: picklable, takes one argument.
+        network: whether it holds a network, which is loaded once per worker and may use a GPU.
+        home: whether it reads files of the run directory, which may exist only on the machine that runs the command.
     """
 
     function: Callable[[Any], Any]
@@ -42,11 +42,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """A result, and what it cost.
+    """A result and its cost.
 
     Attributes:
-        worker: who computed it, as host and process number; of several steps the first one's.
-        seconds: that workers were at it; cpu_seconds, gpu_seconds: that they used.
+        worker: host and process number of the worker; for several steps, of the first step's worker.
+        seconds: wall-clock seconds of the workers.
+        cpu_seconds, gpu_seconds: CPU and GPU seconds that the workers used.
     """
 
     value: Any
@@ -60,7 +61,7 @@ class Engine(Protocol):
     """Runs the steps of a stage.
 
     Attributes:
-        name: as in configs/engine.
+        name: name in configs/engine.
         shares_files: whether a worker can write to the run directory.
     """
 
@@ -68,22 +69,22 @@ class Engine(Protocol):
     shares_files: bool
 
     def run(self, steps: Sequence[Step], items: Iterable[Any], workers: int | None = None) -> Iterator[Done]:
-        """Every item through all steps, in the order of the items, a bounded number under way.
+        """Pass every item through all steps; results come in the order of the items, with a bounded number in progress.
 
         Args:
-            workers: of the steps without a network; 0 or 1: in this process, where the engine can; None: as many as
-                there are cores.
+            workers: number for the steps without a network; 0 or 1: in this process, if the engine supports it; None:
+                one per core.
         Raises:
-            UserError: a worker was killed for good, or the cluster is gone.
+            UserError: an item's workers were killed repeatedly, or the cluster is gone.
         """
 
     def map_rows(
         self, function: Callable[..., Result], table: Any, groups: Sequence[np.ndarray], arguments: Sequence[tuple]
     ) -> Iterator[Result]:
-        """`function(table, rows, *arguments)` of every group of rows, in order, side by side.
+        """Call `function(table, rows, *arguments)` for every group of rows in parallel; results come in order.
 
-        The function must use `rows` for nothing but taking them from `table`: a worker may get a table that holds
-        these rows alone, numbered from 0.
+        The function may use `rows` only to select them from `table`: a worker may receive a table that contains only
+        these rows, numbered from 0.
 
         Args:
             table: with a method `restricted(rows)` that makes such a table.
@@ -92,7 +93,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """Worker processes and threads of this machine; networks run in this process, which has all cores."""
+    """Worker processes and threads of this machine. Networks run in this process and may use all cores."""
 
     name: str = "local"
     shares_files: bool = True
@@ -119,15 +120,15 @@ def functions_of(steps: Sequence[Step]) -> tuple[Callable[[Any], Any], ...]:
 
 
 def accelerators() -> int:
-    """How many accelerators the networks of this process use, 0 or 1."""
+    """Number of accelerators that the networks of this process use, 0 or 1."""
     return int("torch" in sys.modules and sys.modules["torch"].accelerator.is_available())
 
 
 def through(functions: Sequence[Callable[[Any], Any]], before: Done, gpus: float = 0) -> Done:
-    """The value through some functions, one after the other, and what that costs in this process.
+    """Pass a value through functions, one after the other, and measure the cost in this process.
 
     Args:
-        gpus: that this worker holds.
+        gpus: number of GPUs that this worker holds.
     """
     start, cpu = time.perf_counter(), time.process_time()
     value = reduce(lambda value, function: function(value), functions, before.value)
@@ -142,12 +143,12 @@ def through(functions: Sequence[Callable[[Any], Any]], before: Done, gpus: float
     )
 
 
-#: CPU seconds of other processes than this one, and GPU seconds, that engines have used for this command so far.
+#: CPU seconds of other processes, and GPU seconds, that engines have used for this command so far.
 spent: Counter[str] = Counter()
 
 
 def noted(result: Iterable[Done]) -> Iterator[Done]:
-    """Results of workers, whose CPU seconds are noted in `spent` as they arrive."""
+    """Yield the results of workers and add their CPU seconds to `spent` as they arrive."""
     for done in result:
         if done.worker != worker_name():
             spent["cpu_seconds"] += done.cpu_seconds
@@ -169,7 +170,7 @@ def engine() -> Engine:
 
 @contextlib.contextmanager
 def using(chosen: Engine) -> Iterator[None]:
-    """While this lasts, stages run on this engine; a cluster that it started ends with it."""
+    """Context in which stages run on this engine; a cluster that the engine started ends with the context."""
     token = _current.set(chosen)
     try:
         yield

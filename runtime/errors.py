@@ -1,5 +1,5 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception for errors that the user can fix."""
 
 
 class UserError(Exception):
-    """Bad input: one line that says what is wrong, where, and what to do. Entry points exit with code 2."""
+    """Bad input. The message is one line: what is wrong, where, and what to do. Entry points exit with code 2."""

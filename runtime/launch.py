@@ -1,6 +1,6 @@
-"""What `accelerate launch` asks for: N processes on a CPU are started, what cannot be had here is refused.
+"""Launches by `accelerate launch`: start N processes on a CPU, and refuse requests that this machine cannot satisfy.
 
-Accelerate starts several processes on a CPU through MPI alone, and without a list of MPI's hosts a single one.
+On a CPU, Accelerate starts several processes only through MPI; without a list of MPI hosts it starts a single one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from runtime.errors import UserError
 
 
 def options_of(command: Sequence[str]) -> list[str] | None:
-    """What follows `accelerate launch` on a command line; None if it is another one."""
+    """The options after `accelerate launch` on a command line; None if it is another command."""
     for position, word in enumerate(command):
         name = PurePath(word).name
         if name == "accelerate-launch" or word == "accelerate.commands.launch":
@@ -26,12 +26,12 @@ def options_of(command: Sequence[str]) -> list[str] | None:
 
 
 def launcher_of(options: Sequence[str]) -> list[str] | None:
-    """The command that starts the processes which these options of `accelerate launch` ask for and do not get.
+    """The command that starts the processes which these options of `accelerate launch` request but do not start.
 
-    None where they get them: on GPUs, through MPI, or because one is enough.
+    None if Accelerate starts them itself (on GPUs or through MPI) or if one process is enough.
 
     Raises:
-        UserError: they ask for several machines.
+        UserError: the options request several machines.
     """
     if "--cpu" not in options:
         return None
@@ -51,10 +51,11 @@ def launcher_of(options: Sequence[str]) -> list[str] | None:
 
 
 def start_the_others() -> None:
-    """Become the launcher of all processes that `accelerate launch --cpu` was requested, if it started this one only.
+    """Replace this process by a launcher of all processes, if `accelerate launch --cpu` started only this one of
+    several.
 
     Raises:
-        UserError: they are on several machines.
+        UserError: the processes are on several machines.
     """
     if not _flag("ACCELERATE_USE_CPU"):
         return
@@ -64,14 +65,14 @@ def start_the_others() -> None:
     options = options_of(parent.cmdline()) if parent else None
     command = launcher_of(options) if options else None
     if command:
-        os.environ.pop("KMP_AFFINITY", None)  # Accelerate's, which would put all of them on the same cores
+        os.environ.pop("KMP_AFFINITY", None)  # set by Accelerate; it would pin all processes to the same cores
         os.execv(command[0], command)
 
 
 def join_tasks() -> None:
-    """Let the processes that submitit has started for one cell of a sweep join as those of torchrun do.
+    """Let the processes that submitit started for one cell of a sweep join a process group, as under torchrun.
 
-    Each keeps sight of all GPUs of its machine, and takes the one of its local rank.
+    Each process still sees all GPUs of its machine and takes the one of its local rank.
     """
     if "SUBMITIT_EXECUTOR" not in os.environ or "RANK" in os.environ:
         return
@@ -82,15 +83,15 @@ def join_tasks() -> None:
 
 
 def requested_plugin() -> str | None:
-    """The plugin of Accelerate that the launch asks for: "FSDP", "DeepSpeed" or none."""
+    """The plugin of Accelerate that the launch requests: "FSDP", "DeepSpeed" or None."""
     return next((name for name in ("FSDP", "DeepSpeed") if _flag(f"ACCELERATE_USE_{name.upper()}")), None)
 
 
 def check_launch() -> None:
-    """Refuse what a launch asks for and cannot get, before anything is computed.
+    """Refuse a launch that requests something unsupported, before anything is computed.
 
     Raises:
-        UserError: it accumulates gradients, or asks for FSDP or DeepSpeed without GPUs, for FSDP 1, or for a DeepSpeed
+        UserError: the launch accumulates gradients, or requests FSDP or DeepSpeed without GPUs, FSDP 1, or a DeepSpeed
             that is not installed.
     """
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")

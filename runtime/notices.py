@@ -1,4 +1,4 @@
-"""One-line messages on stderr that a command says once."""
+"""One-line messages on stderr that a command prints only once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from runtime.redaction import redacted
 
 @cache
 def notice(line: str) -> None:
-    """Print a line on stderr, once in the life of the process, by the first process of a launch alone."""
+    """Print a line on stderr once per process, and only in the first process of a launch."""
     if is_main_process():
         print(redacted(" ".join(line.split())), file=sys.stderr, flush=True)

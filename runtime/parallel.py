@@ -1,7 +1,7 @@
-"""Work on many items at once, in order, with a bounded number under way: by threads or by processes.
+"""Parallel work on many items by threads or processes: results in order, a bounded number of items in progress.
 
-joblib's `Parallel(return_as="generator")` does not bound them: it draws items, in a thread of its own, as fast as the
-workers are, so results pile up in memory before a slower consumer; and a generator closed early ends the processes.
+joblib's `Parallel(return_as="generator")` has no such bound: a thread draws items as fast as the workers finish, so
+results accumulate in memory before a slower consumer. Closing its generator early ends the worker processes.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WINDOW = 2  # items in flight per worker
-IDLE_SECONDS = 60  # after which a worker process that nobody needs ends
+IDLE_SECONDS = 60  # idle time after which a worker process ends
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
 ) -> Iterator[Result]:
-    """`function` of every item, in the order of the items, by threads that fraction this process's memory.
+    """Apply `function` to every item in threads of this process; results come in the order of the items.
 
-    For long calls that release the interpreter's lock. The libraries they call (BLAS, OpenMP) share out the cores among
-    them meanwhile: with more threads than cores a k-means of many scenes took nearly half as long again.
+    For long calls that release the interpreter's lock. The libraries that the calls use (BLAS, OpenMP) divide the cores
+    among the threads in the meantime: with more threads than cores, k-means of many scenes took nearly 50 percent
+    longer.
 
     Args:
-        workers: threads; 0 or 1 computes in the caller's; None: one a core.
+        workers: number of threads; 0 or 1: in the calling thread; None: one per core.
     """
     workers = cores() if workers is None else workers
     if workers <= 1:
         yield from map(function, items)
         return
     each = max(1, cores() // workers)
-    # BLAS counts its threads for the whole process, OpenMP for every thread that calls it
+    # BLAS limits its threads for the whole process, OpenMP for each calling thread
     with threadpool_limits(each), ThreadPoolExecutor(workers, initializer=lambda: threadpool_limits(each)) as pool:
         yield from _in_order(pool, function, items, WINDOW * workers)
 
@@ -56,15 +57,15 @@ def in_threads(
 def in_processes(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
 ) -> Iterator[Result]:
-    """`function` of every item, in the order of the items, by worker processes of one thread each.
+    """Apply `function` to every item in single-threaded worker processes; results come in the order of the items.
 
-    For many short calls that hold the interpreter's lock, such as decoders'. Function, items and results are pickled:
-    large ones are better written to a file. The processes stay for the next call.
+    For many short calls that hold the interpreter's lock, such as decoders. Function, items and results are pickled;
+    large ones are better written to a file. The processes are reused by the next call.
 
     Args:
-        workers: processes; 0 or 1 computes in this one; None: one a core.
+        workers: number of processes; 0 or 1: in this process; None: one per core.
     Raises:
-        UserError: a worker was killed, as the system does when memory is short.
+        UserError: a worker was killed, for example by the system when memory is short.
     """
     workers = cores() if workers is None else workers
     if workers <= 1:
@@ -98,10 +99,10 @@ def _in_order(
 
 
 def _single_thread() -> None:
-    """Set up a worker: one thread a library, in the background, memory kept, deaf to Ctrl-C, which its parent hears."""
+    """Set up a worker: one thread per library, low priority, freed memory kept, Ctrl-C left to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"):
-        os.nice(19)  # a network on the same cores must not wait at its barriers for a decoder; it waits for data anyway
+        os.nice(19)  # a decoder must not delay the barriers of a network on the same cores
     threadpool_limits(1)
     keep_freed_memory()
     import cv2

@@ -1,4 +1,4 @@
-"""Progress bars: to stderr, with ETA, silent for what takes no time and where nobody watches."""
+"""Progress bars on stderr with remaining time; none for short work and for the further processes of a launch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], label: str, **options: object) -> Iterable[Item]:
-    """Wrap an iterable in a bar that appears after one second; on a log file it prints a line a half minute.
+    """Wrap an iterable in a bar that appears after one second; in a log file it prints one line every half minute.
 
     In a launch of several processes only the first one shows bars.
     """

@@ -1,4 +1,4 @@
-"""Where a result comes from: the commit, the packages' versions and the command's config, noted when it is built."""
+"""Provenance of a result: the commit, package versions and the command's config, recorded when the result is built."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.redaction import SECRET, STORAGE, harmless_options, public
 
-if TYPE_CHECKING:  # the library works without it
+if TYPE_CHECKING:  # optional: the library works without it
     from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-#: This project, and the packages on which results depend, in the version that is installed.
+#: This project, and the packages on which results depend; their installed versions are recorded.
 PACKAGES = (
     "rs-prune",
     *("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow", "numba", "scikit-learn", "faiss-cpu", "faiss-gpu"),
@@ -32,7 +32,7 @@ _config: Any = None
 
 @contextlib.contextmanager
 def command(cfg: DictConfig) -> Iterator[None]:
-    """While a command runs, its resolved config is noted with every stage it builds."""
+    """Context of a running command: its resolved config is recorded with every stage that it builds."""
     global _config
     before, _config = _config, resolved(cfg)
     try:
@@ -42,20 +42,20 @@ def command(cfg: DictConfig) -> Iterator[None]:
 
 
 def resolved(cfg: DictConfig) -> Any:
-    """A config with its interpolations resolved where they can be, without secrets or values of the environment."""
+    """A config with interpolations resolved where possible, without secrets and values of environment variables."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     raw = OmegaConf.to_container(cfg, resolve=False)
     try:
         value = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException:  # of a part that this command may not use
+    except OmegaConfBaseException:  # in a part that this command may not use
         return _clean(raw, raw, set())
     return _clean(raw, value, set(_from_environment(raw, value)))
 
 
 def unresolved(cfg: DictConfig) -> Any:
-    """A config with its interpolations as they are written, without secrets."""
+    """A config with unresolved interpolations, without secrets."""
     from omegaconf import OmegaConf
 
     raw = OmegaConf.to_container(cfg, resolve=False)
@@ -63,7 +63,7 @@ def unresolved(cfg: DictConfig) -> Any:
 
 
 def _from_environment(raw: Any, value: Any) -> Iterator[str]:
-    """Values of the entries that ask for an environment variable."""
+    """Values of the entries that refer to an environment variable."""
     if isinstance(raw, (dict, list)):
         for key in raw if isinstance(raw, dict) else range(len(raw)):
             yield from _from_environment(raw[key], value[key])
@@ -72,7 +72,7 @@ def _from_environment(raw: Any, value: Any) -> Iterator[str]:
 
 
 def _clean(raw: Any, value: Any, hidden: set[str]) -> Any:
-    """`value` without secrets; an entry that shows one of the hidden texts stays the interpolation that it was."""
+    """`value` without secrets. An entry that contains one of the hidden texts keeps its unresolved interpolation."""
     if isinstance(value, dict):
         kept = [key for key in value if not SECRET.search(str(key))]
         result = {key: _clean(raw[key] if isinstance(raw, dict) else raw, value[key], hidden) for key in kept}
@@ -85,16 +85,16 @@ def _clean(raw: Any, value: Any, hidden: set[str]) -> Any:
 
 
 def origin() -> dict[str, Any]:
-    """`commit`, `versions` and `config` of what is computed now."""
+    """`commit`, `versions` and `config` of the current computation."""
     return {"commit": commit(), "versions": versions(), "config": _config}
 
 
 @functools.cache
 def commit(root: Path = ROOT) -> str:
-    """The commit of a checkout, with `-dirty` where tracked files differ; "unknown" where there is none."""
-    if not (root / ".git").exists():  # else git would look for one further up
+    """The commit of a checkout, with `-dirty` if tracked files differ; "unknown" if the folder is no checkout."""
+    if not (root / ".git").exists():  # otherwise git would search the parent folders
         return "unknown"
-    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # a hook's name another one
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # set by a git hook
     call = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run([*call, "--abbrev=12"], capture_output=True, text=True, timeout=30, env=own)
@@ -105,7 +105,7 @@ def commit(root: Path = ROOT) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that are installed, none of which is imported."""
+    """Versions of Python and of the installed packages; imports none of them."""
     result = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,7 +1,8 @@
-"""Keeps other libraries' messages away from who runs a command: their logs, warnings, and their C code's prints.
+"""Suppress other libraries' messages for the user of a command: logs, warnings, and prints of C code.
 
-What goes wrong with an image is a reason in the quarantine table, so that a library's line about it says nothing new,
-and a thousand of them hide what a command has to say. Only libraries are silenced, by name: all other warnings show.
+A problem with an image is recorded as a reason in the quarantine table, so a library's message about it adds nothing,
+and thousands of them would hide the command's own messages. Only the named libraries are silenced; all other warnings
+show.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-#: Libraries whose warnings are meant for those who write code with them, not for those who run a command.
+#: Libraries with warnings for developers, not for users of a command.
 QUIET = (
     *("torch", "torchvision", "torchmetrics", "torch_fidelity", "timm", "open_clip", "cleanfid", "torchgeo"),
     *("diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub"),
 )
-#: Libraries that read images: they warn and log of every file that is not as they like it.
+#: Libraries that read images; they warn about every irregular file.
 READERS = ("PIL", "tifffile", "imagecodecs", "rasterio", "affine", "fiona", "pyogrio", "imageio")
-#: Loggers of other libraries that report what a reason or an error of ours says as well.
+#: Loggers of other libraries whose reports repeat a reason or error of this project.
 LOGGERS = (*READERS, "huggingface_hub", "datasets", "fsspec")
-#: Of Matplotlib, of letters that its font lacks: it draws boxes in their place.
+#: Matplotlib's warning about characters that its font lacks; it draws boxes in their place.
 NO_GLYPH = r"Glyph \d+ .* missing from"
-#: Of rasterio, whose compiled code warns in the name of the module that calls it.
+#: rasterio's warning; its compiled code attributes the warning to the calling module.
 NO_PLACE = "Dataset has no geotransform"
 
 
 def silence_libraries() -> None:
-    """Drop the warnings that the modules of `QUIET` and `READERS` raise, and what the loggers of `LOGGERS` report."""
+    """Ignore the warnings of the modules in `QUIET` and `READERS`, and the log messages of `LOGGERS`."""
     for category in (UserWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(QUIET)})(\.|$)")
     for category in (UserWarning, FutureWarning, RuntimeWarning):
@@ -40,12 +41,12 @@ def silence_libraries() -> None:
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    if "cv2" in sys.modules:  # it has read the variable by now
+    if "cv2" in sys.modules:  # already imported, so it has read the variable before
         sys.modules["cv2"].utils.logging.setLogLevel(0)
 
 
 class _Through:
-    """A text stream that writes whole lines to a descriptor until `end`, then to the stream it stands for."""
+    """A text stream that writes whole lines to a file descriptor until `end`, then to the stream that it replaces."""
 
     def __init__(self, stream: TextIO, descriptor: int) -> None:
         self.stream, self._descriptor, self._line = stream, descriptor, ""
@@ -54,13 +55,13 @@ class _Through:
         if self._descriptor < 0:
             return self.stream.write(text)
         self._line += text
-        if "\n" in text or "\r" in text:  # in one call: other processes write to the same file
+        if "\n" in text or "\r" in text:  # in one system call, because other processes write to the same file
             os.write(self._descriptor, self._line.encode(errors="backslashreplace"))
             self._line = ""
         return len(text)
 
     def end(self) -> None:
-        """What is left of a line goes to the stream; whoever still holds this one writes there from now on."""
+        """Write the incomplete last line to the stream; later writes to this object go to the stream too."""
         self._descriptor = -1
         self.stream.write(self._line)
 
@@ -70,17 +71,17 @@ class _Through:
 
 @contextlib.contextmanager
 def native_stderr_closed() -> Iterator[None]:
-    """Drop what C code writes to file descriptor 2 meanwhile, as libpng and libtiff do; `sys.stderr` still shows.
+    """Context in which output of C code (libpng, libtiff) to file descriptor 2 is dropped; `sys.stderr` still works.
 
-    It is for short work such as decoding: what other threads write there by other ways is lost as well.
+    For short work such as decoding: output of other threads to the descriptor by other ways is lost as well.
     """
     try:
         kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # a process without that stream
+    except OSError:  # the process has no stderr
         yield
         return
     stream, through = sys.stderr, None
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream that writes elsewhere
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the stream does not write to a file descriptor
         stream.flush()
         if stream.fileno() == 2:
             sys.stderr = through = _Through(stream, kept)

@@ -1,7 +1,7 @@
 """`engine=ray`: the steps of a stage as `map_batches` of Ray Data, on this machine or on a cluster.
 
-The driver, which is the command itself, alone reads and writes the run directory: workers need no disk in common. So a
-cluster that dies leaves a run that another one, or `engine=local`, goes on with.
+Only the driver, which is the command itself, reads and writes the run directory; workers need no shared disk. If a
+cluster dies, another cluster or `engine=local` can continue the run.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from runtime.parallel import WINDOW, cores
 from runtime.provenance import ROOT
 from runtime.quiet import native_stderr_closed, silence_libraries
 
-#: Items of one Ray data set: it bounds what the driver holds of them, and how often actors load their networks.
+#: Items per Ray data set. It bounds the driver's memory, and determines how often actors load their networks.
 ITEMS = 2048
-#: Seconds without a result after which the loss of a machine counts.
+#: If a machine was lost, seconds to wait for a result before its items are started again.
 PATIENCE = 15
-#: Ray ends this process without a word where the cluster's first node stays away. A shell that waits for its end
-#: says so.
+#: If the cluster's head node is gone, Ray ends this process without a message. This shell waits for the end of the
+#: process and prints the message.
 WITNESS = (
     'read -r ended || echo "error: the Ray cluster is gone, or this command was killed: what is done is kept, run the '
     'same command again to go on, or with engine=local" >&2'
 )
-#: The columns of a block of one row: a `Done`, and the item's number.
+#: Columns of a block, which has one row: a `Done` and the item's number.
 COLUMN, ITEM = "done", "item"
-#: Packages of this project that go to the workers of a cluster.
+#: Packages of this project that are sent to the workers of a cluster.
 PACKAGES = ("runtime", "corpus", "encoders", "captioning", "prune", "report", "eval", "train")
 
 
@@ -54,16 +54,17 @@ class RayEngine:
     """Runs steps on Ray: tasks for steps without a network, a pool of actors for steps with one.
 
     Args:
-        address: of a cluster ("auto", "HOST:PORT", "ray://HOST:PORT"); None: one on this machine, for this command.
-        cpus: of the cluster on this machine; None: all of this process's.
+        address: address of a cluster ("auto", "HOST:PORT", "ray://HOST:PORT"); None: start one on this machine for this
+            command.
+        cpus: CPUs of the cluster on this machine; None: all that this process may use.
         cpus_per_worker: CPUs that a task or an actor takes.
         gpus_per_actor: GPUs that an actor takes; 0.25: four actors share one.
-        actors: most actors of a step; None: as many as there are CPUs or, with `gpus_per_actor`, GPUs for.
-        retries: of an item whose worker dies, before the command ends.
-        rows_from: images from which on their scenes and clusters are found by tasks; fewer take no time here.
-        object_store_gb: memory for what is under way on this machine's cluster; None: Ray's own rule.
-        ship_code: send this project's packages to the workers of a cluster, whose installed ones may be older.
-        runtime_env: more of Ray's runtime environment, such as env_vars or pip.
+        actors: largest number of actors of a step; None: as many as the CPUs or, with `gpus_per_actor`, the GPUs allow.
+        retries: how often an item is tried again after its worker died, before the command ends.
+        rows_from: number of images from which scenes and clusters are computed by tasks; fewer are computed locally.
+        object_store_gb: memory of the object store of this machine's cluster; None: Ray's default.
+        ship_code: send this project's packages to the workers of a cluster, which may have older ones installed.
+        runtime_env: further entries of Ray's runtime environment, such as env_vars or pip.
     """
 
     address: str | None = None
@@ -80,11 +81,12 @@ class RayEngine:
     shares_files: bool = False
 
     def run(self, steps: Sequence[Step], items: Iterable[Any], workers: int | None = None) -> Iterator[Done]:
-        """See `runtime.engine.Engine.run`; `workers` is the local engine's, here `cpus` or the cluster decides."""
+        """See `runtime.engine.Engine.run`. `workers` applies to the local engine only; here `cpus` or the cluster
+        decides."""
         source = iter(items)
         while window := list(islice(source, ITEMS)):
             done = 0
-            while done < len(window):  # once more where a machine was lost, with as many workers as there is room for
+            while done < len(window):  # again after a machine was lost, with as many workers as there is room for
                 with _explained():
                     self._connect()
                     for part in noted(self._results(steps, window[done:])):
@@ -95,7 +97,7 @@ class RayEngine:
     def map_rows(
         self, function: Callable[..., Result], table: Any, groups: Sequence[np.ndarray], arguments: Sequence[tuple]
     ) -> Iterator[Result]:
-        """See `runtime.engine.Engine.map_rows`: a task a group, whose rows travel through the object store."""
+        """See `runtime.engine.Engine.map_rows`: one task per group; its rows are sent through the object store."""
         if sum(map(len, groups)) < self.rows_from:
             yield from LocalEngine().map_rows(function, table, groups, arguments)
             return
@@ -115,8 +117,8 @@ class RayEngine:
                 yield done.value
 
     def close(self) -> None:
-        """End the cluster that this command started, or the connection to another one, and leave nothing behind."""
-        if _witnesses:  # else this command has not connected
+        """End the cluster that this command started, or disconnect from another one, and remove temporary files."""
+        if _witnesses:  # otherwise this command has not connected
             _ray().shutdown()
         while _witnesses:
             _witnesses.pop().communicate(b"ended\n")
@@ -124,7 +126,7 @@ class RayEngine:
             shutil.rmtree(_folders.pop(), ignore_errors=True)
 
     def _connect(self) -> Any:
-        """Ray, connected.
+        """Connect to the cluster and return the module `ray`.
 
         Raises:
             UserError: Ray is not installed, or the cluster cannot be reached.
@@ -133,14 +135,14 @@ class RayEngine:
         if ray.is_initialized():
             return ray
         logging.getLogger("ray").setLevel(logging.ERROR)
-        ray._private.worker.print_to_stdstream = _say  # else it writes of lost workers to stdout, in many lines
+        ray._private.worker.print_to_stdstream = _say  # otherwise Ray reports lost workers on stdout in many lines
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to the terminal
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         if self.address is None:
-            _folders.append(tempfile.mkdtemp(prefix="rs-"))  # Ray's sockets allow no long path, as of a run directory
+            _folders.append(tempfile.mkdtemp(prefix="rs-"))  # a run directory's path is too long for Ray's sockets
             memory = None if self.object_store_gb is None else int(self.object_store_gb * 2**30)
             own = {"num_cpus": self.cpus or cores(), "object_store_memory": memory, "include_dashboard": False}
-            with native_stderr_closed():  # it says there that it says nothing
+            with native_stderr_closed():  # Ray prints a note there that logging is off
                 ray.init(**own, **quiet, _temp_dir=_folders[-1], runtime_env=self.runtime_env or None)
         else:
             environment = dict(self.runtime_env)
@@ -160,9 +162,9 @@ class RayEngine:
         return ray
 
     def _results(self, steps: Sequence[Step], window: Sequence[Any]) -> Iterator[Done]:
-        """One Ray data set of some items, a block an item, so that blocks keep their order.
+        """Process items as one Ray data set with one block per item, so that blocks keep their order.
 
-        It ends early where a machine was lost and no result came since: Ray waits for ever for room for its actors.
+        Ends early if a machine was lost and no result has come since: Ray would wait forever for room for its actors.
         """
         data = self._data(steps, window)
         machines, result, ended = _machines(), Queue(maxsize=2), Event()
@@ -175,7 +177,7 @@ class RayEngine:
                 data._current_executor.shutdown(force=True)
 
     def _taken(self, data: Any, result: Queue, machines: set[str]) -> Iterator[Done]:
-        """What the reader of a data set hands over, until it ends or a machine is lost."""
+        """The results from the reader of a data set, until it ends or a machine is lost."""
         last = time.monotonic()
         while True:
             try:
@@ -199,10 +201,10 @@ class RayEngine:
         import ray.data
 
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # the stage's own bar counts what all workers have done
+        context.enable_progress_bars = False  # the stage has its own bar for all workers
         context.execution_options.preserve_order = True
         for name in ("ray.data", "ray.data._internal"):
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what it logs as well is raised
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # the logged errors are raised as well
         attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=_here()).remote(self.retries)
         rows = [{COLUMN: Done(item), ITEM: at} for at, item in enumerate(window)]
         data = ray.data.from_items(rows, override_num_blocks=len(window))
@@ -214,12 +216,12 @@ class RayEngine:
     def _stage(self, steps: tuple[Step, ...], items: int, work: _Work) -> dict[str, Any]:
         """Arguments of `map_batches` for steps that run in one worker, one after the other.
 
-        Ray tries an item again whose worker or machine is gone, without end; `_Attempts` ends it.
+        Ray retries an item forever if its worker or machine is lost; `_Attempts` limits the retries.
         """
         from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
         batches, task = {"batch_size": 1, "batch_format": "numpy"}, partial(_task, work)
-        if steps[0].home:  # it copies from a disk, and must find room beside actors that have taken all CPUs
+        if steps[0].home:  # it only copies from a disk, and must run although actors may have taken all CPUs
             return {
                 "fn": task,
                 "num_cpus": 0,
@@ -235,7 +237,7 @@ class RayEngine:
         return {"fn": actor, "compute": pool, **needs, **batches}
 
     def _room(self) -> int:
-        """Actors for which the cluster has CPUs or GPUs."""
+        """Number of actors for which the cluster has CPUs or GPUs."""
         import ray
 
         kind, each = ("GPU", self.gpus_per_actor) if self.gpus_per_actor else ("CPU", self.cpus_per_worker)
@@ -248,7 +250,7 @@ class RayEngine:
         return result
 
 
-_folders: list[str] = []  # of the clusters that this process started
+_folders: list[str] = []  # folders of the clusters that this process started
 _witnesses: list[subprocess.Popen] = []
 
 
@@ -265,7 +267,7 @@ def _ray() -> Any:
 
 
 def _knock(address: str) -> None:
-    """Open a connection to a cluster's address, and close it: Ray would try for minutes.
+    """Open and close a connection to a cluster's address; Ray itself would try for minutes.
 
     Raises:
         OSError: nobody answers.
@@ -283,7 +285,7 @@ def _machines() -> set[str]:
 
 
 def _read(data: Any, result: Queue, ended: Event) -> None:
-    """The blocks of a data set in order; then None, or what went wrong; until nobody takes them any more."""
+    """Put the blocks of a data set into a queue in order, then None or the error; stop when `ended` is set."""
 
     def give(value: Any) -> None:
         while not ended.is_set():
@@ -296,21 +298,23 @@ def _read(data: Any, result: Queue, ended: Event) -> None:
             if ended.is_set():
                 return
             give(block)
-    except BaseException as error:  # raised where the results are taken
+    except BaseException as error:  # raised in the thread that takes the results
         give(error)
     else:
         give(None)
 
 
 def _say(message: dict[str, Any], **_: Any) -> None:
-    """What Ray reports of lost workers and machines, a line each on stderr."""
+    """Print Ray's reports of lost workers and machines on stderr, one line each."""
     line = next((line for text in message["lines"] for line in str(text).splitlines() if line.strip()), "")
     notice(f"ray: {line[:300]}")
 
 
 def _fused(steps: Sequence[Step], split: bool) -> list[tuple[Step, ...]]:
-    """Steps that run in one worker together: neighbours but those at home and, if `split`, those before a network,
-    which then fill GPUs from all CPUs."""
+    """Group adjacent steps that run together in one worker.
+
+    Steps with `home` stay separate. With `split`, so do the steps before a network, so that all CPUs supply the GPUs.
+    """
     groups: list[tuple[Step, ...]] = []
     for step in steps:
         last = groups[-1][-1] if groups else None
@@ -329,20 +333,20 @@ def _here() -> dict[str, str]:
 
 
 class _Attempts:
-    """Counts how often workers began an item: one that kills each of them must not be tried for ever."""
+    """Counts how often workers began an item, so that an item that kills every worker is not retried forever."""
 
     def __init__(self, retries: int) -> None:
         self._allowed, self._begun = retries + 1, Counter()
 
     def begin(self, key: tuple[int, int]) -> bool:
-        """Whether the item may be tried once more by the stage; `key`: the stage's and the item's numbers."""
+        """Whether the stage may try the item again; `key` is (number of the stage, number of the item)."""
         self._begun[key] += 1
         return self._begun[key] <= self._allowed
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What the workers of a stage need: its number, its functions, and a handle of the `_Attempts`."""
+    """Data that the workers of a stage need: its number, its functions, and a handle of the `_Attempts`."""
 
     stage: int
     functions: tuple[Callable[[Any], Any], ...]
@@ -357,12 +361,14 @@ def _block(done: Done, item: int) -> dict[str, np.ndarray]:
 
 
 def _through(work: _Work, gpus: float, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch of one item through some steps; its value is a UserError where one was raised, or where too many workers
-    have died of it."""
+    """Pass a batch of one item through some steps.
+
+    The value of the result is a UserError if a step raised one, or if too many workers died on the item.
+    """
     import ray
 
     item, done = int(batch[ITEM][0]), batch[COLUMN][0]
-    if isinstance(done.value, UserError):  # of the stage before
+    if isinstance(done.value, UserError):  # raised in an earlier step
         return _block(done, item)
     try:
         if not ray.get(work.attempts.begin.remote((work.stage, item))):
@@ -371,21 +377,23 @@ def _through(work: _Work, gpus: float, batch: dict[str, np.ndarray]) -> dict[str
                 "(engine.cpus_per_worker=2), or take engine=local corpus.workers=1"
             )
         done = through(work.functions, done, gpus)
-    except UserError as error:  # Ray Data would pass on its text alone
+    except UserError as error:  # Ray Data would keep only the text of the error
         done = replace(done, value=error)
     return _block(done, item)
 
 
 def _task(work: _Work, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`_through` of steps without a network."""
+    """`_through` for steps without a network."""
     keep_freed_memory()
     silence_libraries()
     return _through(work, 0, batch)
 
 
 def _actor(work: _Work, gpus: float) -> type:
-    """A class of workers that keep their networks. Ray makes new ones where some die, so they take no arguments, which
-    could be lost with a machine."""
+    """A class of workers that keep their networks.
+
+    Ray replaces actors that die. Therefore they take no arguments, which could be lost with a machine.
+    """
 
     class Actor:
         def __init__(self) -> None:
@@ -396,7 +404,7 @@ def _actor(work: _Work, gpus: float) -> type:
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             import torch
 
-            torch.set_flush_denormal(True)  # of this thread, which need not be the one of `__init__`
+            torch.set_flush_denormal(True)  # a setting of this thread, which may differ from the thread of `__init__`
             return _through(work, gpus, batch)
 
     return Actor
@@ -408,7 +416,7 @@ def _on_rows(function: Callable[..., Result], table: Any, count: int, arguments:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Ray's errors as what they mean: our own error that a worker raised, or one line on what to do."""
+    """Context that replaces Ray's errors by the project error that a worker raised, or by one line on what to do."""
     import_errors = _ray().exceptions
     try:
         yield

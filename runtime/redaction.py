@@ -1,7 +1,7 @@
-"""Credentials are kept out of all that is written or reported: those of URLs, of storage options, of the environment.
+"""Keep credentials out of everything that is written or reported: those in URLs, storage options and the environment.
 
-`public` is pure, so it is what fingerprints, ids and stored configs go through. `redacted` also knows the secrets that
-this process was given, and is the last line of defence of every message.
+`public` is a pure function, so fingerprints, ids and stored configs use it. `redacted` also knows the secrets that were
+given to this process, and is applied last to every message.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-#: Stands for a secret in a message.
+#: Replacement of a secret in a message.
 HIDDEN = "***"
-#: Keys of a config that are not written down.
+#: Keys of a config with values that are not stored.
 SECRET = re.compile(r"(^|_)(tokens?|passwords?|passwd|secrets?|credentials?|(api|access|private|secret)_?key)$", re.I)
-#: Entries of `storage` that hold no secret; all others are not written down.
+#: Entries of `storage` that hold no secret; all others are not stored.
 HARMLESS = frozenset(
     (
         *("account_name", "addressing_style", "anon", "client_kwargs", "config_kwargs", "default_block_size", "host"),
@@ -23,13 +23,13 @@ HARMLESS = frozenset(
         *("requests_timeout", "s3", "signature_version", "use_ssl", "verify", "version_aware"),
     )
 )
-#: Of a source's entry in a config: how its files are reached, which changes no result.
+#: Keys of a source's config for how its files are reached; they change no result.
 ACCESS = ("retries", "timeout", "storage")
 #: The entry of a config that holds file-system options.
 STORAGE = "storage"
 
 _USER = re.compile(
-    r"(?<!github)://[^\s@/:?#]*:(?!\d*(?:[/?#]|$))[^\s@]*@(?:[^\s@/?#]*@)*"  # in a password, slashes may stand
+    r"(?<!github)://[^\s@/:?#]*:(?!\d*(?:[/?#]|$))[^\s@]*@(?:[^\s@/?#]*@)*"  # a password may contain slashes
     r"|(?<=http)://[^\s@/:?#]+@|(?<=https)://[^\s@/:?#]+@|(?<=s3)://[^\s@/:?#]+@|(?<=s3a)://[^\s@/:?#]+@"
 )
 _WORDS = r"tokens?|secrets?|passwords?|passwd|pwd|credentials?|signature|api[-_]?key|access[-_]?key(?:[-_]?id)?|jwt"
@@ -38,7 +38,7 @@ _VALUE = r"=(?:(?!::|,\w+://)[^&#\s'\"<>])*"
 _PARAMETER = re.compile(
     rf"([?&#]|&amp;)(?:x-(?:amz|goog|oss|ms)-[\w.-]+|[\w.-]*(?:{_WORDS})|key|sig|pass){_VALUE}", re.I
 )
-#: What is signed with the others: until when, what for. Alone these names may mean anything.
+#: Further parameters of a signed URL, such as expiry and purpose. Without a signature these names may mean anything.
 _SIGNED = re.compile(rf"([?&#]|&amp;)(?:expires|policy|s[eprtv]|spr|sip|sdd|ske|sks|skt|sktid|skoid|skv){_VALUE}", re.I)
 _IS_SIGNED = re.compile(r"[?&;]((awsaccesskeyid|googleaccessid|signature|sig)=|x-(amz|goog)-)", re.I)
 _NAMED = re.compile(
@@ -46,21 +46,21 @@ _NAMED = re.compile(
     r"(?!null\b|None\b|\*\*\*)([^\s'\",}&)]+)",
     re.I,
 )
-#: Of `storage={key:…,secret:…}` on a command line.
+#: Matches `storage={key:…,secret:…}` on a command line.
 _IN_BRACES = re.compile(r"(storage=\{)([^}]*)(\}?)")
 _HEADER = re.compile(r"\b((?:Bearer|Basic)\s+)[A-Za-z0-9+/=._~-]{8,}")
-#: Shorter ones are found in ordinary words.
+#: Fewest characters of a secret to hide; shorter texts also occur in ordinary words.
 _SHORTEST = 4
-#: What stands in the place of a secret in gcsfs, and says where to look for one.
+#: Values of gcsfs's token option that are not secrets but name a source of credentials; also other ordinary values.
 _ORDINARY = frozenset(("anon", "cloud", "cache", "browser", "google_default", "true", "false", "null", "None"))
 
 _hidden: set[str] = set()
 
 
 def public(text: str) -> str:
-    """A text in which URLs have no credentials: no user and password, no signature, token or key in a query.
+    """A text without the credentials of URLs: no user and password, and no signature, token or key in a query.
 
-    Two URLs that differ in their credentials alone become the same, and one without any stays as it is.
+    URLs that differ only in their credentials become equal. A text without credentials is returned unchanged.
     """
     if "://" not in text:
         return text
@@ -75,7 +75,7 @@ def public(text: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """`public`, and without the secrets that this process knows or that are named as such (`token=…`)."""
+    """`public`, and additionally without secrets that this process knows or that are named as such (`token=…`)."""
     text = public(text)
     for secret in sorted(_hidden | set(_of_environment()), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -84,21 +84,21 @@ def redacted(text: str) -> str:
 
 
 def _mask(value: str) -> str:
-    """A number, as in `max_tokens=77`, is no secret."""
+    """Replace a value unless it is a number, as in `max_tokens=77`, which is no secret."""
     return value if value.rstrip(".;:").isdigit() and len(value) < 8 else HIDDEN
 
 
 def hide(values: Iterable[Any]) -> None:
-    """From now on `redacted` hides these values."""
+    """Let `redacted` hide these values from now on."""
     result = {str(value) for value in values if value is not None}
     _hidden.update(value for value in result - _ORDINARY if len(value) >= _SHORTEST)
 
 
 def secret_values(config: Any, inside: bool = False) -> Iterator[str]:
-    """The texts in a config (JSON-ready) that are secret: by their keys, or as options of a file system.
+    """The secret texts in a config (JSON-ready): those with a secret's key, and options of a file system.
 
     Args:
-        inside: it is the options of a file system, where all texts are secret but those of `HARMLESS` keys.
+        inside: whether `config` holds options of a file system, where only the texts of `HARMLESS` keys are not secret.
     """
     if isinstance(config, Mapping):
         for key, value in config.items():
@@ -116,7 +116,7 @@ def secret_values(config: Any, inside: bool = False) -> Iterator[str]:
 
 
 def harmless_options(options: Any) -> Any:
-    """File-system options as they may be written down."""
+    """The file-system options that may be stored."""
     if isinstance(options, Mapping):
         return {str(key): harmless_options(value) for key, value in options.items() if key in HARMLESS}
     return public(options) if isinstance(options, str) else options

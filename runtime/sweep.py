@@ -1,4 +1,4 @@
-"""Sweeps (`-m`): a bad cell is one line on stderr and a part of the exit code, and the other cells run."""
+"""Sweeps (`-m`): a failed cell prints one line on stderr and sets the exit code; the other cells still run."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from omegaconf.errors import OmegaConfBaseException
 from runtime.artefacts import fingerprint, is_main_process, process_count
 from runtime.redaction import hide, redacted, secret_values
 
-#: Below `runs`: tracebacks of cells that ended in an error nobody foresaw.
+#: Folder below `runs` for the tracebacks of cells that ended in an unforeseen error.
 FAILED = "failed_cells"
-#: Packages whose own errors mean that a launcher, and not a cell, has failed.
+#: Packages of launchers: one of their own errors means that the launcher failed, not a cell.
 LAUNCHERS = ("joblib", "submitit")
 
 
 class Cells:
-    """The cells of a command's sweep, and what went wrong in them.
+    """The cells of a command's sweep, and the errors that occurred in them.
 
-    A cell that cannot be composed is left out. One that fails does not end the sweep: where Hydra's own launcher runs
-    one cell after the other in this process, it is reported here; where another launcher (joblib, submitit) runs cells
-    in processes of their own, that process reports it and raises, and the launcher keeps the error until all cells are
-    done. What submitit's processes say goes to files, so that the command says it again at the end. Of several
-    processes that train together, the others would wait forever, so that there it ends all.
+    A cell that cannot be composed is omitted. A cell that fails does not end the sweep. Hydra's own launcher runs one
+    cell after the other in this process, and the failure is reported here. Other launchers (joblib, submitit) run cells
+    in processes of their own: that process reports the failure and raises, and the launcher keeps the error until all
+    cells are done. The output of submitit's processes goes to files, so the command repeats the messages at the end. If
+    several processes train a cell together, a failure ends the whole sweep, because the other processes would wait
+    forever.
     """
 
     def __init__(self) -> None:
@@ -43,20 +44,20 @@ class Cells:
 
     @property
     def exit_code(self) -> int:
-        """0 if all cells were good, 2 if the user can mend all that went wrong, else 1."""
+        """0 if all cells succeeded, 2 if the user can fix all failures, else 1."""
         return 0 if not self._foreseen else 2 if all(self._foreseen) else 1
 
     def outlives(self) -> bool:
-        """Whether the other cells run, in this process, if the one that is running now fails."""
+        """Whether the other cells still run in this process if the current one fails."""
         return _multirun() and not self.elsewhere() and process_count() == 1
 
     def elsewhere(self) -> bool:
-        """Whether a launcher has started this process, or will start another, for the running cell."""
+        """Whether a launcher has started this process, or will start another, for the current cell."""
         return _multirun() and not HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Tell on stderr, after the running cell, how many of the sweep are done and how long the others may take."""
+        """Context of a cell; afterwards prints on stderr how many cells are done and an estimate of the time left."""
         start = time.perf_counter()
         yield
         if not (_multirun() and self._total > 1) or self.elsewhere() or not is_main_process():
@@ -67,12 +68,12 @@ class Cells:
         print(f"cell {done} of {self._total}: {duration(self._seconds[-1])}{left}", file=sys.stderr, flush=True)
 
     def foreseen(self, message: str, overrides: Sequence[str] | None = None) -> None:
-        """Report a cell that the user can mend; `overrides` are those of the running cell if none are given."""
+        """Report a failed cell that the user can fix; `overrides` defaults to those of the current cell."""
         self._foreseen.append(True)
         _report(message, _running() if overrides is None else overrides)
 
     def unforeseen(self, error: BaseException, runs: Path | str) -> None:
-        """Report the running cell, which ended in an error that nobody foresaw, and keep the traceback in a file."""
+        """Report an unforeseen error of the current cell, and keep the traceback in a file."""
         self._foreseen.append(False)
         text = "".join(traceback.format_exception(error))
         path = _traceback_of(_running(), runs)
@@ -92,10 +93,10 @@ class Cells:
         explain: Callable[[Exception], str | None],
         runs: Path,
     ) -> Sequence[JobReturn]:
-        """The good cells of a batch that a launcher runs in processes of their own; the others count as failed."""
-        if not batch:  # none could be composed, and submitit takes no empty list
+        """The successful cells of a batch that a launcher runs in separate processes; the others count as failed."""
+        if not batch:  # no cell could be composed, and submitit accepts no empty list
             return []
-        to_files = "submitit" in launch.func.__module__  # what a cell's process says
+        to_files = "submitit" in launch.func.__module__  # where the output of a cell's process goes
         try:
             with _lost_cells_return():
                 results = list(launch(batch, initial_job_idx=first))
@@ -112,18 +113,20 @@ class Cells:
                 message = explain(error)
                 self._foreseen.append(message is not None)
                 if not isinstance(error, LostCell) and not to_files:
-                    continue  # its process has said it on this terminal
+                    continue  # the cell's process has printed the error on this terminal
                 _report(message or _unforeseen_line(error, _traceback_of(cell, runs)), cell)
         return [result for result in results if result.status != JobStatus.FAILED]
 
     @contextlib.contextmanager
     def survived(self, explain: Callable[[Exception, str], str | None]) -> Iterator[None]:
-        """Meanwhile no cell ends the sweep: one that Hydra cannot compose is reported and left out, one that failed in
-        a process of its own counts as failed.
+        """Context in which no cell ends the sweep.
+
+        A cell that Hydra cannot compose is reported and omitted. A cell that failed in a process of its own counts as
+        failed.
 
         Args:
-            explain: makes one line of an error that the user can mend, of Hydra and OmegaConf as well; given the
-                error and `runs`.
+            explain: makes one line of an error that the user can fix, including errors of Hydra and OmegaConf; called
+                with the error and `runs`.
         """
         before = Sweeper.validate_batch_is_legal
 
@@ -133,7 +136,7 @@ class Cells:
             for cell in list(batch):
                 try:
                     cfg = sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(cell))
-                    OmegaConf.select(cfg, "hydra.sweep.dir")  # resolved outside of the cell
+                    OmegaConf.select(cfg, "hydra.sweep.dir")  # Hydra resolves it outside the cell
                 except (HydraException, OmegaConfBaseException) as error:
                     self.foreseen(explain(error, ""), cell)
                     batch.remove(cell)
@@ -156,12 +159,12 @@ class Cells:
 
 
 class LostCell(Exception):
-    """A cell whose process ended without a result: killed, out of memory, out of time too often."""
+    """The process of a cell ended without a result: killed, out of memory, or timed out too often."""
 
 
 @contextlib.contextmanager
 def _lost_cells_return() -> Iterator[None]:
-    """Meanwhile a job of submitit's that was lost gives a failed result, where it would end the wait for the others."""
+    """Context in which a lost job of submitit returns a failed result instead of ending the wait for other jobs."""
     from submitit.core.core import Job
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
@@ -183,7 +186,7 @@ def _lost_cells_return() -> Iterator[None]:
 
 
 def _redact_file(path: Path) -> None:
-    """Take the credentials out of what Hydra has just written about a sweep."""
+    """Remove the credentials from the file that Hydra has just written about a sweep."""
     with contextlib.suppress(OSError):
         text = path.read_text(encoding="utf-8")
         if redacted(text) != text:
@@ -191,7 +194,7 @@ def _redact_file(path: Path) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3.5 h."""
+    """Format seconds for a reader: 45 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

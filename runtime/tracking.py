@@ -1,4 +1,4 @@
-"""Experiment tracking: Weights & Biases (offline unless the user is logged in), TensorBoard, both, or nothing."""
+"""Experiment tracking: Weights & Biases (offline unless the user is logged in), TensorBoard, both, or none."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from runtime.artefacts import fingerprint, is_main_process, plain
 from runtime.provenance import resolved
 from runtime.redaction import SECRET, redacted
 
-#: How long W&B's own process, once it has failed, may take to end.
+#: Seconds that W&B's own process may take to end after a failure.
 STOP_SECONDS = 10
-#: Modes of W&B that failed in this process: the stages and cells after it do not wait for them again.
+#: Modes of W&B that failed in this process; later stages and cells do not wait for them again.
 _failed_modes: set[str] = set()
 
 
 class Tracker:
     """Logs scalars, images, tables and files to a W&B run, to TensorBoard's event files, to both, or nowhere.
 
-    A service that fails says so in one line and gets nothing more; the stage goes on. Accelerate's `log_with` has no
-    artifacts, axes and tables of both kinds, nor a tracker where there is no Accelerator, as in pruning.
+    If a service fails, one line reports it and nothing more is sent; the stage continues. Accelerate's `log_with` is
+    not used: it has no artifacts, custom axes and tables for both services, and no tracker without an Accelerator, as
+    in pruning.
     """
 
     def __init__(self, wandb_run: Any = None, events: Any = None) -> None:
@@ -47,7 +48,7 @@ class Tracker:
         self._tell(lambda run: run.log(dict(values), step=step), scalars)
 
     def image(self, name: str, path: Path, step: int | None = None, caption: str | None = None) -> None:
-        """Log a picture file."""
+        """Log an image file."""
 
         def uploaded(run: Any) -> None:
             import wandb
@@ -69,7 +70,7 @@ class Tracker:
         self._tell(uploaded)
 
     def artifact(self, kind: str, name: str, path: Path) -> None:
-        """Keep a file with the run, once for all runs that name the same content (W&B)."""
+        """Store a file with the run; identical content is stored once for all runs (W&B)."""
 
         def uploaded(run: Any) -> None:
             import wandb
@@ -89,7 +90,7 @@ class Tracker:
             self._events.tell(to_events)
 
     def close(self) -> None:
-        """End the run and the event files. One that has failed already does so in silence."""
+        """End the run and the event files. A service that has already failed ends without a message."""
         self._events.close(lambda events: events.close())
         if self._run.client is not None:
             self._run.close(lambda run: run.finish())
@@ -99,7 +100,7 @@ class Tracker:
 
 
 class _Service:
-    """What is sent to a service, until it fails."""
+    """Sends data to a service until it fails."""
 
     def __init__(self, name: str, client: Any) -> None:
         self.name, self.client, self.failed = name, client, False
@@ -109,19 +110,19 @@ class _Service:
             self.close(action)
 
     def close(self, action: Callable[[Any], Any]) -> None:
-        """The same, of a service that has failed too, which then says nothing."""
+        """Like `tell`, but also for a service that has failed; then without a message."""
         if self.client is None:
             return
         try:
             action(self.client)
-        except Exception as error:  # whatever it comes up with
+        except Exception as error:  # any error of the service
             if not self.failed:
                 _warn(self.name, error, "the stage goes on without it")
             self.failed = True
 
 
 def _warn(service: str, error: Exception, then: str) -> None:
-    """A service's failure is one line, without keys that the environment holds."""
+    """Report a service's failure in one line, without keys from the environment."""
     reason = " ".join(str(error).split()).partition(" Consider increasing")[0] or type(error).__name__
     for name, value in os.environ.items():
         if SECRET.search(name) and value:
@@ -130,7 +131,7 @@ def _warn(service: str, error: Exception, then: str) -> None:
 
 
 def _stop_wandb() -> None:
-    """End W&B's own process now: at the end of this one it would be waited for, and its failure printed."""
+    """End W&B's own process now; otherwise the end of this process would wait for it and print its failure."""
 
     def stop() -> None:
         with suppress(Exception):
@@ -168,7 +169,7 @@ def track(cfg: DictConfig, stage: str, name: str) -> Iterator[Tracker]:
 
 
 def _started(cfg: DictConfig, stage: str, name: str) -> Any:
-    """A W&B run in the mode that is requested, else offline, else None; who failed once online stays offline."""
+    """A W&B run in the requested mode, else offline, else None. After one failure online, later runs are offline."""
     mode = cfg.tracker.mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     modes = dict.fromkeys(("offline",) if mode in _failed_modes else (mode, "offline"))
     for choice in modes:
@@ -195,13 +196,13 @@ def _but_for_event_files(args: threading.ExceptHookArgs) -> None:
 def _event_files(cfg: DictConfig, stage: str, name: str) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    threading.excepthook = _but_for_event_files  # its thread raises what the next call raises again
+    threading.excepthook = _but_for_event_files  # its thread raises an error that the next call raises again
     return SummaryWriter(str(Path(cfg.runs) / "tensorboard" / f"{stage}-{name}-{fingerprint(cfg=resolved(cfg))[:8]}"))
 
 
 def _wandb_run(cfg: DictConfig, stage: str, name: str, mode: str) -> Any:
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # reports to an absent server are waited for, and said
-    logging.raiseExceptions = False  # else its log prints a traceback for every line that a full disk does not take
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or W&B waits for an unreachable server and reports it
+    logging.raiseExceptions = False  # otherwise its log prints a traceback per line on a full disk
     import wandb
 
     Path(cfg.runs).mkdir(parents=True, exist_ok=True)
@@ -220,18 +221,18 @@ def _wandb_run(cfg: DictConfig, stage: str, name: str, mode: str) -> Any:
             silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=_names_secrets(), **patience
         ),
     )
-    for metric in ("balanced_*", "natural_*"):  # curves of runs with other batches meet on this axis
+    for metric in ("balanced_*", "natural_*"):  # this axis makes runs with other batch sizes comparable
         run.define_metric(metric, step_metric="images_seen")
     return run
 
 
 def _names_secrets() -> bool:
-    """Whether the command line, which wandb would keep, has credentials in it."""
+    """Whether the command line, which wandb would store, contains credentials."""
     return any(redacted(argument) != argument for argument in sys.argv)
 
 
 def _sweep() -> str | None:
-    """A name for the sweep that this run belongs to: the same command, the same sweep."""
+    """A name for the sweep that this run belongs to; the same command gives the same name."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return f"sweep-{fingerprint(command=[redacted(argument) for argument in sys.argv[1:]])[:8]}"

@@ -1,4 +1,4 @@
-"""The version of every stage's code, which is in the fingerprint of its results, and the modules it speaks for."""
+"""Versions of the code of all stages, which are part of the fingerprints of results, and the modules of each stage."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Hashes of the modules and of every stage's code at its version, written by scripts/stage_sources.py.
+#: Hashes of all modules and of every stage's code at its current version, written by scripts/stage_sources.py.
 SOURCES = Path(__file__).with_name("stage_sources.json")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """
+    """The code of a stage.
+
     Attributes:
-        version: raise it when the same inputs give another result than before.
-        modules: the code that makes the result; a folder stands for all modules in it.
-        after: stages whose results are used without being in the inputs, so their versions count as well.
+        version: to be raised when the same inputs give another result than before.
+        modules: the modules that compute the result; a folder stands for all modules in it.
+        after: preceding stages, with results that are used without being in the inputs; their versions count as well.
     """
 
     version: int
@@ -207,7 +208,7 @@ STAGES = {
 
 
 def versions_of(name: str) -> dict[str, int]:
-    """Versions of a stage and of all stages that it comes after.
+    """Versions of a stage and of all stages that precede it.
 
     Raises:
         LookupError: the table has no such stage.
@@ -221,10 +222,10 @@ def versions_of(name: str) -> dict[str, int]:
 
 
 def modules_of(name: str, root: Path = ROOT) -> dict[str, Path]:
-    """Modules and files of a stage's code.
+    """Modules of a stage's code and their files.
 
     Raises:
-        FileNotFoundError: the table names a module that is not there.
+        FileNotFoundError: the table names a module that does not exist.
     """
     result = {}
     for module in STAGES[name].modules:
@@ -237,12 +238,12 @@ def modules_of(name: str, root: Path = ROOT) -> dict[str, Path]:
 
 
 def code_hash(source: str) -> str:
-    """12 hex digits of what a module does: they change with the code, not with comments, docstrings or layout."""
+    """12 hex digits that change with a module's code, but not with comments, docstrings or layout."""
     return _digest(_code(ast.parse(source)))
 
 
 def _code(node: Any) -> Any:
-    """A syntax tree as nested tuples; empty fields, of which every version of Python has others, are left out."""
+    """A syntax tree as nested tuples, without empty fields, which differ between versions of Python."""
     if isinstance(node, list):
         return tuple(_code(item) for item in node)
     if not isinstance(node, ast.AST):
@@ -255,7 +256,7 @@ def _code(node: Any) -> Any:
 
 
 def sources(root: Path = ROOT) -> dict[str, dict[str, str]]:
-    """What `SOURCES` holds: of every stage version and hash, as in "1 26af15daf3e9"; of every module a hash."""
+    """The content of `SOURCES`: version and hash of every stage, as in "1 26af15daf3e9", and a hash of every module."""
     modules, stages = {}, {}
     for name, entry in STAGES.items():
         own = {
@@ -268,7 +269,7 @@ def sources(root: Path = ROOT) -> dict[str, dict[str, str]]:
 
 
 def outdated(stored: Mapping[str, Mapping[str, str]], root: Path = ROOT) -> list[str]:
-    """One line for every stage whose code or version is no longer what was stored."""
+    """One line for every stage with a code or version that differs from the stored one."""
     result, then = sources(root), "run `python scripts/stage_sources.py`"
     stages, modules = (
         [name for name in sorted({*stored[part], *result[part]}) if stored[part].get(name) != result[part].get(name)]

@@ -1,1 +1,1 @@
-"""What ties the stages together: reproduce, tables, sweeps, benchmarks."""
+"""Commands that combine the stages: reproduction, tables, sweeps, benchmarks."""

@@ -1,4 +1,4 @@
-"""RS-Prune with one choice changed at a time, judged without training on the validation split: `make ablation`."""
+"""RS-Prune with one option changed at a time, evaluated without training on the validation split: `make ablation`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DEFAULT = "none (default)"
 
 
 def kept_by(cfg: DictConfig) -> np.ndarray:
-    """Which images of the corpus the method keeps, bool [N]."""
+    """Mask of the images that the method keeps, bool [N]."""
     directory, _ = select(cfg, METHOD)
     return pd.read_parquet(directory / "selection.parquet", columns=["kept"])["kept"].to_numpy()
 
 
 def selection_note(kept: np.ndarray, default: np.ndarray) -> str:
-    """Whether a change changes anything: with the same images kept, its row repeats the default's."""
+    """A note if a change has no effect: if the same images are kept, its row repeats the default's."""
     return "same as default" if np.array_equal(kept, default) else "different"
 
 

@@ -1,4 +1,4 @@
-"""Generated images as training data of a segmenter, beside real ones and in their place: `make augmentation`.
+"""Generated images as training data of a segmenter, in addition to real ones and instead of them: `make augmentation`.
 
 Every training is measured on real held-out images of `eval.split`. Finished cells are not computed again.
 """
@@ -20,7 +20,7 @@ NAME = "augmentation"
 
 
 def cell_row(study: Study, cell: Cell) -> dict[str, Any]:
-    """The result row of a cell, which is computed if it is not there."""
+    """The result row of a cell; computed if it does not exist."""
     directory = measured_cell(study, cell)
     metrics, training = read_json(directory / "metrics.json"), read_json(trained_cell(study, cell) / TRAINING)
     images = images_of(study, cell)

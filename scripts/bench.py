@@ -1,4 +1,4 @@
-"""Speed of the stages beside their limits, in one run on this machine: `make bench`."""
+"""Speed of the stages compared with their upper bounds, in one run on this machine: `make bench`."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from train.latents import decode, encode
 from train.networks import diffusion_loss, new_unet
 from train.objective import Objective
 
-SIDE = 400  # px of the JPEGs that are made where no folder is given
+SIDE = 400  # px, side of the generated JPEGs if no folder is given
 ROUNDS = 5
 
 
 def per_second(work: Callable[[], object], items: int, *, seconds: float = 2.0) -> float:
-    """Items a second of a repeated call, after one warm-up call."""
+    """Items per second of a repeated call, after one warm-up call."""
     work()
     start, calls = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -52,16 +52,16 @@ def per_second(work: Callable[[], object], items: int, *, seconds: float = 2.0) 
 
 
 def paired(limit: Callable[[], float], ours: Callable[[], float]) -> tuple[float, float, float]:
-    """Two rates measured in turn, their medians, and the median of their ratio within a turn.
+    """Measure two rates alternately; returns their medians and the median of the ratio within a turn.
 
-    Other work comes and goes on a machine: what was measured in the same seconds can be compared.
+    The load of a machine varies with time, so only measurements from the same seconds are comparable.
     """
     turns = np.array([(limit(), ours()) for _ in range(ROUNDS)])
     return *np.median(turns, axis=0).tolist(), float(np.median(turns[:, 1] / turns[:, 0]))
 
 
 def jpegs(cfg: DictConfig, count: int) -> list[Path]:
-    """`count` JPEG files: of `bench.root`, or enlarged tiles of the corpus, written once.
+    """`count` JPEG files: from `bench.root`, or enlarged tiles of the corpus, which are written once.
 
     Raises:
         UserError: the folder has no images.
@@ -77,7 +77,7 @@ def jpegs(cfg: DictConfig, count: int) -> list[Path]:
         random = np.random.default_rng(cfg.seed)
         for row in range(count):
             tile = Image.fromarray(np.array(corpus.images[row * len(corpus) // count])).resize((SIDE, SIDE))
-            grain = random.normal(0, 6, (SIDE, SIDE, 3))  # a photograph's, without which a JPEG would be all smooth
+            grain = random.normal(0, 6, (SIDE, SIDE, 3))  # as in photographs; without it too smooth
             textured = np.clip(np.asarray(tile) + grain, 0, 255).astype(np.uint8)
             Image.fromarray(textured).save(directory / f"{row:06d}.jpg", quality=88)
 
@@ -86,7 +86,7 @@ def jpegs(cfg: DictConfig, count: int) -> list[Path]:
 
 
 def pixels(path: Path) -> np.ndarray:
-    """The whole image, by the decoder that indexes a corpus."""
+    """The whole image, decoded as when indexing a corpus."""
     result = decode_jpeg(path.read_bytes())
     return pixels_of_pillow(path) if result is None else result
 
@@ -105,10 +105,10 @@ def decode_and_measure_all(decode: Callable[[Path], np.ndarray], measure: LocalE
 
 
 def entropy_figures(files: list[Path], resolution: int) -> dict[str, float]:
-    """The entropy step beside pure decoding of the same files, and beside scikit-image.
+    """Speed of the entropy step, compared with pure decoding of the same files and with scikit-image.
 
-    All by the worker processes that index a corpus, in the same chunks: on squares of the corpus's resolution, as the
-    stage does it, and on whole images.
+    All use the worker processes and chunks of indexing. The images are squares at the corpus's resolution, as in the
+    stage, and also whole images.
     """
     measure = LocalEntropy()
     corpus_square = partial(read_image, resolution=resolution)
@@ -144,7 +144,7 @@ def entropy_figures(files: list[Path], resolution: int) -> dict[str, float]:
 
 
 def feature_figures(cfg: DictConfig, files: list[Path]) -> dict[str, float]:
-    """Index, entropy and embedding of files, everything cached on disk, beside the bare network on ready tensors."""
+    """Speed of index, entropy and embedding of files with caching on disk, compared with the bare network."""
     encoder = instantiate(cfg.encoder)
     size = encoder.input_size
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +174,7 @@ def feature_figures(cfg: DictConfig, files: list[Path]) -> dict[str, float]:
 
 
 def network_rate(encoder: EfficientNetLite0) -> float:
-    """Images a second of the bare network on ready tensors."""
+    """Images per second of the bare network on ready tensors."""
     network, size = encoder.network(), encoder.input_size
     ready = torch.rand(encoder.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -182,7 +182,7 @@ def network_rate(encoder: EfficientNetLite0) -> float:
 
 
 def network_figures(cfg: DictConfig) -> dict[str, float]:
-    """The autoencoder and one training step of the diffusion model."""
+    """Speed of the autoencoder and of one training step of the diffusion model."""
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
     tensors = to_tensor(np.array(corpus.images[:: max(1, len(corpus) // 128)][:128]))
     autoencoder, _ = load_autoencoder(cfg)

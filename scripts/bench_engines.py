@@ -1,4 +1,4 @@
-"""Pruning whole with `engine=local` and with `engine=ray` on one machine, in turn: `make bench-engines`."""
+"""Complete pruning with `engine=local` and `engine=ray` on one machine, alternating: `make bench-engines`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENGINES = ("local", "ray")
 
 
 def prune(shards: Path, engine: str, runs: Path) -> tuple[float, str]:
-    """Seconds of `prune/run.py` with an empty run directory, and a digest of its selection.
+    """Run `prune/run.py` with an empty run directory; returns its seconds and a digest of its selection.
 
     Raises:
         UserError: the command failed.

@@ -1,4 +1,4 @@
-"""Speed and memory of scoring image-text pairs, beside the bare products and the bare network: part of `make bench`."""
+"""Speed and memory of scoring image-text pairs, compared with bare products and networks: part of `make bench`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from runtime.machine import machine
 from train.text_encoder import clip_tokenizer, small_clip
 
 DIMENSIONS, SCENES, WORDS = 256, 30, 2000
-#: Images that a CLIP and the captioner see.
+#: Number of images for CLIP and the captioner.
 IMAGES = 1024
 
 
 def made_pairs(folder: Path, count: int, seed: int) -> tuple[Corpus, np.ndarray, Pairs, np.ndarray]:
-    """A corpus of features without images, written part by part: each scene has a direction and words of its own."""
+    """A corpus of features without images, written in parts; each scene has its own direction and words."""
     generator = np.random.default_rng([seed, count])
     scene = generator.integers(SCENES, size=count)
     centres = generator.standard_normal((SCENES, DIMENSIONS)).astype(np.float32)
@@ -48,7 +48,7 @@ def made_pairs(folder: Path, count: int, seed: int) -> tuple[Corpus, np.ndarray,
         part = scene[start : start + 65_536]
         features[start : start + 65_536] = centres[part] + generator.standard_normal((len(part), DIMENSIONS))
     words = np.array([f"word{number}" for number in range(WORDS)], dtype=object)
-    own = scene[:, None] * 40 + generator.integers(40, size=(count, 10))  # half of the words are the scene's
+    own = scene[:, None] * 40 + generator.integers(40, size=(count, 10))  # half of the words belong to the scene
     chosen = np.where(generator.random((count, 10)) < 0.5, own, generator.integers(WORDS, size=(count, 10)))
     texts = [" ".join(row) for row in words[chosen]]
     ids = np.arange(count).astype(str)
@@ -59,7 +59,7 @@ def made_pairs(folder: Path, count: int, seed: int) -> tuple[Corpus, np.ndarray,
 
 
 def scoring_figures(count: int, scorer: FittedScorer) -> dict[str, float]:
-    """Seconds of each step, what the products of the statistics alone take, and the largest memory in GB."""
+    """Seconds of each step, seconds of the matrix products of the statistics alone, and peak memory in GB."""
     with tempfile.TemporaryDirectory() as name:
         folder, seconds = Path(name), {}
         corpus, features, pairs, scenes = made_pairs(folder, count, seed=0)
@@ -88,7 +88,7 @@ def scoring_figures(count: int, scorer: FittedScorer) -> dict[str, float]:
 
 
 def _products(images: np.ndarray, texts: np.ndarray) -> None:
-    """The cosines that the statistics of pairs and of both kinds of shuffled pairs are made from."""
+    """The cosines for the statistics of the pairs and of both kinds of shuffled pairs."""
     for start in range(0, len(images), 8192):
         for _ in range(3):
             for side, sample in ((images, texts), (texts, images)):
@@ -97,7 +97,7 @@ def _products(images: np.ndarray, texts: np.ndarray) -> None:
 
 
 def network_figures(cfg: DictConfig) -> dict[str, float]:
-    """Images and captions a second of a CLIP of the size that is trained here, and of the captioner."""
+    """Images and captions per second of a CLIP of the size that is trained here, and of the captioner."""
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
     rows = np.arange(min(IMAGES, len(corpus)))
     part = Corpus(corpus.name, corpus.directory, np.asarray(corpus.images[rows]), corpus.manifest.iloc[rows], None, ())
@@ -141,7 +141,7 @@ def main(cfg: DictConfig) -> None:
     scorer = instantiate(cfg.captioning.scorers.fitted, _convert_="all")
     by_size = {}
     for count in cfg.bench.sizes:
-        with multiprocessing.get_context("spawn").Pool(1) as process:  # its largest memory is its own
+        with multiprocessing.get_context("spawn").Pool(1) as process:  # separate, for its own peak memory
             by_size[str(count)] = process.apply(scoring_figures, (int(count), scorer))
         print(f"{count:,} pairs: " + ", ".join(f"{name} {value:.3g}" for name, value in by_size[str(count)].items()))
     network = network_figures(cfg)

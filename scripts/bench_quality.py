@@ -1,7 +1,7 @@
-"""What helps the generator in equal seconds of training, one change at a time, on the validation split.
+"""Effect of single changes on the generator for equal training time, on the validation split.
 
 `make bench-quality`. Every change trains for as many steps as fit into `bench_quality.seconds`, at the speed of a short
-training of the same kind, so that a slower one pays for it. Finished cells are not computed again.
+training of the same kind, so a slower variant gets fewer steps. Finished cells are not computed again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from train.foundation import pretrain
 
 METHOD = "rsprune"
 DEFAULT = "none (default)"
-#: What a probe measures of itself: as little as can be.
+#: Options that reduce the evaluation of a probe to a minimum.
 QUICK = (
     "eval.images=16",
     "eval.convergence_images=16",
@@ -31,7 +31,7 @@ QUICK = (
 
 
 def steps_within(seconds: float, probe_steps: int, probe_seconds: float) -> int:
-    """Steps that fit into so many seconds, to two digits, so that a probe's noise does not make another training."""
+    """Number of steps that fit into some seconds, rounded to two digits to suppress the noise of the probe."""
     steps = seconds * probe_steps / probe_seconds
     unit = 10 ** max(0, math.floor(math.log10(steps)) - 1)
     return max(1, int(steps // unit * unit))
@@ -41,7 +41,7 @@ def trained(cfg: DictConfig, change: Sequence[str], seed: int) -> tuple[DictConf
     """The config and the run of a change with one seed, trained for `bench_quality.seconds`."""
     options = cfg.bench_quality
     common = [f"prune={METHOD}", f"eval.split={cfg.ablation.split}", *change]
-    # the first seed's probe stands for all: other seeds train for as many steps
+    # one probe, with the first seed, for all seeds: all train for the same number of steps
     probe = changed_config(*common, f"seed={options.seeds[0]}", f"train.loop.steps={options.probe}", *QUICK)
     seconds = read_json(pretrain(probe, METHOD) / "summary.json")["seconds"]
     steps = steps_within(float(options.seconds), int(options.probe), float(seconds))

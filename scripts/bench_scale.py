@@ -1,4 +1,4 @@
-"""Every stage from tar shards to selection.parquet at growing sizes: time, memory, a cost model. `make bench-scale`."""
+"""All stages from tar shards to selection.parquet at growing sizes: time, memory, cost model. `make bench-scale`."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ from runtime.progress import progress
 from scripts import bench_selection
 
 RATIO = 0.85
-#: Most pixels by which a repeated tile is shifted, its brightness, and its noise in grey levels.
+#: Largest shift of a repeated tile in pixels, range of its brightness factor, and its noise in grey levels.
 SHIFT, BRIGHTNESS, NOISE = 8, (0.8, 1.2), 6.0
-#: Seconds between two looks at a process's memory.
+#: Seconds between two measurements of a process's memory.
 INTERVAL = 0.05
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one measured process works on.
+    """The task of one measured process.
 
     Attributes:
         part: `TILES` or `SYNTHETIC`.
-        work: folder with what the stages before have left.
+        work: folder with the results of the preceding stages.
     """
 
     part: str
@@ -77,7 +77,7 @@ class Plan:
         return self.folder / "runs"
 
 
-# ---------------------------------------------------------------- what is measured: a function a stage
+# ---------------------------------------------------------------- measured code: one function per stage
 
 
 def source_of(plan: Plan) -> WebDataset:
@@ -111,7 +111,7 @@ def embed_by_default(plan: Plan) -> None:
 
 
 def select(plan: Plan) -> Callable[[], None]:
-    """Selects, and returns what writes the selection down, which is not measured."""
+    """Run the selection; returns a function that writes it, which is not measured."""
     if plan.part == SYNTHETIC:
         data = bench_selection.load(plan.folder)
         selection = select_from_arrays(
@@ -138,7 +138,7 @@ def tabulate(plan: Plan) -> None:
 
 
 def pool_of(plan: Plan) -> Pool:
-    """The pool of the embeddings that are there, without a reference."""
+    """The pool of the existing embeddings, without a reference."""
     if plan.part == SYNTHETIC:
         embeddings = np.load(plan.folder / "embeddings.npy", mmap_mode="r")
         ids = np.arange(plan.images).astype(f"U{len(str(plan.images))}")
@@ -153,7 +153,7 @@ def pool_of(plan: Plan) -> Pool:
 
 
 def _write_selection(path: Path, selection: Selection) -> None:
-    """As arrays of numbers: texts as their codes."""
+    """Write a selection as numeric arrays; texts as their codes."""
     texts = {}
     for name in ("reason", "scene"):
         names, codes = np.unique(getattr(selection, name).astype(str), return_inverse=True)
@@ -183,7 +183,7 @@ WORK: dict[str, Callable[[Plan], Callable[[], None] | None]] = {
 
 
 def child(name: str, plan: Plan, results: multiprocessing.Queue) -> None:
-    """Run one stage in this, a fresh process; puts its seconds and its own seconds of a core."""
+    """Run one stage in this new process; puts its wall-clock seconds and its own CPU seconds into the queue."""
     start, own = time.perf_counter(), time.process_time()
     leave = WORK[name](plan)
     results.put((time.perf_counter() - start, time.process_time() - own))
@@ -191,11 +191,12 @@ def child(name: str, plan: Plan, results: multiprocessing.Queue) -> None:
         leave()
     results.close()
     results.join_thread()
-    os._exit(0)  # idle decoders would keep this process for a minute
+    os._exit(0)  # otherwise idle decoders would keep this process alive for a minute
 
 
 def measured(name: str, plan: Plan) -> dict[str, Any]:
-    """A stage in a process of its own: seconds, seconds of cores, and peaks of memory over it and its workers.
+    """Run a stage in a separate process: wall-clock seconds, CPU seconds, and peak memory of the process and its
+    workers.
 
     Raises:
         UserError: it ended without a result.
@@ -229,7 +230,7 @@ def measured(name: str, plan: Plan) -> dict[str, Any]:
 
 
 def _usage(process: psutil.Process, cpu: dict[int, float]) -> tuple[int, int]:
-    """Bytes of a process and its children now: resident, and of these anonymous. Notes their seconds in `cpu`."""
+    """Current bytes of a process and its children: resident and anonymous. Records their CPU seconds in `cpu`."""
     resident = anonymous = 0
     for one in _family(process):
         try:
@@ -238,7 +239,7 @@ def _usage(process: psutil.Process, cpu: dict[int, float]) -> tuple[int, int]:
             resident += memory.rss
             anonymous += _anonymous(one.pid, memory.rss)
         except (psutil.Error, OSError):
-            continue  # it has just ended
+            continue  # the process has just ended
     return resident, anonymous
 
 
@@ -250,19 +251,21 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _anonymous(pid: int, resident: int) -> int:
-    """Bytes that no file backs, where Linux tells them; else all."""
+    """Bytes without a backing file if Linux reports them, otherwise all resident bytes."""
     path = Path(f"/proc/{pid}/status")
     lines = path.read_text().splitlines() if path.is_file() else []
     result = next((line for line in lines if line.startswith("RssAnon:")), None)
     return 1024 * int(result.split()[1]) if result else resident
 
 
-# ---------------------------------------------------------------- what is made
+# ---------------------------------------------------------------- generated data
 
 
 def make_shards(cfg: DictConfig, plan: Plan) -> None:
-    """Tar shards of `plan.images` JPEGs: tiles of the corpus with jitter, seeded by shard. Shards that are there "
-    "stay."""
+    """Write tar shards of `plan.images` JPEGs: tiles of the corpus with jitter, seeded per shard.
+
+    Existing shards are kept.
+    """
     own = OmegaConf.merge(cfg.corpus.train, {"resolution": plan.resolution})
     tiles = index_corpus(instantiate(own), cfg.runs).images
     folder, size = plan.folder / "shards", int(cfg.bench_scale.shard_images)
@@ -287,7 +290,7 @@ def make_shards(cfg: DictConfig, plan: Plan) -> None:
 
 
 def jittered(tiles: np.ndarray, rows: np.ndarray, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Tiles uint8 [R, R, 3], repeated in turn: turned, shifted with mirrored edges, brighter or darker, noisy."""
+    """Tiles uint8 [R, R, 3], repeated cyclically: turned, shifted with mirrored edges, brighter or darker, noisy."""
     side = tiles.shape[1]
     for row in rows:
         tile = np.rot90(tiles[row % len(tiles)], generator.integers(4))
@@ -299,7 +302,7 @@ def jittered(tiles: np.ndarray, rows: np.ndarray, generator: np.random.Generator
 
 
 def make_embeddings(cfg: DictConfig, plan: Plan) -> None:
-    """The made embeddings of scripts/bench_selection.py in the plan's folder."""
+    """The synthetic embeddings of scripts/bench_selection.py in the plan's folder."""
     settings = OmegaConf.merge(cfg, {"bench": {"dimensions": plan.dimensions}, "runs": str(plan.runs)})
     made = bench_selection.make(settings, plan.images, bench_selection.Recipe())
     for path in made.glob("*.npy"):
@@ -308,11 +311,11 @@ def make_embeddings(cfg: DictConfig, plan: Plan) -> None:
             target.symlink_to(path.resolve())
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- the complete benchmark
 
 
 def plans(cfg: DictConfig) -> Iterator[Plan]:
-    """All that is to be measured, the small sizes first."""
+    """All measurements, small sizes first."""
     settings = cfg.bench_scale
     own = {name: int(settings[name]) for name in ("resolution", "input_size", "default_images", "dimensions")}
     for part, sizes in ((TILES, settings.sizes), (SYNTHETIC, settings.synthetic_sizes)):
@@ -322,14 +325,14 @@ def plans(cfg: DictConfig) -> Iterator[Plan]:
 
 
 def known_rows(path: Path, settings: str) -> list[dict[str, Any]]:
-    """What earlier runs with these settings have measured; the last one of a stage and size counts."""
+    """Results of earlier runs with these settings; if a stage and size were repeated, the last one is used."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = [row for line in lines if (row := json.loads(line)).pop("settings") == settings]
     return list({(row["part"], row["stage"], row["images"]): row for row in rows}.values())
 
 
 def measure_all(cfg: DictConfig, noted: Path) -> list[dict[str, Any]]:
-    """Measure what is not noted yet, and note every row at once."""
+    """Measure everything that is not recorded yet, and record every row immediately."""
     metadata = ("resolution", "input_size", "default_images", "dimensions", "quality", "shard_images")
     settings = fingerprint(seed=cfg.seed, corpus=cfg.corpus.train, **{name: cfg.bench_scale[name] for name in metadata})
     for number, plan in enumerate(plans(cfg)):
@@ -355,7 +358,7 @@ def measure_all(cfg: DictConfig, noted: Path) -> list[dict[str, Any]]:
 
 
 def _bytes_per_image(plan: Plan) -> float | None:
-    """Of the shards, headers included; None where there are none."""
+    """Mean bytes per image of the shards, headers included; None without shards."""
     shards = list((plan.folder / "shards").glob("*.tar"))
     return sum(path.stat().st_size for path in shards) / plan.images if shards else None
 

@@ -1,4 +1,4 @@
-"""Selection on synthetic clustered embeddings of growing size: seconds, memory, and what was picked. `make bench`."""
+"""Selection on synthetic clustered embeddings of growing size: seconds, memory, quality of the choice. `make bench`."""
 
 from __future__ import annotations
 
@@ -33,24 +33,26 @@ RATIO = 0.85
 
 @dataclass(frozen=True)
 class Recipe:
-    """Of a synthetic set: kinds (0: twice the square root of the images) in classes, of which the first are known."""
+    """Parameters of a synthetic set: kinds (0: twice the square root of the images) and classes; `known` come first."""
 
     kinds: int = 0
     classes: int = 30
     known: int = 30
 
 
-#: A reference that covers 100 of 400 kinds.
+#: A set whose reference covers 100 of 400 kinds.
 UNKNOWN = Recipe(kinds=400, classes=80, known=20)
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Embeddings of `kinds` clusters whose sizes follow a power law, each in one of some classes.
+    """Embeddings in `kinds` clusters with sizes that follow a power law; each cluster belongs to one class.
 
     Attributes:
-        embeddings: float16 [N, D], memory-mapped; kinds: int64 [N], the true cluster of each row.
-        reference: float32 [M, D] and classes int64 [M], labelled rows of their own.
+        embeddings: float16 [N, D], memory-mapped.
+        kinds: int64 [N], the true cluster of each row.
+        reference: float32 [M, D], separate labelled rows.
+        classes: int64 [M], their classes.
     """
 
     embeddings: np.ndarray
@@ -105,7 +107,7 @@ def with_method(method) -> Callable[[Synthetic], np.ndarray]:
 
 
 def one_faiss_kmeans(data: Synthetic) -> np.ndarray:
-    """One flat k-means of everything with as many clusters as RS-Prune makes; the images nearest to each in turn."""
+    """One flat k-means with as many clusters as RS-Prune makes; then the nearest images of all clusters in turn."""
     points = np.asarray(data.embeddings, dtype=np.float32)
     clusters = len(points) // RSPrune.images_per_cluster
     model = faiss.Kmeans(points.shape[1], clusters, niter=20, seed=0, max_points_per_centroid=1_000_000_000)
@@ -115,7 +117,7 @@ def one_faiss_kmeans(data: Synthetic) -> np.ndarray:
 
 
 def minibatch_kmeans(data: Synthetic) -> np.ndarray:
-    """scikit-learn's MiniBatchKMeans with as many clusters, then the images nearest to each centre in turn."""
+    """scikit-learn's MiniBatchKMeans with as many clusters; then the images nearest to each centre in turn."""
     points = np.asarray(data.embeddings, dtype=np.float32)
     clusters = len(points) // RSPrune.images_per_cluster
     model = MiniBatchKMeans(clusters, batch_size=4096, n_init=1, max_iter=5, random_state=0)
@@ -124,14 +126,14 @@ def minibatch_kmeans(data: Synthetic) -> np.ndarray:
 
 
 def nearest_in_turn(labels: np.ndarray, distances: np.ndarray) -> np.ndarray:
-    """The nearest image of every cluster, then the second of every cluster, and so on to the budget."""
+    """The nearest image of every cluster, then the second nearest of every cluster, and so on up to the budget."""
     order = np.lexsort((distances, labels))
     starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) > 0])
     rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
     return order[np.argsort(rank, kind="stable")[: len(order) - round(RATIO * len(order))]]
 
 
-#: name -> (what runs, largest size it is run at)
+#: name -> (method, largest size at which it is run)
 RIVALS: dict[str, tuple[Callable[[Synthetic], np.ndarray], int]] = {
     "rsprune": (with_method(RSPrune()), 10**9),
     "semdedup": (with_method(SemDeDup()), 10**6),
@@ -139,7 +141,7 @@ RIVALS: dict[str, tuple[Callable[[Synthetic], np.ndarray], int]] = {
     "minibatch_kmeans": (minibatch_kmeans, 10**5),
     "one_faiss_kmeans": (one_faiss_kmeans, 10**5),
 }
-#: What runs where the reference knows a quarter of the kinds.
+#: Methods for the set in which the reference knows a quarter of the kinds.
 WITH_UNKNOWN: dict[str, Callable[[Synthetic], np.ndarray]] = {
     "rsprune": with_method(RSPrune()),
     "rsprune, one open scene": with_method(RSPrune(split_open=False)),
@@ -149,12 +151,12 @@ WITH_UNKNOWN: dict[str, Callable[[Synthetic], np.ndarray]] = {
 
 
 def measure(name: str, directory: str, unknown: bool, results: multiprocessing.Queue) -> None:
-    """Run one method in this, a fresh process; puts seconds, peak resident GB and what was picked."""
+    """Run one method in this new process; puts seconds, peak resident GB and the choice into the queue."""
     select = WITH_UNKNOWN[name] if unknown else RIVALS[name][0]
     data = load(Path(directory))
     warm = Synthetic(data.embeddings[:2000], data.kinds[:2000], data.reference, data.classes)
     if "kmeans" not in name:
-        select(warm)  # compiled code and page cache are not what is measured
+        select(warm)  # warm-up, so that compilation and a cold page cache are not measured
     start = time.perf_counter()
     kept = select(data)
     seconds = time.perf_counter() - start
@@ -173,7 +175,7 @@ def measure(name: str, directory: str, unknown: bool, results: multiprocessing.Q
 
 
 def measured(name: str, directory: Path, unknown: bool = False) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """`measure` in a separate process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=measure, args=(name, str(directory), unknown, queue))

@@ -1,4 +1,4 @@
-"""Speed of the training loop beside the bare network and the usual way of writing it: part of `make bench`."""
+"""Speed of the training loop, compared with the bare network and a conventional loop: part of `make bench`."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from train.objective import Objective
 from train.utilisation import compute_dtype, peak_flops, training_flops
 
 ROUNDS = 5
-STEPS = 40  # a round, half of which warm up
+STEPS = 40  # per round; the first half is warm-up
 
 
 class ImagesAndCaptions(Dataset):
-    """Image files and their captions as the training examples of diffusers read them: decoded for every step."""
+    """Image files and captions, read as in the training examples of diffusers: decoded for every step."""
 
     def __init__(self, files: list[Path], captions: list[str], resolution: int) -> None:
         self.files, self.captions = files, captions
@@ -62,7 +62,10 @@ class ImagesAndCaptions(Dataset):
 def usual_way(
     cfg: DictConfig, files: list[Path], captions: list[str], network: torch.nn.Module, autoencoder, text: TextParts
 ) -> Callable[[int], None]:
-    """So many steps that decode, encode, tokenise and embed anew each time; DataLoader in the process, its default."""
+    """A function that runs steps of a conventional loop: decode, encode, tokenise and embed in every step.
+
+    The DataLoader runs in the process itself, which is its default.
+    """
     accelerator = make_accelerator(cfg)
     network = copy.deepcopy(network)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4)
@@ -108,7 +111,7 @@ def usual_way(
 
 
 def bare(cfg: DictConfig, subset: Subset, network: torch.nn.Module, accelerator: Accelerator) -> Callable[[int], None]:
-    """So many forward and backward passes and optimiser steps on one batch that lies ready: the limit."""
+    """A function that runs forward and backward passes and optimizer steps on one ready batch: the upper bound."""
     network = copy.deepcopy(network)
     objective = Objective(**cfg.train.objective)
     batch = subset_batches(subset, objective, cfg.train.loop.batch_size)(np.random.default_rng(0), slice(None))
@@ -128,7 +131,7 @@ def bare(cfg: DictConfig, subset: Subset, network: torch.nn.Module, accelerator:
 
 
 def ours(cfg: DictConfig, subset: Subset, network: torch.nn.Module, accelerator: Accelerator) -> Callable[[int], float]:
-    """Images a second of `train_loop` over so many steps, the first half not counted."""
+    """A function that returns the images per second of `train_loop` over some steps; the first half is not counted."""
     objective = Objective(**cfg.train.objective)
     hide = masks_padding(network)
 
@@ -163,7 +166,7 @@ def jpegs(corpus: Corpus, rows: np.ndarray, folder: Path) -> list[Path]:
 def measured(
     usual: Callable[[int], None], limit: Callable[[int], None], loop: Callable[[int], float], batch_size: int
 ) -> dict[str, np.ndarray]:
-    """Images a second of the three in turn, `ROUNDS` times: what was measured in the same minute can be compared."""
+    """Images per second of the three loops, measured in turn `ROUNDS` times so that they are comparable."""
 
     def rate(steps: Callable[[int], None]) -> float:
         steps(STEPS // 2)

@@ -1,4 +1,4 @@
-"""What `make reproduce` trains, in its order: the list that both the chain and its plan (`dry_run=true`) go by."""
+"""The list of trainings of `make reproduce`, in order; used by the chain and by its plan (`dry_run=true`)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from report.results import run_name, weighting_name
 from runtime.application import changed_config
 from runtime.errors import UserError
 
-#: `train.weighting` of images that are drawn as often as the corpus has images of their kind.
+#: `train.weighting` with which images are drawn in proportion to the number of corpus images of their kind.
 NATURAL = 1.0
 
 
 class Pretraining(NamedTuple):
-    """One foundation model.
+    """The training of one foundation model.
 
     Attributes:
         cfg: with its method, weighting and seed.
-        new_subset: whether it is the first one on its subset, which is then measured too.
+        new_subset: whether it is the first one on its subset; then the subset is measured too.
     """
 
     cfg: DictConfig
@@ -30,7 +30,7 @@ class Pretraining(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called beside others."""
+        """Its name among the trainings."""
         return run_name(self.method, weighting_name(self.cfg.train.weighting))
 
 
@@ -39,7 +39,7 @@ class FineTuning(NamedTuple):
 
     Attributes:
         method: of the foundation, or `scratch`.
-        foundation: name of a `Pretraining`; None: it starts from nothing.
+        foundation: name of a `Pretraining`; None: from scratch.
     """
 
     cfg: DictConfig
@@ -49,7 +49,7 @@ class FineTuning(NamedTuple):
 
 
 class Part(NamedTuple):
-    """All trainings of one seed; foundations are fine-tuned for the first `profile.fine_tuned_seeds` of them."""
+    """All trainings of one seed. Foundations are fine-tuned for the first `profile.fine_tuned_seeds` seeds."""
 
     cfg: DictConfig
     pretrainings: list[Pretraining]
@@ -58,10 +58,10 @@ class Part(NamedTuple):
 
 
 def chain(cfg: DictConfig, tasks: Iterable[str]) -> list[Part]:
-    """The trainings of a config by seed, in their order.
+    """The trainings of a config by seed, in order.
 
     Args:
-        tasks: names of the tasks that the corpus is fit for.
+        tasks: names of the tasks for which the corpus is suitable.
     Raises:
         UserError: the profile names a method that it does not train.
     """
@@ -76,7 +76,7 @@ def chain(cfg: DictConfig, tasks: Iterable[str]) -> list[Part]:
 
 
 def check_profile(cfg: DictConfig) -> None:
-    """Refuse (UserError) a profile that fine-tunes, or weights, what it does not train."""
+    """Refuse (UserError) a profile that fine-tunes or weights a method that it does not train."""
     for option in ("downstream", "natural"):
         missing = set(cfg.profile[option]) - set(cfg.profile.methods)
         if missing:
@@ -84,7 +84,7 @@ def check_profile(cfg: DictConfig) -> None:
 
 
 def _pretrainings(cfg: DictConfig) -> list[Pretraining]:
-    """Every method, and those of `profile.natural` once more with natural weights."""
+    """One training per method, and for the methods in `profile.natural` another one with natural weights."""
     requested = [(method, cfg.train.weighting) for method in cfg.profile.methods]
     requested += [(method, NATURAL) for method in cfg.profile.natural]
     result, seen = [], set()
@@ -96,10 +96,10 @@ def _pretrainings(cfg: DictConfig) -> list[Pretraining]:
 
 
 def _fine_tunings(cfg: DictConfig, tasks: Iterable[str], *, longer: bool) -> list[FineTuning]:
-    """Every task from every foundation, from scratch with as many steps, and with the foundation's steps added.
+    """Every task from every foundation, and from scratch with as many steps and with the foundation's steps added.
 
     Args:
-        longer: whether the last one is among them.
+        longer: whether to include the last one.
     """
     steps = cfg.profile.fine_tuning_steps
     options = [f"seed={cfg.seed}"] + ([] if steps is None else [f"downstream.loop.steps={steps}"])

@@ -1,4 +1,4 @@
-"""Which encoder should judge: whose distances grow with known damage? `python scripts/choose_encoder.py`."""
+"""Choice of the evaluation encoder: whose distances grow with known damage? `python scripts/choose_encoder.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runtime.errors import UserError
 
 
 def pool_of(corpus: Corpus, size: int, seed: int) -> Pool:
-    """Two disjoint scene-balanced sets of a corpus, and the rest of it.
+    """Two disjoint scene-balanced sets of a corpus, and its other images.
 
     Raises:
         UserError: the corpus has no scenes, or a scene has too few images.
@@ -51,7 +51,7 @@ def curves_of(cfg: DictConfig, encoder: Encoder, corpus: Corpus, pool: Pool) -> 
 
 
 def metadata_of(encoder: Encoder, selecting: np.ndarray, images: np.ndarray) -> dict[str, float]:
-    """Images a second, and the alignment with the features [N, D] of the encoder that selects."""
+    """Images per second, and the alignment with the features [N, D] of the encoder for selection."""
     encoder(images[: encoder.batch_size])  # loads the network
     start = time.perf_counter()
     features = embed(encoder, images, batch_size=encoder.batch_size)
@@ -60,15 +60,16 @@ def metadata_of(encoder: Encoder, selecting: np.ndarray, images: np.ndarray) -> 
 
 
 def orderings(curves: pd.DataFrame) -> pd.DataFrame:
-    """A row an encoder and damage: the columns of `verdict`."""
+    """One row per encoder and damage, with the columns of `verdict`."""
     groups = curves.groupby(["encoder", "damage"], sort=False)
     return pd.DataFrame([{"encoder": one, "damage": two, **verdict(curve)} for (one, two), curve in groups])
 
 
 def summary(result: pd.DataFrame, metadata: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """A row an encoder, the best first: fewest pairs in the wrong order by KID, then what is seen soonest.
+    """One row per encoder, the best first: by the fewest pairs in the wrong order by KID, then by the earliest
+    detection.
 
-    A damage that is never seen counts as seen one step after the strongest.
+    A damage that is never detected counts as detected one step after the strongest.
     """
     late = result["damage"].map(lambda name: len(DAMAGES[name].strengths) + 1)
     result = result.assign(seen_at=result["seen_at"].fillna(late), ordered=result["kid_x1000_inversions"] == 0)
@@ -85,7 +86,7 @@ def summary(result: pd.DataFrame, metadata: Mapping[str, Mapping[str, float]]) -
 
 
 def page(title: str, table: pd.DataFrame, result: pd.DataFrame, curves: pd.DataFrame, chosen: str) -> str:
-    """Everything measured, as Markdown."""
+    """All measurements as Markdown."""
     pairs = len(DAMAGES) * 15
     lines = [f"# {title}", "", f"Chosen: `{chosen}`.", ""]
     lines += _rows(

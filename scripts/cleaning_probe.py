@@ -1,7 +1,7 @@
-"""The fraction of each scene's pairs to clean, measured: `python scripts/cleaning_probe.py corpus=…`.
+"""Measure the fraction of each scene's pairs that should be cleaned: `python scripts/cleaning_probe.py corpus=…`.
 
-Trains a small model for every ratio of `cleaning_probe.ratios` and compares what it draws with held-out images, scene
-by scene. The file that it writes is what `prune.cleaning_ratio` takes.
+Trains a small model for every ratio of `cleaning_probe.ratios` and compares its images with held-out images, scene by
+scene. The resulting file is a value for `prune.cleaning_ratio`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.foundation import pretrain
 from train.measured_run import MEASURED
 
 PROBE, RATIOS = "cleaning_probe", "ratios.json"
-#: Fewer images of a scene than this say nothing of it.
+#: Fewest images of a scene for a measurement.
 FEWEST = 4
 
 
@@ -61,8 +61,12 @@ def main(cfg: DictConfig) -> None:
 def scene_distances(
     features: np.ndarray, held: HeldOut, encoder: str
 ) -> tuple[np.ndarray, np.ndarray, list[str], float]:
-    """Kernel distances of generated to held-out images in every scene float64 [S], NaN where it has too few; images
-    int64 [S]; names; and the distance over all scenes."""
+    """Kernel distances of generated to held-out images per scene.
+
+    Returns:
+        Distances float64 [S], NaN for a scene with too few images; numbers of images int64 [S]; names of the scenes;
+        and the distance over all scenes.
+    """
     reference = held.features[encoder]
     scenes = held.scenes[: len(features)]
     names = sorted(set(scenes.tolist()) - {""})

@@ -1,4 +1,4 @@
-"""A page on which a foundation model draws: `python scripts/demo.py foundation=DIR`, or `make demo FOUNDATION=DIR`."""
+"""A web page on which a foundation model draws: `python scripts/demo.py foundation=DIR`, `make demo FOUNDATION=DIR`."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from runtime.errors import UserError
 from train.sampler import Sampler, check_settings, load_sampler
 from train.shipped import SHIPPED, foundation_path
 
-#: Side of a picture to paint or look at, alone or as one of three, in screen pixels; most images and solver steps.
+#: Side of a single picture and of one of three pictures in screen pixels; largest numbers of images and steps.
 CANVAS, TRIPLE, MOST_IMAGES, MOST_STEPS = 448, 360, 32, 100
-#: Of a picture: no sharing, which uploads to a public server.
+#: Buttons of a picture; no sharing, which uploads to a public server.
 BUTTONS = ["download", "fullscreen"]
-#: Small images enlarged, as they are and not smoothed.
+#: Enlarges small images without smoothing.
 CSS = """
 .gradio-container { width: 100%; max-width: 1200px !important; margin: 0 auto; }
 img { image-rendering: pixelated; }
@@ -61,18 +61,18 @@ THEME = gr.themes.Base(
 
 
 def reduced(image: Image.Image, most: int) -> Image.Image:
-    """A picture whose longer side has at most so many pixels, by the mean over areas."""
+    """Reduce a picture by area means so that its longer side has at most `most` pixels."""
     scale = min(1.0, most / max(image.size))
     size = tuple(max(1, round(side * scale)) for side in image.size)
     return image if scale == 1 else image.convert("RGB").resize(size, Image.Resampling.BOX)
 
 
 def painted_classes(image: Image.Image, longer: int, palette: np.ndarray) -> np.ndarray:
-    """The classes of a painted mask, uint8 [H, W], the longer side in so many pixels.
+    """The classes of a painted mask, uint8 [H, W]; the longer side gets `longer` pixels.
 
     Args:
-        image: painted in about the palette's colours, or grey levels 0..K-1 that number the classes; where it is
-            transparent it counts as the first class.
+        image: painted approximately in the palette's colours, or grey levels 0..K-1 that number the classes;
+            transparent pixels count as the first class.
         palette: uint8 [K, 3].
     """
     size = tuple(max(1, round(side * longer / max(image.size))) for side in image.size)
@@ -92,16 +92,16 @@ def example_of(run: Path) -> np.ndarray | None:
 
 
 def enlarged(picture: np.ndarray) -> np.ndarray:
-    """A picture at about CANVAS pixels, without smoothing."""
+    """A picture enlarged to about CANVAS pixels, without smoothing."""
     scale = max(1, CANVAS // picture.shape[1])
     return picture.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def checked_steps(seed: int, steps: int) -> int:
-    """The number of solver steps.
+    """The number of solver steps, checked.
 
     Raises:
-        UserError: it or the seed is none.
+        UserError: it or the seed is invalid.
     """
     check_settings(count=1, seed=seed, steps=steps, guidance_scale=1.0)
     return steps
@@ -111,11 +111,11 @@ def checked_steps(seed: int, steps: int) -> int:
 
 
 def shown(handler: Callable) -> Callable:
-    """A handler whose user errors the page shows as one line."""
+    """Wrap a handler so that the page shows user errors as one line."""
 
     @functools.wraps(handler)
     def guarded(*values: Any) -> Any:
-        torch.set_flush_denormal(True)  # a setting of the thread: without it the last bits are not those of the script
+        torch.set_flush_denormal(True)  # a setting per thread; without it the last bits differ from those of the script
         try:
             return handler(*values)
         except UserError as error:
@@ -126,7 +126,7 @@ def shown(handler: Callable) -> Callable:
 
 @contextlib.contextmanager
 def counted(network: nn.Module, calls: int, bar: gr.Progress) -> Iterator[None]:
-    """While this lasts, a progress bar counts the calls of a network."""
+    """Context in which a progress bar counts the calls of a network."""
     done = itertools.count(1)
 
     def advance(*_: Any) -> None:
@@ -141,25 +141,25 @@ def counted(network: nn.Module, calls: int, bar: gr.Progress) -> Iterator[None]:
 
 
 def network_of(pipeline: Any) -> nn.Module:
-    """The network that a pipeline calls once a step."""
+    """The network that a pipeline calls once per step."""
     return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
 def drawing(label: str, height: int) -> gr.Image:
-    """A place for a picture that a model draws."""
+    """A component for a picture that a model draws."""
     return gr.Image(
         label=label, height=height, format="png", interactive=False, buttons=BUTTONS, elem_classes="picture"
     )
 
 
 def batches(picture: Picture, model: Restorer | Synthesizer, options: TileOptions) -> int:
-    """In how many batches a model draws the tiles of a picture: each row of tiles begins one."""
+    """Number of batches in which a model draws the tiles of a picture; each row of tiles starts a new batch."""
     grid = grid_of(picture, model, options.overlap)
     return len(grid.rows) * -(-len(grid.columns) // options.batch_size)
 
 
 def absent_tab(name: str, variable: str) -> None:
-    """What to do for a task of which there is no network."""
+    """A tab with instructions for a task without a network."""
     gr.Markdown(
         "This tab needs a network that was fine-tuned for the task; this copy of the repository has none. It is made "
         "by\n"
@@ -170,7 +170,7 @@ def absent_tab(name: str, variable: str) -> None:
 
 
 def seed_and_steps(cfg: DictConfig) -> tuple[gr.Number, gr.Slider]:
-    """What both downstream tasks ask for."""
+    """The input fields that both downstream tasks share."""
     with gr.Row():
         seed = gr.Number(cfg.seed, label="Seed", precision=0, minimum=0)
         steps = gr.Slider(1, MOST_STEPS, cfg.downstream.steps, step=1, label="Steps")
@@ -178,7 +178,7 @@ def seed_and_steps(cfg: DictConfig) -> tuple[gr.Number, gr.Slider]:
 
 
 def text_handler(sampler: Sampler) -> Callable[..., list[Image.Image]]:
-    """What the button of the first tab calls."""
+    """The function of the button of the first tab."""
 
     def draw(
         prompt: str,
@@ -202,7 +202,7 @@ def text_handler(sampler: Sampler) -> Callable[..., list[Image.Image]]:
 
 
 def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
-    """Text → image, with the location where the model knows locations."""
+    """Text → image; with the location if the model knows locations."""
     with gr.Row():
         with gr.Column(scale=2, min_width=340):
             prompt = gr.Textbox(
@@ -252,7 +252,7 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
 
 
 def enlarge_handler(cfg: DictConfig, restorer: Restorer) -> Callable[..., tuple[Image.Image, Image.Image]]:
-    """What the button of the second tab calls."""
+    """The function of the button of the second tab."""
     factor, most = restorer.factor, int(cfg.demo.most_side) // restorer.factor
 
     def enlarge(
@@ -312,7 +312,7 @@ def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarra
 def mask_handler(
     cfg: DictConfig, synthesizer: Synthesizer, colours: np.ndarray
 ) -> Callable[..., tuple[Image.Image, Image.Image]]:
-    """What the button of the third tab calls; `colours` are those of the palette, uint8 [K, 3]."""
+    """The function of the button of the third tab; `colours`: the palette, uint8 [K, 3]."""
     classes = len(synthesizer.classes)
 
     def from_mask(
@@ -393,16 +393,16 @@ def mask_tab(
 
 
 def network_folder(cfg: DictConfig, task: str) -> Path | None:
-    """The run that the options name for a task, else the shipped network; None where there is none."""
+    """The run that the options name for a task, else the shipped network; None if there is neither."""
     directory = cfg.demo[task]
     return shipped_network(cfg, task) if directory is None else Path(str(directory)).expanduser()
 
 
 def page(cfg: DictConfig) -> gr.Blocks:
-    """The page of the models that the options name.
+    """The page for the models that the options name.
 
     Raises:
-        UserError: one of them is none, or does not load; a mask's colours are not known.
+        UserError: a model does not exist or does not load, or the colours of a mask are unknown.
     """
     settings = {"count": cfg.images, "seed": cfg.seed, "steps": cfg.sample.steps}
     check_settings(**settings, guidance_scale=cfg.sample.guidance_scale)

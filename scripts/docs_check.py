@@ -1,4 +1,4 @@
-"""Whether the documents are right: links, code, commands and their options, generated tables: `make docs-check`."""
+"""Check the documents: links, code, commands and their options, generated tables: `make docs-check`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from runtime.errors import UserError
 from runtime.quiet import silence_libraries
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Folders without documents of ours.
+#: Folders that contain no documents of this project.
 ELSEWHERE = {".venv", "runs", "results", "node_modules", ".git", "outputs", "multirun", "wandb"}
 
 _FENCE = re.compile(r"^ {0,3}```+\s*([\w-]*)")
@@ -38,8 +38,8 @@ class Block:
     """A fenced block.
 
     Attributes:
-        line: of its first line of code, from 1.
-        language: after the fence; "" for none.
+        line: number of its first line of code, from 1.
+        language: text after the fence; "" for none.
     """
 
     line: int
@@ -49,10 +49,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Document:
-    """A Markdown file, in which prose and fenced blocks are distinguished.
+    """A Markdown file, split into prose and fenced blocks.
 
     Attributes:
-        prose: its lines; those of blocks are empty.
+        prose: its lines; lines of blocks are empty.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class Document:
 
     @property
     def anchors(self) -> set[str]:
-        """Of the headings, as GitHub makes them, and of explicit names."""
+        """Anchors of the headings, as GitHub makes them, and explicit names."""
         result: dict[str, int] = {}
         for line in self.prose:
             if heading := re.match(r"#{1,6}\s+(.*?)\s*#*$", line):
@@ -94,11 +94,11 @@ def documents(root: Path) -> list[Document]:
 
 
 def link_problems(document: Document) -> Iterator[str]:
-    """Relative links to files and headings that are not there."""
+    """Relative links to files and headings that do not exist."""
     for number, line in enumerate(document.prose, 1):
         for link in _LINK.finditer(_CODE.sub("``", line)):
             target = link[1] or link[2]
-            if re.match(r"[a-z][a-z0-9+.-]*:", target):  # elsewhere on the net
+            if re.match(r"[a-z][a-z0-9+.-]*:", target):  # an external address
                 continue
             name, _, anchor = target.partition("#")
             place = (document.path.parent / name).resolve() if name else document.path
@@ -109,7 +109,7 @@ def link_problems(document: Document) -> Iterator[str]:
 
 
 def block_problems(document: Document) -> Iterator[str]:
-    """Blocks that their language does not parse, and commands in them that do not exist."""
+    """Blocks that are invalid in their language, and commands in blocks that do not exist."""
     for block in document.blocks:
         if block.language in ("python", "py"):
             try:
@@ -137,7 +137,7 @@ def prose_problems(document: Document) -> Iterator[str]:
 
 
 def joined_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines of a shell text with their numbers from 0; those that end in a backslash are joined."""
+    """Lines of a shell text with their numbers from 0; lines that end in a backslash are joined with the next."""
     started, whole = 0, ""
     for number, line in enumerate(text.splitlines()):
         started = number if not whole else started
@@ -148,9 +148,9 @@ def joined_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def command_problems(line: str, document: Document) -> Iterator[str]:
-    """What is wrong with the `python FOLDER/FILE.py ...` and `make TARGET` of one line of a document.
+    """Problems of the commands `python FOLDER/FILE.py ...` and `make TARGET` in one line of a document.
 
-    A choice is right as well whose YAML the document tells to write.
+    A config choice is also valid if the document tells the reader to write its YAML file.
     """
     for words in simple_commands(line):
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -171,7 +171,7 @@ def command_problems(line: str, document: Document) -> Iterator[str]:
 
 
 def simple_commands(line: str) -> Iterator[list[str]]:
-    """The words of every command of a line, which pipes and separators part; none where it does not parse."""
+    """The words of every command of a line, separated at pipes and separators; none if the line is not valid shell."""
     lexer = shlex.shlex(_SUBSTITUTION.sub("VALUE", line), posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
     words: list[str] = []
@@ -197,7 +197,7 @@ def exists_target(name: str) -> bool:
 
 @cache
 def override_problem(arguments: tuple[str, ...]) -> str:
-    """Why Hydra refuses the overrides of a command; "" if it takes them, or if they are a sweep or an abridgement."""
+    """Hydra's error for the overrides of a command; "" if they are valid, a sweep, or abbreviated."""
     if any(word.startswith(("-", "[")) or "…" in word or "..." in word or "=" not in word for word in arguments):
         return ""
     try:
@@ -209,7 +209,7 @@ def override_problem(arguments: tuple[str, ...]) -> str:
 
 
 def generated_problems(root: Path) -> Iterator[str]:
-    """README.md and docs/results.md, where they are not what `make tables` would write now."""
+    """README.md and docs/results.md, if they differ from the current output of `make tables`."""
     published = root / "results" / PUBLISHED
     with tempfile.TemporaryDirectory() as folder:
         for name, write in (("README.md", fill_readme), ("docs/results.md", write_results)):

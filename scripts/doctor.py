@@ -1,6 +1,6 @@
-"""What would become of a corpus, reported in a minute and without an index: `python scripts/doctor.py corpus=…`.
+"""Report on a corpus within a minute, without an index: `python scripts/doctor.py corpus=…`.
 
-It looks at a sample of the images, writes a picture of eight of them and nothing else.
+Reads a sample of the images; writes only a picture of eight of them.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from runtime.application import run
 from runtime.errors import UserError
 
 SPLITS = ("train", "val", "test")
-#: Scenes and kinds that are named.
+#: Largest number of scenes and kinds that are listed.
 NAMED = 8
-#: A scene of whose pixels fewer are in tiles is reported.
+#: A scene is reported if a smaller fraction of its pixels is in tiles.
 COVERED = 0.95
 
 
 def file_lines(source: Source) -> list[str]:
-    """The files that the images lie in, by suffix; none where the source does not list them."""
+    """Statistics of the image files, by suffix; none if the source does not list its files."""
     suffixes = Counter(PurePosixPath(file).suffix.lower() or "no suffix" for file in getattr(source, "files", ()))
     named = ", ".join(f"{suffix} {count:,}" for suffix, count in suffixes.most_common(NAMED))
     return [f"files      {named}"] if suffixes else []
 
 
 def split_lines(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Sizes of the splits, and what they share."""
+    """Sizes of the splits, and their overlap."""
     total = max(1, sum(len(table) for table in tables.values()))
     sizes = ", ".join(f"{name} {len(table):,} ({len(table) / total:.0%})" for name, table in tables.items())
     shared = [f"{count} cells of ground in {names}" for names, count in shared_ground(tables).items()]
@@ -60,7 +60,7 @@ def split_lines(tables: Mapping[str, pd.DataFrame]) -> list[str]:
 
 
 def text_lines(table: pd.DataFrame) -> list[str]:
-    """Scenes, and captions that are the images' own."""
+    """Scenes, and captions that belong to the images."""
     scenes = table.loc[table["scene"] != "", "scene"]
     named = ", ".join(f"{name} {count:,}" for name, count in scenes.value_counts().head(NAMED).items())
     more = f" and {scenes.nunique() - NAMED} more" if scenes.nunique() > NAMED else ""
@@ -71,7 +71,7 @@ def text_lines(table: pd.DataFrame) -> list[str]:
 
 
 def look_lines(source: Source, result: Inspection) -> list[str]:
-    """What the sample showed: formats, values and how they are stretched, masks, and what will be quarantined."""
+    """Results of the sample: formats, values and their stretch, masks, and what will be quarantined."""
     formats = result.formats or describe_scenes(
         getattr(source, "files", ()), getattr(source, "raster", RasterOptions())
     )
@@ -101,7 +101,7 @@ def look_lines(source: Source, result: Inspection) -> list[str]:
 
 
 def stretch_lines(source: Source, survey: Survey) -> list[str]:
-    """Which values become 0 and 255."""
+    """The values that are mapped to 0 and 255."""
     options = getattr(source, "raster", None)
     if options is not None and options.stretch == "range":
         return [f"stretch    {options.low:g} to {options.high:g} becomes 0 to 255"]

@@ -1,4 +1,4 @@
-"""The kept images in the form that the next tool reads: `python scripts/export.py selection=DIR to=folder`."""
+"""Export of the kept images in the format of another tool: `python scripts/export.py selection=DIR to=folder`."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from runtime.notices import notice
 from runtime.progress import progress
 from runtime.redaction import public
 
-#: Of an export behind a URL: written last, so that one with it is whole; and the options that make it another one.
+#: File that is written last to an export behind a URL, marking it complete; and the options that identify an export.
 MARK, IDENTITY = "export.json", ("reencode", "shard_size")
 FORMS = ("folder", "symlinks", "webdataset", "huggingface", "list")
-#: Sources that can hand on the bytes an image came in; of the others, the decoded image is exported.
+#: Sources that provide the original bytes of an image; for other sources the decoded image is exported.
 WITH_ORIGINALS = {class_name(kind): kind for kind in (ImageFolder, WebDataset, HuggingFace)}
-#: Columns that say how an image was read and where copies of it are, not what it shows.
+#: Columns about the reading of an image and copies of it, not about its content.
 OWN_COLUMNS = ("readable", "reason", "stamp", "copy_in")
-#: What a corpus's own column `weight` is called in an export, whose `weight` is that of the selection.
+#: New name of a corpus's own column `weight` in an export, which uses `weight` for the selection's weights.
 OWN_WEIGHT = "weight_in_corpus"
 LONGEST_NAME = 100
-#: What files begin with, and the suffixes that say so, the usual one first.
+#: First bytes of files, and the suffixes of their format, the usual one first.
 SIGNATURES = (
     (b"\xff\xd8\xff", (".jpg", ".jpeg")),
     (b"\x89PNG\r\n\x1a\n", (".png",)),
@@ -59,22 +59,22 @@ SIGNATURES = (
     (b"....ftypavi[fs]", (".avif",)),
     (b"P[1-6]\\s", (".ppm", ".pgm", ".pbm", ".pnm")),
 )
-#: The images that open_clip's training and readers like it look for in shards; a sample of another kind is passed over.
+#: Formats that open_clip's training and similar readers accept in shards; they skip samples in other formats.
 SEEN = (".png", ".jpg", ".jpeg", ".webp")
-#: Words by which `datasets` takes files and folders for splits, where no other letter stands beside them.
+#: Words in names that `datasets` reads as splits, unless a letter is next to them.
 SPLIT_WORD = re.compile(
     r"(?<![A-Za-z])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?![A-Za-z])"
 )
-#: What tables give for numbers and for lists; JSON wants Python's own.
+#: Types of numbers and lists in tables; they are converted to Python's types for JSON.
 GENERIC = (np.generic, np.ndarray)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One kept image as it leaves.
+    """One kept image to export.
 
     Attributes:
-        name: a file name without suffix, unique whatever the case, safe on every system.
+        name: file name without suffix; unique also ignoring case, valid on every system.
         metadata: the manifest's row, JSON-ready.
         mask: the bytes of a mask file and its suffix, or None.
     """
@@ -88,13 +88,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Subset:
-    """The kept rows of a corpus, int64, ascending, and the source of their bytes or None.
+    """The kept rows of a corpus, int64, ascending, and the source of their bytes, or None.
 
-    The manifest has the selection's `weight`, so every form of export carries it.
+    The manifest contains the selection's `weight`, so every export format includes it.
 
     Attributes:
-        reencode: images that are not in one of the formats `SEEN` leave as PNG: the central square, as the corpus reads
-            it, at the image's own size.
+        reencode: export images that are not in a format of `SEEN` as PNG: the central square, read like the corpus, at
+            the image's own size.
     """
 
     corpus: Corpus
@@ -115,7 +115,7 @@ class Subset:
             yield Item(name, image, suffix, finite(metadata), mask)
 
     def _originals(self) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
-        """Bytes, the suffix that they call for, and the mask."""
+        """The original bytes, the suffix that matches them, and the mask."""
         readers: dict[int, Any] = {}
         for row, (image, suffix, mask) in zip(self.rows, self.source.originals(self.rows), strict=True):
             suffix = content_suffix(image, suffix)
@@ -141,9 +141,9 @@ def open_subset(selection: Path, access: Mapping[str, Any] | None = None) -> Sub
     """The kept images of a selection stage.
 
     Args:
-        access: fields of a source of shards behind URLs that a stage does not keep, of `access_fields`.
+        access: options for reaching shards behind URLs, which a stage does not store; from `access_fields`.
     Raises:
-        UserError: the directory is no selection, its corpus is gone, or its images changed since.
+        UserError: the directory is not a selection, its corpus is gone, or its images have changed since.
     """
     metadata = selection / COMPLETE
     if not (selection / "selection.parquet").is_file() or not metadata.is_file():
@@ -166,7 +166,7 @@ def open_subset(selection: Path, access: Mapping[str, Any] | None = None) -> Sub
     if source is not None and plain(source.version) != inputs["version"]:
         raise UserError(f"the images of {selection} changed since they were pruned: prune again, then export")
     manifest = corpus.manifest
-    if "weight" in manifest:  # a column of the user's, or of an export that was pruned again
+    if "weight" in manifest:  # a column of the user, or of an export that was pruned again
         notice(f"the corpus has a column weight: it is exported as {OWN_WEIGHT}, and weight is this selection's")
         manifest = manifest.rename(columns={"weight": OWN_WEIGHT})
     weighted = replace(corpus, manifest=manifest.assign(weight=kept["weight"]))
@@ -174,7 +174,7 @@ def open_subset(selection: Path, access: Mapping[str, Any] | None = None) -> Sub
 
 
 def access_fields(cfg: DictConfig) -> dict[str, Any]:
-    """What the options say about how shards behind URLs are reached; the URLs, with credentials, if they are given."""
+    """The options for reaching shards behind URLs, and the URLs with credentials if they are given."""
     access = access_of(cfg)
     urls = OmegaConf.select(cfg, "corpus.urls")
     return {
@@ -186,10 +186,10 @@ def access_fields(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _reached(kept: str, access: Mapping[str, Any]) -> dict[str, Any]:
-    """`access`, where its URLs are those that a stage keeps, which are without credentials.
+    """`access`, if its URLs are those that the stage stores, which have no credentials.
 
     Raises:
-        UserError: they are others.
+        UserError: they are other URLs.
     """
     if "urls" in access and public(str(access["urls"])) != kept:
         raise UserError(
@@ -199,7 +199,7 @@ def _reached(kept: str, access: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content_suffix(data: bytes, suffix: str) -> str:
-    """The suffix of a file's format: its own where that fits or the format is unknown, ".img" where there is none."""
+    """The suffix of a file's format: the given one if it fits or the format is unknown, ".img" if there is none."""
     for start, suffixes in SIGNATURES:
         if re.match(start, data, re.DOTALL):
             return suffix if suffix in suffixes else suffixes[0]
@@ -207,7 +207,7 @@ def content_suffix(data: bytes, suffix: str) -> str:
 
 
 def own_side(data: bytes) -> int | None:
-    """The shorter side of an encoded image in pixels, None where its header cannot be read."""
+    """The shorter side of an encoded image in pixels; None if its header cannot be read."""
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
         return min(image.size)
     with contextlib.suppress(Exception), rasterio.io.MemoryFile(data) as memory, memory.open() as raster:
@@ -222,7 +222,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def safe_names(identifiers: pd.Series) -> Iterator[str]:
-    """A file name without suffix for every id: ASCII, no separators or dots, no split, unique whatever the case."""
+    """A file name without suffix for every id: ASCII, no separators, dots or split names, unique also ignoring case."""
     taken: dict[str, int] = {}
     for identifier in identifiers:
         stem = str(PurePosixPath(identifier).with_suffix("")) if identifier.strip("/.") else identifier
@@ -238,21 +238,22 @@ def safe_names(identifiers: pd.Series) -> Iterator[str]:
 
 
 def no_split(name: str) -> str:
-    """`train_01` to `trainx_01`: `datasets` would take it for a split, and drop all that is called otherwise."""
+    """Rename `train_01` to `trainx_01`: `datasets` would read it as a split and drop all files with other names."""
     return SPLIT_WORD.sub(r"\1x", name)
 
 
 def folder_name(scene: str) -> str:
-    """A scene as a folder's name; "" where there is no scene."""
+    """The name of a scene's folder; "" without a scene."""
     name = no_split("".join(c if c.isalnum() or c in "-_ " else "_" for c in scene).strip()[:60])
     return f"{name}x" if name.lower() in NAMES else name
 
 
 def to_folder(subset: Subset, target: Path, links: bool = False) -> None:
-    """`images/<scene>/<name>.<suffix>`, `masks/<scene>/<name>.png` and `images/metadata.jsonl`, a row an image.
+    """Write `images/<scene>/<name>.<suffix>`, `masks/<scene>/<name>.png` and `images/metadata.jsonl`, one row per
+    image.
 
-    The convention of Hugging Face's ImageFolder, which gives all rows in one split whatever the images are called
-    (`no_split`); `corpus=folder` reads it back with labels, captions and masks.
+    This is the layout of Hugging Face's ImageFolder, which reads all rows as one split (names are changed by
+    `no_split`). `corpus=folder` reads it back with labels, captions and masks.
     """
     if links and not isinstance(subset.source, ImageFolder):
         raise UserError("to=symlinks needs a corpus=folder, whose files can be linked to: take to=folder")
@@ -275,10 +276,11 @@ def to_folder(subset: Subset, target: Path, links: bool = False) -> None:
 
 
 def to_webdataset(subset: Subset, target: Path, shard_size: int) -> None:
-    """`subset-000000.tar`, ... of `<name>.<suffix>`, `.txt`, `.json` and `.mask.<suffix>`; the same bytes always.
+    """Write `subset-000000.tar`, ... with `<name>.<suffix>`, `.txt`, `.json`, `.mask.<suffix>`; the bytes are
+    reproducible.
 
-    Shards differ by at most one image in size. The text is the first caption, empty where there is none; all captions
-    are in the JSON. How many images are in formats that common readers pass over is reported on stderr.
+    The numbers of images of the shards differ by at most one. The text is the first caption, empty if there is none;
+    all captions are in the JSON. The number of images in formats that common readers skip is reported on stderr.
     """
     if shard_size < 1:
         raise UserError(f"export.shard_size={shard_size}: give at least 1")
@@ -298,7 +300,7 @@ def to_webdataset(subset: Subset, target: Path, shard_size: int) -> None:
                 if item.mask is not None:
                     members[f".mask{item.mask[1]}"] = item.mask[0]
                 for suffix, data in members.items():
-                    header = tarfile.TarInfo(item.name + suffix)  # its time, owner and mode: no clock, no user
+                    header = tarfile.TarInfo(item.name + suffix)  # default time, owner and mode: reproducible
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
     if unseen.total():
@@ -311,7 +313,7 @@ def to_webdataset(subset: Subset, target: Path, shard_size: int) -> None:
 
 
 def to_huggingface(subset: Subset, target: Path, scratch: Path) -> None:
-    """A data set that `datasets.load_from_disk` opens: image, mask if there are, and the manifest's columns."""
+    """Write a data set for `datasets.load_from_disk`: image, mask if there are any, and the manifest's columns."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -329,7 +331,7 @@ def to_huggingface(subset: Subset, target: Path, scratch: Path) -> None:
                 row["mask"] = item.mask and {"bytes": item.mask[0], "path": item.name + item.mask[1]}
             yield row
 
-    # named, since `datasets` would hash all images to find a name
+    # with a name, otherwise `datasets` would hash all images to make one
     made = datasets.Dataset.from_generator(
         rows,
         features=datasets.Features(features),
@@ -349,7 +351,7 @@ def _feature(column: pd.Series) -> Any:
 
 
 def to_list(subset: Subset, target: Path) -> None:
-    """`kept.txt`: an id a line (with \\n and \\ escaped), and `kept.jsonl`, a row an image."""
+    """Write `kept.txt`, one id per line (with \\n and \\ escaped), and `kept.jsonl`, one row per image."""
     table = subset.corpus.manifest.drop(columns=list(OWN_COLUMNS), errors="ignore").iloc[subset.rows]
     lines = [identifier.replace("\\", "\\\\").replace("\n", "\\n") for identifier in table["id"]]
     (target / "kept.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -357,7 +359,7 @@ def to_list(subset: Subset, target: Path) -> None:
 
 
 def chosen_subset(cfg: DictConfig) -> Subset:
-    """What the options name.
+    """The subset that the options name.
 
     Raises:
         UserError: an option is unknown or missing, or nothing is kept; see also `open_subset`.
@@ -382,7 +384,7 @@ def chosen_subset(cfg: DictConfig) -> Subset:
 
 
 def card_record(selection: Path, corpus: Corpus, licence: str | None = None) -> Record:
-    """What the data card of a selection is written from; a selection of an earlier version may know less."""
+    """The data for the data card of a selection; selections of earlier versions may lack parts."""
     result = {name: selection / f"{name}.json" for name in ("summary", "stage")}
     result = {name: read_json(path) if path.is_file() else {} for name, path in result.items()}
     source = ((result["stage"].get("config") or {}).get("corpus") or {}).get("train") or {}
@@ -421,10 +423,11 @@ def main(cfg: DictConfig) -> None:
 
 
 def upload(cfg: DictConfig, subset: Subset, local: Path, target: Target, identity: dict[str, Any]) -> None:
-    """Export into a folder, copy it behind a URL, with `export.json` as its last file, and remove the folder.
+    """Export into a local folder, copy it behind a URL, with `export.json` as the last file, and remove the local
+    folder.
 
     Raises:
-        UserError: the target has other files, or cannot be written; then the folder stays.
+        UserError: the target has other files, or cannot be written; then the local folder is kept.
     """
     if cfg.to == "symlinks":
         raise UserError(f"to=symlinks links files of this machine, which export.out={target} cannot: take to=folder")
@@ -447,7 +450,7 @@ def _tell_of_network(subset: Subset) -> None:
 
 
 def write(cfg: DictConfig, subset: Subset, target: Path) -> None:
-    """Export into a folder, which is there whole or not at all."""
+    """Export into a folder, which appears only when complete."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Train the models that the repository ships, and put them where `foundation=shipped` looks: `make foundation`."""
+"""Train the models that the repository ships, and store them for `foundation=shipped`: `make foundation`."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def main(cfg: DictConfig) -> None:
 
 
 def _replace(cfg: DictConfig, target: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside `target` and put it in its place.
+    """Write a folder next to `target`, then replace `target` by it.
 
     Raises:
-        UserError: it takes more bytes than are allowed; `target` stays as it was.
+        UserError: it is larger than allowed; `target` is unchanged.
     """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Kill runs at random moments, let them go on, and compare what they leave with an undisturbed run, byte for byte.
+"""Kill runs at random moments, resume them, and compare the results with an uninterrupted run, byte for byte.
 
-`python scripts/interrupt.py` kills prunes twenty times, at any moment of indexing, scoring, embedding and selecting;
-with `interrupt.what=pretrain` pretrainings, at any moment of training, evaluating and saving. Now the process alone, so
-that its workers are orphans, now its whole group.
+`python scripts/interrupt.py` kills pruning runs twenty times, at any moment of indexing, scoring, embedding and
+selecting. With `interrupt.what=pretrain` it kills pretraining runs, at any moment of training, evaluating and saving.
+Either only the main process is killed, so that its workers are orphaned, or its whole process group.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from runtime.artefacts import file_digest, fingerprint
 from runtime.errors import UserError
 from runtime.progress import progress
 
-#: Files that tell how long something took, or when, among other things.
+#: Files that contain durations or times.
 TIMED = ("report.html", "README.md")
 
 
 def make_corpus(folder: Path, images: int, generator: np.random.Generator) -> None:
-    """Textures of four kinds in four scenes, and a broken file in every hundred."""
+    """Textures of four kinds in four scenes, and one broken file per hundred."""
     for number in range(images):
         scene = folder / f"scene{number % 4}"
         scene.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def make_corpus(folder: Path, images: int, generator: np.random.Generator) -> No
 
 
 def command(what: str, images: Path, runs: Path) -> list[str]:
-    """Of a prune of a folder, or of a small pretraining on Blue Marble."""
+    """The command of a prune of a folder, or of a small pretraining on Blue Marble."""
     options = {
         "prune": ("prune/run.py", "corpus=folder", f"corpus.root={images}", "corpus.train.split=all",
                   "encoder.input_size=64"),
@@ -75,13 +75,13 @@ def killed_at_random(arguments: list[str], runs: Path, longest: float, generator
 
 
 def digests(runs: Path) -> dict[str, str]:
-    """Of every file that a finished run leaves, without what tells the time."""
+    """Digests of every file of a finished run, without times."""
     files = (path for path in runs.rglob("*") if path.is_file() and ".locks" not in path.parts)
     return {str(path.relative_to(runs)): _digest(path, runs) for path in files if path.name not in TIMED}
 
 
 def _digest(path: Path, runs: Path) -> str:
-    """Of a file; JSON without what tells the time, and without the folder of the run in the paths that it names."""
+    """Digest of a file; for JSON without times, and without the run's folder in paths."""
     if path.suffix not in (".json", ".jsonl"):
         return file_digest(path)
     text = path.read_text().replace(str(runs), "runs")
@@ -90,14 +90,14 @@ def _digest(path: Path, runs: Path) -> str:
 
 
 def _timeless(value: Any) -> Any:
-    """JSON without entries such as seconds and images_per_second, or the config, which names the folder of a run."""
+    """JSON without entries such as seconds and images_per_second, and without the config, which has the run's path."""
     if isinstance(value, dict):
         return {key: _timeless(item) for key, item in value.items() if "second" not in key and key != "config"}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def fresh_runs(what: str, whole: Path, runs: Path) -> Path:
-    """An empty folder; for a pretraining one with all stages before it."""
+    """An empty folder; for a pretraining, a folder with all preceding stages."""
     if what == "pretrain":
         shutil.copytree(whole, runs, ignore=shutil.ignore_patterns("pretrain", ".locks"))
     return runs
@@ -106,10 +106,10 @@ def fresh_runs(what: str, whole: Path, runs: Path) -> Path:
 def resumptions(
     what: str, folder: Path, kills: int, expected: dict[str, str], longest: float, seed: int
 ) -> Iterator[int]:
-    """Kill until `kills` is reached, starting anew whenever a run got to its end; yields the kills so far.
+    """Kill until `kills` is reached, with a new run whenever one finished; yields the kills so far.
 
     Raises:
-        UserError: a run that had been killed left something else than the undisturbed one.
+        UserError: the result of a killed run differs from that of the uninterrupted run.
     """
     generator, done, round_number = np.random.default_rng(seed), 0, 0
     while done < kills:

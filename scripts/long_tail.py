@@ -1,7 +1,7 @@
-"""A long-tailed, redundant, noisy corpus made from a labelled folder, and what every method makes of it.
+"""Make a long-tailed, redundant, noisy corpus from a labelled folder, and compare all methods on it.
 
-`python scripts/long_tail.py long_tail.root=DIR` with one sub-folder a class below DIR (or DIR/images). The methods see
-no label: scenes come from a small labelled reference set of other images.
+`python scripts/long_tail.py long_tail.root=DIR` with one sub-folder per class in DIR (or DIR/images). The methods get
+no labels; scenes come from a small labelled reference set of other images.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ NOISE = ("blank", "hazy", "no_data")
 
 
 def class_counts(classes: int, images: int, exponent: float) -> np.ndarray:
-    """Images of each class by a power law of its rank, int64 [classes], descending, at least one each."""
+    """Number of images of each class, by a power law of its rank: int64 [classes], descending, at least one each."""
     weights = np.arange(1, classes + 1) ** -float(exponent)
     return np.maximum(1, np.round(images * weights / weights.sum())).astype(np.int64)
 
 
 def crops(image: np.ndarray, size: int, count: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """`count` random squares of side `size`, which overlap by most of their area."""
+    """`count` random squares of side `size`; most of their area overlaps."""
     for _ in range(count):
         top, left = (int(generator.integers(0, length - size + 1)) for length in image.shape[:2])
         yield image[top : top + size, left : left + size]
 
 
 def spoil(image: np.ndarray, kind: str, generator: np.random.Generator) -> np.ndarray:
-    """A tile that carries next to nothing: one colour, under haze, or mostly without data."""
+    """A tile with almost no information: one colour, under haze, or mostly without data."""
     if kind == "blank":
         colour = generator.integers(20, 236, 3)
         return np.clip(colour + generator.normal(0, 1, image.shape), 0, 255).astype(np.uint8)
@@ -62,7 +62,7 @@ def files_by_class(options: DictConfig) -> dict[str, list[Path]]:
     """Image files by the name of their folder.
 
     Raises:
-        UserError: there are no two classes, or one has too few images.
+        UserError: there are fewer than two classes, or one has too few images.
     """
     if options.root is None:
         raise UserError("long_tail.root is not set: give a folder with one sub-folder a class")
@@ -81,7 +81,7 @@ def files_by_class(options: DictConfig) -> dict[str, list[Path]]:
 def build(cfg: DictConfig, files: dict[str, list[Path]], directory: Path) -> None:
     """Write `pool/` (flat, unlabelled), `reference/<class>/` and `truth.parquet`.
 
-    The latter's columns are id, scene, kind and source, the photograph of a clean tile.
+    The columns of truth.parquet are id, scene, kind and source, the photograph of a clean tile.
     """
     options, generator = cfg.long_tail, np.random.default_rng([cfg.seed, 400])
     names = [sorted(files)[index] for index in generator.permutation(len(files))]
@@ -90,7 +90,7 @@ def build(cfg: DictConfig, files: dict[str, list[Path]], directory: Path) -> Non
     (directory / "pool").mkdir()
 
     def put(image: np.ndarray, scene: str, kind: str, source: str) -> None:
-        name = f"{generator.integers(2**48):012x}.jpg"  # the order of names tells nothing
+        name = f"{generator.integers(2**48):012x}.jpg"  # the order of names carries no information
         Image.fromarray(image).save(directory / "pool" / name, quality=95)
         rows.append((name, scene, kind, source))
 
@@ -119,15 +119,18 @@ def build(cfg: DictConfig, files: dict[str, list[Path]], directory: Path) -> Non
 
 
 def judge(kept: np.ndarray, images: np.ndarray, truth: pd.DataFrame) -> dict[str, float]:
-    """What a selection of the pool is worth.
+    """Quality of a selection of the pool.
 
     Args:
-        kept: int64 [K], rows of the pool; images: uint8 [N, R, R, 3]; truth: N rows with scene, kind and source.
+        kept: int64 [K], rows of the pool.
+        images: uint8 [N, R, R, 3].
+        truth: N rows with scene, kind and source.
     Returns:
-        noise_free: fraction of tiles that were not spoilt.
+        noise_free: fraction of clean tiles, which were not spoilt.
         scene_entropy, scenes: evenness and number of the classes among them.
-        same_source: fraction of the tiles not spoilt of whose photograph another such tile is kept: they overlap.
-        near_duplicates: fraction of tiles that look like another one by their perceptual hash.
+        same_source: fraction of the clean tiles for which another clean tile of the same photograph is kept; such tiles
+            overlap.
+        near_duplicates: fraction of tiles that have a near-duplicate by the perceptual hash.
     """
     chosen = truth.iloc[kept]
     clean = chosen[chosen["kind"] == "clean"]
@@ -173,7 +176,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def write_results(cfg: DictConfig, images: int, rows: list[dict[str, Any]]) -> None:
-    """Write the table as CSV and JSON, print it, and say where it is."""
+    """Write the table as CSV and JSON, and print it with its path."""
     table = pd.DataFrame(rows)
     results = Path(cfg.results) / "long_tail"
     results.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which networks and data the chain needs, and whether they are here; nothing is fetched."""
+"""List the networks and data that the chain needs, and whether they are available; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from train.components import resolve
 
 HERE, ON_HUB, MISSING = "here", "to fetch", "missing"
 SPLITS = ("train", "val", "test")
-#: Files of networks: of each line one is needed.
+#: Files of networks; one file per line is needed.
 AUTOENCODER = (
     ("config.json",),
     ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
@@ -44,13 +44,13 @@ PIPELINE = (
 
 
 class Need(NamedTuple):
-    """Something that the chain reads.
+    """An input of the chain.
 
     Attributes:
-        key: of the configuration that names it.
-        what: it is.
+        key: configuration key that names it.
+        what: description.
         state: `HERE`, `ON_HUB` or `MISSING`.
-        advice: of what is missing, why and what to do, in one line.
+        advice: if missing, the reason and what to do, in one line.
     """
 
     key: str
@@ -63,9 +63,9 @@ class Weights(NamedTuple):
     """A network in a folder or on the hub.
 
     Attributes:
-        key: of the configuration that names it.
+        key: configuration key that names it.
         path: a folder or a hub name.
-        files: of each entry one file is needed.
+        files: one file of each entry is needed.
     """
 
     key: str
@@ -74,7 +74,7 @@ class Weights(NamedTuple):
     files: tuple[tuple[str, ...], ...]
 
     def file(self, name: str) -> Path | None:
-        """A file of it on this machine, or None."""
+        """The path of one of its files on this machine, or None."""
         folder = Path(self.path)
         if folder.is_dir():
             return folder / name if (folder / name).is_file() else None
@@ -84,7 +84,7 @@ class Weights(NamedTuple):
         return Path(result) if isinstance(result, str) else None
 
     def metadata(self, name: str = "config.json") -> dict[str, Any] | None:
-        """A JSON file of it on this machine, or None."""
+        """The content of one of its JSON files on this machine, or None."""
         try:
             path = self.file(name)
             return None if path is None else json.loads(path.read_text(encoding="utf-8"))
@@ -99,22 +99,22 @@ def autoencoder_weights(cfg: DictConfig) -> Weights:
 
 
 def text_weights(cfg: DictConfig) -> Weights:
-    """Of a text encoder that is not trained here."""
+    """The weights of a text encoder that is not trained here."""
     return Weights("text_encoder.path", resolve(cfg.text_encoder.path), cfg.text_encoder.get("revision"), CLIP)
 
 
 def pipeline_weights(cfg: DictConfig) -> Weights:
-    """Of `model.pretrained`, a run, a pipeline's folder or a hub name."""
+    """The weights of `model.pretrained`: a run, a pipeline's folder or a hub name."""
     path = resolve(str(cfg.model.pretrained))
     inside = Path(path) / "pipeline"
     return Weights("model.pretrained", str(inside) if inside.is_dir() else path, None, PIPELINE)
 
 
 def needs(cfg: DictConfig, with_reference: bool) -> list[Need]:
-    """All that the cells of a config read.
+    """All inputs of the cells of a config.
 
     Args:
-        with_reference: whether a method takes scenes from the reference set.
+        with_reference: whether a method determines scenes with the reference set.
     """
     result = [network_need(one, cfg.plan.timeout) for one in _weights(cfg)]
     encoders = ("encoder", "evaluation_encoder") if cfg.encoder != cfg.evaluation_encoder else ("encoder",)
@@ -128,13 +128,13 @@ def needs(cfg: DictConfig, with_reference: bool) -> list[Need]:
 def _weights(cfg: DictConfig) -> Iterator[Weights]:
     if cfg.model.get("pretrained"):
         yield pipeline_weights(cfg)
-    yield autoencoder_weights(cfg)  # with model.pretrained too: networks from scratch are trained on its latents
+    yield autoencoder_weights(cfg)  # also with model.pretrained: networks from scratch are trained on its latents
     if cfg.text_encoder.kind != "train":
         yield text_weights(cfg)
 
 
 def _reported(key: str, cfg: DictConfig, look: Callable[[], Need]) -> Need:
-    """What `look` finds, or the line in which it refuses."""
+    """The result of `look`, or a need with the line of its refusal."""
     try:
         return look()
     except Exception as error:
@@ -147,7 +147,7 @@ def _reported(key: str, cfg: DictConfig, look: Callable[[], Need]) -> Need:
 
 
 def not_given(cfg: DictConfig) -> list[str]:
-    """Keys of a configuration that the command must give."""
+    """Keys of a configuration for which the command must give a value."""
 
     def below(value: Any, key: str) -> Iterator[str]:
         if isinstance(value, dict):
@@ -190,7 +190,7 @@ def _encoder_need(key: str, cfg: DictConfig) -> Need:
     if isinstance(encoder, InceptionV3):
         return _inception_need(key, encoder, cfg.plan.timeout)
     if isinstance(encoder, PackagedEncoder):
-        encoder.network()  # small, and says what is wrong with its package
+        encoder.network()  # a small network; loading it reports problems of its package
     return Need(key, encoder.name, HERE)
 
 
@@ -231,9 +231,9 @@ def _reference_need(cfg: DictConfig) -> Need:
 
 
 def _source_need(key: str, source: Any, local: str, cfg: DictConfig) -> Need:
-    """Whether a source finds its images; of a data set of the hub nothing is fetched."""
+    """Whether a source finds its images; a hub data set is not downloaded."""
     if not isinstance(source, HuggingFace) or not _of_hub(source):
-        _ = source.version  # lists the files, and refuses where there are none
+        _ = source.version  # lists the files, and raises if there are none
         return Need(key, str(getattr(source, "root", None) or source.name), HERE)
     what = f"{source.path} of the hub"
     if not source.streaming and is_prepared(source.path, source.config):
@@ -253,7 +253,7 @@ def _of_hub(source: HuggingFace) -> bool:
 
 
 def is_prepared(name: str, config: str | None) -> bool:
-    """Whether `datasets` has a data set of the hub on this machine, ready to be read."""
+    """Whether `datasets` has prepared a hub data set on this machine."""
     from datasets import config as settings
 
     folder = Path(settings.HF_DATASETS_CACHE) / name.replace("/", "___") / (config or ".")
@@ -264,13 +264,13 @@ def is_prepared(name: str, config: str | None) -> bool:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path may be a hub's `owner/name`."""
+    """Whether a path may be a hub name `owner/name`."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
 
 
 @cache
 def hub_refusal(name: str, revision: str | None, kind: str, timeout: float) -> str | None:
-    """Why a repository of the hub cannot be fetched, and what to do; None if it can."""
+    """The reason why a hub repository cannot be downloaded, and what to do; None if it can."""
     if constants.HF_HUB_OFFLINE:
         return "is not in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub: unset it where there is a network"
     try:

@@ -1,4 +1,4 @@
-"""A page to look at a selection and decide: `python scripts/page.py selection=DIR`, or `make page SELECTION=DIR`."""
+"""A page to view a selection and decide: `python scripts/page.py selection=DIR`, or `make page SELECTION=DIR`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ from scripts.export import FORMS, chosen_subset
 from scripts.export import write as write_export
 
 HOST = "127.0.0.1"
-#: The most bytes of a request; the address of an image.
+#: Largest number of bytes of a request; the address of an image.
 MOST_BYTES, IMAGE = 8_000_000, re.compile(r"/image/(\d{1,12})\.png")
-#: Cosine of near-duplicates where the method names none.
+#: Cosine of near-duplicates if the method defines none.
 DUPLICATE = 0.98
 
 
@@ -55,10 +55,10 @@ DUPLICATE = 0.98
 
 
 def checked(cfg: DictConfig) -> dict[str, Any]:
-    """The options of configs/page.
+    """The options of configs/page, checked.
 
     Raises:
-        UserError: one of them is none.
+        UserError: an option is invalid.
     """
     options = plain(cfg.page)
     for name, low, high in (
@@ -75,7 +75,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
 
 
 def content(cfg: DictConfig, decision: Decision) -> tuple[Shown, Thumbnails]:
-    """What the page of a selection holds, and how many thumbnails."""
+    """The content of a selection's page, and the number of thumbnails."""
     options, kept, table = checked(cfg), decision.kept, decision.table
     name, duplicate = kept.directory.resolve().name, options["duplicate"]
     if duplicate is None:
@@ -102,7 +102,7 @@ def content(cfg: DictConfig, decision: Decision) -> tuple[Shown, Thumbnails]:
 
 
 class Session:
-    """What the server answers with. One thing at a time: selections and exports use all cores.
+    """Answers the server's requests, one at a time, because selections and exports use all cores.
 
     Args:
         html: of the page.
@@ -115,7 +115,7 @@ class Session:
         self._latest: tuple[Settings, Selection] = (Settings(), decision.as_it_stands())
 
     def selection(self, settings: Settings) -> Selection:
-        """The selection of some settings; the latest one is kept."""
+        """The selection for some settings; the latest one is cached."""
         if not self.decision.changed(settings):
             return self.decision.as_it_stands()
         if self._latest[0] != settings:
@@ -123,7 +123,7 @@ class Session:
         return self._latest[1]
 
     def select(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Other settings' selection, as the page reads it."""
+        """The selection for other settings, in the format of the page."""
         settings, started = Settings.of(given), time.perf_counter()
         with self._alone:
             selection = self.selection(settings)
@@ -136,20 +136,20 @@ class Session:
         }  # fmt: skip
 
     def save(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A new selection directory of the settings and of what was moved by hand."""
+        """Write a new selection directory from the settings and the manual moves."""
         settings, edits = Settings.of(given), Edits.of(given, len(self.decision.pool))
         with self._alone:
             return {"selection": str(save(self.decision, settings, self.selection(settings), edits))}
 
     def export(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """`save`, and what it keeps in a form of scripts/export.py, below results/export."""
+        """`save`, then export the kept images in a format of scripts/export.py, below results/export."""
         form = given.get("to")
         if form not in FORMS:
             raise UserError(f"to={form} is unknown: choose from {', '.join(FORMS)}")
         directory = Path(self.save(given)["selection"])
         target = Path(self.cfg.results) / "export" / f"{directory.resolve().name}-{form}"
         with self._alone:
-            if not target.is_dir() or not any(target.iterdir()):  # a folder is there whole or not at all
+            if not target.is_dir() or not any(target.iterdir()):  # a folder appears only when complete
                 cfg = OmegaConf.merge(self.cfg, {"selection": str(directory), "to": form})
                 write_export(cfg, chosen_subset(cfg), target)
         return {"selection": str(directory), "export": str(target)}
@@ -162,14 +162,14 @@ class Session:
 
 
 def live(html: str, decision: Decision) -> str:
-    """The page of a server, with what can be changed."""
+    """The page of a server, including its controls for changes."""
     summary = decision.kept.summary
     given = {"ratio": summary["ratio"], "uniformity": decision.uniformity, "fixed": decision.fixed, "forms": FORMS}
     return html.replace("<html ", f'<html data-live="{escape(json.dumps(given), quote=True)}" ', 1)
 
 
 class Server(ThreadingHTTPServer):
-    """One that ends with its command, and says nothing of a browser that does not wait for its answer."""
+    """Ends with its command, and prints nothing if a browser does not wait for its answer."""
 
     daemon_threads = True
 
@@ -179,12 +179,15 @@ class Server(ThreadingHTTPServer):
 
 
 def handler_of(session: Session) -> type[BaseHTTPRequestHandler]:
-    """Requests to a session. Other sites' pages get nothing: the host must be this one, and what changes something
-    carries a header that they cannot send."""
-    context = contextvars.copy_context()  # the engine and the run folder of the command
+    """Handler of the requests to a session.
+
+    Pages of other sites are refused: the host must be this server, and requests that change something carry a header
+    that other sites cannot send.
+    """
+    context = contextvars.copy_context()  # the command's engine and run folder
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # else every thumbnail is a connection of its own
+        protocol_version = "HTTP/1.1"  # otherwise every thumbnail needs a new connection
 
         def log_message(self, *_: Any) -> None:
             """Nothing: the browser shows what happens."""
@@ -248,7 +251,7 @@ def handler_of(session: Session) -> type[BaseHTTPRequestHandler]:
 
 
 def _acted(action: Callable[[Mapping[str, Any]], dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-    torch.set_flush_denormal(True)  # a setting of the thread: without it the last bits are not those of the command
+    torch.set_flush_denormal(True)  # a setting per thread; without it the last bits differ from those of the command
     return action(given)
 
 

@@ -1,4 +1,4 @@
-"""Are exchanged captions found, and what is cleaning them worth? `make pair-cleaning`; docs/method.md, section 8."""
+"""Detection of exchanged captions, and benefit of cleaning them. `make pair-cleaning`; docs/method.md, section 8."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from runtime.errors import UserError
 from train.foundation import pretrain
 from train.measured_run import MEASURED
 
-#: Trainings by name: the pruning method, and what changes in the configuration.
+#: Trainings by name: the pruning method and the changes of the configuration.
 ARMS = {
     "raw": ("full", ["captioning.captions=given"]),
     "clip_score": ("clip_score", ["captioning.captions=given", "captioning.describe=none"]),
@@ -80,17 +80,17 @@ def labelled_corpus(cfg: DictConfig) -> Corpus:
 
 
 def material(cfg: DictConfig, corpus: Corpus, loops: Loops) -> Material:
-    """What scorers look at, with the corpus's own scenes."""
+    """The inputs of the scorers, with the corpus's own scenes."""
     features = corpus_embeddings(corpus, instantiate(cfg.encoder), cfg.runs)
     scenes = corpus.manifest["scene"].to_numpy(dtype=object)
     return material_of(corpus, features, fingerprint(encoder=cfg.encoder), scenes, True, FOLDS, loops.seed)
 
 
-# ---------------------------------------------------------------- are they found?
+# ---------------------------------------------------------------- detection
 
 
 def detect(cfg: DictConfig, results: Path) -> None:
-    """A row for every fraction, both kinds of exchange and every method."""
+    """Write one row for every fraction, both kinds of exchange and every method."""
     corpus, loops = labelled_corpus(cfg), replace(loops_of(cfg), describe="none")
     fractions = [float(fraction) for fraction in cfg.pair_cleaning.fractions]
     kinds = {"another scene": {}, "another scene, uneven": {"uneven": True}, "the same scene": {"within_scene": True}}
@@ -107,7 +107,7 @@ def detect(cfg: DictConfig, results: Path) -> None:
 
 
 def detected(directory: Path, swapped: np.ndarray, most_mismatch: float, seed: int) -> dict[str, dict]:
-    """Metrics by method. The rivals cannot tell how much to remove: they are given the true fraction."""
+    """Metrics by method. The other methods cannot determine how much to remove, so they get the true fraction."""
     table = pd.read_parquet(directory / CAPTIONS)
     truth = swapped[table["image"].to_numpy()]
     names, scene = np.unique(table["scene"].astype(str), return_inverse=True)
@@ -131,7 +131,7 @@ def detected(directory: Path, swapped: np.ndarray, most_mismatch: float, seed: i
     }
 
 
-# ---------------------------------------------------------------- what is it worth?
+# ---------------------------------------------------------------- benefit
 
 
 def arm_config(cfg: DictConfig, arm: str, seed: int) -> tuple[DictConfig, str]:
@@ -171,7 +171,7 @@ Judge = tuple[Reduction, FittedEncoder]
 
 
 def fitted_judge(corpus: Corpus, encoder: Encoder, runs: Path | str) -> Judge:
-    """A linear CLIP on an encoder's features of the training corpus with its own, true captions: no arm's."""
+    """A linear CLIP on an encoder's features, fitted to the training corpus with its true captions, for all arms."""
     options, generator = DualEncoder(scene_scale=0.0), np.random.default_rng(660)
     rows = np.flatnonzero(corpus.readable & (corpus.manifest["caption"] != "").to_numpy())
     features = corpus_embeddings(corpus, encoder, runs)[rows]
@@ -208,7 +208,7 @@ def judged(judge: Judge, measured: Path, encoder: Encoder, held: HeldOut, corpus
 
 
 def compare_captions(cfg: DictConfig, results: Path) -> None:
-    """Given captions and the captioner's, of the same images, by the same scores: a row a source."""
+    """Compare the given captions and the captioner's captions of the same images by the same scores; one row each."""
     corpus = labelled_corpus(cfg)
     loops = replace(loops_of(cfg), describe="all", rounds=1)
     directory = clean_captions(material(cfg, corpus, loops), loops, cfg.runs)
@@ -231,7 +231,7 @@ def compare_captions(cfg: DictConfig, results: Path) -> None:
 
 
 def _judge_cosines(cfg: DictConfig, corpus: Corpus, encoder: Encoder, table: pd.DataFrame) -> pd.Series:
-    """100 times the cosine of every row's image and caption by a judge fitted to the given captions, out of fold."""
+    """100 times the cosine of every row's image and caption, out of fold, by a judge fitted to the given captions."""
     features = corpus_embeddings(corpus, encoder, cfg.runs)
     fold = np.random.default_rng(670).permutation(len(corpus)) % FOLDS
     options = DualEncoder(scene_scale=0.0)

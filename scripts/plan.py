@@ -1,7 +1,7 @@
-"""The plan of `make reproduce`: what it will compute, what that costs, what is done and what is missing.
+"""The plan of `make reproduce`: computations and their costs, finished parts and missing inputs.
 
-Its rows are the trainings of `scripts.chain`, which the chain itself goes by; whether one is done is determined by the
-very functions that would compute it, inside `runtime.artefacts.nothing_built`: nothing is computed.
+Its rows are the trainings of `scripts.chain`, which the chain itself uses. To find out whether one is done, the plan
+calls the functions that would compute it inside `runtime.artefacts.nothing_built`, so nothing is computed.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class Row:
     """A cell of the plan.
 
     Attributes:
-        stage: what is done.
-        name: of the training that it is about.
-        steps: optimizer steps; None where nothing is trained.
-        images: that are trained on, drawn or read; None: not known before the corpus is indexed.
+        stage: the kind of work.
+        name: of the training.
+        steps: optimizer steps; None without training.
+        images: number of images that are used for training, drawn or read; None: unknown before the corpus is indexed.
         flops: floating-point operations of the denoising network; None: not counted.
-        state: what is there of it already.
+        state: the part that already exists.
     """
 
     stage: str
@@ -86,7 +86,7 @@ class Row:
 
 
 class Sizes(NamedTuple):
-    """Of what a network is trained on: latents [channels, side, side], hidden states [tokens, width]."""
+    """Sizes of a network's training data: latents [channels, side, side], hidden states [tokens, width]."""
 
     channels: int
     side: int
@@ -95,9 +95,10 @@ class Sizes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """
+    """The rows of a plan, and problems.
+
     Attributes:
-        missing: a line for everything that keeps the chain from running, what it is and what to do.
+        missing: one line for everything that keeps the chain from running: what it is and what to do.
     """
 
     rows: list[Row]
@@ -109,7 +110,7 @@ def dry_run(cfg: DictConfig, references: Callable[..., Path]) -> None:
     """Print the plan of a config.
 
     Args:
-        references: measures the reference rows of a config, and of a split.
+        references: measures the reference rows for a config and a split.
     Raises:
         UserError: something is missing.
     """
@@ -126,7 +127,7 @@ def plan_of(cfg: DictConfig, references: Callable[..., Path]) -> Plan:
     """The plan of a config.
 
     Raises:
-        UserError: the profile names a method that it does not train, or the estimate's numbers are none.
+        UserError: the profile names a method that it does not train, or the numbers for the estimate are invalid.
     """
     if not (cfg.plan.peak_tflops > 0 and 0 < cfg.plan.utilisation <= 1):
         raise UserError("plan.peak_tflops: give more than 0; plan.utilisation: more than 0 and at most 1")
@@ -149,17 +150,17 @@ def plan_of(cfg: DictConfig, references: Callable[..., Path]) -> Plan:
 
 
 class _Looking:
-    """Asks for what is there. What refuses a configuration is kept in `problems`.
+    """Queries for existing results. Refusals of the configuration are collected in `problems`.
 
     Attributes:
-        able: whether all networks and data are on this machine, so that asking fetches nothing.
+        able: whether all networks and data are on this machine, so that a query downloads nothing.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         self.runs, self.problems, self.able = str(cfg.runs), [], False
 
     def at(self, ask: Callable[[], T], otherwise: T) -> T:
-        """What `ask` returns, or `otherwise` where it refuses the configuration or needs what is not built."""
+        """The result of `ask`, or `otherwise` if it refuses the configuration or needs a stage that is not built."""
         try:
             with nothing_built(), contextlib.redirect_stderr(io.StringIO()):
                 return ask()
@@ -173,18 +174,18 @@ class _Looking:
             return otherwise
 
     def state(self, ask: Callable[[], object]) -> str:
-        """Whether all stages that `ask` asks for are done."""
+        """Whether all stages that `ask` requests are done."""
         if not self.able:
             return UNKNOWN
         return self.at(lambda: (ask(), DONE)[1], TO_DO)
 
     def training(self, ask: Callable[[], Path]) -> str:
-        """The same of a training whose directory `ask` names, with the steps of one that was interrupted."""
+        """The same for a training whose directory `ask` returns, with the steps of an interrupted one."""
         return self.at(lambda: progress_of(ask()), TO_DO) if self.able else UNKNOWN
 
 
 def progress_of(directory: Path) -> str:
-    """What is there of a training with this directory."""
+    """The existing progress of a training with this directory."""
     if (directory / COMPLETE).is_file():
         return DONE
     newest = Checkpoints(directory.with_name(directory.name + ".partial") / "checkpoints").newest()
@@ -195,7 +196,7 @@ def progress_of(directory: Path) -> str:
 
 
 def sizes_of(cfg: DictConfig) -> Sizes | None:
-    """Sizes of latents and hidden states, by the networks' own files, else by the configuration; None: not known.
+    """Sizes of latents and hidden states, from the networks' files, else from the configuration; None: unknown.
 
     Raises:
         UserError: the autoencoder cannot encode images of this side.
@@ -212,7 +213,7 @@ def sizes_of(cfg: DictConfig) -> Sizes | None:
 
 
 def _latents(cfg: DictConfig) -> tuple[int, int] | None:
-    """Channels of the latents, and how many times the images' side is theirs."""
+    """Channels of the latents, and the factor between the sides of images and latents."""
     weights = autoencoder_weights(cfg)
     metadata = weights.metadata(weights.files[0][0])
     if cfg.model.get("pretrained"):
@@ -226,7 +227,7 @@ def _latents(cfg: DictConfig) -> tuple[int, int] | None:
 
 
 def _text(cfg: DictConfig) -> tuple[int, int] | None:
-    """Tokens of a caption and the width of their hidden states."""
+    """Number of tokens of a caption, and the width of their hidden states."""
     options = cfg.text_encoder
     text = None
     if cfg.model.get("pretrained"):
@@ -241,10 +242,10 @@ def _text(cfg: DictConfig) -> tuple[int, int] | None:
 
 
 def network_of(cfg: DictConfig, sizes: Sizes, conditioned: bool = False) -> nn.Module | None:
-    """The denoising network without weights (on `meta`); None where its shape is not known.
+    """The denoising network without weights (on `meta`); None if its shape is unknown.
 
     Args:
-        conditioned: with the further input channels of a task.
+        conditioned: with the additional input channels of a task.
     """
     channels, more = sizes.channels, sizes.channels * conditioned
     with torch.device("meta"):
@@ -259,7 +260,7 @@ def network_of(cfg: DictConfig, sizes: Sizes, conditioned: bool = False) -> nn.M
 
 
 class Cost:
-    """Operations of the denoising network: of a training image, and of an image that is drawn."""
+    """Operations of the denoising network per training image and per drawn image."""
 
     def __init__(self, cfg: DictConfig, sizes: Sizes | None) -> None:
         self.cfg, self.sizes = cfg, sizes
@@ -275,21 +276,21 @@ class Cost:
 
     @cached_property
     def training(self) -> float | None:
-        """Of an image of the pretraining."""
+        """Operations per image of the pretraining."""
         return self._count(False)
 
     @cached_property
     def tuning(self) -> float | None:
-        """Of an image of a task's training."""
+        """Operations per image of a task's training."""
         return self._count(True)
 
     def drawing(self) -> float | None:
-        """Of an image from a caption: a forward pass a solver step, two with guidance."""
+        """Operations to draw an image from a caption: one forward pass per solver step, two with guidance."""
         passes = self.cfg.eval.steps * (1 if self.cfg.eval.guidance_scale == 1 else 2)
         return times(self.training, passes / 3)
 
     def task_drawing(self) -> float | None:
-        """Of an image from its condition, without guidance."""
+        """Operations to draw an image from its condition, without guidance."""
         return times(self.tuning, self.cfg.downstream.steps / 3)
 
 
@@ -298,7 +299,7 @@ def times(flops: float | None, count: float) -> float | None:
 
 
 def gpu_hours(flops: float, cfg: DictConfig) -> float:
-    """Hours of one accelerator, as `plan` assumes it."""
+    """Hours on one accelerator with the speed that the options `plan` assume."""
     return flops / (cfg.plan.peak_tflops * 1e12 * cfg.plan.utilisation) / 3600
 
 
@@ -306,7 +307,7 @@ def gpu_hours(flops: float, cfg: DictConfig) -> float:
 
 
 def _check(part: Part, sizes: Sizes | None, look: _Looking) -> None:
-    """Note what the parts of a configuration would refuse later."""
+    """Record the errors that the parts of a configuration would raise later."""
     cfg = part.cfg
     look.at(lambda: (budget_of(1, cfg.ratio), SegmenterOptions.of(cfg)), None)
     for training in part.pretrainings:
@@ -331,7 +332,7 @@ def _check(part: Part, sizes: Sizes | None, look: _Looking) -> None:
 
 
 def _shared_rows(cfg: DictConfig, part: Part, references: Callable[..., Path], look: _Looking) -> Iterator[Row]:
-    """What comes before all seeds: the text encoder, and what real images are measured to be."""
+    """Rows before those of the seeds: the text encoder, and the measurements of real images."""
     options = cfg.text_encoder
     if options.kind == "train":
         images = options.train.steps * options.train.batch_size
@@ -373,7 +374,7 @@ def _pretraining_rows(training: Pretraining, cost: Cost, look: _Looking) -> Iter
 
 
 def _measured(training: Pretraining) -> None:
-    """Ask for all that measuring a finished run computes."""
+    """Query all stages that measure a finished run."""
     cfg, method, _ = training
     run = run_directory(cfg, method)
     selection, corpus = select(cfg, method)
@@ -400,10 +401,10 @@ def _fine_tuning_rows(tuning: FineTuning, runs: dict[str, Pretraining], cost: Co
 
 
 def tuned_directory(tuning: FineTuning, start: Pretraining | None) -> Path:
-    """Where `fine_tune` leaves its run, whether it is there or not.
+    """The directory of the run of `fine_tune`, whether it exists or not.
 
     Raises:
-        NotBuilt: what it starts from is not there.
+        NotBuilt: the run that it starts from does not exist.
     """
     cfg, task = tuning.cfg, TASKS[tuning.task](tuning.cfg)
     foundation = None if start is None else run_directory(start.cfg, start.method)
@@ -416,11 +417,11 @@ def tuned_directory(tuning: FineTuning, start: Pretraining | None) -> Path:
 
 
 def _task_measured(tuning: FineTuning, start: Pretraining | None) -> None:
-    """Ask for all that measuring a finished fine-tuning computes."""
+    """Query all stages that measure a finished fine-tuning."""
     measured_fine_tuning(tuning.cfg, TASKS[tuning.task](tuning.cfg), tuned_directory(tuning, start))
 
 
-# ---------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------- output
 
 
 def lines_of(plan: Plan, cfg: DictConfig) -> list[str]:

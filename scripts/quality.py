@@ -1,4 +1,4 @@
-"""Every pruning method at every ratio, judged without training on the validation split: `make quality`."""
+"""Every pruning method at every ratio, evaluated without training on the validation split: `make quality`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publish what results/local holds: its rows, README's table and pictures, docs/: `make readme`."""
+"""Publish the content of results/local: its rows, README's table and pictures, docs/: `make readme`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from runtime.errors import UserError
 from scripts.toy_example import toy_example
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Images of the corpus and of the subset in README's picture, and images on its map.
+#: Number of images of the corpus and of the subset in README's picture, and of images on its map.
 SHOWN, MAPPED = 24, 6000
 
 
 def write_overview(selection: Path, target: Path) -> None:
-    """README's picture of a selection of a corpus whose images know their place; the same bytes every time."""
+    """Draw README's picture of a selection, for a corpus with georeferenced images; the bytes are reproducible."""
     corpus = open_corpus(
         selection.resolve().parent.parent / "corpus" / read_json(selection / COMPLETE)["inputs"]["corpus"]
     )
@@ -42,7 +42,7 @@ def write_overview(selection: Path, target: Path) -> None:
 
 
 def write_toy(target: Path) -> None:
-    """The picture of docs/method.md."""
+    """Draw the picture of docs/method.md."""
     example = toy_example()
     write_bytes(target, figure_bytes(toy_figure(example.points, example.classes, example.kept), dpi=100))
 

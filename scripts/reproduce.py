@@ -1,4 +1,4 @@
-"""The whole chain: prune -> pretrain -> downstream -> measure -> tables and report. `make reproduce` runs this."""
+"""The complete chain of `make reproduce`: prune -> pretrain -> downstream -> measure -> tables and report."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class TableCell(NamedTuple):
     """A finished cell of the tables.
 
     Attributes:
-        cfg: with which it was computed; its `train.weighting` tells two trainings on one subset apart.
+        cfg: its config; `train.weighting` distinguishes two trainings on one subset.
         kind: its stage in results.jsonl.
         directory: of the computation, for its commit.
-        run: of the training that it is about, which the report shows images of; None: the directory.
+        run: of the training, for the report's images; None: the directory.
     """
 
     cfg: DictConfig
@@ -71,7 +71,7 @@ class TableCell(NamedTuple):
 
 
 def rebuilds(cfg: DictConfig) -> dict[str, Rebuild]:
-    """The autoencoder and PCA of its latent size, as ways to encode and decode images."""
+    """The autoencoder, and PCA of its latent size, as functions that encode and decode images."""
     corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, instantiate(cfg.entropy), instantiate(cfg.encoder))
     autoencoder, key = load_autoencoder(cfg)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -83,7 +83,7 @@ def rebuilds(cfg: DictConfig) -> dict[str, Rebuild]:
 
     @torch.inference_mode()
     def by_autoencoder(images: np.ndarray) -> np.ndarray:
-        generator = torch.Generator(device).manual_seed(int(cfg.seed))  # a KL autoencoder samples its latents
+        generator = torch.Generator(device).manual_seed(int(cfg.seed))  # KL autoencoders sample their latents
         parts = (to_tensor(images[start : start + 100]).to(device) for start in range(0, len(images), 100))
         return np.concatenate([to_uint8(decode(autoencoder, encode(autoencoder, part, generator))) for part in parts])
 
@@ -95,13 +95,13 @@ def rebuilds(cfg: DictConfig) -> dict[str, Rebuild]:
 
 
 def references(cfg: DictConfig, split: str | None = None) -> Path:
-    """Measure the reference rows on a split (`eval.split`): its sets, and of that split the downstream tasks' too."""
+    """Measure the reference rows on a split (default: `eval.split`, then also for the downstream tasks)."""
     corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, instantiate(cfg.entropy), instantiate(cfg.encoder))
     images = cfg.eval.images if split is None else cfg.eval.convergence_images
     sets = evaluation_sets(cfg, split, images=images)
     held = next(iter(sets.values()))
     further = second_sets(held.corpus, encoders_of(cfg), len(held), int(cfg.eval.seed), cfg.runs)
-    if split is None:  # those tables compare fewer images, and a Fréchet distance depends on how many
+    if split is None:  # those tables compare fewer images, and a Fréchet distance depends on the number
         count = min(cfg.downstream.images, len(held))
         sets[""] = sets["balanced"].first(count)
         further |= {"": further["balanced"].first(count)} if "balanced" in further else {}
@@ -113,12 +113,14 @@ def references(cfg: DictConfig, split: str | None = None) -> Path:
 
 
 def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str, name: str) -> dict[str, float]:
-    """Paired differences of a run's KID to that of the `BASELINE`, on both held-out sets by every encoder.
+    """Paired differences of a run's KID to that of the `BASELINE`, on both held-out sets and for every encoder.
 
-    Of the `SUBJECT` the differences to every other run too: the report's verdict asks for them.
+    For the `SUBJECT`, also the differences to every other run, which the report's verdict needs.
 
     Args:
-        foundations: runs by `run_name`; `name` is one of them, and a training of `method`.
+        foundations: runs by `run_name`.
+        method: method of the training.
+        name: its name, a key of `foundations`.
     """
     others = [other for other in foundations if other == BASELINE or method == SUBJECT]
     others = [other for other in others if other != name and other.partition(",")[0] != SUBJECT]
@@ -135,7 +137,7 @@ def differences(cfg: DictConfig, foundations: Mapping[str, Path], method: str, n
 
 
 def foundation_cells(part: Part, foundations: dict[str, Path]) -> Iterator[TableCell]:
-    """Every method's subset, convergence and final model; fills `foundations` with the runs by their names."""
+    """Every method's subset, convergence and final model; adds the runs to `foundations` by name."""
     chosen = {}
     for training in part.pretrainings:
         changed, method, name = training.cfg, training.method, training.name
@@ -155,16 +157,16 @@ def foundation_cells(part: Part, foundations: dict[str, Path]) -> Iterator[Table
 
 
 def _biased(name: str) -> bool:
-    """Whether a number depends on how many images are compared: convergence uses fewer than the other tables."""
+    """Whether a metric depends on the number of images; convergence uses fewer than the other tables."""
     quantity = Quantity.parse(name)
     return quantity is not None and quantity.entry.biased
 
 
 def downstream_cells(part: Part, tasks: Mapping[str, Task], foundations: Mapping[str, Path]) -> Iterator[TableCell]:
-    """Every task's networks and its baselines."""
+    """The networks and baselines of every task."""
     for name, task in tasks.items():
         for chosen, _, method, start in (tuning for tuning in part.fine_tunings if tuning.task == name):
-            own = TASKS[name](chosen)  # a palette is of the seed's training images
+            own = TASKS[name](chosen)  # a palette depends on the seed's training images
             foundation = None if start is None else foundations[start]
             directory = fine_tune(chosen, own, foundation, method)
             measured = Path(next(iter(read_json(directory / MEASURED).values())))
@@ -184,7 +186,7 @@ def downstream_cells(part: Part, tasks: Mapping[str, Task], foundations: Mapping
 
 
 def regression_cell(cfg: DictConfig, task: Task, run: Path) -> TableCell:
-    """The regression network of as many weights, trained for as many steps as a run of super-resolution."""
+    """The regression network with as many weights and training steps as a super-resolution run."""
     metadata = read_json(run / TRAINING)
     options = loop_options(cfg, run)
     directory, measured = measured_regression(cfg, task, int(metadata["parameters"]), options)
@@ -193,7 +195,7 @@ def regression_cell(cfg: DictConfig, task: Task, run: Path) -> TableCell:
 
 
 def dial_cells(cfg: DictConfig, run: Path) -> Iterator[TableCell]:
-    """One super-resolution network with every dial of `profile.dials`."""
+    """One super-resolution network with each value of `profile.dials`."""
     for dial in cfg.profile.dials:
         chosen = cfg.copy()
         chosen.downstream.super_resolution.dial = float(dial)
@@ -204,7 +206,7 @@ def dial_cells(cfg: DictConfig, run: Path) -> Iterator[TableCell]:
 
 
 def cells(cfg: DictConfig) -> Iterator[TableCell]:
-    """Every cell of the tables, computed or found done: of every seed the foundations, of the first one all."""
+    """Every cell of the tables, computed or cached: the foundations of all seeds, and everything for the first seed."""
     directory = references(cfg)
     rows = read_json(directory / "reference_rows.json")
     tasks = suitable_tasks(cfg)
@@ -222,13 +224,13 @@ def reproduce(cfg: DictConfig) -> Path:
     """Run the chain and write `results/<profile>/`."""
     check_profile(cfg)
     results = Path(cfg.results) / cfg.profile.name
-    if not is_main_process():  # takes its part in the training; the first process writes
+    if not is_main_process():  # the other processes only take part in the training; the first one writes
         collections.deque(cells(cfg), maxlen=0)
         references(cfg), references(cfg, "val")
         return results
     results.mkdir(parents=True, exist_ok=True)
     path = results / "results.jsonl"
-    partial = path.with_name("results.jsonl.partial")  # the earlier results stand until the new ones are whole
+    partial = path.with_name("results.jsonl.partial")  # earlier results are kept until the new ones are complete
     partial.unlink(missing_ok=True)
     run_folders: dict[str, list[str]] = {}
     for cell in cells(cfg):
@@ -263,7 +265,7 @@ def reproduce(cfg: DictConfig) -> Path:
 
 
 def opening(cfg: DictConfig) -> list[str]:
-    """What the command is about to do and how long its training takes, in a few lines."""
+    """A few lines about what the command will do and how long its training takes."""
     parts = chain(cfg, suitable_names(cfg))
     steps = [int(cfg.train.loop.steps)] * sum(len(part.pretrainings) for part in parts)
     tuned = [loop_options(tuning.cfg, None).steps for part in parts for tuning in part.fine_tunings]
@@ -284,7 +286,7 @@ def opening(cfg: DictConfig) -> list[str]:
 
 
 def published_seconds_per_step() -> float | None:
-    """Mean seconds of an optimizer step of the published pretrainings; None where no rows are published."""
+    """Mean seconds per optimizer step of the published pretrainings; None if no rows are published."""
     path = ROOT / "results" / "published" / "chain.jsonl"
     rows = [row for row in read_results(path) if row["stage"] == "convergence"] if path.is_file() else []
     last = {(row["prune"], row.get("weighting"), row["seed"]): row for row in rows if row.get("seconds")}

@@ -22,16 +22,16 @@ from runtime.errors import UserError
 from train.sampler import Sampler, check_prompt, check_settings, load_sampler, pipeline_fingerprint
 from train.shipped import SHIPPED, foundation_path
 
-#: Images in a row of a sheet that has only one prompt and place, and the least width of one in screen pixels.
+#: Images per row of a sheet with only one prompt and location, and the smallest width of an image in screen pixels.
 COLUMNS, TILE = 8, 128
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of images shares.
+    """The common settings of a row of images.
 
     Attributes:
-        place: its name on the sheet; "" where there is no metadata.
+        place: name of the location on the sheet; "" without metadata.
     """
 
     prompt: str
@@ -40,7 +40,7 @@ class Row:
 
 
 def prompts_of(value: Any) -> list[str]:
-    """The prompts of an option that holds one or a list.
+    """The prompts of an option that is one prompt or a list.
 
     Raises:
         UserError: there is none, or one is empty.
@@ -53,10 +53,10 @@ def prompts_of(value: Any) -> list[str]:
 
 
 def rows_of(cfg: DictConfig, sampler: Sampler) -> list[Row]:
-    """A row for every prompt, or for every prompt at every place.
+    """One row for every prompt, or for every pair of a prompt and a location.
 
     Raises:
-        UserError: the prompts, the metadata or the locations are no such thing, or none of the model's.
+        UserError: the prompts, the metadata or the locations are invalid or unknown to the model.
     """
     shared, locations = plain(cfg.sample.metadata) or {}, plain(cfg.sample.locations)
     if not isinstance(shared, Mapping):
@@ -77,7 +77,7 @@ def rows_of(cfg: DictConfig, sampler: Sampler) -> list[Row]:
 
 
 def sheet_of(images: Sequence[np.ndarray], rows: Sequence[Row]) -> Image.Image:
-    """All images on a sheet, a row each, the prompt below and the place beside them.
+    """All images on a sheet, one row each, with the prompt below and the location beside them.
 
     Args:
         images: uint8 [K, H, W, 3] for each of the rows.
@@ -96,7 +96,7 @@ def sheet_of(images: Sequence[np.ndarray], rows: Sequence[Row]) -> Image.Image:
 def write_samples(
     directory: Path, images: Sequence[np.ndarray], rows: Sequence[Row], metadata: Mapping[str, Any]
 ) -> None:
-    """sheet.png, 0000.png and so on, row by row, and samples.json, which says what each of them is.
+    """Write sheet.png, 0000.png and so on, row by row, and samples.json, which describes each of them.
 
     Args:
         images: uint8 [K, H, W, 3] for each of the rows.
@@ -143,10 +143,10 @@ def main(cfg: DictConfig) -> None:
 
 
 def write_whole(target: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a directory beside the target, which then takes its place.
+    """Let `build` fill a temporary directory, which then becomes the target.
 
     Raises:
-        UserError: the target is there and not empty.
+        UserError: the target exists and is not empty.
     """
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise UserError(f"sample.out={target} is not empty: name another, or remove it")
@@ -163,17 +163,17 @@ def write_whole(target: Path, build: Callable[[Path], None]) -> None:
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line as Hydra's grammar wants it.
+    """Convert a command line to Hydra's grammar.
 
-    `prompt=TEXT` is quoted, since a comma would mean several runs: not what is a list, quoted already or null, nor of a
-    multirun. `sample.metadata.NAME=VALUE` gets the plus signs with which keys are added.
+    `prompt=TEXT` is quoted, because a comma would mean several runs; lists, quoted values, null and multiruns are left
+    unchanged. `sample.metadata.NAME=VALUE` gets the plus signs with which Hydra adds keys.
     """
     several = bool({"-m", "--multirun"} & set(arguments))
     changed = []
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key == "prompt" and value and value[0] not in "['\"" and value != "null" and not several:
-            # a backslash stands for itself, but not before a quote
+            # a backslash is literal except before a quote
             value = re.sub(r"(\\*)('|\Z)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
             argument = f"prompt='{value}'"
         elif key.startswith("sample.metadata."):

@@ -1,4 +1,4 @@
-"""Note every stage's version and the hash of its code: `python scripts/stage_sources.py`, when either has changed."""
+"""Record every stage's version and code hash; run `python scripts/stage_sources.py` when either has changed."""
 
 from __future__ import annotations
 

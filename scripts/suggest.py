@@ -1,7 +1,8 @@
-"""Which ratio to prune at: the curve of what is lost over ratios, and its knee. `python scripts/suggest.py`.
+"""Suggest a ratio: the curve of the loss by pruning over ratios, and its knee. `python scripts/suggest.py`.
 
-With `suggest.images_seen=N`, how many images the training will see, the trainings of the experiment ratio_compute
-decide where there are some of this corpus; else ratios at which images repeat too often are left out.
+With `suggest.images_seen=N`, the number of images that the training will see, the ratio comes from the trainings of the
+experiment ratio_compute, if there are some of this corpus; otherwise ratios at which images repeat too often are
+excluded.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from runtime.errors import UserError
 
 
 def curve(cfg: DictConfig, method: str) -> pd.DataFrame:
-    """ratio, kept images and how well the subset represents held-out images, from the most pruned on.
+    """Table of ratio, number of kept images and how well the subset represents held-out images; highest ratio first.
 
-    The images are the scene-balanced ones of the validation split, seen by the evaluation encoder.
+    The held-out images are the scene-balanced ones of the validation split, as features of the evaluation encoder.
     """
     held = evaluation_sets(cfg, cfg.quality.split)["balanced"]
     encoder = encoders_of(cfg)[0]
@@ -46,7 +47,7 @@ def curve(cfg: DictConfig, method: str) -> pd.DataFrame:
 
 
 def affordable(table: pd.DataFrame, images_seen: float, most_repeats: float) -> pd.DataFrame:
-    """The rows of a curve whose images a training of `images_seen` images would not see too often.
+    """The rows of a curve with subsets that a training of `images_seen` images would not repeat too often.
 
     Raises:
         UserError: there is none.
@@ -61,10 +62,11 @@ def affordable(table: pd.DataFrame, images_seen: float, most_repeats: float) -> 
 
 
 def measured_best(cfg: DictConfig, method: str, images_seen: float) -> tuple[float, pd.DataFrame] | None:
-    """The ratio with the nearest images after so many, of the trainings of `suggest.experiment`; None: none fit.
+    """The ratio with the smallest distance after `images_seen` images among the trainings of `suggest.experiment`.
 
     Returns:
-        The ratio, and for every ratio the mean, deviation and number of seeds of the balanced distance.
+        The ratio, and for every ratio the mean, deviation and number of seeds of the balanced distance; None if no
+        training fits.
     """
     rows = [
         row

@@ -1,4 +1,4 @@
-"""Images of any size from masks: `python scripts/synthesize.py mask=PATH out=PATH [run=DIR]`."""
+"""Draw images of any size from masks: `python scripts/synthesize.py mask=PATH out=PATH [run=DIR]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.sampler import check_settings
 
 
 def suffix_of(mask: Path) -> str:
-    """Of the image of a mask in a folder: GeoTIFFs stay such, all others become PNG."""
+    """Suffix of the image of a mask in a folder: GeoTIFFs stay GeoTIFFs, all others become PNG."""
     return mask.suffix if mask.suffix.lower() in RASTERS else ".png"
 
 

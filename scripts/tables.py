@@ -1,4 +1,4 @@
-"""Tables, figures and report again from finished results, and docs/results.md from published ones: `make tables`."""
+"""Regenerate tables, figures and report from finished results, docs/results.md from published ones: `make tables`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two rings and a cloud of outliers in the plane, pruned: the first page of docs/method.md.
+"""Prune points in the plane, two rings and a cloud of outliers: the example at the start of docs/method.md.
 
 `python scripts/toy_example.py` prints how many points of each kind every method keeps.
 """
@@ -15,13 +15,13 @@ from prune.methods.baselines import Random
 #: Points of each kind: a frequent scene, a rare one, and images that belong to neither.
 COUNTS = {"outer ring": 1600, "inner ring": 200, "outliers": 60}
 RATIO = 0.85
-#: Labelled points of each ring, and the spread of the waves of `lifted`: the larger, the narrower its neighbourhoods.
+#: Labelled points per ring, and spread of the frequencies in `lifted`: the larger, the narrower the neighbourhoods.
 LABELLED, SPREAD = 100, 1.5
 
 
 @dataclass(frozen=True)
 class Toy:
-    """Points float32 [n, 2], their kinds str [n], and what each method keeps, bool [n]."""
+    """Points float32 [n, 2], their kinds str [n], and for each method a mask of the kept points, bool [n]."""
 
     points: np.ndarray
     classes: np.ndarray
@@ -29,7 +29,7 @@ class Toy:
 
 
 def two_rings(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A large dense ring, a small sparse one at its centre, and a cloud beside them: float32 [n, 2], str [n]."""
+    """A large dense ring, a small sparse ring at its centre, and a cloud next to them: float32 [n, 2], str [n]."""
     angles = generator.uniform(0, 2 * np.pi, COUNTS["outer ring"] + COUNTS["inner ring"])
     radii = np.repeat([3.0, 1.0], [COUNTS["outer ring"], COUNTS["inner ring"]])
     radii = radii + generator.normal(0, 0.12, len(radii))
@@ -39,10 +39,10 @@ def two_rings(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lifted(points: np.ndarray) -> np.ndarray:
-    """Features in which a distance in the plane is a cosine: random Fourier features (Rahimi and Recht 2007).
+    """Features float32 [n, 256] in which a distance in the plane becomes a cosine.
 
-    RS-Prune compares directions, as those of an image encoder's embeddings; in the plane itself, a ring and the smaller
-    one inside it have the same directions. float32 [n, 256].
+    They are random Fourier features (Rahimi and Recht 2007). RS-Prune compares directions, as of an image encoder's
+    embeddings; in the plane, a ring and a smaller ring inside it have the same directions.
     """
     generator = np.random.default_rng(0)
     waves, phases = generator.normal(0, SPREAD, (2, 256)), generator.uniform(0, 2 * np.pi, 256)
@@ -50,7 +50,7 @@ def lifted(points: np.ndarray) -> np.ndarray:
 
 
 def toy_example(seed: int = 0) -> Toy:
-    """Prune the points to 15 %, at random and by RS-Prune, which gets labels of both rings and none of the cloud."""
+    """Prune the points to 15 %, at random and by RS-Prune; RS-Prune gets labels of both rings and none of the cloud."""
     generator = np.random.default_rng(seed)
     points, classes = two_rings(generator)
     features = lifted(points)

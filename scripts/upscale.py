@@ -1,4 +1,4 @@
-"""Super-resolution of images of any size: `python scripts/upscale.py in=PATH out=PATH [run=DIR]`."""
+"""Enlarge images of any size by super-resolution: `python scripts/upscale.py in=PATH out=PATH [run=DIR]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PSNR, SSIM, NIQE and colours by basicsr 1.4.2, the oracle of tests."""
+"""PSNR, SSIM, NIQE and colour conversion by basicsr 1.4.2, as the reference implementation for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests share: the process set up as the commands set it up, a small folder corpus, the measured data sets."""
+"""Shared fixtures: the process settings of the commands, a small folder corpus, the measured data sets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of data sets that lie beside the repository; the test is skipped where it is absent."""
+    """The folder of data sets next to the repository; the test is skipped if it does not exist."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("../shared/data is absent: it holds data sets that are not part of the repository")

@@ -1,4 +1,4 @@
-"""A real S3-compatible server on loopback, moto's, behind a proxy that injects faults and records the requests."""
+"""A real S3-compatible server (moto) on loopback, behind a proxy that injects faults and records the requests."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SLOW_DOWN = (
 
 @dataclass
 class Fault:
-    """What happens to requests of a method whose path fits, to the first `times` of them.
+    """A fault for the first `times` requests of a method whose path matches.
 
     Attributes:
         kind: late (no answer before the client's time-out), busy (503), slow (the body trickles), cut (the body ends
-            early), lost (the connection is reset), whole (ranges are not known).
-        at: of cut and busy: bytes of the object from here on do not come, and only requests for some of them are hit.
+            early), lost (the connection is reset), whole (range requests are unsupported).
+        at: for cut and busy: first byte of the object that is not sent; only requests that include such bytes are hit.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Fault:
 
 @dataclass
 class Store:
-    """The proxy's address, its faults, and the requests that came: (method, path, range or None)."""
+    """The proxy's address, its faults, and the received requests: (method, path, range or None)."""
 
     port: int
     behind: tuple[str, int]
@@ -79,7 +79,7 @@ def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
             pass
 
         def handle(self) -> None:
-            with suppress(ConnectionError, TimeoutError):  # the client gave up, as it should
+            with suppress(ConnectionError, TimeoutError):  # the client gave up, as expected
                 super().handle()
 
         def answer(self) -> None:
@@ -174,7 +174,7 @@ def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def running_store() -> Iterator[Store]:
-    """moto and the proxy before it, on free ports of loopback."""
+    """Run moto and the proxy in front of it, on free ports of loopback."""
     import logging
 
     from moto.server import ThreadedMotoServer

@@ -1,4 +1,4 @@
-"""Small inputs of the shapes that docs/corpora.md speaks of."""
+"""Small inputs in the layouts that docs/corpora.md describes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def products(folder: Path) -> None:
-    """Three of Sentinel-2 and three of Landsat, of one file a band."""
+    """Three Sentinel-2 products and three Landsat products, with one file per band."""
     for number in range(3):
         x = 300_000 + 40_000 * number
         granule = folder / "sentinel" / f"S2A_MSIL2A_2020010{number + 1}T081234_T36KVU.SAFE" / GRANULE
@@ -100,7 +100,7 @@ def patches(folder: Path) -> None:
 
 
 def shards(folder: Path) -> None:
-    """As img2dataset leaves them: keys of nine figures, with caption, metadata and its own statistics beside."""
+    """Shards as written by img2dataset: keys of nine digits, with caption, metadata and its statistics files."""
     folder.mkdir()
     for shard in range(2):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:

@@ -1,7 +1,7 @@
-"""A process that imports the libraries once and forks for every command: tests then pay for what a command does.
+"""A process that imports the libraries once and forks for every command, so that tests do not pay for imports again.
 
-Reads a JSON request a line ({script, arguments, cwd, environment, stdout, stderr}) and answers with its exit code.
-It computes nothing itself, so that no thread is lost in a fork.
+Reads one JSON request per line ({script, arguments, cwd, environment, stdout, stderr}) and answers with its exit code.
+It computes nothing itself, so no thread is lost in a fork.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def import_libraries() -> None:
 
 
 def run(request: dict) -> int:
-    """Run one script in this, the forked process; returns its exit code."""
+    """Run one script in the forked process; returns its exit code."""
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])

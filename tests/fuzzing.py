@@ -1,8 +1,8 @@
-"""Corpora of mutated files through index, prune and export, in one process whose memory is bounded.
+"""Run corpora of mutated files through index, prune and export, in one process with bounded memory.
 
-`python tests/fuzzing.py FOLDER SEED SOURCE COUNT …` writes a JSON line for every corpus. Each kind of corpus has an
-account of what was put in: every file, member and row must be a row of the manifest, or be counted on stderr, or lie
-beside an image. The account is kept here by the names alone, apart from what the sources do.
+`python tests/fuzzing.py FOLDER SEED SOURCE COUNT …` writes one JSON line for every corpus. For each kind of corpus the
+test keeps an account of its input: every file, member and row must become a row of the manifest, be counted on stderr,
+or belong to an image. The account uses only the names and is independent of the code of the sources.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from runtime.errors import UserError
 from runtime.notices import notice
 from scripts.export import main as export
 
-#: Address space of the process, in bytes; the libraries alone take some four GiB of it.
+#: Address space of the process in bytes; the libraries alone take about four GiB of it.
 MEMORY = 12 * 2**30
 RATIO = 0.4
-#: Seconds after which a corpus is said to hang, and where.
+#: Seconds after which a corpus is reported as hanging, with a traceback.
 HANGS = int(os.environ.get("FUZZ_HANGS", "300"))
-#: Files that say nothing of their own, of which no word is said.
+#: Files without data of their own, which are ignored without a message.
 QUIET = ("a.tfw", "a.tif.aux.xml", "a.prj", "Thumbs.db", "README.md", "LICENSE")
 TEXTS = (".txt", ".caption", ".json")
 Generator = np.random.Generator
@@ -67,7 +67,7 @@ Generator = np.random.Generator
 
 @dataclass(frozen=True)
 class MeanColour:
-    """An encoder of no network: the mean colour."""
+    """An encoder without a network: the mean colour."""
 
     name: str = "mean_colour"
     batch_size: int = 64
@@ -79,11 +79,11 @@ class MeanColour:
 
 @dataclass(frozen=True)
 class Put:
-    """A corpus that was written.
+    """A generated corpus.
 
     Attributes:
         overrides: of the command line.
-        check: (manifest, what stood on stderr) raises an AssertionError where the account is not even.
+        check: (manifest, text on stderr) raises an AssertionError if the account does not balance.
     """
 
     overrides: list[str]
@@ -94,7 +94,7 @@ class Put:
 
 
 def folder(root: Path, rng: Generator, count: int) -> Put:
-    """A folder of mutated files: images, texts, tables, masks, companions, special files and what is nothing at all."""
+    """A folder of mutated files: images, texts, tables, masks, companion files, special files and unknown files."""
     masked = rng.random() < 0.3
     images: list[str] = []
     for number in range(count):
@@ -147,7 +147,7 @@ def shown(rng: Generator) -> list[str]:
 
 
 def check_folder(root: Path, masked: bool, manifest: pd.DataFrame, message: str) -> None:
-    """Every file is a row, or lies beside one, or is a table, or is known to be nothing, or is counted."""
+    """Every file is a row, belongs to a row, is a table, is known as irrelevant, or is counted."""
     files = set()
     for below, folders, names in os.walk(root):
         inside = Path(below).relative_to(root)
@@ -172,7 +172,7 @@ def check_folder(root: Path, masked: bool, manifest: pd.DataFrame, message: str)
 
 
 def shards(root: Path, rng: Generator, count: int) -> Put:
-    """Tar shards, whole ones with odd members and broken ones with plain images."""
+    """Tar shards: complete ones with odd members, and broken ones with plain images."""
     urls, rows, passed, cut = [], 0, 0, {}
     number = 0
     while number < count:
@@ -192,7 +192,7 @@ def shards(root: Path, rng: Generator, count: int) -> Put:
 
 
 def odd_shard(path: Path, rng: Generator, shard: int, size: int) -> tuple[int, int]:
-    """A whole shard; how many rows it makes, and how many of its members are passed over."""
+    """Write a complete shard; returns the number of its rows and the number of members that are skipped."""
     rows = passed = 0
     kind = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.PAX_FORMAT)[rng.integers(4)]
     with tarfile.open(path, "w", format=kind, errors="surrogateescape") as tar:
@@ -226,7 +226,7 @@ def odd_shard(path: Path, rng: Generator, shard: int, size: int) -> tuple[int, i
                     add(f"{key}.jpg", b"", type=tarfile.FIFOTYPE)
                     add(f"{key}.png", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
                     passed += 2
-                case 4:  # a tar in a tar, and in that one more
+                case 4:  # a tar in a tar in a tar
                     inner = io.BytesIO()
                     with tarfile.open(fileobj=inner, mode="w") as nested:
                         nested.addfile(tarfile.TarInfo("inner.jpg"))
@@ -276,7 +276,7 @@ def odd_shard(path: Path, rng: Generator, shard: int, size: int) -> tuple[int, i
 
 
 def broken_shard(path: Path, rng: Generator, shard: int, size: int) -> int:
-    """A shard of whole images whose bytes are then broken; how many images it had."""
+    """Write a shard of complete images and break its bytes; returns the number of its images."""
     buffer, offsets = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w", format=(tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)[shard % 2]) as tar:
         for number in range(size):
@@ -294,7 +294,7 @@ def broken_shard(path: Path, rng: Generator, shard: int, size: int) -> int:
             data = broken(rng, data)
         case 1:
             data = data[: int(rng.integers(len(data)))]
-        case 2:  # a sound header that claims more than there is
+        case 2:  # a valid header with a size beyond the end of the file
             at, claim = int(rng.integers(size)), int(rng.choice([2**20, 2**30, 2**33 - 1, 0]))
             data = claimed(data, offsets[at], claim)
         case 3:
@@ -316,7 +316,7 @@ def broken_shard(path: Path, rng: Generator, shard: int, size: int) -> int:
 
 
 def claimed(data: bytes, start: int, size: int, kind: bytes | None = None) -> bytes:
-    """The archive with another size, and another kind, in the header that starts here; its checksum is right."""
+    """The archive with another size, and another kind, in the header that starts here, with a valid checksum."""
     result = bytearray(data)
     result[start + 124 : start + 136] = b"%011o\0" % size
     if kind is not None:
@@ -327,8 +327,11 @@ def claimed(data: bytes, start: int, size: int, kind: bytes | None = None) -> by
 
 
 def check_shards(rows: int, passed: int, cut: dict[str, int], manifest: pd.DataFrame, message: str) -> None:
-    """Whole shards: as many rows as samples and problems, the rest counted. Broken ones: all images, or a row that says
-    that the shard is broken."""
+    """Check the rows of shards.
+
+    Complete shards: as many rows as samples and problems, the rest counted. Broken shards: all images, or a row with
+    the reason that the shard is broken.
+    """
     broken_rows = manifest["id"].str.contains(r"cut\d+_\d+|shard\d+\.tar(?::end)?$", regex=True)
     for shard, size in cut.items():
         number = re.search(r"shard(\d+)\.tar$", shard)[1]
@@ -338,7 +341,7 @@ def check_shards(rows: int, passed: int, cut: dict[str, int], manifest: pd.DataF
             f"{shard} had {size} images, has {of_shard.sum()} rows, and no reason"
         )
     whole = manifest[~broken_rows & ~manifest["id"].str.startswith(tuple(cut) or ("\0",))]
-    strange = [row for row in whole["id"] if row in ("s.jpg", "s")]  # names that a broken header gave
+    strange = [row for row in whole["id"] if row in ("s.jpg", "s")]  # names from a broken header
     assert len(whole) - len(strange) == rows, f"{len(whole)} rows of {rows}: {sorted(whole['id'])[:40]}"
     result = re.search(r"webdataset: ([\d,]+) members passed over", message)
     given = int(result[1].replace(",", "")) if result else 0
@@ -349,7 +352,7 @@ def check_shards(rows: int, passed: int, cut: dict[str, int], manifest: pd.DataF
 
 
 def scenes(root: Path, rng: Generator, count: int) -> Put:
-    """Rasters of all kinds, broken ones, and files that are none."""
+    """Rasters of all kinds, broken ones, and files that are not rasters."""
     for number in range(count):
         place = ("", "dry/", "b/c/", "\u00e9/")[rng.integers(4)]
         (root / place).mkdir(exist_ok=True, parents=True)
@@ -372,7 +375,7 @@ def scenes(root: Path, rng: Generator, count: int) -> Put:
 
 
 def check_scenes(root: Path, manifest: pd.DataFrame, message: str) -> None:
-    """Every file that is called as a scene has a row of its own or tiles; every other is counted."""
+    """Every file with a scene's suffix has a row of its own or tiles; every other file is counted."""
     names, others = set(), set()
     for below, _, files in os.walk(root):
         for name in files:
@@ -490,7 +493,7 @@ def config(root: Path, overrides: list[str]) -> DictConfig:
 
 
 def run(root: Path, source: str, seed: int, count: int) -> dict[str, object]:
-    """One corpus through all steps. `problem` says what went wrong, if anything did."""
+    """Run one corpus through all steps; `problem` describes an error, if there was one."""
     rng = np.random.default_rng([seed, sorted(SOURCES).index(source)])
     (root / "corpus").mkdir(parents=True)
     put = SOURCES[source](root / "corpus", rng, count)
@@ -517,7 +520,7 @@ def run(root: Path, source: str, seed: int, count: int) -> dict[str, object]:
 
 
 def account_of_refused(root: Path, put: Put, message: str) -> str:
-    """The account of an index of which no image can be read; the command then ends after it."""
+    """The account of an index without a readable image; the command ends after the index."""
     for manifest in root.glob("runs/corpus/*/manifest.parquet"):
         try:
             put.check(pd.read_parquet(manifest), message)
@@ -568,7 +571,7 @@ def read_back(
 
 
 def main(folder: Path, seed: int, plan: list[tuple[str, int]]) -> None:
-    """Corpora one after another; each as a JSON line on stdout."""
+    """Run several corpora; writes one JSON line per corpus to stdout."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     prepare_process()
     for number, (source, count) in enumerate(plan):

@@ -1,6 +1,6 @@
-"""Encodes latents in processes of launches that are forked from this one: `latent_ranks.py FOLDER`.
+"""Encode latents in the processes of launches that are forked from this process: `latent_ranks.py FOLDER`.
 
-Libraries are imported once, for all launches. Every process notes the batches that it encodes in FOLDER.
+The libraries are imported once for all launches. Every process records the batches that it encodes in FOLDER.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tiny_networks import pictures, tiny_autoencoder
 from corpus.index import Corpus
 from train import latents
 
-#: Launches: name, processes, images, the batch after which all processes are killed (None: none are).
+#: Launches: name, processes, images, the batch after which all processes are killed (None: no kill).
 LAUNCHES = (
     ("ranks", 1, (1, 4, 19, 33), None),
     ("ranks", 2, (1, 4, 19, 33), None),
@@ -33,7 +33,7 @@ BATCH, NOTED = 4, 3
 
 
 def encode_all(folder: Path, name: str, processes: int, images: tuple[int, ...], killed_after: int | None) -> None:
-    """What one process of a launch does: the latents of so many images, two views each."""
+    """The work of one process of a launch: encode the latents of some images, two views each."""
     torch.set_num_threads(1)
     latents.ENCODE_BATCH, latents.NOTE_EVERY = BATCH, NOTED
     autoencoder, whole, encode, calls = tiny_autoencoder(), pictures(max(images)), latents.encode_moments, [0]
@@ -61,7 +61,7 @@ def encode_all(folder: Path, name: str, processes: int, images: tuple[int, ...],
 
 
 def launch(processes: int, work: Callable[[], None]) -> list[int]:
-    """Run `work` in so many processes, joined as by a launcher; their exit codes."""
+    """Run `work` in several processes that are joined as by a launcher; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

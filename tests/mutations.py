@@ -1,4 +1,4 @@
-"""What goes wrong with files, from a seeded generator: broken bytes, odd pictures, tags, names, texts and tables."""
+"""Faults of files from a seeded generator: broken bytes, odd pictures, tags, names, texts and tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Generator = np.random.Generator
 
 
 class File(NamedTuple):
-    """Bytes, and the suffix under which they are stored."""
+    """The bytes of a file, and its suffix."""
 
     suffix: str
     data: bytes
@@ -33,7 +33,7 @@ class File(NamedTuple):
 
 
 def texture(rng: Generator, height: int = 36, width: int = 36, bands: int = 3) -> np.ndarray:
-    """Noise, which no two pictures share, uint8 [height, width, bands]."""
+    """Noise, different for every picture, uint8 [height, width, bands]."""
     return rng.integers(0, 256, (height, width, bands), dtype=np.uint8)
 
 
@@ -88,12 +88,12 @@ PICTURES = (
 
 
 def picture(rng: Generator) -> File:
-    """A whole picture of some kind."""
+    """A valid picture of a random kind."""
     return PICTURES[rng.integers(len(PICTURES))](rng)
 
 
 def odd_shape(rng: Generator) -> File:
-    """One pixel, one row, one column, strips."""
+    """A picture of one pixel, one row, one column, or a strip."""
     shapes = [(1, 1), (1, 300), (300, 1), (1, 5000), (7000, 1), (2, 3), (3, 700), (65, 64), (2, 2)]
     height, width = shapes[rng.integers(len(shapes))]
     kinds = [("JPEG", ".jpg"), ("PNG", ".png"), ("TIFF", ".tif"), ("BMP", ".bmp"), ("WEBP", ".webp"), ("GIF", ".gif")]
@@ -102,7 +102,7 @@ def odd_shape(rng: Generator) -> File:
 
 
 def huge_claim(rng: Generator) -> File:
-    """A few bytes that say they are a picture of many millions of pixels."""
+    """A few bytes whose header claims a picture of many millions of pixels."""
     side = int(rng.choice([400, 30_000, 65_535, 100_000, 2**31 - 1]))
     short = min(side, 65_535)
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -131,7 +131,7 @@ def huge_claim(rng: Generator) -> File:
 
 
 def _sparse_tiff(side: int) -> bytes:
-    """A whole file of a hundred kilobytes without any block."""
+    """A valid file of a hundred kilobytes without any block."""
     with rasterio.MemoryFile() as memory:
         options = {"driver": "GTiff", "tiled": True, "blockxsize": 4096, "blockysize": 4096, "sparse_ok": True}
         with memory.open(width=side, height=side, count=1, dtype="uint8", **options):
@@ -154,7 +154,7 @@ NUMBERS = (0.0, 1.0, 10.0, -10.0, 1e-9, 1e9, 1e300, float("nan"), float("inf"), 
 
 
 def odd_raster(rng: Generator) -> File:
-    """A TIFF as GDAL writes it, of any type, number of bands, place and value for no data."""
+    """A TIFF as written by GDAL, of any type, number of bands, location and no-data value."""
     kind, bands = str(rng.choice(TYPES)), int(rng.choice([1, 1, 2, 3, 3, 4, 5, 13]))
     height, width = ((40, 40), (37, 70), (100, 16), (1, 40))[rng.choice(4, p=[0.6, 0.2, 0.1, 0.1])]
     options = {
@@ -170,7 +170,7 @@ def odd_raster(rng: Generator) -> File:
         options["nbits"] = int(rng.choice([1, 2, 4, 7, 12, 16]))
     if rng.random() < 0.2:
         options["photometric"] = str(rng.choice(["minisblack", "miniswhite", "rgb", "cielab", "ycbcr"]))
-    for _ in range(20):  # GDAL refuses some of these together
+    for _ in range(20):  # GDAL refuses some combinations
         try:
             return File(".tif", _written(rng, kind, bands, (height, width), options))
         except Exception:
@@ -190,7 +190,7 @@ def _written(rng: Generator, kind: str, bands: int, shape: tuple[int, int], opti
 
 
 def _tagged(rng: Generator, raster: object, bands: int) -> None:
-    """Tags of all kinds; one that GDAL refuses is left out."""
+    """Tags of all kinds; a tag that GDAL refuses is omitted."""
     place = PLACES[rng.integers(len(PLACES))]
 
     def attempt(fraction: float, action: Callable[[], object]) -> None:
@@ -235,7 +235,7 @@ def _values(rng: Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def odd_tags(rng: Generator) -> File:
-    """A TIFF with tags that contradict each other or say nothing."""
+    """A TIFF with contradictory or meaningless tags."""
     texts = ("abc", "", "nan", "-1e999", "1,5", "0x10", "\u00e4", "-9999 ", "1 2 3", "9" * 400)
     extra = [
         (42113, "s", 0, str(rng.choice(texts)).encode("latin-1"), True),
@@ -264,7 +264,7 @@ def odd_tags(rng: Generator) -> File:
 
 
 def odd_vrt(rng: Generator, source: str) -> bytes:
-    """A virtual raster that shows a neighbour, itself, nothing, or says it is as large as the Earth in centimetres."""
+    """A virtual raster that refers to a neighbour, itself or nothing, or claims the Earth's size in centimetres."""
     side = int(rng.choice([40, 64, 5_000_000, 2**31 - 1, 0, -4]))
     shown = str(rng.choice([source, "gone.tif", "/vsicurl/http://127.0.0.1:9/a.tif", "/dev/zero", "self.vrt"]))
     return (
@@ -286,7 +286,7 @@ def odd_picture(rng: Generator) -> File:
 
 
 def broken(rng: Generator, data: bytes) -> bytes:
-    """The bytes cut, flipped, overwritten, doubled, or led by what they are not."""
+    """The bytes truncated, flipped, overwritten, doubled, or with a wrong beginning."""
     result, size = bytearray(data or b"\0"), max(1, len(data))
     at = int(rng.integers(size))
     match int(rng.integers(9)):
@@ -295,7 +295,7 @@ def broken(rng: Generator, data: bytes) -> bytes:
         case 1:
             for place in rng.integers(0, size, int(rng.choice([1, 4, 40]))):
                 result[place] ^= 1 << int(rng.integers(8))
-        case 2:  # where most formats say what they hold
+        case 2:  # the position of most formats' headers
             for place in rng.integers(0, min(size, 200), int(rng.choice([1, 3, 10]))):
                 result[place] = int(rng.integers(256))
         case 3:
@@ -352,12 +352,12 @@ SUFFIXES = (
 
 
 def swapped(rng: Generator) -> File:
-    """A whole picture under another suffix of images."""
+    """A valid picture with the suffix of another image format."""
     return File(str(rng.choice(SUFFIXES)), picture(rng).data)
 
 
 def any_image(rng: Generator) -> File:
-    """A file under a suffix of images: whole, odd, broken or called what it is not."""
+    """A file with an image suffix: valid, odd, broken or of another format."""
     makers = (picture, odd_picture, broken_file, broken_file, swapped)
     return makers[rng.integers(len(makers))](rng)
 
@@ -366,7 +366,7 @@ def any_image(rng: Generator) -> File:
 
 
 def odd_stem(rng: Generator, number: int) -> str:
-    """A name without suffix that few people would give; the number keeps it apart from others."""
+    """An unusual name without suffix; the number makes it unique."""
     names = (
         "plain", "with space", "line\nbreak", "tab\tin", "-dash", "--dry-run", "~tilde", "quote's", 'double"quote',
         "a=b,c", "[list]", "{0..3}", "$HOME", "%41", "#hash", "back\\slash", "dot.dot.dot", "x.jpg", "x.tar",
@@ -378,7 +378,7 @@ def odd_stem(rng: Generator, number: int) -> str:
 
 
 def odd_text(rng: Generator) -> str:
-    """What stands in captions and fields."""
+    """Text for captions and fields."""
     texts = (
         "", " ", "a lake", "\0", "a\0b", "\ud800", "nan", "3", "-1", "1e999", "9" * 5000, "x" * 200_000, "é" * 50_000,
         "[" * 3000, "[" + "-" * 9000 + "1]", "[1, 'a']", "['a', 'b']", "{}", "null", "\u2028line", "a,b;c\td|e",
@@ -389,14 +389,14 @@ def odd_text(rng: Generator) -> str:
 
 
 def text_bytes(rng: Generator) -> bytes:
-    """A text as it comes: in some encoding, or broken."""
+    """The bytes of a text: in some encoding, or broken."""
     text = odd_text(rng).encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     data = text.encode(str(rng.choice(["utf-8", "utf-16", "utf-32", "utf-8-sig"])))
     return broken(rng, data) if rng.random() < 0.3 else data
 
 
 def odd_value(rng: Generator, depth: int = 0) -> object:
-    """A value of JSON, of any type."""
+    """A JSON value of any type."""
     values = [
         None, True, False, 0, -1, 3, 2**63, 10**30, 1e308, float("inf"), float("nan"), 0.5, odd_text(rng)[:300], [], {},
     ]  # fmt: skip
@@ -413,12 +413,12 @@ KEYS = (
 
 
 def metadata_of(rng: Generator) -> dict[str, object]:
-    """A row of metadata, some of them wrong."""
+    """A row of metadata with some wrong values."""
     return {KEYS[rng.integers(len(KEYS))]: odd_value(rng) for _ in range(int(rng.integers(0, 6)))}
 
 
 def metadata_bytes(rng: Generator) -> bytes:
-    """JSON about one image, or what is none."""
+    """JSON about one image, or bytes that are not JSON."""
     nested = ['{"captions":' + "[" * 950 + "]" * 950 + "}", "[" * 100_000, '{"a":' * 5000, "[]", "3", '"x"', "NaN", ""]
     data = json.dumps(metadata_of(rng)).encode()
     if rng.random() < 0.2:
@@ -427,7 +427,7 @@ def metadata_bytes(rng: Generator) -> bytes:
 
 
 def table(rng: Generator, files: list[str]) -> File:
-    """A table of captions, `captions.<suffix>`, about some of these files, and wrong in some way."""
+    """A table of captions, `captions.<suffix>`, about some of these files, with a random fault."""
     rows = [{"file_name": str(rng.choice(files)), **metadata_of(rng)} for _ in range(6)]
     rows += [{"file_name": str(rng.choice([odd_text(rng), "a/" * 30_000 + "b.jpg", "../x.png", "C:\\a.png", "\0"]))}]
     match int(rng.integers(4)):
@@ -452,7 +452,7 @@ def table(rng: Generator, files: list[str]) -> File:
 
 
 def odd_mask(rng: Generator) -> File:
-    """A mask of three classes for a square image, wrong in some way more often than not."""
+    """A mask of three classes for a square image, usually with a fault."""
     good = rng.integers(0, 3, (36, 36)).astype(np.uint8)
     buffer = io.BytesIO()
     match int(rng.integers(8)):
@@ -482,8 +482,10 @@ def odd_mask(rng: Generator) -> File:
 
 
 def special_file(rng: Generator, path: str) -> None:
-    """Something at a path that is no ordinary file: a pipe, a socket's kind of thing, links that lead nowhere or to a
-    device that never ends, or a file with a hole of more than a gigabyte."""
+    """Create something that is not a regular file: a pipe, a device-like link, a dangling link, or a sparse file.
+
+    Links lead nowhere or to a device that never ends; the sparse file has a hole of more than a gigabyte.
+    """
     match int(rng.integers(6)):
         case 0:
             os.mkfifo(path)

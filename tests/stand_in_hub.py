@@ -1,6 +1,6 @@
-"""A hub on this machine: what `huggingface_hub` asks of the real one, answered from a folder.
+"""A local replacement of the hub: answers the requests of `huggingface_hub` from a folder.
 
-`FOLDER/datasets/OWNER/NAME/…` and `FOLDER/models/OWNER/NAME/…` are the repositories, at one commit each.
+`FOLDER/datasets/OWNER/NAME/…` and `FOLDER/models/OWNER/NAME/…` are the repositories, with one commit each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 
 def commit_of(repository: Path) -> str:
-    """40 digits that change with the files' contents."""
+    """40 hex digits that change with the files' contents."""
     digest = hashlib.sha1()
     for path in sorted(repository.rglob("*")):
         if path.is_file():
@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def stand_in_hub(folder: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Serve the repositories in a folder; yields the environment that leads there, and what was requested."""
+    """Serve the repositories in a folder; yields the clients' environment variables and the received requests."""
     handler = type("Served", (Handler,), {"folder": folder, "requested": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""A command whose cells end in every way that there is: by `seed`."""
+"""A command whose cells end in every possible way, depending on `seed`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.seed == 7:
         raise ValueError("nobody foresaw it")
     if cfg.seed == 8:
-        os._exit(9)  # as by the system, where memory is out
+        os._exit(9)  # like a kill by the system when memory is exhausted
     total = torch.tensor(1)
     if process_count() > 1:
         from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""A corpus in memory whose captions say what its features show: scenes, and two things an image."""
+"""A corpus in memory with captions that describe its features: scenes, and two objects per image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from corpus.index import Corpus
 
 SCENES = ("airport", "beach", "desert", "forest", "harbour", "meadow", "quarry", "square", "stadium", "viaduct")
 THINGS = ("roads", "sheds", "ponds", "cars", "trees", "boats", "sand", "rocks", "tanks", "fences")
-#: A fit that takes a tenth of a second.
+#: A configuration whose fit takes a tenth of a second.
 SMALL = DualEncoder(dimensions=12, image_directions=32, text_directions=40, hashes=4096)
 FOLDS = SMALL.folds
 
@@ -51,7 +51,7 @@ def world(count: int, seed: int = 0, noise: float = 0.3) -> tuple[np.ndarray, li
 
 
 def swapped(captions: list[str], scenes: np.ndarray, fraction: float, seed: int = 0) -> tuple[list[str], np.ndarray]:
-    """Captions of which a fraction is another scene's, and which these are, bool [N]."""
+    """Captions with a fraction exchanged for those of other scenes, and the mask of these, bool [N]."""
     random = np.random.default_rng(seed)
     result, wrong = list(captions), np.zeros(len(captions), bool)
     for row in random.permutation(len(captions))[: round(fraction * len(captions))]:

@@ -1,4 +1,4 @@
-"""The critic of textures: who gets which gradient, and that it makes a decoder draw detail."""
+"""The critic of textures: the gradients of both losses, and its effect on a decoder's detail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New images against a kept set: verdicts by brute force, parts against the whole, a selection that nobody touches."""
+"""New images against a kept set: verdicts by brute force, parts against the whole, an unchanged selection."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_index_finds_what_brute_force_finds_and_keeps_it_in_a_file(tmp_path:
     result = nearest(index, requested, 5)
     half = known.astype(np.float16).astype(np.float32)
     expected = np.argsort(-(requested @ half.T), axis=1)[:, :5]
-    assert (result == expected).mean() > 0.99  # ties of half precision aside
+    assert (result == expected).mean() > 0.99  # except for ties in half precision
     assert write_index(index, tmp_path / "i.faiss") == (tmp_path / "i.faiss").stat().st_size < 300 * 24 * 2 + 500
     assert (nearest(read_index(tmp_path / "i.faiss"), requested, 5) == result).all()
     assert (
@@ -75,7 +75,7 @@ def test_a_large_index_is_approximate_and_still_finds_near_duplicates(monkeypatc
     requested = unit(known[:400] + 0.02 * generator.normal(size=(400, 96))).astype(np.float32)
     result = nearest(index, requested, 8)
     assert (result == np.arange(400)[:, None]).any(axis=1).mean() > 0.98
-    assert 1 < neighbour_index.PROBES / round(2 * 3000**0.5) * 10 < 10  # a part of the lists is looked at
+    assert 1 < neighbour_index.PROBES / round(2 * 3000**0.5) * 10 < 10  # only a part of the lists is searched
 
 
 # ---------------------------------------------------------------- the budget
@@ -108,7 +108,7 @@ def test_an_exchange_must_pay_and_leaves_one_of_two_redundant_images() -> None:
 
 
 class Held(Kept):
-    """A selection whose embeddings are at hand."""
+    """A selection with embeddings in memory."""
 
     embeddings = np.empty((0, WIDTH), np.float16)
 
@@ -119,7 +119,7 @@ def corpus_of(name: str, ids: np.ndarray, images: np.ndarray, readable: np.ndarr
 
 
 class World:
-    """60 kept of 80 images and 120 arrivals, many of which repeat kept ones or one another."""
+    """60 of 80 images are kept; of 120 arrivals many repeat kept images or one another."""
 
     def __init__(self, seed: int, **columns: np.ndarray) -> None:
         random = np.random.default_rng(seed)
@@ -135,9 +135,9 @@ class World:
             images[at] = pixels[source]
             if at % 2:
                 images[at] = np.clip(images[at] * 0.9 + random.normal(0, 2, images[at].shape), 0, 255)
-        for at, source in enumerate(random.integers(60, 100, size=20), 100):  # and of one another
+        for at, source in enumerate(random.integers(60, 100, size=20), 100):  # and of other arrivals
             new[at] = new[source] + random.normal(size=WIDTH) * (0.02 if at % 3 else 0.4)
-            if at % 4 < 3:  # the others only look alike to the encoder
+            if at % 4 < 3:  # the others are similar only for the encoder
                 images[at] = images[source] if at % 2 else np.clip(images[source] * 0.8, 0, 255)
         self.entropy = random.uniform(0.8, 6, 120).astype(np.float32)
         self.readable = random.random(120) > 0.05
@@ -172,7 +172,7 @@ class World:
 
 
 def brute_force(world: World) -> dict[str, tuple[str, str]]:
-    """Verdicts before the budget and what is repeated, image by image, by NumPy alone."""
+    """Verdicts before the budget and the repeated images, image by image, with NumPy only."""
 
     def correlation(first: np.ndarray, second: np.ndarray) -> float:
         return np.corrcoef(first.mean(-1).ravel(), second.mean(-1).ravel())[0, 1]
@@ -271,7 +271,7 @@ def test_a_number_is_the_most_that_is_added() -> None:
 
 
 def test_another_date_of_a_place_is_no_duplicate_unless_it_is_reported_so() -> None:
-    """Two arrivals with all but the same pixels: of one place and date, of another date, of another place."""
+    """Arrivals with almost the same pixels: of one location and date, of another date, of another location."""
     verdicts = {}
     for name, place, date, rule in (
         ("same", 10.0, "2020-05-01", PairRule()),
@@ -340,7 +340,7 @@ def save(path: Path, image: np.ndarray, **options: object) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 images to prune in `old`, and in `new/a` and `new/b` new ones, copies of both, plain ones and a broken one."""
+    """60 images to prune in `old`; new images, copies of both, plain images and a broken one in `new/a` and `new/b`."""
     root = tmp_path_factory.mktemp("arrivals")
     for number in range(60):
         save(root / "old" / f"{number:02d}.png", landscape(number))

@@ -1,4 +1,4 @@
-"""Stage directories: cached, whole or absent, resumable on request; fingerprints; JSON written in one piece."""
+"""Stage directories: cached, complete or absent, resumable on request; fingerprints; JSON written atomically."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_write_json_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
 
     def read() -> None:
         while not stop.is_set():
-            seen.append(read_json(path)["round"])  # raises on half a file
+            seen.append(read_json(path)["round"])  # raises on a truncated file
 
     reader = threading.Thread(target=read)
     reader.start()

@@ -1,4 +1,4 @@
-"""Generated images as training data: what is trained on, how it is drawn and chosen, the grid end to end."""
+"""Generated images as training data: training data, drawing and choice of images, the complete grid."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TINY = (
 
 
 def uneven_corpus(tmp_path: Path, counts: dict[str, int]) -> Corpus:
-    """So many images of each scene, the last of them unreadable; every image has a value of its own."""
+    """The given number of images per scene, the last one unreadable; every image has its own value."""
     scenes = [scene for scene, count in counts.items() for _ in range(count)]
     values = np.arange(len(scenes), dtype=np.uint8)
     images = np.broadcast_to(values[:, None, None, None], (len(scenes), 4, 4, 3))
@@ -63,7 +63,7 @@ def uneven_corpus(tmp_path: Path, counts: dict[str, int]) -> Corpus:
     return Corpus("uneven", tmp_path, images, manifest, images[..., 0], tuple(map(str, values)))
 
 
-# ---------------------------------------------------------------- what is trained on
+# ---------------------------------------------------------------- training data
 
 
 def test_amounts_are_nested_and_balanced_over_scenes(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_mask_turns_as_its_image_does() -> None:
 
 
 def levels(first: int, count: int, weights: list[float]) -> LabelledImages:
-    """Even images of levels first, first + 1 ..., whose masks say their level."""
+    """Uniform images of levels first, first + 1 ...; each mask holds the level of its image."""
     values = np.arange(first, first + count, dtype=np.uint8)
     images = np.broadcast_to(values[:, None, None, None], (count, 4, 4, 3))
     return LabelledImages(images, images[..., 0], np.array(weights))
@@ -133,7 +133,7 @@ def test_mixed_batches_keep_their_fraction(fraction: float, generated: int) -> N
         assert ((values >= 100).sum(), len(values)) == (generated, 32)
         torch.testing.assert_close(images[:, 0], masks.float() / 127.5 - 1)
         seen |= set(values.tolist())
-    assert seen == {0, 2, 101, 102}  # what has no weight is never drawn
+    assert seen == {0, 2, 101, 102}  # images of weight 0 are never drawn
 
 
 def test_one_source_fills_its_batches() -> None:
@@ -146,7 +146,7 @@ def test_one_source_fills_its_batches() -> None:
 
 
 def test_a_batch_is_what_it_was_before_there_were_several_sources() -> None:
-    """The batches of a segmenter: images by cumulated chances, then one symmetry, from one stream of numbers."""
+    """The batches of a segmenter: images by cumulative probability, then one symmetry, from one random stream."""
     images = pictures(12)
     masks = (images.mean(3) > 128).astype(np.uint8)
     weights = np.random.default_rng(1).random(12)
@@ -216,7 +216,7 @@ def test_the_grid_has_every_cell_once(cfg: DictConfig) -> None:
     alone = [cell for cell in cells if not cell.real]
     assert {(cell.amount, cell.choice) for cell in alone} == {(100.0, RANDOM), (100.0, PRUNED)}
     default = AugmentationOptions.of(task_config(Path(cfg.corpus.train.root).parent))
-    assert len(grid(default)) == 33  # three amounts, three kinds, two more alone, three seeds
+    assert len(grid(default)) == 33  # (three amounts x three kinds + two with only generated images) x three seeds
 
 
 # ---------------------------------------------------------------- drawing, choosing, training
@@ -250,7 +250,7 @@ def test_only_masks_of_the_amount_are_drawn_from(study: Study, monkeypatch: pyte
     }
     assert {mask.tobytes() for mask in masks} <= allowed
     assert len({image.tobytes() for image in images}) == 8
-    monkeypatch.setattr(module, "_pipeline", None)  # found, not drawn again
+    monkeypatch.setattr(module, "_pipeline", None)  # cached, not drawn again
     assert drawn_pool(study, 25, 3) == pool
 
 
@@ -270,7 +270,7 @@ def test_random_and_pruned_choices_have_the_same_number(study: Study) -> None:
     for kept in result.values():
         assert len(kept) == len(set(kept)) == 4 and kept.min() >= 0 and kept.max() < 8
         assert (np.diff(kept) > 0).all()
-    # a method sees the entropies of the drawn images
+    # a method receives the entropies of the drawn images
     pruning = OmegaConf.create({"prune": {"_target_": "prune.methods.entropy_only.EntropyOnly"}})
     kept = chosen(replace(study, pruning=pruning), pool, PRUNED, 3)
     bits = np.array([local_entropy(image) for image in np.load(pool / IMAGES)])
@@ -278,7 +278,7 @@ def test_random_and_pruned_choices_have_the_same_number(study: Study) -> None:
 
 
 def trained_on(study: Study, cell: Cell, monkeypatch: pytest.MonkeyPatch) -> list[tuple[LabelledImages, int]]:
-    """What the batches of a cell are drawn from."""
+    """The sources of the batches of a cell."""
     seen = []
 
     def noted(sources, generator):
@@ -371,7 +371,7 @@ def test_the_whole_grid_leaves_rows_and_a_table(
     text = (tmp_path / "augmentation.md").read_text()
     assert text == to_markdown("augmentation", table) and "Mean over up to 2 seeds" in text
     bold = {line.split("|")[4].strip() for line in text.splitlines() if "**" in line}
-    assert bold == {"0", "4", "16"}  # the best of every number of real images
+    assert bold == {"0", "4", "16"}  # the best for every number of real images
 
     monkeypatch.setattr(module, "train_for", None)
     compare(study, tmp_path)  # nothing is computed again

@@ -61,13 +61,13 @@ def test_an_autoencoder_that_does_not_beat_pca_replaces_nothing(tmp_path: Path) 
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "does not beat PCA" in error and f"{tmp_path}/weights stays as it was" in error
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["autoencoder", "pca"]  # no run is named
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["autoencoder", "pca"]  # no run is printed
     assert weights.read_bytes() == b"the weights there were" and list(weights.parent.iterdir()) == [weights]
 
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images; what is trained on it is cached in it."""
+    """A folder of images, which also holds the cached trainings."""
     folder = tmp_path_factory.mktemp("tiles")
     write_images(folder / "images")
     return folder
@@ -85,9 +85,9 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_autoencoder_is_kept_if_it_beats_pca(
     tiles: Path, monkeypatch: pytest.MonkeyPatch, psnr: float, distance: float, critic: float, better: bool
 ) -> None:
-    """In both measures, or with a critic, which pays for texture with pixels, in the distance.
+    """It must be better in both measures; with a critic, which increases the pixel error, only in the distance.
 
-    Trained for a step a phase; what is measured of it is made up.
+    The training has one step per phase; its metrics are replaced by given values.
     """
     pca = {"psnr": 30.0, "fd_efficientnet_lite2": 101.0, "kid_x1000_efficientnet_lite2": 35.0}
     ours = {"psnr": psnr, "fd_efficientnet_lite2": distance, "kid_x1000_efficientnet_lite2": 12.0}
@@ -96,7 +96,7 @@ def test_an_autoencoder_is_kept_if_it_beats_pca(
     shutil.rmtree(weights, ignore_errors=True)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         recipe = overrides(tiles, phase("decoder", 1), phase("both", 1))
-        # in full precision, as other tests' Accelerator
+        # in full precision, like the Accelerator of other tests
         recipe += ["autoencoder.recipe.mixed_precision='no'", "autoencoder.recipe.channel_scale=0.5"]
         recipe += [f"autoencoder.recipe.decoder_phases=[{phase('decoder', 1, adversarial=critic)}]"]
         cfg = compose("config", recipe)

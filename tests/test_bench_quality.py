@@ -1,4 +1,4 @@
-"""The bench of equal seconds: how many steps fit, and that every change composes."""
+"""The benchmark of equal training times: number of steps, and composition of every change."""
 
 from __future__ import annotations
 

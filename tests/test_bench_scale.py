@@ -1,4 +1,4 @@
-"""The cost model, the extrapolation's arithmetic and the made tiles; slow: the whole bench at a few sizes, twice."""
+"""The cost model, the extrapolation and the synthetic tiles; slow: the complete benchmark at a few sizes, twice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows_of(
 
 @pytest.fixture
 def result() -> dict[str, Any]:
-    """As bench_scale.json, of stages that grow as they are said to."""
+    """The content of bench_scale.json for stages with known growth."""
     rows = [
         row
         for part, exponent, sizes in ((TILES, 1.0, (10_000, 30_000, 100_000)), (SYNTHETIC, 1.05, (10**6, 10**7)))

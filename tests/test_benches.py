@@ -1,4 +1,4 @@
-"""The benches as real commands, as small as their options allow: what they leave is complete and positive."""
+"""The benchmarks as real commands at minimal size: their results are complete and positive."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def left_by(script: str, folder: Path, *overrides: str) -> dict[str, Any]:
-    """The JSON that a bench leaves in `results`."""
+    """The JSON that a benchmark writes to `results`."""
     done = subprocess.run(
         [sys.executable, f"scripts/{script}.py", *tiny_overrides(folder), *NETWORK, *overrides],
         cwd=ROOT, capture_output=True, text=True, timeout=900,

@@ -1,4 +1,4 @@
-"""Captioners: what the offline one says of pictures whose layout is known, and networks of `transformers` as such."""
+"""Captioners: the offline one on pictures with a known layout, and networks of `transformers`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NOTHING = ImageMetadata()
 
 
 def picture(colour: tuple[int, int, int], size: int = 128, noise: float = 0.0) -> np.ndarray:
-    """One colour, with noise of that standard deviation."""
+    """A picture of one colour, with noise of the given standard deviation."""
     image = np.tile(np.uint8(colour), (size, size, 1))
     if noise:
         image = (image + np.random.default_rng(0).normal(0, noise, image.shape)).clip(0, 255).astype(np.uint8)
@@ -88,7 +88,7 @@ def well_formed(text: str) -> None:
     assert not re.search(r"\ba [aeio]|\ban [^aeiou8]", text.lower()), text
 
 
-# ------------------------------------------------------------------------------------- the offline one: what lies where
+# -------------------------------------------------------------------------------------- the offline one: positions
 
 
 def halves() -> np.ndarray:
@@ -137,7 +137,7 @@ def test_a_pond_is_round_surrounded_and_in_the_centre() -> None:
     for text in every_wording(image, "objects"):
         assert re.search(r"a round patch of (open )?water (in|at) the (centre|middle)", text), text
     image[:] = GREEN
-    image[disk((23, 64), 25, shape=(128, 128))] = BLUE  # up to the image's edge, beyond which nobody knows
+    image[disk((23, 64), 25, shape=(128, 128))] = BLUE  # up to the image's edge; the part beyond is unknown
     assert not any("surrounded" in text or "round" in text for text in every_wording(image, "long"))
     image[:] = GREEN
     image[40:100, 30:80] = BLUE
@@ -168,7 +168,7 @@ def test_stripes_are_parallel_lines(turned: tuple[int, int], words: str) -> None
     wave = np.sin((turned[0] * rows + turned[1] * columns) * 2 * np.pi / 12)
     image = (np.uint8(GREEN) + 40 * wave[..., None]).clip(0, 255).astype(np.uint8)
     assert all(re.search(words, text) for text in every_wording(image, "long"))
-    assert "lines" not in described(halves(), "long")  # one border is no pattern
+    assert "lines" not in described(halves(), "long")  # one border is not a pattern
 
 
 def test_a_board_of_squares_has_lines_at_right_angles() -> None:
@@ -206,7 +206,7 @@ def test_textures_are_reported_apart() -> None:
 @given(st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_places_hold_what_they_promise(seed: int) -> None:
-    """The centroid of a rectangle lies on the side that its place names; what has no side lies about the middle."""
+    """The centroid of a rectangle lies on the side that its place names; without a side it lies near the middle."""
     rng = np.random.default_rng(seed)
     top, bottom = np.sort(rng.choice(65, 2, replace=False))
     left, right = np.sort(rng.choice(65, 2, replace=False))
@@ -388,7 +388,7 @@ def test_what_shows_nothing_is_undescribed() -> None:
     captioner = OfflineCaptioner()
     black, flat = np.zeros((1, 64, 64, 3), np.uint8), picture(BLUE)[None]
     specks = black.copy()
-    specks[0, ::8, ::5] = 255  # 2.5 % of the pixels, of which none is the most frequent of its neighbourhood
+    specks[0, ::8, ::5] = 255  # 2.5 % of the pixels; none is the most frequent value of its neighbourhood
     for scene in ("", "airport"):
         for attempt in range(4):
             assert captioner(black, [ImageMetadata(scene)], attempt, [0]) == [Undescribed("no data")]
@@ -441,12 +441,12 @@ CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ part.text }}{% endif %}{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-SHARP = 0.5  # of random weights, so that images lead to other texts
+SHARP = 0.5  # scale of random weights, so that different images give different texts
 
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random BLIP of some thousand weights. As the real one's, its decoder starts with an id its tokenizer lacks."""
+    """A random BLIP of a few thousand weights; like the real one, its decoder starts with an id its tokenizer lacks."""
     folder, count = tmp_path_factory.mktemp("blip"), len(WORDS)
     text = dict(
         vocab_size=count + 2, hidden_size=16, encoder_hidden_size=16, intermediate_size=16, projection_dim=8,
@@ -466,7 +466,7 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Qwen2.5-VL of some thousand weights with a chat template; its tokens are bytes."""
+    """A random Qwen2.5-VL of a few thousand weights with a chat template; its tokens are bytes."""
     folder = tmp_path_factory.mktemp("qwen")
     extra = [f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
     vocabulary = {letter: number for number, letter in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
@@ -500,7 +500,7 @@ def noisy(count: int = 4, size: int = 24) -> np.ndarray:
 
 
 def test_greedy_blip_says_what_the_library_s_own_steps_say(blip: str) -> None:
-    """With its prefix taken off, and without one."""
+    """With its prefix removed, and without a prefix."""
     network = BlipForConditionalGeneration.from_pretrained(blip, use_safetensors=True).eval()
     processor = BlipProcessor.from_pretrained(blip)
     captioner = ImageTextToText("blip", blip, prompts=["", "an aerial image of"], temperatures=[0, 0], max_new_tokens=9)
@@ -558,7 +558,7 @@ def test_an_image_s_seed_alone_decides_its_sample(which: str, request: pytest.Fi
 
 
 def test_noise_draws_by_the_probabilities() -> None:
-    """The fraction of seeds whose argmax is a token is that token's probability, within four standard deviations."""
+    """The fraction of seeds with a token as argmax is the token's probability, within four standard deviations."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]).repeat(4000, 1)
     drawn = SeededNoise(range(4000))(torch.empty(0), logits).argmax(1)
     fraction = torch.bincount(drawn, minlength=5) / 4000

@@ -1,4 +1,4 @@
-"""The two loops over image-text pairs: what stays, what is described again, what is cached, and odd corpora."""
+"""The two loops over image-text pairs: kept pairs, new descriptions, caching, and unusual corpora."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from runtime.errors import UserError
 from runtime.notices import notice
 
 SCORERS = (FittedScorer(SMALL),)
-#: Captions of which no word comes twice, nor its hash.
+#: Captions in which no word and no word hash occurs twice.
 UNKNOWN = [f"word{3 * row}" for row in range(60)]
 
 
@@ -44,10 +44,10 @@ def notices_again() -> None:
 
 @dataclass(frozen=True)
 class Scripted:
-    """Says of each image what is written for it, attempt by attempt; notes which images it was shown.
+    """A captioner with fixed texts for each image and attempt; records which images it was given.
 
     Args:
-        known: texts of an image by its pixels; the last one is said again.
+        known: texts of an image by its pixels; the last one is repeated.
         dies_at: the call at which it fails.
     """
 
@@ -70,7 +70,7 @@ class Scripted:
 
 
 def scripted(result: Material, texts: Sequence, **options: object) -> Scripted:
-    """A captioner for the images of a corpus: one text each, or a list of one text an attempt."""
+    """A captioner for the images of a corpus: one text each, or a list with one text per attempt."""
     known = {
         image.tobytes(): text if isinstance(text, list) else [text]
         for image, text in zip(result.corpus.images, texts, strict=True)
@@ -94,9 +94,9 @@ def cleaned(result: Material, captioner: Scripted, runs: Path, **options: object
 
 @pytest.fixture(scope="module")
 def repaired(tmp_path_factory) -> tuple:
-    """400 images of which 80 have another scene's caption; a captioner that knows what they show.
+    """400 images, 80 of them with another scene's caption, and a captioner that knows their content.
 
-    The first text of every fourth image is another scene's, too; the second is right.
+    Its first text for every fourth image is also of another scene; the second text is right.
     """
     runs = tmp_path_factory.mktemp("repaired")
     features, captions, scenes = world(400)
@@ -207,7 +207,7 @@ def test_the_best_candidate_is_the_rule_s(rows: list[tuple[int, float, float]]) 
     assert np.flatnonzero(chosen).tolist() == expected
 
 
-# ---------------------------------------------------------------- what is described
+# ---------------------------------------------------------------- described images
 
 
 def few(tmp_path: Path, count: int = 60, captions: list | None = None) -> tuple[Material, list[str]]:
@@ -232,7 +232,7 @@ def test_an_image_is_described_so_many_times_at_most(tmp_path: Path, rounds: int
     directory, _ = cleaned(result, captioner, tmp_path, rounds=rounds)
     assert [shown_rows(captioner, result, attempt) for attempt in range(4)] == [[0]] * rounds + [[]] * (4 - rounds)
     refused = pd.read_parquet(directory / REFUSED)
-    assert refused["reason"].tolist() == [EMPTY, "too dark"][: 1 + bool(rounds)]  # said once
+    assert refused["reason"].tolist() == [EMPTY, "too dark"][: 1 + bool(rounds)]  # reported once
 
 
 def test_images_without_a_caption_get_one_and_those_that_cannot_are_quarantined(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_text_has_words_in_any_script(text: str, fine: bool) -> None:
 
 
 def test_odd_captions_beside_plain_ones(tmp_path: Path) -> None:
-    """Kept as they are, to the last of 10,000 characters."""
+    """They are kept unchanged, up to the last of 10,000 characters."""
     odd = ["word " * 2000, "森林和道路在河边", "Лес и дорога", "नदी के पास जंगल"]
     odd += ["a\nforest\tand  roads", "forest 🌲" * 3]
     result, captions = few(tmp_path, captions=odd + world(60)[1][6:])
@@ -286,7 +286,7 @@ def test_odd_captions_beside_plain_ones(tmp_path: Path) -> None:
 
 
 def test_what_comes_with_a_corpus(tmp_path: Path) -> None:
-    """Several captions an image, one twice, one that only names the scene, an unreadable image."""
+    """Several captions per image, a repeated one, one that only names the scene, an unreadable image."""
     captions: list = [["a lake ", "a lake", "two boats"], "a satellite image of forest", ["", "sand"], "gone", None]
     result = material(np.eye(5, dtype=np.float32), captions, ["forest"] * 5, tmp_path)
     result.corpus.manifest.loc[3, "readable"] = False
@@ -368,7 +368,7 @@ def test_captions_without_a_common_word_are_reported(tmp_path: Path, capsys) -> 
     assert "no word comes in two captions: captioning.scorers.fitted cannot tell pairs apart" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- what is cached
+# ---------------------------------------------------------------- caching
 
 
 def test_a_second_run_builds_nothing(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_a_killed_description_goes_on_from_its_last_block(tmp_path: Path, monkey
 
 
 def test_a_captioner_of_another_name_signs_for_itself(tmp_path: Path) -> None:
-    """Even where it writes the same words, or none."""
+    """Even if it writes the same words, or none."""
     result, captions = few(tmp_path, captions=[text if row else "" for row, text in enumerate(world(60)[1])])
     for name in ("first", "second"):
         directory, table = cleaned(result, scripted(result, captions, name=name), tmp_path)
@@ -426,7 +426,7 @@ def test_other_options_are_other_results(tmp_path: Path) -> None:
 
 
 def test_the_order_of_batches_and_blocks_changes_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image's seed is its own: of its id, the seed and the attempt."""
+    """The seed of an image depends only on its id, the seed and the attempt."""
 
     class Drawn(Scripted):
         def __call__(self, images, metadata, attempt, seeds):

@@ -14,7 +14,7 @@ from train.latents import decode, encode
 
 @pytest.fixture
 def autoencoder() -> AutoencoderTiny:
-    """A small random one, whose channels have deviations of their own and whose latents are small."""
+    """A small random autoencoder with different deviations of its channels and small latents."""
     torch.manual_seed(0)
     made = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=4,

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest K, safetensors and JSON alone."""
+"""Checkpoints: complete or absent, only the newest K, only safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_newest_k_stay_and_nothing_else(tmp_path: Path) -> None:
         checkpoints.save(step, {"net": tensors(step)}, {})
     assert names(tmp_path) == ["00000040", "00000100"]
     assert names(tmp_path / "00000100") == ["net.safetensors", "state.json"]  # no pickle
-    checkpoints.save(100, {"net": tensors(1)}, {"again": True})  # the same step anew
+    checkpoints.save(100, {"net": tensors(1)}, {"again": True})  # the same step again
     assert checkpoints.metadata() == {"again": True} and torch.equal(
         checkpoints.tensors("net")["steps"], torch.tensor(1.0)
     )

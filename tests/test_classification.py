@@ -1,4 +1,4 @@
-"""Classification accuracy score: against a regression solved here, and what images of wrong scenes are worth."""
+"""Classification accuracy score: compared with a regression solved here; effect of images of wrong scenes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCENES = np.array(["ice", "sea", "town"])
 
 
 def scenes_and_features(count: int, seed: int, spread: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [count], and features [count, 5] about a centre of each scene."""
+    """Labels [count], and features [count, 5] around a centre of each scene."""
     centres = np.random.default_rng(99).standard_normal((3, 5)) * 2
     random = np.random.default_rng(seed)
     numbers = random.integers(0, 3, count)
@@ -21,7 +21,7 @@ def scenes_and_features(count: int, seed: int, spread: float = 1.5) -> tuple[np.
 
 
 def solved(features: np.ndarray, scenes: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Predictions of the penalised multinomial likelihood's optimum, by scipy."""
+    """Predictions at the optimum of the penalised multinomial likelihood, by scipy."""
     mean, deviation = features.mean(0), features.std(0)
     x, y = (features - mean) / deviation, (scenes[:, None] == SCENES).astype(float)
 

@@ -1,4 +1,4 @@
-"""Paths on the command line need no quotes but the shell's: every name through Hydra, in a run and in a sweep."""
+"""Paths on the command line need only the shell's quotes: every name through Hydra, in a run and in a sweep."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = (
 
 
 def read(arguments: list[str], key: str, sweep: bool = False) -> list[str]:
-    """The values of a key with which a command of these arguments runs, one a cell."""
+    """The values of a key in a command with these arguments, one per cell."""
     cells = [quote_paths(arguments, sweep)]
     if sweep:
         parsed = OverridesParser.create().parse_overrides(cells[0])
@@ -63,12 +63,12 @@ def test_any_name_of_a_file_is_read_as_it_is(tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("any")
     try:
         (folder / name).touch()
-    except OSError:  # too long in bytes, say
+    except OSError:  # for example too long in bytes
         return
     quoted = quote_paths([f"of={folder}/{name}"], sweep)
     (override,) = OverridesParser.create().parse_overrides(quoted)
     assert not override.is_sweep_override()
-    again = f"of={override.get_value_element_as_str()}"  # as the sweeper hands it to a cell
+    again = f"of={override.get_value_element_as_str()}"  # as the sweeper passes it to a cell
     (override,) = OverridesParser.create().parse_overrides([again])
     assert OmegaConf.create({"of": override.value()}).of == f"{folder}/{name}"
 
@@ -111,7 +111,7 @@ def test_a_tilde_is_the_home_directory(place: Path, monkeypatch: pytest.MonkeyPa
         (["d/{000..009}.tar"], "d/{000..009}.tar"),
         (['"d/{000..009}.tar"'], "d/{000..009}.tar"),
         (["d/{a,b}.tar::e,f/{0..1}.tar"], None),
-        (["d/0.tar", "d/1.tar", "d/2.tar"], "d/0.tar::d/1.tar::d/2.tar"),  # what a shell makes of d/{0..2}.tar
+        (["d/0.tar", "d/1.tar", "d/2.tar"], "d/0.tar::d/1.tar::d/2.tar"),  # a shell's expansion of d/{0..2}.tar
         (["pipe:aws s3 cp s3://b/k=1/{0..1}.tar -"], "pipe:aws s3 cp s3://b/k=1/{0..1}.tar -"),
     ],
 )
@@ -152,7 +152,7 @@ def test_sweeps_are_reported_from_runs(arguments: list[str], sweeps: bool) -> No
 
 
 def test_every_key_of_a_path_is_known() -> None:
-    """The keys that the commands' documents and error messages name with a folder or a file."""
+    """The keys with a folder or a file in the commands' documents and error messages."""
     known = (
         "runs", "results", "foundation", "selection", "of", "out", "corpus.root", "corpus.masks", "corpus.urls",
         "corpus.path", "corpus.val.root", "reference.root", "model.pretrained", "autoencoder.path", "encoder.path",

@@ -1,4 +1,4 @@
-"""The real commands, as a user types them, on the smoke profile."""
+"""The real commands, as a user types them, with the smoke profile."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
-    """`call`, in a fork of a process that has imported the libraries already: most of a short command's time."""
+    """`call` in a fork of a process that has already imported the libraries, which saves most of the time."""
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "forkserver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env=environment(), text=True,
@@ -78,7 +78,7 @@ def ran(*arguments: str, cwd: Path, by=call) -> Path:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A working directory in which the whole smoke profile has run, after a kill half-way."""
+    """A working directory in which the complete smoke profile has run, after one kill."""
     directory = tmp_path_factory.mktemp("smoke")
     process = subprocess.Popen(
         command("scripts/reproduce.py", "profile=smoke", cwd=directory),
@@ -183,7 +183,7 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = [line for line in done.stdout.splitlines() if line.startswith("run: ")]
-    assert len(results) == 1  # the first process alone prints
+    assert len(results) == 1  # only the first process prints
     curves = [
         pd.read_json(path / "convergence.jsonl", lines=True)
         for path in (alone, tmp_path / results[0].removeprefix("run: "))
@@ -203,7 +203,7 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
     ids=["v_prediction_and_places", "transformer_and_tensorboard"],
 )  # fmt: skip
 def test_choices_of_pretraining(home, overrides, forked):
-    """Another objective, another network, metadata beside the caption: the run is whole and its pipeline loads."""
+    """Another objective, network, and metadata with the caption: the run is complete and its pipeline loads."""
     directory = ran(
         "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "train.loop.steps=4",
         "train.snapshots=1", "+eval.targets.loss=0.001", *overrides, cwd=home, by=forked,
@@ -335,7 +335,7 @@ def test_suggest_names_a_ratio_on_its_curve(home, forked):
     result = json.loads((results / "rsprune.json").read_text())
     assert result["suggested"] in (0.3, 0.6, 0.8, 0.9)
     values = [point["representation"] for point in result["curve"]]
-    assert values == sorted(values)  # more images kept, nearer to all
+    assert values == sorted(values)  # the more images are kept, the nearer the subset is to all
     assert (results / "rsprune.png").stat().st_size > 5_000
 
 
@@ -429,7 +429,7 @@ def test_the_selection_of_a_folder_does_not_depend_on_the_workers(forked, tmp_pa
 
 def test_a_killed_embedding_leaves_nothing_that_looks_whole(home, tmp_path):
     shutil.copytree(home / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("wandb", "pretrain"))
-    for pattern in ("embedding", "selection", "corpus/*/scanned"):  # so that embedding is a pass of its own again
+    for pattern in ("embedding", "selection", "corpus/*/scanned"):  # so that embedding is a separate pass again
         for path in (tmp_path / "runs").glob(pattern):
             shutil.rmtree(path)
     arguments = ("prune/run.py", "profile=smoke", "tracker=none", "corpus.train.limit=480")

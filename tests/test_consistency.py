@@ -1,4 +1,4 @@
-"""Back-projection: what it returns reduces to the low-resolution image, and is otherwise left as it was."""
+"""Back-projection: its result reduces to the low-resolution image, and is otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGES = ("smooth", "textured", "noisy", "contrasts", "saturated")
 
 
 def images_of(name: str, seed: int = 0, count: int = 4, height: int = 64, width: int = 48) -> np.ndarray:
-    """uint8 [N, H, W, 3]; of `saturated` ones a third of the values are 255, of `contrasts` all are 0 or 255."""
+    """uint8 [N, H, W, 3]; in `saturated` images a third of the values are 255, in `contrasts` all are 0 or 255."""
     values = np.random.default_rng(seed).standard_normal((count, height, width, 3))
     if name == "contrasts":
         return np.where(values > 0, 255, 0).astype(np.uint8)
@@ -27,7 +27,7 @@ def images_of(name: str, seed: int = 0, count: int = 4, height: int = 64, width:
 
 
 def least_psnr(result: np.ndarray, low: np.ndarray) -> float:
-    """In decibels, of the worst image."""
+    """PSNR in decibels of the worst image."""
     error = np.square(result.astype(float) - low).mean((1, 2, 3))
     return float(10 * np.log10(255**2 / np.maximum(error, 1e-10)).min())
 
@@ -35,7 +35,7 @@ def least_psnr(result: np.ndarray, low: np.ndarray) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", IMAGES)
 def test_the_result_reduces_to_the_low_resolution_image(name: str, kind: str) -> None:
-    """From a noisy copy of the truth with a wrong tint, and from another image altogether."""
+    """Starting from a noisy copy of the truth with a wrong tint, and from a completely different image."""
     truth = images_of(name)
     low = degrade(truth, FACTOR, Linear(kind))
     noise = 15 * np.random.default_rng(1).standard_normal(truth.shape)
@@ -56,7 +56,7 @@ def test_a_consistent_image_is_not_changed(name: str, kind: str) -> None:
     given = truth.copy()
     exact = back_project(given, reduce(truth, FACTOR, kind), FACTOR, kind, ITERATIONS)
     assert (exact == truth).all() and (given == truth).all()
-    # a low-resolution image of eight bits is known to half a level
+    # a low-resolution image of eight bits is exact to half a level
     rounded = back_project(truth, degrade(truth.astype(np.uint8), FACTOR, Linear(kind)), FACTOR, kind, ITERATIONS)
     assert np.sqrt(np.square(rounded - truth).mean()) < 0.7
 
@@ -64,14 +64,14 @@ def test_a_consistent_image_is_not_changed(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_colour_cast_disappears_and_detail_stays(kind: str) -> None:
     truth = images_of("textured").astype(np.float32)
-    truth = 30 + truth * (195 / 255)  # no value is near the ends
+    truth = 30 + truth * (195 / 255)  # no value is near 0 or 255
     cast = truth + np.array([12, -12, 12], dtype=np.float32)
     result = back_project(cast, reduce(truth, FACTOR, kind), FACTOR, kind, ITERATIONS)
     np.testing.assert_allclose(result, truth, atol=0.05)
 
 
 def test_area_s_last_step_is_the_nearest_enlargement() -> None:
-    """Without smooth corrections the least one is added: each block's missing mean to each of its pixels."""
+    """Without smooth corrections the smallest correction is added: each block's missing mean to each of its pixels."""
     start = 100 + 0.2 * images_of("noisy").astype(np.float32)
     low = 90 + 0.3 * images_of("smooth", seed=3, height=16, width=12).astype(np.float32)
     rest = low - reduce(start, FACTOR, "area")
@@ -80,7 +80,7 @@ def test_area_s_last_step_is_the_nearest_enlargement() -> None:
 
 
 def test_the_correction_is_smooth() -> None:
-    """Blocks do not show: steps of the correction across their borders are no larger than those inside."""
+    """Blocks are not visible: steps of the correction across their borders are no larger than inside."""
     truth = images_of("smooth", seed=4).astype(np.float32)
     start = np.full_like(truth, 128)
     change = back_project(start, reduce(truth, FACTOR, "area"), FACTOR, "area", ITERATIONS) - start

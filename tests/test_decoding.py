@@ -1,4 +1,4 @@
-"""Files that are rarely met: four colours in YCCK, no permission, headers that claim too much, several pages."""
+"""Unusual files: four colours in YCCK, no permission, headers with too large claims, several pages."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ CLAIMED = 30_000
 def ycck(colour: tuple[int, int, int], black: int = 255) -> bytes:
     """A YCCK JPEG as Photoshop writes it: Adobe's marker, transform 2, inverted inks; `black` 255 is no black ink.
 
-    Its first three channels are Y, Cb and Cr (JFIF's formula) of the colour's complement, since the decoder takes the
-    complement of what they stand for; Pillow, given that all four are inks, inverts them when it writes them.
+    Its first three channels are Y, Cb and Cr (JFIF's formula) of the colour's complement, because the decoder takes the
+    complement of the colour that they represent. Pillow treats all four channels as inks and inverts them when writing.
     """
     red, green, blue = (255 - part for part in colour)
     y = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -99,7 +99,7 @@ def test_a_file_whose_disk_fails_halfway_has_a_reason(tmp_path: Path, monkeypatc
 
 
 def jpeg_header() -> bytes:
-    """A JPEG whose frame says that it is 30,000 px wide and high."""
+    """A JPEG whose frame claims a width and height of 30,000 px."""
     data = bytearray(encoded(texture(), "JPEG"))
     place = data.index(b"\xff\xc0") + 5
     assert data[place : place + 4] == (32).to_bytes(2, "big") * 2
@@ -108,7 +108,7 @@ def jpeg_header() -> bytes:
 
 
 def tiff_header() -> bytes:
-    """A TIFF of 8 bits whose directory says the same."""
+    """A TIFF of 8 bits whose directory claims the same."""
     data = bytearray(encoded(texture(), "TIFF"))
     with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
         tags = [file.pages[0].tags[name] for name in ("ImageWidth", "ImageLength")]
@@ -119,7 +119,7 @@ def tiff_header() -> bytes:
 
 
 def sparse_tiff(bands: int, kind: str = "uint16") -> bytes:
-    """A TIFF with the tables of its tiles and not one of them."""
+    """A TIFF with the tables of its tiles but without any tile."""
     with rasterio.MemoryFile() as memory:
         with memory.open(
             driver="GTiff", height=CLAIMED, width=CLAIMED, count=bands, dtype=kind, tiled=True, sparse_ok=True,
@@ -130,7 +130,7 @@ def sparse_tiff(bands: int, kind: str = "uint16") -> bytes:
 
 
 def half_too_large() -> bytes:
-    """A PNG just above the limit, which Pillow itself only warns of."""
+    """A PNG slightly above the limit, for which Pillow itself only warns."""
     data = bytearray(encoded(Image.new("1", (8, 8))))
     data[16:24] = (9_460).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
@@ -166,7 +166,7 @@ for data in bombs:
 
 
 def refusals(folder: Path, most: int) -> list[str]:
-    """What a process with room for 64 MB says of each bomb, that may take images of `most` pixels."""
+    """The messages of a process with room for 64 MB about each bomb, with a limit of `most` pixels."""
     first = tiff(np.zeros((3, 8, 8), np.uint16), photometric="minisblack", planarconfig="separate")
     for name, data in {"first": first, **{name: make() for name, make in BOMBS.items()}}.items():
         assert len(data) < 2**19
@@ -187,7 +187,7 @@ def refusals(folder: Path, most: int) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read the memory from")
 def test_a_header_that_claims_too_much_is_refused_before_a_pixel(tmp_path: Path) -> None:
-    """Unpacked, each takes 89 MB or more; without our limit the ones that Pillow lets pass end otherwise."""
+    """Decoded, each takes 89 MB or more; without the project's limit, the ones that Pillow accepts end otherwise."""
     assert refusals(tmp_path, decoding.MAX_PIXELS) == [decoding.TOO_MANY_PIXELS] * len(BOMBS)
     assert decoding.TOO_MANY_PIXELS not in refusals(tmp_path, 10**12)[3:]
 
@@ -202,7 +202,7 @@ def test_a_mask_that_claims_too_much_is_refused(name: str) -> None:
 
 
 def pages(*values: np.ndarray, **options: object) -> bytes:
-    """A TIFF with a directory for each of the arrays, as scanners and cameras write it."""
+    """A TIFF with one directory per array, as written by scanners and cameras."""
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as writer:
         for page in values:
@@ -233,7 +233,7 @@ SEVERAL: dict[str, Callable[[], tuple[bytes, bytes]]] = {
         pages(BANDS[0], **PLANES),
     ),
 }
-#: The same, with pages of one shape, which Pillow does not read.
+#: The same, with pages of one shape that Pillow cannot read.
 DEEP_SEVERAL = {
     "tiff of 4 bands": lambda: (pages(*BANDS, **PLANES), pages(BANDS[0], **PLANES)),
     "tiff of floats in colours": lambda: (pages(*FLOATS, photometric="rgb"), pages(FLOATS[0], photometric="rgb")),
@@ -269,7 +269,7 @@ def test_of_an_animated_gif_the_first_frame_is_taken() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF"])
 def test_a_mask_is_the_first_frame_or_page(kind: str) -> None:
-    classes = (np.arange(SIDE * SIDE) % 256).reshape(SIDE, SIDE).astype(np.uint8)  # all in use: GIF drops the others
+    classes = (np.arange(SIDE * SIDE) % 256).reshape(SIDE, SIDE).astype(np.uint8)  # all occur: GIF drops unused values
     masks = [Image.fromarray(values, mode="P") for values in (classes, classes.T)]
     for mask in masks:
         mask.putpalette([part for grey in range(256) for part in (grey, grey, grey)])

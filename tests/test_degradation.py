@@ -1,4 +1,4 @@
-"""From high to low resolution: PIL, formulas and properties of the random chain; and enlargements back."""
+"""Degradation to low resolution: PIL, formulas, properties of the random chain; and enlargement."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cubic_weights(side: int, factor: int) -> np.ndarray:
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_bicubic_is_the_antialiased_formula_and_pil_s_float_mode(factor: int) -> None:
-    images = (pictures(4, size=64) * 0.6 + 50).astype(np.float32)[:, :, :48]  # nothing overshoots
+    images = (pictures(4, size=64) * 0.6 + 50).astype(np.float32)[:, :, :48]  # no overshoots
     result = reduce(images, factor, "bicubic")
     expected = np.einsum("ih,nhwc,jw->nijc", cubic_weights(64, factor), images, cubic_weights(48, factor))
     np.testing.assert_allclose(result, expected, atol=1e-3)
@@ -68,7 +68,7 @@ def test_bicubic_is_the_antialiased_formula_and_pil_s_float_mode(factor: int) ->
 
 
 def test_bicubic_of_eight_bits_is_pil_s_and_the_float_one_rounded() -> None:
-    contrasts = (noise(20) > 127).astype(np.uint8) * 255  # whose bicubic reduction overshoots nearly everywhere
+    contrasts = (noise(20) > 127).astype(np.uint8) * 255  # their bicubic reduction overshoots nearly everywhere
     for images in (pictures(20, size=64), noise(20), contrasts):
         result = degrade(images, 4, Linear("bicubic"))
         assert (result[7] == np.asarray(Image.fromarray(images[7]).resize((16, 16), Image.Resampling.BICUBIC))).all()
@@ -94,7 +94,7 @@ def test_no_images_are_no_images() -> None:
 
 
 def global_states() -> tuple[object, ...]:
-    """Of the generators that everybody shares."""
+    """States of the global random generators."""
     numpy_state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
     return random.getstate(), numpy_state["pos"], numpy_state["key"].tolist(), torch.get_rng_state().tolist()
 
@@ -122,7 +122,7 @@ def test_blind_has_the_sides_of_the_low_resolution(factor: int, height: int, wid
 
 
 def test_blind_shows_the_same_scene_unmoved_and_spoilt() -> None:
-    """The means over draws lie on the area means and not beside them; single ones are spoilt, each otherwise."""
+    """The means over draws match the area means without a shift; single draws are degraded, each differently."""
     images = gaussian_filter(np.random.default_rng(0).standard_normal((8, 64, 64, 3)), (0, 7, 7, 0))
     images = (128 + 40 * images / images.std()).clip(0, 255).astype(np.uint8)
     drawn = degrade(np.repeat(images, 80, axis=0), 4, blind_options()).astype(float).reshape(8, 80, 16, 16, 3)
@@ -156,7 +156,7 @@ def test_blur_kernels_are_means_of_all_kinds(monkeypatch: pytest.MonkeyPatch) ->
     published = [0.25, 0.45, 0.03, 0.12, 0.03, 0.12]  # anisotropic before isotropic
     np.testing.assert_allclose(fractions, published, atol=0.04)
     symmetric = [np.abs(kernel - kernel[::-1, ::-1]).max() < 1e-9 for kernel in kernels]
-    assert all(symmetric)  # so that a filter and a convolution are the same
+    assert all(symmetric)  # then filter and convolution are equal
 
 
 def test_sinc_kernels_ring() -> None:

@@ -1,4 +1,4 @@
-"""What downstream tasks are measured on lies apart from every pixel that the foundation or the tasks are trained on."""
+"""Downstream tasks are measured on ground that is disjoint from all training pixels of the foundation and the tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runtime.application import CONFIGS
 
 
 def covered(source, rows: np.ndarray) -> np.ndarray:
-    """Bool map of the world: the pixels of some tiles."""
+    """Bool map of the world: the pixels covered by some tiles."""
     world = np.zeros(source.world.shape[:2], dtype=bool)
     for row, column in source.corners()[rows]:
         world[row : row + source.resolution, column : column + source.resolution] = True
@@ -18,7 +18,7 @@ def covered(source, rows: np.ndarray) -> np.ndarray:
 
 
 def test_no_pixel_is_trained_on_and_measured() -> None:
-    """The foundation sees a subset of split train, tasks other rows of it; both leave test and val alone."""
+    """The foundation sees a subset of the split train, tasks see other rows of it; neither uses test and val."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", ["tracker=none"])
     sources = {split: instantiate(cfg.corpus[split]) for split in ("train", "val", "test")}
@@ -26,7 +26,7 @@ def test_no_pixel_is_trained_on_and_measured() -> None:
     assert all(ground.any() for ground in maps.values())
     for first, second in (("train", "test"), ("train", "val"), ("val", "test")):
         assert not (maps[first] & maps[second]).any()
-    # the map tells tiles that overlap: two neighbours of the training split share pixels
+    # the map detects overlapping tiles: two neighbours of the training split share pixels
     train = sources["train"]
     pixels = len(train.corners()) * train.resolution**2
     assert maps["train"].sum() < pixels

@@ -1,4 +1,4 @@
-"""Distances against known Gaussians, the libraries' arithmetic and brute force."""
+"""Distances compared with known Gaussians, the libraries' results and brute force."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_frechet_distance_agrees_with_clean_fid():
 
 @pytest.mark.parametrize("count", [60, 100])
 def test_the_extrapolated_distance_is_nearer_the_true_one(count):
-    """Of two Gaussians whose distance is known: the mean over draws, and each draw for most of them."""
+    """For two Gaussians with a known distance: the mean over draws, and most single draws."""
     dimensions, shift, scale = 12, 0.4, 1.3
     truth = dimensions * (shift**2 + (scale - 1) ** 2)
     plain, extrapolated = [], []
@@ -97,7 +97,7 @@ def test_kernel_distance_agrees_with_brute_force():
 
 
 def test_the_interval_is_the_jackknife_of_torchmetrics_estimates():
-    """Every block is left out of both sets in turn and the distance computed anew, by the library's estimator."""
+    """Every block in turn is left out of both sets, and the library's estimator computes the distance again."""
     first, second = (torch.from_numpy(x) for x in gaussians(50))
     blocks = 7
 
@@ -125,7 +125,7 @@ def test_kernel_distance_is_unbiased_and_its_interval_covers():
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals_and_covers():
-    """Two sets that share their images' noise, one a little farther off than the other."""
+    """Two sets with the same noise in their images; one is at a slightly larger distance."""
     differences, intervals, alone = [], [], []
     for seed in range(40):
         random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Pruning by image-text pairs: exact budgets, scenes' fractions, RS-Prune among clean pairs, and the real commands."""
+"""Pruning by image-text pairs: exact budgets, fractions of scenes, RS-Prune among clean pairs, the real commands."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def clean_of(pool: Pool) -> np.ndarray:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 200), st.integers(0, 30), st.floats(0, 0.999, allow_subnormal=False), st.integers(0, 5))
 def test_exact_budgets_and_what_goes_first(size: int, unreadable: int, ratio: float, seed: int) -> None:
-    """No pair of a worse kind stays while one of a better kind goes: clean, mismatched, without a caption."""
+    """No pair of a worse kind is kept while one of a better kind is removed: clean, mismatched, without a caption."""
     pool = pool_of(size, seed, min(unreadable, size))
     budget = size - round(ratio * size)
     selection = DLDC().select(pool, budget, np.random.default_rng(seed))
@@ -122,7 +122,7 @@ def test_a_cleaning_ratio_holds_for_every_scene(ratio: float | dict) -> None:
 
 
 def test_a_reason_says_whether_a_pair_was_mismatched_or_only_fitted_less() -> None:
-    """A cleaning ratio takes well-matched pairs as well."""
+    """A cleaning ratio also removes well-matched pairs."""
     pool = pool_of(200, mismatched=0.1, without=0)
     method = DLDC(cleaning_ratio=0.5)
     selection = method.select(pool, method.estimated_budget(pool), np.random.default_rng(0))
@@ -270,7 +270,7 @@ KINDS = {"meadow": (60, 150, 60), "desert": (200, 170, 110), "water": (30, 60, 1
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """150 images of 32 px in three folders, captions for all but five, every seventh of them another kind's."""
+    """150 images of 32 px in three folders; captions for all but five, every seventh of them of another kind."""
     root = tmp_path_factory.mktemp("pairs") / "images"
     random = np.random.default_rng(0)
     rows = []
@@ -313,12 +313,12 @@ def test_dldc_cleans_a_corpus_of_files(folder: Path, runs: Path) -> None:
     assert flagged[wrong].mean() > 0.5 and flagged[~wrong].mean() < 0.05
     chosen = candidates[candidates["chosen"]].set_index("image")
     best = chosen["mismatch"].reindex(range(150))
-    np.testing.assert_array_equal(table["kept"], best.le(0.6))  # all that have a good caption, given or new
+    np.testing.assert_array_equal(table["kept"], best.le(0.6))  # all images with a good caption, given or new
     assert summary["ratio"] == pytest.approx(1 - table["kept"].mean()) and summary["kept"] == table["kept"].sum()
     assert summary["captions"]["pairs"] == len(candidates) and summary["method"] == "dldc"
     assert (candidates["source"] == "offline").any() and set(table["scene"]) == set(KINDS)
     assert corpus.manifest["caption"].tolist() == chosen["caption"].reindex(range(150)).tolist()
-    assert (given["source"] == "scene name").sum() == 5  # those without a caption are called after their folder
+    assert (given["source"] == "scene name").sum() == 5  # images without a caption get the name of their folder
 
 
 def test_the_best_captions_leave_a_selection_without_them_alone(folder: Path, runs: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_method_that_reads_scores_can_leave_the_given_captions(folder: Path, r
 
 
 def test_a_corpus_without_labels_has_scenes_of_its_own(folder: Path, tmp_path: Path) -> None:
-    """Strata stand for scenes, the same whatever the training seed: the corpus, the default reference, has none."""
+    """Strata replace scenes, the same for every training seed; the default reference, the corpus, has no scenes."""
     flat = tmp_path / "flat"
     flat.mkdir()
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The examples of docs/corpora.md, run as they stand."""
+"""The examples of docs/corpora.md, run exactly as written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from train.utilisation import training_flops
 
 
 def checkout(repository: Path, folder: Path) -> dict[str, str]:
-    """The repository's files in a folder, and an environment in which its commands run there."""
+    """The repository's files in a folder, and an environment for running its commands there."""
     listed = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("the repository is no git checkout: which files to copy is not known")
@@ -39,7 +39,7 @@ def checkout(repository: Path, folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-#: Sections of docs/corpora.md that begin with what somebody has, and the kind of corpus of each.
+#: Sections of docs/corpora.md about the user's kind of data, and the kind of corpus of each.
 SECTIONS = {
     "A folder of tiles without labels": "folder",
     "Class folders": "folder",
@@ -80,7 +80,7 @@ def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
     make_inputs(tmp_path)
     result = sections((repository / "docs" / "corpora.md").read_text())
     examples = [text for blocks in result.values() for kind, text in blocks if kind == "sh"]
-    assert len(examples) == len(SECTIONS) - 1 + 2  # but for torchgeo's; "Out, and in again" has two
+    assert len(examples) == len(SECTIONS) - 1 + 2  # without torchgeo's; "Out, and in again" has two
     for text in examples:
         shell = ["bash", "-euo", "pipefail", "-c", text]
         done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -91,7 +91,7 @@ def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
     assert all(pd.read_parquet(path)["kept"].any() for path in selections)
     for path in selections:
         corpus = tmp_path / "runs" / "corpus" / read_json(path.with_name("stage.json"))["inputs"]["corpus"]
-        if read_json(corpus / "corpus.json")["name"] == "geotiff":  # its tiles know their place
+        if read_json(corpus / "corpus.json")["name"] == "geotiff":  # its tiles have locations
             assert "images lie" in path.with_name("report.html").read_text()
             break
     else:
@@ -100,7 +100,7 @@ def test_the_examples_run_as_written(repository: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_first_example_runs_as_written(repository: Path, tmp_path: Path) -> None:
-    """README.md: an unlabelled folder is made, pruned and exported."""
+    """README.md: an unlabelled folder is generated, pruned and exported."""
     environment = checkout(repository, tmp_path)
     text = (repository / "README.md").read_text(encoding="utf-8")
     first = [re.search(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)[1] for kind in ("python", "sh")]
@@ -115,7 +115,7 @@ def test_the_first_example_runs_as_written(repository: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_worked_example_runs_as_written(repository: Path, tmp_path: Path) -> None:
-    """docs/worked_example.md: an archive is made, checked, pruned, exported and read back."""
+    """docs/worked_example.md: an archive is generated, checked, pruned, exported and read back."""
     environment = checkout(repository, tmp_path)
     text = (repository / "docs" / "worked_example.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(python|sh)\n(.*?)^```", text, re.M | re.S)
@@ -158,7 +158,7 @@ def test_the_torchgeo_example_runs_as_written(repository: Path, tmp_path: Path) 
 
 
 def test_the_estimates_follow_from_the_networks(repository: Path) -> None:
-    """docs/training.md: parameters and arithmetic as counted, speeds as its own formula gives them."""
+    """docs/training.md: counted parameters and operations, and speeds by its own formula."""
     text = (repository / "docs" / "training.md").read_text()
     rows = re.findall(
         r"^\| (\w+) \| (\d+) x (\d+) x \d+ \| ([\d.]+) \| ([\d.,]+) \| ([\d,]+) \| ([\d.]+) \|$", text, re.M
@@ -185,7 +185,7 @@ def test_the_estimates_follow_from_the_networks(repository: Path) -> None:
 
 
 def kept_for_backward(network: torch.nn.Module, channels: int, side: int) -> float:
-    """Bytes an image of what autograd keeps beside weights, in bfloat16 with flash attention; nothing is computed."""
+    """Bytes per image that autograd keeps besides weights, in bfloat16 with flash attention; nothing is computed."""
     network.train().to(torch.bfloat16)
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""The checker of documents: each kind of fault is found, in its line, and what is right is not reported."""
+"""The document checker: each kind of fault is found, with its line, and correct text is not reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor says what would become of a corpus, reads nothing twice and changes nothing."""
+"""The doctor's report on a corpus; it reads nothing twice and changes nothing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def picture(path: Path) -> None:
 
 @pytest.fixture
 def diagnose(tmp_path: Path, monkeypatch, capsys):
-    """The lines that the doctor prints, by what they are about."""
+    """The lines that the doctor prints, by topic."""
 
     def run(*overrides: str) -> dict[str, list[str]]:
         notice.cache_clear()

@@ -1,4 +1,4 @@
-"""README's table and sentence against the published rows, and the toy example of docs/method.md."""
+"""README's table and sentence compared with the published rows, and the toy example of docs/method.md."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_no_table_of_readme_is_wider_than_four_columns_or_a_laptop() -> None:
 
 
 def test_every_link_of_readme_and_docs_leads_somewhere() -> None:
-    """But for pages that other parts of the project write."""
+    """Except for links to generated pages."""
     coming = {"CONTRIBUTING.md", "CHANGELOG.md", "docs/library.md", "docs/page.md"}
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
@@ -91,7 +91,7 @@ def test_the_toy_example_keeps_the_rare_and_thins_the_frequent() -> None:
     )
     budget = len(example.points) - round(RATIO * len(example.points))
     assert sum(random.values()) == sum(pruned.values()) == budget
-    assert pruned["outliers"] == COUNTS["outliers"]  # a scene of its own, below its fair part of the budget
+    assert pruned["outliers"] == COUNTS["outliers"]  # a scene of its own, below its share of the budget
     assert abs(pruned["outer ring"] - pruned["inner ring"]) <= 2 and random["outer ring"] > 8 * random["inner ring"]
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     for method, counts in (("random", random), ("rsprune", pruned)):

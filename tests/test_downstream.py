@@ -116,7 +116,7 @@ def test_weights_digest_sees_one_changed_weight(parts: Parts) -> None:
 
 @pytest.fixture(scope="module")
 def conditioned() -> UNet2DConditionModel:
-    """A network that heeds its condition, as trained: on conditions of unit scale."""
+    """A network that reacts to its condition, as after training on conditions of unit scale."""
     return tiny_unet(condition_channels=CHANNELS)
 
 
@@ -147,7 +147,7 @@ def test_saved_pipeline_feeds_what_was_trained(loaded, parts: Parts, conditioned
     for batch in seen:
         torch.testing.assert_close(batch[:, CHANNELS:], raw, rtol=0, atol=1e-6)
 
-    # the same by hand, with the network as trained: unit-scale conditions, times as training gives them
+    # the same by hand, with the trained network: unit-scale conditions, times as in training
     prompts = encode_prompts(parts.text_encoder, parts.tokenizer, ["desert", "", "ocean"])
     scheduler = Objective().scheduler()
     scheduler.set_timesteps(5)
@@ -157,7 +157,7 @@ def test_saved_pipeline_feeds_what_was_trained(loaded, parts: Parts, conditioned
             inputs = torch.cat([latents, raw * parts.autoencoder.config.scaling_factor], dim=1)
             latents = scheduler.step(conditioned(inputs, time, prompts).sample, time, latents).prev_sample
     torch.testing.assert_close(result, latents, rtol=1e-4, atol=1e-5)
-    assert raw.std() > 0.05  # so that a wrong scale would show
+    assert raw.std() > 0.05  # so that a wrong scale would be detected
 
 
 def test_times_of_the_sampler_are_noise_fractions() -> None:
@@ -226,7 +226,7 @@ def coloured_corpus(tmp_path: Path) -> Corpus:
 def test_palette_is_natural_and_distinguished(tmp_path: Path) -> None:
     corpus = coloured_corpus(tmp_path)
     natural = natural_palette(corpus, seed=0, distance=0)
-    grey = [128, 128, 128]  # of a class that never occurs, and of pixels without a class
+    grey = [128, 128, 128]  # colour of a class that never occurs, and of pixels without a class
     assert natural.tolist() == [[180, 30, 20], [184, 34, 24], grey, grey]
     apart = natural_palette(corpus, seed=0, distance=32).astype(float)
     assert np.linalg.norm(apart[0] - apart[1]) >= 31
@@ -273,7 +273,7 @@ def foundation(cfg: DictConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def changed(cfg: DictConfig, **values: object) -> DictConfig:
-    """A copy with other values, of keys with `__` for dots."""
+    """A copy with other values; `__` in keys stands for dots."""
     cfg = cfg.copy()
     for key, value in values.items():
         *path, last = key.split("__")
@@ -284,7 +284,7 @@ def changed(cfg: DictConfig, **values: object) -> DictConfig:
     return cfg
 
 
-#: What only several outputs of one input have.
+#: Metrics that need several outputs of one input.
 OF_VARIANTS = ("spread", "diversity")
 
 
@@ -325,7 +325,7 @@ def test_a_task_from_a_foundation_and_from_scratch(cfg: DictConfig, foundation: 
         assert summary["parameters"] == read_json(runs["rsprune"] / "summary.json")["parameters"]
         assert set(summary["metrics"]) == full_names(cfg, task.metrics)
         undefined = {key for key, value in summary["metrics"].items() if value is None}
-        assert undefined <= {"niqe"}  # which 16 px are too few for
+        assert undefined <= {"niqe"}  # 16 px are too few for it
         assert all(np.isfinite(value) for value in summary["metrics"].values() if value is not None)
         measured = Path(read_json(directory / MEASURED)["balanced"])
         assert read_json(measured / METRICS_FILE) == summary["metrics"]
@@ -337,7 +337,7 @@ def test_a_task_from_a_foundation_and_from_scratch(cfg: DictConfig, foundation: 
         assert Image.open(directory / "samples" / "comparison.png").width > 8 * SIZE
         assert not (directory / "checkpoints").exists()
         assert fine_tune(cfg, task, source, method) == directory
-    # a text-to-image run is a foundation, a fine-tuned one is none
+    # a text-to-image run is a foundation, a fine-tuned run is not
     with pytest.raises(UserError, match="no pretraining run"):
         resolve_foundation(changed(cfg, foundation=str(runs["scratch"])))
 
@@ -432,7 +432,7 @@ def test_a_third_task_is_one_file_and_one_yaml(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """Those of docs/add_a_task.md, as they stand there."""
+    """The files of docs/add_a_task.md, exactly as written there."""
     text = (repository / "docs" / "add_a_task.md").read_text(encoding="utf-8")
     for name, content in re.findall(r"^```\w+\n# (\S+)\n(.*?)^```", text, re.M | re.S):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -489,7 +489,7 @@ def test_killed_run_goes_on_to_the_same_network(
     monkeypatch.setattr(fine_tuning, "diffusion_loss", kill_at_third)
     with pytest.raises(Killed):
         fine_tune(again, task, None, "scratch")
-    # what fails after the training does not train again either
+    # a failure after the training does not require a new training
     monkeypatch.setattr(measured_task, "_drawn", lambda *args: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         fine_tune(again, task, None, "scratch")
@@ -541,5 +541,5 @@ def test_commands_refuse_bad_input_in_one_line(
     assert "masks" in done.stderr if script == "semantic_synthesis" else "no pretraining run" in done.stderr
     assert "Traceback" not in done.stderr
     assert [line.startswith("error: ") for line in done.stderr.splitlines()].count(True) == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ")  # before it, what was read of the corpus
+    assert done.stderr.splitlines()[-1].startswith("error: ")  # preceded by lines about the corpus
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""The running average of weights, against sums over the weights' history, whole and sharded."""
+"""The running average of weights compared with sums over the history of the weights, complete and sharded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def network(seed: int) -> nn.Sequential:
 
 
 def moved(average: Average, modules: dict[str, nn.Module], steps: int) -> list[dict[str, np.ndarray]]:
-    """Weights of all steps, each taken into the average; they move as an optimizer would move them, in place."""
+    """Weights of all steps, each added to the average; they are changed in place, as by an optimizer."""
     history = []
     for step in range(1, steps + 1):
         generator = torch.Generator().manual_seed(step)
@@ -37,7 +37,7 @@ def moved(average: Average, modules: dict[str, nn.Module], steps: int) -> list[d
 
 
 def test_the_average_is_the_weighted_sum_of_all_weights_there_were() -> None:
-    """Step k's weights count (1 - b_k) times the product of all later b, and the first ones what is left."""
+    """The weight of step k is (1 - b_k) times the product of all later b; the initial weights get the remainder."""
     modules, batch, halflife = {"net": network(0), "other": network(1)}, 4, 32
     start = {name: weight.detach().numpy().copy() for name, weight in modules["net"].named_parameters()}
     average = Average(modules, halflife, batch)
@@ -65,7 +65,7 @@ def test_half_is_forgotten_in_a_half_life() -> None:
 
 @pytest.mark.parametrize(("step", "halflife"), [(1, 0.4), (10, 4.0), (79, 31.6), (80, 32.0), (400, 32.0)])
 def test_the_half_life_rises_with_the_images_seen(step: int, halflife: float) -> None:
-    """A tenth of the images seen, `0.1 * step * batch`, as long as that is shorter than what is requested."""
+    """It is a tenth of the images seen, `0.1 * step * batch`, up to the requested one."""
     assert Average({}, halflife=32, batch_size=4).decay(step) == pytest.approx(0.5 ** (4 / halflife), rel=1e-9)
 
 
@@ -84,7 +84,7 @@ def test_without_a_half_life_it_equals_the_weights_and_buffers() -> None:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group with only this process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -93,7 +93,7 @@ def one_process() -> Iterator[None]:
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("keep", [True, False])
 def test_shards_are_averaged_as_whole_weights_are(keep: bool) -> None:
-    """FSDP2's weights; a process that does not keep the average is left with what there was."""
+    """FSDP2's weights; a process that does not keep the average is left with the former values."""
     averages = []
     for sharded in (False, True):
         modules = {"net": network(0)}

@@ -1,4 +1,4 @@
-"""Encoders: weights against what their networks must see, and distances against known damage."""
+"""Encoders: weights compared with the required behaviour of their networks, and distances for known damage."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_imagenet_weights_know_a_photograph(member: str, side: int, name: str, e
 
 @pytest.mark.parametrize(("encoder", "member"), [(EfficientNetLite0(), "lite0"), (EfficientNetLite2(), "lite2")])
 def test_features_are_what_the_classifier_sees(encoder: PackagedEncoder, member: str) -> None:
-    """Fused batch norms, memory format and the pooling change nothing: the plain network gives the same."""
+    """Fused batch norms, memory format and pooling change nothing: the unmodified network gives the same."""
     images = np.stack([photograph(name, 128) for name in ("chelsea", "coffee", "rocket")])
     network = load_efficientnet_lite(member)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
@@ -108,7 +108,7 @@ def test_geoembed_agrees_with_its_file_by_numpy() -> None:
 
 @geoembed
 def test_geoembed_agrees_with_its_own_code() -> None:
-    """The first numbers that `geoembed.Model.v3().encode` 1.1.2 gives, by OpenCL."""
+    """The first values of `geoembed.Model.v3().encode` 1.1.2, computed by OpenCL."""
     expected = {
         "chelsea": [0.04674214, -0.09589797, -0.01469595, -0.02275172, 0.03856897],
         "rocket": [0.03614705, -0.03781825, 0.02436114, 0.07712732, 0.03192479],
@@ -148,7 +148,7 @@ def test_the_encoder_that_judges_neither_selects_nor_trains(repository: Path) ->
 
 @pytest.fixture(scope="module")
 def pool() -> Pool:
-    """Blue Marble's held-out tiles, dealt into two sets of 120."""
+    """Blue Marble's held-out tiles, divided into two sets of 120."""
     source = BlueMarble(split="test", stride=4)
     scenes = source.manifest()["scene"].to_numpy(dtype=str)
     images = np.stack([sample.image for sample in source.reader(np.arange(len(scenes)))()])
@@ -179,7 +179,7 @@ def test_blur_agrees_with_opencv(tiles: np.ndarray) -> None:
     for image, result in zip(tiles, after, strict=True):
         expected = cv2.GaussianBlur(image.astype(np.float32), (13, 13), 1.5, borderType=cv2.BORDER_REFLECT)
         assert np.abs(expected - result).max() <= 0.51
-    # and by image alone, channel by channel
+    # and separately per image and channel
     expected = gaussian_filter(tiles[3, :, :, 1].astype(np.float32), 1.5)
     assert np.abs(expected - after[3, :, :, 1]).max() <= 0.51
 

@@ -1,4 +1,4 @@
-"""Experiments: the rows of a run, where curves cross, what a measured grid suggests, and that every file composes."""
+"""Experiments: the rows of a run, crossings of curves, suggestions from a measured grid; every file composes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_experiment_composes_with_every_value_of_its_grid(name: str) -> No
 
 
 def run(folder: Path, curve: dict[int, float], final: float) -> Path:
-    """A run's directory as measuring leaves it: a value for every step, of 10 images each."""
+    """A run's directory with measurements: one value per step, 10 images per step."""
     folder.mkdir(parents=True)
     lines = [{"step": step, "images_seen": 10 * step, KID: value} for step, value in curve.items()]
     (folder / CONVERGENCE).write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""The subset goes out in every form, and comes back with its pixels, labels, captions, masks and metadata."""
+"""The subset is exported in every format, and read back with its pixels, labels, captions, masks and metadata."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KEPT = [0, 2, 3, 7, 8]
 
 
 def select(source: Source, runs: Path, kept: list[int] = KEPT) -> Path:
-    """A selection stage that keeps these rows, as prune/run.py leaves it."""
+    """A selection stage that keeps these rows, in the format of prune/run.py."""
     corpus = index_corpus(source, runs)
 
     def build(directory: Path) -> None:
@@ -50,7 +50,7 @@ def select(source: Source, runs: Path, kept: list[int] = KEPT) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> ImageFolder:
-    """Ten images of two scenes with captions, places and masks; awkward names among them."""
+    """Ten images of two scenes with captions, locations and masks; with some difficult names."""
     root = tmp_path / "corpus"
     names = ["a", "A", "a b\nc", "é", "x.y", "sub/a", "0", "1", "2", "3"]
     rows = []
@@ -125,7 +125,7 @@ def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> Non
 
 
 def test_a_column_called_weight_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A user's own, or that of an export that is pruned again."""
+    """A user's own column, or that of an export that is pruned again."""
     root = tmp_path / "images"
     root.mkdir()
     rows = [{"file_name": f"{row}.png", "weight": 0.5 + row} for row in range(10)]
@@ -141,14 +141,14 @@ def test_a_column_called_weight_is_not_lost(tmp_path: Path, capsys: pytest.Captu
 
 @dataclass(frozen=True)
 class Case:
-    """A source of ten images; the bytes and suffixes they came in (None: a source that keeps no files), and masks'."""
+    """A source of ten images; original bytes and suffixes of images (None: the source keeps no files) and of masks."""
 
     source: Source
     files: list[tuple[bytes, str]] | None
     masks: list[bytes] | None = None
 
 
-#: Each in another format, so that bytes that were encoded anew would show.
+#: Each in another format, so that re-encoded bytes would be detected.
 FILES = [
     (encoded(texture(row, side=20 + row), kind, **options), suffix)
     for row, (kind, suffix, options) in enumerate(
@@ -206,7 +206,7 @@ def case_of(kind: str, folder: Path) -> Case:
 
 
 def read_folder(out: Path) -> tuple[list[dict[str, Any]], list[tuple[bytes, str]], list[bytes]]:
-    """Rows, images and masks that an export to a folder left, in its own order."""
+    """Rows, images and masks of an export to a folder, in its own order."""
     rows = [json.loads(line) for line in (out / "images" / "metadata.jsonl").read_text("utf-8").splitlines()]
     paths = [out / "images" / row["file_name"] for row in rows]
     masks = [out / "masks" / Path(row["file_name"]).with_suffix(".png") for row in rows]
@@ -242,7 +242,7 @@ def read_saved(out: Path) -> tuple[list[dict[str, Any]], list[tuple[bytes, str]]
 
 @pytest.mark.parametrize("kind", ["webdataset", "huggingface", "stream", "geotiff"])
 def test_every_form_holds_what_a_source_gave(kind: str, tmp_path: Path) -> None:
-    """The bytes that came in, or the pixels where a source keeps no files, with their scenes, captions and places."""
+    """The original bytes, or the pixels if a source keeps no files, with scenes, captions and locations."""
     case = case_of(kind, tmp_path / "source")
     selection = select(case.source, tmp_path / "runs")
     corpus = open_subset(selection).corpus
@@ -274,7 +274,7 @@ def test_every_form_holds_what_a_source_gave(kind: str, tmp_path: Path) -> None:
         go("symlinks")
     assert not (tmp_path / "symlinks").exists()
 
-    if kind == "geotiff":  # the metadata above are the manifest's own, so here they are the scene's
+    if kind == "geotiff":  # the metadata above are the manifest's, here they are the scene's
         assert kept["id"].tolist() == [f"a.tif/{16 * (row // 5):06d}_{16 * (row % 5):06d}" for row in KEPT]
         assert set(kept["crs"]) == {"EPSG:32632"} and kept["lat"].notna().all()
     else:
@@ -291,8 +291,8 @@ def test_what_changed_since_it_was_pruned_is_refused_whatever_the_source(kind: s
     if file.suffix == ".parquet":
         pd.read_parquet(file).iloc[::-1].to_parquet(file)
     else:
-        file.write_bytes(file.read_bytes() + bytes(10_240))  # what fills a shard up
-    if kind == "geotiff":  # its images are the corpus's own, which have not changed
+        file.write_bytes(file.read_bytes() + bytes(10_240))  # padding of a shard
+    if kind == "geotiff":  # its images are the corpus's, which have not changed
         assert open_subset(selection).source is None
         return
     with pytest.raises(UserError, match="changed since they were pruned") as caught:
@@ -328,7 +328,7 @@ def test_bluemarble_goes_out_with_its_places(tmp_path: Path) -> None:
 
 
 def written(selection: Path, form: str, out: Path, **options: Any) -> Path:
-    """As `export`, in this process."""
+    """Like `export`, in this process."""
     export_options = {"out": str(out), "shard_size": 100, "reencode": None, **options}
     main(OmegaConf.create({"selection": str(selection), "to": form, "export": export_options}))
     return out
@@ -339,7 +339,7 @@ def picture(seed: int = 0, side: int = 24) -> Image.Image:
 
 
 def as_open_clip_sees(shard: Path) -> list[dict[str, Any]]:
-    """The samples that open_clip trains on: webdataset's reader, then open_clip's own filter where it is installed."""
+    """The samples that open_clip trains on: webdataset's reader, then open_clip's own filter if it is installed."""
     webdataset = pytest.importorskip("webdataset", reason="webdataset, whose reader is used, is not installed")
 
     def keeps(sample: dict[str, Any]) -> bool:  # filter_no_caption_or_no_image of open_clip 3.3.0
@@ -354,7 +354,7 @@ def test_open_clip_sees_every_sample(tmp_path: Path, capsys: pytest.CaptureFixtu
     root = tmp_path / "corpus"
     root.mkdir()
     kinds = {"a.jfif": "JPEG", "b.jpe": "JPEG", "c.JPG": "JPEG", "d.jpeg": "JPEG", "e.png": "PNG", "f.webp": "WEBP"}
-    kinds |= {"g.png": "JPEG"}  # a suffix that is wrong
+    kinds |= {"g.png": "JPEG"}  # a wrong suffix
     for number, (name, kind) in enumerate(kinds.items()):
         picture(number).save(root / name, kind)
     rows = [{"file_name": "a.jfif", "captions": ["a wood", "trees"]}, {"file_name": "b.jpe", "text": "a lake"}]

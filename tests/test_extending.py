@@ -1,4 +1,4 @@
-"""The examples of docs/add_a_*.md, as they stand there."""
+"""The examples of docs/add_a_*.md, exactly as written there."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def blocks(page: str, kind: str) -> list[str]:
 
 
 def defined(page: str) -> dict[str, Any]:
-    """What the first Python block of a page defines."""
+    """The definitions in the first Python block of a page."""
     module = ModuleType("example_of_docs")
-    sys.modules[module.__name__] = module  # where a dataclass looks its module up
+    sys.modules[module.__name__] = module  # dataclasses look up their module there
     try:
         exec(compile(blocks(page, "python")[0], page, "exec"), module.__dict__)
     finally:

@@ -1,4 +1,4 @@
-"""Captions as people keep them: every usual place and spelling is read, and what matches no image is said."""
+"""Captions in users' formats: every usual place and spelling is read, and captions without an image are reported."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_captions_that_are_cut_are_counted(capsys: pytest.CaptureFixture) -> Non
 
 
 def test_several_labels_of_one_image_are_its_caption(tmp_path: Path) -> None:
-    """BigEarthNet has up to a dozen: no scene, but words; a caption of the image's own goes first."""
+    """BigEarthNet has up to a dozen: they give words but no scene; the image's own caption comes first."""
     labels = ["Pastures", "Mixed forest"]
     images(tmp_path / "folder", ["a.jpg", "b.jpg"])
     rows = [{"file_name": "a.jpg", "labels": labels}, {"file_name": "b.jpg", "labels": labels, "text": "A pasture."}]

@@ -1,4 +1,4 @@
-"""Keys, ids and suffixes as they are in shards and folders that people have: nothing is lost, nothing taken twice."""
+"""Keys, ids and suffixes of users' shards and folders: nothing is lost, nothing is read twice."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_suffixes_that_are_no_unicode_stop_nothing(tmp_path: Path, capsys: pytes
 
 
 def test_shards_of_a_folder_or_of_a_pattern(tmp_path: Path) -> None:
-    """img2dataset leaves a folder; its statistics lie beside the shards. Spaces and commas are no separators."""
+    """img2dataset writes a folder with statistics next to the shards. Spaces and commas are not separators."""
     folder = tmp_path / "laion, part (1)"
     folder.mkdir()
     for part in range(2):

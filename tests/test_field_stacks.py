@@ -1,4 +1,4 @@
-"""One file a band, and georeferenced patches: what is one image, and which images may not be split apart."""
+"""One file per band, and georeferenced patches: which files form one image, and which images must stay in one split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """A GeoTIFF of values [bands, H, W] below the root `data`, which is returned."""
+    """Writes values [bands, H, W] as a GeoTIFF below the root `data`; returns the root."""
 
     def written(name: str, values: np.ndarray, x: float = 500_000, y: float = 5_000_000, **options: object) -> Path:
         path = tmp_path / "data" / name
@@ -41,7 +41,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def bigearthnet(write: Write, count: int = 4) -> tuple[Path, np.ndarray]:
-    """Patches as BigEarthNet has them, each with its labels; the truth is uint16 [count, 3, 24, 24]."""
+    """Patches in BigEarthNet's layout, each with its labels; the true values are uint16 [count, 3, 24, 24]."""
     random = np.random.default_rng(11)
     truth = random.integers(0, 3000, (count, 3, 24, 24)).astype(np.uint16)
     for patch, bands in enumerate(truth):
@@ -64,7 +64,7 @@ def test_a_folder_of_patches_in_one_file_a_band(write: Write, tmp_path: Path, ca
     corpus = index_corpus(source, tmp_path / "runs")
     assert corpus.manifest["id"].tolist() == [f"S2A_{patch}/S2A_{patch}" for patch in range(4)]
     assert corpus.readable.all() and (corpus.manifest["season"] == "summer").all()
-    assert (corpus.manifest["scene"] == "").all()  # a patch's own folder is no class
+    assert (corpus.manifest["scene"] == "").all()  # a patch's own folder is not a class
     assert np.abs(corpus.images - truth.transpose(0, 2, 3, 1) / 3000 * 255).max() <= 0.51
     message = capsys.readouterr().err
     assert "4 images are stacked from files of one band each; 12 other files of these scenes are left out" in message
@@ -133,7 +133,7 @@ def test_products_of_other_houses(files: list[str], bands: tuple[str, ...], plac
 
 
 def test_quality_masks_of_a_safe_product_are_no_stack() -> None:
-    """Since its baseline 04.00 a product has MSK_QUALIT_B02.jp2 and its like beside the images."""
+    """Since baseline 04.00 a product has MSK_QUALIT_B02.jp2 and similar files next to the images."""
     granule = "S2A_MSIL2A_X.SAFE/GRANULE/L2A_T36KVU"
     images = [f"{granule}/IMG_DATA/R{size}m/T36KVU_{b}_{size}m.jp2" for size in (10, 20) for b in (*RGB, "SCL")]
     masks = [f"{granule}/QI_DATA/MSK_{kind}_{band}.jp2" for kind in ("QUALIT", "DETFOO") for band in RGB]
@@ -172,7 +172,7 @@ def test_scenes_of_one_band_alone(write: Write) -> None:
 
 @pytest.fixture
 def patches(write: Write) -> Path:
-    """240 patches of 160 m, at random over 8 km, in two projections; every fourth again at another date."""
+    """240 patches of 160 m, at random over 8 km, in two projections; every fourth one again with another date."""
     random, pixels = np.random.default_rng(3), np.random.default_rng(4)
     for number in range(240):
         x, y = random.integers(0, 784, 2) * 10.0
@@ -206,7 +206,7 @@ def test_no_ground_is_in_two_splits(patches: Path, capsys) -> None:
 
 
 def test_two_zones_of_utm_share_the_grid(tmp_path: Path, write: Write) -> None:
-    """The same patch in the projection of the neighbouring zone comes into the same cell."""
+    """The same patch in the projection of the neighbouring zone falls into the same cell."""
     from rasterio.warp import transform
 
     values = np.zeros((3, 16, 16), np.uint8)
@@ -215,7 +215,7 @@ def test_two_zones_of_utm_share_the_grid(tmp_path: Path, write: Write) -> None:
     root = write("b.tif", values, x=x, y=y, crs="EPSG:32632")
     first, second = (footprint_of(root / name) for name in ("a.tif", "b.tif"))
     assert abs(first.lon[1] - second.lon[1]) < 1e-6 and abs(first.lat[1] - second.lat[1]) < 1e-6
-    assert 160 <= first.side < 165 and 160 <= second.side < 180  # the zones are turned against each other
+    assert 160 <= first.side < 165 and 160 <= second.side < 180  # the zones are rotated against each other
 
 
 def test_images_without_a_place_stay_where_they_were(write: Write, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_images_without_a_place_stay_where_they_were(write: Write, tmp_path: Pat
 
 
 def test_one_place_alone_is_split_by_the_id_and_said(write: Write, capsys) -> None:
-    """As patches with a made-up place, or many dates of one."""
+    """For example patches with an invented location, or many dates of one location."""
     random = np.random.default_rng(6)
     for number in range(60):
         root = write(f"{number}.tif", random.integers(0, 256, (3, 8, 8), dtype=np.uint8))
@@ -255,7 +255,10 @@ def test_ground_decides_where_the_data_set_names_no_split(capsys) -> None:
 
 
 def test_few_places_fill_the_splits_and_stay_whole(capsys) -> None:
-    """Ten places at three dates: a hash of ten cells may leave a split empty, one of the ids would part the dates."""
+    """Ten locations at three dates.
+
+    A hash of ten cells may leave a split empty; a hash of the ids would separate the dates of a location.
+    """
     for seed in range(40):
         places = [f"{seed},{number}" for number in range(10) for _ in range(3)]
         ids = [f"{place}_{date}" for place, date in zip(places, (0, 1, 2) * 10, strict=True)]

@@ -80,7 +80,7 @@ def parts() -> TextParts:
     ],
 )
 def test_networks_have_the_sizes_their_names_stand_for(name, channels, side, width, millions) -> None:
-    """A DiT of 12 blocks, width d: 16 d^2 each for two attentions and an MLP, and 6 d^2 for the times of all."""
+    """A DiT of 12 blocks, width d: 16 d^2 each for two attentions and an MLP, and 6 d^2 for the times of all blocks."""
     with torch.device("meta"):
         network = new_network(config(f"model={name}").model, channels, side, width, seed=0)
     count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
@@ -122,7 +122,7 @@ def test_a_transformers_pipeline_is_plain_diffusers_and_sees_no_padding(parts, t
     images = generate(pipeline, ["desert", "ocean", "desert"], steps=3, guidance_scale=1.5, seed=0)
     assert images.shape == (3, SIZE, SIZE, 3) and images.std() > 0
 
-    # what training feeds is what the pipeline feeds: hidden states with the padding masked
+    # training and pipeline give the same input: hidden states with the padding masked
     texts = encode_prompts(parts.text_encoder, parts.tokenizer, ["desert"])
     length = caption_lengths(parts.tokenizer, ["desert"])[0]
     embeds, mask, *_ = pipeline.encode_prompt(
@@ -132,12 +132,12 @@ def test_a_transformers_pipeline_is_plain_diffusers_and_sees_no_padding(parts, t
     torch.testing.assert_close(embeds[:, :length], texts[:, :length], rtol=1e-5, atol=1e-5)
 
 
-# ---------------------------------------------------------------- going on from a pipeline
+# ---------------------------------------------------------------- training from a pipeline
 
 
 @pytest.fixture
 def saved(parts, tmp_path) -> Path:
-    """A run whose pipeline predicts noise."""
+    """A run with a pipeline that predicts noise."""
     text_to_image_pipeline(
         tiny_autoencoder(), parts.text_encoder, parts.tokenizer, tiny_unet(), Objective("epsilon").scheduler()
     ).save_pretrained(tmp_path / "run" / "pipeline")
@@ -302,7 +302,7 @@ def test_prompts_are_encoded_once(parts, tmp_path) -> None:
     texts = ["desert", "a much longer caption about an ocean", ""]
     prompts, lengths = cached_prompts(parts.text_encoder, parts.tokenizer, "key", texts, tmp_path)
     assert torch.equal(torch.from_numpy(np.array(prompts)), encode_prompts(parts.text_encoder, parts.tokenizer, texts))
-    assert lengths.tolist() == [3, 8, 2]  # with start and end; cut at the tokenizer's longest
+    assert lengths.tolist() == [3, 8, 2]  # with start and end tokens; truncated at the tokenizer's maximum
     again, _ = cached_prompts(None, parts.tokenizer, "key", texts, tmp_path)
     np.testing.assert_array_equal(again, prompts)
 
@@ -329,7 +329,7 @@ def test_cached_latents_are_the_autoencoders_and_resume(tmp_path, monkeypatch) -
     with pytest.raises(KeyboardInterrupt):
         cached_latents(autoencoder, "key", corpus, rows, tmp_path, views=views)
     result = cached_latents(autoencoder, "key", corpus, rows, tmp_path, views=views)
-    assert calls[0] == 45 + 60 - 40  # 40 of 60 batches were noted as done
+    assert calls[0] == 45 + 60 - 40  # 40 of 60 batches were recorded as done
     assert result.shape == (2, 120, CHANNELS, 2, 2) and result.dtype == np.float32
     with torch.no_grad():
         for view in range(2):
@@ -408,7 +408,7 @@ def test_compiled_networks_keep_their_weights_names(tmp_path, monkeypatch) -> No
 def launched(
     directory: Path, config: str = "multi_cpu", micro_batch: int = 8, script: str = "tiny_loop.py"
 ) -> dict[str, list]:
-    """What a training over two processes of `accelerate launch` prints: losses, weights, snapshots of each process."""
+    """Output of a training over two processes of `accelerate launch`: losses, weights, snapshots of each process."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / f"configs/accelerate/{config}.yaml"), "--num_processes", "2"]
     command += ["--main_process_port", "0", str(ROOT / "tests" / script), str(directory), str(micro_batch)]
@@ -426,7 +426,7 @@ def saved_losses(directory: Path) -> list[float]:
 
 
 def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None:
-    """gloo on the CPU; the same global batch, so the same curve, but for the order of sums."""
+    """gloo on the CPU: the same global batch, so the same curve except for the order of sums."""
     snapshots = []
     one = fit(tmp_path / "one", on_snapshot=lambda *given: snapshots.append(given))
     losses = saved_losses(tmp_path / "one")
@@ -434,15 +434,15 @@ def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None
     np.testing.assert_allclose(pair["losses"], losses, rtol=1e-4)
     np.testing.assert_allclose(pair["weights"], one["0.weight"], rtol=1e-3, atol=1e-5)
 
-    # every process is shown every snapshot, with the same whole average and the same loss
+    # every process gets every snapshot, with the same complete average and the same loss
     assert [step for step, *_ in snapshots] == [5, 12] and pair["snapshots"][0] == pair["snapshots"][1]
     assert [step for step, *_ in pair["snapshots"][0]] == [5, 12]
     np.testing.assert_allclose([loss for _, loss, _ in pair["snapshots"][0]], [s[1] for s in snapshots], rtol=1e-4)
     np.testing.assert_allclose(pair["snapshots"][0][-1][2], one["0.weight"], rtol=1e-3, atol=1e-5)
 
-    with pytest.raises(KeyboardInterrupt):  # one process begins ...
+    with pytest.raises(KeyboardInterrupt):  # one process starts ...
         interrupted(tmp_path / "changed", 8)
-    later = launched(tmp_path / "changed")  # ... and two go on
+    later = launched(tmp_path / "changed")  # ... and two continue
     np.testing.assert_allclose(later["losses"], losses, rtol=1e-4)
     np.testing.assert_allclose(later["weights"], one["0.weight"], rtol=1e-3, atol=1e-5)
 
@@ -450,7 +450,7 @@ def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
 def test_plugins_train_as_one_process_does_and_resume_each_other(tmp_path, config) -> None:
-    """Accelerate's plugins, made to run over gloo: a checkpoint is whole, so each goes on with the other's."""
+    """Accelerate's plugins over gloo: checkpoints are complete, so each can continue from the other's."""
     if config == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install '.[deepspeed]')")
     one = fit(tmp_path / "one")
@@ -471,13 +471,13 @@ def test_plugins_train_as_one_process_does_and_resume_each_other(tmp_path, confi
                 torch.testing.assert_close(result[key], value, rtol=1e-3, atol=1e-5)
 
     longer = replace(OPTIONS, steps=15)
-    expected, result = (fit(tmp_path / name, longer) for name in ("one", "parts"))  # one process goes on with two's
+    expected, result = (fit(tmp_path / name, longer) for name in ("one", "parts"))  # one process continues from two
     for key, value in expected.items():
         torch.testing.assert_close(result[key], value, rtol=1e-3, atol=1e-5)
 
 
 def interrupted(directory: Path, step: int) -> None:
-    """`fit`, stopped in the loss of a step."""
+    """`fit`, interrupted in the loss of a step."""
     calls = [0]
     forward = nn.Tanh.forward
 

@@ -1,4 +1,4 @@
-"""Going on from a pipeline with all of its weights, as a real command, and pushing what is finished to the hub."""
+"""Training all weights of a pipeline, as a real command, and pushing the result to the hub."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_all_weights_of_a_pipeline_go_on_training(tmp_path: Path) -> None:
     run = Path(done.stdout.strip().splitlines()[-1].removeprefix("run: "))
     old, new = (load_file(path / "unet" / "diffusion_pytorch_model.safetensors") for path in (folder, run / "pipeline"))
     assert new.keys() == old.keys()
-    # self-attention over one token, as there is at a side of one, does not depend on its queries and keys
+    # self-attention over a single token (side 1) does not depend on its queries and keys
     idle = (".attn1.to_q.weight", ".attn1.to_k.weight")
     unchanged = [key for key, value in new.items() if value.equal(old[key]) and not key.endswith(idle)]
     assert not unchanged and all(value.isfinite().all() for value in new.values())

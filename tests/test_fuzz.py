@@ -1,7 +1,7 @@
 """A thousand mutated files over all sources through index, prune and export: exit 0 or one line, nothing lost.
 
-The corpora are made and judged by `fuzzing.py` in processes of their own, whose memory is bounded, so that a decoder
-that crashes, hangs or takes all memory is seen as such.
+`fuzzing.py` generates and checks the corpora in separate processes with bounded memory, so that a decoder that crashes,
+hangs or takes all memory is detected.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-#: What C code and other libraries would print: nobody who runs a command can do anything about it.
+#: Output of C code and other libraries that users of a command cannot act on.
 NOISE = ("Traceback", "Warning", "libpng", "TIFF", "Fax", "JPEG datastream", "Exception ignored")
-#: What loky says of itself where worker processes came and went in one process; a command has them once.
+#: loky's message if worker processes were started repeatedly in one process; a command starts them once.
 OF_WORKERS = "leaked semlock objects"
 
 
 def fuzzed(folder: Path, seed: int, plan: list[tuple[str, int]]) -> list[dict]:
-    """What became of the corpora of a plan, (source, mutations) each."""
+    """Results for the corpora of a plan, (source, number of mutations) each."""
     arguments = [str(part) for pair in plan for part in pair]
     variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
@@ -54,7 +54,7 @@ def ended(group: int) -> bool:
 
 
 def judged(result: list[dict]) -> None:
-    """No corpus has a problem, and so many went through to the end that the test says something."""
+    """No corpus has a problem, and enough of them ran through all steps for the test to be meaningful."""
     problems = [
         f"seed {one['seed']} {one['source']} {one['overrides']}: {one['problem']}" for one in result if one["problem"]
     ]

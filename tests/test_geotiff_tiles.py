@@ -1,4 +1,4 @@
-"""Tiles of raster scenes: how they overlap, where on Earth they lie, and what they show where a scene has no data."""
+"""Tiles of raster scenes: overlap, location on Earth, and pixels without data."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_neighbouring_tiles_share_exactly_the_overlap(write: Write, tmp_path: Pa
 
 
 def test_no_pixel_is_in_tiles_of_two_blocks(write: Write, tmp_path: Path) -> None:
-    """However much tiles overlap, they do inside their block alone: blocks are what the splits are made of."""
+    """Tiles overlap only inside their block, because splits consist of blocks."""
     table = GeoTiff(str(write("a.tif", noise(90, 90))), tile=16, resolution=16, overlap=10, block=3).manifest()
     extent = 2 * 6 + 16
     owners = np.full((90, 90), -1)
@@ -107,7 +107,7 @@ PLACES = {
 
 @pytest.mark.parametrize("tile", [16, 32])
 def test_every_tile_knows_its_coordinate_system_and_centre(write: Write, tile: int) -> None:
-    """Whatever the scene's system, and whether or not tiles are made smaller."""
+    """For every coordinate system of the scene, with and without reduction of the tiles."""
     for name, options in PLACES.items():
         root = write(name, noise(64, 96), **options).parent
     table = GeoTiff(str(root), tile=tile, resolution=16, overlap=4, stretch="none").manifest()
@@ -122,7 +122,7 @@ def test_every_tile_knows_its_coordinate_system_and_centre(write: Write, tile: i
         own = rasterio.Affine.from_gdal(*json.loads(row.transform))
         assert own * (0, 0) == pytest.approx(corners[0]) and own * (8, 8) == pytest.approx(corners[1])
         metres = scale * (111_320 * np.sqrt(np.cos(np.radians(row.lat))) if row.crs == "EPSG:4326" else 1)
-        # a system's metre is not the ground's to the last per cent, the polar one's least
+        # a projection's metre differs from the ground's by some per cent, most in the polar one
         assert row.ground_sampling_distance == pytest.approx(metres, rel=0.04)
 
 
@@ -142,14 +142,14 @@ LOW, HIGH = -0.2, 1.2
 
 @pytest.fixture
 def holes(write: Write) -> tuple[Path, np.ndarray, np.ndarray]:
-    """A float scene of two by three tiles of 16 px, with NaN and -9999 in some; its values, and where they are none."""
+    """A float scene of two by three tiles of 16 px with NaN and -9999; its values, and the mask of missing ones."""
     values = np.random.default_rng(0).uniform(0.1, 1.0, (3, 32, 48)).astype(np.float32)
-    values[:, 0:16, 16:32] = np.nan  # a tile of nothing
+    values[:, 0:16, 16:32] = np.nan  # a tile without data
     values[:, 0:9, 32:48] = -9999  # 144 of 256 pixels: just too much
-    values[:, 16:20, 0:16] = np.nan  # a quarter, half of it each way
+    values[:, 16:20, 0:16] = np.nan  # a quarter, half the side each way
     values[:, 20:24, 0:8] = -9999
-    values[:, 16:24, 16:32] = -9999  # exactly a half, which is still an image
-    values[1, 30, 40] = np.nan  # one band alone
+    values[:, 16:24, 16:32] = -9999  # exactly half, which is still accepted
+    values[1, 30, 40] = np.nan  # only one band
     values[2, 31, 41] = -9999
     missing = np.isnan(values).any(axis=0) | (values == -9999).all(axis=0)
     return write("holes.tif", values, nodata=-9999.0), values, missing
@@ -178,7 +178,7 @@ def test_pixels_without_data_are_black_and_others_as_they_were(holes, tmp_path: 
 
 
 def test_what_is_no_data_does_not_stretch_the_rest(holes, tmp_path: Path) -> None:
-    """The percentiles are the valid pixels' own: neither NaN nor -9999 in all bands moves them."""
+    """The percentiles use only valid pixels: neither NaN nor -9999 in all bands changes them."""
     path, values, missing = holes
     corpus = indexed(path, tmp_path, resolution=16)
     ends = [np.percentile(band[~missing], (2, 98)) for band in values]

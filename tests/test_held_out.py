@@ -1,4 +1,4 @@
-"""Held-out sets: balanced and natural draws, disjoint halves that share no ground, refusals."""
+"""Held-out sets: balanced and natural draws, halves on disjoint ground, refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Mean:
 
 
 class Made(SimpleNamespace):
-    """What of a corpus the held-out sets read."""
+    """The attributes of a corpus that the held-out sets read."""
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -49,7 +49,7 @@ def test_every_leading_part_of_a_balanced_set_is_balanced():
     scenes = corpus.manifest["scene"].to_numpy()[rows]
     assert len(set(rows)) == 30
     assert [sorted(scenes[start : start + 3]) for start in (0, 3, 21)] == [["ice", "land", "sea"]] * 3
-    assert (scenes == "land").sum() == 8  # it has no more and leaves its turns to the others
+    assert (scenes == "land").sum() == 8  # it has no more, so its turns go to the others
 
 
 def test_halves_are_disjoint_and_share_no_ground():

@@ -1,4 +1,4 @@
-"""What goes by a hub name, read by the real libraries over HTTP from a hub that stands in on this machine."""
+"""Networks and data by hub name, read by the real libraries over HTTP from a local replacement of the hub."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REFERENCES = {
 
 @dataclass(frozen=True)
 class Hub:
-    """Where its repositories lie, a function that runs Python with it, and what it was requested."""
+    """The folder of its repositories, a function that runs Python with it, and the received requests."""
 
     folder: Path
     run: Callable[..., subprocess.CompletedProcess]
@@ -50,7 +50,7 @@ class Hub:
 
 
 def write_tiles(folder: Path, count: int, split: str = "train", first: int = 0) -> None:
-    """A repository of one Parquet file, as the hub keeps image data sets; equal `first`, equal images."""
+    """A repository of one Parquet file, the hub's format of image data sets; equal `first` gives equal images."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(SCENES))})
     images = [{"bytes": encoded(texture(first + row)), "path": None} for row in range(count)]
     table = datasets.Dataset.from_dict({"image": images, "label": [row % 3 for row in range(count)]}, features=features)
@@ -60,7 +60,7 @@ def write_tiles(folder: Path, count: int, split: str = "train", first: int = 0) 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, networks: Path) -> Iterator[Hub]:  # noqa: F811
-    """The names that the configs give, small and random."""
+    """The repositories that the configs name, with small random content."""
     folder = tmp_path_factory.mktemp("hub")
     write_tiles(folder / "datasets/owner/tiles/data", 30)
     write_tiles(folder / "datasets/owner/tiles/data", 9, "test", first=1000)
@@ -107,9 +107,9 @@ def test_a_corpus_and_a_reference_by_hub_name(hub: Hub, tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         fetched = [line for line in hub.requested if line.startswith("GET ") and line.endswith(".parquet")]
         assert any("/datasets/owner/tiles/resolve/" in line for line in fetched)
-        assert any("/blanchon/UC_Merced/resolve/" in line for line in fetched) != streaming  # by then from the cache
+        assert any("/blanchon/UC_Merced/resolve/" in line for line in fetched) != streaming  # later from the cache
         table = pd.read_parquet(result(done) / "selection.parquet")
-        assert len(table) == 29 and table["kept"].sum() == 15  # one of the 30 to train on is val, by its hash
+        assert len(table) == 29 and table["kept"].sum() == 15  # one of the 30 training images is val, by its hash
         kept[streaming] = table["id"][table["kept"]].tolist()
         assert set(table["scene"]) <= {*SCENES, "open"}
     assert kept[False] == kept[True]
@@ -157,7 +157,7 @@ for place in (sys.argv[1], os.environ["HF_ENDPOINT"] + "/datasets/owner/shards/r
 
 
 def test_the_paper_profile_trains_with_networks_by_hub_name(hub: Hub, tmp_path: Path) -> None:
-    """The names are the profile's own; what the hub sends under them is small and random."""
+    """The names are those of the profile; the hub's files with these names are small and random."""
     done = hub.run(
         "train/pretrain.py", "profile=paper", "corpus=huggingface", "corpus.path=owner/tiles",
         "corpus.train.resolution=64", "corpus.test.resolution=64", "corpus.val_fraction=0.3",

@@ -1,4 +1,4 @@
-"""Data sets that lie on this disk: bare Arrow files, what `save_to_disk` left, and both read as a stream."""
+"""Local data sets: plain Arrow files, folders of `save_to_disk`, and both read as a stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCENES = ["Beach", "DenseForest", "River"]
 
 
 def made(seeds: range, broken: tuple[int, ...] = ()) -> datasets.Dataset:
-    """A row a seed: its texture as a PNG, a class, a caption, a place; images of the `broken` rows are no images."""
+    """One row per seed: its texture as a PNG, a class, a caption, a location; the `broken` rows have invalid images."""
     features = datasets.Features(
         {
             "image": datasets.Image(),
@@ -43,7 +43,7 @@ def made(seeds: range, broken: tuple[int, ...] = ()) -> datasets.Dataset:
 
 
 def save(place: str, folder: Path, seeds: range, broken: tuple[int, ...] = ()) -> str:
-    """Write the rows in two pieces, in one of the ways in which they may lie on a disk; returns `corpus.path`."""
+    """Write the rows in two parts, in one of the possible layouts on disk; returns `corpus.path`."""
     made(seeds, broken).save_to_disk(str(folder / "saved"), num_shards=2)
     if place == "saved":
         return str(folder / "saved")
@@ -87,7 +87,7 @@ def test_a_saved_set_of_splits_keeps_them(tmp_path: Path, streaming: bool) -> No
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_split_that_a_set_lacks_is_taken_from_another(tmp_path: Path, streaming: bool) -> None:
-    """val from train where there is a test split; test from val where there is none; all by the hash without train."""
+    """val comes from train if there is a test split, test from val if there is none; without train a hash decides."""
     for names in (("train", "test"), ("train", "validation"), ("test",)):
         path = str(tmp_path / "-".join(names))
         datasets.DatasetDict({name: made(range(40)) for name in names}).save_to_disk(path)
@@ -107,7 +107,7 @@ def test_a_split_that_a_set_lacks_is_taken_from_another(tmp_path: Path, streamin
 
 @pytest.mark.parametrize("place", ["bare", "saved"])
 def test_a_stream_gives_what_is_read_at_once(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several chunks, thinned and with a split of its own by a hash."""
+    """Over several chunks, thinned, and with a split by a hash."""
     monkeypatch.setattr("corpus.index.CHUNK", 8)
     path = save(place, tmp_path, range(40))
     options = {"split": "train", "test_fraction": 0.2, "limit": 20, "resolution": 8}
@@ -155,7 +155,7 @@ def test_a_stream_has_one_reader(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_originals_have_the_suffix_of_their_format(tmp_path: Path, streaming: bool) -> None:
-    """That of their bytes, whatever their name; what Pillow does not know and is read all the same is a TIFF."""
+    """The suffix of their bytes, for any name; a format that Pillow does not know but that can be read is a TIFF."""
     files = {
         ".jpg": encoded(texture(), "JPEG"),
         ".tif": tiff(BANDS, planarconfig="separate", photometric="minisblack"),

@@ -1,4 +1,4 @@
-"""Several conditions through a ControlNet each: what is switched off counts for nothing, in training and in drawing."""
+"""Several conditions with one ControlNet each: a disabled condition has no effect, in training and in drawing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def parts() -> Parts:
 
 @pytest.fixture(scope="module")
 def nets(parts: Parts) -> MultiControlNetModel:
-    """Three ControlNets that say something, as after a training."""
+    """Three ControlNets with non-zero output, as after training."""
     made = new_controlnet(parts, 2, 3, 3, seed=0)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def random_batch(size: int = 4) -> tuple[torch.Tensor, ...]:
 def test_residuals_are_summed_and_multiplied_by_the_scales_image_by_image(
     parts: Parts, nets: MultiControlNetModel
 ) -> None:
-    """As by calling each network by itself, one image at a time, and leaving out those of scale 0."""
+    """The same as calling each network separately, one image at a time, without those of scale 0."""
     objective, (latents, text, noise, time, *conditions) = Objective(), random_batch()
     scales = torch.tensor([[1.0, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 0]])
     noisy, timesteps, target, _ = objective.noisy(latents, noise, time)
@@ -123,7 +123,7 @@ def test_at_first_nothing_is_steered_and_one_channel_count_is_one_network(parts:
 
 
 def test_conditions_arrive_at_the_end_of_their_encoders(parts: Parts) -> None:
-    """What differs between conditions is of the same order after the layers before the last one, which is zero."""
+    """Differences between conditions have the same magnitude after the layers before the last one, which is zero."""
     several = new_controlnet(parts, 2, 3, 3, seed=0)
     for net, condition in zip(several.nets, random_batch(16)[4:], strict=True):
         encoder = net.controlnet_cond_embedding
@@ -167,7 +167,7 @@ def test_the_saved_pipeline_is_a_plain_one_and_scale_0_switches_a_condition_off(
 
 
 def test_the_pipeline_takes_pictures_as_they_were_trained_on(loaded: DiffusionPipeline, tmp_path: Path) -> None:
-    """What the saved pipeline feeds each network, of PIL images of edges and low resolution, is what training fed."""
+    """For PIL images of edges and low resolution, the saved pipeline gives each network the same input as training."""
     cfg = task_config(tmp_path)
     task, corpus, rows = TASKS["joint_conditions"](cfg), corpus_of(cfg, "train"), np.arange(2)
     trained = [torch.from_numpy(control(corpus, rows)) for control in task.controls.values()]
@@ -246,7 +246,7 @@ def test_edge_agreement_allows_one_pixel() -> None:
     assert edge_agreement(np.roll(truth, (2, 2), (1, 2)), truth) < 0.1
     half = truth.copy()
     half[1] = False
-    assert edge_agreement(half, truth) == pytest.approx(2 / 3)  # all that is found is right, and half of it all
+    assert edge_agreement(half, truth) == pytest.approx(2 / 3)  # precision 1, recall one half
     assert edge_agreement(truth, half) == pytest.approx(2 / 3)
     assert edge_agreement(~truth & False, truth) == edge_agreement(truth, ~truth & False) == 0
     assert np.isnan(edge_agreement(~truth & False, ~truth & False))

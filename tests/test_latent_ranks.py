@@ -19,7 +19,7 @@ COUNTS = LAUNCHES[0][2]
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that all launches of latent_ranks.py have left."""
+    """The folder with the results of all launches of latent_ranks.py."""
     folder = tmp_path_factory.mktemp("latents")
     environment = {
         **os.environ,
@@ -40,7 +40,7 @@ def files_of(runs: Path) -> dict[str, bytes]:
 
 
 def batches(folder: Path, name: str, processes: int) -> list[dict[int, list[str]]]:
-    """Of every process the batches that it encoded, by the number of images."""
+    """For every process the batches that it encoded, by the number of images."""
     result = []
     for rank in range(processes):
         of_rank, open_batches = {}, []
@@ -77,7 +77,7 @@ def test_other_processes_go_on_where_some_were_killed(launched: Path) -> None:
     total = 2 * -(-33 // BATCH)
     first, later = (batches(launched, "resumed", processes) for processes in (3, 2))
     begun = sum(len(rank[-1]) for rank in first)
-    assert begun == 9  # three rounds of three; the fourth was not ended
+    assert begun == 9  # three rounds of three; the fourth was not finished
     assert sum(len(rank[33]) for rank in later) == total - NOTED * (begun // NOTED)
 
 

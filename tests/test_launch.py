@@ -1,4 +1,4 @@
-"""`accelerate launch --cpu --num_processes N` starts N processes; what cannot be had here is refused in one line."""
+"""`accelerate launch --cpu --num_processes N` starts N processes; unsupported launches are refused in one line."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def launched(*words: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def test_as_many_processes_as_requested_for(script, tmp_path):
-    """The command of docs/training.md, and gloo adds up over all of them."""
+    """The command of docs/training.md; gloo sums over all of them."""
     accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
     command = (accelerate, "launch") if accelerate else (sys.executable, "-m", "accelerate.commands.launch")
     done = launched(*command, "--cpu", "--num_processes", "2", str(script), "ratio=0.5", "tracker=none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = "processes 2 sum 3 device cpu ratio 0.5"
-    assert done.stdout.splitlines() == [expected]  # the first process alone prints
+    assert done.stdout.splitlines() == [expected]  # only the first process prints
 
 
 BUILDS = """
@@ -91,7 +91,7 @@ run(main)
 
 
 def test_a_build_of_the_first_process_alone_waits_for_no_other(tmp_path):
-    """What it calls may be what all processes do together elsewhere: then they meet, here it computes all rows."""
+    """It may call functions in which all processes synchronise elsewhere; here it computes all rows itself."""
     script = tmp_path / "script.py"
     script.write_text(BUILDS.format(root=str(ROOT), runs=str(tmp_path / "runs")))
     command = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script))
@@ -136,7 +136,7 @@ def test_what_the_launch_asks_for():
 
 
 def test_without_a_launch_nothing_changes(script, tmp_path, monkeypatch):
-    """Variables that batch systems export are no launch."""
+    """Variables that batch systems export do not count as a launch."""
     for name, value in {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "1234", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     done = subprocess.run(
@@ -147,7 +147,7 @@ def test_without_a_launch_nothing_changes(script, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
 def test_plugins_of_gpus_are_refused_on_cpus(tmp_path, config):
-    """By a launch that asks for them: every process ends before the corpus is read, with the same line and no other."""
+    """In a launch that requests them, every process ends before the corpus is read, with the same single line."""
     if config == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: Accelerate's launcher says so by itself")
     done = subprocess.run(
@@ -165,7 +165,7 @@ def test_plugins_of_gpus_are_refused_on_cpus(tmp_path, config):
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
 def test_a_process_that_is_refused_ends_with_one_line_and_2(tmp_path, name):
-    """Where there is no GPU to be seen."""
+    """On a machine without a visible GPU."""
     environment = {**os.environ, f"ACCELERATE_USE_{name.upper()}": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, str(ROOT / "train" / "pretrain.py"), "profile=smoke", f"runs={tmp_path / 'runs'}"],

@@ -1,4 +1,4 @@
-"""hydra/launcher=slurm, slurm_multi_gpu, slurm_trial and parallel: what they ask for, and how a sweep ends."""
+"""hydra/launcher=slurm, slurm_multi_gpu, slurm_trial and parallel: their requests, and the end of a sweep."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def launcher(name: str, *overrides: str) -> DictConfig:
 
 
 def sbatch(options: dict) -> str:
-    """The script that submitit hands to sbatch for these options of Hydra's launcher."""
+    """The script that submitit gives to sbatch for these options of Hydra's launcher."""
     own = {"_target_", "submitit_folder", "max_num_timeout"}
     names = {"timeout_min": "time", "tasks_per_node": "ntasks_per_node", "name": "job_name", "mem_gb": "mem"}
     assert set(OmegaConf.structured(BaseQueueConf)) - {"submitit_folder"} <= set(options)

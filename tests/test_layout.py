@@ -1,4 +1,4 @@
-"""The house keeps its order: module names, import direction, pinned imports, no pickle, configurations that parse."""
+"""Layout of the code: module names, import direction, pinned imports, no pickle, configurations that parse."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ PACKAGES = (
     "scripts",
     FACADE,
 )
-#: What each package may import of the others. `eval` judges whatever it is given and so knows no trainer; `report`
-#: reads results and so knows no network.
+#: Packages that each package may import. `eval` measures any given images and imports no training code; `report`
+#: reads results and imports no networks.
 ALLOWED = {
     "runtime": {"runtime"},
     "corpus": {"runtime", "corpus"},
@@ -73,7 +73,7 @@ def is_entry_point(path: Path) -> bool:
 
 
 def third_party() -> dict[str, set[str]]:
-    """Top-level module names of all installed distributions but ours, with the distributions that hold them."""
+    """Top-level module names of all installed third-party distributions, with the distributions that contain them."""
     result = {name: set(owners) - {"rs-prune"} for name, owners in metadata.packages_distributions().items()}
     return {name: owners for name, owners in result.items() if owners}
 
@@ -84,7 +84,7 @@ def test_something_is_checked() -> None:
 
 
 def test_no_module_beside_an_entry_point_shadows_another() -> None:
-    """`python prune/run.py` puts prune/ first on sys.path: `prune/random.py` would then be everybody's `random`."""
+    """`python prune/run.py` puts prune/ first on sys.path, so `prune/random.py` would replace `random` everywhere."""
     taken = set(sys.stdlib_module_names) | set(third_party()) | set(PACKAGES)
     folders = {path.parent for path in FILES if is_entry_point(path)}
     modules = [entry for folder in folders for entry in folder.iterdir() if entry.suffix == ".py" or entry.is_dir()]
@@ -113,7 +113,7 @@ def test_every_import_is_pinned() -> None:
     pins = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+(\[\w+\])?==[A-Za-z0-9_.+]+", line)] == []
     pinned = {re.sub(r"[-_.]+", "-", re.split(r"==|\[", line)[0]).lower() for line in pins}
-    optional = {line[3:].split("==")[0] for line in lines if line.startswith("#: ")}  # of extras that set-up leaves out
+    optional = {line[3:].split("==")[0] for line in lines if line.startswith("#: ")}  # of extras that the set-up omits
     owners = third_party()
     missing = {}
     for path in (*FILES, *TESTS):
@@ -126,7 +126,7 @@ def test_every_import_is_pinned() -> None:
             ):
                 continue
             held_by = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(name, set())}
-            if held_by == {"opencv-python-headless"}:  # what set-up takes where there is no display library
+            if held_by == {"opencv-python-headless"}:  # the set-up's choice without a display library
                 held_by = {"opencv-python"}
             if not held_by & pinned:
                 missing.setdefault(name, name_of(path))

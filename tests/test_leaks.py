@@ -1,4 +1,4 @@
-"""What splits share: copies in other formats are found, images of one kind are none."""
+"""Overlap between splits: copies in other formats are found; different images of one kind are not reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def landscape(seed: int) -> np.ndarray:
 
 
 def sea(seed: int) -> np.ndarray:
-    """Plain blue with a grain of a few levels, as no two places share it."""
+    """Plain blue with a grain of a few levels, different for every location."""
     grain = np.random.default_rng(seed).normal(0, 2, (SIDE, SIDE, 1))
     return np.clip(np.array([20, 40, 90]) + grain, 0, 255).astype(np.uint8)
 
@@ -45,7 +45,7 @@ def save(root: Path, name: str, image: np.ndarray | Image.Image, **options: obje
 
 @pytest.fixture
 def leaking(tmp_path: Path) -> Path:
-    """Of 12 test images three are training images again: as JPEG, brighter, and enlarged; others are new, or sea."""
+    """Three of 12 test images are training images: as JPEG, brighter, and enlarged; the others are new, or sea."""
     root = tmp_path / "data"
     for number in range(40):
         save(root, f"train/a/{number:02d}.png", landscape(number))
@@ -99,8 +99,10 @@ def test_correlations_of_many_pairs_are_those_of_each_alone() -> None:
 
 @pytest.fixture
 def placed(tmp_path: Path) -> Path:
-    """Recompressed training images in val: of the same place and date, another date, another place, and of none; one of
-    them is in test as well, and one is the training image itself with another place."""
+    """Recompressed training images in val: with the same location and date, another date, another location, and none.
+
+    One of them is in test as well, and one is the training image itself with another location.
+    """
     root, rows = tmp_path / "placed", []
 
     def add(name: str, number: int, lon: float | None, date: str, **options: object) -> None:

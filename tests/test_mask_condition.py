@@ -22,7 +22,7 @@ from train.objective import Objective
 
 
 def some_masks(classes: int, side: int, seed: int = 0) -> np.ndarray:
-    """Large areas above, single pixels below, some without a class."""
+    """Masks with large areas above and single pixels below, some without a class."""
     generator = np.random.default_rng(seed)
     masks = generator.integers(0, classes + 1, (4, side, side)).astype(np.uint8)
     masks[masks == classes] = IGNORED
@@ -56,7 +56,7 @@ def test_more_classes_than_channels_stay_apart() -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 8, 14, 30])
 def test_the_encoder_reads_shares_from_a_picture(classes: int) -> None:
-    """It must give what counting gives, for a palette without any structure."""
+    """It must give the same as counting, for a palette without any structure."""
     palette = np.random.default_rng(classes).integers(0, 256, (classes + 1, 3)).astype(np.uint8)
     autoencoder = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
@@ -81,7 +81,7 @@ def test_what_cannot_read_masks_is_refused() -> None:
 
 
 def test_a_plain_pipeline_takes_the_mask_as_a_picture(tmp_path: Path) -> None:
-    """What the loaded pipeline feeds its network is the class fractions, and no code of ours is used."""
+    """The loaded pipeline gives its network the class fractions, and none of the project's code is used."""
     parts = Parts(tiny_unet(), tiny_autoencoder(), *tiny_text_encoder())
     palette = np.array([[200, 30, 40], [10, 200, 60], [90, 90, 90]], np.uint8)
     codes, masks = class_codes(2, CHANNELS), some_masks(2, 16)

@@ -1,4 +1,4 @@
-"""Masks as people have them: numbers, palettes, colours, ignored pixels, other shapes; each right or a reason."""
+"""Masks in users' formats: numbers, palettes, colours, ignored pixels, other shapes; each is right or has a reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from eval.pairs import mean_intersection_over_union, pixel_accuracy
 from runtime.errors import UserError
 
 SIDE = 16
-#: ISPRS Potsdam's.
+#: Colours of ISPRS Potsdam.
 COLOURS = {
     "street": [255, 255, 255], "building": "#0000ff", "low": [0, 255, 255], "tree": "#00FF00", "car": [255, 255, 0],
     "clutter": [255, 0, 0],
@@ -100,7 +100,7 @@ DEPTHS = [np.uint8, np.uint16, np.int16, np.int32, np.uint32, np.float32, np.flo
 
 @pytest.mark.parametrize("dtype", DEPTHS)
 def test_numbers_of_any_depth_are_classes(dtype: type) -> None:
-    """Of TIFFs; 64 bits and half floats are what Pillow does not open."""
+    """In TIFFs; Pillow cannot open 64 bits and half floats."""
     truth = blocks(5)
     assert (decode_mask(tiff(truth.astype(dtype)), rule(5), SIDE) == truth).all()
     large = truth.astype(dtype)
@@ -135,7 +135,7 @@ def test_masks_of_one_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_grey_masks_of_few_bits_are_not_spread(bits: int) -> None:
-    """Pillow gives 4 bits as 0, 17, …, 255: class 1 would be class 17."""
+    """Pillow returns 4-bit values as 0, 17, …, 255, so class 1 would be read as class 17."""
     import struct
     import zlib
 
@@ -294,7 +294,7 @@ def test_a_mask_has_the_shape_of_its_image(mask: tuple[int, int], image: tuple[i
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize(("width", "height"), [(24, 16), (16, 16)])
 def test_a_mask_is_turned_as_its_image_is(width: int, height: int, turn: int, kind: str) -> None:
-    """Read beside an image in its own colours, whatever the camera's position was."""
+    """Together with an image in its own colours, for every camera orientation."""
     from PIL import ImageOps
 
     from corpus.decoding import decode_image
@@ -463,7 +463,7 @@ def test_every_source_checks_and_maps_its_masks(kind: str, tmp_path: Path) -> No
 
 
 def ignoring(tmp_path: Path) -> Corpus:
-    """Red on the left, blue on the right, a green rim that has no class."""
+    """Red on the left, blue on the right, and a green border without a class."""
     images = np.zeros((12, 16, 16, 3), np.uint8)
     images[:, :, :8], images[:, :, 8:] = (200, 0, 0), (0, 0, 200)
     masks = np.zeros((12, 16, 16), np.uint8)
@@ -572,7 +572,7 @@ def test_the_options_are_given_on_the_command_line(tmp_path: Path, forked) -> No
 
 @pytest.mark.slow
 def test_semantic_synthesis_works_with_ignored_pixels(tmp_path: Path) -> None:
-    """Field row 02, its second set: three classes and a rim of 255."""
+    """The second set of field row 02: three classes and a border of 255."""
     random = np.random.default_rng(2)
     for scene in ("a", "b"):
         for part in ("images", "masks"):

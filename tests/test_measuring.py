@@ -1,4 +1,4 @@
-"""Measuring as a stage of its own: judges, cached drawings, new metrics without drawing, folders, reference rows."""
+"""Measuring as a separate stage: judges, cached drawings, new metrics without drawing, folders, reference rows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Moments:
 
 
 class Made(SimpleNamespace):
-    """What of a corpus the evaluation reads."""
+    """The attributes of a corpus that the evaluation reads."""
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -74,7 +74,7 @@ def made_held_out(corpus: Made, rows: np.ndarray, name: str = "balanced") -> Hel
 
 
 class Clip:
-    """A CLIP model that sees ice in bright images."""
+    """A CLIP model that recognises ice in bright images."""
 
     name, fingerprint = "made", "clip"
 
@@ -87,7 +87,7 @@ class Clip:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with a pipeline and a snapshot whose network differs."""
+    """A run with a pipeline and a snapshot with another network."""
     text_encoder, tokenizer = tiny_text_encoder()
     folder = tmp_path / "run"
     text_to_image_pipeline(
@@ -101,7 +101,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- what can be measured
+# ---------------------------------------------------------------- available metrics
 
 
 def test_runs_snapshots_and_pipelines_are_reported_apart(run: Path, tmp_path: Path) -> None:
@@ -164,9 +164,9 @@ def test_a_new_metric_is_computed_on_the_images_that_are_there(run: Path, tmp_pa
 
 
 def test_drawn_images_teach_a_classifier_the_scene_of_their_caption() -> None:
-    """Images without a caption teach nothing, and held-out images without scenes test nothing."""
+    """Images without a caption are not used for training, and held-out images without scenes not for testing."""
     corpus = made_corpus()
-    corpus.images[::2] //= 4  # the ice is dark: its scene is seen in its mean colour
+    corpus.images[::2] //= 4  # the ice is dark, so its scene is visible in the mean colour
     held, judges = made_held_out(corpus, np.arange(30)), Judges((Moments(),))
     name = "classification_accuracy_moments"
     drawn = np.roll(corpus.images[:30], 2, axis=0)
@@ -220,7 +220,7 @@ def test_scenes_are_described_by_training_captions() -> None:
 
 
 def test_what_is_seen_in_images_of_each_scene() -> None:
-    """Images of no known scene are left out, and one scene alone cannot be mistaken."""
+    """Images without a known scene are omitted, and a single scene cannot be confused."""
     corpus = made_corpus(6)
     corpus.manifest["scene"] = ["ice", "sea", "", "ice", "sea", "town"]
     held = made_held_out(corpus, np.arange(6))
@@ -291,7 +291,7 @@ def test_a_broken_folder_is_refused(cfg, tmp_path: Path) -> None:
 
 
 def test_every_metric_of_a_few_kept_images_is_a_number_or_null(tmp_path: Path) -> None:
-    """One to four images, and four that are all alike: nothing is NaN, and what is undefined is null."""
+    """One to four images, and four equal ones: nothing is NaN, and undefined values are null."""
     corpus = made_corpus(60)
     held = made_held_out(made_corpus(40, seed=1), np.arange(40))
     features = Moments()(corpus.images)
@@ -330,7 +330,7 @@ def test_a_sample_does_not_favour_the_first_names() -> None:
 
 
 def test_a_folder_sorted_by_scene_measures_as_a_shuffled_one(cfg, tmp_path: Path) -> None:
-    """The same images under names in order of scene and under random ones: the same distance up to sampling."""
+    """The same images with names in order of scene and with random names: the same distance up to sampling."""
     bright, dark = pictures(60, seed=1), pictures(60, seed=2) // 4
     order = np.random.default_rng(0).permutation(120)
     result = []
@@ -349,7 +349,7 @@ def test_a_folder_sorted_by_scene_measures_as_a_shuffled_one(cfg, tmp_path: Path
 
 
 def test_reference_rows_are_real_and_rebuilt_images_n_against_n(tmp_path: Path) -> None:
-    """Each number is computed anew here from the images; a perfect autoencoder's row is that of the real images."""
+    """Each number is recomputed from the images; the row of a perfect autoencoder equals that of the real images."""
     corpus, test = made_corpus(80, seed=3), made_corpus(60, seed=4)
     held, further = made_held_out(test, np.arange(20)), made_held_out(test, np.arange(20, 40))
     rebuilds = {

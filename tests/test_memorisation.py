@@ -1,4 +1,4 @@
-"""Distances to the nearest training image: brute force, copies, and what a run's directory says it was trained on."""
+"""Distances to the nearest training image: brute force, copies, and the record of a run's training images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from train.measured_run import MEASURED
 
 
 def embedded(count: int, seed: int, dimensions: int = 16) -> np.ndarray:
-    """Features with a common part, as after a ReLU."""
+    """Features with a common component, as after a ReLU."""
     return np.abs(np.random.default_rng(seed).standard_normal((count, dimensions))).astype(np.float32) + 3
 
 
@@ -61,12 +61,12 @@ def test_it_is_undefined_of_too_few_images_or_of_copies_that_are_held_out() -> N
     assert np.isnan(nearest_training(embedded(10, 0), corpus[:10], corpus.astype(np.float16), np.arange(50)))
 
 
-# ---------------------------------------------------------------- what a run was trained on
+# ---------------------------------------------------------------- training images of a run
 
 
 @pytest.fixture
 def trained(tmp_path: Path) -> SimpleNamespace:
-    """A run with a snapshot, its selection and the features of its corpus, as the stages leave them."""
+    """A run with a snapshot, its selection and the features of its corpus, in the stages' format."""
     runs, corpus, encoder = tmp_path / "runs", SimpleNamespace(fingerprint="corpus"), EfficientNetLite0()
     selection = runs / "selection" / "chosen"
     selection.mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_copies_of_photographs_are_found_through_an_encoder() -> None:
 
 @pytest.mark.slow
 def test_a_training_is_measured_against_what_it_has_seen(tmp_path: Path) -> None:
-    """The whole of `train/pretrain.py`, and the same numbers by `eval/measure.py of=RUN`, from the same stages."""
+    """The complete `train/pretrain.py`, and the same numbers by `eval/measure.py of=RUN`, from the same stages."""
     cfg = tiny_config(tmp_path, "encoder@evaluation_encoder=efficientnet_lite0", "evaluation_encoder.input_size=32")
     run = pretrain(cfg, "random")
     metrics = read_json(run / "summary.json")["metrics"]

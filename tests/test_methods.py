@@ -1,4 +1,4 @@
-"""Every pruning method against brute force, its paper's rule, or a property that must hold."""
+"""Every pruning method compared with brute force, its paper's rule, or a property that must hold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SELECTIVE = {name: method for name, method in METHODS.items() if name != "full"}
 
 
 def pool_of(embeddings: np.ndarray, *, unreadable: int = 0, classes: int = 3, seed: int = 0) -> Pool:
-    """A pool with a random reference of some classes, and with random scores of captions, which some images lack."""
+    """A pool with a random reference of some classes, and random caption scores, which some images lack."""
     random = np.random.default_rng(seed)
     size, dimensions = embeddings.shape
     reference = random.standard_normal((classes * 10, dimensions)).astype(np.float32)
@@ -63,7 +63,7 @@ def pool_of(embeddings: np.ndarray, *, unreadable: int = 0, classes: int = 3, se
 
 
 def pair_scores_of(size: int, random: np.random.Generator) -> PairScores:
-    """Mismatched is every third, without a caption every tenth."""
+    """Scores in which every third image is mismatched, and every tenth has no caption."""
     mismatch, fit, cosine = random.random((3, size)).astype(np.float32)
     mismatch[mismatch > 0.67], mismatch[mismatch < 0.1] = 1, np.nan
     without = np.isnan(mismatch)
@@ -96,7 +96,7 @@ def test_exact_budget_and_no_repeats(name, size, unreadable, ratio, seed):
 @pytest.mark.parametrize("name", SELECTIVE)
 @pytest.mark.parametrize("embeddings", [np.ones((40, 6)), np.zeros((40, 6)), np.eye(40, 6), np.ones((1, 6))])
 def test_degenerate_pools(name, embeddings):
-    """All alike, all zero, fewer distinct images than clusters, a single one; ratio 0 and 0.999."""
+    """All equal, all zero, fewer distinct images than clusters, a single one; ratio 0 and 0.999."""
     pool = pool_of(embeddings)
     for budget in (len(embeddings), 1, 0):
         assert len(SELECTIVE[name].select(pool, budget, np.random.default_rng(0)).kept) == budget
@@ -123,7 +123,7 @@ def test_order_of_the_corpus_only_permutes_an_order_free_method(name):
 
 @pytest.mark.parametrize("name", ["kcenter", "facility"])
 def test_coverage_grows_with_the_budget(name):
-    """The largest distance from an image to its nearest kept one never grows."""
+    """The largest distance from an image to its nearest kept one never increases."""
     pool = pool_of(cloud(200))
     vectors = normalise(pool.embeddings - pool.embeddings.mean(axis=0))
     best = [
@@ -141,7 +141,7 @@ def test_every_change_of_the_ablation_exists(change):
     assert instantiate(cfg.prune, _convert_="all") and instantiate(cfg.entropy)
 
 
-# ---------------------------------------------------------------- each against its own rule
+# ---------------------------------------------------------------- the rule of each method
 
 
 def test_nearest_neighbours_agree_with_brute_force_and_leave_out_the_image_itself():
@@ -182,7 +182,7 @@ def test_ssp_refuses_another_word():
 
 
 def test_kcenter_is_within_twice_the_best_radius():
-    """Gonzalez 1985: greedy's radius is at most twice the optimum's, here found by trying all triples."""
+    """Gonzalez 1985: the greedy radius is at most twice the optimum, which is found here by trying all triples."""
     pool = pool_of(cloud(14, 3))
     vectors = normalise(pool.embeddings - pool.embeddings.mean(axis=0))
     distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=2)
@@ -210,7 +210,7 @@ def test_moderate_keeps_the_middle():
 
 def test_nearest_feasible_solves_the_quadratic_program():
     requested, sizes = np.array([6.0, 3.0, 1.0]), np.array([4, 9, 9])
-    assert nearest_feasible(requested, sizes, 10).tolist() == [4, 4, 2]  # one shift of +1 for all that are free
+    assert nearest_feasible(requested, sizes, 10).tolist() == [4, 4, 2]  # one shift of +1 for all that can grow
     best = min(
         (candidate for candidate in itertools.product(range(5), range(10), range(10)) if sum(candidate) == 10),
         key=lambda candidate: ((np.array(candidate) - requested) ** 2).sum(),
@@ -285,7 +285,7 @@ def test_clusters_level_by_level_find_what_one_kmeans_finds():
         purity = sum(np.bincount(truth[group]).max() for group in members_of(labels, labels.max() + 1)) / 3000
         assert purity > 0.95
         assert (distances > -1e-6).all() and set(labels) == set(range(labels.max() + 1))
-    assert labels.max() + 1 > 32  # as many as were requested, about
+    assert labels.max() + 1 > 32  # about as many as requested
     capped, _ = Clustering(8, hierarchical=False)(points, np.arange(3000), 64, np.random.default_rng(0))
     assert capped.max() + 1 <= 8
 

@@ -1,4 +1,4 @@
-"""The registry of metrics: names built and taken apart, what runs on which inputs, and a metric added in ten lines."""
+"""The registry of metrics: names composed and parsed, inputs of each metric, and a metric added in ten lines."""
 
 from __future__ import annotations
 

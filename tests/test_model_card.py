@@ -1,4 +1,4 @@
-"""The model card: what it says of data, selection, training and metrics, and that its example runs."""
+"""The model card: its statements about data, selection, training and metrics; its example runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objectives: noise, targets and weights against the papers' formulas, and samplers that undo what was added."""
+"""Objectives: noise, targets and weights compared with the papers' formulas; samplers remove the added noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISCRETE = [
 
 
 def alphas(objective: Objective) -> np.ndarray:
-    """Stable Diffusion's cumulative alphas, computed anew; rescaled as Lin et al. write it (algorithm 1)."""
+    """Stable Diffusion's cumulative alphas, computed independently; rescaled as in Lin et al. (algorithm 1)."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     kept = np.sqrt(np.cumprod(1 - betas))
     if objective.zero_terminal_snr:
@@ -60,7 +60,7 @@ def test_min_snr_weights(prediction: str, gamma: float) -> None:
 
 
 def test_both_min_snr_losses_are_one_loss_of_the_image() -> None:
-    """A network that is wrong about the image by d has the same weighted loss whatever it predicts."""
+    """A network with an error d of the predicted image has the same weighted loss for both prediction types."""
     time, difference = torch.tensor([300.0]), torch.randn(1, 3, 5, 5)
     losses = []
     for prediction in ("epsilon", "v_prediction"):
@@ -68,7 +68,7 @@ def test_both_min_snr_losses_are_one_loss_of_the_image() -> None:
         fraction = float(alphas(objective)[300])
         error = (
             difference * (fraction / (1 - fraction)) ** 0.5
-        )  # of the noise, for an image that is off by `difference`
+        )  # error of the noise, for an image error of `difference`
         error = error if prediction == "epsilon" else difference / (1 - fraction) ** 0.5
         *_, weights = objective.noisy(torch.zeros(1, 3, 5, 5), torch.zeros(1, 3, 5, 5), time)
         losses.append(float(denoising_loss(error, torch.zeros_like(error), weights)))
@@ -90,7 +90,7 @@ def test_offset_noise_adds_one_value_per_image_and_channel() -> None:
 
 @pytest.mark.parametrize("objective", [Objective(), *DISCRETE], ids=str)
 def test_the_sampler_of_an_objective_recovers_the_data(objective: Objective) -> None:
-    """A network that knows the one image there is leads the sampler to it."""
+    """A network that knows the only image leads the sampler to it."""
     latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     scheduler = objective.scheduler()
     scheduler.set_timesteps(25)

@@ -1,6 +1,6 @@
-"""Files that are none, claims that nothing backs, and names that other libraries stumble over: each has its reason.
+"""Special files, unsupported claims, and names that other libraries cannot handle: each gets a reason.
 
-What the fuzz test found, one case each.
+One case for each finding of the fuzz test.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def reasons(corpus: Corpus) -> dict[str, str]:
     return dict(zip(corpus.manifest["id"], corpus.manifest["reason"], strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- what is no file
+# ---------------------------------------------------------------------------------------------------- special files
 
 
 def test_pipes_devices_and_holes_are_not_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
-    (tmp_path / "zero.jpg").symlink_to("/dev/zero")  # and this would never end
+    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would block forever
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")  # reading it would never end
     with open(tmp_path / "hole.jpg", "wb") as file:
         file.truncate(LARGEST_FILE + 1)
     assert read_bytes(tmp_path / "pipe.jpg") == read_bytes(tmp_path / "zero.jpg") == NOT_A_FILE
@@ -68,7 +68,7 @@ def test_a_folder_with_them_is_indexed(tmp_path: Path) -> None:
     root.mkdir()
     (root / "a.png").write_bytes(png())
     os.mkfifo(root / "pipe.jpg")
-    for name in ("hole.jpg", "other.jpg"):  # equal in size, so that they would be compared as copies
+    for name in ("hole.jpg", "other.jpg"):  # equal in size, so they would be compared as copies
         with open(root / name, "wb") as file:
             file.truncate(LARGEST_FILE + 1)
     corpus = indexed(
@@ -197,7 +197,7 @@ def test_a_sparse_member_that_claims_gigabytes_takes_no_memory(tmp_path: Path) -
     write(tmp_path / "a.tar", {"a.png": png(), "b.png": png(1)})
     data = bytearray((tmp_path / "a.tar").read_bytes())
     data[124:136] = b"%011o\0" % (2**33 - 1)
-    data[156:157] = b"S"  # the size that counts is the one of the map, of which there is none
+    data[156:157] = b"S"  # the size is taken from the sparse map, which is missing
     data[148:156] = b" " * 8
     data[148:156] = b"%06o\0 " % sum(data[:512])
     (tmp_path / "a.tar").write_bytes(data)

@@ -1,4 +1,4 @@
-"""The training loop does not wait for data: the next batch is drawn in a thread while this one is computed."""
+"""The training loop does not wait for data: a thread draws the next batch while the current one is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from train.loop import Batch, LoopOptions, Modules, train_loop
 
 OPTIONS = LoopOptions(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=100, seed=5)
-PATIENCE = 2.0  # s: one of the two waits that long in vain where they take turns
+PATIENCE = 2.0  # s: without overlap, one of the two waits for this time in vain
 
 
 def first_number(step: int) -> float:
@@ -22,9 +22,10 @@ def first_number(step: int) -> float:
 
 
 def test_a_batch_is_drawn_while_the_last_one_is_computed(tmp_path: Path) -> None:
-    """Step k is computed until batch k + 1 is being drawn, which is drawn until step k is computed: neither ends alone.
+    """Step k waits until batch k + 1 is being drawn, and the drawing of batch k + 1 waits for step k: both must
+    overlap.
 
-    Batches arrive in the order of the steps, each drawn once, in a thread that is not the one that computes.
+    Batches arrive in the order of the steps, each drawn once, in a thread other than the computing one.
     """
     numbers = [first_number(step) for step in range(OPTIONS.steps)]
     being_drawn: dict[int, threading.Event] = defaultdict(threading.Event)

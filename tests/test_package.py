@@ -1,4 +1,4 @@
-"""The package: ranges and pins agree, the core imports little and fast, names are typed, examples run."""
+"""The package: ranges and pins agree, the core has few and fast imports, names are typed, examples run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from runtime.provenance import versions
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-#: What somebody who selects from arrays must not need.
+#: Packages that selection from arrays must not require.
 HEAVY = (
     *("torch", "torchvision", "hydra", "omegaconf", "diffusers", "transformers", "timm", "wandb", "gradio", "datasets"),
     *("cv2", "simplejpeg", "rasterio", "ray", "fsspec", "loky", "matplotlib", "sklearn", "skimage"),
@@ -46,14 +46,14 @@ def ranges() -> Iterator[Requirement]:
 
 
 def pins() -> dict[str, str]:
-    """Exact versions by canonical name, those of extras that set-up leaves out included."""
+    """Exact versions by canonical name, including those of extras that the set-up omits."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     result = [Requirement(line.removeprefix("#: ")) for line in lines if "==" in line]
     return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in result}
 
 
 def python(code: str, path: Path = ROOT) -> subprocess.CompletedProcess:
-    """Runs in a directory, which Python looks for modules in before it does in ours."""
+    """Run code in a directory, in which Python searches for modules before the repository."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=path, env=environment, capture_output=True, text=True, check=False
@@ -105,7 +105,7 @@ def test_selecting_from_arrays_imports_little_in_less_than_a_second() -> None:
     seconds, kept, modules = json.loads(done.stdout)
     assert kept == 30
     assert [name for name in HEAVY if name in modules] == []
-    assert seconds < 2  # 0.5 s on an idle core; this one may be a busy one
+    assert seconds < 2  # 0.5 s on an idle core, but this core may be busy
 
 
 def test_a_missing_extra_is_one_line() -> None:
@@ -120,13 +120,13 @@ def test_a_missing_extra_is_one_line() -> None:
     ):
         assert re.fullmatch(line, python(hidden + call.format(code)).stdout.strip())
     with pytest.raises(ModuleNotFoundError, match=r"prune\.nowhere"), needs("images", "this"):
-        importlib.import_module("prune.nowhere")  # a fault of ours is no missing extra
+        importlib.import_module("prune.nowhere")  # an error of the project is not a missing extra
 
 
 def test_a_package_of_another_project_is_named(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     ask = "from rsprune import RSPrune"
-    assert python(ask, tmp_path).returncode == 0  # a folder without __init__.py hides nothing
+    assert python(ask, tmp_path).returncode == 0  # a folder without __init__.py does not hide the package
     (tmp_path / "eval" / "__init__.py").touch()
     line = python(ask, tmp_path).stderr.splitlines()[-1]
     assert line.startswith(f"ImportError: rsprune needs its own package `eval`, but Python finds {tmp_path / 'eval'}")
@@ -164,13 +164,13 @@ def test_versions_of_results_name_this_package() -> None:
     assert re.search(r"^## \[?([\d.]+)", changes, re.M)[1] == PROJECT["project"]["version"]
 
 
-# ---------------------------------------------------------------- points, as PyTorch made them
+# ---------------------------------------------------------------- points, equal to PyTorch's
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("width", [*range(1, 20), 100, 513, 768, 1280])
 def test_points_are_bit_for_bit_those_of_pytorch(dtype: type, width: int) -> None:
-    """Published selections were made with `torch.norm`, which must stay reproducible without torch."""
+    """Published selections used `torch.norm`; they must be reproducible without torch."""
     generator = np.random.default_rng(width)
     embeddings = (generator.standard_normal((300, width)) * generator.choice([1e-3, 1, 30])).astype(dtype)
     centre = generator.standard_normal(width).astype(np.float32)
@@ -185,7 +185,7 @@ def test_points_are_bit_for_bit_those_of_pytorch(dtype: type, width: int) -> Non
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         np.testing.assert_array_equal(points[:].view(np.int32), vectors.numpy().view(np.int32))
         np.testing.assert_array_equal(points[rows], vectors.numpy()[rows])
-    else:  # there torch itself sums in another order
+    else:  # in this case torch itself sums in another order
         np.testing.assert_allclose(points[:], vectors.numpy(), rtol=1e-6, atol=1e-7)
 
 
@@ -247,7 +247,7 @@ def test_a_folder_is_read_as_the_commands_read_it(tiny_folder: Path) -> None:
 def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their types
+    sys.modules[spec.name] = module  # dataclasses look up their types there
     spec.loader.exec_module(module)
     return module
 
@@ -290,7 +290,7 @@ def test_example_of_shards_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_example_of_torchgeo_prunes_a_data_set_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchgeo's samples are dictionaries with an `image`; the example's `main` alone needs torchgeo."""
+    """torchgeo's samples are dictionaries with an `image`; only the example's `main` needs torchgeo."""
     module = example("torchgeo_dataset")
     values = torch.rand((12, 3, 32, 32), generator=torch.Generator().manual_seed(0)) * 3000
     monkeypatch.setattr(module, "embed_images", lambda images: images.reshape(len(images), -1).astype(np.float32))
@@ -332,4 +332,4 @@ def test_example_of_fiftyone_tags_samples(
     kept = [row for row, sample in enumerate(dataset.samples) if "rsprune:kept" in sample.tags]
     assert kept == selection.kept.tolist()
     assert dataset.samples[3].tags == ["mine", "rsprune:dropped", "rsprune:unreadable"]
-    assert dataset.samples[-1].tags == ["mine", "rsprune:old"]  # of no selected image: left alone
+    assert dataset.samples[-1].tags == ["mine", "rsprune:old"]  # not an image of the selection: unchanged

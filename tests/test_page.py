@@ -1,4 +1,4 @@
-"""The page's parts that move: charts carry the numbers of their curves, tables what sorting needs."""
+"""The interactive parts of the page: charts have the numbers of their curves, tables the data for sorting."""
 
 from __future__ import annotations
 
@@ -216,5 +216,5 @@ def test_a_browser_sorts_toggles_and_tells_without_an_error(html, tmp_path):
     ]  # fmt: skip
     assert [order[0] for order in result["orders"]] == ["none", "ascending", "descending", "none"]
     assert result["lines"] == [2, 1]
-    assert 0 < result["away"][0] < 30 and max(result["away"][1:]) < 0  # beside the point, at its height
+    assert 0 < result["away"][0] < 30 and max(result["away"][1:]) < 0  # next to the point, at its height
     assert result["tip"].splitlines()[1:] == ["1,000 [800, 1,200]", "step 10", "images seen 320", "seconds 1.5"]

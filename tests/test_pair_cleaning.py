@@ -1,4 +1,4 @@
-"""Captions that are exchanged on purpose, how well they are found, and the commands that measure it."""
+"""Deliberately exchanged captions, their detection, and the commands that measure it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_captions_are_exchanged_and_none_is_lost(
     rows = np.arange(10, 10 + size)
     names = np.concatenate([np.full(10, "none"), scene])
     givers = exchanged(rows, names, Swaps(fraction, within, uneven, seed), np.random.default_rng(seed))
-    assert sorted(givers.tolist()) == rows.tolist()  # a permutation: every caption stays somebody's
+    assert sorted(givers.tolist()) == rows.tolist()  # a permutation: every caption still belongs to one image
     moved = givers != rows
     if within:
         assert (names[givers[moved]] == names[rows[moved]]).all()
@@ -138,7 +138,7 @@ def test_each_scene_gets_the_ratio_with_the_least_distance_unless_it_has_few_ima
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """900 images of three colours in as many folders, each with a caption that names its own."""
+    """900 images of three colours in three folders, each with a caption that names its colour."""
     root = tmp_path_factory.mktemp("photographs")
     colours = {"forest": (40, 110, 40), "water": (30, 60, 140), "sand": (210, 180, 130)}
     random, rows = np.random.default_rng(0), []

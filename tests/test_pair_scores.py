@@ -1,4 +1,4 @@
-"""Scores of image-text pairs against independent computations: the linear CLIP, statistics, evidence, scorers."""
+"""Scores of image-text pairs compared with independent computations: the linear CLIP, statistics, evidence, scorers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def notices_again() -> None:
 
 
 def related(count: int = 300) -> tuple[np.ndarray, np.ndarray]:
-    """Two float32 views [N, 6] and [N, 5] of three common numbers."""
+    """Two float32 views [N, 6] and [N, 5] of three common variables."""
     random = np.random.default_rng(3)
     common = random.standard_normal((count, 3))
     first = common @ random.standard_normal((3, 6)) + 0.8 * random.standard_normal((count, 6))
@@ -56,12 +56,12 @@ def projected(options: DualEncoder, first: np.ndarray, second: np.ndarray) -> tu
 
 
 def one_scene(evidence: np.ndarray, shuffled: np.ndarray) -> Mismatch:
-    """Of pairs of one scene."""
+    """The mismatch model for pairs of one scene."""
     return fit_mismatch(evidence, np.zeros(len(evidence), int), shuffled, np.zeros(len(shuffled), int), 1)
 
 
 def test_correlations_without_ridge_are_the_canonical_ones() -> None:
-    """Those are the cosines of the angles between the column spaces (Björck and Golub 1973)."""
+    """They are the cosines of the angles between the column spaces (Björck and Golub 1973)."""
     first, second = related()
     expected = np.cos(subspace_angles(*((view - view.mean(0)).astype(np.float64) for view in (first, second))))
     ours, theirs = projected(PLAIN, first, second)
@@ -72,7 +72,7 @@ def test_correlations_without_ridge_are_the_canonical_ones() -> None:
 
 
 def test_a_ridge_is_a_penalty_on_the_covariance() -> None:
-    """The penalised problem's stationary points, from an unsymmetric eigenproblem."""
+    """The stationary points of the penalised problem, from an asymmetric eigenproblem."""
     first, second = ((view - view.mean(0)).astype(np.float64) for view in related())
     count = len(first)
     penalised = []
@@ -121,7 +121,7 @@ def test_texts_of_unknown_words_are_zeros_and_others_have_length_one() -> None:
 def test_words_and_pairs_of_words_of_any_script_are_counted() -> None:
     counts = hashed_words(["Лес лес вода", "лес", "नदी", ""], 2**18)
     assert counts.sum(1).ravel().tolist() == [[5, 1, 1, 0]]
-    assert counts[0].multiply(counts[1]).sum() == 2  # "лес" twice, in whatever case
+    assert counts[0].multiply(counts[1]).sum() == 2  # "лес" twice, ignoring case
     without_spaces = hashed_words(["森林和河", "河和 forest_2"], 2**18)
     assert without_spaces.sum(1).ravel().tolist() == [[7, 5]]  # letters and pairs of letters
     assert without_spaces[0].multiply(without_spaces[1]).sum() == 2
@@ -170,9 +170,10 @@ def test_same_seed_same_bits_and_no_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_encoder_of_a_fold_has_not_seen_its_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the captions of a fold's images say, its images are embedded alike, bit for bit.
+    """The embeddings of a fold's images do not depend on the captions of that fold, bit for bit.
 
-    The principal directions are fixed here: they see all texts, but not whose they are; the next test is about them.
+    The principal directions are fixed here: they depend on all texts, but not on their assignment. The next test covers
+    them.
     """
     features, captions, scenes = world(120)
     reduction = Reduction.of(SMALL, features, captions, np.random.default_rng(0))
@@ -188,10 +189,10 @@ def test_the_encoder_of_a_fold_has_not_seen_its_captions(tmp_path: Path, monkeyp
 
 
 def test_who_has_which_caption_inside_a_fold_plays_no_part_in_its_scores(tmp_path: Path) -> None:
-    """All of the fit, its common directions included: every caption moves on by one image of its fold.
+    """The complete fit including its common directions: every caption is moved by one image inside its fold.
 
-    The directions of texts are those of one matrix with its rows in another order, so rounding differs, and signs may:
-    what is compared is the cosine of all images of the fold with all captions.
+    The directions of texts come from one matrix with reordered rows, so rounding differs and signs may differ.
+    Therefore the test compares the cosines of all images of the fold with all captions.
     """
     features, captions, scenes = world(120)
     options = replace(SMALL, text_directions=400)  # all directions of these texts
@@ -203,7 +204,7 @@ def test_who_has_which_caption_inside_a_fold_plays_no_part_in_its_scores(tmp_pat
     again, others, _ = embedded(FittedScorer(options), material(features, moved.tolist(), scenes, tmp_path))
     cosines = images[inside] @ texts[np.roll(inside, 1)].T
     np.testing.assert_allclose(again[inside] @ others[inside].T, cosines, atol=5e-3)
-    seen = np.flatnonzero(before.fold == 1)  # by an encoder that learned from the moved ones
+    seen = np.flatnonzero(before.fold == 1)  # by an encoder that was fitted to the moved captions
     assert np.abs(again[seen] @ others[seen].T - images[seen] @ texts[seen].T).max() > 0.05
 
 
@@ -220,7 +221,7 @@ def test_captions_that_are_only_scored_teach_nothing(tmp_path: Path) -> None:
 
 
 def test_scorers_of_other_numbers_of_folds_go_together(tmp_path: Path) -> None:
-    """The images are dealt once, for the scorer with most folds."""
+    """The images are divided once, for the scorer with the largest number of folds."""
     result = material(*world(80), tmp_path)
     images, texts, _ = embedded(FittedScorer(replace(SMALL, folds=2)), result)
     np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-5)
@@ -249,7 +250,7 @@ def unit(count: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Made:
-    """Arguments of `pair_statistics`: 40 images, some with two captions, three scenes of which one has one image."""
+    """Arguments of `pair_statistics`: 40 images, some with two captions; three scenes, one of them with one image."""
 
     images: np.ndarray
     texts: np.ndarray
@@ -270,7 +271,7 @@ class Made:
         return pair_statistics(**vars(self), generator=np.random.default_rng(seed))
 
     def partners(self, pair: int, same: bool) -> list[int]:
-        """Pairs of other images of the fold that count, of the image's scene or of others."""
+        """The pairs of other images of the fold that are compared, of the image's scene or of other scenes."""
         own = self.image_of[pair]
         return [
             other
@@ -281,7 +282,7 @@ class Made:
         ]
 
     def columns(self, pair: int, caption: int) -> list[float]:
-        """The four statistics of a pair's image with a caption, one after the other."""
+        """The four statistics of a pair's image with a caption."""
         left_out = {self.image_of[pair], self.image_of[caption]}
         cosine = float(self.images[self.image_of[pair]] @ self.texts[caption])
         inside, outside = self.partners(pair, True), self.partners(pair, False)
@@ -334,7 +335,7 @@ def test_partners_are_drawn_alike_and_never_the_image_itself() -> None:
 
 
 def test_pairs_that_nothing_is_compared_with_change_no_statistic_of_others() -> None:
-    """Else a good caption could fall because another image was described again."""
+    """Otherwise a good caption could be lost because another image was described again."""
     made = Made.of()
     given = made.partner
     alone = replace(made, texts=made.texts[given], image_of=made.image_of[given], partner=np.ones(given.sum(), bool))
@@ -378,7 +379,7 @@ def test_no_pairs_have_no_statistics() -> None:
 
 
 def mixture(fraction: float, count: int = 6000, gap: float = 3.0, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Statistics of pairs [P, 4] of which a fraction is shuffled, of shuffled ones, and which pairs these are."""
+    """Statistics of pairs [P, 4] with a fraction of shuffled ones, those of shuffled pairs, and the shuffled mask."""
     random = np.random.default_rng(seed)
     wrong = random.random(count) < fraction
     observed = random.standard_normal((count, 4)) + gap * ~wrong[:, None]
@@ -395,7 +396,7 @@ def test_the_fraction_of_mismatched_pairs_is_found(fraction: float, gap: float) 
 
 
 def test_few_pairs_bias_no_fraction() -> None:
-    """A regression that learned from a pair lifts it above its shuffled ones: the fraction was 0.06 too low here."""
+    """A regression that was fitted to a pair ranks it above its shuffled ones; the fraction was 0.06 too low here."""
     errors = []
     for seed in range(12):
         observed, shuffled, wrong = mixture(0.3, 500, seed=seed)
@@ -404,7 +405,7 @@ def test_few_pairs_bias_no_fraction() -> None:
 
 
 def test_pairs_of_an_image_are_crossed_together() -> None:
-    """Five equal pairs an image: alone, each would be judged by what its own copies taught."""
+    """Five equal pairs per image: in separate folds, each would be scored by a fit to its own copies."""
     random = np.random.default_rng(0)
     observed, shuffled = (random.standard_normal((40, 12)).repeat(5, 0) for _ in range(2))
     together = learn_evidence(observed, shuffled, np.arange(40).repeat(5)).cross_fitted
@@ -431,7 +432,7 @@ def test_of_pairs_that_all_match_next_to_none_goes(count: int) -> None:
 
 
 def test_the_probability_falls_with_the_evidence_and_is_one() -> None:
-    """Monotone, between 0 and 1, and as many are mismatched as it says."""
+    """It is monotone and between 0 and 1, and its sum is the number of mismatched pairs."""
     observed, shuffled, wrong = mixture(0.4, 20_000, gap=1.2)
     evidence = learn_evidence(observed, shuffled)
     values = evidence(observed)
@@ -444,7 +445,7 @@ def test_the_probability_falls_with_the_evidence_and_is_one() -> None:
 
 
 def test_evidence_orders_pairs_as_the_true_ratio_does() -> None:
-    """Of unequal deviations too: the shuffled pairs' is twice as large."""
+    """Also for unequal deviations: that of the shuffled pairs is twice as large."""
     random = np.random.default_rng(0)
     observed, shuffled = random.standard_normal((8000, 4)) + 1.5, 2 * random.standard_normal((8000, 4))
     evidence = learn_evidence(observed, shuffled)
@@ -461,7 +462,7 @@ def test_a_scene_has_a_fraction_of_its_own_if_it_has_pairs_enough() -> None:
     result = fit_mismatch(evidence, scene, random.standard_normal(8004), scene, 4)
     assert result.fraction == pytest.approx(wrong.mean(), abs=0.03)
     np.testing.assert_allclose(result.by_scene[:2], [0.05, 0.6], atol=0.03)
-    assert abs(result.by_scene[2] - result.fraction) < abs(result.by_scene[2] - 1)  # four pairs say little
+    assert abs(result.by_scene[2] - result.fraction) < abs(result.by_scene[2] - 1)  # four pairs are little evidence
     assert result.by_scene[3] == pytest.approx(result.fraction, abs=0.01)
     middle = np.full(4, 2.0)
     probability = result.probability(middle, np.arange(4))
@@ -510,7 +511,7 @@ def test_a_scorer_beside_itself_changes_no_score(tmp_path: Path) -> None:
 
 
 def test_fit_tells_images_of_one_scene_apart(tmp_path: Path) -> None:
-    """Captions with the right scene and another image's things: no mismatch, but a worse fit."""
+    """Captions with the right scene and another image's objects: no mismatch, but a worse fit."""
     features, captions, scenes = world(900)
     vague, wrong = swapped(captions, np.arange(900), 0.2)
     vague = [
@@ -585,7 +586,7 @@ ARCHITECTURE = {
 
 @pytest.fixture(scope="module")
 def open_clip_folder(tmp_path_factory) -> Path:
-    """Weights of an architecture of open_clip's, tiny and random, as people publish them."""
+    """Weights of an open_clip architecture, tiny and random, in the published format."""
     folder = tmp_path_factory.mktemp("open_clip")
     (folder / "tiny-test.json").write_text(json.dumps(ARCHITECTURE))
     open_clip.add_model_config(folder / "tiny-test.json")

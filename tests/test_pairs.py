@@ -1,4 +1,4 @@
-"""Numbers about images of which each has its counterpart: by hand, by basicsr, by the formula of their paper."""
+"""Metrics of pairs of images: compared with results by hand, by basicsr, and by the formulas of the papers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_luma_agrees_with_basicsr() -> None:
     assert np.ptp(psnr) > 10 and np.ptp(ssim) > 0.1
     assert luma_peak_signal_noise_ratio(images, truth) == pytest.approx(np.mean(psnr), abs=1e-3)
     assert luma_structural_similarity(images, truth) == pytest.approx(np.mean(ssim), abs=1e-4)
-    # of colours noise of independent channels partly averages out, so luma is not the RGB number
+    # independent noise of the channels partly averages out, so luma and RGB differ
     assert luma_peak_signal_noise_ratio(images, truth) > peak_signal_noise_ratio(images, truth) + 1
     assert luma_peak_signal_noise_ratio(truth, truth) == pytest.approx(LARGEST_PSNR)
     with pytest.raises(ValueError, match="not \\[N, H, W, 3\\]"):
@@ -71,14 +71,14 @@ def test_luma_agrees_with_basicsr() -> None:
 
 
 def test_psnr_is_the_mean_over_images_and_not_that_of_the_pooled_error() -> None:
-    """Two formulas once stood in one column: pooled, one bad image outweighs all good ones."""
+    """With a pooled error, one bad image would outweigh all good ones."""
     truth = np.full((4, 16, 16, 3), 100, dtype=np.uint8)
     images = truth + np.array([1, 1, 1, 50], dtype=np.uint8)[:, None, None, None]
     single = [peak_signal_noise_ratio(images[i : i + 1], truth[i : i + 1]) for i in range(4)]
     pooled = 10 * np.log10(255**2 / np.square(images.astype(float) - truth).mean())
     assert peak_signal_noise_ratio(images, truth) == pytest.approx(np.mean(single))
     assert peak_signal_noise_ratio(images, truth) > pooled + 10
-    # whatever stands together in a batch
+    # for any composition of batches
     many, of = np.tile(images, (40, 1, 1, 1)), np.tile(truth, (40, 1, 1, 1))
     assert peak_signal_noise_ratio(many, of) == pytest.approx(np.mean(single))
 
@@ -120,7 +120,7 @@ def test_segmentation_by_hand() -> None:
     result[0, 0, 0] = 1  # class 0: 7 of 8 found; class 1: 4 of 5
     result[1, 0, :2] = 0  # class 2: 2 of 4; class 0: 7 of 10 together
     assert pixel_accuracy(result, masks, 4) == pytest.approx(13 / 16)
-    # class 3 occurs nowhere and does not count
+    # class 3 does not occur and is not counted
     assert mean_intersection_over_union(result, masks, 4) == pytest.approx((7 / 10 + 4 / 5 + 2 / 4) / 3)
     assert mean_intersection_over_union(masks, masks, 4) == 1
 

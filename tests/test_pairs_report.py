@@ -1,4 +1,4 @@
-"""The page about image-text pairs: true scores and cuts, the right pairs on top, nothing of a caption is HTML."""
+"""The page about image-text pairs: correct scores and thresholds, the right pairs first, captions are escaped."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIZES = {"port": 30, "<i>ice": 20, "forest": 10}
 
 
 class Images:
-    """A memory map that notes which rows are read, each of a colour of its own."""
+    """A memory map that records which rows are read; each row has its own colour."""
 
     shape = (10_000, 200, 200, 3)
 
@@ -56,7 +56,7 @@ def colour_of(row: int) -> tuple[int, int, int]:
 
 
 def candidates(seed: int = 0) -> pd.DataFrame:
-    """Images 0.. of the scenes; two captions each, of which the loops chose one; every fifth image was repaired."""
+    """Images 0.. of the scenes; two captions each, one of them chosen by the loops; every fifth image was repaired."""
     random = np.random.default_rng(seed)
     rows, image = [], 0
     for scene, size in SIZES.items():
@@ -95,7 +95,7 @@ def write_captions(directory: Path, table: pd.DataFrame, **summary) -> Path:
 
 
 def shown(html: str) -> list[tuple[str, list[tuple[str, str, str]], tuple[int, ...]]]:
-    """Of every card its group's name, its captions (tag, text, note) and the colour of its image."""
+    """For every card its group's name, its captions (tag, text, note) and the colour of its image."""
     cards = re.findall(
         r'<figure class="(?:kept|dropped)"><img src="([^"]+)" alt="([^"]+) pair \d+"(.*?)</figure>', html, re.S
     )
@@ -161,7 +161,7 @@ def test_counts_agree_with_the_table(page):
     good = [row["image"] for row in rows if row["mismatch"] <= 0.5]
     repaired = Counter(row["scene"] for row in rows if row["chosen"] and row["source"] == "offline")
     thrown = Counter(row["scene"] for row in rows if row["round"] == 0 and row["mismatch"] > 0.5)
-    assert set(good) == set(range(60))  # so every bad caption is thrown out
+    assert set(good) == set(range(60))  # so every bad caption is removed
     assert metadata["candidates"] == "132: 120 given, 12 offline" and metadata["images"] == "60"
     assert metadata["images repaired"] == "12" == str(sum(repaired.values()))
     assert metadata["given captions thrown out"] == str(sum(thrown.values()))
@@ -262,7 +262,7 @@ def test_a_corpus_that_came_without_captions(tmp_path):
     table = candidates()
     table["round"] += 1
     table["source"] = "offline"
-    late = table["image"].isin([3, 4])  # described in the second round only, as the first one failed
+    late = table["image"].isin([3, 4])  # described only in the second round, because the first one failed
     table.loc[late, "round"] = 2
     write_pairs_report(tmp_path / "a.html", write_captions(tmp_path / "c", table), np.arange(70), Images(), "dldc")
     html = (tmp_path / "a.html").read_text(encoding="utf-8")
@@ -286,7 +286,7 @@ def test_nothing_is_wrong_or_all_or_nothing_is_there(tmp_path):
     groups = {name: Counter(alt.split(", ")[1] for alt, _, _ in shown(html)) for name, html in pages.items()}
     assert groups["right"]["best"] == groups["right"]["worst"] > 0
     assert groups["wrong"]["best"] == 0 < groups["wrong"]["worst"] and "no better one" in pages["wrong"]
-    assert "<del" not in pages["wrong"]  # an image's only caption is not thrown out
+    assert "<del" not in pages["wrong"]  # an image's only caption is not removed
     assert not groups["none"] and 'id="table-scenes"' not in pages["none"]
 
 

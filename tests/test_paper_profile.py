@@ -1,4 +1,4 @@
-"""The `paper` profile, its downloads replaced by small random networks of the same classes, all offline."""
+"""The `paper` profile offline; its downloads are replaced by small random networks of the same classes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def pictures(count: int, side: int = 64) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory) -> Path:
-    """Folders vae, clip and dino: what the hub would send, small and random."""
+    """Folders vae, clip and dino: small random replacements of the hub's files."""
     folder = tmp_path_factory.mktemp("networks")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -102,7 +102,7 @@ def networks(tmp_path_factory) -> Path:
 
 
 def small_paper(networks: Path, *overrides: str) -> DictConfig:
-    """The profile with every path pointing at a small network."""
+    """The profile with all paths set to small networks."""
     return config(
         "profile=paper", f"autoencoder.path={networks}/vae", f"text_encoder.path={networks}/clip",
         f"encoder.path={networks}/dino", f"encoder.input_size={DINO_SIDE}", *SMALL_UNET, *overrides,
@@ -241,7 +241,7 @@ def test_encoder_takes_clip_networks_too(networks: Path) -> None:
 
 
 def test_clip_measures_beside_the_evaluation_encoder(networks: Path) -> None:
-    """CLIP-FID: the Fréchet distance of the image embeddings that CLIP itself gives."""
+    """CLIP-FID: the Fréchet distance of CLIP's own image embeddings."""
     cfg = config(
         "+encoder@eval.encoders.clip=clip_l", f"eval.encoders.clip.path={networks}/clip",
         f"eval.encoders.clip.input_size={CLIP_SIDE}", "eval.encoders.clip.revision=null",
@@ -269,7 +269,7 @@ def test_clip_measures_beside_the_evaluation_encoder(networks: Path) -> None:
 
 
 def test_profile_prunes_with_one_encoder_and_measures_with_another(networks: Path, tmp_path: Path) -> None:
-    """The whole pretraining stage of the profile on a small folder; only FID's network is replaced."""
+    """The complete pretraining stage of the profile on a small folder; only FID's network is replaced."""
     root = tmp_path / "images"
     for scene in ("Harbour", "River"):
         for split in ("train", "val", "test"):
@@ -319,7 +319,7 @@ def test_inception_images_are_resized_by_clean_fid() -> None:
     np.testing.assert_array_equal(resized[1].permute(1, 2, 0).numpy(), expected)
 
 
-# ---------------------------------------------------------------- what is missing
+# ---------------------------------------------------------------- missing files
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -344,7 +344,7 @@ def test_missing_inception_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_another_file_than_fid_s_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TorchScript network that would load, and what a server sends instead of the file."""
+    """A TorchScript network that would load, and a server's error page in place of the file."""
     other = torch.jit.trace(torch.nn.Identity(), torch.zeros(1))
     torch.jit.save(other, tmp_path / INCEPTION_FILE)
     digest = hashlib.sha256((tmp_path / INCEPTION_FILE).read_bytes()).hexdigest()
@@ -416,7 +416,7 @@ print(sorted(file.name for file in final.iterdir() if file.name != COMPLETE))
 
 
 def launched(folder: Path, ranks: tuple[str, ...], port: int, *words: str) -> list[subprocess.Popen]:
-    """The processes of a launch, in the order in which they are started."""
+    """The processes of a launch, in the order of their start."""
     metadata = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(ranks))}
     command = [sys.executable, "-c", LAUNCHED, str(folder), *words]
     return [
@@ -455,7 +455,7 @@ def test_one_process_of_a_launch_builds_and_all_find_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_launches_that_train_together_build_once(tmp_path: Path) -> None:
-    """Whichever process of the two launches comes first; the second launch finds what the first one built."""
+    """For any order of the processes of two launches; the second launch uses the directory that the first one built."""
     first, second = free_ports(2)
     processes = launched(tmp_path, ("1", "0"), first, "together") + launched(tmp_path, ("1", "0"), second, "together")
     assert printed(processes) == ["['built_by_0', 'built_by_1']"] * 4

@@ -1,4 +1,4 @@
-"""Named systems beside ours: loaded from saved random networks of their architecture, drawn, measured and refused."""
+"""Published systems for comparison: loaded from random networks of their architecture, drawn, measured and refused."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def edited(path: Path, **changes: object) -> None:
 
 
 def satellite_weights(seed: int = 4) -> dict[str, torch.Tensor]:
-    """Those of a tiny SatUNet, as its files name them."""
+    """The weights of a tiny SatUNet, with the names of its files."""
     torch.manual_seed(seed)
     state = dict(tiny_unet().state_dict())
     for index in range(len(FIELDS)):
@@ -80,7 +80,7 @@ def satellite_weights(seed: int = 4) -> dict[str, torch.Tensor]:
 
 
 def write_pipeline(folder: Path, name: str) -> Path:
-    """What the authors of a peer publish, tiny and random."""
+    """A tiny random version of a peer's published files."""
     torch.manual_seed(0)
     pipeline = text_to_image_pipeline(tiny_autoencoder(), *tiny_text_encoder(), tiny_unet(), DDIMScheduler())
     pipeline.save_pretrained(folder)
@@ -94,7 +94,7 @@ def write_pipeline(folder: Path, name: str) -> Path:
         torch.manual_seed(5)
         options = {**UNET, "sample_size": 4, "in_channels": CHANNELS, "out_channels": CHANNELS}
         network = UNet2DConditionModel(**options, cross_attention_dim=8, class_embed_type="timestep")
-        network.class_embedding.linear_2.weight.data *= 30  # or a level would hardly show after two steps
+        network.class_embedding.linear_2.weight.data *= 30  # or a level would hardly have an effect after two steps
         network.save_pretrained(unet)
     write_json(folder / "model_index.json", index)
     return folder
@@ -121,7 +121,7 @@ def table(*changes: dict) -> pd.DataFrame:
 
 @cache
 def load(peer: Peer, folder: Path):
-    """As a peer does it, once: reading the tokenizer takes longer than drawing."""
+    """Load a peer once, because reading the tokenizer takes longer than drawing."""
     peer.check(folder)
     return peer.load(folder)
 
@@ -132,7 +132,7 @@ def drawn(peer: Peer, folder: Path, rows: pd.DataFrame, numbers=None, loaded=Non
     return peer.draw(loaded or load(peer, folder), captions, rows, numbers, SIZE, **OPTIONS)
 
 
-# ---------------------------------------------------------------- what a row tells a system
+# ---------------------------------------------------------------- metadata of a row
 
 
 def test_numbers_are_scaled_as_in_the_notebook_of_diffusionsat() -> None:
@@ -164,7 +164,7 @@ def test_metres_a_pixel_are_those_of_the_same_ground_at_the_side_that_is_drawn()
     peer = PEERS["diffusionsat"]
     at_64, at_128 = (peer.extra({"ground_sampling_distance": 2.0}, side)["labels"][2] for side in (64, 128))
     assert (at_64, at_128) == (2.0 * 64 / SIZE * 1000, 2.0 * 128 / SIZE * 1000)
-    assert peer.extra({}, 64)["labels"] == [0] * 7  # as its training has it where a number was dropped
+    assert peer.extra({}, 64)["labels"] == [0] * 7  # as in its training for dropped numbers
     assert peer.extra({"ground_sampling_distance": "far", "lon": None, "cloud_fraction": 0.25}, 64)["labels"] == [
         0, 0, 0, 250, 0, 0, 0,
     ]  # fmt: skip
@@ -208,7 +208,7 @@ def embedded(weights: dict[str, torch.Tensor], numbers: list[float]) -> np.ndarr
 
 
 def test_the_metadata_is_added_to_the_time(folders: dict[str, Path]) -> None:
-    """Against diffusers' U-Net with a class embedding that passes on what it gets."""
+    """Compared with diffusers' U-Net with a class embedding that passes its input through."""
     weights = satellite_weights()
     config = read_json(folders["diffusionsat"] / "unet" / "config.json")
     network = network_of(config, weights)
@@ -248,7 +248,7 @@ def test_a_saved_network_draws_images_of_the_side_that_is_requested(folders: dic
     images = drawn(peer, folders[name], rows)
     assert images.dtype == np.uint8 and images.shape == (3, SIZE, SIZE, 3)
     assert (images[0] != images[1]).any()
-    alone = drawn(peer, folders[name], rows, numbers=[2])  # noise hangs on the number alone
+    alone = drawn(peer, folders[name], rows, numbers=[2])  # the noise depends only on the number
     np.testing.assert_allclose(alone[0].astype(float), images[2], atol=1)
     assert drawn(peer, folders[name], rows, numbers=[]).shape == (0, SIZE, SIZE, 3)
     larger, loaded = replace(peer, resolution=2 * SIZE), load(peer, folders[name])
@@ -327,7 +327,7 @@ def test_the_unet_is_the_folder_s_or_that_of_the_last_checkpoint(folders: dict[s
     torch.testing.assert_close(loaded(DiffusionSat("diffusionsat", SIZE, unet="checkpoint-9000/unet")), own)
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refusals
 
 
 def without(path: Path) -> None:
@@ -441,7 +441,7 @@ def test_the_script_of_the_docs_converts_a_pickle(folders: dict[str, Path], tmp_
 
 
 def write_images(folder: Path, names: list[str], captions: list[str] | None = None) -> np.ndarray:
-    """Images in these names, sorted or not; returns them in the order of the names given."""
+    """Images with these file names; returns them in the order of the names given."""
     folder.mkdir(parents=True)
     images = pictures(len(names), seed=3, size=SIZE)
     for name, image in zip(names, images, strict=True):
@@ -460,7 +460,7 @@ def test_an_image_is_of_the_caption_that_it_is_named_after(tmp_path: Path) -> No
 
 
 def test_an_image_is_of_the_caption_in_its_line(tmp_path: Path) -> None:
-    """As sample_grid.py of rsdiff writes them: numbered files, a contact sheet, and equal captions side by side."""
+    """In the layout of sample_grid.py of rsdiff: numbered files, a contact sheet, and equal captions side by side."""
     lines = ["a lake", "a road .", "a lake", "an airport"]
     images = write_images(
         tmp_path / "x", ["0000_a_lake.png", "0001_a_road.png", "0002_a_lake.png", "0003_b.png"], lines
@@ -473,7 +473,7 @@ def test_an_image_is_of_the_caption_in_its_line(tmp_path: Path) -> None:
     result = peer.draw(loaded, captions, rows, np.arange(3), SIZE, **OPTIONS)
     np.testing.assert_array_equal(result, images[[0, 1, 2]])
     last = peer.draw(loaded, captions, rows, np.array([2]), SIZE, **OPTIONS)
-    np.testing.assert_array_equal(last, images[[2]])  # whichever process draws it
+    np.testing.assert_array_equal(last, images[[2]])  # for every process that draws it
     with pytest.raises(
         UserError, match=r"has no image of the caption of b\.jpg: draw every caption of the split with rs"
     ):
@@ -529,7 +529,7 @@ def test_images_are_drawn_of_each_row_s_own_metadata_and_resized(folders: dict[s
     assert (images != wrong).any()
     small = replace(model, side=8).draw(loaded, held.captions, rows, np.arange(3), **options)
     assert small.shape == (3, 8, 8, 3) and small.dtype == np.uint8
-    whole = peer.draw(loaded, held.captions, rows, np.arange(3), 8, **options)  # metres a pixel are of 8 px
+    whole = peer.draw(loaded, held.captions, rows, np.arange(3), 8, **options)  # metres per pixel refer to 8 px
     assert np.abs(whole.reshape(3, 8, 2, 8, 2, 3).mean((2, 4)) - small).max() <= 1
 
 
@@ -590,7 +590,7 @@ def test_peers_are_measured_as_any_model_is(folders: dict[str, Path], tmp_path: 
 
 
 def rsicd(folder: Path) -> Path:
-    """The data set as it comes, Karpathy's splits and a flat folder, put in order by the script of the docs."""
+    """The data set in its published form, Karpathy's splits and a flat folder, converted by the script of the docs."""
     entries = []
     (folder / "RSICD_images").mkdir(parents=True)
     for number, image in enumerate(pictures(40, seed=8, size=24)):
@@ -685,7 +685,7 @@ def test_the_command_ends_with_one_line_and_exit_code_2(
 
 
 def test_labels_reach_the_unet_through_any_batch(folders: dict[str, Path]) -> None:
-    """Images of one batch are those of batches of one: every image gets its own label."""
+    """Images of one batch equal those of batches of one: every image gets its own label."""
     rows = table(*({"ground_sampling_distance": 2.0**power} for power in range(4)))
     images = drawn(PEERS["text2earth"], folders["text2earth"], rows)
     loaded = load(PEERS["text2earth"], folders["text2earth"])

@@ -1,4 +1,4 @@
-"""The plan of the chain: the cells that run, what they cost, what is done and what is missing."""
+"""The plan of the chain: cells, costs, finished and missing parts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def config(*overrides: str) -> DictConfig:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
-    """The configuration of a command with these overrides, which further ones then change as in its process."""
+    """The configuration of a command with these overrides, which further overrides change as in its process."""
 
     def of(*overrides: str) -> DictConfig:
         monkeypatch.setattr("scripts.chain.changed_config", lambda *more: config(*overrides, *more))
@@ -168,7 +168,7 @@ def test_sizes_of_the_paper_without_its_networks(monkeypatch: pytest.MonkeyPatch
     assert plan.sizes_of(config("profile=paper", f"autoencoder.path={tmp_path}")) == (8, 64, 77, 768)
 
 
-# ---------------------------------------------------------------- what is done
+# ---------------------------------------------------------------- finished parts
 
 
 def test_nothing_is_built(tmp_path: Path) -> None:
@@ -219,12 +219,12 @@ def test_what_is_done_is_found_and_nothing_else_is_made(command, pictures: Path,
     state = {(row.stage, row.name): row.state for row in plan.plan_of(cfg, no_references).rows}
     assert state.pop(("prune", "random")) == plan.DONE
     assert set(state.values()) == {plan.TO_DO}
-    assert "missing" not in out and "corpus.train      here      " + str(pictures) in out
+    assert "missing" not in out and "corpus.train        here      " + str(pictures) in out
 
 
 @pytest.mark.slow
 def test_of_a_finished_chain_all_is_done(command, pictures: Path, tmp_path: Path, monkeypatch) -> None:
-    """A chain of a few steps; then another sampler, which measures again and trains nothing."""
+    """A chain of a few steps; then another sampler, which only measures again and trains nothing."""
     overrides = ["corpus=folder", f"corpus.root={pictures}", "corpus.train.resolution=32", f"runs={tmp_path}/runs",
                  "profile=smoke", "profile.methods=[random]", "profile.downstream=[random]", "profile.natural=[random]",
                  "corpus.train.limit=null", "corpus.val.limit=null", "corpus.test.limit=null",
@@ -244,7 +244,7 @@ def test_of_a_finished_chain_all_is_done(command, pictures: Path, tmp_path: Path
     assert sorted((tmp_path / "runs").rglob("*")) == before
 
 
-# ---------------------------------------------------------------- what is missing
+# ---------------------------------------------------------------- missing parts
 
 
 def planned(cfg: DictConfig) -> list[str]:

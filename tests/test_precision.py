@@ -1,4 +1,4 @@
-"""Half precision and compiled networks in the loop, each in a process of its own: Accelerate's state is global."""
+"""Half precision and compiled networks in the loop, in separate processes, because Accelerate's state is global."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ print(json.dumps({{
 
 @dataclass(frozen=True)
 class Trained:
-    """What a process said of itself, and its newest checkpoint's metadata and weights."""
+    """Output of a process, and the metadata and weights of its newest checkpoint."""
 
     message: dict[str, Any]
     state: dict[str, Any]
@@ -93,7 +93,7 @@ def newest(directory: Path) -> Path:
 
 
 def trained(directory: Path, precision: str = "no", **options: float) -> Trained:
-    """A training to its end; the test is skipped where Accelerate refuses the precision."""
+    """A complete training; the test is skipped if Accelerate refuses the precision."""
     done = process(directory, precision, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     message = json.loads(done.stdout.strip().splitlines()[-1])
@@ -123,7 +123,7 @@ def test_half_precision_learns_as_full_precision_does(full: Trained, tmp_path: P
 
 
 def test_an_interrupted_fp16_run_ends_with_the_same_bits_and_scale(tmp_path: Path) -> None:
-    """Gradients overflow at the first scale: one that started anew after the kill would leave out updates again."""
+    """Gradients overflow at the initial scale, so a run with a reset scale would skip updates again after the kill."""
     whole = trained(tmp_path / "whole", "fp16", scale=4)
     done = process(tmp_path / "cut", "fp16", scale=4, stop_at=13)
     assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
@@ -135,7 +135,7 @@ def test_an_interrupted_fp16_run_ends_with_the_same_bits_and_scale(tmp_path: Pat
     assert resumed.state["scaler"] == whole.state["scaler"] != saved
     assert resumed.state["losses"] == whole.state["losses"] and resumed.message["bits"] == whole.message["bits"]
 
-    state = newest(tmp_path / "forgotten") / "state.json"  # without the scaler it is another run
+    state = newest(tmp_path / "forgotten") / "state.json"  # without the scaler the run differs
     state.write_text(json.dumps({**json.loads(state.read_text()), "scaler": None}))
     assert trained(tmp_path / "forgotten", "fp16", scale=4).message["bits"] != whole.message["bits"]
 
@@ -150,7 +150,7 @@ def test_compiled_networks_learn_as_plain_ones_do(full: Trained, tmp_path: Path,
 
 
 def test_half_precision_that_would_be_full_is_refused(repository: Path) -> None:
-    """Accelerate takes fp16 on a CPU for a word and trains in float32."""
+    """Accelerate accepts fp16 on a CPU but trains in float32."""
     if torch.cuda.is_available():
         pytest.skip("a GPU has half precision")
     code = """

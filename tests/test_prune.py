@@ -1,4 +1,4 @@
-"""The pruning core against independent computation: entropy, allocation, exact budgets, RS-Prune's promises."""
+"""The pruning core compared with independent computation: entropy, allocation, budgets, properties of RS-Prune."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_fewer_bins_merge_neighbouring_levels():
     levels = np.tile(np.array([[8, 9], [200, 201]], dtype=np.uint8), (8, 8))
     assert LocalEntropy()(grey(levels)) == pytest.approx(2)
     assert LocalEntropy(bins=128)(grey(levels)) == pytest.approx(1)
-    assert LocalEntropy(bins=2)(levels) == pytest.approx(1)  # grey images go in as they are
+    assert LocalEntropy(bins=2)(levels) == pytest.approx(1)  # grey images are used unchanged
 
 
 def test_aggregates_of_four_known_patches():
@@ -117,7 +117,7 @@ def test_ratio_outside_its_range_is_refused(ratio):
 
 
 def blobs(sizes: list[int], unreadable: int = 0, seed: int = 0, dimensions: int = 16) -> tuple[Pool, np.ndarray]:
-    """A pool of Gaussian blobs, one a scene, labelled a..; returns it with the true scene of every image."""
+    """A pool of Gaussian blobs, one per scene, labelled a..; returns it with the true scene of every image."""
     random = np.random.default_rng(seed)
     centres = 8 * random.standard_normal((len(sizes), dimensions))
     scenes = np.repeat(np.arange(len(sizes)), sizes)
@@ -210,13 +210,13 @@ def test_equal_entropies_at_the_cut_do_not_switch_the_entropy_step_off():
     dropped = np.flatnonzero(selection.reason == "low_entropy")
     assert selection.diagnostics["dropped_by_entropy"] == len(dropped) == 60  # ceil(0.2 * 300)
     assert dropped.max() < 240
-    assert 15 < (dropped < 120).sum() < 45  # from all over the corpus, not the first of it
+    assert 15 < (dropped < 120).sum() < 45  # from the whole corpus, not only its beginning
     again = RSPrune().select(pool, 40, np.random.default_rng(99))
     np.testing.assert_array_equal(np.flatnonzero(again.reason == "low_entropy"), dropped)
 
 
 def test_equal_entropies_leave_the_randomness_of_the_method_alone():
-    """The same images dropped, once by a draw among equal ones and once by rank, give the same bits."""
+    """If the same images are dropped, by a draw among equal entropies or by rank, the result is bit-identical."""
     pool, _ = blobs([250, 60])
     tied = replace(pool, entropy=np.minimum(pool.entropy, 3))
     first = RSPrune(entropy_quantile=0.6).select(tied, 50, np.random.default_rng(3))
@@ -292,7 +292,7 @@ def test_the_open_threshold_holds_for_images_the_prototypes_have_not_seen():
     reference, others = (centres[np.repeat(np.arange(5), n)] + random.standard_normal((5 * n, 64)) for n in (60, 2000))
     prototypes = fit_prototypes(reference, labels.astype(str), 8, 0.05, seed=0)
     scenes, _ = assign_scenes(others, prototypes)
-    assert np.mean(scenes == 5) < 0.1  # near the requested 5 %; far above it when measured on the fitted images
+    assert np.mean(scenes == 5) < 0.1  # near the requested 5 %; it would be far above if measured on the fitted images
 
 
 def test_a_reference_with_one_image_a_class_sets_no_threshold():
@@ -314,10 +314,10 @@ def test_picks_are_near_the_centroid_then_spread_and_duplicates_come_last():
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     picked, skipped = pick_in_cluster(points, angles.astype(np.float32), 3, 0.34, 0.98)
     assert picked.tolist() == [0, 4, 2] or picked.tolist() == [0, 4, 3]
-    assert skipped == 0  # one image of the first part only
+    assert skipped == 0  # only one image of the first part
     picked, skipped = pick_in_cluster(points, angles.astype(np.float32), 4, 1.0, 0.98)
     assert 1 not in picked and skipped == 1
-    assert pick_in_cluster(points, angles.astype(np.float32), 5, 1.0, 0.98)[1] == 0  # all are taken: nothing to guard
+    assert pick_in_cluster(points, angles.astype(np.float32), 5, 1.0, 0.98)[1] == 0  # all are taken, none skipped
 
 
 @settings(deadline=None, max_examples=50)
@@ -329,7 +329,7 @@ def test_picks_are_near_the_centroid_then_spread_and_duplicates_come_last():
     st.integers(0, 99),
 )
 def test_the_duplicate_guard_counts_every_image_it_passes_over(size, fraction, representativeness, similarity, seed):
-    """Against the rule in plain Python."""
+    """Compared with the rule in plain Python."""
     random = np.random.default_rng(seed)
     angles = random.choice(random.uniform(0, 2, 8), size) + 1e-3 * random.standard_normal(size)
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
@@ -369,7 +369,7 @@ def test_a_selection_says_how_often_its_duplicate_guard_acted():
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 40), st.sampled_from([0.5, 0.9, 0.98, 2.0]), st.integers(0, 99))
 def test_an_image_repeats_a_distinct_one_before_it(size, similarity, seed):
-    """Against the rule in plain Python."""
+    """Compared with the rule in plain Python."""
     random = np.random.default_rng(seed)
     angles = random.choice(random.uniform(0, 2, 8), size) + 1e-3 * random.standard_normal(size)
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
@@ -407,7 +407,7 @@ def test_repetitions_fill_what_distinct_images_leave(groups, fraction, uniformit
 
 
 def test_what_is_nearer_than_reference_images_are_repeats():
-    """The reference's images are 0.3 rad apart: crops within that of one another count as one."""
+    """The reference's images are 0.3 rad apart: crops within that distance of one another count as one."""
     angles = np.concatenate([np.arange(6) * 0.3 + 0.01 * copy for copy in range(5)])
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     pool = Pool(

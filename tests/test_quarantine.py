@@ -1,4 +1,4 @@
-"""What cannot be read is said: one line on stderr for every corpus, and a refusal where nothing is left."""
+"""Unreadable files are reported in one line on stderr per corpus, and a corpus with no readable image is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def png(seed: int) -> bytes:
 
 
 def folder(root: Path, whole: int = 3, html: int = 2, empty: int = 1) -> Path:
-    """A folder of whole images, web pages and empty files, in two scenes."""
+    """A folder of valid images, web pages and empty files, in two scenes."""
     for scene in ("a", "b"):
         (root / scene).mkdir(parents=True)
     for number in range(whole):
@@ -187,7 +187,7 @@ def test_the_line_names_the_split(tmp_path: Path, forked) -> None:  # noqa: F811
 
 
 def test_a_command_on_nothing_readable_ends_with_one_line(tmp_path: Path, forked) -> None:  # noqa: F811
-    """The corpus, and the reference set beside a readable corpus."""
+    """For the corpus, and for the reference set of a readable corpus."""
     bad = folder(tmp_path / "bad", whole=0, html=4, empty=0)
     good = folder(tmp_path / "good", whole=8, html=0, empty=0)
     cases = {

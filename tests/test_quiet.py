@@ -1,4 +1,4 @@
-"""Libraries keep quiet about images, in the process and in its workers; what others say still shows."""
+"""Libraries print nothing about images, in the process and in its workers; messages of others still show."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def noisy_files() -> dict[str, bytes]:
-    """Images of which some library says something: who says it, and the bytes."""
+    """Images about which some library prints a message: the library, and the bytes."""
     random = np.random.default_rng(0)
     colours = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     deep = cv2.imencode(".png", random.integers(0, 60_000, (64, 64, 3)).astype(np.uint16))[1].tobytes()
@@ -84,7 +84,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_readers_are_quiet_and_others_are_not(workers: int, tmp_path: Path) -> None:
-    """libtiff and libpng write to the descriptor from C, so the descriptor of a real process is looked at."""
+    """libtiff and libpng write to the descriptor from C, so the test checks the descriptor of a real process."""
     (tmp_path / "images").mkdir()
     for name, data in noisy_files().items():
         (tmp_path / "images" / name).write_bytes(data)
@@ -110,7 +110,7 @@ def test_the_descriptor_is_given_back_whatever_happens(capfd: pytest.CaptureFixt
         print("from Python", file=sys.stderr)
         raise KeyError
     os.write(2, b"afterwards\n")
-    print("later", file=held)  # a handler that was made meanwhile keeps the stream
+    print("later", file=held)  # a handler made in the meantime keeps the stream
     text = capfd.readouterr().err
     assert "from C" not in text and "afterwards" in text and "later" in text
 
@@ -134,7 +134,7 @@ def test_warnings_of_other_modules_still_show() -> None:
 
 
 def test_a_command_on_rasters_says_its_own_lines_alone(tmp_path: Path, forked) -> None:  # noqa: F811
-    """Field row 39: many bands, of which Pillow's log had a line for each file."""
+    """Field row 39: many bands; Pillow's log had one line per file."""
     random = np.random.default_rng(0)
     (tmp_path / "corpus").mkdir()
     for number in range(6):

@@ -1,4 +1,4 @@
-"""The one raster reader: which bands are shown, where there is no data, and which values become black and white."""
+"""The raster reader: displayed bands, missing data, and the values that become black and white."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOISE = np.random.default_rng(5)
 
 
 def geotiff(values: np.ndarray, names: tuple[str, ...] = (), **options: object) -> bytes:
-    """Values [bands, H, W] as GDAL writes them."""
+    """Values [bands, H, W] as written by GDAL."""
     interpretation = options.pop("interpretation", None)
     mask = options.pop("mask", None)
     palette = options.pop("palette", None)
@@ -59,14 +59,14 @@ def shown(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("infrared", ["noise", "low", "zero"])
 def test_near_infrared_that_gdal_calls_alpha_changes_no_colour(infrared: str) -> None:
-    """GDAL declares a fourth band of 8 bits to be alpha; a lake's is dark, and may be 0 everywhere."""
+    """GDAL declares a fourth band of 8 bits as alpha; the near infrared of a lake is dark, and may be 0 everywhere."""
     fourth = {"noise": colours(80, 255, 1), "low": np.full((1, SIDE, SIDE), 6), "zero": np.zeros((1, SIDE, SIDE))}
     values = np.concatenate([colours(60, 121), fourth[infrared].astype(np.uint8)])
     assert (decode_image(geotiff(values), SIDE) == shown(values[:3])).all()
 
 
 def test_of_a_corpus_with_infrared_no_image_is_clear() -> None:
-    """A patch whose infrared is 0 on one half looks like alpha by itself; the sample of the corpus says otherwise."""
+    """A patch with infrared 0 on one half looks like alpha by itself; the sample of the corpus shows that it is not."""
     half = np.concatenate([colours(60, 121), np.full((1, SIDE, SIDE), 255, np.uint8)])
     half[3, :, : SIDE // 2] = 0
     others = [np.concatenate([colours(), colours(0, 255, 1)]) for _ in range(4)]
@@ -110,7 +110,7 @@ def test_many_bands_without_names_ask_for_a_choice() -> None:
 
 
 def test_bands_that_no_file_names_are_a_guess_that_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Four bands may be blue, green, red, infrared as well; two of a radar are two polarisations."""
+    """Four bands may also be blue, green, red, infrared; two bands of a radar are two polarisations."""
     options = RasterOptions()
     named = geotiff(colours(bands=4, high=3000, kind="uint16"), ("blue", "green", "red", "nir"))
     assert survey_of([image_pixels(named, options)], options).notes == ()
@@ -208,7 +208,7 @@ def test_no_data_by_tag_is_compared_in_the_type_of_the_pixels(kind: str, no_data
         values[:, :5] = np.array(no_data).astype(kind)
     if kind == "uint8" and not held:
         with rasterio.MemoryFile(geotiff(values)) as memory, memory.open() as raster:
-            assert raster.nodata is None  # GDAL writes no such tag: the option is what says it
+            assert raster.nodata is None  # GDAL writes no such tag, so the option must give it
         image = decode_image(geotiff(values), SIDE, RasterOptions(no_data=no_data))
         assert (image == shown(values)).all()
         return
@@ -243,7 +243,7 @@ def test_a_calm_sea_stays_darker_than_a_town() -> None:
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "float32", "float64", "uint32"])
 def test_the_type_decides_about_stretching(kind: str) -> None:
-    """The same dark values: as 8 bits they are what they are, in any deeper type the corpus gives the scale."""
+    """The same dark values: 8-bit values are unchanged, for any deeper type the corpus determines the scale."""
     values = colours(10, 60, kind=kind)
     image = decode_image(geotiff(values), SIDE)
     if kind == "uint8":
@@ -309,7 +309,7 @@ def test_a_compression_changes_no_pixel(name: str, kind: str) -> None:
 def test_a_codec_that_is_missing_is_named() -> None:
     data = bytearray(geotiff(colours(kind="uint16")))
     place = data.index((259).to_bytes(2, "little") + (3).to_bytes(2, "little"))  # the tag of the compression
-    data[place + 8 : place + 10] = (34661).to_bytes(2, "little")  # JBIG, which hardly anyone has
+    data[place + 8 : place + 10] = (34661).to_bytes(2, "little")  # JBIG, which is rarely supported
     reason = decode_image(bytes(data), SIDE)
     assert reason == "no decoder: Cannot open TIFF file due to missing codec JBIG", reason
 
@@ -386,7 +386,7 @@ def splits(root: Path, **options: object) -> dict[str, set]:
 
 
 def ground(root: Path, ids: set, pixel: float = 10) -> np.ndarray:
-    """Which pixels of the ground some tiles show, by their own transforms."""
+    """Pixels of the ground that some tiles show, by their own transforms."""
     canvas = np.zeros((512, 1024), bool)
     table = GeoTiff(str(root), resolution=16).manifest().set_index("id")
     import json
@@ -399,11 +399,11 @@ def ground(root: Path, ids: set, pixel: float = 10) -> np.ndarray:
 
 
 def test_overlapping_scenes_share_no_ground_across_splits(write: Write) -> None:
-    values = colours()  # what they show does not matter
+    values = colours()  # the content does not matter
     values = np.tile(values, (1, 16, 20))
     root = write("west.tif", values).parent
     write("east.tif", values, left=3200)
-    write("west_later.tif", values, left=30)  # another date, some pixels aside
+    write("west_later.tif", values, left=30)  # another date, shifted by some pixels
     result = splits(root)
     assert all(result.values())
     seen = [ground(root, ids) for ids in result.values()]

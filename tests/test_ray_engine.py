@@ -1,4 +1,4 @@
-"""The Ray engine gives what the local engine gives, bit for bit, whatever dies meanwhile."""
+"""The Ray engine gives the same results as the local engine, bit for bit, whichever process dies in the meantime."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ IMAGES = 1300  # six chunks
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Smooth tiles of four kinds in folders, of which three are broken."""
+    """Smooth tiles of four kinds in folders; three of them are broken."""
     root = tmp_path_factory.mktemp("tiles")
     generator = np.random.default_rng(3)
     for number in range(IMAGES):
@@ -68,7 +68,7 @@ def selected(tiles: Path, runs: Path, *more: str) -> Path:
 
 
 def results(runs: Path) -> dict[str, bytes]:
-    """What a run leaves, by name."""
+    """The result files of a run, by name."""
     result = {"selection": (next((runs / "selection").iterdir()) / "selection.parquet").read_bytes()}
     [corpus] = (runs / "corpus").iterdir()
     result |= {name: (corpus / name).read_bytes() for name in FILES}
@@ -105,7 +105,7 @@ def test_any_number_of_ray_workers_gives_the_same(cpus: int, tiles: Path, expect
 
 @pytest.mark.slow
 def test_stages_of_an_indexed_corpus_and_other_scene_rules_are_the_same(tiles: Path, tmp_path: Path) -> None:
-    """Another encoder over the images that are there, read by the driver's machine; scenes by a classifier."""
+    """Another encoder on the existing images, read by the driver's machine; scenes by a classifier."""
     more = ("encoder.input_size=48", "entropy.patch=8", "prune.scene_classifier=lda")
     for name, engine in (("local", LocalEngine()), ("ray", RayEngine(cpus=2, rows_from=0))):
         selected(tiles, tmp_path / name)
@@ -210,7 +210,7 @@ def test_a_cluster_that_is_not_there_is_one_line() -> None:
 
 
 class Command:
-    """`prune/run.py` on a cluster, in a process of its own."""
+    """`prune/run.py` on a cluster, in a separate process."""
 
     def __init__(self, tiles: Path, runs: Path, *more: str) -> None:
         words = [sys.executable, "prune/run.py", *overrides(tiles, runs), *more]
@@ -220,7 +220,7 @@ class Command:
         )
 
     def wait_for_chunks(self, count: int) -> int:
-        """Until so many chunks of the index are done."""
+        """Wait until the given number of chunks of the index are done."""
         for _ in range(1200):
             result = sum(len(logged(path)) for path in (self.runs / "corpus").glob("*.partial"))
             if result >= count or self.process.poll() is not None:
@@ -234,13 +234,13 @@ class Command:
 
 
 def of_ray(*names: str) -> list[psutil.Process]:
-    """Processes that this one has started, directly or not, by the beginnings of their names."""
+    """Processes that this one has started, directly or indirectly, by the prefixes of their names."""
     return [process for process in psutil.Process().children(recursive=True) if process.name().startswith(names)]
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Two nodes of one CPU each, the first of which the command runs on."""
+    """Two nodes of one CPU each; the command runs on the first."""
     pytest.importorskip("ray", reason="Ray is not installed")
     from ray.cluster_utils import Cluster
 
@@ -251,7 +251,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     result.second = result.add_node(num_cpus=1)
     result.wait_for_nodes()
     yield result
-    for process in psutil.Process().children(recursive=True):  # `shutdown` waits for ever where the head is dead
+    for process in psutil.Process().children(recursive=True):  # `shutdown` waits forever if the head is dead
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.name().startswith("ray::") or folder in " ".join(process.cmdline()):
                 process.kill()

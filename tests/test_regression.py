@@ -1,4 +1,4 @@
-"""Super-resolution by regression: its size, its start at bicubic, its batches, what it learns, and its stage."""
+"""Super-resolution by regression: size, start at bicubic, batches, learning, and its stage."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_outputs_do_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -
     whole = regression_outputs(network, low)
     monkeypatch.setattr(regression, "BATCH", 3)
     error = np.abs(regression_outputs(network, low).astype(int) - whole)
-    assert error.max() <= 1 and (error > 0).mean() < 0.01  # other sums, and then rounding
+    assert error.max() <= 1 and (error > 0).mean() < 0.01  # other order of sums, then rounding
     assert regression_outputs(network, low[:0]).shape == (0, 32, 32, 3)
 
 
@@ -112,12 +112,12 @@ def test_the_loss_is_the_mean_absolute_error() -> None:
 
 
 def blocks(count: int, seed: int) -> np.ndarray:
-    """Images of which each 2 x 2 pixels have one colour, so that their nearest enlargement by 2 is perfect."""
+    """Images in which each 2 x 2 pixels have one colour, so their nearest-neighbour enlargement by 2 is perfect."""
     return enlarge(np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), 2, "nearest")
 
 
 def taught(steps: int, folder: Path | None = None) -> torch.nn.Module:
-    """A network that learns to enlarge `blocks`; without a folder, one with random last weights."""
+    """A network trained to enlarge `blocks`; without a folder, a network with random last weights."""
     network = new_regression_network(PARAMETERS, 2, seed=0)
     if folder is None:
         torch.nn.init.normal_(network.body.conv_last.weight, std=0.02, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Shards and results behind URLs: what the network does to them changes no result, and no credential is written."""
+"""Shards and results behind URLs: network faults change no result, and no credential is written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def server() -> Iterator[Store]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards of ten images each with captions, metadata and copies across shards."""
+    """Three shards of ten images each with captions, metadata, and copies across shards."""
     root = tmp_path_factory.mktemp("shards")
     for number in range(3):
         members: list[tuple[str, bytes]] = []
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(server: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """The server with the shards in s3://tiles/set, no faults, and a client of little patience."""
+    """The server with the shards in s3://tiles/set, no faults, and a client with short time-outs."""
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.02)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
@@ -90,12 +90,12 @@ def source(store: Store, urls: str = "s3://tiles/set/part-{0..2}.tar", **options
 
 
 def same(result: Corpus, expected: Corpus) -> None:
-    """Bit for bit, but for the stamps of the shards."""
+    """Equal bit for bit, except for the stamps of the shards."""
     assert (result.directory / "images.npy").read_bytes() == (expected.directory / "images.npy").read_bytes()
     pd.testing.assert_frame_equal(result.manifest.drop(columns="stamp"), expected.manifest.drop(columns="stamp"))
 
 
-# ------------------------------------------------------------------------------------------ reading, whatever happens
+# ---------------------------------------------------------------------------------------------- reading with faults
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def same(result: Corpus, expected: Corpus) -> None:
         (Fault("late", times=1), "time-out 1"),
         (Fault("slow"), ""),
         (Fault("cut", times=2), "ended early 2"),
-        (Fault("lost", times=2), "no connection 1"),  # aiohttp itself asks once more
+        (Fault("lost", times=2), "no connection 1"),  # aiohttp itself repeats the request once
         (Fault("whole"), ""),
     ],
     ids=lambda value: f"{value.kind}-{value.method}" if isinstance(value, Fault) else None,
@@ -132,7 +132,7 @@ def test_faults_that_go_away_change_nothing(
 
 
 def test_deep_images_are_shown_as_from_the_disk(store: Store, tmp_path: Path) -> None:
-    """A sample of them says how, and is read from the shards before the others."""
+    """A sample of them determines the stretch; it is read from the shards before the others."""
     here = tmp_path / "deep"
     here.mkdir()
     generator = np.random.default_rng(0)
@@ -158,7 +158,7 @@ def test_splits_are_those_of_local_shards_and_read_each_shard_once(store: Store,
 
 
 def test_requests_are_few(store: Store, folder: Path, tmp_path: Path) -> None:
-    """Of a shard of 30 members: a look, one read of its headers, one of its images, which lie side by side."""
+    """For a shard of 30 members: one metadata request, one read of its headers, one read of its adjacent images."""
     index_corpus(source(store, split="all"), tmp_path)
     assert len(store.requested("HEAD")) == 3
     parts = store.requested("GET")
@@ -173,7 +173,7 @@ def test_folders_and_patterns(store: Store, folder: Path, urls: str) -> None:
     result = source(store, urls)
     assert result.files == [f"s3://tiles/set/{path.name}" for path in sorted(folder.glob("*.tar"))]
     listed, looked = result.version, source(store).version
-    assert listed == looked  # the tag of a listing is that of a look
+    assert listed == looked  # a listing has the same tag as a metadata request
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_member_s_bytes_are_those_of_the_shard(store: Store, folder: Path) -> 
     assert list(there.originals(rows)) == list(here.originals(rows))
 
 
-# ---------------------------------------------------------------------------------------------- faults that stay
+# --------------------------------------------------------------------------------------------- permanent faults
 
 
 @pytest.mark.parametrize("at", [100_000, 3])
@@ -241,7 +241,7 @@ def test_an_image_that_cannot_be_reached_is_announced_and_looked_for_again(
     again = index_corpus(source(store, split="all"), tmp_path)
     assert again.fingerprint != result.fingerprint
     same(again, expected)
-    assert store.requested("GET") == [(place.start, place.end)]  # the others are taken over
+    assert store.requested("GET") == [(place.start, place.end)]  # the others are reused
     assert index_corpus(source(store, split="all"), tmp_path).fingerprint == again.fingerprint
 
 
@@ -306,7 +306,7 @@ def test_a_missing_driver_is_one_line_that_names_the_extra(monkeypatch: pytest.M
 
 
 def test_what_survey_and_class_names_need_is_never_left_out(store: Store, tmp_path: Path) -> None:
-    """A network that fails there would show all images, or call all scenes, in another way."""
+    """A network fault there would change how all images are shown, or the names of all scenes."""
     store.faults.append(Fault("busy", "HEAD", r".*classnames\.txt"))
     with pytest.raises(UserError, match=r"classnames\.txt: status 503"):
         index_corpus(source(store, retries=1), tmp_path)
@@ -392,7 +392,7 @@ def test_shards_over_http_with_credentials_in_the_url(store: Store, folder: Path
 
 
 def test_http_troubles_are_reported_apart(store: Store, tmp_path: Path) -> None:
-    """fsspec calls all of them a missing file."""
+    """fsspec reports all of them as a missing file."""
     url = f"http://127.0.0.1:{store.port}/tiles/set/part-0.tar"
     store.faults += [Fault("busy", "HEAD", times=1), Fault("busy", "GET", times=1)]
     assert WebDataset(url, retries=2).version
@@ -512,7 +512,7 @@ def test_bad_credentials_are_one_line_without_them(store: Store, tmp_path: Path)
     with pytest.raises(UserError, match=r"no permission, or no credentials.*AWS_ACCESS_KEY_ID") as caught:
         index_corpus(source(store, storage=storage), tmp_path)
     assert "BADBAD" not in str(caught.value) and "bad+secret" not in str(caught.value)
-    assert len(store.seen) <= 3  # not asked again
+    assert len(store.seen) <= 3  # not requested again
 
 
 # ------------------------------------------------------------------------------------------------- results to a URL
@@ -617,7 +617,7 @@ def export(selection: Path, store: Store, form: str, out: str, results: Path, **
 def test_an_export_behind_a_url_is_the_one_on_the_disk(
     store: Store, tmp_path: Path, form: str, capsys: pytest.CaptureFixture
 ) -> None:
-    """Of shards behind a URL, which are opened again with the command's own options."""
+    """For shards behind a URL, which are opened again with the command's own options."""
     corpus = index_corpus(source(store, split="all"), tmp_path / "runs")
     selection = selection_of(corpus, tmp_path / "runs")
     prefix = f"s3://tiles/{tmp_path.name}/{form}"

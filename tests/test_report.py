@@ -1,4 +1,4 @@
-"""Report, figures, sheets: pixels where they belong, pictures inside the file, counts that agree."""
+"""Report, figures, sheets: pixels at the right place, pictures inside the file, consistent counts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def tiles() -> np.ndarray:
-    """uint8 [7, 6, 4, 3], every pixel different from the paper and from each other tile's."""
+    """uint8 [7, 6, 4, 3]; every pixel differs from the paper and from those of the other tiles."""
     return np.random.default_rng(0).integers(0, 200, (7, 6, 4, 3), dtype=np.uint8)
 
 
@@ -175,13 +175,13 @@ def test_scenes_are_counted_by_what_was_seen_in_them():
 def test_confusion_figure_draws_shares_of_each_scene():
     panels = confusion_figure(CONFUSIONS).axes
     names = [label.get_text() for label in panels[0].get_yticklabels()]
-    assert names == ["airport", "beach", "forest"]  # forest was seen, though not requested
+    assert names == ["airport", "beach", "forest"]  # forest was recognised, though not requested
     assert [axes.get_title(loc="left") for axes in panels[:2]] == ["photographs", "rsprune"]
     np.testing.assert_allclose(panels[0].images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
     np.testing.assert_allclose(panels[1].images[0].get_array(), [[0, 0.25, 0.75], [0, 0.5, 0.5], [0, 0, 0]])
     many = {"photographs": {f"s{number:03d}": {"s000": 1 + number} for number in range(300)}}
     fractions = confusion_figure(many, most=5).axes[0].images[0].get_array()
-    assert fractions.shape == (5, 5) and not fractions.any()  # the five largest, in which another one is seen
+    assert fractions.shape == (5, 5) and not fractions.any()  # the five largest scenes, recognised as another one
 
 
 def test_figures_leave_no_global_state_and_the_same_bytes():
@@ -392,7 +392,7 @@ def test_prune_report_of_a_method_without_scenes_clusters_or_entropy(tmp_path):
 
 
 def test_published_rows_make_the_document_and_what_is_not_here_stays(tmp_path: Path) -> None:
-    """Long runs are made on different days: a table that is not computed again is not lost."""
+    """Long runs are made on different days: a table that is not computed again is kept."""
     target, results = tmp_path / "results.md", tmp_path / "results"
     target.write_text("# Results\n\nold note\n\n## A made long tail\n\nold tail\n\n## Of a user\n\ntheir own\n")
     row = {

@@ -1,4 +1,4 @@
-"""Numbers about outputs against input, truth and one another: by hand, by basicsr, by properties of known changes."""
+"""Metrics of outputs compared with input, truth and one another: by hand, by basicsr, by known changes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_niqe_has_two_by_two_blocks_or_is_undefined():
     images = photographs(64)
     assert niqe(np.concatenate([images, flat])) == niqe(images)
     half = images[:1].copy()
-    half[:, :, 32:] = 90  # two blocks are left, and measured
+    half[:, :, 32:] = 90  # two blocks are left and measured
     assert np.isfinite(niqe(half))
 
 
@@ -117,7 +117,7 @@ def test_spectral_angle_by_hand():
     low = np.zeros((1, 2, 2, 3), np.uint8)
     degraded = low.copy()
     low[0, 0], degraded[0, 0] = [[100, 0, 0], [50, 50, 0]], [[0, 200, 0], [50, 0, 0]]  # 90 and 45 degrees
-    low[0, 1, 0], degraded[0, 1, 0] = [10, 20, 30], [20, 40, 60]  # brighter, of the same colour
+    low[0, 1, 0], degraded[0, 1, 0] = [10, 20, 30], [20, 40, 60]  # brighter, with the same colour
     low[0, 1, 1] = [10, 20, 30]  # against black: no angle
     assert spectral(degraded, low) == pytest.approx((90 + 45 + 0) / 3)
     assert spectral(low, low) == 0
@@ -168,7 +168,7 @@ def test_colour_error_is_of_each_images_mean_colour():
 
 
 def scores_by_the_formula(image: np.ndarray, truth: np.ndarray, enlarged: np.ndarray) -> np.ndarray:
-    """Hallucination, omission and improvement of one pixel of colours [3], from the paper's and package's formulas."""
+    """Hallucination, omission and improvement of one pixel of colours [3], by the formulas of the paper and package."""
     reference = np.abs(truth - enlarged).mean()
     d_im, d_om = np.abs(image - truth).mean() / reference, np.abs(image - enlarged).mean() / reference
     bend = 1 - np.exp(-0.05 * (d_im + d_om - 1))
@@ -218,7 +218,7 @@ def test_where_nothing_is_missing_all_detail_is_invented():
     np.testing.assert_array_equal(maps[0, 4:8], np.broadcast_to([1, 0, 0], (4, 16, 3)))
     assert np.isnan(maps[0, :4]).all() and np.isnan(maps[0, 8:]).all()
     assert hallucination(images, flat, flat) == 1
-    # an image without detail is left out of the mean
+    # an image without detail is excluded from the mean
     both = [np.concatenate(pair) for pair in ((images, flat), (flat, flat), (flat, flat))]
     assert hallucination(*both) == 1
 

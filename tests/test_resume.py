@@ -1,4 +1,4 @@
-"""`train.resume`: a run goes on from another one's checkpoint, under other options or for longer."""
+"""`train.resume`: a run continues from another one's checkpoint, with other options or more steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config(*overrides: str) -> DictConfig:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """What a run of 16 images a step leaves of its training, but for the tensors."""
+    """The training files of a run with 16 images per step, without tensors."""
     folder = tmp_path / "runs" / "pretrain" / "0123.partial"
     for step in (20, 40):
         checkpoint = folder / "checkpoints" / f"{step:08d}"
@@ -83,7 +83,7 @@ def test_the_fingerprint_knows_the_checkpoint_and_not_its_place(run: Path, tmp_p
 
 
 def test_the_history_up_to_the_checkpoint_is_taken_over(run: Path, tmp_path: Path) -> None:
-    for _ in range(2):  # an interrupted run does it again
+    for _ in range(2):  # an interrupted run repeats it
         inherit_snapshots(Start(run / "checkpoints" / "00000040", 40, 640), tmp_path / "new")
         assert sorted(path.name for path in (tmp_path / "new" / SNAPSHOTS).iterdir()) == [
             "000000000240",

@@ -1,4 +1,4 @@
-"""What goes out as shards and comes back is pruned alike; what is broken in a folder is counted alike everywhere."""
+"""Exported shards are pruned in the same way as their source; broken files in a folder are counted consistently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAST = ("tracker=none", "runs=runs", "results=results", "encoder.input_size=32",
 
 
 def corpus_of(selection: Path) -> Corpus:
-    """The corpus that a selection was made of."""
+    """The corpus of a selection."""
     return open_corpus(selection.parents[1] / "corpus" / read_json(selection / COMPLETE)["inputs"]["corpus"])
 
 
@@ -36,7 +36,7 @@ def kept_of(selection: Path) -> dict[str, np.ndarray]:
 
 
 def there_and_back(folder: tuple[str, ...], reference: tuple[str, ...], home: Path, by) -> tuple[Path, Path]:
-    """Selections of a folder and of the shards that all of its images were exported to, by the same options."""
+    """Selections of a folder and of the shards to which all of its images were exported, with the same options."""
     whole = ran("prune/run.py", "corpus=folder", *folder, "prune=full", *reference, *FAST, cwd=home, by=by)
     done = by(
         "scripts/export.py", f"selection={whole}", "to=webdataset", "export.out=shards", "export.shard_size=17",
@@ -68,7 +68,7 @@ def assert_the_same(one: Path, other: Path, count: int) -> None:
 
 
 def picture(scene: int, seed: int) -> Image.Image:
-    """A texture of its scene's colour and grain."""
+    """A texture with the colour and grain of its scene."""
     random = np.random.default_rng([scene, seed])
     grain = random.integers(0, 256, (6 * (scene + 1), 6 * (scene + 1), 3), dtype=np.uint8)
     colour = np.array([(210, 190, 120), (20, 90, 30), (40, 80, 160)][scene])
@@ -118,7 +118,7 @@ BROKEN = {
 
 @pytest.fixture
 def messy(tmp_path: Path) -> Path:
-    """Good images and broken ones, names that no table likes, and a link to nothing."""
+    """Good images and broken ones, difficult names, and a dangling link."""
     root = tmp_path / "messy"
     for number in range(GOOD):
         (root / SCENES[number % 3]).mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def messy(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_every_file_is_kept_dropped_or_quarantined_once(messy: Path, tmp_path: Path, forked) -> None:  # noqa: F811
-    """And the selection's counts and table of what is broken are the corpus's."""
+    """The selection's counts and table of broken files equal those of the corpus."""
     selection = ran(
         "prune/run.py", "corpus=folder", f"corpus.root={messy}", "corpus.train.split=all", "prune=rsprune",
         "ratio=0.5", *FAST, cwd=tmp_path, by=forked,
@@ -174,7 +174,7 @@ def test_every_file_is_kept_dropped_or_quarantined_once(messy: Path, tmp_path: P
 
 
 def test_a_manifest_is_written_in_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a table of millions can be read in pieces: each piece is the rows that it says it is."""
+    """So that a table of millions can be read in pieces: each piece holds exactly its rows."""
     (tmp_path / "corpus").mkdir()
     for number in range(11):
         data = encoded(texture(number)) if number != 6 else b"broken"

@@ -45,7 +45,7 @@ from train.metadata import FOLDER, MetadataField, new_encoder
 from train.sampler import load_pipeline, load_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTH = 8  # of the tiny text encoder
+WIDTH = 8  # width of the tiny text encoder
 SETTINGS = {"seed": 3, "steps": 2, "guidance_scale": 1.5}
 PALETTE = {"ocean": [10, 30, 80], "desert": [160, 130, 100], "ice": [250, 250, 250]}
 
@@ -54,7 +54,7 @@ def build(folder: Path, kind: type[DiffusionPipeline], fields: Sequence[str] = (
     """A tiny random pipeline in `folder/pipeline`, with a metadata encoder if there are fields; returns `folder`."""
     text_encoder, tokenizer = tiny_text_encoder()
     autoencoder = tiny_autoencoder(scaling_factor=1.0)
-    with torch.no_grad():  # a random decoder's images hardly differ
+    with torch.no_grad():  # images of a random decoder hardly differ
         autoencoder.decoder.layers[-1].weight.mul_(20)
     parts = {
         "vae": autoencoder,
@@ -72,7 +72,7 @@ def build(folder: Path, kind: type[DiffusionPipeline], fields: Sequence[str] = (
         pipeline = PixArtAlphaPipeline(transformer=network.eval(), **parts)
     else:
         network = tiny_unet(condition_channels=CHANNELS if kind is StableDiffusionInstructPix2PixPipeline else 0)
-        with torch.no_grad():  # what text and metadata change should be seen
+        with torch.no_grad():  # so that the effects of text and metadata are visible
             for name, weights in network.named_parameters():
                 if "attn2" in name:
                     weights.mul_(8)
@@ -87,7 +87,7 @@ def build(folder: Path, kind: type[DiffusionPipeline], fields: Sequence[str] = (
 
 
 def config(*overrides: str) -> DictConfig:
-    """What a command with these options sees."""
+    """The configuration of a command with these options."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return compose("config", list(overrides))
 
@@ -109,7 +109,7 @@ def transformer_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def translation_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image-conditioned run with a palette, as a downstream task leaves it."""
+    """An image-conditioned run with a palette, in the format of a downstream task."""
     folder = build(tmp_path_factory.mktemp("translation"), StableDiffusionInstructPix2PixPipeline)
     write_json(folder / "palette.json", PALETTE)
     write_json(folder / "stage.json", {"inputs": {"condition": {"factor": 2}}})
@@ -128,7 +128,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(name: str, request: p
     assert len({image.tobytes() for image in images}) == 9
     for count in (1, 4, 5):
         assert (sampler.draw("a desert", count, **SETTINGS) == images[:count]).all()
-    again = load_sampler(run / "pipeline", batch_size=4)  # the pipeline's own folder will do
+    again = load_sampler(run / "pipeline", batch_size=4)  # the pipeline's own folder is accepted too
     assert (again.draw("a desert", 9, **SETTINGS) == images).all()
     assert (sampler.draw("a desert", 9, **{**SETTINGS, "seed": 4}) != images).any()
     if name == "plain_run":
@@ -189,7 +189,7 @@ def test_settings_are_checked(plain_run: Path, change: dict, message: str) -> No
 
 
 def broken(run: Path, target: Path, change: str) -> Path:
-    """A copy of a run with one thing wrong."""
+    """A copy of a run with one fault."""
     shutil.copytree(run, target)
     pipeline = target / "pipeline"
     weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
@@ -233,7 +233,7 @@ Command = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture(scope="module")
 def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """scripts/sample.py as a command, in forks of a process that has imported the libraries already."""
+    """scripts/sample.py as a command, in forks of a process that has already imported the libraries."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "forkserver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -259,7 +259,7 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 
 
 def drawn(call: Command, cwd: Path, *arguments: str) -> Path:
-    """The directory that the command prints, after it has succeeded."""
+    """The directory that the command prints after success."""
     done = call(cwd, "sample.steps=2", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     kind, _, directory = done.stdout.strip().splitlines()[-1].partition(": ")
@@ -294,7 +294,7 @@ def test_the_command_leaves_images_a_sheet_and_what_they_are(call: Command, plac
     for path in folder.glob("*.png"):
         assert (again / path.name).read_bytes() == path.read_bytes()
     before = (folder / "samples.json").stat().st_mtime_ns
-    assert drawn(call, tmp_path, *given, "images=3") == folder  # found, not drawn again
+    assert drawn(call, tmp_path, *given, "images=3") == folder  # cached, not drawn again
     assert (folder / "samples.json").stat().st_mtime_ns == before
     fewer = drawn(call, tmp_path, *given, "images=1")
     assert fewer != folder and (pixels(fewer) == images[:1]).all()
@@ -424,7 +424,7 @@ def demo(placed_run: Path, translation_run: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def client(demo: str, tmp_path_factory: pytest.TempPathFactory):
-    """A program that talks to the page."""
+    """A client program for the page."""
     folder = str(tmp_path_factory.mktemp("downloads"))
     return gradio_client.Client(demo, verbose=False, download_files=folder, analytics_enabled=False)
 

@@ -1,4 +1,4 @@
-"""How images get their scene: classifiers beside prototypes, and strata of what no known scene claims."""
+"""Assignment of scenes to images: classifiers and prototypes, and strata for images without a known scene."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.errors import UserError
 
 
 def stretched(count: int, seed: int, classes: int = 4, dimensions: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """Classes that differ in quiet dimensions and vary in loud ones, where the nearest prototype errs; and labels."""
+    """Classes that differ in dimensions of small variance, where the nearest prototype errs; and labels."""
     generator = np.random.default_rng(seed)
     label = generator.integers(classes, size=count)
     points = generator.standard_normal((count, dimensions)) * np.where(np.arange(dimensions) < 12, 0.3, 2.0)
@@ -54,12 +54,12 @@ def test_a_classifier_is_right_where_the_nearest_prototype_is_not() -> None:
         accuracy[classifier] = (result.scene == truth).mean()
         message[classifier] = result.diagnostics["scene_accuracy"]
     assert min(accuracy["lda"], accuracy["logistic"]) > accuracy["prototypes"] + 0.1
-    for classifier in CLASSIFIERS:  # measured on halves, so on fewer images than it is used with
+    for classifier in CLASSIFIERS:  # measured on halves, so with fewer images than in use
         assert message[classifier] == pytest.approx(accuracy[classifier], abs=0.06)
 
 
 def test_the_held_out_accuracy_is_that_of_images_it_was_not_fitted_to() -> None:
-    """Labels drawn at random can be learned by heart, but not foretold."""
+    """Random labels can be memorised, but not predicted."""
     generator = np.random.default_rng(2)
     points, labels = generator.standard_normal((300, 40)).astype(np.float32), generator.integers(3, size=300)
     for classifier in ("lda", "logistic"):
@@ -72,12 +72,12 @@ def test_the_held_out_accuracy_is_that_of_images_it_was_not_fitted_to() -> None:
 
 
 def test_tightness_is_that_of_clusters_of_images_not_seen() -> None:
-    """Of unit vectors in random directions of many dimensions, a cluster's centroid tells nothing of another image."""
+    """For unit vectors in random directions of many dimensions, a cluster's centroid does not predict another image."""
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((4, 300))
     points = centres[np.arange(400) % 4] + 0.5 * generator.standard_normal((400, 300))
     points /= np.linalg.norm(points, axis=1, keepdims=True)
-    expected = 1 / np.sqrt(1 + 0.25)  # |centre| / |centre + noise|, as both are long in so many dimensions
+    expected = 1 / np.sqrt(1 + 0.25)  # |centre| / |centre + noise|; both norms concentrate in many dimensions
     assert tightness(points.astype(np.float32), 4, seed=0) == pytest.approx(expected, abs=0.01)
     lost = generator.standard_normal((400, 300))
     lost /= np.linalg.norm(lost, axis=1, keepdims=True)
@@ -87,7 +87,7 @@ def test_tightness_is_that_of_clusters_of_images_not_seen() -> None:
 
 @pytest.mark.parametrize("method", [RSPrune, SceneRandom])
 def test_unknown_kinds_get_their_share(method: type) -> None:
-    """Three quarters of the kinds are in no reference class; as one scene they would share a sixth of the budget."""
+    """Three quarters of the kinds are in no reference class; as one scene they would get a sixth of the budget."""
     embeddings, kind, reference, labels = kinds_of(known=15)
     result = {
         split: select_from_arrays(method(split_open=split), embeddings, ratio=0.85, reference=reference, labels=labels)

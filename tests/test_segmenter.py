@@ -1,4 +1,4 @@
-"""The segmenter: images of any side, training until `val` stops improving, the best round kept."""
+"""The segmenter: images of any side, training until `val` stops improving, the best round is kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPTIONS = SegmenterOptions(
 
 
 def striped(tmp_path: Path, count: int, seed: int) -> Corpus:
-    """Red on the left, blue on the right, the edge anywhere, noise over it; the mask says which."""
+    """Red on the left, blue on the right, a random edge position, and noise; the mask labels the sides."""
     random = np.random.default_rng(seed)
     masks = (np.arange(16)[None, None] >= random.integers(3, 14, count)[:, None, None]).astype(np.uint8)
     masks = np.broadcast_to(masks, (count, 16, 16)).copy()
@@ -61,7 +61,7 @@ def test_it_learns_what_can_be_seen_and_the_best_round_is_kept(tmp_path: Path) -
     network.load_state_dict(state)
     classes = segment(network, val.images)
     best = max(round_["miou"] for round_ in rounds)
-    assert best > 0.8  # the network answers at a quarter of the side
+    assert best > 0.8  # the network's output has a quarter of the side
     assert best == pytest.approx(
         float(MulticlassJaccardIndex(2)(torch.from_numpy(classes), torch.from_numpy(val.masks)))
     )
@@ -74,7 +74,7 @@ def test_it_learns_what_can_be_seen_and_the_best_round_is_kept(tmp_path: Path) -
 def test_it_ends_when_val_stops_improving(
     miou: list[float], rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Patience is two rounds, the cap six; an equal result is no better one."""
+    """Patience is two rounds, the maximum six; an equal result does not count as better."""
     given = iter(miou)
     kept = []
 

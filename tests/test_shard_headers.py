@@ -1,4 +1,4 @@
-"""Headers of shards behind URLs are read once in the life of a run directory, by any number of workers."""
+"""Headers of shards behind URLs are read only once per run directory, for any number of workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARDS = 20
 
 @pytest.fixture
 def shards() -> str:
-    """Shards of two images each in fsspec's memory, the last of which is cut; their braces."""
+    """A brace pattern of shards with two images each in fsspec's memory; the last shard is truncated."""
     system, generator = fsspec.filesystem("memory"), np.random.default_rng(1)
     for shard in range(SHARDS):
         buffer = io.BytesIO()
@@ -30,7 +30,7 @@ def shards() -> str:
             for number in range(2):
                 picture = io.BytesIO()
                 Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(picture, "PNG")
-                caption = f"naïve place {shard} {number}".encode("latin-1")  # no UTF-8
+                caption = f"naïve place {shard} {number}".encode("latin-1")  # not UTF-8
                 for suffix, data in ((".png", picture.getvalue()), (".txt", caption), (".xml", b"<a/>")):
                     info = tarfile.TarInfo(f"{shard:02d}-{number}{suffix}")
                     info.size = len(data)

@@ -1,4 +1,4 @@
-"""The shipped foundation: the same tokens and hidden states in a smaller vocabulary, and a model that draws at once."""
+"""The shipped foundation: the same tokens and hidden states with a smaller vocabulary, and a model that draws."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_hidden_states_are_the_same_after_saving(tmp_path: Path) -> None:
     torch.testing.assert_close(
         encode_prompts(loaded.eval(), read, CAPTIONS), encode_prompts(encoder, tokenizer, CAPTIONS), rtol=0, atol=0
     )
-    assert encoder.config.vocab_size == 49408  # the original stays as it was
+    assert encoder.config.vocab_size == 49408  # the original is unchanged
 
 
 def test_a_shipped_model_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

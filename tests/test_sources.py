@@ -1,4 +1,4 @@
-"""Corpora as users have them: what is wrong with files, shards, hub data sets and GeoTIFF scenes, in and out."""
+"""Users' corpora: faults of files, shards, hub data sets and GeoTIFF scenes, import and export."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from runtime.cost import COST, LOG
 from runtime.errors import UserError
 
 SIDE = 24
-NOBODY = 65534  # the user id that owns nothing
+NOBODY = 65534  # the id of a user that owns nothing
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -75,7 +75,7 @@ def tiff(values: np.ndarray, **options: object) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG header that claims 30,000 x 30,000 px, and next to no pixels."""
+    """A PNG header that claims 30,000 x 30,000 px, with almost no pixels."""
     small = bytearray(encoded(Image.new("1", (8, 8))))
     small[16:24] = (30_000).to_bytes(4, "big") * 2
     import zlib
@@ -168,7 +168,7 @@ def jpegs_of_all_kinds() -> list[bytes]:
 
 @pytest.mark.parametrize("resolution", [8, 32, 64])
 def test_jpegs_are_what_pillow_makes_of_them(resolution: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The faster decoder reads ordinary JPEGs bit for bit as Pillow does, and leaves it all others, broken ones too."""
+    """The faster decoder equals Pillow bit for bit for ordinary JPEGs, and leaves others and broken ones to Pillow."""
     files = jpegs_of_all_kinds()
     faster = sum(decoding.decode_jpeg(data, resolution) is not None for data in files)
     ours = [decode_image(data, resolution) for data in files]
@@ -223,7 +223,7 @@ def test_masks_keep_their_class_numbers() -> None:
 
 @pytest.fixture
 def messy(tmp_path: Path) -> Path:
-    """A folder with everything that is wrong with folders, and good images."""
+    """A folder with every fault of folders, and good images."""
     root = tmp_path / "messy"
     (root / "a b").mkdir(parents=True)
     (root / "dir.jpg").mkdir()
@@ -269,7 +269,7 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
 
 @contextmanager
 def nobody(home: Path) -> Iterator[None]:
-    """Root reads everything: be somebody else for a while, to whom `home` belongs."""
+    """Root can read everything, so run as another user for a while, to whom `home` belongs."""
     if os.geteuid():
         yield
         return
@@ -287,7 +287,7 @@ def nobody(home: Path) -> Iterator[None]:
 
 
 def test_what_may_not_be_read_is_quarantined() -> None:
-    with tempfile.TemporaryDirectory() as home:  # pytest's own directories are closed to others
+    with tempfile.TemporaryDirectory() as home:  # other users cannot read pytest's directories
         folder = Path(home)
         (folder / "any").mkdir()
         texture().save(folder / "any" / "a.png")
@@ -355,7 +355,7 @@ def shard(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two shards of twelve samples with captions, scenes, places, splits and masks."""
+    """Two shards of twelve samples with captions, scenes, locations, splits and masks."""
     folder = tmp_path / "shards"
     folder.mkdir()
     mask = encoded(Image.fromarray(np.full((32, 32), 1, np.uint8)))
@@ -404,10 +404,10 @@ MEMBERS = st.lists(
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(MEMBERS)
 def test_members_are_grouped_as_the_library_groups_them(names: list[str]) -> None:
-    """Whatever their order: the library is given each key's members one after the other."""
+    """For any order of the members; the library receives each key's members one after the other."""
     from webdataset.tariterators import base_plus_ext, group_by_keys
 
-    dotted = [name for name in names if (base_plus_ext(name)[0] or "/")[-1] != "/"]  # hidden files are passed over
+    dotted = [name for name in names if (base_plus_ext(name)[0] or "/")[-1] != "/"]  # hidden files are skipped
     keys = [base_plus_ext(name)[0] for name in dotted]
     order = sorted(range(len(dotted)), key=lambda at: keys.index(keys[at]))
     files = [{"fname": dotted[at], "data": at, "__url__": "a.tar"} for at in order]
@@ -430,7 +430,7 @@ def test_brace_lists_are_the_library_s(urls: str) -> None:
 
 
 def test_shards_are_read_without_torch(shards: Path, repository: Path) -> None:
-    """Every process that decodes would load it, half a gigabyte each."""
+    """Otherwise every decoding process would load it, half a gigabyte each."""
     code = (
         "import sys, numpy as np; from corpus.sources.webdataset import WebDataset\n"
         "source = WebDataset(sys.argv[1], resolution=16)\n"
@@ -470,7 +470,7 @@ def test_what_is_wrong_with_shards_has_a_reason(tmp_path: Path) -> None:
 
 
 def test_shards_that_change_are_found_out(tmp_path: Path) -> None:
-    """Another image of the same size at the same place, and a shard that ends in the middle of a mask."""
+    """Another image of the same size at the same place, and a shard truncated in the middle of a mask."""
     one, other = (tiff(np.asarray(texture(seed))) for seed in (1, 2))
     assert len(one) == len(other)
     mask = encoded(Image.fromarray(np.zeros((32, 32), np.uint8)))
@@ -488,7 +488,7 @@ def test_shards_that_change_are_found_out(tmp_path: Path) -> None:
 
 
 def test_a_sparse_member_of_any_size_has_a_reason(tmp_path: Path) -> None:
-    """Ten kilobytes that claim 20 GB are not unpacked."""
+    """Ten kilobytes that claim 20 GB are not extracted."""
     with (tmp_path / "bomb.png").open("wb") as file:
         file.truncate(20 * 2**30)
     texture().save(tmp_path / "fine.png")
@@ -512,7 +512,7 @@ def test_a_sparse_member_of_any_size_has_a_reason(tmp_path: Path) -> None:
 
 
 def test_links_and_compression_of_shards_have_a_reason(tmp_path: Path) -> None:
-    """GNU tar writes a file that it meets twice as a hard link."""
+    """GNU tar stores a file that occurs twice as a hard link."""
     (tmp_path / "a.jpg").write_bytes(encoded(texture(), "JPEG"))
     os.link(tmp_path / "a.jpg", tmp_path / "b.jpg")
     (tmp_path / "c.jpg").symlink_to("a.jpg")
@@ -633,7 +633,7 @@ def test_huggingface_sets_are_read(saved: Path, tmp_path: Path, place: str, stre
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_masks_and_dates_of_a_hub_set(tmp_path: Path, streaming: bool) -> None:
-    """Also where the mask is the first column of pictures."""
+    """Also if the mask is the first image column."""
     import datasets
 
     masks = np.random.default_rng(0).integers(0, 3, (4, 32, 32), dtype=np.uint8)
@@ -677,7 +677,7 @@ def test_huggingface_errors_are_one_line(saved: Path) -> None:
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """A 4326 scene of 8 and one UTM scene of 16 bits with a no-data corner, and a file that is none."""
+    """A 4326 scene of 8 bits, a UTM scene of 16 bits with a no-data corner, and a file that is not a scene."""
     folder = tmp_path / "scenes"
     (folder / "alps").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -835,7 +835,7 @@ def test_a_missing_reference_says_how_to_get_it(saved: Path, tmp_path: Path, mon
     assert set(as_downloaded.manifest()["scene"]) == {"Beach", "DenseForest"}
 
 
-# ------------------------------------------------------------------------------------------- what changes, what stops
+# ---------------------------------------------------------------------------------------------- changes and interrupts
 
 
 @pytest.fixture
@@ -888,7 +888,7 @@ def test_only_what_is_new_or_changed_is_read_again(
 def test_a_scan_that_is_new_finds_what_earlier_indexes_have(
     growing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two encoders by turns on a growing folder: each embeds an image once, whichever of them indexed it."""
+    """Two encoders alternately on a growing folder: each embeds an image once, whichever of them indexed it."""
     embedded: list[int] = []
     real = EfficientNetLite0.__call__
     monkeypatch.setattr(EfficientNetLite0, "__call__", lambda self, x: embedded.append(len(x)) or real(self, x))
@@ -907,7 +907,7 @@ def test_a_scan_that_is_new_finds_what_earlier_indexes_have(
 
 
 def read_again(monkeypatch: pytest.MonkeyPatch, source: Callable[[], Source], runs: Path) -> list[str]:
-    """Index a corpus and return the ids that were read for it."""
+    """Index a corpus and return the ids that were read."""
     seen, kind = [], type(source())
     with monkeypatch.context() as patch:
         real = kind.reader
@@ -940,7 +940,7 @@ def test_only_new_or_changed_rows_of_a_hub_set_are_read_again(tmp_path: Path, mo
 def test_only_new_or_changed_shards_are_read_again(
     content_hash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the shard, or by each image's bytes wherever they lie."""
+    """Per shard, or per image by its bytes, independent of location."""
 
     def write(name: str, seeds: list[int]) -> None:
         shard(tmp_path / name, [(f"{seed:02d}.png", encoded(texture(seed % 50))) for seed in seeds])
@@ -996,7 +996,7 @@ def test_what_could_not_be_read_is_tried_again(growing: Path, tmp_path: Path) ->
 
 
 def test_a_run_killed_between_two_others_starts_anew(growing: Path, tmp_path: Path, monkeypatch) -> None:
-    """Progress that another set of scans left must not pass for this one's."""
+    """Progress of another set of scans must not be taken for that of this one."""
     source = ImageFolder(str(growing), resolution=32)
     encoders = [EfficientNetLite0(input_size=32, batch_size=size) for size in (2, 4)]
     monkeypatch.setattr("corpus.index.CHUNK", 4)
@@ -1071,7 +1071,7 @@ def test_a_killed_index_goes_on_from_its_last_chunk(growing: Path, tmp_path: Pat
     names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
     for name in names:
-        if name.name in (LOG, COST):  # they tell times and workers
+        if name.name in (LOG, COST):  # they contain times and workers
             continue
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 

@@ -1,4 +1,4 @@
-"""train, val and test: by the names that a data set gives, else by a hash, and never the same image in two."""
+"""train, val and test: by the names of a data set, else by a hash, and never the same image in two."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from runtime.errors import UserError
 from runtime.notices import notice
 
 IDS = [f"images/{number:05d}.png" for number in range(20_000)]
-#: SHA-256 of the held-out ids of `IDS`, a line each, as they were before there was a val split.
+#: SHA-256 of the held-out ids of `IDS`, one per line, from before the val split was introduced.
 HELD_OUT_BEFORE = {
     0.1: "0ec83a7e345d295136449ddbb6a6006c9b72979d9926e6c4c859faae4c37c785",
     0.3: "ea96e32e42e9abc20e753896f1e33fa4965a6cd9a7f8b611ff593cfa9d7c0781",
@@ -45,7 +45,7 @@ def notices_again() -> None:
 
 
 def place(identifier: str) -> float:
-    """Where in [0, 1) an id lies, by the hash's first eight bytes."""
+    """Position of an id in [0, 1), by the first eight bytes of its hash."""
     return int(hashlib.sha256(identifier.encode()).hexdigest()[:16], 16) / 2**64
 
 
@@ -62,7 +62,7 @@ def test_the_test_ids_are_those_from_before_val(test_fraction: float, val_fracti
 
 
 def of(names: list[str], **fractions: float) -> dict[str, set[str]]:
-    """Ids of each split where id k is named names[k % len(names)]."""
+    """Ids of each split if the split name of id k is names[k % len(names)]."""
     given = [names[number % len(names)] for number in range(len(IDS))]
     result = assigned("photos", IDS, given, **{"val_fraction": 0.1, "test_fraction": 0.2, **fractions})
     of_split = {name: {i for i, split in zip(IDS, result, strict=True) if split == name} for name in splits.SPLITS[1:]}
@@ -173,7 +173,7 @@ def test_every_corpus_has_three_parts_that_differ_in_their_split(name: str, repo
         ).corpus  # fmt: skip
         smoke = compose("config", [f"corpus={name}", "profile=smoke"]).corpus
     OmegaConf.resolve(plain)
-    own = {"split", "stride"}  # held-out tiles of Blue Marble lie closer
+    own = {"split", "stride"}  # held-out tiles of Blue Marble are closer together
     parts = {part: {k: v for k, v in plain[part].items() if k not in own} for part in ("train", "val", "test")}
     assert parts["train"] == parts["val"] == parts["test"] and parts["train"]["limit"] is None
     assert [plain[part].split for part in parts] == list(parts)
@@ -281,7 +281,7 @@ def test_copies_of_named_splits_are_counted(capsys: pytest.CaptureFixture) -> No
 
 
 def equal_files(root: Path, count: int, large: bool = False) -> None:
-    """`count` images under two names each, in folders of two scenes; as BMP all are of one size."""
+    """`count` images with two names each, in folders of two scenes; as BMP all have the same size."""
     for number in range(count):
         image = texture(number, side=96 if large else 16)
         for folder in ("sea", "field"):
@@ -318,7 +318,7 @@ def test_no_copy_of_a_held_out_image_is_trained_on(kind: str, content_hash: bool
 
 
 def test_images_without_copies_stay_where_they_were(tmp_path: Path) -> None:
-    """Of one size all, and alike at both ends: only the whole tells them apart."""
+    """All have the same size and equal ends: only the complete content distinguishes them."""
     for number in range(40):
         data = bytearray(b"\0" * 20_000)
         data[10_000] = number

@@ -18,7 +18,7 @@ def row(method: str, seed: int, step: int, kid: float, stage: str = "semantic_sy
     return {"stage": stage, "prune": method, "seed": seed, "step": step, "metrics": metrics, "corpus": "c", **more}
 
 
-#: The subject is better by 10 with little scatter, at the greater length by 1 with much.
+#: The subject is better by 10 with little scatter; at the greater length by 1 with large scatter.
 ROWS = [
     *(row("rsprune", seed, 125, 90 + seed) for seed in range(3)),
     *(row("random", seed, 125, kid) for seed, kid in enumerate((100.5, 101.0, 101.5))),
@@ -37,7 +37,7 @@ def test_differences_are_paired_by_seed_and_have_students_interval() -> None:
     assert line["mean"] == pytest.approx(differences.mean())
     assert (line["low"], line["high"]) == pytest.approx((expected.low, expected.high))
     assert (line["seeds"], line["verdict"]) == (3, "better")
-    assert result.loc[(125, "random", "miou"), "verdict"] == "better"  # more is better there
+    assert result.loc[(125, "random", "miou"), "verdict"] == "better"  # more is better for this metric
     assert result.loc[(250, "random", KID), "verdict"] == "tie"
     alone = result.loc[(250, "scratch", KID)]
     assert (alone["mean"], alone["seeds"], alone["verdict"]) == (10, 1, "unknown")

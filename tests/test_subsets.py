@@ -1,4 +1,4 @@
-"""Measures of a subset against known cases and brute force."""
+"""Metrics of a subset compared with known cases and brute force."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ def test_scene_entropy_is_one_where_scenes_are_even():
 def test_the_knee_is_where_a_curve_turns():
     kept = np.linspace(0.05, 1, 20)
     assert kept[knee(kept, np.minimum(kept, 0.3))] == pytest.approx(0.3, abs=0.05)
-    assert kept[knee(kept, -np.minimum(kept, 0.3))] == pytest.approx(0.3, abs=0.05)  # falling, such as a distance
+    assert kept[knee(kept, -np.minimum(kept, 0.3))] == pytest.approx(0.3, abs=0.05)  # decreasing, such as a distance

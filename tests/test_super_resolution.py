@@ -1,4 +1,4 @@
-"""Super-resolution beside plain diffusers: draws, the dial, the residual, consistency; noise levels; options."""
+"""Super-resolution steps beyond plain diffusers: draws, the dial, the residual, consistency; noise levels; options."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def with_options(restorer: Restorer, **options: object) -> Restorer:
 
 
 def test_one_step_is_the_estimate_of_the_image_from_noise(restorer: Restorer) -> None:
-    """For rectified flow noise minus velocity, but for the last thousandth of noise that the sampler starts below."""
+    """For rectified flow: noise minus velocity; the sampler starts a thousandth below pure noise."""
     noise = torch.from_numpy(noise_of(5)[:, 0])
     condition = encode_condition(restorer.pipeline.vae, enlarge(LOW, 4, "bicubic"))
     text = encode_prompts(restorer.pipeline.text_encoder, restorer.pipeline.tokenizer, [""] * 5)
@@ -82,7 +82,7 @@ def test_the_dial_goes_from_the_mean_to_a_draw(restorer: Restorer) -> None:
 
 
 def test_a_network_that_adds_nothing_gives_the_interpolated_input(restorer: Restorer) -> None:
-    """With a difference of zero the residual is zero: the autoencoder's losses do not show."""
+    """With a difference of zero the residual is zero: losses of the autoencoder have no effect."""
     still = with_options(restorer, relative=True, residual=True)
 
     def nothing(*args: object) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_a_network_that_adds_nothing_gives_the_interpolated_input(restorer: Rest
     enlarged = enlarge(LOW, 4, "bicubic")
     np.testing.assert_allclose(still(LOW, noise_of(5)), enlarged, atol=1e-3)
     rebuilt = rebuilt_inputs(still.pipeline.vae, enlarged)
-    assert np.abs(rebuilt - enlarged).mean() > 1  # a random autoencoder keeps little
+    assert np.abs(rebuilt - enlarged).mean() > 1  # a random autoencoder preserves little
     object.__setattr__(still, "options", replace(still.options, consistency=3))
     np.testing.assert_allclose(
         still(LOW, noise_of(5)), back_project(enlarged.astype(np.float32), LOW, 4, "area", 3), atol=1e-3

@@ -1,4 +1,4 @@
-"""Sweeps (`-m`): the other cells run, every bad one is a line on stderr, and the exit code says so."""
+"""Sweeps (`-m`): the other cells run, every failed cell is a line on stderr, and the exit code is set."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_single_run_ends_as_before(
 def test_of_several_processes_none_goes_on_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """The others would wait for it in the next collective operation."""
+    """The other processes would wait for it in the next collective operation."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sweep(monkeypatch, tmp_path, "-m", "ratio=1.5,0.8") == 2
     assert capsys.readouterr() == ("", "error: ratio=1.5 is no fraction\n")

@@ -46,7 +46,7 @@ def synthesize(source: Path, target: Path, run: Path, *overrides: str) -> None:
 
 
 def classes(height: int = 35, width: int = 27, seed: int = 0) -> np.ndarray:
-    """Blobs of classes 0 to 2, with pixels of none."""
+    """Blobs of classes 0 to 2, with pixels without a class."""
     cells = np.random.default_rng(seed).integers(0, 3, (-(-height // 5), -(-width // 5))).astype(np.uint8)
     result = cells.repeat(5, axis=0).repeat(5, axis=1)[:height, :width].copy()
     result[3:9, 4:7] = IGNORED
@@ -54,7 +54,7 @@ def classes(height: int = 35, width: int = 27, seed: int = 0) -> np.ndarray:
 
 
 def geotiff(path: Path, values: np.ndarray, **profile: object) -> Path:
-    """Write [H, W, C] with a place on the ground."""
+    """Write [H, W, C] with a georeference."""
     height, width, count = values.shape
     where = {"crs": "EPSG:32633", "transform": TRANSFORM, **profile}
     shape = {"height": height, "width": width, "count": count, "dtype": values.dtype}
@@ -67,7 +67,7 @@ def geotiff(path: Path, values: np.ndarray, **profile: object) -> Path:
 
 
 def seen(path: Path, palette: Mapping[str, list[int]] = PALETTE) -> np.ndarray:
-    """The classes that the command takes a mask file for."""
+    """The classes that the command reads from a mask file."""
     with open_mask(path, class_names(palette), colour_numbers(palette)) as mask:
         strips = [mask.rows(start, min(start + 7, mask.height)) for start in range(0, mask.height, 7)]
     return np.concatenate([strip.values for strip in strips])
@@ -126,16 +126,16 @@ def test_a_geotiff_keeps_its_place_and_its_gaps(run: Path, tmp_path: Path) -> No
     assert (drawn[0] == drawn[1]).all()
 
 
-# ---------------------------------------------------------------- what a mask may be
+# ---------------------------------------------------------------- kinds of masks
 
 
 def test_numbers_palettes_and_colours_are_the_same_mask(tmp_path: Path) -> None:
     mask = classes()
     mask[mask == IGNORED] = 0
     indexed = Image.fromarray(mask, "P")
-    indexed.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # colours of no meaning: the indices count
+    indexed.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # arbitrary colours: the indices count
     shuffled = Image.fromarray((2 - mask).astype(np.uint8), "P")
-    shuffled.putpalette(COLOURS[::-1].tobytes())  # known colours, whatever their indices
+    shuffled.putpalette(COLOURS[::-1].tobytes())  # known colours with any indices
     coloured = Image.fromarray(COLOURS[mask])
     clear = coloured.convert("RGBA")
     clear.putalpha(3)

@@ -64,7 +64,7 @@ def test_a_paired_difference_has_a_sign_and_no_best():
     every = {name.replace("random", "full"): value for name, value in paired.items()}
     rows[-1]["metrics"] |= every
     table = build_tables(rows)["generation"]
-    assert to_markdown("generation", table) == markdown  # the report's verdict has the others
+    assert to_markdown("generation", table) == markdown  # the others are in the report's verdict
     assert set(every) <= set(table.columns)
 
 
@@ -76,10 +76,10 @@ def test_markdown_shows_rounded_values_intervals_and_the_best_measured_one():
     shown = column["balanced KID×10³ geoembed ↓"]
     assert cells["rsprune"][shown] == "**227.4** [214.0, 240.0]"
     assert cells["full"][shown] == "330.1 [316.7, 342.7]"
-    assert cells["real_train"][shown] == "8.5 [-4.9, 21.1]"  # better than any method, and a reference row: not marked
+    assert cells["real_train"][shown] == "8.5 [-4.9, 21.1]"  # better than any method, but a reference row: not marked
     precision = column["balanced precision geoembed ↑"]
     assert cells["full"][precision] == "**0.600**"
-    assert cells["random"][precision] == "**0.600**"  # 0.5996 is shown alike, so it is marked alike
+    assert cells["random"][precision] == "**0.600**"  # 0.5996 is displayed as equal, so it is marked too
     assert cells["zebra"][precision] == "0.312"
     distance = column["balanced FD geoembed ↓"]
     assert cells["rsprune"][distance] == "**140.1**"

@@ -1,4 +1,4 @@
-"""Tiles of any length, their weights, the ground's noise, blending: exact, without seams, in bounded memory."""
+"""Tiles of any length, their weights, the ground's noise, blending: exact, without seams, with bounded memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = TileOptions(overlap=0.25, batch_size=8, seed=0)
 
 
 class Repeat:
-    """A restorer that repeats pixels, and adds what a function makes of the number of a tile and of its noise."""
+    """A restorer that repeats pixels, and adds a function of a tile's number and noise."""
 
     def __init__(self, side: int = 32, factor: int = 1, added: Callable[[int, np.ndarray], object] | None = None):
         self.side, self.factor, self.added = side, factor, added
@@ -59,7 +59,7 @@ def textured(height: int, width: int) -> np.ndarray:
     return 128 + 30 * noise / noise.std()
 
 
-# ---------------------------------------------------------------- where tiles lie
+# ---------------------------------------------------------------- positions of tiles
 
 
 @given(st.integers(1, 500), st.integers(1, 8), st.integers(0, 63), st.sampled_from([1, 2, 8]))
@@ -153,7 +153,7 @@ def test_strips_are_those_of_the_rows_of_tiles() -> None:
 
 
 def step_ratio(image: np.ndarray, grid: Grid) -> float:
-    """Mean absolute step across the borders of tiles, of rows and columns, relative to that at all other places."""
+    """Mean absolute step across the borders of tiles, rows and columns, relative to that at all other places."""
     at_borders, elsewhere = [], []
     for axis, starts in ((0, grid.rows), (1, grid.columns)):
         steps = np.abs(np.diff(image.astype(float), axis=axis)).mean(axis=(1 - axis, 2))
@@ -169,7 +169,7 @@ def offsets(number: int, noise: np.ndarray) -> object:
 
 
 def detail(number: int, noise: np.ndarray) -> object:
-    """Detail of the noise, another near a tile's ends as a decoder's padding makes it, and an offset of the tile."""
+    """Detail from the noise, different near a tile's ends as by a decoder's padding, and an offset per tile."""
     drawn = gaussian_filter(noise[:3].repeat(8, axis=1).repeat(8, axis=2), (0, 6, 6))
     return 20 * drawn.transpose(1, 2, 0) + offsets(number, noise)
 
@@ -182,12 +182,12 @@ def test_no_seam_is_visible(ground: Callable[[int, int], np.ndarray], added: Cal
     image = whole(upscaled(picture, Repeat(side=64, added=added), OPTIONS))
     assert step_ratio(image, grid) < 1.02
     seams = whole(upscaled(picture, Repeat(side=64, added=added), TileOptions(0.0, 8, 0)))
-    if ground is smooth:  # the measure sees seams where there are some
+    if ground is smooth:  # the measure detects seams if there are any
         assert step_ratio(seams, grid_of(picture, Repeat(side=64), 0.0)) > 1.5
 
 
 def test_overlapping_tiles_start_from_the_same_noise() -> None:
-    """So that what is drawn from the noise alone comes out as if there were one tile."""
+    """So the result of drawing from the noise alone equals that of a single tile."""
     ground = Picture(np.full((96, 96, 3), 128, np.uint8))
     added = lambda number, noise: 20 * noise[:3].repeat(8, axis=1).repeat(8, axis=2).transpose(1, 2, 0)  # noqa: E731
     image = whole(upscaled(ground, Repeat(added=added), OPTIONS))
@@ -208,7 +208,7 @@ def test_strips_come_with_their_neighbours(heights: list[int], rows: int) -> Non
 
 @pytest.mark.parametrize("context", [0, 3])
 def test_a_strip_is_made_to_agree_with_its_input(context: int) -> None:
-    """With area means as the operator and a correction that reads its neighbours, as if the image were whole."""
+    """With area means and a correction that reads its neighbours, the result equals that of the whole image."""
     picture = np.random.default_rng(0).integers(20, 230, (50, 33, 3), dtype=np.uint8)
 
     def means(images: np.ndarray) -> np.ndarray:
@@ -232,7 +232,7 @@ def test_a_strip_is_made_to_agree_with_its_input(context: int) -> None:
 
 
 def blended_strips(picture: np.ndarray) -> list[np.ndarray]:
-    """Strips as `upscaled` has them before they agree."""
+    """The strips in `upscaled` before the consistency step."""
     kept: list[np.ndarray] = []
     model = Repeat(factor=4, added=detail)
     list(upscaled(Picture(picture), model, OPTIONS, agree=lambda images, _: kept.append(images[0].copy()) or images))
@@ -245,7 +245,7 @@ def blended_strips(picture: np.ndarray) -> list[np.ndarray]:
 @pytest.mark.parametrize("height", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_ten_thousand_pixels_take_bounded_memory(height: int) -> None:
     class Ground:
-        """A pattern that is made when it is read."""
+        """A pattern that is generated when read."""
 
         width, place = 10_000, None
 
@@ -264,4 +264,4 @@ def test_ten_thousand_pixels_take_bounded_memory(height: int) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert top == height
-    assert peak < 50e6, f"{peak / 1e6:.0f} MB"  # of 300 MB as uint8 and 1,200 MB as floats
+    assert peak < 50e6, f"{peak / 1e6:.0f} MB"  # the whole image has 300 MB as uint8 and 1,200 MB as floats

@@ -1,4 +1,4 @@
-"""`corpus=torchgeo` without torchgeo: data sets of its kinds stand in for it."""
+"""`corpus=torchgeo` without torchgeo: replacements of its kinds of data sets."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SCENES = ("BeachSand", "Forest")
 
 
 class DatasetNotFoundError(FileNotFoundError):
-    """What torchgeo raises where the files are not there."""
+    """torchgeo's error for missing files."""
 
 
 class NonGeoDataset:
-    """Six random images of two classes in turn, a seed of their own for each split: integers as float32 [3, H, W]."""
+    """Six random images of alternating classes, one seed per split: integers as float32 [3, H, W]."""
 
     classes = SCENES
     first = 0
@@ -50,7 +50,7 @@ class NonGeoDataset:
 
 
 class Splits(NonGeoDataset):
-    """Three splits, as EuroSAT has them; others are refused by an assertion, as torchgeo does."""
+    """Three splits, as in EuroSAT; others are refused by an assertion, as in torchgeo."""
 
     splits = ("train", "val", "test")
 
@@ -61,7 +61,7 @@ class Splits(NonGeoDataset):
 
 
 class TwoSplits(Splits):
-    """No list of its splits, and no validation."""
+    """Has no list of its splits, and no validation split."""
 
     splits = None  # type: ignore[assignment]
 
@@ -72,7 +72,7 @@ class TwoSplits(Splits):
 
 
 class Validation(Splits):
-    """No list of its splits, one of which is called validation."""
+    """Has no list of its splits; one is called validation."""
 
     splits = None  # type: ignore[assignment]
 
@@ -84,7 +84,7 @@ class Validation(Splits):
 
 
 class Dev(NonGeoDataset):
-    """Lists its splits as some do."""
+    """Has a list of its splits, one of them called dev."""
 
     valid_splits = ("train", "dev", "test")
 
@@ -94,7 +94,7 @@ class Dev(NonGeoDataset):
 
 
 class Kinds(NonGeoDataset):
-    """What it calls splits are no splits."""
+    """The argument `split` selects something other than train, val and test."""
 
     splits = ("positive", "negative")
 
@@ -104,7 +104,7 @@ class Kinds(NonGeoDataset):
 
 
 class NoSplits(NonGeoDataset):
-    """One set, whose constructor knows no `split`."""
+    """A single set, whose constructor has no argument `split`."""
 
 
 class Files(NonGeoDataset):
@@ -124,7 +124,7 @@ class Files(NonGeoDataset):
 
 
 class Bands(NonGeoDataset):
-    """Thirteen bands of reflectances, NaN in a corner of them all; a row that cannot be read, and labels beside."""
+    """Thirteen bands of reflectances, NaN in a corner of all; an unreadable row, and separate labels."""
 
     targets = (0, 1, 0, 1, 0, 1)
 
@@ -135,20 +135,20 @@ class Bands(NonGeoDataset):
 
 
 class BareBands(Bands):
-    """Its labels come with the images alone, as from one HDF5 file."""
+    """The labels are only in the samples, as in a single HDF5 file."""
 
     targets = None  # type: ignore[assignment]
 
 
 class Sentinel(BareBands):
-    """Thirteen bands with names, in EuroSAT's order, of which the class says which are red, green and blue."""
+    """Thirteen named bands in EuroSAT's order; the class defines red, green and blue."""
 
     all_band_names = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A")
     rgb_bands = ("B04", "B03", "B02")
 
 
 class Loaded(Sentinel):
-    """It has loaded but some of the bands it knows, in an order of its own."""
+    """Has loaded only some of its bands, in its own order."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
@@ -160,7 +160,7 @@ class Loaded(Sentinel):
 
 
 class Named(BareBands):
-    """Thirteen bands with names, and no word on their colours."""
+    """Thirteen named bands without information on their colours."""
 
     band_names = Sentinel.all_band_names
 
@@ -173,7 +173,7 @@ class Radar(NonGeoDataset):
 
 
 class RasterDataset:
-    """A geo data set, which has places and no rows."""
+    """A geo data set, which has locations but no rows."""
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -260,7 +260,7 @@ def test_a_split_that_the_class_has_not_is_left_out(root: Path) -> None:
 
 
 def test_splits_go_by_other_names_too(root: Path) -> None:
-    """So2Sat says validation, and keeps no list; SustainBench says dev."""
+    """So2Sat uses the name validation and keeps no list; SustainBench uses dev."""
     for dataset, name in (("Validation", "validation"), ("Dev", "dev")):
         for split, expected in (("train", "train"), ("val", name), ("test", "test")):
             assert source(dataset, root, split=split).manifest()["id"].tolist() == ids_of(expected, 6)
@@ -326,7 +326,7 @@ def test_deep_bands_are_chosen_and_stretched(root: Path, tmp_path: Path) -> None
 
 
 def shown(row: int, bands: list[int]) -> np.ndarray:
-    """Bands of a made image, stretched between percentiles of all that can be read."""
+    """Bands of a generated image, stretched between percentiles of all readable images."""
     values = reflectances(row)[bands]
     pooled = np.stack([reflectances(number)[bands] for number in (0, 1, 2, 3, 5)])
     low, high = (np.nanpercentile(pooled, part, axis=(0, 2, 3))[:, None, None] for part in (2, 98))

@@ -1,4 +1,4 @@
-"""What a pretraining tells its trackers: W&B, which a recorder stands in for, and TensorBoard's event files."""
+"""Records of a pretraining in its trackers: W&B, replaced by a recorder, and TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPEED = {"loss", "learning_rate", "images_per_second", "model_flops_utilisation"
 
 
 class Run:
-    """A run that keeps what it gets."""
+    """A run that stores the logged values."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options, self.logged, self.artifacts = options, [], []
@@ -55,7 +55,7 @@ class Run:
         self.finished = True
 
     def values(self, name: str) -> dict[int | None, Any]:
-        """What was logged under a name, by step."""
+        """The values logged under a name, by step."""
         return {step: values[name] for values, step in self.logged if name in values}
 
 
@@ -68,7 +68,7 @@ class Artifact:
 
 
 def recorder(runs: list[Run]) -> ModuleType:
-    """A module `wandb` that keeps its runs in a list and sends nothing anywhere."""
+    """A module `wandb` that stores its runs in a list and sends nothing."""
     wandb = ModuleType("wandb")
 
     def init(**options: Any) -> Run:
@@ -129,7 +129,7 @@ def test_files_pictures_and_numbers_reach_wandb(runs: list[Run], tmp_path: Path)
 
 
 def test_event_files_do_without_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
     picture = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
     Image.fromarray(picture).save(tmp_path / "sheet.png")
     with track(config(tmp_path, "tracker=tensorboard"), "pretrain", "random-0.85") as tracker:
@@ -252,7 +252,7 @@ def test_event_files_on_a_full_disk_end_no_stage(
         monkeypatch.setattr(RecordWriter, "write", full)
         for step in range(200):
             tracker.log({"loss": 1.0}, step)
-            time.sleep(0.001)  # it writes in a thread
+            time.sleep(0.001)  # TensorBoard writes in a thread
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: TensorBoard failed ([Errno 28] No space left on device)")
 
@@ -294,12 +294,12 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of a server that is not there, accepts and never answers, or refuses with a status."""
+    """The address of a server that does not exist, accepts and never answers, or refuses with a status."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         if request.param == "silent":
-            listener.listen(100)  # the system accepts, and nobody reads
+            listener.listen(100)  # the system accepts connections, but nobody reads
             yield f"http://127.0.0.1:{port}"
             return
     if request.param == "absent":
@@ -374,7 +374,7 @@ def test_a_command_whose_wandb_raises_ends_well(tmp_path: Path, repository: Path
 
 @dataclass(frozen=True)
 class Told:
-    """A finished pretraining, its cached stages, and what W&B and TensorBoard got."""
+    """A finished pretraining, its cached stages, and the data that W&B and TensorBoard received."""
 
     directory: Path
     runs: Path

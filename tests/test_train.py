@@ -72,7 +72,7 @@ def test_the_eight_symmetries_are_different():
 
 
 def test_tokenizer_is_clips_own():
-    import open_clip  # seconds, and this test alone needs it
+    import open_clip  # takes seconds, and only this test needs it
 
     text = "A satellite image of dry steppe, naïve 3x — coast's edge"
     expected = [token for token in open_clip.get_tokenizer("ViT-B-32")(text)[0].tolist() if token]
@@ -85,7 +85,7 @@ def test_contrastive_loss_treats_equal_captions_as_positives():
     texts = eye[[0, 0, 2]]
     low = contrastive_loss(eye[[0, 0, 2]], texts, same, torch.tensor(50.0))
     high = contrastive_loss(eye[[2, 1, 0]], texts, same, torch.tensor(50.0))
-    assert low < 0.7 < high  # log 2 for the pair that shares its caption, weighted by two thirds, is the least
+    assert low < 0.7 < high  # the minimum: log 2 for the pair with the same caption, weighted by two thirds
 
 
 class Constant(nn.Module):
@@ -127,7 +127,7 @@ OPTIONS = LoopOptions(steps=12, batch_size=4, learning_rate=1e-2, warmup=2, ema_
 
 
 def fit(directory, stop_at: int | None = None, options: LoopOptions = OPTIONS) -> tuple[dict, list]:
-    """Train a small network on noise; `stop_at` raises inside that step's loss, as a kill would."""
+    """Train a small network on noise; `stop_at` raises inside that step's loss, like a kill."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
     calls, seen = [0], []
@@ -231,16 +231,16 @@ def test_learning_rate_rises_and_falls():
     assert rates[0] == pytest.approx(5e-3) and max(rates) == 1e-2 and rates[-1] < 3e-3
 
 
-# ---------------------------------------------------------------- taken up from a checkpoint of another training
+# ---------------------------------------------------------------- started from a checkpoint of another training
 
 
 def flat(**changes: object) -> LoopOptions:
-    """Options whose learning rate does not depend on the number of steps."""
+    """Options with a learning rate that does not depend on the number of steps."""
     return replace(OPTIONS, decay=0.0, **changes)
 
 
 def take_up(directory: Path, start: Path, options: LoopOptions, width: int = 5, **given: object) -> dict:
-    """As `fit`, from a checkpoint; also returns the steps' learning rates and the snapshots' steps."""
+    """Like `fit`, but from a checkpoint; also returns the steps' learning rates and the snapshots' steps."""
     torch.manual_seed(1)  # other weights than those of `fit`
     module = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 1))
     drawn, seen = [], []

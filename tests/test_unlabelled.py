@@ -1,4 +1,4 @@
-"""Corpora without labels: who needs a reference asks for one, and strata of the corpus take its place."""
+"""Corpora without labels: methods that need a reference ask for one, and strata of the corpus replace it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from train.foundation import pretrain
 
 METHODS = sorted(path.stem for path in (CONFIGS / "prune").glob("*.yaml"))
-#: What reads the reference, by its own account in docs/method.md.
+#: Methods that read the reference according to docs/method.md.
 SCENIC = ("moderate", "rsprune", "rsprune_dldc", "scene_random")
 
 
@@ -63,7 +63,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def notices_again() -> None:
-    """The line on stderr is said once in a process."""
+    """Reset the notices, which are printed once per process."""
     stages._tell_of_strata.cache_clear()
 
 
@@ -93,7 +93,7 @@ def test_strata_are_the_groups_of_the_corpus_and_no_image_is_left_out() -> None:
     pool, group = pool_of([120, 20, 12, 10], unreadable=2)
     embeddings, names = corpus_strata(pool, np.random.default_rng(0))
     scene, _ = assign_scenes(pool.embeddings, fit_prototypes(embeddings, names, 8, 0.01, seed=0))
-    assert (scene < len(names)).all()  # none is of an unknown scene
+    assert (scene < len(names)).all()  # no image has an unknown scene
     assert all(len(set(group[scene == stratum])) == 1 for stratum in set(scene.tolist()))  # pure
 
 
@@ -155,7 +155,7 @@ def test_rsprune_spreads_over_its_strata_and_names_them(flat: Path) -> None:
 
 
 def test_no_reference_is_indexed_where_none_is_used(flat: Path, tmp_path: Path) -> None:
-    """Whatever is named: a set that is not there, a hub that is not reached, an unlabelled folder."""
+    """For any named set: one that does not exist, an unreachable hub, an unlabelled folder."""
     for reference in (f"reference.root={tmp_path}/gone", f"reference.root={flat}"):
         for name in ("random", "kmeans_uniform"):
             directory, _ = select(config(flat, f"prune={name}", "reference=folder", reference), name)
@@ -187,7 +187,7 @@ def test_own_labels_are_the_reference_unless_none_is_requested(flat: Path, tmp_p
 
 
 def test_inputs_with_a_reference_are_what_they_were(tmp_path: Path) -> None:
-    """Blue Marble's default: its training tiles, by the same keys, so that finished selections stay valid."""
+    """Blue Marble's default, its training tiles, has unchanged keys, so that finished selections stay valid."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", [])
     assert dict(cfg.reference) == {"source": cfg.corpus.train, "per_scene": 60}
@@ -208,7 +208,7 @@ def test_a_model_is_pretrained_on_an_unlabelled_folder(tmp_path: Path) -> None:
     summary = read_json(pretrain(cfg, "rsprune") / "summary.json")
     metrics = summary["metrics"]
     assert {"balanced_kid_x1000_efficientnet_lite2", "natural_fd_efficientnet_lite0"} <= set(metrics)
-    assert not [name for name in metrics if re.search("clip|scene_accuracy", name)]  # there are no words to judge by
+    assert not [name for name in metrics if re.search("clip|scene_accuracy", name)]  # these metrics need captions
     assert summary["scenes"] == {"real": None, "generated": None}
 
 

@@ -57,12 +57,12 @@ class Repeat:
 
 @pytest.fixture(autouse=True)
 def notices_again() -> None:
-    """Lines that are said once in a process are said once in a test."""
+    """Reset the notices, which are printed once per process, for every test."""
     notice.cache_clear()
 
 
 def build(folder: Path) -> Path:
-    """A tiny random run of super-resolution of factor 2."""
+    """A tiny random super-resolution run of factor 2."""
     text_encoder, tokenizer = tiny_text_encoder()
     pipeline = StableDiffusionInstructPix2PixPipeline(
         vae=tiny_autoencoder(scaling_factor=1.0), text_encoder=text_encoder, tokenizer=tokenizer,
@@ -131,7 +131,7 @@ def twice(values: np.ndarray) -> np.ndarray:
 
 
 def geotiff(path: Path, values: np.ndarray, mask: np.ndarray | None = None, **profile: object) -> Path:
-    """Write [H, W, C] with a place on the ground."""
+    """Write [H, W, C] with a georeference."""
     height, width, count = values.shape
     where = {"crs": "EPSG:32633", "transform": TRANSFORM, **profile}
     shape = {"height": height, "width": width, "count": count, "dtype": values.dtype}
@@ -146,7 +146,7 @@ def geotiff(path: Path, values: np.ndarray, mask: np.ndarray | None = None, **pr
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray, rasterio.io.DatasetReader]:
-    """Colours, where all bands have data, and the closed raster."""
+    """Colours, the mask of pixels with data in all bands, and the closed raster."""
     with rasterio.open(path) as raster:
         return np.moveaxis(raster.read(), 0, -1), (raster.read_masks() > 0).all(axis=0), raster
 
@@ -171,7 +171,7 @@ def test_the_command_draws_what_the_pipeline_draws_tile_by_tile(run: Path, tmp_p
 
     options = Restoration(1, 1, 1, residual=False, consistency=0, kind="area", relative=False)
     pipeline = load_restorer(run, "run", steps=2, factor=4, options=options).pipeline
-    low = picture[:8, :8]  # of the first tile, whose upper left corner no other overlaps
+    low = picture[:8, :8]  # of the first tile; no other tile overlaps its upper left corner
     expected = pipeline(
         prompt="", image=Image.fromarray(enlarge(low[None], 2, "bicubic")[0]), num_inference_steps=2,
         guidance_scale=1.0, latents=torch.from_numpy(ground_noise(3, 0, 0, 2, 2, CHANNELS)[None]), output_type="np",
@@ -184,7 +184,7 @@ def test_the_command_draws_what_the_pipeline_draws_tile_by_tile(run: Path, tmp_p
 
 
 def test_the_whole_image_reduces_to_its_input(run: Path, tmp_path: Path) -> None:
-    """Over the borders of tiles too, where blending alone would not keep it."""
+    """Also across the borders of tiles, where blending alone would break it."""
     picture = pictures(1, size=40)[0][:, :34] // 2 + 64
     Image.fromarray(picture).save(tmp_path / "a.png")
     errors = []
@@ -197,7 +197,7 @@ def test_the_whole_image_reduces_to_its_input(run: Path, tmp_path: Path) -> None
 
 
 def test_a_geotiff_with_gaps_through_the_pipeline(run: Path, tmp_path: Path) -> None:
-    """What stands where there is no data changes nothing where there is."""
+    """The values of pixels without data have no effect on pixels with data."""
     valid = np.ones((45, 37), bool)
     valid[20:, :12] = valid[5, 30] = False
     drawn = []
@@ -212,7 +212,7 @@ def test_a_geotiff_with_gaps_through_the_pipeline(run: Path, tmp_path: Path) -> 
         assert (values[~with_data] == nothing).all()
         drawn.append(values)
     same = np.abs(drawn[0].astype(int) - drawn[1])[twice(valid)]
-    assert same.max() <= 1  # a level that stands for no data gives way
+    assert same.max() <= 1  # only a level equal to the no-data value is changed
 
 
 # ---------------------------------------------------------------- files
@@ -242,7 +242,7 @@ def test_a_folder_keeps_its_tree(run: Path, tmp_path: Path) -> None:
     Image.fromarray(colours(20, 8)).save(root / "a" / "y.jpg")
     geotiff(root / "a" / "b" / "z.TIF", colours(30, 11))
     (root / "notes.txt").write_text("no image")
-    (tmp_path / "out").mkdir()  # an empty one will do
+    (tmp_path / "out").mkdir()  # an empty folder is accepted
     upscale(root, tmp_path / "out", run)
     assert names(tmp_path / "out") == ["a/b/z.TIF", "a/y.jpg", "x.png"]
     assert Image.open(tmp_path / "out" / "x.png").size == (24, 18)
@@ -343,7 +343,7 @@ def test_deep_values_are_stretched_with_a_line(tmp_path: Path, capsys) -> None:
     data = values[10:70]
     low, high = np.percentile(data.reshape(-1, 3), (2, 98), axis=0)
     expected = np.clip((data - low) / (high - low) * 255, 1, 255)
-    assert np.abs(result[20:140:2, ::2] - expected).max() < 8  # of a sample's percentiles
+    assert np.abs(result[20:140:2, ::2] - expected).max() < 8  # stretched by percentiles of a sample
     assert "float32" in capsys.readouterr().err
 
 
@@ -396,7 +396,7 @@ def read_points(path: Path) -> tuple[list, object]:
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files and folders that the command refuses, and what it says of them."""
+    """Files and folders that the command refuses, and its messages."""
     (folder / "empty").mkdir()
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("no image")

@@ -1,4 +1,4 @@
-"""The verdict: differences and intervals recomputed from the rows, and the words that follow from them."""
+"""The verdict: differences and intervals recomputed from the rows, and the resulting words."""
 
 from __future__ import annotations
 

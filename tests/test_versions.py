@@ -1,4 +1,4 @@
-"""A stage knows its code's version; its directory says by which commit, packages and config it was built."""
+"""A stage stores its code's version; its directory records the commit, packages and config of the build."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ CODE = '"""Doc."""\n\ndef f(x: int) -> int:\n    """Doc."""\n    return x + 1\n'
 
 
 def raised(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """As after a change of a stage's code that changes its results."""
+    """Simulates a change of a stage's code that changes its results."""
     old = STAGES[name]
     monkeypatch.setitem(STAGES, name, Stage(old.version + 1, old.modules, old.after))
 
 
-# ---------------------------------------------------------------- the version and the code it speaks for
+# ---------------------------------------------------------------- versions and code
 
 
 def test_every_stage_s_code_is_the_one_of_its_version() -> None:
@@ -130,7 +130,7 @@ def test_what_an_older_version_indexed_or_scanned_is_not_taken_over(
     assert list(indexes_of(plain(source()), runs)) == []
 
 
-# ---------------------------------------------------------------- what a stage says about its making
+# ---------------------------------------------------------------- provenance of a stage
 
 
 def test_a_stage_says_what_it_was_built_with(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_the_commit_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not commit(tmp_path).endswith("-dirty"), "asked once a process"
     commit.cache_clear()
     assert commit(tmp_path).endswith("-dirty")
-    assert commit(tmp_path / "inside") == "unknown"  # whatever a repository around it has
+    assert commit(tmp_path / "inside") == "unknown"  # independent of a repository that contains it
     monkeypatch.setenv("PATH", "")
     commit.cache_clear()
     assert commit(tmp_path) == "unknown"

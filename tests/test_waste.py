@@ -1,4 +1,4 @@
-"""Near-duplicates and low information: against ImageHash, brute force, known images and real tiles."""
+"""Near-duplicates and low information: compared with ImageHash, brute force, known images and real tiles."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(count: int, seed: int = 0, size: int = SIZE) -> np.ndarray:
 
 
 def picture(height: int, width: int, kind: int) -> np.ndarray:
-    """An image of integer arithmetic alone."""
+    """An image from integer arithmetic only."""
     y, x = np.mgrid[:height, :width]
     red, green = x * y // (7 + kind) + kind * x, x * x // 16 + y * (3 + kind)
     return (np.stack([red, green, y * y // (5 + kind) + x], axis=-1) % 256).astype(np.uint8)
@@ -158,7 +158,7 @@ def test_flat_tiles_say_little_and_busy_ones_do_not() -> None:
 
 @pytest.mark.parametrize("flat", [0, 30, 70, 100])
 def test_a_corpus_of_equal_tiles_still_has_a_lowest_fifth(flat: int) -> None:
-    """A threshold alone counts none of the tiles that lie at it, or all."""
+    """A threshold alone would count none or all of the tiles with exactly that value."""
     corpus = np.concatenate([np.full((flat, SIZE, SIZE, 3), 9, np.uint8), noise(100 - flat)])
     assert low_information_fraction(corpus, corpus) == pytest.approx(0.2)
     assert low_information_fraction(corpus[:flat], corpus) == pytest.approx(min(1, 20 / flat) if flat else 0)

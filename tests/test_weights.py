@@ -1,4 +1,4 @@
-"""How many images of the corpus a kept image stands for, and what training and distances make of it."""
+"""Number of corpus images that a kept image represents, and its use in training and distances."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.objective import Objective
 
 
 def clustered(count: int = 600, dimensions: int = 96, kinds: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings float16 of kinds whose sizes fall by a power law, and the kinds."""
+    """Embeddings float16 of kinds with sizes that follow a power law, and the kinds."""
     generator = np.random.default_rng(4)
     sizes = np.arange(1, kinds + 1) ** -1.0
     kind = generator.choice(kinds, count, p=sizes / sizes.sum())
@@ -51,7 +51,7 @@ def test_weights_count_the_images_that_are_nearest() -> None:
 
 @pytest.mark.parametrize("many", [10**9, 0])
 def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
-    """One of lists, and one whose lists are in an inverted file themselves."""
+    """With one level of lists, and with lists that are themselves in an inverted file."""
     monkeypatch.setattr(weights, "MANY_KEPT", many)
     monkeypatch.setattr(weights, "LIST_IMAGES", 12)
     embeddings, kind = clustered(4000)
@@ -70,7 +70,7 @@ def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("many", [10**9, 0])
 def test_lists_without_images_hide_nobody(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
-    """Every list but one is empty where all kept images are alike."""
+    """If all kept images are equal, all lists except one are empty."""
     monkeypatch.setattr(weights, "MANY_KEPT", many)
     monkeypatch.setattr(weights, "LIST_IMAGES", 5)
     embeddings = np.random.default_rng(1).standard_normal((200, 8)).astype(np.float32)
@@ -127,7 +127,7 @@ def test_the_weighted_distance_is_the_mean_over_pairs_of_different_images() -> N
 
 
 def test_weights_undo_an_uneven_draw() -> None:
-    """A subset with as many of the rare kind as of the common one, weighted, is the corpus again."""
+    """A weighted subset with as many rare as common images has the distribution of the corpus."""
     generator = np.random.default_rng(3)
     draw = lambda common, rare: np.concatenate(  # noqa: E731
         [generator.standard_normal((common, 6)), generator.standard_normal((rare, 6)) + 2]
@@ -150,7 +150,7 @@ def test_shares_go_from_uniform_to_natural() -> None:
 
 
 def test_training_draws_as_often_as_the_shares_say() -> None:
-    """The latents of image i are all i, so that a batch says which images it holds."""
+    """The latents of image i are all i, so a batch shows which images it contains."""
     latents = np.broadcast_to(np.arange(4, dtype=np.float32)[:, None, None, None], (1, 4, 1, 2, 2))
     captions = Captions.of(pd.DataFrame({"caption": [""] * 4}))
     texts = np.zeros((len(captions.texts), 2, 3), np.float32)

@@ -1,4 +1,4 @@
-"""Two processes begin and are interrupted, one goes on from their checkpoint: the curve is that of one alone."""
+"""Two processes start and are interrupted, one continues from their checkpoint: the curve is that of one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny_loop import OPTIONS, fit
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-STOP_AT = 9  # the step that both processes do not end; the checkpoint before it is that of step 6
+STOP_AT = 9  # the step that neither process finishes; the preceding checkpoint is that of step 6
 BEGINNING = f"""
 import sys
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_one_process_goes_on_where_two_were_interrupted(tmp_path: Path) -> None:
 
     later = fit(tmp_path / "begun")
     result = losses(tmp_path / "begun", OPTIONS.steps)
-    assert result[:6] == first  # taken over, not computed again
+    assert result[:6] == first  # reused, not computed again
     np.testing.assert_allclose(result, expected, rtol=1e-4)
     for key, value in whole.items():
         np.testing.assert_allclose(later[key], value, rtol=1e-3, atol=1e-5)

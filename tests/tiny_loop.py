@@ -1,4 +1,4 @@
-"""A training of a few weights, alone or as the script of a launch: `tiny_loop.py DIRECTORY MICRO_BATCH`."""
+"""A training of a few weights, in one process or as the script of a launch: `tiny_loop.py DIRECTORY MICRO_BATCH`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS = LoopOptions(steps=12, batch_size=8, learning_rate=1e-2, warmup=2, ema_
 def fit(
     directory: Path, options: LoopOptions = OPTIONS, dropout: float = 0.0, on_snapshot: OnSnapshot | None = None
 ) -> dict[str, torch.Tensor]:
-    """Train two small networks, one with a frozen layer; the first one's weights."""
+    """Train two small networks, one with a frozen layer; returns the first one's weights."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 1))
     shift = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 1))
@@ -56,7 +56,7 @@ if __name__ == "__main__":
         snapshots.append([step, loss, modules["net"][0].weight.tolist()])
 
     state = fit(folder, replace(OPTIONS, micro_batch=int(sys.argv[2])), on_snapshot=on_snapshot)
-    seen = gather_object([snapshots])  # of all processes
+    seen = gather_object([snapshots])  # from all processes
     if PartialState().is_main_process:
         losses = json.loads((folder / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
         message = {"processes": PartialState().num_processes, "kind": PartialState().distributed_type.value}

@@ -1,4 +1,4 @@
-"""Random networks of a few thousand weights, of the classes that the real ones have, for images of 16 px."""
+"""Random networks of a few thousand weights, of the same classes as the real ones, for images of 16 px."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNET = {
 
 
 def tiny_autoencoder(scaling_factor: float = 8.0) -> AutoencoderTiny:
-    """A random autoencoder, f8, whose latents vary about as much as a trained one's: 1 / scaling_factor."""
+    """A random autoencoder, f8; its latents vary about as much as a trained one's: 1 / scaling_factor."""
     torch.manual_seed(1)
     autoencoder = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4,

@@ -1,4 +1,4 @@
-"""A whole pretraining in seconds: a folder of small images and random networks, given to the real config."""
+"""A complete pretraining in seconds: a folder of small images and random networks, used in the real config."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_images(root: Path, count: int = 12) -> Path:
 
 
 def tiny_overrides(folder: Path) -> list[str]:
-    """What makes `train/pretrain.py` small, but for `NETWORK`; images and frozen networks are written to `folder`."""
+    """Overrides that make `train/pretrain.py` small, except `NETWORK`; images and frozen networks go to `folder`."""
     write_images(folder / "images")
     tiny_autoencoder().save_pretrained(folder / "autoencoder")
     small_clip(SIZE, width=32, layers=1, patch=8, max_length=8, seed=0).save_pretrained(folder / "clip")

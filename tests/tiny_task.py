@@ -1,4 +1,4 @@
-"""Downstream tasks in seconds: a folder of small images with masks, random networks, given to the real config."""
+"""Downstream tasks in seconds: a folder of small images with masks and random networks, used in the real config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_masks(images: Path, masks: Path) -> None:
 
 
 def task_config(folder: Path, *overrides: str) -> DictConfig:
-    """What makes a downstream task small; images, masks and frozen networks are written to `folder`."""
+    """A config that makes a downstream task small; writes images, masks and frozen networks to `folder`."""
     if not (folder / "images").exists():
         write_masks(write_images(folder / "images"), folder / "masks")
         tiny_autoencoder().save_pretrained(folder / "autoencoder")
@@ -51,7 +51,7 @@ def task_config(folder: Path, *overrides: str) -> DictConfig:
     ]  # fmt: skip
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", [*options, *overrides])
-    with open_dict(cfg):  # where the defaults name no encoder of the evaluation, or a corpus has no split val
+    with open_dict(cfg):  # the defaults may name no evaluation encoder, and a corpus may have no split val
         cfg.setdefault("evaluation_encoder", cfg.encoder)
         cfg.corpus.setdefault("val", cfg.corpus.test)
     return cfg

@@ -1,1 +1,1 @@
-"""Subset to foundation model: autoencoder, text encoder, latent diffusion."""
+"""Training of foundation models on a subset: autoencoder, text encoder, latent diffusion."""

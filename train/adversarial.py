@@ -1,4 +1,4 @@
-"""A critic of textures: what makes a decoder draw detail that its latents do not determine instead of its mean."""
+"""An adversarial critic of textures, so that a decoder draws detail that the latents do not determine, not its mean."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-#: Standard deviation of the noise by which the critic's smoothness is measured; images are in [-1, 1].
+#: Standard deviation of the noise for measuring the critic's smoothness; images are in [-1, 1].
 PROBE = 0.05
-#: Weight of that smoothness.
+#: Weight of the smoothness penalty.
 SMOOTHNESS = 2.0
-#: Sides of the windows between whose means lie the two bands of detail, and their gains.
+#: The two bands of detail: each is the difference of the means over two windows (side, side), times a gain.
 BANDS = ((1, 3, 10.0), (3, 9, 5.0))
 
 
 class Bands(nn.Module):
-    """Images float [B, 3, H, W] with two bands of their detail beside them: [B, 9, H, W].
+    """Append two bands of detail to images: float [B, 3, H, W] to [B, 9, H, W].
 
-    The texture of ground has a few grey levels, and a critic of plain pixels takes thousands of steps to notice it.
+    The texture of ground spans a few grey levels. A critic of plain pixels needs thousands of steps to notice it.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -26,13 +26,13 @@ class Bands(nn.Module):
 
 
 def _mean(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Every pixel the mean of the window around it, the image mirrored at its edges."""
+    """Replace every pixel by the mean of the window around it; the image is mirrored at its edges."""
     half = side // 2
     return functional.avg_pool2d(functional.pad(images, (half,) * 4, mode="reflect"), side, stride=1)
 
 
 class Critic(nn.Sequential):
-    """A patch discriminator (Isola et al. 2017, section 3.2.2): float [B, 3, H, W] to a logit for every patch."""
+    """A patch discriminator (Isola et al. 2017, section 3.2.2): float [B, 3, H, W] to one logit per patch."""
 
     def __init__(self, width: int = 48, levels: int = 3) -> None:
         layers: list[nn.Module] = [Bands(), nn.Conv2d(9, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -47,13 +47,14 @@ class Critic(nn.Sequential):
 
 
 def adversarial_losses(critic: nn.Module, real: torch.Tensor, made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decoder's loss and the critic's, each with no gradient for the other.
+    """The losses of the decoder and of the critic; neither has a gradient for the other network.
 
-    The non-saturating logistic losses (Goodfellow et al. 2014, section 3). The critic's has a penalty of its change
-    under small noise, a finite difference in place of R1's gradient (Lin et al. 2025, arXiv 2501.08316, section 3.4).
+    Non-saturating logistic losses (Goodfellow et al. 2014, section 3). The critic's loss includes a penalty on its
+    change under small noise, a finite-difference replacement of R1's gradient (Lin et al. 2025, arXiv 2501.08316,
+    section 3.4).
 
     Args:
-        real, made: float [B, 3, H, W] in [-1, 1]; `made` with the decoder's gradient.
+        real, made: float [B, 3, H, W] in [-1, 1]; `made` carries the decoder's gradient.
     """
     frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
     of_decoder = functional.softplus(-functional_call(critic, frozen, (made,)).float()).mean()

@@ -1,4 +1,4 @@
-"""The frozen autoencoder: an AutoencoderTiny that starts as PCA of 8 x 8 patches and is trained from there."""
+"""Training of the frozen autoencoder: an AutoencoderTiny, initialised as PCA of 8 x 8 patches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from train.latents import (
 from train.loop import Batch, LoopOptions, Modules, train_loop
 from train.shipped import forget_origin
 
-#: Training images by which the scales of latent channels are found.
+#: Number of training images that determine the scales of the latent channels.
 SCALE_IMAGES = 2000
 
 
@@ -48,9 +48,9 @@ SCALE_IMAGES = 2000
 def start_from_pca(autoencoder: AutoencoderTiny, pca: PatchPCA) -> None:
     """Set the encoder to compute `pca.encode(x) / scaling_factor` exactly; spare channels stay random.
 
-    Strided 3 x 3 convolutions gather 2 x 2 pixels each, twice; the third computes +v and -v of every component, whose
-    ReLUs the last convolution subtracts. Pixels enter as [0, 1], so no ReLU cuts on the way.
-    Needs four encoder stages, a last one with a block, and a width of at least max(48, 2 C).
+    Two strided 3 x 3 convolutions gather 2 x 2 pixels each. The third computes +v and -v of every component, and the
+    last convolution subtracts their ReLUs. Pixels enter as [0, 1], so no ReLU clips them before. Requires four encoder
+    stages, a block in the last one, and a width of at least max(48, 2 C).
     """
     layers = list(autoencoder.encoder.layers)
     components = pca.basis.shape[1]
@@ -93,16 +93,17 @@ def start_from_pca(autoencoder: AutoencoderTiny, pca: PatchPCA) -> None:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the autoencoder's training.
+    """One phase of the autoencoder's training.
 
     Args:
-        trains: "decoder" (the encoder stays what it is) or "both".
-        perceptual_weight: of the relative feature distance beside the pixel loss.
-        perceptual_fraction: fraction of each batch on which the perceptual loss, the dearer one, is computed.
-        loop: how long and how fast.
-        adversarial_weight: of the critic's judgement of textures (`train.adversarial`); 0: there is no critic.
-        latent_noise: the decoder's latents get noise whose standard deviation is drawn, for every image, from 0 to
-            this; in latents as the diffusion model sees them.
+        trains: "decoder" (the encoder is frozen) or "both".
+        perceptual_weight: weight of the relative feature distance, which is added to the pixel loss.
+        perceptual_fraction: fraction of each batch on which the perceptual loss is computed, because it is more
+            expensive.
+        loop: options of the training loop.
+        adversarial_weight: weight of the critic's loss on textures (`train.adversarial`); 0: there is no critic.
+        latent_noise: noise on the decoder's latents; its standard deviation is drawn for every image from 0 to this
+            value, in units of the latents that the diffusion model sees.
     """
 
     trains: str
@@ -126,11 +127,11 @@ def train_phases(
 ) -> AutoencoderTiny:
     """Train phase by phase on scene-balanced tiles of the training split.
 
-    The pixel loss is squared plus a tenth of absolute error; the perceptual loss is the relative L1 distance of feature
-    maps. Every phase goes on from the averaged weights of the one before.
+    The pixel loss is the squared error plus a tenth of the absolute error; the perceptual loss is the relative L1
+    distance of feature maps. Every phase starts from the averaged weights of the preceding phase.
 
     Args:
-        directory: takes `phase_<index>/` with checkpoints, from which an interrupted training goes on.
+        directory: folder for `phase_<index>/` with checkpoints, from which an interrupted training continues.
     """
     weights = scene_balanced_weights(corpus)
     autoencoder = autoencoder.to(accelerator.device, memory_format=torch.channels_last)
@@ -170,7 +171,7 @@ def _phase_loss(
     modules: Modules,
     batch: Batch,
 ) -> torch.Tensor:
-    """The loss of a phase on a batch of images: of pixels, features and textures."""
+    """The loss of a phase on a batch of images: the sum of the pixel, feature and texture losses."""
     images = batch[0].contiguous(memory_format=torch.channels_last)
     with accelerator.autocast(), torch.set_grad_enabled("encoder" in modules):
         latents = modules.get("encoder", autoencoder.encoder)(images)
@@ -207,7 +208,7 @@ def phases_of(configs: Sequence[DictConfig], seed: int) -> list[Phase]:
 
 
 def build_autoencoder(cfg: DictConfig, corpus: Corpus, directory: Path) -> AutoencoderTiny:
-    """Follow the recipe: from PCA or `start`, the phases, the scales of the channels, the decoder's own phases."""
+    """Train by the recipe: from PCA or `start`, run the phases, scale the channels, run the decoder's own phases."""
     recipe, seed = cfg.autoencoder.recipe, int(cfg.seed)
     set_seed(seed)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
@@ -238,7 +239,7 @@ def build_autoencoder(cfg: DictConfig, corpus: Corpus, directory: Path) -> Autoe
 
 
 def main(cfg: DictConfig) -> None:
-    """`make autoencoder`: train by the recipe, check against PCA on the training split, write weights and card."""
+    """`make autoencoder`: train by the recipe, compare with PCA on the training split, write weights and model card."""
     if process_count() > 1:
         raise UserError("train/autoencoder.py is one process: start it without `accelerate launch`")
     recipe = cfg.autoencoder.recipe
@@ -259,7 +260,7 @@ def main(cfg: DictConfig) -> None:
     ours, pca = figures["autoencoder"], figures["pca"]
     distance = Quantity("fd", encoders_of(cfg)[0].name).name
     textured = any(phase.get("adversarial_weight") for phase in [*recipe.phases, *recipe.decoder_phases])
-    # a critic pays for texture with pixels
+    # training with a critic improves texture at the expense of pixel error
     if ours[distance] >= pca[distance] or (ours["psnr"] <= pca["psnr"] and not textured):
         raise UserError(
             f"the autoencoder in {directory} does not beat PCA of its latent size in "
@@ -274,14 +275,14 @@ def main(cfg: DictConfig) -> None:
 
 
 def some_images(corpus: Corpus, seed: int) -> torch.Tensor:
-    """Random readable images of a corpus as float32 [at most `SCALE_IMAGES`, 3, R, R] in [-1, 1]."""
+    """Random readable images of a corpus, float32 [N, 3, R, R] in [-1, 1] with N <= `SCALE_IMAGES`."""
     rows = np.random.default_rng([seed, 6]).permutation(np.flatnonzero(corpus.readable))[:SCALE_IMAGES]
     return to_tensor(corpus.images[np.sort(rows)])
 
 
 @torch.inference_mode()
 def measure(cfg: DictConfig, autoencoder: AutoencoderTiny, corpus: Corpus) -> dict[str, dict[str, float]]:
-    """Reconstructions of the balanced held-out set by the autoencoder and by PCA of its latent size."""
+    """Metrics of reconstructions of the balanced held-out set, by the autoencoder and by PCA of its latent size."""
     encoders = encoders_of(cfg)
     held = evaluation_sets(cfg)["balanced"]
     pca = fit_pca(corpus, autoencoder.config.latent_channels, cfg.seed)
@@ -299,7 +300,7 @@ def measure(cfg: DictConfig, autoencoder: AutoencoderTiny, corpus: Corpus) -> di
 
 
 def _card(cfg: DictConfig, figures: dict[str, dict[str, float]], scaling_factor: float) -> str:
-    """The model card, with the figures just measured."""
+    """The model card, with the figures of this run."""
     recipe = cfg.autoencoder.recipe
     judge = encoders_of(cfg)[0].name
     keys = ("psnr", Quantity("fd", judge).name, Quantity("kid_x1000", judge).name)

@@ -1,4 +1,4 @@
-"""Which caption an image is trained with."""
+"""Choice of the caption with which an image is trained."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions of some images.
+    """The captions of K images.
 
     Attributes:
-        texts: the distinct ones, and last the empty one, for classifier-free guidance.
-        codes: int64 [M], image after image the positions of its captions in `texts`.
-        starts: int64 [K + 1]; image i has codes[starts[i] : starts[i + 1]], one at least.
+        texts: the distinct texts; the last one is the empty text, for classifier-free guidance.
+        codes: int64 [M], positions in `texts` of all captions, grouped by image.
+        starts: int64 [K + 1]; image i has the captions codes[starts[i] : starts[i + 1]], at least one.
     """
 
     texts: list[str]
@@ -25,7 +25,7 @@ class Captions:
 
     @classmethod
     def of(cls, manifest: pd.DataFrame) -> Captions:
-        """All captions of a manifest's rows: `captions` where a row has several, else `caption`."""
+        """All captions of a manifest's rows: `captions` if a row has several, else `caption`."""
         first = manifest["caption"].to_numpy(dtype=str)
         lists = manifest["captions"].tolist() if "captions" in manifest else [None] * len(manifest)
         several = [
@@ -42,7 +42,7 @@ class Captions:
         return len(self.texts) - 1
 
     def pick(self, images: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """The position of one caption of each image int64 [B], every caption of an image with the same chance."""
+        """Pick one caption of each image int64 [B] with equal chance; returns positions in `texts`."""
         counts = np.diff(self.starts)
         if counts.max(initial=1) == 1:
             return self.codes[self.starts[images]]

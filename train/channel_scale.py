@@ -1,4 +1,4 @@
-"""Scales of an autoencoder's latent channels, folded into its own convolutions: a pipeline needs no code for them."""
+"""Scaling of an autoencoder's latent channels, folded into its convolutions, so that pipelines need no extra code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def channel_deviations(autoencoder: AutoencoderTiny, images: torch.Tensor) -> to
 
 
 def channel_gains(deviations: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Gains (std / largest std)^-exponent, float64 [C]: the loudest channel stays as it is, quiet ones are raised.
+    """Gains (std / largest std)^-exponent, float64 [C]: the channel of the largest std is unchanged, others are
+    amplified.
 
-    At one time all channels get the same noise, so a loud one is distinguished from it at late times and a quiet one at
-    early times; an exponent between 0 (as they are) and 1 (all of one deviation) brings them nearer together
-    (docs/method.md, section 4).
+    At a given time all channels get the same noise. So a channel with a large deviation becomes distinguishable from
+    noise at late times, and one with a small deviation at early times. An exponent between 0 (no change) and 1 (equal
+    deviations) reduces the difference (docs/method.md, section 4).
     """
     relative = (deviations / deviations.max()).clamp_min(1e-6)
     return relative**-exponent
@@ -34,10 +35,12 @@ def channel_gains(deviations: torch.Tensor, exponent: float) -> torch.Tensor:
 
 @torch.no_grad()
 def scale_channels(autoencoder: AutoencoderTiny, deviations: torch.Tensor, exponent: float) -> None:
-    """Give every latent channel its gain, and all together the variance 1 by `scaling_factor`.
+    """Multiply every latent channel by its gain, and set `scaling_factor` so that all channels together have variance
+    1.
 
-    The encoder's last convolution takes the gains, the decoder's first one their inverses. Between them the decoder
-    bends values by 3 tanh(x / 3); with the loudest channel as it was, it bends no value much more than before.
+    The gains go into the encoder's last convolution, their inverses into the decoder's first one. Between them the
+    decoder limits values by 3 tanh(x / 3). The channel of the largest deviation is unchanged, so values are limited
+    hardly more than before.
 
     Args:
         deviations: of every channel, float64 [C] (`channel_deviations`).

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: tensors in safetensors files, metadata in JSON, and never half of one."""
+"""Checkpoints of a training, written atomically: tensors in safetensors files, metadata in JSON."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ STATE = "state.json"
 
 
 class Checkpoints:
-    """The checkpoints `folder/<step>/` of one training. A folder that carries such a name is whole.
+    """The checkpoints `folder/<step>/` of one training. A folder with such a name is complete.
 
     Args:
         folder: need not exist.
-        keep: the newest ones that stay when another is saved.
-        start: a checkpoint of another training, which is read while this one has none of its own.
+        keep: number of newest checkpoints that are kept when another is saved.
+        start: a checkpoint of another training, used as long as this training has none of its own.
     """
 
     def __init__(self, folder: Path, keep: int = 1, start: Path | None = None) -> None:
         self._folder, self._keep, self.start = folder, keep, start
 
     def latest(self) -> Path | None:
-        """The newest, else the one of another training that this one starts from."""
+        """The newest checkpoint of this training, else `start`."""
         return self.newest() or self.start
 
     def newest(self) -> Path | None:
-        """The last whole one, if there is any."""
+        """The newest complete checkpoint of this training, or None."""
         return max(self._whole(), default=None)
 
     def save(self, step: int, files: Mapping[str, Tensors], metadata: Mapping[str, Any]) -> None:
-        """Write a checkpoint beside and rename it into place, then remove all but the newest.
+        """Write a checkpoint under a temporary name, rename it when complete, and remove all but the newest ones.
 
         Args:
-            step: a one-based step, the name of the checkpoint.
-            files: tensors on any device, by the names of their files.
-            metadata: what JSON holds.
+            step: one-based step, the name of the checkpoint.
+            files: for each file name, tensors on any device.
+            metadata: JSON-ready values.
         """
         final = self._folder / f"{step:08d}"
         beside = final.with_suffix(".partial")
@@ -58,16 +58,16 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """A file of the latest checkpoint, on the CPU."""
+        """The tensors of a file of the latest checkpoint, on the CPU."""
         return load_file(_file(self.latest(), name))
 
     def names(self) -> set[str]:
-        """Names of the files with tensors of the latest checkpoint."""
+        """Names of the tensor files of the latest checkpoint."""
         latest = self.latest()
         return set() if latest is None else {path.stem for path in latest.glob("*.safetensors")}
 
     def metadata(self) -> dict[str, Any]:
-        """What was saved beside the tensors of the latest checkpoint; empty if there is none."""
+        """The metadata of the latest checkpoint; empty if there is none."""
         latest = self.latest()
         return {} if latest is None else read_json(latest / STATE)
 

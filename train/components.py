@@ -1,4 +1,4 @@
-"""The frozen parts of a foundation model, from this repository, a folder or the hub."""
+"""The frozen parts of a foundation model, loaded from this repository, a folder or the hub."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class TextParts:
-    """Text encoder and tokenizer, and the CLIP model they belong to as a judge (None where there is no image half).
+    """Text encoder and tokenizer, and the CLIP model to which they belong, for evaluation (None without an image
+    encoder).
 
-    `place` says where that CLIP model lies, for `eval.measuring_any.SCORER`.
+    `place` is the location of the CLIP model, for `eval.measuring_any.SCORER`.
     """
 
     text_encoder: CLIPTextModel
@@ -47,25 +48,26 @@ class TextParts:
 
 
 def make_accelerator(cfg: DictConfig) -> Accelerator:
-    """Accelerate decides device, precision and processes; the seed also fixes what libraries draw globally.
+    """Create the Accelerator, which decides device, precision and processes; also seed the libraries' global
+    generators.
 
     Raises:
-        UserError: the launch or the precision asks for what cannot be had here.
+        UserError: this machine does not support the launch or the precision.
     """
     check_launch()
     set_seed(int(cfg.seed))
     precision, plugin = str(cfg.train.mixed_precision), requested_plugin()
     if plugin and precision == "fp16":
         raise UserError(f"{plugin} does not go with train.mixed_precision=fp16: give bf16 or no")
-    # the others wait at a barrier while the first process evaluates: longer than the usual ten minutes
+    # the others wait at a barrier while the first process evaluates, longer than the default of ten minutes
     options = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(days=1))], "mixed_precision": precision}
-    if plugin == "FSDP":  # weights stay in float32, and autocast chooses for each operation, as without shards
+    if plugin == "FSDP":  # weights stay in float32 and autocast sets each operation's type, as without shards
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
     if plugin == "DeepSpeed":
         options["mixed_precision"] = "no"
     try:
         accelerator = Accelerator(**options)
-        if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:  # it would train in full precision
+        if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:  # or it would train in full precision
             raise ValueError("no gradient scaler on this device")
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
@@ -76,7 +78,7 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
 
 
 def _settle_deepspeed(plugin: DeepSpeedPlugin, precision: str) -> None:
-    """Refuse what the loop does not support (UserError), and let DeepSpeed autocast as PyTorch does elsewhere."""
+    """Refuse unsupported options (UserError), and let DeepSpeed use PyTorch's autocast as in other launches."""
     config = plugin.deepspeed_config
     if plugin.zero_stage not in (1, 2):
         raise UserError(
@@ -88,13 +90,16 @@ def _settle_deepspeed(plugin: DeepSpeedPlugin, precision: str) -> None:
             "DeepSpeed's config sets gradient_accumulation_steps: leave it out, and give train.loop.micro_batch"
         )
     config["torch_autocast"] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
-    # by default 5e8 elements, more memory than sharing the moments of a network of this size saves
+    # the default of 5e8 elements takes more memory than sharding the moments of a network of this size saves
     buckets = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
     config["zero_optimization"] = {**buckets, **config["zero_optimization"]}
 
 
 def first_process_decides(cfg: DictConfig) -> Callable[[bool], bool]:
-    """What a stage that trains over all processes of a launch asks before it begins: the first one's answer."""
+    """The argument `together` of `runtime.artefacts.stage`, for stages that train over all processes of a launch.
+
+    The returned function gives every process the answer of the first one.
+    """
 
     def answer(own: bool) -> bool:
         accelerator = make_accelerator(cfg)
@@ -105,13 +110,13 @@ def first_process_decides(cfg: DictConfig) -> Callable[[bool], bool]:
 
 
 def precision(cfg: DictConfig) -> dict[str, str]:
-    """The precision as an input of a stage that trains, where it is not the full one."""
+    """The precision as an input of a training stage's fingerprint; empty for full precision."""
     chosen = str(cfg.train.mixed_precision)
     return {} if chosen == "no" else {"mixed_precision": chosen}
 
 
 def resolve(path: str) -> str:
-    """A path as given, or relative to the repository; a hub name stays one."""
+    """A path as given, or relative to the repository; hub names are returned unchanged."""
     for candidate in (Path(path), REPOSITORY / path):
         if candidate.exists():
             return str(candidate)
@@ -119,16 +124,16 @@ def resolve(path: str) -> str:
 
 
 def _pinned(group: str, cfg: DictConfig) -> str:
-    """For the line about a network of the hub that cannot be loaded: another one has other commits."""
+    """Part of the message about a hub network that cannot be loaded: its pinned revision, if there is one."""
     revision = cfg[group].get("revision")
     return f" ({group}.revision={revision}; another network needs one of its own, or null)" if revision else ""
 
 
 def load_autoencoder(cfg: DictConfig) -> tuple[nn.Module, str]:
-    """The frozen autoencoder of `autoencoder.path` (a folder or a hub name) and its fingerprint.
+    """Load the frozen autoencoder of `autoencoder.path` (a folder or a hub name); returns it and its fingerprint.
 
     Raises:
-        UserError: it is not there.
+        UserError: it cannot be found.
     """
     path, revision = resolve(cfg.autoencoder.path), cfg.autoencoder.get("revision")
     loader, subfolder = getattr(diffusers, cfg.autoencoder.class_name), cfg.autoencoder.get("subfolder")
@@ -148,10 +153,10 @@ def load_autoencoder(cfg: DictConfig) -> tuple[nn.Module, str]:
 
 
 def load_text_parts(cfg: DictConfig, corpus: Corpus) -> TextParts:
-    """The text encoder: trained on the corpus (cached) or loaded from a folder or the hub.
+    """The text encoder: trained on the corpus (cached), or loaded from a folder or the hub.
 
     Raises:
-        UserError: it is not there.
+        UserError: it cannot be found.
     """
     options, revision = cfg.text_encoder, cfg.text_encoder.get("revision")
     if options.kind == "train":
@@ -214,7 +219,7 @@ def _train_text_encoder(cfg: DictConfig, corpus: Corpus) -> Path:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pipeline to go on from, taken apart."""
+    """The parts of a pipeline from which a training continues."""
 
     network: UNet2DConditionModel
     autoencoder: nn.Module
@@ -223,10 +228,10 @@ class Pretrained:
 
 
 def load_pretrained(cfg: DictConfig) -> Pretrained:
-    """The StableDiffusionPipeline of `model.pretrained`, a folder, a run of this repository or a hub name.
+    """Load the StableDiffusionPipeline of `model.pretrained`: a folder, a run of this repository or a hub name.
 
     Raises:
-        UserError: it is not there, is another kind of pipeline, or predicts something else than the objective.
+        UserError: it cannot be found, is another kind of pipeline, or its prediction type is not that of the objective.
     """
     name = str(cfg.model.pretrained)
     path = resolve(name)

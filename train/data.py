@@ -1,4 +1,4 @@
-"""A subset as the training loop reads it: memory-mapped latents, hidden states and numbers; nothing to decode."""
+"""A subset as the training loop reads it: memory-mapped latents, hidden states and metadata; no decoding of images."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class Subset:
     """Encoded images of a corpus.
 
     Attributes:
-        latents: [V, K, C or 2 C, h, w]: every view of every image, of a variational autoencoder mean and deviation.
+        latents: [V, K, C or 2 C, h, w], every view of every image; mean and deviation (2 C) for a variational
+            autoencoder.
         latent_shape: (C, h, w).
-        captions: of the K images.
-        prompts: [T, L, D] hidden states of the captions' texts.
-        lengths: int64 [T], tokens of the texts.
+        captions: captions of the K images.
+        prompts: [T, L, D], hidden states of the captions' texts.
+        lengths: int64 [T], number of tokens of the texts.
         metadata: float32 [K, F], NaN where an image lacks a field.
-        fractions: float64 [K], how often each image is drawn, sum 1; None: all alike.
+        fractions: float64 [K], probability of drawing each image, sum 1; None: all equal.
     """
 
     latents: np.ndarray
@@ -61,7 +62,12 @@ def encode_subset(
     half: bool,
     fractions: np.ndarray | None = None,
 ) -> Subset:
-    """Latents and captions of rows of a corpus, encoded once; `half`: as float16; `fractions`: as in `Subset`."""
+    """Encode latents and captions of rows of a corpus; cached.
+
+    Args:
+        half: store float16.
+        fractions: as in `Subset`.
+    """
     latents = cached_latents(autoencoder, autoencoder_key, corpus, rows, runs, views=views, seed=seed, half=half)
     kept = corpus.manifest.iloc[rows]
     captions = Captions.of(kept)
@@ -73,10 +79,11 @@ def encode_subset(
 
 
 def sampling_fractions(weights: np.ndarray, weighting: float) -> np.ndarray | None:
-    """How often each kept image is drawn: in proportion to its weight to the power `weighting`; None where all alike.
+    """Probability of drawing each kept image, proportional to its weight to the power `weighting`; None if all are
+    equal.
 
     Args:
-        weights: float [K], the images of the corpus that each stands for, at least 1.
+        weights: float [K], number of images of the corpus that each kept image represents, at least 1.
         weighting: 0 (uniform: the selection's own distribution) to 1 (natural: the corpus's).
     Raises:
         UserError: `weighting` is outside [0, 1].
@@ -92,11 +99,11 @@ def sampling_fractions(weights: np.ndarray, weighting: float) -> np.ndarray | No
 def subset_batches(
     subset: Subset, objective: Objective, size: int, *, hide_padding: bool = False, metadata_dropout: float = 0.0
 ) -> DrawBatch:
-    """Batches of `size` images for `train_loop`: latents, hidden states, which of them count, metadata, noise, times.
+    """Batches of `size` images for `train_loop`: latents, hidden states, their mask, metadata, noise, times.
 
     Args:
-        hide_padding: of the captions, as PixArt's pipeline does.
-        metadata_dropout: chance of each number to be missing.
+        hide_padding: mask the padding of captions, as PixArt's pipeline does.
+        metadata_dropout: probability that each metadata value is dropped.
     """
     width = subset.prompts.shape[1]
     varies = subset.latents.shape[2] > subset.latent_shape[0]
@@ -112,7 +119,7 @@ def subset_batches(
         caption = subset.captions.pick(picked, random)
         caption[dropped.numpy()] = subset.captions.empty
         latents = torch.from_numpy(subset.latents[view[part], picked[part]]).float()
-        if varies:  # drawn anew every time
+        if varies:  # drawn again for every batch
             mean, deviation = latents.chunk(2, dim=1)
             eps = random.standard_normal((size, *subset.latent_shape), dtype=np.float32)
             latents = mean + deviation * torch.from_numpy(eps[part])
@@ -128,7 +135,7 @@ def subset_batches(
 
 
 def subset_loss(objective: Objective, *, hide_padding: bool = False) -> ComputeLoss:
-    """The loss of such a batch, of the module `network` and, if there is one, the encoder of metadata."""
+    """The loss of such a batch, for the module `network` and the metadata encoder, if there is one."""
 
     def loss(modules: Modules, batch: Batch) -> torch.Tensor:
         latents, text, mask, values, noise, time = batch

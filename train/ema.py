@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights that a training returns."""
+"""The exponential moving average of weights that a training returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 Modules = Mapping[str, nn.Module]
 
-#: The half-life is at most this fraction of the images seen.
+#: Largest half-life as a fraction of the images seen.
 RAMPUP = 0.1
 
 
@@ -19,19 +19,19 @@ class Average:
     """Exponential moving average of the weights of several modules, with a half-life that rises with training.
 
     The half-life is min(halflife, 0.1 * images seen), and an update keeps 0.5 ** (batch_size / half-life) of the
-    average: `ema_halflife_kimg` and `ema_rampup_ratio` of EDM (Karras et al. 2022), after the rampup of StyleGAN2-ADA
-    (Karras et al. 2020). It is what EDM2 (Karras et al. 2024) calls the traditional average.
+    average. This corresponds to `ema_halflife_kimg` and `ema_rampup_ratio` of EDM (Karras et al. 2022), after the
+    rampup of StyleGAN2-ADA (Karras et al. 2020). EDM2 (Karras et al. 2024) calls it the traditional average.
 
-    Weights that are sharded over processes (DTensor, as FSDP2 makes them) are averaged shard by shard.
+    Weights that are sharded over processes (DTensor of FSDP2) are averaged shard by shard.
 
     Args:
         modules: the modules before Accelerate prepares them; they are copied.
-        halflife: in images; 0 keeps no average: it then equals the weights.
-        batch_size: images of a step.
+        halflife: in images; 0: no averaging, the average equals the weights.
+        batch_size: images per step.
 
     Attributes:
-        modules: the averaged modules, without gradients, in evaluation mode. Copies of sharded modules are whole after
-            `gather`, on the processes that keep them, and lie in main memory otherwise.
+        modules: the averaged modules, without gradients, in evaluation mode. Copies of sharded modules are complete
+            only after `gather`, on the processes that keep them; at other times they are in main memory.
     """
 
     def __init__(self, modules: Modules, halflife: float, batch_size: int) -> None:
@@ -39,10 +39,10 @@ class Average:
         self._halflife, self._batch_size = halflife, batch_size
 
     def follow(self, modules: Modules, device: torch.device, keep: bool) -> None:
-        """Begin to average the weights of `modules`, from what `self.modules` holds now.
+        """Start to average the weights of `modules`, from the current values of `self.modules`.
 
         Args:
-            modules: those given before, which are prepared by now.
+            modules: the modules given to the constructor, now prepared by Accelerate.
             device: where the averages are kept.
             keep: whether this process wants the averages of sharded modules from `gather`.
         """
@@ -54,19 +54,19 @@ class Average:
         self._averages = [_like(copied, weight) for copied, weight in zip(self._copies(), self._weights, strict=True)]
 
     def decay(self, step: int) -> float:
-        """The fraction of the average that the update after this one-based step keeps."""
+        """The fraction of the average that is kept by the update after this one-based step."""
         halflife = min(self._halflife, RAMPUP * step * self._batch_size)
         return 0.5 ** (self._batch_size / halflife) if halflife else 0.0
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after this one-based step."""
+        """Update the average with the weights after this one-based step."""
         averages, weights = ([_local(tensor) for tensor in given] for given in (self._averages, self._weights))
         torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
 
     @torch.no_grad()
     def gather(self) -> Modules:
-        """The averaged modules, with the buffers of the trained ones; all processes must call it together."""
+        """The averaged modules, with the buffers of the trained modules; all processes must call it together."""
         for copied, average in zip(self._copies(), self._averages, strict=True) if self._sharded else ():
             whole = average.full_tensor()
             if self._keep:
@@ -79,7 +79,7 @@ class Average:
         return self.modules
 
     def release(self) -> None:
-        """Free the device of what `gather` has put there."""
+        """Free the device memory that `gather` used."""
         if self._sharded:
             self._move(torch.device("cpu"))
 
@@ -92,7 +92,7 @@ class Average:
 
 
 def _like(copied: nn.Parameter, weight: torch.Tensor) -> torch.Tensor:
-    """The tensor to average in: the copy itself, or where the weight is a shard, the same shard of the copy."""
+    """The tensor to update: the copy itself or, if the weight is sharded, the same shard of the copy."""
     if not isinstance(weight, DTensor):
         return copied
     return distribute_tensor(copied.detach().to(weight.device), weight.device_mesh, weight.placements).clone()

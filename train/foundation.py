@@ -1,4 +1,4 @@
-"""The pretraining stage: a selection to a text-conditioned latent diffusion model, and what its measuring says."""
+"""The pretraining stage: train a text-conditioned latent diffusion model on a selection, and measure it."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ from train.utilisation import compute_dtype, peak_flops, training_flops
 
 
 def pretrain(cfg: DictConfig, name: str) -> Path:
-    """Prune with method `name` if not cached, train the latent diffusion model on what is kept, and measure it.
+    """Prune with method `name` if not cached, train the latent diffusion model on the kept images, and measure it.
 
-    Training and measuring are stages of their own: the training's directory depends on nothing in `cfg.eval`, and
-    gets the files that measuring leaves (convergence.jsonl, summary.json, samples/) once it is whole.
+    Training and measuring are separate stages. The training's directory depends on nothing in `cfg.eval`. Once it is
+    complete, measuring adds its files to it (convergence.jsonl, summary.json, samples/).
     """
     given = _given(cfg, name)
     frozen, start, selection, corpus, scorer, fields = given
-    evaluation = Evaluation.of(cfg, corpus, selection, scorer)  # what it lacks is reported before anything is trained
+    evaluation = Evaluation.of(cfg, corpus, selection, scorer)  # missing parts are reported before anything is trained
     _check_sides(cfg, frozen.autoencoder, corpus, evaluation.while_training.corpus)
 
     def build(directory: Path) -> None:
@@ -72,18 +72,18 @@ def pretrain(cfg: DictConfig, name: str) -> Path:
 
     inputs = given.inputs(cfg)
     directory = stage(cfg.runs, "pretrain", inputs, build, resumable=True, together=first_process_decides(cfg))
-    # found in the cache just after the build; anew where `eval` has changed since
+    # cached if just built; measured again if `eval` has changed since the build
     measure_run(cfg, directory, corpus, scorer, evaluation, Tracker())
     return directory
 
 
 def run_directory(cfg: DictConfig, name: str) -> Path:
-    """Where `pretrain` leaves its run, whether it is there or not. Prunes if that is not cached."""
+    """The directory of the run of `pretrain`, whether it exists or not. Prunes if the selection is not cached."""
     return Path(cfg.runs) / "pretrain" / stage_fingerprint("pretrain", _given(cfg, name).inputs(cfg))
 
 
 class _Given(NamedTuple):
-    """What a run is made from, but for what measures it."""
+    """All inputs of a run except those for measuring it."""
 
     frozen: _Frozen
     start: Start
@@ -93,7 +93,7 @@ class _Given(NamedTuple):
     fields: Mapping[str, MetadataField]
 
     def inputs(self, cfg: DictConfig) -> dict[str, Any]:
-        """All that the trained network depends on, for its fingerprint."""
+        """Everything that the trained network depends on, for its fingerprint."""
         return {
             "selection": self.selection.name,
             "text_encoder": (self.frozen.text or self.scorer).fingerprint,
@@ -119,7 +119,7 @@ def _given(cfg: DictConfig, name: str) -> _Given:
 
 
 def _check_sides(cfg: DictConfig, autoencoder: nn.Module, corpus: Corpus, test: Corpus) -> None:
-    """Refuse views that the autoencoder cannot encode, or that are of another size than what they are compared with.
+    """Refuse views that the autoencoder cannot encode, or with a size different from the images for comparison.
 
     Raises:
         UserError: as described.
@@ -141,7 +141,7 @@ def objective_of(cfg: DictConfig) -> Objective:
     """The objective of a config.
 
     Raises:
-        UserError: its parts do not go together.
+        UserError: its options contradict each other.
     """
     try:
         return Objective(**cfg.train.objective)
@@ -151,7 +151,7 @@ def objective_of(cfg: DictConfig) -> Objective:
 
 @dataclass(frozen=True)
 class _Frozen:
-    """What a run does not train, and, where it goes on from a pipeline, the network and the text encoder of that."""
+    """The frozen parts of a run and, if it continues from a pipeline, the network and text encoder of that pipeline."""
 
     autoencoder: nn.Module
     key: str
@@ -168,7 +168,7 @@ def _load_frozen(cfg: DictConfig) -> _Frozen:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one pretraining run is made of. `text` conditions the network."""
+    """The inputs of one pretraining run. `text` conditions the network."""
 
     cfg: DictConfig
     name: str
@@ -252,9 +252,9 @@ def _encoded(run: _Run, rows: np.ndarray, fractions: np.ndarray | None) -> Subse
 
 
 def _modules(run: _Run, subset: Subset, accelerator: Accelerator) -> Modules:
-    """The networks to train: the configured one or the pipeline's, and the metadata's encoder if there are fields.
+    """The networks to train: the configured one or the pipeline's, and a metadata encoder if there are fields.
 
-    Also writes `pipeline/` with the untrained network, so that snapshots can be measured while training goes on.
+    Also writes `pipeline/` with the untrained network, so that snapshots can be measured while the training continues.
     """
     model, seed = run.cfg.model, run.cfg.seed
     channels, side, _ = subset.latent_shape
@@ -279,7 +279,7 @@ def _modules(run: _Run, subset: Subset, accelerator: Accelerator) -> Modules:
 
 
 def snapshot_steps(cfg: DictConfig, options: LoopOptions) -> list[int]:
-    """Steps after which a snapshot is kept, the last one among them."""
+    """Steps after which a snapshot is kept, including the last step."""
     every = cfg.train.snapshot_every_images
     if every is None:
         count = cfg.train.snapshots
@@ -289,7 +289,7 @@ def snapshot_steps(cfg: DictConfig, options: LoopOptions) -> list[int]:
 
 
 def _log(run: _Run, accelerator: Accelerator, flops: float, values: dict[str, float], step: int) -> None:
-    """Loss and speed to the tracker, the latter also as a fraction of what the devices could do."""
+    """Send loss and speed to the tracker; also the speed as a fraction of the peak performance of the devices."""
     peak = peak_flops(accelerator.device, compute_dtype(str(run.cfg.train.mixed_precision)))
     used = values["images_per_second"] * flops / (peak * accelerator.num_processes)
     run.tracker.log({**values, "model_flops_utilisation": used}, step)
@@ -298,7 +298,7 @@ def _log(run: _Run, accelerator: Accelerator, flops: float, values: dict[str, fl
 def _on_snapshot(
     run: _Run, batch_size: int, accelerator: Accelerator, step: int, mean_loss: float, seconds: float, modules: Modules
 ) -> None:
-    """Keep the averaged networks as a snapshot, and measure it at once if `eval.while_training`."""
+    """Save the averaged networks as a snapshot, and measure it immediately if `eval.while_training`."""
     images_seen = run.start.images_seen(step, batch_size)
     folder = run.directory / SNAPSHOTS / f"{images_seen:012d}"
     if accelerator.is_main_process:
@@ -310,8 +310,11 @@ def _on_snapshot(
 
 
 def save_snapshot(folder: Path, modules: Modules, progress: Mapping[str, float]) -> None:
-    """Write `unet/` or `transformer/` (safetensors, low-rank updates merged), the metadata's encoder if there is one,
-    and snapshot.json; beside, and renamed into place."""
+    """Write a snapshot to a temporary folder and rename it when complete.
+
+    It holds `unet/` or `transformer/` (safetensors, with low-rank updates merged), the metadata encoder if there is
+    one, and snapshot.json.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -327,12 +330,12 @@ def save_snapshot(folder: Path, modules: Modules, progress: Mapping[str, float])
 
 
 def network_folder(network: nn.Module) -> str:
-    """Where a pipeline keeps its network."""
+    """The name of the folder in which a pipeline stores its network."""
     return "transformer" if masks_padding(network) else "unet"
 
 
 def _finish(run: _Run, modules: Modules, training: dict) -> None:
-    """Save the pipeline with the trained network, and what the training was."""
+    """Save the pipeline with the trained network, and the facts about the training."""
     network = modules[NETWORK]
     if updates := lora_weights(network):
         StableDiffusionPipeline.save_lora_weights(
@@ -340,7 +343,7 @@ def _finish(run: _Run, modules: Modules, training: dict) -> None:
         )
     network = merge_lora(network)
     pipeline = run.pipeline(network)
-    # the other parts are there already, and stay the same files: what was drawn with them needs not be drawn again
+    # the files of the other parts are left unchanged, so that images drawn with them stay cached
     network.save_pretrained(run.directory / "pipeline" / network_folder(network))
     if FOLDER in modules:
         modules[FOLDER].save(run.directory / "pipeline" / FOLDER)

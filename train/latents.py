@@ -1,4 +1,4 @@
-"""Images and latents: array conversions, autoencoder calls, the cache of latents, and PCA of patches for comparison."""
+"""Images and latents: array conversions, autoencoder calls, the cache of latents, and PCA of patches as a baseline."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from runtime.progress import progress
 
 PATCH = 8
 ENCODE_BATCH = 128
-#: Batches between two notes of what is done.
+#: Number of batches between two records of progress.
 NOTE_EVERY = 20
 LATENTS = "latents.npy"
 
 
 @dataclass(frozen=True)
 class PatchPCA:
-    """Principal components of non-overlapping 8 x 8 x 3 patches, which an autoencoder is compared with.
+    """Principal components of non-overlapping 8 x 8 x 3 patches, the baseline of an autoencoder.
 
     Attributes:
-        mean: float32 [192], basis: float32 [192, C] orthonormal, scale: root-mean-square of all components together.
+        mean: float32 [192].
+        basis: float32 [192, C], orthonormal.
+        scale: root-mean-square of all components together.
     """
 
     mean: torch.Tensor
@@ -44,7 +46,7 @@ class PatchPCA:
         centred = patches - mean
         _, vectors = torch.linalg.eigh(centred.T @ centred)
         basis = vectors.flip(1)[:, :components]
-        basis = basis * basis.sum(0).sign()  # one orientation, whatever the LAPACK
+        basis = basis * basis.sum(0).sign()  # fixes the sign, which depends on the LAPACK
         scale = float((centred @ basis).square().mean().sqrt())
         return cls(mean.float(), basis.float(), scale)
 
@@ -66,14 +68,14 @@ def _patches(images: torch.Tensor) -> torch.Tensor:
 
 
 def encode(autoencoder: nn.Module, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Latents of unit scale from images [N, 3, H, W] in [-1, 1]; works for tiny, KL and DC autoencoders."""
+    """Latents of unit scale of images [N, 3, H, W] in [-1, 1]; supports tiny, KL and DC autoencoders."""
     output = autoencoder.encode(images)
     raw = output.latents if hasattr(output, "latents") else output.latent_dist.sample(generator)
     return raw * autoencoder.config.scaling_factor
 
 
 def encode_moments(autoencoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Latents of unit scale [N, C, h, w]; of a variational autoencoder mean and standard deviation, [N, 2 C, h, w]."""
+    """Latents of unit scale [N, C, h, w]; for a variational autoencoder mean and standard deviation, [N, 2 C, h, w]."""
     output = autoencoder.encode(images)
     if hasattr(output, "latents"):
         return output.latents * autoencoder.config.scaling_factor
@@ -87,40 +89,40 @@ def decode(autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 
 def scene_balanced_weights(corpus: Corpus) -> np.ndarray:
-    """Sampling weights float64 [N] that give every scene the same fraction; unreadable images get none."""
+    """Sampling weights float64 [N] with an equal sum for every scene; 0 for unreadable images."""
     codes, _ = corpus.manifest["scene"].factorize()
     weights = corpus.readable / np.bincount(codes)[codes]
     return weights / weights.sum()
 
 
 def flip(images: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
-    """Mirror and turn a whole batch by one of the eight symmetries of the square."""
+    """Apply a random one of the eight symmetries of the square to a whole batch."""
     if generator.random() < 0.5:
         images = images.flip(3)
     return torch.rot90(images, int(generator.integers(4)), (2, 3))
 
 
 def fit_pca(corpus: Corpus, components: int, seed: int, images: int = 4000) -> PatchPCA:
-    """PCA of scene-balanced training tiles: the autoencoder's start and the one it has to beat."""
+    """PCA of scene-balanced training tiles: the autoencoder's initialisation and baseline."""
     generator = np.random.default_rng([seed, len(corpus)])
     sample = generator.choice(len(corpus), images, p=scene_balanced_weights(corpus))
     return PatchPCA.fit(to_tensor(corpus.images[np.sort(sample)]), components)
 
 
 def symmetric(images: torch.Tensor, symmetry: int) -> torch.Tensor:
-    """One of the eight symmetries of the square: 0 none, 1 mirrored, 2-3 turned by 180 degrees, 4-7 by 90."""
+    """Apply one of the eight symmetries of the square: 0 none, 1 mirrored, 2-3 turned by 180 degrees, 4-7 by 90."""
     images = images.flip(3) if symmetry % 2 else images
     return torch.rot90(images, (0, 2, 1, 3)[symmetry // 2], (2, 3))
 
 
 @dataclass(frozen=True)
 class Views:
-    """What of each image is encoded.
+    """The views of each image that are encoded.
 
     Args:
-        symmetries: the first so many of the eight symmetries of the square.
-        crops: random squares per image and symmetry, where `crop` is given.
-        crop: side in pixels of these squares; None: the whole image.
+        symmetries: number of symmetries of the square to use, 1 to 8, in the order of `symmetric`.
+        crops: number of random square crops per image and symmetry, if `crop` is given.
+        crop: side of the crops in pixels; None: the whole image.
     """
 
     symmetries: int = 1
@@ -138,7 +140,7 @@ class Views:
         return self.symmetries * (self.crops if self.crop else 1)
 
     def side(self, resolution: int) -> int:
-        """Side in pixels of what is encoded.
+        """Side of the encoded views in pixels.
 
         Raises:
             UserError: the crop is larger than the images.
@@ -151,7 +153,7 @@ class Views:
         return self.crop or resolution
 
     def take(self, images: torch.Tensor, rows: np.ndarray, view: int, seed: int) -> torch.Tensor:
-        """One view of images [B, 3, R, R]; the crop of an image depends on its row and the view alone."""
+        """One view of images [B, 3, R, R]; the crop of an image depends only on its row and the view."""
         if self.crop:
             room = images.shape[-1] - self.crop + 1
             corners = [np.random.default_rng([seed, 20, int(row), view]).integers(room, size=2) for row in rows]
@@ -175,12 +177,12 @@ def cached_latents(
 ) -> np.ndarray:
     """Latents of rows of a corpus, encoded once, [V, K, C or 2 C, h, w], memory-mapped (see `encode_moments`).
 
-    In a launch every process must call it: the processes share the batches out among them (see `_encode_jobs`).
+    In a launch every process must call it: the processes divide the batches among them (see `_encode_jobs`).
 
     Args:
         key: fingerprint of the autoencoder.
-        views: what of each image is encoded; None: each as it is.
-        half: store float16 in place of float32.
+        views: the views to encode; None: only the unchanged image.
+        half: store float16 instead of float32.
     """
     views = views or Views()
     device = next(autoencoder.parameters()).device
@@ -216,14 +218,15 @@ def _encode_jobs(
     shape: tuple[int, int],
     dtype: type,
 ) -> None:
-    """Fill latents.npy, in rounds of one batch for each process of the launch; the last round may be short.
+    """Fill latents.npy in rounds of one batch per process of the launch; the last round may have fewer batches.
 
-    Whole batches are dealt, so that every number of processes computes the same products and leaves the same bytes.
-    The first process writes all: pages of a file that several machines write at once may lose one's part (NFS).
+    Only whole batches are distributed, so that any number of processes computes the same products and writes the same
+    bytes. The first process writes all results: if several machines write to one file, NFS may lose some of their
+    pages.
 
     Args:
-        jobs: (view, first row) of every batch; the first ones may be there from an earlier try, on other processes.
-        encoded: the latents [B, C, h, w] of a batch.
+        jobs: (view, first row) of every batch; an earlier try, with other processes, may have finished the first ones.
+        encoded: returns the latents [B, C, h, w] of a batch.
         shape: (V, K).
     """
     state, (own, processes) = directory / "progress.json", place_in_launch()
@@ -235,7 +238,7 @@ def _encode_jobs(
     for first in progress(rounds, "encode latents", **bar):
         dealt = jobs[first : first + processes]
         latents = encoded(*dealt[own]) if own < len(dealt) else np.empty((0, 0, 0, 0), dtype)
-        inner = inner or tuple(from_first_process(latents.shape[1:]))  # a process without a batch has not seen it
+        inner = inner or tuple(from_first_process(latents.shape[1:]))  # processes without a batch lack the shape
         whole = np.zeros((ENCODE_BATCH, *inner), dtype)
         whole[: len(latents)] = latents.reshape(-1, *inner)
         parts = gathered(whole)

@@ -1,4 +1,4 @@
-"""The one training loop: Accelerate, stateless randomness, EMA, exact resume, progress."""
+"""The training loop that all trainings use: Accelerate, stateless randomness, EMA, exact resume, progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from train.checkpoint import Checkpoints
 from train.ema import Average, Modules
 from train.processes import load_optimizer_tensors, network_tensors, optimizer_tensors, prepare
 
-#: Tensors with the images of a (part of a) batch along their first dimension.
+#: Tensors of a batch, or of a part of it; the first dimension runs over the images.
 Batch = tuple[torch.Tensor, ...]
 #: (randomness of this step, rows of the global batch that this process computes) -> those rows, on the CPU.
 DrawBatch = Callable[[np.random.Generator, slice], Batch]
@@ -33,29 +33,30 @@ ComputeLoss = Callable[[Modules, Batch], torch.Tensor]
 #: (step, mean loss, seconds of training, averaged modules)
 OnSnapshot = Callable[[int, float, float, Modules], None]
 
-#: Steps between two looks at the loss, which make a GPU's queue run dry.
+#: Steps between two readings of the loss; each reading makes the GPU wait.
 REPORT_EVERY = 20
 
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How long and how fast to train.
+    """Length and speed of a training.
 
     Args:
         steps: optimizer steps.
-        batch_size: images a step over all processes.
+        batch_size: images per step, over all processes.
         learning_rate: peak learning rate of AdamW.
         warmup: steps of linear warm-up.
         decay: fraction of the steps, at the end, over which the rate falls linearly to zero.
-        ema_halflife: half-life of the weight average in images; 0 keeps no average.
+        ema_halflife: half-life of the weight average in images; 0: no average.
         gradient_clip: largest gradient norm.
-        weight_decay: AdamW weight decay.
+        weight_decay: weight decay of AdamW.
         checkpoint_every: steps between checkpoints.
-        keep_checkpoints: newest ones that stay.
-        micro_batch: images a forward pass of one process, gradients summed up to the batch; None: its whole part.
+        keep_checkpoints: number of newest checkpoints to keep.
+        micro_batch: images per forward pass of one process; gradients are accumulated over the batch. None: no
+            splitting.
         divergence: stop when the loss, averaged over `REPORT_EVERY` steps, exceeds its lowest by this factor; 0: never.
         compile: compile the networks (torch.compile).
-        seed: of the batches and the noise.
+        seed: seed of the batches and the noise.
     """
 
     steps: int
@@ -74,7 +75,7 @@ class LoopOptions:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """Learning rate of a zero-based step: linear warm-up, flat, linear decay."""
+        """Learning rate at a zero-based step: linear warm-up, constant, linear decay."""
         rise = (step + 1) / max(1, self.warmup)
         fall = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.learning_rate * min(1.0, rise, fall)
@@ -95,27 +96,28 @@ def train_loop(
     start: Path | None = None,
     take_up: Callable[[Path], str] | None = None,
 ) -> Modules:
-    """Train `modules` and return copies with the weights to use: their average where `ema_halflife` is set.
+    """Train `modules` and return copies with the weights to use: the average if `ema_halflife` is not 0.
 
-    Every random number of a step comes from generators seeded by (seed, step), and every process draws the whole batch
-    and computes its rows: there is no state of a generator or of a sampler to keep, a resumed run repeats the
-    undisturbed one, and the world size does not change the data. The next batch is drawn while this one is computed.
+    Every random number of a step comes from generators seeded by (seed, step). Every process draws the whole batch and
+    computes its own rows. Therefore no state of a generator or sampler has to be saved, a resumed run repeats the
+    uninterrupted one, and the number of processes does not change the data. The next batch is drawn while the current
+    one is computed.
 
     Args:
-        draw: the rows of one step's global batch.
-        compute_loss: its mean loss.
-        directory: takes `checkpoints/`; a checkpoint found there is resumed.
+        draw: returns rows of one step's global batch.
+        compute_loss: returns the mean loss of these rows.
+        directory: folder for `checkpoints/`; training resumes from a checkpoint found there.
         snapshots: one-based steps after which all processes call `on_snapshot(step, mean_loss, seconds of training,
-            averaged modules)`. Each process has whole averaged modules, but under FSDP, where the main process alone
-            has them; so it is with what is returned.
-        log: takes loss, learning rate and images a second every `REPORT_EVERY` steps, on the main process.
-        start: a checkpoint of another training, whose step, weights, averages and optimizer states this one begins
-            with; the options are this one's.
-        take_up: the overrides that make the same command start from a checkpoint, for the message of a training that
-            has diverged.
+            averaged modules)`. Every process has complete averaged modules; under FSDP only the main process has. The
+            same applies to the returned modules.
+        log: receives loss, learning rate and images per second every `REPORT_EVERY` steps, on the main process.
+        start: a checkpoint of another training; this training starts from its step, weights, averages and optimizer
+            states, with its own options.
+        take_up: returns the overrides that make the same command start from a checkpoint, for the message about a
+            diverged training.
     Raises:
-        UserError: the batch does not divide over the processes, the loss is no longer finite or has run away, or
-            `start` is a checkpoint of other networks.
+        UserError: the batch does not divide over the processes, the loss is not finite or has diverged, or `start` is a
+            checkpoint of other networks.
     """
     checkpoints = Checkpoints(directory / "checkpoints", options.keep_checkpoints, start)
     run = _begin(accelerator, modules, options, checkpoints, take_up)
@@ -147,19 +149,19 @@ def train_loop(
 
 
 def _keep(run: _Run, done: int, clock: _Clock, on_snapshot: OnSnapshot | None, checkpoint: bool) -> None:
-    """Hand the averaged modules to `on_snapshot`, and write a checkpoint; neither counts as training."""
+    """Pass the averaged modules to `on_snapshot`, and write a checkpoint; neither counts as training time."""
     with clock.stopped():
         averaged = run.average.gather()
         if on_snapshot is not None:
             on_snapshot(done, run.state.loss, clock.seconds, averaged)
-            run.accelerator.wait_for_everyone()  # here and not in a group of a library's, which has less patience
+            run.accelerator.wait_for_everyone()  # here: the process groups of libraries have shorter time limits
         if checkpoint:
             _save(run, done, clock.seconds)
         run.average.release()
 
 
 class _Clock:
-    """Seconds of training: neither evaluation nor writing counts."""
+    """Seconds of training, without evaluation and writing."""
 
     def __init__(self, seconds: float) -> None:
         self._start, self._stopped = time.perf_counter() - seconds, None
@@ -178,7 +180,7 @@ class _Clock:
 
 @dataclass
 class _State:
-    """How far the training is: beside tensors, all that a checkpoint needs."""
+    """Progress of the training: everything that a checkpoint needs besides tensors."""
 
     step: int = 0
     images: int = 0
@@ -188,13 +190,13 @@ class _State:
 
     @property
     def loss(self) -> float:
-        """Mean of the last (at most 100) steps."""
+        """Mean over the last (at most 100) steps."""
         return float(np.mean(self.losses))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A training under way."""
+    """A running training."""
 
     accelerator: Accelerator
     modules: Modules
@@ -214,7 +216,7 @@ def _begin(
     checkpoints: Checkpoints,
     take_up: Callable[[Path], str] | None,
 ) -> _Run:
-    """Take up the latest checkpoint, if there is one, and let Accelerate prepare the networks and the optimizer."""
+    """Load the latest checkpoint, if there is one, and let Accelerate prepare the networks and the optimizer."""
     if options.batch_size % accelerator.num_processes:
         raise UserError(
             f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
@@ -238,17 +240,17 @@ def _begin(
         if accelerator.scaler is not None and scaler:
             accelerator.scaler.load_state_dict(scaler)
         images = metadata.get("images", metadata["step"] * options.batch_size)
-        own = checkpoints.newest() is not None  # another training's losses, perhaps on its way to infinity, say little
+        own = checkpoints.newest() is not None  # losses of another training, which may have diverged, are not used
         lowest = metadata["lowest"] if own and metadata["lowest"] is not None else math.inf
         state = _State(metadata["step"], images, metadata["seconds"], metadata["losses"] if own else [], lowest)
     return _Run(accelerator, modules, options, checkpoints, state, average, model, optimizer, take_up)
 
 
 def _load(modules: Modules, average: Average, checkpoints: Checkpoints) -> None:
-    """Weights and their averages of the latest checkpoint.
+    """Load the weights and their averages from the latest checkpoint.
 
     Raises:
-        UserError: it is another training's, and of other networks.
+        UserError: it is a checkpoint of another training with other networks.
     """
     files = {f"{name}{kind}" for name in modules for kind in ("", "_average")}
     try:
@@ -268,7 +270,7 @@ def _load(modules: Modules, average: Average, checkpoints: Checkpoints) -> None:
 
 
 def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: Accelerator) -> Iterator[Batch]:
-    """This process's rows of every step's batch, on the device; the next are drawn meanwhile."""
+    """This process's rows of every step's batch, on the device; the next batch is drawn in the background."""
     local = options.batch_size // accelerator.num_processes
     rows = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
     on_gpu = accelerator.device.type == "cuda"
@@ -277,7 +279,7 @@ def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: A
         batch = draw(np.random.default_rng([options.seed, step]), rows)
         return tuple(tensor.pin_memory() for tensor in batch) if on_gpu else batch
 
-    # one thread alone: a second team of OpenMP's would spin on the cores that the network computes on
+    # one thread only: a second OpenMP team would spin on the cores that the network uses
     with ThreadPoolExecutor(1, initializer=lambda: threadpool_limits(1, user_api="openmp")) as thread:
         following = thread.submit(drawn, steps[0]) if steps else None
         for step in steps:
@@ -288,7 +290,7 @@ def _batches(draw: DrawBatch, options: LoopOptions, steps: range, accelerator: A
 
 
 def _update(run: _Run, compute_loss: ComputeLoss, batch: Batch, learning_rate: float) -> torch.Tensor:
-    """One step of the optimizer on a batch, computed in parts if requested; returns the mean loss, detached."""
+    """Run one optimizer step on a batch, in micro-batches if requested; returns the mean loss, detached."""
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -304,16 +306,16 @@ def _update(run: _Run, compute_loss: ComputeLoss, batch: Batch, learning_rate: f
                 loss = model(compute_loss, part)
             if size < images:
                 loss = loss * (len(part[0]) / images)
-            accelerator.backward(loss)  # DeepSpeed clips and steps in the last one, and what follows does nothing
+            accelerator.backward(loss)  # DeepSpeed clips and steps in its last call; the calls below then do nothing
         total += loss.detach()
-    accelerator.unscale_gradients(optimizer)  # Accelerate's own clipping unscales those of other trainings too
+    accelerator.unscale_gradients(optimizer)  # Accelerate's clipping would also unscale those of other trainings
     nn.utils.clip_grad_norm_(model.parameters(), run.options.gradient_clip)
     optimizer.step()
     return total
 
 
 def _judge(run: _Run, losses: Sequence[float], done: int, label: str) -> None:
-    """Take in the last steps' losses; stop a training whose loss is not finite or has run away (UserError)."""
+    """Record the losses of the last steps; raise UserError if the loss is not finite or has diverged."""
     state, divergence = run.state, run.options.divergence
     state.losses = [*state.losses, *losses][-100:]
     advice = _advice(run)
@@ -331,7 +333,7 @@ def _judge(run: _Run, losses: Sequence[float], done: int, label: str) -> None:
 
 
 def _advice(run: _Run) -> str:
-    """What to do about a training that has diverged."""
+    """Advice for the user of a training that has diverged."""
     latest, change = run.checkpoints.latest(), "lower learning_rate or gradient_clip, raise warmup, or use"
     if latest is None:
         return f"there is no checkpoint yet: {change} mixed_precision=no, and run again"
@@ -344,7 +346,7 @@ def _advice(run: _Run) -> str:
 
 
 def _save(run: _Run, done: int, seconds: float) -> None:
-    """Write a checkpoint; all processes bring what they hold, and the first one writes."""
+    """Write a checkpoint; all processes contribute their parts, and the first one writes."""
     accelerator, state = run.accelerator, run.state
     state.step, state.seconds = done, seconds
     files = network_tensors(accelerator, run.model, run.modules)
@@ -352,5 +354,5 @@ def _save(run: _Run, done: int, seconds: float) -> None:
     files["optimizer"] = optimizer_tensors(accelerator, run.model, run.optimizer)
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        lowest = None if math.isinf(state.lowest) else state.lowest  # JSON knows no infinity
+        lowest = None if math.isinf(state.lowest) else state.lowest  # JSON has no infinity
         run.checkpoints.save(done, files, {**asdict(state), "lowest": lowest, "scaler": scaler})

@@ -1,7 +1,7 @@
-"""Measuring a pretraining run: its snapshots on `val`, its final model on `eval.split`, and the files that say so.
+"""Measuring of a pretraining run: its snapshots on `val`, its final model on `eval.split`, and the result files.
 
-Training is done by then, or, for a snapshot, goes on afterwards. What is drawn and measured is cached in stages of its
-own (`eval.measuring`): other metrics, more images or another sampler never train again.
+Training is complete by then or, for a snapshot, continues afterwards. Drawing and measuring are cached stages
+(`eval.measuring`), so other metrics, more images or another sampler never require a new training.
 """
 
 from __future__ import annotations
@@ -44,19 +44,20 @@ from train.metadata import FOLDER, MetadataEncoder
 from train.model_card import model_card
 from train.sheets import COLUMNS, location_sheet, sample_sheet, save_picture, short_caption
 
-#: In a run's directory: where the measured stages of its final model lie, by held-out set.
+#: File in a run's directory with the paths of the measured stages of its final model, by held-out set.
 MEASURED = "measured.json"
-#: Images of each held-out set that a run shows.
+#: Number of images of each held-out set that a run shows.
 SHOWN = 64
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that a run is measured with.
+    """All inputs for measuring a run.
 
     Attributes:
-        final: held-out sets of `eval.split`; while_training: the balanced one of `val`.
-        training: the images that the run is trained on.
+        final: the held-out sets of `eval.split`.
+        while_training: the balanced held-out set of `val`.
+        training: the images on which the run is trained.
     """
 
     judges: Judges
@@ -67,7 +68,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, cfg: DictConfig, corpus: Corpus, selection: Path, text: TextParts) -> Evaluation:
-        """Of a config, with the CLIP model of the text encoder and the captions of the training corpus."""
+        """Make it from a config, the CLIP model of the text encoder and the captions of the training corpus."""
         judges = Judges(encoders_of(cfg), text.scorer, scene_captions(corpus))
         balanced = evaluation_sets(cfg, "val", images=cfg.eval.convergence_images)["balanced"]
         training = kept_images(selection, corpus, corpus_features(cfg, corpus))
@@ -75,18 +76,18 @@ class Evaluation:
 
 
 def corpus_features(cfg: DictConfig, corpus: Corpus) -> Callable[[str], np.ndarray]:
-    """The name of an encoder that judges to its features of a corpus, float16 [N, D]; cached, made when requested."""
+    """A function from the name of an evaluation encoder to its features of a corpus, float16 [N, D]; cached."""
     encoders = {encoder.name: encoder for encoder in encoders_of(cfg)}
     return lambda name: corpus_embeddings(corpus, encoders[name], cfg.runs)
 
 
 def measured_snapshot(cfg: DictConfig, run: Path, snapshot: Path, evaluation: Evaluation) -> dict[str, Path]:
-    """A snapshot's measured stages, by held-out set."""
+    """The measured stages of a snapshot, by held-out set."""
     return _measured(cfg, Model(run / "pipeline", snapshot), {"balanced": evaluation.while_training}, evaluation)
 
 
 def measured_model(cfg: DictConfig, run: Path, evaluation: Evaluation) -> dict[str, Path]:
-    """The final model's measured stages, by held-out set."""
+    """The measured stages of the final model, by held-out set."""
     return _measured(cfg, Model(run / "pipeline"), evaluation.final, evaluation)
 
 
@@ -97,7 +98,7 @@ def _measured(cfg: DictConfig, model: Model, sets: Mapping[str, HeldOut], evalua
 def measure_snapshot(
     cfg: DictConfig, run: Path, snapshot: Path, corpus: Corpus, evaluation: Evaluation, tracker: Tracker
 ) -> dict[str, Any]:
-    """A line of convergence.jsonl, and the snapshot's sample sheet in `samples/`."""
+    """Measure a snapshot: draw its sample sheet in `samples/` and return a line of convergence.jsonl."""
     model, measured = Model(run / "pipeline", snapshot), measured_snapshot(cfg, run, snapshot, evaluation)
     line = {**read_json(snapshot / SNAPSHOT), **metrics_of(measured)}
     if is_main_process():
@@ -107,7 +108,7 @@ def measure_snapshot(
 
 
 def draw_sheets(run: Path, model: Model, snapshot: Path, corpus: Corpus, sampling: Sampling, tracker: Tracker) -> None:
-    """`samples/step_<step>.png`, and `locations_<step>.png` of a model that knows locations; what is there stays."""
+    """Draw `samples/step_<step>.png`, and `locations_<step>.png` if the model knows locations; keep existing files."""
     step = read_json(snapshot / SNAPSHOT)["step"]
     path = run / "samples" / f"step_{step:06d}.png"
     settings = path.with_suffix(".json")
@@ -128,12 +129,12 @@ def draw_sheets(run: Path, model: Model, snapshot: Path, corpus: Corpus, samplin
 def measure_run(
     cfg: DictConfig, run: Path, corpus: Corpus, text: TextParts, evaluation: Evaluation, tracker: Tracker
 ) -> None:
-    """Write convergence.jsonl, summary.json, the model card and samples of a finished training into its directory."""
-    # what the tracker has heard while training went on it does not get again
+    """Write convergence.jsonl, summary.json, the model card and samples of a finished training to its directory."""
+    # values that were tracked during training are not sent again
     silent = Tracker() if cfg.eval.while_training else tracker
     lines = [measure_snapshot(cfg, run, path, corpus, evaluation, silent) for path in snapshots_of(run)]
     model, measured = Model(run / "pipeline"), measured_model(cfg, run, evaluation)
-    # drawn already, but all processes must ask
+    # the images are cached by now, but all processes must call it
     drawn = {name: draw_images(model, held, evaluation.sampling, cfg.runs) for name, held in evaluation.final.items()}
     if not is_main_process():
         return
@@ -157,7 +158,7 @@ def measure_run(
 def measured_summary(
     cfg: DictConfig, measured: Mapping[str, Path], evaluation: Evaluation, lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What a summary says of a model's images."""
+    """The part of a summary about a model's images."""
     balanced = evaluation.final["balanced"]
     real = real_confusion(balanced, evaluation.judges, cfg.runs)
     generated = read_json(measured["balanced"] / "confusion.json")
@@ -171,14 +172,14 @@ def measured_summary(
 
 
 def _relative(place: Mapping[str, Any], run: Path) -> dict[str, str]:
-    """The folders of a CLIP model, relative to the run where both lie below the same runs."""
+    """The folders of a CLIP model, relative to the run's folder if both are below the same `runs`."""
     runs = run.resolve().parent.parent
     folders = {key: Path(place[key]).resolve() for key in ("folder", "tokenizer")}
     return {key: os.path.relpath(path, run.resolve()) for key, path in folders.items() if path.is_relative_to(runs)}
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """JSON lines, written so that a reader sees the old file or the new one."""
+    """Write JSON lines atomically: a reader sees the complete old or new file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(
         "".join(json.dumps(finite(plain(line)), allow_nan=False) + "\n" for line in lines), encoding="utf-8"

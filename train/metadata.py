@@ -1,8 +1,8 @@
-"""Numeric metadata of an image (place, ground sampling distance, date, …) as further tokens beside its caption's.
+"""Numeric metadata of an image (location, ground sampling distance, date, …) as tokens in addition to the caption's.
 
-After DiffusionSat (Khanna et al. 2024, section 3.1): sinusoidal features of a number scaled to 0..1000 and a small MLP
-of its own per field. There they are added to the time's embedding, which takes a fork of diffusers; here each is a
-token of the cross-attention, so that the networks stay as they are and a plain pipeline draws without any.
+After DiffusionSat (Khanna et al. 2024, section 3.1): sinusoidal features of a number scaled to 0..1000, and a small MLP
+per field. DiffusionSat adds them to the embedding of the time, which requires a fork of diffusers. Here each is a token
+of the cross-attention, so the networks are unchanged and a plain pipeline can draw without metadata.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FEATURES = 256
 
 @dataclass(frozen=True)
 class MetadataField:
-    """One number of a manifest.
+    """One numeric field of a manifest.
 
     Args:
-        low, high: scaled to 0 and 1000; what lies beyond is clipped.
+        low, high: the values scaled to 0 and 1000; values outside are clipped.
         log: scale the logarithm.
-        column: of the manifest; None: named as the field. `year` and `day_of_year` come from the column `date` (any
-            date pandas reads) where there is no column of their name.
+        column: column of the manifest; None: the field's name. `year` and `day_of_year` are taken from the column
+            `date` (any date pandas reads) if there is no column with their name.
     """
 
     low: float
@@ -49,18 +49,18 @@ class MetadataField:
             )
 
     def scaled(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of any shape to 0..1000; NaN stays."""
+        """Scale values of any shape to 0..1000; NaN stays NaN."""
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         values = values.clamp(self.low, self.high)
         return 1000 * ((values.log() if self.log else values) - low) / (high - low)
 
 
 class MetadataEncoder(nn.Module):
-    """A token for each field that an image has.
+    """Encodes each field that an image has as one token.
 
     Args:
         fields: by name, in the order of the tokens.
-        width: of the text encoder's hidden states.
+        width: width of the text encoder's hidden states.
     """
 
     def __init__(self, fields: Mapping[str, MetadataField], width: int) -> None:
@@ -68,16 +68,16 @@ class MetadataEncoder(nn.Module):
         self.fields = dict(fields)
         self.width = width
         self.embedders = nn.ModuleDict({name: TimestepEmbedding(FEATURES, width) for name in fields})
-        # a text encoder's hidden states come out of one too: attention would hardly see tokens of a tenth of their size
+        # like the text encoder's last layer: attention would hardly see tokens a tenth as large as its hidden states
         self.norm = nn.LayerNorm(width)
 
     def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of numbers.
+        """Tokens of metadata.
 
         Args:
             values: float32 [B, F] in the fields' own units, NaN where an image lacks a field.
         Returns:
-            tokens [B, F, width], and bool [B, F], which of them count.
+            tokens [B, F, width], and their mask bool [B, F], false for missing fields.
         """
         known = ~values.isnan()
         dtype = next(self.parameters()).dtype
@@ -89,7 +89,7 @@ class MetadataEncoder(nn.Module):
         return self.norm(torch.stack(tokens, dim=1)), known
 
     def save(self, directory: Path) -> None:
-        """Write config.json and the weights into a folder, which plain diffusers leaves alone."""
+        """Write config.json and the weights to a folder, which plain diffusers ignores."""
         directory.mkdir(parents=True, exist_ok=True)
         metadata = {"width": self.width, "fields": {name: asdict(field) for name, field in self.fields.items()}}
         (directory / "config.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
@@ -98,7 +98,7 @@ class MetadataEncoder(nn.Module):
 
     @classmethod
     def load(cls, directory: Path) -> MetadataEncoder:
-        """What `save` wrote, frozen."""
+        """Load an encoder written by `save`, frozen."""
         metadata = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         fields = {name: MetadataField(**field) for name, field in metadata["fields"].items()}
         encoder = cls(fields, metadata["width"])
@@ -114,10 +114,10 @@ def new_encoder(fields: Mapping[str, MetadataField], width: int, seed: int) -> M
 
 
 def metadata_values(manifest: pd.DataFrame, fields: Mapping[str, MetadataField]) -> np.ndarray:
-    """The fields' numbers float32 [N, F] of a manifest, NaN where a row has none.
+    """The fields' values in a manifest, float32 [N, F], NaN where a row has none.
 
     Raises:
-        UserError: a field's column is absent, holds no numbers, or is empty.
+        UserError: a field's column is missing, holds no numbers, or is empty.
     """
     columns = []
     for name, field in fields.items():
@@ -140,7 +140,7 @@ def metadata_values(manifest: pd.DataFrame, fields: Mapping[str, MetadataField])
 
 
 def drop(values: np.ndarray, random: np.random.Generator, fraction: float) -> np.ndarray:
-    """A copy of float32 [B, F] in which each number is missing (NaN) with a chance of `fraction`."""
+    """A copy of float32 [B, F] in which each value is set to NaN (missing) with probability `fraction`."""
     return np.where(random.random(values.shape) < fraction, np.float32(np.nan), values)
 
 
@@ -153,12 +153,12 @@ def prompt_embeddings(
     *,
     negative_prompt: str = "",
 ) -> dict[str, torch.Tensor]:
-    """What to call a StableDiffusionPipeline with in place of `prompt`, so that it draws with these metadata.
+    """Arguments for a StableDiffusionPipeline in place of `prompt`, so that it draws with these metadata.
 
-    The empty prompt of classifier-free guidance gets the same metadata: guidance stresses the caption alone.
+    The empty prompt of classifier-free guidance gets the same metadata, so guidance amplifies only the caption.
 
     Args:
-        metadata: some of the encoder's fields, in their own units; one number for all prompts, or one for each.
+        metadata: some of the encoder's fields, in their own units; one number for all prompts, or one per prompt.
     Returns:
         prompt_embeds and negative_prompt_embeds, [B, L + given fields, width].
     Raises:

@@ -1,4 +1,4 @@
-"""The model card of a pretrained pipeline: what it was trained on, how, how well, and how to load it."""
+"""The model card of a pretrained pipeline: training data, training, metrics, and how to load it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from train.metadata import FOLDER
 
 
 def model_card(cfg: DictConfig, summary: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
-    """Markdown with the hub's header of metadata.
+    """The model card in Markdown, with the hub's metadata header.
 
     Args:
-        summary: of the pretraining run; selection: of its prune.
+        summary: of the pretraining run.
+        selection: summary of the run's selection.
     """
     return "\n".join(
         (_header(cfg, summary), _usage(cfg, summary), _data(cfg, summary, selection), _training(cfg, summary))

@@ -1,4 +1,4 @@
-"""The denoising network, by config or from a pipeline, its loss, and the plain diffusers pipeline it is saved as."""
+"""The denoising network (from a config or a pipeline), its loss, and the plain diffusers pipeline that stores it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def new_unet(
     seed: int,
     condition_channels: int = 0,
 ) -> UNet2DConditionModel:
-    """A randomly initialised UNet2DConditionModel; `condition_channels` more input channels for an image condition."""
+    """A randomly initialised UNet2DConditionModel.
+
+    Args:
+        condition_channels: number of additional input channels for an image condition.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return UNet2DConditionModel(
@@ -48,9 +52,9 @@ def new_unet(
 def new_transformer(
     config: Mapping[str, Any], latent_channels: int, latent_size: int, text_width: int, seed: int
 ) -> PixArtTransformer2DModel:
-    """A randomly initialised text-conditioned DiT (Peebles and Xie 2023, with PixArt-α's cross-attention).
+    """A randomly initialised text-conditioned DiT (Peebles and Xie 2023) with the cross-attention of PixArt-α.
 
-    Its last layer starts at zero, as DiT's does (section 3.2), so that training starts from predicting nothing.
+    As in DiT (section 3.2), the last layer is initialised to zero, so the initial prediction is zero.
     """
     if latent_size % config["patch_size"]:
         raise UserError(
@@ -84,7 +88,7 @@ def new_network(
 
 
 def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], seed: int) -> None:
-    """Freeze a network and give its attention low-rank updates (Hu et al. 2022), the only weights that then train."""
+    """Freeze a network and add trainable low-rank updates (Hu et al. 2022) to its attention layers."""
     from peft import LoraConfig
 
     network.requires_grad_(False)
@@ -94,7 +98,7 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], se
 
 
 def lora_weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The low-rank updates alone, as `pipeline.load_lora_weights` reads them; empty without LoRA."""
+    """The low-rank updates only, in the format of `pipeline.load_lora_weights`; empty without LoRA."""
     if not getattr(network, "peft_config", None):
         return {}
     from peft.utils import get_peft_model_state_dict
@@ -103,13 +107,13 @@ def lora_weights(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def lora_metadata(network: nn.Module) -> dict[str, Any]:
-    """Rank, alpha and targets of the low-rank updates, JSON-ready: without them a reader takes alpha for the rank."""
+    """Rank, alpha and targets of the low-rank updates, JSON-ready; without them readers take alpha for the rank."""
     metadata = network.peft_config[LORA].to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}
 
 
 def merge_lora(network: nn.Module) -> nn.Module:
-    """Add low-rank updates to the weights they belong to, in place, so that the network is a plain one again."""
+    """Merge the low-rank updates into the weights in place, so that the network is a plain one again."""
     if getattr(network, "peft_config", None):
         network.fuse_lora(adapter_names=[LORA])
         network.unload_lora()
@@ -123,10 +127,11 @@ def predict(
     text: torch.Tensor,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What the network says of noisy latents [B, C, h, w] at times [B] in 0..1000.
+    """The network's prediction for noisy latents [B, C, h, w] at times [B] in 0..1000.
 
     Args:
-        text: float [B, L, D]; mask: bool [B, L], the tokens that count; None: all.
+        text: float [B, L, D].
+        mask: bool [B, L], true for the tokens to use; None: all.
     """
     known = {} if mask is None else {"encoder_attention_mask": mask}
     return network(noisy, timestep=timesteps, encoder_hidden_states=text, **known).sample
@@ -157,7 +162,7 @@ def diffusion_loss(
 
 
 def masks_padding(network: nn.Module) -> bool:
-    """Whether the network's pipeline hides a caption's padding from it: PixArt's does, Stable Diffusion's does not."""
+    """Whether the network's pipeline masks the padding of captions: PixArt's does, Stable Diffusion's does not."""
     return isinstance(network, PixArtTransformer2DModel)
 
 
@@ -168,7 +173,7 @@ def text_to_image_pipeline(
     network: UNet2DConditionModel | PixArtTransformer2DModel,
     scheduler: SchedulerMixin,
 ) -> DiffusionPipeline:
-    """The parts as a StableDiffusionPipeline or a PixArtAlphaPipeline that loads without any code of ours."""
+    """Assemble a StableDiffusionPipeline or a PixArtAlphaPipeline that loads with plain diffusers."""
     parts = {"vae": autoencoder, "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
     if isinstance(network, PixArtTransformer2DModel):
         pipeline = PixArtAlphaPipeline(transformer=network, **parts)

@@ -1,4 +1,4 @@
-"""What the network learns to predict, from which noise, and the sampler that fits it."""
+"""The training objective: the prediction target, the distribution of noise and times, and the matching sampler."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ TIMESTEPS = 1000
 class Objective:
     """The training objective (docs/method.md, section 4).
 
-    `flow` is rectified flow (Liu et al. 2022) with logit-normal times (Esser et al. 2024, section 3.1): the velocity
-    noise - latents at x_t = (1 - t) latents + t noise. `epsilon` (Ho et al. 2020) and `v_prediction` (Salimans and Ho
-    2022) use Stable Diffusion's 1000 discrete times, x_t = a_t latents + s_t noise.
+    `flow` is rectified flow (Liu et al. 2022) with logit-normal times (Esser et al. 2024, section 3.1): the target is
+    the velocity noise - latents at x_t = (1 - t) latents + t noise. `epsilon` (Ho et al. 2020) and `v_prediction`
+    (Salimans and Ho 2022) use Stable Diffusion's 1000 discrete times, x_t = a_t latents + s_t noise.
 
     Args:
         prediction: flow, epsilon or v_prediction.
-        time_mean, time_std: of the normal whose logistic is the time; larger means train noisier. Of `flow` alone.
+        time_mean, time_std: parameters of a normal distribution; the time is its logistic. Larger means train at
+        noisier times. For `flow` only.
         caption_dropout: fraction of the captions replaced by the empty one, for classifier-free guidance.
-        min_snr_gamma: weigh the loss by min(SNR, gamma) / SNR of the predicted noise (Hang et al. 2023); None: not.
-            Of `epsilon` and `v_prediction`.
-        offset_noise: standard deviation of one more noise value per image and channel (Guttenberg 2023).
-        zero_terminal_snr: rescale the schedule so that its last step is pure noise (Lin et al. 2024, section 3.1).
-            Of `v_prediction`: there is nothing to learn from predicting pure noise out of pure noise.
+        min_snr_gamma: weigh the loss by min(SNR, gamma) / SNR of the predicted noise (Hang et al. 2023); None: no
+            weights. For `epsilon` and `v_prediction`.
+        offset_noise: standard deviation of an additional noise value per image and channel (Guttenberg 2023).
+        zero_terminal_snr: rescale the schedule so that its last step is pure noise (Lin et al. 2024, section 3.1). For
+            `v_prediction`: with `epsilon` the last step would have nothing to learn, since its input is the target.
     Raises:
-        ValueError: a part that the prediction has no use for.
+        ValueError: an option does not apply to the prediction.
     """
 
     prediction: str = "flow"
@@ -71,10 +72,10 @@ class Objective:
     def draw(
         self, random: np.random.Generator, shape: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noise float32 `shape`, times float32 [B] and caption-dropped bool [B] of one step, for the global batch.
+        """Noise float32 `shape`, times float32 [B] and dropped captions bool [B] of one step, for the global batch.
 
         Times are stratified over the batch (one in each of B equal parts of the distribution), which lowers the
-        variance: in (0, 1) for `flow`, whole numbers below 1000 otherwise.
+        variance. They lie in (0, 1) for `flow` and are integers below 1000 otherwise.
         """
         size = shape[0]
         noise = random.standard_normal(shape, dtype=np.float32)
@@ -91,19 +92,20 @@ class Objective:
 
     @property
     def last_time(self) -> float:
-        """The time at which latents are all noise, or as near to it as the schedule goes."""
+        """The time at which latents are pure noise, or the noisiest time of the schedule."""
         return 1.0 if self.prediction == "flow" else TIMESTEPS - 1.0
 
     def noisy(
         self, latents: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What the network sees and should say.
+        """The network's input and target.
 
         Args:
-            latents, noise: float [B, C, h, w]; time: float [B] as `draw` gives it.
+            latents, noise: float [B, C, h, w].
+            time: float [B] as `draw` gives it.
         Returns:
             x_t [B, C, h, w], the network's timesteps [B] in 0..1000, the target [B, C, h, w], the loss weights [B] or
-            None where every image counts alike.
+            None if all images have the same weight.
         """
         if self.prediction == "flow":
             fraction = time[:, None, None, None]
@@ -114,7 +116,7 @@ class Objective:
         if self.min_snr_gamma is None:
             return noisy, steps, target, None
         snr = compute_snr(self.schedule, steps)
-        # the error of v is that of the noise times SNR + 1: one weight for both in terms of the image predicted
+        # the squared error of the noise is SNR times that of the predicted image, the squared error of v SNR + 1 times
         weights = snr.clamp(max=self.min_snr_gamma) / (snr if self.prediction == "epsilon" else snr + 1)
         return noisy, steps, target, weights.float()
 
@@ -139,6 +141,6 @@ def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torc
 
 
 def prediction_of(scheduler: SchedulerMixin) -> str:
-    """What the network of a pipeline with this scheduler predicts: flow, epsilon, v_prediction, or another's name."""
-    result = str(scheduler.config.get("prediction_type", "flow_prediction"))  # flow-matching schedulers name none
+    """The prediction type of a pipeline with this scheduler: flow, epsilon, v_prediction or the scheduler's own."""
+    result = str(scheduler.config.get("prediction_type", "flow_prediction"))  # flow-matching schedulers lack it
     return "flow" if result == "flow_prediction" else result

@@ -18,10 +18,10 @@ from train.foundation import pretrain
 
 
 def push(pipeline: Path, repository: str) -> None:
-    """Upload a pipeline with its model card to a repository of the hub, which is made if it is not there.
+    """Upload a pipeline with its model card to a hub repository; creates the repository if it does not exist.
 
     Raises:
-        UserError: the hub cannot be reached, or does not accept it.
+        UserError: the hub cannot be reached, or rejects the upload.
     """
     try:
         hub = HfApi()

@@ -1,6 +1,6 @@
-"""The networks of a training over the processes of a launch, as Accelerate prepares them: DDP, FSDP2 or DeepSpeed.
+"""The networks of a training, distributed over the processes of a launch by Accelerate: DDP, FSDP2 or DeepSpeed.
 
-What the three have not in common is here: what a checkpoint needs to be whole, on the first process.
+This module handles the differences between the three: how to collect a complete checkpoint on the first process.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch.distributed.checkpoint.state_dict import (
 from runtime.errors import UserError
 from train.ema import Modules
 
-#: What AdamW keeps of every weight.
+#: Optimizer state that AdamW keeps for every weight.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Networks(nn.Module):
-    """Several networks as one: Accelerate's plugins take one, and gather its weights for its `forward` alone."""
+    """Several networks as one module: Accelerate's plugins accept one, and gather weights only for its `forward`."""
 
     def __init__(self, modules: Modules) -> None:
         super().__init__()
         self.networks = nn.ModuleDict(modules)
 
     def forward(self, compute_loss: Callable[[Modules, Any], torch.Tensor], batch: Any) -> torch.Tensor:
-        """The loss that `compute_loss` finds with the networks."""
+        """The loss that `compute_loss` computes with the networks."""
         return compute_loss(dict(self.networks.items()), batch)
 
 
@@ -44,10 +44,10 @@ def prepare(
     new_optimizer: Callable[..., torch.optim.Optimizer],
     gradient_clip: float,
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """What `Accelerator.prepare` makes of the networks, as one, and of an optimizer of their trained weights.
+    """Prepare the networks, as one module, and an optimizer of their trainable weights with `Accelerator.prepare`.
 
     Raises:
-        UserError: a plugin is given a scalar weight, such as CLIP's temperature.
+        UserError: FSDP or DeepSpeed is used with a scalar weight, such as CLIP's temperature.
     """
     networks = Networks(modules)
     optimizer = new_optimizer([weight for weight in networks.parameters() if weight.requires_grad])
@@ -63,14 +63,14 @@ def prepare(
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "gradient_clipping": gradient_clip,
-            "train_micro_batch_size_per_gpu": 1,  # for its reports: the loop makes the batches
+            "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's reports: the loop makes the batches
             "train_batch_size": accelerator.num_processes,
         }
     return accelerator.prepare(networks, optimizer)
 
 
 def _blocks(modules: Modules) -> list[str]:
-    """Names of the classes of blocks that a network computes one after the other; FSDP2 gathers one at a time."""
+    """Class names of the sequential blocks of the networks; FSDP2 gathers one block at a time."""
     lists = [child for module in modules.values() for child in module.children() if isinstance(child, nn.ModuleList)]
     return sorted(
         {type(block).__name__ for blocks in lists for block in blocks if any(True for _ in block.parameters())}
@@ -78,7 +78,7 @@ def _blocks(modules: Modules) -> list[str]:
 
 
 def network_tensors(accelerator: Accelerator, model: nn.Module, modules: Modules) -> dict[str, dict[str, torch.Tensor]]:
-    """The whole state of every network by its name; sharded weights on the first process alone. All must call it."""
+    """The complete state of every network by its name; sharded weights on the first process only. All must call it."""
     state = accelerator.get_state_dict(model)
     prefixes = {name: f"networks.{name}." for name in modules}
     return {
@@ -90,7 +90,7 @@ def network_tensors(accelerator: Accelerator, model: nn.Module, modules: Modules
 def optimizer_tensors(
     accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's whole state as "<weight>.<key>", on the CPU of the first process. All must call it."""
+    """The optimizer's complete state as "<weight>.<key>", on the CPU of the first process. All must call it."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _deepspeed_tensors(model, optimizer)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -104,12 +104,12 @@ def load_optimizer_tensors(
     optimizer: AcceleratedOptimizer,
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Take up what `optimizer_tensors` gave, under this launch or another. All processes must call it."""
+    """Load the state from `optimizer_tensors`, under this kind of launch or another. All processes must call it."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _load_deepspeed_tensors(model, optimizer, tensors)
         return
     fresh = get_optimizer_state_dict(model, optimizer.optimizer)
-    state = {  # a weight that never had a gradient has no saved state: it begins as it began
+    state = {  # a weight that never had a gradient has no saved state and starts without one
         name: {key: tensors.get(f"{name}.{key}", torch.zeros_like(value)) for key, value in of_weight.items()}
         for name, of_weight in fresh["state"].items()
     }
@@ -118,7 +118,7 @@ def load_optimizer_tensors(
 
 
 def _deepspeed_tensors(model: nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, torch.Tensor]:
-    """As `optimizer_tensors`; DeepSpeed's own checkpoints are pickles."""
+    """Like `optimizer_tensors`, for DeepSpeed; DeepSpeed's own checkpoints are pickle files."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     step = next(iter(optimizer.optimizer.optimizer.state.values()))["step"]
@@ -134,7 +134,7 @@ def _deepspeed_tensors(model: nn.Module, optimizer: AcceleratedOptimizer) -> dic
 def _load_deepspeed_tensors(
     model: nn.Module, optimizer: AcceleratedOptimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """As `load_optimizer_tensors`: DeepSpeed sets moments of a weight, but only where a first step has made them."""
+    """Like `load_optimizer_tensors`, for DeepSpeed, which can set the moments of a weight only after a first step."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
 
     zero = optimizer.optimizer

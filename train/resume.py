@@ -1,4 +1,4 @@
-"""Taking up a training from a checkpoint of another run, under other options or for longer: `train.resume=DIR`."""
+"""Continue a training from a checkpoint of another run, with other options or more steps: `train.resume=DIR`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FOLDER = "checkpoints"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training begins.
+    """The starting point of a training.
 
     Attributes:
-        checkpoint: folder of the checkpoint of another run; None for a training from its own beginning.
-        step: steps that were done by then.
-        images: training images that were seen by then.
+        checkpoint: folder of a checkpoint of another run; None for a training from the beginning.
+        step: steps done at the checkpoint.
+        images: training images seen at the checkpoint.
     """
 
     checkpoint: Path | None = None
@@ -34,15 +34,15 @@ class Start:
     images: int = 0
 
     def images_seen(self, step: int, batch_size: int) -> int:
-        """Training images seen after a step, at this run's batch size from its beginning on."""
+        """Training images seen after a step, with this run's batch size since its start."""
         return self.images + (step - self.step) * batch_size
 
 
 def start_of(cfg: DictConfig) -> Start:
-    """The checkpoint that `train.resume` names: a run's newest, one of them, or the folder of them.
+    """The checkpoint that `train.resume` names: a run (its newest), one checkpoint, or a folder of checkpoints.
 
     Raises:
-        UserError: there is none, or it is past the steps that are requested.
+        UserError: there is none, or it is past the requested steps.
     """
     if cfg.train.get("resume") is None:
         return Start()
@@ -63,9 +63,9 @@ def start_of(cfg: DictConfig) -> Start:
 
 
 def training_inputs(cfg: DictConfig, start: Start) -> dict[str, Any]:
-    """What `cfg.train` adds to a run's fingerprint; of a checkpoint its content, wherever it lies."""
+    """The inputs of a run's fingerprint from `cfg.train`; a checkpoint counts by its content, not its location."""
     train = {key: value for key, value in plain(cfg.train).items() if key != "resume"}
-    if train["weighting"] == 0:  # as runs of before it are
+    if train["weighting"] == 0:  # as in runs from before this option existed
         del train["weighting"]
     if start.checkpoint is None:
         return {"train": train}
@@ -74,7 +74,7 @@ def training_inputs(cfg: DictConfig, start: Start) -> dict[str, Any]:
 
 
 def inherit_snapshots(start: Start, directory: Path) -> None:
-    """Copy the snapshots that the other run kept up to the checkpoint: the curve begins with its history."""
+    """Copy the snapshots that the other run kept before the checkpoint, so that the curve includes its history."""
     if start.checkpoint is None:
         return
     for snapshot in snapshots_of(start.checkpoint.parent.parent):
@@ -88,6 +88,6 @@ def inherit_snapshots(start: Start, directory: Path) -> None:
 
 
 def take_up(cfg: DictConfig, checkpoint: Path) -> str:
-    """Overrides that make the same command go on from a checkpoint, at a tenth of the learning rate."""
+    """Overrides with which the same command continues from a checkpoint, at a tenth of the learning rate."""
     rate = float(f"{cfg.train.loop.learning_rate / 10:.3g}")
     return f"train.resume={shlex.quote(str(checkpoint))} train.loop.learning_rate={rate}"

@@ -1,4 +1,4 @@
-"""Images from a text-to-image pipeline on disk: each depends on its prompt, metadata, seed and number alone."""
+"""Draw images from a text-to-image pipeline on disk; each depends only on its prompt, metadata, seed and number."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Sampler:
 
     Args:
         pipeline: of one of the classes TEXT_TO_IMAGE, on its device.
-        folder: it was loaded from.
-        encoder: of metadata, or None.
+        folder: the folder that it was loaded from.
+        encoder: metadata encoder, or None.
         batch_size: images drawn at once.
     """
 
@@ -38,14 +38,14 @@ class Sampler:
 
     @property
     def fields(self) -> Mapping[str, MetadataField]:
-        """The metadata that the model knows, by name; empty where it knows none."""
+        """The metadata fields that the model knows, by name; empty without metadata."""
         return {} if self.encoder is None else self.encoder.fields
 
     def known(self, metadata: Mapping[str, Any] | None) -> dict[str, float]:
         """Metadata as numbers.
 
         Raises:
-            UserError: the model does not know such a field, or a value is no finite number.
+            UserError: the model does not know a field, or a value is not a finite number.
         """
         if not metadata:
             return {}
@@ -78,16 +78,16 @@ class Sampler:
         metadata: Mapping[str, Any] | None = None,
         label: str = "draw",
     ) -> np.ndarray:
-        """Images of one prompt, uint8 [count, H, W, 3]; image i starts from noise that depends on the seed and i alone.
+        """Images of one prompt, uint8 [count, H, W, 3]; the noise of image i depends only on the seed and i.
 
-        Every batch has the same size, since the last bits of a network's output depend on it; what the last one draws
-        beyond `count` is dropped.
+        Every batch has the same size, because the last bits of a network's output depend on the batch size; surplus
+        images of the last batch are dropped.
 
         Args:
             guidance_scale: classifier-free guidance; 1 switches it off.
             metadata: some of `fields`, in their own units.
         Raises:
-            UserError: the prompt is empty, a number is out of range, or the metadata is none of the model's.
+            UserError: the prompt is empty, a number is out of range, or the model does not know the metadata.
         """
         check_prompt(prompt)
         check_settings(count=count, seed=seed, steps=steps, guidance_scale=guidance_scale)
@@ -108,20 +108,20 @@ class Sampler:
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuse a prompt that says nothing.
+    """Refuse an empty prompt.
 
     Raises:
-        UserError: it is empty.
+        UserError: the prompt is empty.
     """
     if not prompt.strip():
         raise UserError('the prompt is empty: say what to draw, e.g. prompt="a satellite image of desert"')
 
 
 def check_settings(*, count: Any, seed: Any, steps: Any, guidance_scale: Any) -> None:
-    """Refuse what `Sampler.draw` cannot draw with.
+    """Refuse invalid settings of `Sampler.draw`.
 
     Raises:
-        UserError: a value is no number, no whole one where it must be, or too small.
+        UserError: a value is not a number, not an integer where required, or too small.
     """
     for name, value, least in (("images", count, 1), ("seed", seed, 0), ("steps", steps, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -132,10 +132,10 @@ def check_settings(*, count: Any, seed: Any, steps: Any, guidance_scale: Any) ->
 
 
 def load_sampler(directory: Path, batch_size: int = 8) -> Sampler:
-    """The sampler of a pretraining run, or of a text-to-image pipeline's folder.
+    """Load the sampler of a pretraining run or of a text-to-image pipeline's folder.
 
     Raises:
-        UserError: the folder holds no such pipeline, or it does not load; there is no such batch.
+        UserError: the folder holds no such pipeline, it does not load, or the batch size is invalid.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size={batch_size}: give a whole number of at least 1")
@@ -150,11 +150,11 @@ def load_sampler(directory: Path, batch_size: int = 8) -> Sampler:
 
 
 def load_pipeline(directory: Path, option: str, kinds: Sequence[str]) -> tuple[DiffusionPipeline, Path]:
-    """The pipeline of a run (`directory/pipeline`) or of a folder that is one, on the GPU if there is one; its folder.
+    """Load a pipeline from a run (`directory/pipeline`) or its own folder, on the GPU if there is one; also its folder.
 
     Args:
-        option: that names the directory, for messages.
-        kinds: names of the pipeline classes that will do.
+        option: the option that names the directory, for messages.
+        kinds: names of the accepted pipeline classes.
     Raises:
         UserError: there is no such pipeline, or it does not load.
     """
@@ -168,7 +168,7 @@ def load_pipeline(directory: Path, option: str, kinds: Sequence[str]) -> tuple[D
     try:
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
         if kind in kinds:
-            # local files alone: diffusers asks the hub for a part that a folder lacks
+            # local files only: otherwise diffusers asks the hub for missing parts
             pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
             pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     except UNLOADABLE as error:
@@ -180,7 +180,7 @@ def load_pipeline(directory: Path, option: str, kinds: Sequence[str]) -> tuple[D
 
 
 def pipeline_fingerprint(folder: Path) -> str:
-    """16 hex digits of all of a pipeline's files."""
+    """16 hex digits of the content of all files of a pipeline."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return fingerprint(files={path.relative_to(folder).as_posix(): file_digest(path) for path in files})
 

@@ -1,4 +1,4 @@
-"""Sample sheets of a model in training: a row a scene, and the same prompt at several locations."""
+"""Sample sheets of a model in training: one row per scene, and the same prompt at several locations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eval.measuring import Sampling
 from report.figures import contact_sheet
 from train.metadata import MetadataEncoder, prompt_embeddings
 
-#: Locations of a sheet of one prompt at several locations: name, longitude, latitude in degrees.
+#: Locations for the sheet of one prompt at several locations: name, longitude and latitude in degrees.
 LOCATIONS = (
     ("Amazon", -62.0, -4.0),
     ("Sahara", 12.0, 24.0),
@@ -28,9 +28,9 @@ COLUMNS = 8
 
 
 def sample_sheet(pipeline: DiffusionPipeline, corpus: Corpus, sampling: Sampling, path: Path) -> tuple[Path, list[str]]:
-    """Eight samples of the most common caption of each scene, one row a scene, the same noise at every step.
+    """Draw eight samples of each scene's most common caption, one row per scene, with the same noise at every step.
 
-    Returns the picture and the rows' captions.
+    Returns the image file and the captions of the rows.
     """
     manifest = corpus.manifest[corpus.manifest["caption"] != ""]
     prompts = manifest.groupby("scene")["caption"].agg(lambda column: column.value_counts().index[0])
@@ -50,7 +50,7 @@ def sample_sheet(pipeline: DiffusionPipeline, corpus: Corpus, sampling: Sampling
 
 
 def location_sheet(pipeline: DiffusionPipeline, encoder: MetadataEncoder, sampling: Sampling, path: Path) -> Path:
-    """The empty prompt at eight locations, a column each, with the same noise in a row."""
+    """Draw the empty prompt at eight locations, one column each; the noise is the same within a row."""
     count = 4
     noise_of = [row for row in range(count) for _ in LOCATIONS]
     locations = [place for _ in range(count) for place in LOCATIONS]
@@ -71,7 +71,7 @@ def location_sheet(pipeline: DiffusionPipeline, encoder: MetadataEncoder, sampli
 
 
 def short_caption(caption: str) -> str:
-    """A caption without what all of them begin with."""
+    """A caption without the prefix that all captions share."""
     return caption.removeprefix("a satellite image of ")
 
 

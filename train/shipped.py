@@ -1,4 +1,4 @@
-"""The models that come with the repository: finished runs made small, and where they lie."""
+"""The models that come with the repository: reduced copies of finished runs, and their folders."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from train.components import REPOSITORY
 from train.metadata import FOLDER as METADATA
 from train.text_encoder import byte_tokens
 
-#: What `foundation=shipped` names.
+#: Value of the option `foundation` that selects the shipped model.
 SHIPPED = "shipped"
 WEIGHTS = REPOSITORY / "train" / "weights"
 FOUNDATION = "foundation"
 FOLDER = WEIGHTS / f"bluemarble_{FOUNDATION}"
-#: Of a run's summary, what a shipped model keeps.
+#: Keys of a run's summary that a shipped model keeps.
 SUMMARY = (
     "task", "method", "ratio", "images", "training_images", "parameters", "seed", "images_seen", "seconds", "steps",
     "split", "metrics",
@@ -35,15 +35,15 @@ SUMMARY = (
 
 
 def shipped_folder(name: str) -> Path:
-    """Where the shipped foundation, or the network of a task, lies; there may be none."""
+    """The folder of the shipped foundation, or of the network of a task; it may not exist."""
     return WEIGHTS / f"bluemarble_{name}"
 
 
 def foundation_path(foundation: object) -> Path:
-    """The folder that an option `foundation` names: a run's or a pipeline's, or that of the shipped model.
+    """The folder that an option `foundation` names: a run, a pipeline, or the shipped model.
 
     Raises:
-        UserError: the shipped model is requested, and this copy of the repository has none.
+        UserError: the shipped model is requested, but this copy of the repository has none.
     """
     if str(foundation) != SHIPPED:
         return Path(str(foundation)).expanduser()
@@ -57,11 +57,12 @@ def foundation_path(foundation: object) -> Path:
 def merges_of(pieces: Iterable[str], ranks: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
     """The merges that byte-pair encoding (Sennrich et al. 2016, section 3.2) applies to pieces of text.
 
-    Without all other merges the same pieces give the same tokens: the first pair by rank is then the first again.
+    With only these merges the same pieces give the same tokens, because the first pair by rank is the same in every
+    step.
 
     Args:
-        pieces: as the tokenizer cuts them, in its letters for bytes.
-        ranks: of every merge; the lowest goes first.
+        pieces: as the tokenizer splits them, in its byte alphabet.
+        ranks: rank of every merge; the lowest is applied first.
     """
     applied = set()
     for piece in set(pieces):
@@ -76,7 +77,7 @@ def merges_of(pieces: Iterable[str], ranks: dict[tuple[str, str], int]) -> set[t
 
 
 def _merged(parts: Sequence[str], pair: tuple[str, str]) -> Iterator[str]:
-    """The parts with every such pair as one, from the left."""
+    """The parts with every occurrence of the pair joined, from the left."""
     at = 0
     while at < len(parts):
         together = tuple(parts[at : at + 2]) == pair
@@ -85,12 +86,12 @@ def _merged(parts: Sequence[str], pair: tuple[str, str]) -> Iterator[str]:
 
 
 def trimmed(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> tuple[CLIPTokenizer, np.ndarray]:
-    """A tokenizer with the tokens that these texts need and those of all bytes, and the tokens' former numbers.
+    """Reduce a tokenizer to the tokens that these texts need and the tokens of all bytes.
 
-    These texts have the same tokens as before; other words fall into smaller ones.
+    These texts keep their tokens; other words are split into smaller ones.
 
     Returns:
-        The tokenizer, and int64 [tokens].
+        The tokenizer, and the former number of each token, int64 [tokens].
     """
     backend = tokenizer.backend_tokenizer
     pieces = {
@@ -107,15 +108,15 @@ def trimmed(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> tuple[CLIPTokeniz
 
 
 def tokenizer_merges(tokenizer: CLIPTokenizer) -> list[list[str]]:
-    """The merges of a tokenizer, first to last."""
+    """The merges of a tokenizer in the order of their ranks."""
     return json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
 
 
 def with_tokens(text_encoder: CLIPTextModel, former: np.ndarray) -> CLIPTextModel:
-    """A copy of a text encoder that knows some of its tokens alone, by new numbers; the last two begin and end a text.
+    """A copy of a text encoder with only some tokens, renumbered; the last two begin and end a text.
 
     Args:
-        former: int64 [tokens], their numbers until now.
+        former: int64 [tokens], the former number of each token.
     """
     small = copy.deepcopy(text_encoder)
     weight = small.get_input_embeddings().weight.detach()[torch.from_numpy(former)]
@@ -126,7 +127,8 @@ def with_tokens(text_encoder: CLIPTextModel, former: np.ndarray) -> CLIPTextMode
 
 
 def ship(run: Path, target: Path, texts: Iterable[str], card: str) -> None:
-    """Write a finished run's pipeline in 16 bits, with the vocabulary of `texts`, its card and what it was trained on.
+    """Write a finished run's pipeline in float16, with the vocabulary of `texts`, the card and facts about the
+    training.
 
     Args:
         texts: the captions that the model was trained on.
@@ -140,7 +142,7 @@ def ship(run: Path, target: Path, texts: Iterable[str], card: str) -> None:
     for path in (target / "model_index.json", target / "unet" / "config.json", target / "vae" / "config.json"):
         forget_origin(path)
     config = target / "text_encoder" / "config.json"
-    # transformers loads in the type that the config names, and the pipeline computes in 32 bits by default
+    # transformers loads weights in the dtype of the config; the pipeline computes in float32 by default
     write_json(config, {**read_json(config), "dtype": "float32"})
     (target / "README.md").write_text(card, encoding="utf-8")
     summary = read_json(run / "summary.json")
@@ -150,15 +152,15 @@ def ship(run: Path, target: Path, texts: Iterable[str], card: str) -> None:
 
 
 def forget_origin(config: Path) -> None:
-    """Take from a config the folder that its network was loaded from, which is of the machine that wrote it."""
+    """Remove the path from which the network was loaded from a config; it is a path of the machine that wrote it."""
     write_json(config, {key: value for key, value in read_json(config).items() if key != "_name_or_path"})
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of a folder's files."""
+    """Total size of a folder's files in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def training_captions(corpus_captions: Sequence[str], cfg: DictConfig) -> list[str]:
-    """The texts that a shipped model must read as its training did: all captions, and words for a prompt."""
+    """The texts that a shipped model must tokenize as in training: all captions, and words for prompts."""
     return [*corpus_captions, "", *cfg.shipped.words]

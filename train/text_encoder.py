@@ -1,4 +1,4 @@
-"""A small CLIP trained on the corpus's own tiles and captions, with CLIP's own byte-pair vocabulary."""
+"""A small CLIP trained on the tiles and captions of the corpus, with CLIP's original byte-pair vocabulary."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def clip_tokenizer(max_length: int) -> CLIPTokenizer:
 
 
 def byte_tokens() -> list[str]:
-    """CLIP's first 512 tokens: every byte within a word, and at its end."""
+    """CLIP's first 512 tokens: every byte inside a word and at its end."""
     alphabet = list(_byte_alphabet().values())
     return [*alphabet, *(letter + "</w>" for letter in alphabet)]
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-ins for the 256 bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    """GPT-2's printable substitutes for the 256 bytes: printable Latin-1 as itself, the rest from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {byte: chr(byte) for byte in printable}
     for byte in range(256):
@@ -100,7 +100,8 @@ def cached_prompts(
     """Hidden states of texts, encoded once, memory-mapped.
 
     Args:
-        key: fingerprint of the text encoder; half: store float16 in place of float32.
+        key: fingerprint of the text encoder.
+        half: store float16 instead of float32.
     Returns:
         [T, L, D], and the number of tokens before the padding, int64 [T].
     """
@@ -125,16 +126,16 @@ def cached_prompts(
 
 
 def caption_lengths(tokenizer: CLIPTokenizer, texts: list[str]) -> np.ndarray:
-    """Tokens of each text with its start and end marks, int64 [T]: all that is no padding."""
+    """Number of tokens of each text without padding, including start and end tokens, int64 [T]."""
     encoded = tokenizer(texts, max_length=tokenizer.model_max_length, truncation=True).input_ids
     return np.array([len(ids) for ids in encoded], dtype=np.int64)
 
 
 def tell_cut(tokenizer: CLIPTokenizer, texts: Sequence[str], lengths: np.ndarray) -> int:
-    """Say on stderr how many texts are longer than the encoder takes, whose ends it does not see; returns the number.
+    """Print on stderr how many texts exceed the encoder's length and are truncated; returns the number.
 
     Args:
-        lengths: of `caption_lengths`.
+        lengths: from `caption_lengths`.
     """
     full = [texts[at] for at in np.flatnonzero(lengths >= tokenizer.model_max_length)]
     whole = tokenizer(full, truncation=False, verbose=False).input_ids if full else []
@@ -151,7 +152,7 @@ def tell_cut(tokenizer: CLIPTokenizer, texts: Sequence[str], lengths: np.ndarray
 def contrastive_loss(
     images: torch.Tensor, texts: torch.Tensor, same: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """CLIP's symmetric cross-entropy, where every image of the same caption is a positive.
+    """CLIP's symmetric cross-entropy; every image with the same caption counts as a positive.
 
     Args:
         images, texts: unit embeddings [B, D].
@@ -187,7 +188,7 @@ def train_clip(
 
     def loss(modules: Modules, batch: Batch) -> torch.Tensor:
         pixels, code = batch
-        # one text forward a distinct caption: a batch holds few of them
+        # one forward pass per distinct caption, because a batch holds few distinct ones
         distinct, position = torch.unique(code, return_inverse=True)
         output = modules["clip"](input_ids=tokens[distinct.cpu()].to(accelerator.device), pixel_values=pixels)
         texts = output.text_embeds[position]
