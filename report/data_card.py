@@ -272,7 +272,7 @@ def _leaks(record: Record) -> str:
         source = (record.config.get("corpus") or {}).get("train") or {}
         at_once = isinstance(source, Mapping) and source.get("split") == "all"
         why = "all splits were pruned at once (`corpus.train.split=all`)" if at_once else "`leaks=0` was given"
-        return f"Not looked for: {why}."
+        return f"Not searched: {why}."
     lines = [f"- exact copies across splits: {result.get('exact_copies', 0):,}"]
     for name, counts in result.get("held_out", {}).items():
         lines.append(

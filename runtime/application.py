@@ -215,7 +215,9 @@ def _one_line(error: Exception) -> str:
     if missing := re.search(r"Error locating target '([\w.]+)'", str(error)):
         message = f"_target_ {missing[1]} cannot be imported ({message}): give module and class"
     where = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
-    return message if where is None or isinstance(cause, UserError) else f"{_source_of(where[1])}: {message}{_fields_of(error, message)}"
+    if where is None or isinstance(cause, UserError):
+        return message
+    return f"{_source_of(where[1])}: {message}{_fields_of(error, message)}"
 
 
 def _similar_keys(message: str) -> str:

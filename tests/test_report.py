@@ -344,8 +344,8 @@ def test_prune_report_shows_where_on_earth_and_why_not(tmp_path):
     images = np.zeros((300, 8, 8, 3), dtype=np.uint8)
     write_prune_report(tmp_path / "a", selection, summary, images, np.random.default_rng(0), locations=locations)
     text = " ".join(Page(tmp_path / "a").text)
-    assert "Where 290 images lie" in text and "2 empty file" in text
-    assert "<dd>41</dd>" in text and "<dd>1,203 images</dd>" in text and "87.5%" in text
+    assert "Locations of 290 images" in text and "2 empty file" in text
+    assert "largest weight 41 effective size by weight 1,203 images" in text and "87.5%" in text
     kept = selection["kept"].to_numpy()
     axes = world_figure(locations["lon"].to_numpy()[10:], locations["lat"].to_numpy()[10:], kept[10:]).axes[0]
     drawn = {points.get_label(): points.get_offsets() for points in axes.collections}
