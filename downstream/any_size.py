@@ -310,6 +310,8 @@ def translate(jobs: Sequence[Job], target: Path, translation: Translation) -> No
         UserError: an image is damaged or in an unknown format.
     """
     tiles = sum(_checked(job, translation) for job in progress(jobs, "look", unit="image"))
+    if len(jobs) > 1:
+        notice(f"{translation.label}: {len(jobs):,} images in {tiles:,} tiles")
     with progress((), translation.label, total=tiles, unit="tile") as bar:
         if [job.target for job in jobs] == [target]:
             _write(jobs[0].source, target, translation, bar.update)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import CLIPModel, CLIPTokenizer
 
 from encoders.pixels import PixelRecipe, to_tensor
 from runtime.artefacts import file_digest, fingerprint
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
 
 BATCH = 256
 
@@ -94,6 +97,8 @@ def load_clip(
     Raises:
         one of `encoders.pixels.LOAD_ERRORS`: the model cannot be loaded.
     """
+    from transformers import CLIPModel, CLIPTokenizer  # slow to import
+
     model = CLIPModel.from_pretrained(folder, revision=revision, use_safetensors=True).eval().requires_grad_(False)
     words = CLIPTokenizer.from_pretrained(tokenizer, revision=revision)
     pixels = to_tensor if plain else PixelRecipe.of(folder, model.config.vision_config.image_size, revision)

@@ -9,7 +9,6 @@ import torch
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoImageProcessor
 
 #: Exceptions of `from_pretrained` for a network that does not exist, cannot be reached or is broken.
 LOAD_ERRORS = (OSError, ValueError, HTTPError, SafetensorError)
@@ -43,6 +42,8 @@ class PixelRecipe:
     @classmethod
     def of(cls, path: str, size: int, revision: str | None = None) -> PixelRecipe:
         """Read the recipe of a network from its preprocessor_config.json."""
+        from transformers import AutoImageProcessor  # slow to import, and most encoders need none
+
         processor = AutoImageProcessor.from_pretrained(path, revision=revision)
         return cls(size, tuple(processor.image_mean), tuple(processor.image_std))
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.stats import t as student_t
-from torchmetrics.image.kid import poly_kernel
 
 #: Smallest number of images for a distance: a jackknife needs two blocks of two images, a third neighbour four images.
 FEWEST = 4
@@ -162,6 +161,8 @@ class _BlockSums(NamedTuple):
 def _block_sums(
     features: np.ndarray, reference: np.ndarray, blocks: int, weights: np.ndarray | None = None
 ) -> _BlockSums:
+    from torchmetrics.image.kid import poly_kernel  # slow to import
+
     sets = [torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (features, reference)]
     members = [torch.nn.functional.one_hot(torch.arange(len(x)) % blocks, blocks).double() for x in sets]
     if weights is not None:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from skimage.metrics import structural_similarity as image_ssim
-from torchmetrics.functional.classification import multiclass_jaccard_index
-from torchmetrics.functional.image import peak_signal_noise_ratio as image_psnr
 
 from corpus.masks import IGNORED
 
@@ -43,6 +41,8 @@ def peak_signal_noise_ratio(images: np.ndarray, truth: np.ndarray) -> float:
     Args:
         images, truth: uint8 [N, H, W, 3].
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio as image_psnr  # slow to import
+
     values = [
         image_psnr(first, second, data_range=255.0, reduction="none", dim=(1, 2, 3)).clamp(max=LARGEST_PSNR)
         for first, second in _batches(images, truth)
@@ -127,6 +127,8 @@ def mean_intersection_over_union(segmentation: np.ndarray, masks: np.ndarray, cl
             left out.
         classes: number of classes.
     """
+    from torchmetrics.functional.classification import multiclass_jaccard_index  # slow to import
+
     known = np.asarray(masks) != IGNORED
     result, truth = (torch.from_numpy(np.asarray(x)[known]).long() for x in (segmentation, masks))
     per_class = multiclass_jaccard_index(result, truth, classes, average="none")

@@ -13,15 +13,9 @@ from eval.held_out import DRAWS, HeldOut
 from eval.measuring import Judges, compare, embed_rows, judge_captions, with_set
 from eval.memorisation import TrainingImages
 from eval.metrics import METRICS, compute
+from eval.reference_names import REFERENCE_ROWS
 from runtime.artefacts import stage, write_json
 
-#: Description of each row, in the order of the tables.
-REFERENCE_ROWS = {
-    "real_held_out": "a second, disjoint set of as many held-out images: what a perfect generator reaches",
-    "real_train": "as many real training images, unpruned",
-    "reconstructed_train": "these training images through the autoencoder: what a perfect latent model reaches",
-    "pca": "these training images through as many principal components as the latents have channels",
-}
 #: Images of each kind that the report shows.
 SHOWN = 12
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from captioning.loop import Loops, clean_captions, material_of, scores_of_images, with_captions
-from captioning.scorers import Material
-from captioning.swaps import Swaps, swapped_corpus
 from corpus.index import Corpus
 from prune.pool import Method, PairScores, Pool
 from prune.scenes import SceneRule
 from runtime.artefacts import fingerprint, read_json
 from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from captioning.loop import Loops
+    from captioning.scorers import Material
+
+# The captioning packages import networks and take seconds: most commands need none of them.
 
 #: Captions that training reads. GIVEN: those of the corpus; BEST: the best ones that the captioning loops found; AUTO:
 #: the best ones if the pruning method uses captions, otherwise the given ones.
@@ -35,6 +39,8 @@ class CleanedPairs:
 
     def scores(self, corpus: Corpus) -> PairScores:
         """The scores that pruning methods see."""
+        from captioning.loop import scores_of_images
+
         scenes = np.array(self.material.scenes, object)[self.material.scene]
         return PairScores(**scores_of_images(corpus, self.directory), scene=scenes)
 
@@ -45,6 +51,8 @@ def loops_of(cfg: DictConfig) -> Loops:
     Raises:
         UserError: an option that must be a number is not one, or an option has an invalid value.
     """
+    from captioning.loop import Loops
+
     options = cfg.captioning
     for name, kind in (("rounds", int), ("most_mismatch", float), ("seed", int)):
         try:
@@ -66,6 +74,8 @@ def given_captions(cfg: DictConfig, corpus: Corpus) -> Corpus:
     options = cfg.captioning.swapped
     if options.fraction is None:
         return corpus
+    from captioning.swaps import Swaps, swapped_corpus
+
     return swapped_corpus(corpus, Swaps(**options))[0]
 
 
@@ -115,6 +125,8 @@ def cleaned(cfg: DictConfig, pool: Pool, corpus: Corpus, scene_pool: Callable[[]
     options = [getattr(scorer, "options", None) for scorer in loops.scorers]
     folds = max((option.folds for option in options if option is not None), default=FOLDS)
     key = fingerprint(encoder=cfg.encoder)
+    from captioning.loop import clean_captions, material_of
+
     material = material_of(corpus, pool.embeddings, key, scenes, labelled, folds, loops.seed)
     return CleanedPairs(clean_captions(material, loops, cfg.runs), material)
 
@@ -127,4 +139,6 @@ def _estimated_scenes(pool: Pool, seed: int) -> np.ndarray:
 
 def read_captions(cfg: DictConfig, corpus: Corpus, directory: Path) -> Corpus:
     """The corpus with the captions that the loops found."""
+    from captioning.loop import with_captions
+
     return with_captions(corpus, directory, float(cfg.captioning.most_mismatch))

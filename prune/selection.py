@@ -16,7 +16,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from captioning.loop import SUMMARY
 from corpus.index import Corpus, index_corpus
 from corpus.quarantine import QUARANTINE, quarantined, reason_counts
 from encoders.efficientnet import EfficientNetLite0
@@ -108,7 +107,7 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
         if (corpus.directory / COMPLETE).stat().st_mtime < started:  # scanned by an earlier run: time unknown
             summary["images_per_second"] = None
         if pairs is not None:
-            summary["captions"] = read_json(pairs.directory / SUMMARY)
+            summary["captions"] = read_json(pairs.directory / "summary.json")
             write_pairs_report(directory / PAIRS_PAGE, pairs.directory, selection.kept, corpus.images, name)
         write_selection(directory, table, summary, corpus, pool.embeddings)
         with track(cfg, "prune", name) as tracker:

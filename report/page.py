@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval.reference_rows import REFERENCE_ROWS
+from eval.reference_names import REFERENCE_ROWS
 from report.tables import REFERENCE, TABLE_NOTES, seeds_line, show
 
 HERE = Path(__file__).parent

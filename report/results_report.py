@@ -11,7 +11,7 @@ import pandas as pd
 from corpus.index import Corpus, open_corpus
 from eval.convergence import CONVERGENCE
 from eval.metrics import METRICS, Quantity
-from eval.reference_rows import REFERENCE_ROWS
+from eval.reference_names import REFERENCE_ROWS
 from report.curves import averaged, chart
 from report.figures import comparison_sheet, confusion_figure, convergence_figure, entropy_histogram, scene_bars
 from report.page import Gallery, Picture, figure_bytes, write_report

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from eval.metrics import METRICS, SETS, Quantity
-from eval.reference_rows import REFERENCE_ROWS
+from eval.reference_names import REFERENCE_ROWS
 from report.results import BASELINE, Row, read_results, weighting_name, write_text
 
 #: Name of the table of each stage.
