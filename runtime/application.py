@@ -205,15 +205,15 @@ def _one_line(error: Exception) -> str:
     while isinstance(cause.__cause__, Exception) and "error" in str(error).lower()[:8]:
         cause = cause.__cause__
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    message = lines[0] if lines else type(error).__name__
+    message = lines[0].removeprefix("In 'config': ") if lines else type(error).__name__
     if "Available options" in str(cause):
         start = next(index for index, line in enumerate(lines) if "Available options" in line)
         options = [line for line in lines[start + 1 :] if ":" not in line]
         message = message.rstrip(".") + ". Choose one of: " + ", ".join(options) + "."
     if "not in struct" in str(cause) or "Could not override" in message:
-        message += _similar_keys(message)
+        message = message.replace("Could not override", "unknown option") + _similar_keys(message)
     if missing := re.search(r"Error locating target '([\w.]+)'", str(error)):
-        message = f"_target_ {missing[1]} cannot be imported ({message}): give module and class"
+        message = f"_target_ {missing[1]} cannot be imported: give module and class"
     where = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
     if where is None or isinstance(cause, UserError):
         return message
