@@ -200,7 +200,7 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
         ("model=dit_s", "model.transformer.num_layers=2", "model.transformer.num_attention_heads=2",
          "model.transformer.attention_head_dim=16", "train.loop.micro_batch=8", "tracker=tensorboard"),
     ],
-    ids=["v_prediction_and_places", "transformer_and_tensorboard"],
+    ids=["v_prediction_and_locations", "transformer_and_tensorboard"],
 )  # fmt: skip
 def test_choices_of_pretraining(home, overrides, forked):
     """Another objective, network, and metadata with the caption: the run is complete and its pipeline loads."""
@@ -217,7 +217,7 @@ def test_choices_of_pretraining(home, overrides, forked):
 
     pipeline = DiffusionPipeline.from_pretrained(directory / "pipeline")
     if "metadata=location" in overrides:
-        assert (directory / "samples" / "places_000004.png").is_file()
+        assert (directory / "samples" / "locations_000004.png").is_file()
         assert (directory / "pipeline" / "metadata_encoder" / "model.safetensors").is_file()
         assert pipeline.scheduler.config.prediction_type == "v_prediction"
     else:
