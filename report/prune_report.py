@@ -214,7 +214,7 @@ def _key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
         "seed": str(summary["seed"]),
     }
     if strata := summary.get("strata"):
-        origin = "of the reference set" if strata["source"] == "reference" else "strata of the corpus, no reference"
+        origin = "of the reference set" if strata["source"] == "reference" else "strata of the corpus (no labels)"
         key_figures["scenes"] = f"{strata['count']:,}, {origin}"
     if threshold is not None:
         key_figures["entropy threshold"] = f"{threshold:.2f} bits"

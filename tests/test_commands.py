@@ -225,6 +225,7 @@ def test_choices_of_pretraining(home, overrides, forked):
         assert list((home / "runs" / "tensorboard").glob("pretrain-rsprune-0.85-*/events*"))
 
 
+@pytest.mark.slow
 def test_going_on_from_a_pipeline_with_low_rank_updates(home, forked):
     first = ran(
         "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none", cwd=home, by=forked
@@ -300,6 +301,7 @@ def test_tables_are_regenerated(home):
     assert (tables / "generation.md").read_text() == before
 
 
+@pytest.mark.slow
 def test_quality_compares_methods_over_ratios(home, forked):
     results = ran(
         "scripts/quality.py", "profile=smoke", "tracker=none", "quality.methods=[full,random,rsprune,semdedup]",
@@ -317,6 +319,7 @@ def test_quality_compares_methods_over_ratios(home, forked):
     assert best["rsprune", 0.9] > best["random", 0.9]
 
 
+@pytest.mark.slow
 def test_ablation_changes_one_choice_at_a_time(home, forked):
     changes = "ablation.changes=['prune.uniformity=0.0','entropy.aggregate=min','prune.max_clusters=64']"
     results = ran("scripts/ablation.py", "profile=smoke", "tracker=none", changes, cwd=home, by=forked)
@@ -329,6 +332,7 @@ def test_ablation_changes_one_choice_at_a_time(home, forked):
     assert table.loc["none (default)", "scene_entropy"] > table.loc["prune.uniformity=0.0", "scene_entropy"]
 
 
+@pytest.mark.slow
 def test_suggest_names_a_ratio_on_its_curve(home, forked):
     arguments = ("scripts/suggest.py", "profile=smoke", "tracker=none", "quality.curve=[0.3,0.6,0.8,0.9]")
     results = ran(*arguments, cwd=home, by=forked)
@@ -358,6 +362,7 @@ def test_long_tail_makes_a_hard_corpus_and_judges_methods(home, forked, tmp_path
     assert all(0 <= value <= 1 for value in waste) and max(waste) > 0  # six crops of each texture
 
 
+@pytest.mark.slow
 def test_bench_of_selection_measures_time_and_memory(home):
     small = (
         "tracker=none",

@@ -564,7 +564,7 @@ def test_the_options_are_given_on_the_command_line(tmp_path: Path, forked) -> No
         done = prune(forked, tmp_path, root, option)
         assert done.returncode == 0, done.stderr
         assert "folder: masks: 8 of 8 images have one" in done.stderr and "quarantined" not in done.stderr
-        selection = Path(tmp_path / done.stdout.strip().removeprefix("selection: "))
+        selection = Path(tmp_path / done.stdout.splitlines()[-1].removeprefix("selection: "))
         key = json.loads((selection / "stage.json").read_text())["inputs"]["corpus"]
         masks = np.load(selection.parents[1] / "corpus" / key / "masks.npy")
         assert sorted(set(np.unique(masks)) - {IGNORED}) == list(range(count))

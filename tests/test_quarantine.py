@@ -172,8 +172,8 @@ def test_a_command_says_what_it_quarantined_each_time(tmp_path: Path, forked) ->
         lines = [line for line in done.stderr.splitlines() if "quarantined" in line]
         assert len(lines) == 1, "the reference is the corpus: it is not said twice"
         assert "6 of 18 images quarantined: not an image 5, empty file 1 (table: " in lines[0]
-        assert len(done.stdout.splitlines()) == 1
-    selection = Path(done.stdout.strip().removeprefix("selection: "))
+        assert len(done.stdout.splitlines()) == 3 and "6 unreadable" in done.stdout
+    selection = Path(done.stdout.splitlines()[-1].removeprefix("selection: "))
     summary = json.loads((selection / "summary.json").read_text())
     assert summary["quarantined"] == {"not an image": 5, "empty file": 1}
 

@@ -140,7 +140,7 @@ def test_every_method_prunes_a_flat_folder(name: str, flat: Path, capsys: pytest
             "no labels: 6 clusters of the corpus (strata) stand for its scenes; reference=folder "
             "reference.root=DIR names labelled ones"
         ]
-        assert "6, made from the corpus" in (directory / "report.html").read_text()
+        assert "6, strata of the corpus" in (directory / "report.html").read_text()
     else:
         assert summary["strata"] is None and not lines and "reference" not in inputs
 
