@@ -35,6 +35,8 @@ from runtime.quiet import native_stderr_closed, silence_libraries
 
 #: Items per Ray data set. It bounds the driver's memory, and determines how often actors load their networks.
 ITEMS = 2048
+#: Most items of a block, and blocks that each worker gets at least.
+MOST_IN_BLOCK, LEAST_BLOCKS = 4, 16
 #: If a machine was lost, seconds to wait for a result before its items are started again.
 PATIENCE = 15
 #: If the cluster's head node is gone, Ray ends this process without a message. This shell waits for the end of the
@@ -162,7 +164,7 @@ class RayEngine:
         return ray
 
     def _results(self, steps: Sequence[Step], window: Sequence[Any]) -> Iterator[Done]:
-        """Process items as one Ray data set with one block per item, so that blocks keep their order.
+        """Process items as one Ray data set, in their order.
 
         Ends early if a machine was lost and no result has come since: Ray would wait forever for room for its actors.
         """
@@ -207,11 +209,18 @@ class RayEngine:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # the logged errors are raised as well
         attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=_here()).remote(self.retries)
         rows = [{COLUMN: Done(item), ITEM: at} for at, item in enumerate(window)]
-        data = ray.data.from_items(rows, override_num_blocks=len(window))
+        data = ray.data.from_items(rows, override_num_blocks=self._blocks(len(window)))
         for number, part in enumerate(_fused(steps, split=self.gpus_per_actor > 0)):
             work = _Work(number, functions_of(part), attempts)
             data = data.map_batches(**self._stage(part, len(window), work))
         return data
+
+    def _blocks(self, items: int) -> int:
+        """Number of blocks of so many items: a block costs the driver time, and a worker without one waits."""
+        import ray
+
+        workers = max(1, int(ray.cluster_resources().get("CPU", 1) / max(self.cpus_per_worker, 1e-9)))
+        return -(-items // max(1, min(MOST_IN_BLOCK, items // (LEAST_BLOCKS * workers))))
 
     def _stage(self, steps: tuple[Step, ...], items: int, work: _Work) -> dict[str, Any]:
         """Arguments of `map_batches` for steps that run in one worker, one after the other.
