@@ -288,3 +288,10 @@ def test_what_a_dead_cluster_leaves_the_local_engine_finishes(
     engines: Sequence[str] = [line["engine"] for line in logged(corpus)]
     assert engines[0] == "ray" and (engines[-1] == "local" or done == 6)
     assert errors.splitlines()[-1].startswith("error: "), errors[-2000:]
+
+
+def test_blocks_have_several_items_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="engine=ray needs the extra ray")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    assert [RayEngine()._blocks(items) for items in (1, 31, 64, 78, 1000)] == [1, 31, 32, 39, 250]
+    assert RayEngine(cpus_per_worker=2)._blocks(64) == 16
