@@ -183,7 +183,7 @@ def test_entropy_step_removes_the_least_informative_first_and_gives_back_the_bes
 
 
 @settings(deadline=None)
-@given(st.integers(1, 3000), st.floats(0, 1, allow_subnormal=False) | st.sampled_from([0.07, 0.1, 0.2, 0.57, 0.9]))
+@given(st.integers(1, 3000), st.integers(0, 10**6).map(lambda parts: parts / 10**6))
 def test_as_many_are_dropped_as_lie_below_the_quantile_where_no_two_are_equal(count, quantile):
     values = np.arange(count, dtype=np.float64)
     assert below_quantile(count, quantile) == (values < np.quantile(values, quantile) - 1e-9).sum()
