@@ -88,7 +88,7 @@ def _files(source: Source, rows: np.ndarray) -> dict[int, tuple[bytes, bytes | s
     for row in rows.tolist():
         try:
             data, _, mask = next(iter(source.originals(np.array([row]))))
-        except Exception:
+        except Exception:  # of many kinds; the reader meets it again and names it in `Inspection.reasons`
             continue
         result[row] = data, MISSING if mask is None else mask[0]
     return result

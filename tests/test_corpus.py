@@ -146,7 +146,7 @@ def test_every_so_many_blocks_one_is_held_out(every: int) -> None:
 
 
 @pytest.mark.parametrize(("train_stride", "held_out_stride"), [(24, 8), (13, 11), (64, 1000)])
-def test_splits_fraction_no_pixel(train_stride: int, held_out_stride: int) -> None:
+def test_splits_share_no_pixel(train_stride: int, held_out_stride: int) -> None:
     covered = np.zeros((HEIGHT, WIDTH), dtype=int)
     for split, stride in (("train", train_stride), ("val", held_out_stride), ("test", held_out_stride)):
         painted = paint(BlueMarble(split=split, stride=stride).corners(), 64) > 0
@@ -155,7 +155,7 @@ def test_splits_fraction_no_pixel(train_stride: int, held_out_stride: int) -> No
     assert covered.max() == 1
 
 
-def test_ground_of_two_names_fractions_no_pixel(world: BlueMarble) -> None:
+def test_two_grounds_share_no_pixel(world: BlueMarble) -> None:
     """Every second ground cell of test, and the others, have tiles of all scenes, for two held-out sets."""
     table = tiles_of(world, split="test", stride=4).manifest()
     places = table["id"].str.split("/").str[1].str.split("_", expand=True).astype(int).to_numpy()
@@ -170,7 +170,7 @@ def test_ground_of_two_names_fractions_no_pixel(world: BlueMarble) -> None:
         assert set(counts.index) == set(SCENES) and counts.min() > 90
 
 
-def test_splits_fraction_no_pixel_after_indexing(tmp_path: Path, repository: Path) -> None:
+def test_splits_share_no_pixel_after_indexing(tmp_path: Path, repository: Path) -> None:
     """The same for the shipped configuration, read back from the ids of its manifests."""
     with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
         config = compose("bluemarble")

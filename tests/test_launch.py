@@ -47,7 +47,7 @@ def launched(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_as_many_processes_as_requested_for(script, tmp_path):
+def test_as_many_processes_as_requested(script, tmp_path):
     """The command of docs/training.md; gloo sums over all of them."""
     accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
     command = (accelerate, "launch") if accelerate else (sys.executable, "-m", "accelerate.commands.launch")
