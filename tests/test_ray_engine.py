@@ -166,14 +166,18 @@ def ray_engine() -> Iterator[RayEngine]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", [False, True])
-def test_items_keep_their_order_and_errors_their_words(network: bool, ray_engine: RayEngine) -> None:
+@pytest.mark.parametrize(("network", "least_blocks"), [(False, 16), (True, 16), (True, 1)])
+def test_items_keep_their_order_and_errors_their_words(
+    network: bool, least_blocks: int, ray_engine: RayEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `least_blocks` 1, a block has four items, and a worker that dies has done some of them."""
+    monkeypatch.setattr("runtime.ray_engine.LEAST_BLOCKS", least_blocks)
     steps = [Step(double), Step(double, network=network)]
     assert [done.value for done in ray_engine.run(steps, iter(range(20)))] == [4 * value for value in range(20)]
     with pytest.raises(UserError, match="item 0 is bad: mend it"):
-        list(ray_engine.run([Step(refuse, network=network)], range(4)))
+        list(ray_engine.run([Step(refuse, network=network)], range(8)))
     with pytest.raises(UserError, match="a worker was killed again and again at the same images"):
-        list(ray_engine.run([Step(die_at_three, network=network)], range(5)))
+        list(ray_engine.run([Step(die_at_three, network=network)], range(8)))
 
 
 @pytest.mark.slow
@@ -246,6 +250,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
     monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
     folder = tempfile.mkdtemp(prefix="rs-")
+    monkeypatch.setenv("RAY_TMPDIR", folder)  # Ray notes the address of the latest cluster there
+    (Path(folder) / "ray").mkdir()
     first = {"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
     result = Cluster(initialize_head=True, head_node_args=first)
     result.second = result.add_node(num_cpus=1)
