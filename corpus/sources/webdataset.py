@@ -77,7 +77,7 @@ from corpus.remote import (
 )
 from corpus.splits import assigned, check, elsewhere, thinned
 from runtime.artefacts import fingerprint, run_folder
-from runtime.engine import Step, engine
+from runtime.engine import LocalEngine, Step, engine
 from runtime.errors import UserError
 from runtime.notices import notice
 from runtime.parallel import in_threads
@@ -98,7 +98,7 @@ LARGEST_TEXT = 2**20
 LARGEST_MEMBER = 2**30
 #: Largest number of zero bytes after the last member; writers fill archives up to their block size.
 LONGEST_END = 2**22
-#: Fewer shards than this are scanned in the calling process.
+#: Fewer local shards than this are scanned in the calling process.
 FEW_SHARDS = 64
 #: Number of consecutive unreachable images after which the network counts as down.
 GONE = 3
@@ -394,7 +394,9 @@ class WebDataset(Shown):
         known = [read_headers(one, extra) for one in requested]
         missing = [one for one, headers in zip(requested, known, strict=True) if headers is None]
         steps = [Step(partial(_looked_through, reached, tuple(extra)))]
-        result = engine().run(steps, missing, 0 if len(missing) < FEW_SHARDS else self.workers)
+        few = len(missing) < FEW_SHARDS
+        chosen = LocalEngine() if few and not any(map(is_remote, self._shards)) else engine()
+        result = chosen.run(steps, missing, 0 if few else self.workers)
         label = f"read headers of {self.name}"
         for one, headers in zip(progress(requested, label, unit="shard"), known, strict=True):
             if headers is None:
