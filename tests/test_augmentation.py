@@ -184,9 +184,9 @@ def changed(cfg: DictConfig, **options: object) -> DictConfig:
     ("options", "message"),
     [
         ({"augmentation__steps": 0}, "steps=0: give at least 1"),
-        ({"augmentation__amounts": [0, 5]}, "give percents above 0"),
-        ({"augmentation__amounts": []}, "give percents above 0"),
-        ({"augmentation__amounts": [101]}, "give percents above 0"),
+        ({"augmentation__amounts": [0, 5]}, "give percentages above 0"),
+        ({"augmentation__amounts": []}, "give percentages above 0"),
+        ({"augmentation__amounts": [101]}, "give percentages above 0"),
         ({"augmentation__seeds": []}, "at least one seed"),
         ({"augmentation__generated_fraction": 1.0}, "a fraction between 0 and 1"),
         ({"augmentation__ratio": 1.5}, "ratio=1.5 is outside"),
@@ -203,7 +203,7 @@ def test_what_cannot_be_done_is_reported_in_one_line(cfg: DictConfig, options: d
 def test_training_images_are_not_measured_on(cfg: DictConfig) -> None:
     same = cfg.copy()
     same.corpus.test = same.corpus.train.copy()
-    with pytest.raises(UserError, match="split=test is what is trained on"):
+    with pytest.raises(UserError, match="split=test is the split that is trained on"):
         Study.of(same, cfg)
 
 

@@ -210,10 +210,10 @@ def test_configs_make_what_they_name() -> None:
     ("override", "message"),
     [
         ("degradation=sharp", "degradation=sharp is unknown: give area, bicubic or blind"),
-        ("blind.first.sigma=[2,1]", r"blind.first.sigma=\[2, 1\]: give two positive numbers, the least first"),
+        ("blind.first.sigma=[2,1]", r"blind.first.sigma=\[2, 1\]: give two positive numbers, the smaller one first"),
         ("blind.second.photons=[0,1]", r"blind.second.photons=\[0, 1\]: give two positive numbers"),
         ("blind.second.jpeg=50", "blind.second.jpeg=50: give two positive numbers"),
-        ("blind.last_sides=[2,5]", r"blind.last_sides=\[2, 5\]: give two odd numbers, the least first"),
+        ("blind.last_sides=[2,5]", r"blind.last_sides=\[2, 5\]: give two odd numbers, the smaller one first"),
         ("blind.sinc_chance=1.5", "blind.sinc_chance=1.5: give a number from 0 to 1"),
     ],
 )

@@ -507,7 +507,7 @@ def test_what_does_not_fit_is_refused(cfg: DictConfig, foundation: Path, parts: 
     other = changed(cfg, corpus__test__resolution=24)
     with pytest.raises(UserError, match="16 px are trained on, but the held-out ones have 24 px"):
         fine_tune(other, task, foundation, "rsprune")
-    with pytest.raises(UserError, match="trained on latents of side 2, this corpus' have 4"):
+    with pytest.raises(UserError, match="trained on latents of side 2, those of this corpus have 4"):
         conditioned_network(cfg, parts, (CHANNELS, 4, 4), 8)
     with pytest.raises(UserError, match=r"give train\.objective\.prediction=flow"):
         load_parts(changed(cfg, train__objective__prediction="v_prediction"), foundation, corpus_of(cfg, "train"))

@@ -261,5 +261,5 @@ def test_runs_without_colours_or_of_another_task_are_refused(run: Path, tmp_path
     write_json(other / "palette.json", PALETTE)
     write_json(other / "stage.json", {"stage": "super_resolution", "inputs": {}})
     (other / "pipeline").symlink_to(run / "pipeline")
-    with pytest.raises(UserError, match="is a run of super_resolution: give one of semantic_synthesis"):
+    with pytest.raises(UserError, match="is a run of super_resolution: give a run of semantic_synthesis"):
         synthesize(tmp_path / "m.png", tmp_path / "a.png", other)

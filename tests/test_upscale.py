@@ -367,7 +367,7 @@ def test_grey_is_converted_with_a_line(kind: str, tmp_path: Path, capsys) -> Non
 
 def test_a_picture_has_no_place_for_a_georeference_and_says_so(tmp_path: Path, capsys) -> None:
     repeated(geotiff(tmp_path / "a.tif", colours()), tmp_path / "b.png")
-    assert "no place for the georeference" in capsys.readouterr().err
+    assert "cannot store the georeference" in capsys.readouterr().err
     assert names(tmp_path) == ["a.tif", "b.png"]
     Image.fromarray(colours()).save(tmp_path / "plain.tif")
     repeated(tmp_path / "plain.tif", tmp_path / "c.png")
@@ -451,7 +451,7 @@ def test_what_is_there_is_kept(run: Path, tmp_path: Path) -> None:
         (tmp_path / "a.png", tmp_path / "theirs.png"), (tmp_path / "a.png", tmp_path / "folder"),
         (tmp_path, folder), (tmp_path, tmp_path / "theirs.png"), (tmp_path / "a.png", tmp_path / "a.png"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=r"is there and not empty|give a file that ends in"):
+        with pytest.raises(UserError, match=r"already exists and is not empty|give a file that ends in"):
             upscale(source, target, run)
     assert (folder / "theirs.txt").read_text() == (tmp_path / "theirs.png").read_text() == "theirs"
 
@@ -481,7 +481,7 @@ def test_missing_options_and_other_runs_are_refused(run: Path, tmp_path: Path) -
     other.mkdir()
     (other / "pipeline").symlink_to(run / "pipeline")
     write_json(other / "stage.json", {"stage": "semantic_synthesis", "inputs": {}})
-    with pytest.raises(UserError, match="is a run of semantic_synthesis: give one of super_resolution"):
+    with pytest.raises(UserError, match="is a run of semantic_synthesis: give a run of super_resolution"):
         upscale(tmp_path / "a.png", tmp_path / "b.png", other)
     with pytest.raises(UserError, match="WEBP holds 16383"):
         Image.fromarray(colours(1, 9000)).save(tmp_path / "wide.png")
@@ -554,7 +554,7 @@ def test_the_bar_counts_all_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     geotiff(tmp_path / "in" / "a.tif", values, nodata=0)
     Image.fromarray(values).save(tmp_path / "in" / "b.png")
     restorer = repeated(tmp_path / "in", tmp_path / "out")
-    assert [bar.desc.strip(": ") for bar in bars] == ["look", "repeat"]
+    assert [bar.desc.strip(": ") for bar in bars] == ["check", "repeat"]
     assert bars[1].n == bars[1].total == 2 * len(grid_of(Picture(values), restorer, 0.25)) > restorer.tiles
 
 
