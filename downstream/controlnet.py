@@ -88,7 +88,7 @@ def steered_loss(
     Args:
         unet: network of the foundation, frozen.
         latents, noise: float [B, C, h, w].
-        time: float [B], fraction of noise.
+        time: float [B], as `Objective.draw` gives it.
         text: float [B, L, D], hidden states of the captions.
         conditions: float [B, K, H, W] each, such as one-hot masks.
         scales: float [B, n] for n conditions: factor of each condition's residuals for each image, the pipeline's

@@ -465,7 +465,7 @@ def test_a_corpus_without_masks_leaves_a_task_out(
 ) -> None:
     bare = task_config(Path(cfg.runs).parent, "corpus.masks=null", "corpus.classes=[]")
     assert set(suitable_tasks(bare)) == {"super_resolution"}
-    assert "no semantic_synthesis: corpus folder has no masks in its split train" in capsys.readouterr().err
+    assert "semantic_synthesis is left out: corpus folder has no masks in its split train" in capsys.readouterr().err
 
 
 def test_killed_run_goes_on_to_the_same_network(

@@ -360,7 +360,7 @@ def test_without_masks_edges_and_low_resolution_are_left(
     bare = task_config(Path(cfg.runs).parent, "corpus.masks=null", "corpus.classes=[]")
     task = TASKS["joint_conditions"](bare)
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("joint_conditions")]
-    assert line == "joint_conditions without the condition mask: corpus folder has no masks in its split train"
+    assert line == "joint_conditions: the condition mask is left out: corpus folder has no masks in its split train"
     assert list(task.controls) == ["edges", "low_resolution"]
     summary = read_json(fine_tune(bare, task, foundation, "rsprune") / "summary.json")
     assert list(summary["combinations"]) == ["all", "edges alone", "low resolution alone", "none"]
@@ -371,10 +371,10 @@ def test_without_masks_edges_and_low_resolution_are_left(
     ("option", "message"),
     [
         ("foundation=scratch", "steers a trained foundation, foundation=scratch has none"),
-        ("downstream.joint_conditions.conditions=[mask,depth]", "names depth: give some of mask, edges"),
+        ("downstream.joint_conditions.conditions=[mask,depth]", "names depth: choose from mask, edges"),
         ("downstream.joint_conditions.conditions=[mask]", "conditions=mask: give two or more different ones"),
         ("downstream.joint_conditions.conditions=[edges,edges]", "give two or more different ones"),
-        ("downstream.joint_conditions.factor=3", "factor=3: give a divisor of the images' side, 16 px"),
+        ("downstream.joint_conditions.factor=3", "factor=3: give a divisor above 1 of the images' side, 16 px"),
         ("downstream.joint_conditions.dropout=1.0", "dropout=1.0: give at least 0 and less than 1"),
         ("downstream.joint_conditions.canny.low=0.5", r"canny: sigma=1.5 must be above 0, and 0 < low=0.5 <= high=0.1"),
     ],

@@ -74,7 +74,7 @@ def test_the_encoder_reads_shares_from_a_picture(classes: int) -> None:
 
 def test_what_cannot_read_masks_is_refused() -> None:
     palette, codes = np.array([[0, 0, 0], [9, 9, 9]], np.uint8), class_codes(1, 4)
-    with pytest.raises(UserError, match="masks cannot enter through a AutoencoderKL"):
+    with pytest.raises(UserError, match="masks cannot be read by an autoencoder of class AutoencoderKL"):
         mask_autoencoder(AutoencoderKL(), palette, codes)
     with pytest.raises(UserError, match="same colour"):
         mask_autoencoder(tiny_autoencoder(), np.zeros((2, 3), np.uint8), class_codes(1, CHANNELS))

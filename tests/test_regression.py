@@ -48,7 +48,7 @@ def test_what_edsr_cannot_be_is_refused() -> None:
     for factor in (1, 5, 6):
         with pytest.raises(UserError, match=f"factor={factor}: the regression network enlarges by 2, 3, 4, 8"):
             new_regression_network(PARAMETERS, factor, seed=0)
-    with pytest.raises(UserError, match="no regression network has about 3000 weights, the least has"):
+    with pytest.raises(UserError, match="no regression network has about 3000 weights, the smallest has"):
         new_regression_network(3000, 4, seed=0)
 
 

@@ -320,8 +320,8 @@ def test_an_alpha_band_is_left_out_and_what_is_clear_has_no_data(tmp_path: Path,
     assert (np.asarray(Image.open(tmp_path / "b.png"))[20:] == twice(values[..., :3])[20:]).all()
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "alpha" in line] == [
-        f"{tmp_path}/a.tif: its band of alpha is left out, clear pixels have no data",
-        f"{tmp_path}/a.png: its band of alpha is left out",
+        f"{tmp_path}/a.tif: its alpha band is left out, transparent pixels have no data",
+        f"{tmp_path}/a.png: its alpha band is left out",
     ]
 
 
@@ -483,7 +483,7 @@ def test_missing_options_and_other_runs_are_refused(run: Path, tmp_path: Path) -
     write_json(other / "stage.json", {"stage": "semantic_synthesis", "inputs": {}})
     with pytest.raises(UserError, match="is a run of semantic_synthesis: give a run of super_resolution"):
         upscale(tmp_path / "a.png", tmp_path / "b.png", other)
-    with pytest.raises(UserError, match="WEBP holds 16383"):
+    with pytest.raises(UserError, match="WEBP allows only 16383 px a side"):
         Image.fromarray(colours(1, 9000)).save(tmp_path / "wide.png")
         upscale(tmp_path / "wide.png", tmp_path / "b.webp", run)
 
