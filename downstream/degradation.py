@@ -62,7 +62,7 @@ class Linear:
 class Round:
     """Options of one of the two rounds of blur, resizing, noise and JPEG.
 
-    A range is a pair of its smallest and largest value; numbers are drawn uniformly from it.
+    A range is a pair of its smallest and largest value; numbers are drawn uniformly from it, except for `photons`.
 
     Attributes:
         blur_chance: probability of a blur.
@@ -71,7 +71,7 @@ class Round:
         enlarge_chance, reduce_chance: probability of resizing by a scale above or below 1; otherwise the side is kept.
         scale: range of the scale of the resizing, from below 1 to above 1.
         noise: range of the standard deviation of Gaussian noise in grey levels.
-        photons: range of the number of photons of Poisson noise at a value of 255; its logarithm is uniform.
+        photons: range of the number of photons of Poisson noise at a value of 255; its logarithm is drawn uniformly.
         jpeg: range of the JPEG quality.
     """
 
@@ -326,7 +326,10 @@ def _random_sides(sides: tuple[int, int], ranges: Round, generator: np.random.Ge
 
 
 def _resized(pixels: np.ndarray, sides: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """Resize by a random method: area, bilinear or bicubic. Bilinear and bicubic are not antialiased (BSRGAN, 3.2)."""
+    """Resize by a random method: area, bilinear or bicubic.
+
+    Bilinear and bicubic are not antialiased (BSRGAN, section 3.2).
+    """
     kernel = RESIZINGS[generator.integers(len(RESIZINGS))]
     return cv2.resize(pixels, sides[::-1], interpolation=kernel).clip(0, 255)
 

@@ -41,7 +41,7 @@ class Condition:
 
     Attributes:
         control: (corpus, rows) -> the input of its ControlNet, float32 [K, C, R, R] in 0..1.
-        shown: (corpus, rows) -> pictures of the condition for people, uint8 [K, R, R, 3].
+        shown: (corpus, rows) -> pictures of the condition for sample sheets, uint8 [K, R, R, 3].
         metadata: how the condition is made, for fingerprints and for conditions.json.
         metrics: keys of `eval.metrics.METRICS` that measure whether an output follows the condition.
     """

@@ -167,7 +167,7 @@ def natural_palette(corpus: Corpus, seed: int, distance: float, images: int = PA
 
 
 def by_value(palette: np.ndarray, classes: int) -> np.ndarray:
-    """The colour of every mask value, uint8 [256, 3]; all other values have the colour of pixels without a class.
+    """The colour of every mask value, uint8 [256, 3]; values that are no class get the colour of pixels without one.
 
     Args:
         palette: uint8 [K + 1, 3], the colours of the classes and of pixels without a class; or uint8 [K, 3], then

@@ -25,7 +25,8 @@ from report.figures import CORRECTNESS, correctness_pictures
 from runtime.artefacts import plain, process_count, stage
 from runtime.errors import UserError
 
-#: Target of the network: the difference between the image's latents and those of the interpolated input, or the former.
+#: What the network draws: the difference between the image's latents and those of the interpolated input, or the
+#: image's latents.
 TARGETS = ("difference", "image")
 #: Methods without a network.
 BASELINES = ("nearest", "bicubic", "lanczos")
