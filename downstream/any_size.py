@@ -1,4 +1,7 @@
-"""Enlarge images of any size, or draw them from masks, tile by tile; and the files and folders of the two commands."""
+"""Enlarge images of any size, or draw images from masks, tile by tile.
+
+The second part finds the input files of the commands upscale and synthesize, and writes their results.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +70,8 @@ def grid_of(source: Source, model: Restorer | Synthesizer, overlap: float) -> Gr
     """The tiles that a model draws for a source.
 
     Args:
-        overlap: smallest overlap of neighbours, as a fraction of a tile's side; tiles advance by at least one latent
-            cell.
+        overlap: smallest overlap of neighbouring tiles, as a fraction of a tile's side. It is reduced if necessary, so
+            that tiles advance by at least one latent cell.
     """
     factor = getattr(model, "factor", 1)
     multiple = math.lcm(_cell(model), factor)
@@ -81,7 +84,7 @@ CONTEXT = 8
 
 
 def agreeing(restorer: Restorer) -> dict[str, Any]:
-    """Arguments for `upscaled` that make strips consistent with their input, if the restorer's outputs are consistent.
+    """Arguments for `upscaled` that make strips consistent with their input; {} if the restorer's consistency is off.
 
     Blending needs this step: each tile is consistent, but the blending weights vary inside an input pixel.
     """
@@ -112,6 +115,7 @@ def upscaled(
     Args:
         agree: makes a strip consistent with its input again; None: no such step.
         context: rows of the input above and below a strip that `agree` uses.
+        advance: receives the number of tiles that have just been finished.
     """
     factor, top = restorer.factor, 0
     grid = grid_of(source, restorer, options.overlap)
@@ -133,7 +137,7 @@ def synthesized(
 ) -> Iterator[Strip]:
     """Draw the image of a mask of class numbers; yields strips uint8 [h, W, 3] from top to bottom.
 
-    Pixels without data have no class for the model, and no data in the image.
+    Mask pixels without data are given to the model as pixels without a class; in the image, they have no data either.
     """
     grid, top = grid_of(source, synthesizer, options.overlap), 0
     for part in blended(grid, _Tiles(source, synthesizer, grid, options, advance).rows()):
@@ -147,9 +151,10 @@ def whole(strips: Iterable[Strip]) -> np.ndarray:
 
 
 def filled(strip: Strip) -> np.ndarray:
-    """The values of a strip; pixels without data get the value of the nearest pixel with data, or 0 if there is none.
+    """Fill the pixels of a strip that have no data; returns its values.
 
-    Pixels without data in class numbers [h, W] get 255.
+    In colours [h, W, 3], they get the value of the nearest pixel with data, or 0 if no pixel has data. In class numbers
+    [h, W], they get 255, which means no class.
     """
     values, valid = strip
     if valid is None:
@@ -219,7 +224,7 @@ class _Tiles:
         numbers = range(len(self.grid.columns))
         drawn = [number for number in numbers if strip.valid is None or low(strip.valid, number).any()]
         for number in sorted(set(numbers) - set(drawn)):
-            if strip.values.ndim == 3:  # without a mask to draw from, the image may be black
+            if strip.values.ndim == 3:  # an image; for a mask there is no tile, and the result is black here
                 yield number, low(strip.values, number).repeat(factor, axis=0).repeat(factor, axis=1)
             self.advance(1)
         for start in range(0, len(drawn), self.options.batch_size):
@@ -241,7 +246,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Translation:
-    """The operation that a command applies to every image.
+    """What a command does with every image.
 
     Attributes:
         opened: opens a file as a source.
@@ -279,7 +284,7 @@ def jobs_of(source: Any, target: Any, option: str, suffix: Callable[[Path], str]
         if not source.is_dir() and path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{key}={path}: give a file that ends in {', '.join(SUFFIXES)}")
     if _is_taken(target, folder=source.is_dir()):
-        raise UserError(f"out={target} is there and not empty: name another, or remove it")
+        raise UserError(f"out={target} already exists and is not empty: give another path, or remove it")
     return jobs
 
 
@@ -309,7 +314,7 @@ def translate(jobs: Sequence[Job], target: Path, translation: Translation) -> No
     Raises:
         UserError: an image is damaged or in an unknown format.
     """
-    tiles = sum(_checked(job, translation) for job in progress(jobs, "look", unit="image"))
+    tiles = sum(_checked(job, translation) for job in progress(jobs, "check", unit="image"))
     if len(jobs) > 1:
         notice(f"{translation.label}: {len(jobs):,} images in {tiles:,} tiles")
     with progress((), translation.label, total=tiles, unit="tile") as bar:
@@ -329,7 +334,7 @@ def _checked(job: Job, translation: Translation) -> int:
             for start in range(0, source.height, BLOCK):
                 source.rows(start, min(start + BLOCK, source.height))
         if source.place is not None and source.place.known and job.target.suffix.lower() not in RASTERS:
-            notice(f"{job.target} has no place for the georeference of {job.source}: a .tif has")
+            notice(f"{job.target} cannot store the georeference of {job.source}: only a .tif can")
         return len(translation.grid(source))
 
 

@@ -76,6 +76,8 @@ class AugmentationOptions:
         generated_fraction: fraction of generated images in a batch with real and generated images.
         steps: optimizer steps of every training.
         seeds: for each seed, images are chosen and drawn and the segmenters are trained again.
+    Raises:
+        UserError: an option is out of range.
     """
 
     run: str | None
@@ -92,7 +94,7 @@ class AugmentationOptions:
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"augmentation.{name}={value}: give at least 1")
         if not self.amounts or not all(0 < amount <= 100 for amount in self.amounts):
-            raise UserError(f"augmentation.amounts={list(self.amounts)}: give percents above 0, up to 100")
+            raise UserError(f"augmentation.amounts={list(self.amounts)}: give percentages above 0, up to 100")
         if not self.seeds:
             raise UserError("augmentation.seeds=[]: give at least one seed")
         if not 0 < self.generated_fraction < 1:
@@ -119,6 +121,7 @@ class Cell:
         amount: percentage of the real images with masks that are used.
         real: whether the images of these masks are used for training.
         choice: `RANDOM`, `PRUNED`, or None if no generated images are used.
+        seed: one of `AugmentationOptions.seeds`.
     """
 
     amount: float
@@ -128,7 +131,11 @@ class Cell:
 
 
 def grid(options: AugmentationOptions) -> list[Cell]:
-    """All trainings: real images with and without generated ones for every amount; only generated for the largest."""
+    """All trainings of the comparison.
+
+    For every amount: real images alone, and real images with generated ones of each choice. For the largest amount
+    also: generated images alone, of each choice.
+    """
     kinds = [(amount, True, choice) for amount in options.amounts for choice in (None, RANDOM, PRUNED)]
     kinds += [(options.amounts[-1], False, choice) for choice in (RANDOM, PRUNED)]
     return [Cell(*kind, seed) for seed in options.seeds for kind in kinds]
@@ -138,7 +145,10 @@ def grid(options: AugmentationOptions) -> list[Cell]:
 
 
 def rows_of_amount(corpus: Corpus, rows: np.ndarray, percent: float, seed: int) -> np.ndarray:
-    """A percentage of some rows int64, at least one, spread over the scenes; larger percentages include smaller."""
+    """Choose a percentage of `rows`, spread over the scenes; int64, at least one row.
+
+    With the same seed, the rows of a larger percentage include those of a smaller one.
+    """
     usable = np.zeros(len(corpus), dtype=bool)
     usable[rows] = True
     dealt = balanced_rows(corpus, usable, len(rows), np.random.default_rng([seed, 60]))
@@ -209,7 +219,7 @@ class Study:
 
     Attributes:
         cfg: config of corpus, encoder, entropy, reference and segmenter.
-        pruning: a config with the pruning method for choosing images in `prune`.
+        pruning: a config; its `prune` is the pruning method that chooses generated images.
         task: semantic synthesis.
         run: directory of the run that draws images.
         rows: int64, the training images that count as 100 percent.
@@ -240,7 +250,7 @@ class Study:
         task = TASKS[TASK](cfg)
         corpus, held = corpus_of(cfg, "train"), held_out_images(cfg)
         if held.corpus.fingerprint == corpus.fingerprint:
-            raise UserError(f"eval.split={cfg.eval.split} is what is trained on: give eval.split=test or val")
+            raise UserError(f"eval.split={cfg.eval.split} is the split that is trained on: give eval.split=test or val")
         run = fine_tune(cfg, task, *resolve_foundation(cfg)) if options.run is None else _checked_run(options.run)
         rows = training_rows(corpus, options.real_images, int(cfg.seed))
         return cls(cfg, pruning, options, task, run, corpus, rows, held, run_colours(run, corpus))
@@ -354,7 +364,7 @@ def _pipeline(study: Study) -> DiffusionPipeline:
 
 
 def chosen(study: Study, pool: Path, choice: str, seed: int) -> np.ndarray:
-    """The images of a pool to use, int64, ascending; the number is the same for every choice."""
+    """Numbers of the images of a pool that are used, int64, ascending; every choice uses the same number of images."""
     budget = budget_of(study.options.pool, study.options.ratio)
     if choice == RANDOM:
         return np.sort(np.random.default_rng([seed, 62]).permutation(study.options.pool)[:budget])
@@ -380,7 +390,7 @@ def chosen(study: Study, pool: Path, choice: str, seed: int) -> np.ndarray:
 
 
 def _pool(study: Study, pool: Path, scenes: str | None) -> Pool:
-    """Generated images in the form that a pruning method reads, with the same reference as the corpus's."""
+    """Generated images in the form that a pruning method reads, with the reference set of the corpus."""
     cfg, images = study.cfg, np.load(pool / IMAGES, mmap_mode="r")
     encoder = instantiate(cfg.encoder)
     embeddings = embed(encoder, images, batch_size=encoder.batch_size, label="embed generated images")
@@ -432,7 +442,7 @@ def trained_cell(study: Study, cell: Cell) -> Path:
 
 
 def generated_images(pool: Path, kept: Sequence[int]) -> LabelledImages:
-    """The images of a pool that are used, all with the same weight."""
+    """The images of a pool with the numbers `kept`; all have the same probability of being drawn."""
     images, masks = (np.load(pool / file, mmap_mode="r") for file in (IMAGES, MASKS))
     weights = np.zeros(len(images))
     weights[kept] = 1.0

@@ -1,4 +1,7 @@
-"""The parts of basicsr for super-resolution: blur kernels and a network. Import on first use: it takes seconds."""
+"""The parts of basicsr for super-resolution: blur kernels and a network.
+
+Import this module inside functions, because the import takes seconds.
+"""
 
 from __future__ import annotations
 

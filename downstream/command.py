@@ -22,7 +22,7 @@ from train.shipped import SHIPPED
 def run_task(cfg: DictConfig, name: str) -> None:
     """Fine-tune the configured foundation for a task, measure it and the baselines; print metrics and the run."""
     start = time.perf_counter()
-    task = TASKS[name](cfg)  # missing data of the corpus are reported before a foundation is trained
+    task = TASKS[name](cfg)  # a corpus that lacks data is refused before a foundation is trained
     directory = fine_tune(cfg, task, *resolve_foundation(cfg))
     for baseline, measured in measure_baselines(cfg, task).items():
         _print_metrics(read_json(measured / METRICS_FILE), f"{baseline} ")
@@ -66,11 +66,11 @@ def run_or_fine_tuned(cfg: DictConfig, name: str) -> Path:
     except NotBuilt:
         notice(
             f"no run=DIR: foundation={cfg.foundation} is fine-tuned and measured for {name} first, "
-            f"{cfg.downstream.loop.steps} steps, some minutes on two CPU cores; {cfg.runs} keeps it"
+            f"{cfg.downstream.loop.steps} steps, some minutes on two CPU cores; the result is kept in {cfg.runs}"
         )
     start = time.perf_counter()
     directory = fine_tuned()
-    notice(f"that took {time.perf_counter() - start:.0f} s; run={directory}")
+    notice(f"fine-tuning and measuring took {time.perf_counter() - start:.0f} s; run={directory}")
     return directory
 
 

@@ -55,10 +55,12 @@ class Parts:
 
 
 def resolve_foundation(cfg: DictConfig) -> tuple[Path | None, str]:
-    """The run that `foundation` names, and its method; null pretrains one, `scratch` means no foundation.
+    """The run that `foundation` names.
 
-    `shipped` is the model that comes with the repository.
+    null pretrains a model, `scratch` means no foundation, and `shipped` is the model that comes with the repository.
 
+    Returns:
+        the directory of the run (None for `scratch`), and the name of its pruning method (`scratch` for `scratch`).
     Raises:
         UserError: the folder is not a pretraining run.
     """
@@ -87,7 +89,7 @@ def _pipeline_folder(directory: Path) -> Path:
             )
     raise UserError(
         f"foundation={directory} is no pretraining run: give the directory that `python train/pretrain.py` prints "
-        "(run: DIR), foundation=null to pretrain one now, or foundation=scratch to start from nothing"
+        "(run: DIR), foundation=null to pretrain one now, or foundation=scratch to start from random weights"
     )
 
 
@@ -120,7 +122,7 @@ def load_parts(cfg: DictConfig, foundation: Path | None, corpus: Corpus) -> Part
 
 
 def weights_digest(module: nn.Module) -> str:
-    """16 hex digits of all weights, independent of their file."""
+    """A hash of all weights, 16 hex digits; it does not depend on the file that they were loaded from."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -153,15 +155,19 @@ def conditioned_network(
         return new_unet(plain(cfg.model.unet), channels, size, text_width, cfg.seed, channels)
     if (learned := parts.unet.config.sample_size) != size:
         raise UserError(
-            f"foundation={parts.foundation} was trained on latents of side {learned}, this corpus' have {size}: "
-            "give the foundation's corpus.train.resolution"
+            f"foundation={parts.foundation} was trained on latents of side {learned}, "
+            f"those of this corpus have {size}: give the foundation's corpus.train.resolution"
         )
     return widen(parts.unet, channels)
 
 
 @torch.no_grad()
 def for_raw_condition(unet: UNet2DConditionModel, scaling_factor: float) -> UNet2DConditionModel:
-    """A copy that takes the condition's raw latents, where the given network takes latents of unit scale."""
+    """A copy of a network that takes raw latents of the condition, where the given network takes unit-scale ones.
+
+    Args:
+        scaling_factor: factor from raw latents to unit scale.
+    """
     unet = copy.deepcopy(unet)
     unet.conv_in.weight[:, unet.config.out_channels :] *= scaling_factor
     return unet
@@ -198,11 +204,12 @@ def conditional_pipeline(
     scheduler: SchedulerMixin,
     encoder: Callable[[nn.Module], nn.Module] | None = None,
 ) -> StableDiffusionInstructPix2PixPipeline:
-    """Assemble the parts and a network trained on unit-scale conditions to a pipeline that loads with plain diffusers.
+    """Assemble the parts and a network into a pipeline that loads with plain diffusers.
 
     Call it with `image=` (PIL, or [0, 1] arrays) and guidance_scale=1; larger values also guide by the image.
 
     Args:
+        unet: network that was trained on conditions of unit scale.
         encoder: `Task.encoder`; the pipeline's autoencoder then encodes conditions only, and decodes as before.
     """
     autoencoder, scale = condition_reader(parts.autoencoder, encoder)

@@ -26,7 +26,8 @@ def back_project(images: np.ndarray, low: np.ndarray, factor: int, kind: LinearK
 
     Args:
         images: float32 [N, H, W, 3]; values outside 0..255 are clipped first.
-        low: uint8 or float [N, H/factor, W/factor, 3].
+        low: uint8 or float [N, H/factor, W/factor, 3] in 0..255.
+        kind: the reduction, area or bicubic.
         iterations: number of smooth corrections.
     Returns:
         float32 [N, H, W, 3] in 0..255.

@@ -30,22 +30,25 @@ def one_hot(masks: np.ndarray, classes: int) -> np.ndarray:
 
 
 def new_controlnet(parts: Parts, *channels: int, seed: int) -> ControlNetModel | MultiControlNetModel:
-    """A ControlNet with the encoder of the foundation's network and zero output at first; with several `channels`,
-    several.
+    """One untrained ControlNet for each condition; several are returned as one MultiControlNetModel.
 
-    If there are several, the conditions' encoders are initialised so that they keep the variance.
+    A ControlNet starts with the weights of the encoder of the foundation's network, and its output is zero. If there
+    are several, the conditions' encoders are initialised so that they keep the variance.
 
     Args:
         channels: number of channels of each condition.
+        seed: seed of the new weights.
     Raises:
-        UserError: there is no foundation, or its autoencoder's factor is not 8, the factor by which a ControlNet
-        reduces masks.
+        UserError: there is no foundation, there are too many classes, or the autoencoder does not reduce images by 8,
+        the factor by which a ControlNet reduces masks.
     """
     if parts.unet is None:
         raise UserError("a ControlNet steers a foundation: give foundation=DIR, or network=fractions for scratch")
     factor = 2 ** (len(parts.autoencoder.config.block_out_channels) - 1)
     if factor != 8:
-        raise UserError(f"a ControlNet reduces masks by 8, this autoencoder by {factor}: give network=fractions")
+        raise UserError(
+            f"a ControlNet reduces masks by 8, this autoencoder reduces images by {factor}: give network=fractions"
+        )
     if max(channels) >= IGNORED:
         raise UserError(f"{max(channels)} classes are too many: masks hold at most {IGNORED - 1}")
     with torch.random.fork_rng():
@@ -80,13 +83,13 @@ def steered_loss(
     *conditions: torch.Tensor,
     scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean loss of a batch.
+    """Mean denoising loss of a batch, for the frozen foundation with the residuals of the ControlNets.
 
     Args:
-        unet: the foundation's, frozen.
+        unet: network of the foundation, frozen.
         latents, noise: float [B, C, h, w].
-        time: float [B].
-        text: float [B, L, D].
+        time: float [B], as `Objective.draw` gives it.
+        text: float [B, L, D], hidden states of the captions.
         conditions: float [B, K, H, W] each, such as one-hot masks.
         scales: float [B, n] for n conditions: factor of each condition's residuals for each image, the pipeline's
             `controlnet_conditioning_scale`. None: there is only one ControlNet.

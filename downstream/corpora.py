@@ -13,7 +13,7 @@ from train.latents import scene_balanced_weights
 
 
 def corpus_of(cfg: DictConfig, split: str) -> Corpus:
-    """A complete split: train, val or test."""
+    """A complete split of the configured corpus: train, val or test."""
     return index_corpus(instantiate(cfg.corpus[split]), cfg.runs)
 
 

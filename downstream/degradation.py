@@ -47,6 +47,8 @@ class Linear:
 
     Attributes:
         kind: `area`, means of factor x factor pixels, or `bicubic`, antialiased like PIL's.
+    Raises:
+        ValueError: there is no such kind.
     """
 
     kind: LinearKind = "area"
@@ -58,17 +60,19 @@ class Linear:
 
 @dataclass(frozen=True)
 class Round:
-    """Ranges of one of the two rounds of blur, resizing, noise and JPEG; numbers are uniform in their range.
+    """Options of one of the two rounds of blur, resizing, noise and JPEG.
+
+    A range is a pair of its smallest and largest value; numbers are drawn uniformly from it, except for `photons`.
 
     Attributes:
         blur_chance: probability of a blur.
-        sides: of the kernels in pixels, odd.
-        sigma: of the kernels in pixels.
+        sides: range of the sides of blur kernels in pixels; odd.
+        sigma: range of the sigma of blur kernels in pixels.
         enlarge_chance, reduce_chance: probability of resizing by a scale above or below 1; otherwise the side is kept.
-        scale: of the resizing, from below 1 to above it.
-        noise: standard deviation of Gaussian noise in grey levels.
-        photons: of Poisson noise, number at a value of 255; uniform in its logarithm.
-        jpeg: quality.
+        scale: range of the scale of the resizing, from below 1 to above 1.
+        noise: range of the standard deviation of Gaussian noise in grey levels.
+        photons: range of the number of photons of Poisson noise at a value of 255; its logarithm is drawn uniformly.
+        jpeg: range of the JPEG quality.
     """
 
     blur_chance: float
@@ -87,12 +91,13 @@ class Blind:
     """The random chain.
 
     Attributes:
-        seed: of all random numbers.
-        first, second: the two rounds. The second one's resizing is relative to the low resolution.
+        seed: seed of all random numbers.
+        first, second: the two rounds. The resizing of the second round is relative to the low resolution.
         sinc_chance: probability of a sinc kernel in place of a blur kernel.
         last_sinc_chance: probability of a sinc filter at the low resolution.
-        cutoff: cutoff frequency of the sinc kernels in units of pi, the highest frequency that pixels can represent.
-        last_sides: side of the last sinc kernel in pixels, odd.
+        cutoff: range of the cutoff frequency of sinc kernels, in units of pi, the highest frequency that pixels can
+            represent.
+        last_sides: range of the side of the last sinc kernel in pixels; odd.
         gaussian_chance: probability of Gaussian noise; otherwise Poisson noise.
         grey_chance: probability of noise that is the same in all channels.
     """
@@ -119,7 +124,7 @@ def degradation_of(cfg: DictConfig) -> Degradation:
     """The degradation that `downstream.super_resolution.degradation` names.
 
     Raises:
-        UserError: there is none of that name, or a range or a probability is invalid.
+        UserError: there is no degradation of that name, or a range or a probability is invalid.
     """
     settings = cfg.downstream.super_resolution
     if settings.degradation in get_args(LinearKind):
@@ -142,10 +147,10 @@ def _checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
         elif name.endswith("sides"):
             right, requested = (
                 _is_range(value) and value[0] % 2 == value[1] % 2 == 1,
-                "two odd numbers, the least first",
+                "two odd numbers, the smaller one first",
             )
         else:
-            right, requested = name == "seed" or _is_range(value), "two positive numbers, the least first"
+            right, requested = name == "seed" or _is_range(value), "two positive numbers, the smaller one first"
         if not right:
             raise UserError(f"downstream.super_resolution.{where}.{name}={options[name]}: give {requested}")
     return result
@@ -161,7 +166,7 @@ def degrade(
     """Low-resolution images, uint8 [N, H, W, 3] to [N, H/factor, W/factor, 3].
 
     Args:
-        degradation: None: area means.
+        degradation: the degradation; None: area means.
         numbers: non-negative number of each image; None: 0 to N - 1. The result of `blind` for an image depends only on
             its pixels, its number and the seed.
     Raises:
@@ -284,7 +289,7 @@ def _random_side(sides: tuple[int, int], generator: np.random.Generator) -> int:
 
 
 def _blur_kernel(ranges: Round, generator: np.random.Generator) -> np.ndarray:
-    """A random kernel of one of the six kinds, of sum 1."""
+    """A random kernel of one of the six kinds of `KERNELS`; its sum is 1."""
     from downstream.basicsr_parts import bivariate_Gaussian, bivariate_generalized_Gaussian, bivariate_plateau
 
     name = str(generator.choice(list(KERNELS), p=list(KERNELS.values())))
@@ -300,7 +305,7 @@ def _blur_kernel(ranges: Round, generator: np.random.Generator) -> np.ndarray:
 
 
 def _sinc_kernel(blind: Blind, sides: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """A circular low-pass filter of sum 1, which causes ringing."""
+    """A random circular low-pass filter, which causes ringing; its sum is 1."""
     from downstream.basicsr_parts import circular_lowpass_kernel
 
     with np.errstate(divide="ignore", invalid="ignore"):  # the centre is set separately
@@ -308,7 +313,7 @@ def _sinc_kernel(blind: Blind, sides: tuple[int, int], generator: np.random.Gene
 
 
 def _random_sides(sides: tuple[int, int], ranges: Round, generator: np.random.Generator) -> tuple[int, int]:
-    """`sides`, enlarged, reduced or kept."""
+    """`sides`, randomly enlarged, reduced or kept."""
     drawn, (least, most) = generator.random(), ranges.scale
     if drawn < ranges.enlarge_chance:
         scale = generator.uniform(1, most)
@@ -321,13 +326,16 @@ def _random_sides(sides: tuple[int, int], ranges: Round, generator: np.random.Ge
 
 
 def _resized(pixels: np.ndarray, sides: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """Resize by area, bilinear or bicubic; the latter two are not antialiased (BSRGAN, section 3.2)."""
+    """Resize by a random method: area, bilinear or bicubic.
+
+    Bilinear and bicubic are not antialiased (BSRGAN, section 3.2).
+    """
     kernel = RESIZINGS[generator.integers(len(RESIZINGS))]
     return cv2.resize(pixels, sides[::-1], interpolation=kernel).clip(0, 255)
 
 
 def _noisy(pixels: np.ndarray, ranges: Round, blind: Blind, generator: np.random.Generator) -> np.ndarray:
-    """Add Gaussian or Poisson noise, to each channel or the same to all channels."""
+    """Add Gaussian or Poisson noise, separate for each channel or the same for all channels."""
     gaussian, grey = generator.random() < blind.gaussian_chance, generator.random() < blind.grey_chance
     values = pixels.mean(axis=2, keepdims=True) if grey else pixels
     if gaussian:

@@ -35,8 +35,9 @@ class Synthesizer:
     Attributes:
         pipeline: conditioned on the mask in the palette's colours, or with a ControlNet.
         palette: colour [r, g, b] of every class by its name, and of pixels without a class as NO_CLASS.
-        steps: of the solver.
-        prompt: of all tiles; may be empty.
+        steps: number of solver steps.
+        prompt: prompt of all tiles; may be empty.
+        guidance: scales of classifier-free guidance.
     """
 
     pipeline: DiffusionPipeline
@@ -102,10 +103,13 @@ def load_restorer(
 
     Args:
         option: the option that names the run, for messages.
-        factor, options: enlargement factor and its options, used if the run does not store them.
+        steps: number of solver steps.
+        factor: enlargement factor, used if the run does not store one.
+        options: how outputs are computed; `relative` and `kind` are taken from the run if it stores them.
         noise_level: noise of the inputs in grey levels; the network gets the nearest level that it was trained with.
     Raises:
-        UserError: there is none, it is of another task, or it does not load.
+        UserError: the folder holds no such pipeline, the run is of another task, the pipeline does not load, or the
+        factor does not divide its side.
     """
     pipeline, _ = load_pipeline(run, option, (_CONCATENATED,))
     metadata = _metadata(run, option, "super_resolution").get("condition", {})
@@ -117,7 +121,7 @@ def load_restorer(
     options = replace(options, relative=relative, kind=kind if kind in ("area", "bicubic") else "area")
     restorer = Restorer(pipeline, factor, steps, options, with_level("", levels, nearest))
     if factor < 1 or restorer.side % factor:
-        raise UserError(f"{option}={run} draws {restorer.side} px, which the factor {factor} does not divide")
+        raise UserError(f"{option}={run} draws images of {restorer.side} px, which the factor {factor} does not divide")
     return restorer
 
 
@@ -128,10 +132,12 @@ def load_synthesizer(
 
     Args:
         option: the option that names the run, for messages.
-        prompt: of all tiles.
-        guidance: None: no guidance.
+        steps: number of solver steps.
+        prompt: prompt of all tiles.
+        guidance: scales of classifier-free guidance; None: no guidance.
     Raises:
-        UserError: there is none, it is of another task, or it does not load.
+        UserError: the folder holds no such pipeline or no palette, the run is of another task, or the pipeline does not
+        load.
     """
     palette = palette_of(run, option)
     pipeline, _ = load_pipeline(run, option, (_CONCATENATED, _STEERED))
@@ -175,5 +181,5 @@ def _metadata(run: Path, option: str, task: str) -> dict[str, Any]:
     """
     metadata = read_json(run / COMPLETE) if (run / COMPLETE).is_file() else {}
     if metadata.get("stage", task) != task:
-        raise UserError(f"{option}={run} is a run of {metadata['stage']}: give one of {task}")
+        raise UserError(f"{option}={run} is a run of {metadata['stage']}: give a run of {task}")
     return metadata.get("inputs", {})

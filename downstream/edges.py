@@ -20,7 +20,7 @@ class Canny:
     """Options of Canny's detector.
 
     Attributes:
-        sigma: of the preceding Gaussian blur, in pixels.
+        sigma: sigma of the Gaussian blur before the detection, in pixels.
         low, high: thresholds of the gradient's magnitude; an edge has a pixel above `high` and none below `low`. Grey
             levels are fractions of the largest one, gradients those of a Sobel filter of unit weight.
     Raises:

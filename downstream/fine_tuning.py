@@ -93,7 +93,7 @@ def fine_tune(cfg: DictConfig, task: Task, foundation: Path | None, name: str) -
 
 
 def loop_options(cfg: DictConfig, foundation: Path | None) -> LoopOptions:
-    """Length and speed of a task's training."""
+    """Length and speed of a task's training; `downstream.extra_steps` are added if there is no foundation."""
     options = LoopOptions(**cfg.downstream.loop, seed=cfg.seed)
     extra = int(cfg.downstream.extra_steps) if foundation is None else 0
     return replace(options, steps=options.steps + extra)
@@ -210,7 +210,7 @@ class Examples:
 
     Attributes:
         latents: float32 [K, C, h, w] of unit scale, of the images or of their difference to the conditions.
-        conditions_of: int64 [B], numbers of images, to their conditions, float32 [B, C', h, w] or [B, C', H, W] each.
+        conditions_of: (numbers of images, int64 [B]) -> their conditions, each float32 [B, C', h, w] or [B, C', H, W].
         prompts: [T + 1, L, D], hidden states of the captions' texts; the last row is the empty text.
         caption_of: int64 [K], row of an image's caption in `prompts`.
     """
@@ -285,7 +285,10 @@ class Dropout:
 
 
 def conditioned_batches(examples: Examples, objective: Objective, size: int, dropout: Dropout) -> DrawBatch:
-    """Batches of `size` images for `train_loop`: latents, hidden states, noise, times, condition latents."""
+    """Batches of `size` images for `train_loop`: latents, hidden states, noise, times, condition latents.
+
+    The shapes are [B, C, h, w], [B, L, D], [B, C, h, w], [B] and [B, C', h, w].
+    """
     shape, empty = examples.latents.shape[1:], len(examples.prompts) - 1
     channels = examples.conditions_of(np.arange(1))[0].shape[1]
 
@@ -329,7 +332,7 @@ def steered_batches(examples: Examples, objective: Objective, size: int, dropout
 
 
 def conditioned_loss(objective: Objective) -> ComputeLoss:
-    """The loss of such a batch."""
+    """The loss of a batch of `conditioned_batches`."""
 
     def loss(modules: Modules, batch: Batch) -> torch.Tensor:
         *rest, condition = batch

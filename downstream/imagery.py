@@ -98,7 +98,7 @@ class Place:
         return self.crs is not None or self.transform is not None or bool(self.control_points[0])
 
     def enlarged(self, factor: int) -> Place:
-        """The same ground with pixels of 1 / factor of the side."""
+        """The georeference after an enlargement: the same ground, with pixels of 1 / factor of the side."""
         from rasterio import Affine
         from rasterio.control import GroundControlPoint
 
@@ -160,7 +160,7 @@ def rgb_picture(image: Image.Image, name: str) -> Picture:
     image = ImageOps.exif_transpose(image)
     if image.mode in _DEEP_MODES:
         notice(
-            f"{name} is grey and deeper than 8 bits: its 2nd to 98th percentile becomes 0 to 255 of red, green, blue"
+            f"{name} is grey and deeper than 8 bits: its 2nd to 98th percentile becomes 0 to 255 in red, green and blue"
         )
         return Picture(_eight_bits(np.asarray(image)[..., None]))
     if image.mode in ("LA", "La"):
@@ -170,7 +170,7 @@ def rgb_picture(image: Image.Image, name: str) -> Picture:
     elif image.mode == "CMYK":
         notice(f"{name} is CMYK: converted to red, green and blue")
     elif image.mode in ("RGBA", "RGBa", "PA"):
-        notice(f"{name}: its band of alpha is left out")
+        notice(f"{name}: its alpha band is left out")
     clear = image.mode in ("RGBA", "RGBa", "PA") or (image.mode == "P" and "transparency" in image.info)
     if not clear:
         return Picture(np.asarray(image if image.mode == "RGB" else image.convert("RGB")))
@@ -205,7 +205,7 @@ def mask_picture(image: Image.Image, colours: Mapping[int, int], name: str) -> P
         used = _keys(table[pd.unique(indices.ravel())], coloured=True)
         return Picture(table[indices] if set(used.tolist()) <= set(colours) else indices)
     if image.mode in ("RGBA", "RGBa", "PA"):
-        notice(f"{name}: its band of alpha is left out")
+        notice(f"{name}: its alpha band is left out")
     return Picture(np.asarray(image.convert("RGB")))
 
 
@@ -339,7 +339,7 @@ def _say_what_changes(raster: Raster, pixels: Pixels) -> None:
         alpha = raster.bands.alpha is not None and raster.survey.alpha.get(pixels.kind, False)
         shown = ", ".join(map(str, raster.bands.shown))
         notice(
-            f"{raster.path}: its band of alpha is left out, clear pixels have no data"
+            f"{raster.path}: its alpha band is left out, transparent pixels have no data"
             if alpha
             else f"{raster.path}: bands {shown} are taken as red, green, blue, the other one is left out"
         )
@@ -485,7 +485,7 @@ def open_mask(path: Path, names: Sequence[str], colours: Mapping[int, int]) -> I
         return
     with _opened(path) as dataset:
         if dataset.count == 2 or dataset.count > 4:
-            raise UserError(f"{path} has {dataset.count} bands: give a mask of one, or of red, green and blue")
+            raise UserError(f"{path} has {dataset.count} bands: give a mask with one band, or with red, green and blue")
         if dataset.count == 4:
             notice(f"{path}: its fourth band is left out")
         raster = _MaskRaster(path, dataset)
@@ -514,8 +514,8 @@ def checked_mask(source: Source, names: Sequence[str], colours: Mapping[int, int
     except Unknown as error:
         listed = f"0 ({names[0]}) to {len(names) - 1} ({names[-1]})"
         raise UserError(
-            f"{name} has {error}: the model has {len(names)} classes, {listed}, 255 is unknown; or give the colours of "
-            "the run's palette.json"
+            f"{name} has {error}: the model has {len(names)} classes, {listed}, 255 is unknown; give these numbers or "
+            "the colours of the run's palette.json"
         ) from None
 
 
@@ -627,7 +627,8 @@ def check_size(target: Path, height: int, width: int) -> None:
     most = LONGEST.get(driver, 2**31 - 1)
     if max(height, width) > most:
         raise UserError(
-            f"{target} would be {width} x {height} px, {driver} holds {most}: give the name of a .tif or .png"
+            f"{target} would have {width} x {height} px, but {driver} allows only {most} px a side: give the name of a "
+            ".tif or .png"
         )
 
 
@@ -637,8 +638,10 @@ def write_image(target: Path, strips: Iterable[Strip], height: int, width: int, 
     Pixels without data are black in a picture; in a GeoTIFF they are encoded as `place` defines.
 
     Args:
-        height, width: of the image.
-        place: None without a georeference.
+        height, width: sides of the image in pixels.
+        place: georeference and encoding of missing data, for a GeoTIFF; None: no georeference.
+    Raises:
+        UserError: nothing can be written there.
     """
     import rasterio.shutil
 
@@ -677,9 +680,9 @@ def _write_raster(path: Path, strips: Iterable[Strip], height: int, width: int, 
 
 
 def with_gaps(strip: Strip, empty: int | None) -> np.ndarray:
-    """The colours of a strip, with the value `empty`, or black, where there is no data.
+    """The colours of a strip; pixels without data get the value `empty` in all bands, or 0 if it is None.
 
-    No other pixel has the value `empty` in any band.
+    If a pixel with data has the value `empty` in a band, the value is changed by one.
     """
     values = strip.values
     if empty is not None:

@@ -1,8 +1,8 @@
 """Masks as conditions: class fractions per latent cell, and an autoencoder with an encoder that reads them from a
 picture.
 
-For every latent cell the network receives the fraction of pixels of each class. A pixel without a class counts for
-none. So an unknown mask is all zeros, which is also the unconditional input of the pipeline's guidance.
+For every latent cell the network receives the fraction of pixels of each class. A pixel without a class counts for no
+class. So an unknown mask is all zeros, which is also the unconditional input of the pipeline's guidance.
 
 A StableDiffusionInstructPix2PixPipeline encodes its condition with its autoencoder, and uses the autoencoder's encoder
 for nothing else. So the saved pipeline holds a copy of the autoencoder with another encoder of the same class,
@@ -70,7 +70,7 @@ def mask_autoencoder(autoencoder: nn.Module, palette: np.ndarray, codes: np.ndar
     """
     if not isinstance(autoencoder, AutoencoderTiny):
         raise UserError(
-            f"masks cannot enter through a {type(autoencoder).__name__}: give an AutoencoderTiny "
+            f"masks cannot be read by an autoencoder of class {type(autoencoder).__name__}: give an AutoencoderTiny "
             "(autoencoder=bluemarble_f8c16 or corpus_f8c16), or downstream.semantic_synthesis.network=controlnet"
         )
     stages = len(autoencoder.config.encoder_block_out_channels)
@@ -121,11 +121,11 @@ def _set_weights(layers: nn.Sequential, palette: np.ndarray, codes: np.ndarray) 
 
 
 def _axis(palette: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A unit vector that separates all colours of [0, 1]^3, the knots of a function on it, and their colours.
+    """Find an axis in the colour cube [0, 1]^3 on which all colours of the palette have different positions.
 
     Returns:
-        float64 [3]; float64 [K + 2], ascending: one knot below all colours, then those of the colours; int64 [K + 1],
-        the colour of each knot except the first.
+        the unit vector of the axis, float64 [3]; the knots on it, float64 [K + 2], ascending: one below all colours,
+        then the position of each colour; and the number of the colour at each knot except the first, int64 [K + 1].
     Raises:
         UserError: two colours are the same.
     """

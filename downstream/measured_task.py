@@ -215,10 +215,11 @@ def _save_outputs(directory: Path, outputs: np.ndarray) -> None:
 def measure_outputs(
     cfg: DictConfig, task: Task, outputs: Path, held: HeldOut, judges: TaskJudges, variants: Path | None = None
 ) -> Path:
-    """Metrics of the outputs of the first held-out images; returns the stage's directory, with metrics.json.
+    """Measure outputs; returns the stage's directory, with metrics.json.
 
     Args:
         outputs: directory of `draw_outputs` or `baseline_outputs`.
+        held: the held-out images of the outputs, or the first of them; only their outputs are measured.
         variants: directory of `draw_variants` for the first images of the set; None: there are none.
     """
 
@@ -270,7 +271,10 @@ def output_metrics(
 
 
 def segmentation_inputs(segmenter: Segmenter, images: np.ndarray, held: HeldOut) -> dict[str, Any]:
-    """The inputs of metrics of a segmentation; image i belongs to held-out image i."""
+    """The inputs of the metrics that need a segmentation, for images uint8 [N, R, R, 3].
+
+    Image i belongs to held-out image i.
+    """
     segmentation = over_processes(lambda rows: segmenter(images[rows]), len(images))
     return {"segmentation": segmentation, "masks": held.masks, "classes": len(held.corpus.mask_classes)}
 
@@ -294,7 +298,7 @@ def real_segmentation_metrics(cfg: DictConfig, held: HeldOut) -> dict[str, float
 
 
 def measure_baselines(cfg: DictConfig, task: Task) -> dict[str, Path]:
-    """Measure a task's baselines in the same way as its networks; directories with metrics.json, by baseline."""
+    """Measure a task's baselines like its networks; returns the directories with metrics.json, by baseline."""
     held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
     return {
         name: measure_outputs(cfg, task, baseline_outputs(cfg, task, name, held), held, judges)
@@ -306,7 +310,7 @@ def measure_baselines(cfg: DictConfig, task: Task) -> dict[str, Path]:
 
 
 def measured_fine_tuning(cfg: DictConfig, task: Task, run: Path) -> tuple[Path, Path | None, Path]:
-    """The stages that measure a finished training: outputs, variants (None: no metric needs any), and metrics."""
+    """Measure a finished training; returns the directories of outputs, variants (None: not needed) and metrics."""
     held, judges = held_out_images(cfg), TaskJudges.of(cfg, task)
     outputs, variants = draw_outputs(cfg, task, run, held), None
     if cfg.downstream.variants > 1 and set(task.metrics) & {"spread", "diversity"}:
@@ -317,7 +321,7 @@ def measured_fine_tuning(cfg: DictConfig, task: Task, run: Path) -> tuple[Path, 
 def measured_combinations(
     cfg: DictConfig, task: Task, run: Path, held: HeldOut, judges: TaskJudges
 ) -> dict[str, tuple[Path, Path]]:
-    """The stages that measure a finished training for each of `Task.combinations`: outputs and metrics, by name."""
+    """Measure all `Task.combinations` of a finished training; returns directories of outputs and metrics, by name."""
     result = {}
     for name, chosen in task.combinations().items():
         outputs = draw_outputs(cfg, chosen, run, held)

@@ -49,5 +49,5 @@ def suitable_tasks(cfg: DictConfig) -> dict[str, Task]:
             result[name] = make_task(cfg)
         except Unsuited as reason:
             if is_main_process():
-                print(f"no {name}: {reason}", file=sys.stderr, flush=True)
+                print(f"{name} is left out: {reason}", file=sys.stderr, flush=True)
     return result

@@ -76,6 +76,10 @@ class RegressionNetwork(nn.Module):
 def new_regression_network(parameters: int, factor: int, seed: int) -> RegressionNetwork:
     """An untrained network with approximately the given number of weights.
 
+    Args:
+        parameters: number of weights.
+        factor: enlargement factor.
+        seed: seed of the initial weights.
     Raises:
         UserError: EDSR does not support this factor, or has no shape of that size.
     """
@@ -103,8 +107,8 @@ def _shape_of(parameters: int, factor: int) -> tuple[int, int]:
     blocks = max(1, round((parameters - empty) / (_weights(width, 1, factor) - empty)))
     if abs(_weights(width, blocks, factor) - parameters) > LEEWAY * parameters:
         raise UserError(
-            f"no regression network has about {parameters} weights, the least has {_weights(WIDTH_STEP, 1, factor)}: "
-            "compare with a larger network, or leave regression out"
+            f"no regression network has about {parameters} weights, the smallest has "
+            f"{_weights(WIDTH_STEP, 1, factor)}: compare with a larger network, or leave regression out"
         )
     return width, blocks
 
@@ -221,7 +225,7 @@ def _turned(images: torch.Tensor, symmetries: np.ndarray) -> torch.Tensor:
 
 
 def pixel_loss(modules: Modules, batch: Batch) -> torch.Tensor:
-    """Mean absolute error of such a batch, of values in [-1, 1]."""
+    """Mean absolute error of a batch of `paired_batches`, of values in [-1, 1]."""
     low, images = batch
     return l1_loss(modules[REGRESSION](low), images)
 

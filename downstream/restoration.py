@@ -39,7 +39,10 @@ class Restoration:
         residual: add the difference of decoded latents to the interpolated input, instead of using the decoded latents.
         consistency: rounds of back-projection; 0: none.
         kind: the reduction that consistency assumes, area or bicubic.
-        relative: the network draws the latents' difference to those of the interpolated input, not the latents.
+        relative: whether the network draws the difference between the image's latents and those of the interpolated
+            input, instead of the image's latents.
+    Raises:
+        UserError: an option is out of range.
     """
 
     dial: float
@@ -68,10 +71,11 @@ class Restorer:
     """A super-resolution model.
 
     Attributes:
-        pipeline: image-conditioned, trained on interpolated pictures.
+        pipeline: an image-conditioned pipeline that was trained on interpolated pictures.
         factor: side of an output over side of an input.
-        steps: solver steps of a draw.
-        prompt: prompt of images without their own.
+        steps: number of solver steps of a draw.
+        options: how an output is computed.
+        prompt: prompt of all images for which no other prompt is given.
     """
 
     pipeline: StableDiffusionInstructPix2PixPipeline
@@ -105,8 +109,8 @@ class Restorer:
             low: uint8 [N, h, w, 3].
             noise: float32 [N, k, C, H / 8, W / 8], or [N, k C, H / 8, W / 8]; if k is below `options.noises`, averages
                 that need more noises use only k.
-            prompts: of each image; None: `prompt`.
-            label: of a progress bar; None: none.
+            prompts: prompt of each image; None: `prompt` for all.
+            label: label of a progress bar; None: no bar.
             rebuilt: result of `rebuilt_inputs` for the enlarged images, if already computed.
         """
         if noise.ndim == 4:
@@ -154,13 +158,15 @@ class Restorer:
 
     @torch.inference_mode()
     def draw(self, condition: torch.Tensor, noise: torch.Tensor, text: torch.Tensor, steps: int) -> torch.Tensor:
-        """Latents of unit scale [N, C, h, w]: the pipeline's result without guidance, but its pictures are encoded only
-        once.
+        """Latents of unit scale [N, C, h, w], as the pipeline draws them without guidance.
+
+        The pipeline itself would encode the pictures again for every draw.
 
         Args:
             condition: raw latents of the interpolated inputs, [N, C, h, w].
-            noise: [N, C, h, w].
-            text: hidden states [N, L, D].
+            noise: standard normal [N, C, h, w].
+            text: hidden states of the prompts, [N, L, D].
+            steps: number of solver steps.
         """
         scheduler, unet = self.pipeline.scheduler, self.pipeline.unet
         scheduler.set_timesteps(steps, device=unet.device)

@@ -46,14 +46,16 @@ class SegmenterOptions:
 
     Attributes:
         encoder: name of an encoder of segmentation_models_pytorch.
-        channels: of the decoder; a multiple of 32.
-        batch_size, learning_rate, weight_decay: of AdamW.
+        channels: number of channels of the decoder; a multiple of 32.
+        batch_size, learning_rate, weight_decay: options of AdamW.
         ema_decay: decay per step of the average of the weights; the average is measured and kept.
         round_images: training images between two evaluations on `val`; every scene has the same chance.
-        val_images: scene-balanced images of `val`.
+        val_images: number of scene-balanced images of `val`.
         patience: rounds without a better result after which the training ends.
         most_rounds: largest number of rounds.
-        seed: of its weights and batches; the same for all training seeds of the networks that it judges.
+        seed: seed of its weights and batches; the same for all training seeds of the networks that it judges.
+    Raises:
+        UserError: a number is below 1.
     """
 
     encoder: str
@@ -83,7 +85,8 @@ class Segmenter:
     """A trained segmenter on disk.
 
     Attributes:
-        directory: of the stage that trained it.
+        directory: directory of the stage that trained it.
+        options: the options with which it was trained.
         classes: number of classes.
     """
 

@@ -14,7 +14,7 @@ from runtime.artefacts import COMPLETE, read_json, write_json
 from train.shipped import ship, shipped_folder
 
 SAMPLES = Path("samples") / "inputs.npy"
-#: Command that uses each task's network.
+#: Title and command for the model card of each task's network.
 _COMMANDS = {
     "super_resolution": ("Super-resolution, {factor} times", "python scripts/upscale.py in=PATH out=PATH"),
     "semantic_synthesis": ("Images from masks", "python scripts/synthesize.py mask=PATH out=PATH"),
@@ -49,8 +49,8 @@ def task_card(cfg: DictConfig, summary: Mapping[str, Any], condition: Mapping[st
     """The model card in Markdown, with the hub's metadata header.
 
     Args:
-        summary: of the run.
-        condition: description of its inputs, as in its fingerprint.
+        summary: content of the run's summary.json.
+        condition: description of the task's condition, from the run's fingerprint.
     """
     title, command = _COMMANDS[summary["task"]]
     measured = {name: value for name, value in sorted(summary["metrics"].items()) if value is not None}

@@ -25,7 +25,7 @@ class Guidance:
 
     Attributes:
         text: scale of guidance towards the caption.
-        condition: scale towards the condition. If both are 1, guidance is off, and a step costs a third.
+        condition: scale of guidance towards the condition. If both are 1, guidance is off, and a step costs a third.
     """
 
     text: float = 1.0
@@ -47,7 +47,7 @@ class Task:
     """An image-conditioned task.
 
     Attributes:
-        name: of its file, its stage and its table.
+        name: name of its file, its stage and its table.
         condition: (corpus, rows) -> the condition pictures for the pipeline, uint8 [K, R, R, 3]; None: the only inputs
             are `controls`.
         metadata: further dependencies of the trained network in addition to the corpus, for fingerprints.
@@ -57,28 +57,30 @@ class Task:
         inputs: (held-out images) -> labelled rows of the sample sheet above the outputs; inputs.npy is the first.
         baselines: methods without a network, by name: held-out images to outputs uint8 [N, R, R, 3].
         files: further JSON files of a run, by name.
-        encoder: the autoencoder -> one with an encoder that reads the condition pictures, of any scale; None: its own
-            encoder.
-        controls: (corpus, rows) -> by the condition's name, the input float32 [K, C, R, R] of a ControlNet on the
-            frozen foundation, and of its pipeline as `image`; several conditions have one ControlNet each. Empty: the
-            condition enters the network itself.
+        encoder: (autoencoder) -> an autoencoder whose encoder reads the condition pictures; its raw latents are used
+            without a scaling factor. None: the autoencoder itself reads them.
+        controls: for each condition, by name: (corpus, rows) -> float32 [K, C, R, R]. It is the input of a ControlNet
+            on the frozen foundation, and the argument `image` of its pipeline. Several conditions have one ControlNet
+            each. Empty: there is no ControlNet, and `condition` is an input of the network itself.
         control_dropout: for several ControlNets, probability that each is switched off for an image in training;
             replaces `downstream.condition_dropout`.
-        scales: of several ControlNets when outputs are drawn; 0 switches one off.
+        scales: scale of each of several ControlNets when outputs are drawn; 0 switches one off.
         examples: (corpus, rows) -> condition pictures and texts of training images, if they differ from those of
             held-out images.
-        relative: the network learns the difference of the latents to those of the condition picture.
+        relative: whether the network learns the difference between the image's latents and those of the condition
+            picture.
         mean_fraction: fraction of the training images that are pure noise, from which the network learns the mean
             image.
         channel_dropout: probability that each channel of a condition is blanked in training.
-        guidance: of the outputs.
+        guidance: guidance of the outputs.
         draw: (pipeline, corpus, rows, noise) -> outputs uint8 [K, R, R, 3], if one call of the pipeline is not enough;
             noise is float32 [K, samples, C, h, w].
         draw_metadata: further dependencies of the outputs in addition to the trained network, for fingerprints.
         samples: number of noises from which an output is drawn.
         measured: (held-out images, outputs) -> further inputs of metrics, by name.
         own_metrics: (held-out images, outputs) -> numbers that are not in `eval.metrics.METRICS`, by name.
-        maps: (held-out images, outputs) -> labelled pictures below the outputs of the sample sheet, and their legend.
+        maps: (held-out images, outputs) -> labelled rows of pictures below the outputs of the sample sheet.
+        legend: legend of these pictures.
     """
 
     name: str

@@ -178,76 +178,84 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Answers the requests to a session; `handler_of` sets the two attributes.
+
+    Attributes:
+        context: holds the command's engine and run folder.
+    """
+
+    session: Session
+    context: contextvars.Context
+    protocol_version = "HTTP/1.1"  # otherwise every thumbnail needs a new connection
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: the browser shows what happens."""
+
+    def do_GET(self) -> None:
+        if not self._own_host():
+            self._answer(HTTPStatus.FORBIDDEN, {"error": "another host"})
+        elif self.path.partition("?")[0] == "/":
+            self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.session.page)
+        elif (result := IMAGE.fullmatch(self.path)) and int(result[1]) < len(self.session.decision.pool):
+            self._send(HTTPStatus.OK, "image/png", self.session.image(int(result[1])), "max-age=3600")
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, {"error": f"{self.path} is not here"})
+
+    def do_POST(self) -> None:
+        session = self.session
+        actions: dict[str, Callable] = {"select": session.select, "save": session.save, "export": session.export}
+        action = actions.get(self.path.removeprefix("/api/"))
+        try:
+            given = self._given()
+            if not self._own_host() or self.headers.get("X-Page") != "1":
+                self._answer(HTTPStatus.FORBIDDEN, {"error": "this is no request of the page"})
+            elif action is None:
+                self._answer(HTTPStatus.NOT_FOUND, {"error": f"{self.path} is not here"})
+            else:
+                self._answer(HTTPStatus.OK, self.context.copy().run(_acted, action, given))
+        except UserError as error:
+            self._answer(HTTPStatus.BAD_REQUEST, {"error": redacted(str(error))})
+        except OSError as error:
+            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": redacted(str(error))})
+
+    def _own_host(self) -> bool:
+        return self.headers.get("Host", "").partition(":")[0] in (HOST, "localhost")
+
+    def _given(self) -> dict[str, Any]:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MOST_BYTES:
+            self.close_connection = True
+            raise UserError(f"give a request of at most {MOST_BYTES} bytes")
+        try:
+            given = json.loads(self.rfile.read(int(length)))
+        except ValueError:
+            raise UserError("this is no JSON") from None
+        if not isinstance(given, dict):
+            raise UserError("give a JSON object")
+        return given
+
+    def _answer(self, status: HTTPStatus, value: Mapping[str, Any]) -> None:
+        self._send(status, "application/json", json.dumps(value).encode())
+
+    def _send(self, status: HTTPStatus, kind: str, data: bytes, cache: str = "no-store") -> None:
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", kind), ("Content-Length", str(len(data))), ("Cache-Control", cache),
+            ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"),
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+
 def handler_of(session: Session) -> type[BaseHTTPRequestHandler]:
     """Handler of the requests to a session.
 
     Pages of other sites are refused: the host must be this server, and requests that change something carry a header
     that other sites cannot send.
     """
-    context = contextvars.copy_context()  # the command's engine and run folder
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # otherwise every thumbnail needs a new connection
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing: the browser shows what happens."""
-
-        def do_GET(self) -> None:
-            if not self._own_host():
-                self._answer(HTTPStatus.FORBIDDEN, {"error": "another host"})
-            elif self.path.partition("?")[0] == "/":
-                self._send(HTTPStatus.OK, "text/html; charset=utf-8", session.page)
-            elif (result := IMAGE.fullmatch(self.path)) and int(result[1]) < len(session.decision.pool):
-                self._send(HTTPStatus.OK, "image/png", session.image(int(result[1])), "max-age=3600")
-            else:
-                self._answer(HTTPStatus.NOT_FOUND, {"error": f"{self.path} is not here"})
-
-        def do_POST(self) -> None:
-            actions: dict[str, Callable] = {"select": session.select, "save": session.save, "export": session.export}
-            action = actions.get(self.path.removeprefix("/api/"))
-            try:
-                given = self._given()
-                if not self._own_host() or self.headers.get("X-Page") != "1":
-                    self._answer(HTTPStatus.FORBIDDEN, {"error": "this is no request of the page"})
-                elif action is None:
-                    self._answer(HTTPStatus.NOT_FOUND, {"error": f"{self.path} is not here"})
-                else:
-                    self._answer(HTTPStatus.OK, context.copy().run(_acted, action, given))
-            except UserError as error:
-                self._answer(HTTPStatus.BAD_REQUEST, {"error": redacted(str(error))})
-            except OSError as error:
-                self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": redacted(str(error))})
-
-        def _own_host(self) -> bool:
-            return self.headers.get("Host", "").partition(":")[0] in (HOST, "localhost")
-
-        def _given(self) -> dict[str, Any]:
-            length = self.headers.get("Content-Length", "")
-            if not length.isdecimal() or int(length) > MOST_BYTES:
-                self.close_connection = True
-                raise UserError(f"give a request of at most {MOST_BYTES} bytes")
-            try:
-                given = json.loads(self.rfile.read(int(length)))
-            except ValueError:
-                raise UserError("this is no JSON") from None
-            if not isinstance(given, dict):
-                raise UserError("give a JSON object")
-            return given
-
-        def _answer(self, status: HTTPStatus, value: Mapping[str, Any]) -> None:
-            self._send(status, "application/json", json.dumps(value).encode())
-
-        def _send(self, status: HTTPStatus, kind: str, data: bytes, cache: str = "no-store") -> None:
-            self.send_response(status)
-            for name, value in (
-                ("Content-Type", kind), ("Content-Length", str(len(data))), ("Cache-Control", cache),
-                ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"),
-            ):  # fmt: skip
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-    return Handler
+    return type("Handler", (Handler,), {"session": session, "context": contextvars.copy_context()})
 
 
 def _acted(action: Callable[[Mapping[str, Any]], dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_amounts_are_nested_and_balanced_over_scenes(tmp_path: Path) -> None:
     assert (rows_of_amount(corpus, rows, 20, seed=2) != amounts[20]).any()
 
 
-def test_real_images_have_the_chance_of_their_scene(tmp_path: Path) -> None:
+def test_all_scenes_have_the_same_total_weight(tmp_path: Path) -> None:
     corpus = uneven_corpus(tmp_path, {"a": 6, "b": 4, "c": 3})
     rows = np.array([0, 1, 2, 6, 10, 11])
     weights = scene_weights(corpus, rows)
@@ -104,7 +104,7 @@ def test_masks_are_dealt_evenly_and_in_different_symmetries(size: int) -> None:
     assert starts == set(range(8))
 
 
-def test_a_mask_turns_as_its_image_does() -> None:
+def test_a_mask_is_transformed_like_its_image() -> None:
     masks = np.random.default_rng(0).integers(0, 5, (16, 6, 6), dtype=np.uint8)
     symmetries = np.tile(np.arange(8), 2)[::-1]
     result = turned(masks, symmetries)
@@ -145,7 +145,7 @@ def test_one_source_fills_its_batches() -> None:
         sources_of(real, drawn, 1, 0.5)
 
 
-def test_a_batch_is_what_it_was_before_there_were_several_sources() -> None:
+def test_one_source_gives_the_batches_of_the_segmenter() -> None:
     """The batches of a segmenter: images by cumulative probability, then one symmetry, from one random stream."""
     images = pictures(12)
     masks = (images.mean(3) > 128).astype(np.uint8)
@@ -184,9 +184,9 @@ def changed(cfg: DictConfig, **options: object) -> DictConfig:
     ("options", "message"),
     [
         ({"augmentation__steps": 0}, "steps=0: give at least 1"),
-        ({"augmentation__amounts": [0, 5]}, "give percents above 0"),
-        ({"augmentation__amounts": []}, "give percents above 0"),
-        ({"augmentation__amounts": [101]}, "give percents above 0"),
+        ({"augmentation__amounts": [0, 5]}, "give percentages above 0"),
+        ({"augmentation__amounts": []}, "give percentages above 0"),
+        ({"augmentation__amounts": [101]}, "give percentages above 0"),
         ({"augmentation__seeds": []}, "at least one seed"),
         ({"augmentation__generated_fraction": 1.0}, "a fraction between 0 and 1"),
         ({"augmentation__ratio": 1.5}, "ratio=1.5 is outside"),
@@ -194,16 +194,16 @@ def changed(cfg: DictConfig, **options: object) -> DictConfig:
         ({"augmentation__run": "nowhere"}, "augmentation.run=nowhere is no run of semantic synthesis"),
     ],
 )
-def test_what_cannot_be_done_is_reported_in_one_line(cfg: DictConfig, options: dict, message: str) -> None:
+def test_invalid_options_are_reported_in_one_line(cfg: DictConfig, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         Study.of(changed(cfg, **options), cfg)
     assert "\n" not in str(raised.value)
 
 
-def test_training_images_are_not_measured_on(cfg: DictConfig) -> None:
+def test_measuring_on_training_images_is_refused(cfg: DictConfig) -> None:
     same = cfg.copy()
     same.corpus.test = same.corpus.train.copy()
-    with pytest.raises(UserError, match="split=test is what is trained on"):
+    with pytest.raises(UserError, match="split=test is the split that is trained on"):
         Study.of(same, cfg)
 
 
@@ -227,7 +227,7 @@ def study(cfg: DictConfig) -> Study:
     return Study.of(cfg, cfg)
 
 
-def test_the_run_s_palette_is_what_is_drawn_from(study: Study, tmp_path: Path) -> None:
+def test_images_are_drawn_with_the_palette_of_the_run(study: Study, tmp_path: Path) -> None:
     palette = read_json(study.run / "palette.json")
     assert [*study.colours[: len(CLASSES)].tolist(), study.colours[IGNORED].tolist()] == list(palette.values())
     rows = study.rows[:5]
@@ -239,7 +239,7 @@ def test_the_run_s_palette_is_what_is_drawn_from(study: Study, tmp_path: Path) -
         run_colours(tmp_path, study.corpus)
 
 
-def test_only_masks_of_the_amount_are_drawn_from(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_drawn_only_from_masks_of_the_amount(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of_amount(study.corpus, study.rows, 25, seed=3)
     assert len(rows) == 4 and len(study.rows) == 16
     pool = drawn_pool(study, 25, 3)
@@ -254,7 +254,7 @@ def test_only_masks_of_the_amount_are_drawn_from(study: Study, monkeypatch: pyte
     assert drawn_pool(study, 25, 3) == pool
 
 
-def test_images_are_drawn_anew_for_another_seed_and_the_same_for_the_same(study: Study, tmp_path: Path) -> None:
+def test_the_same_seed_draws_the_same_images_and_another_seed_a_new_pool(study: Study, tmp_path: Path) -> None:
     pool = drawn_pool(study, 25, 3)
     elsewhere = replace(study, cfg=changed(study.cfg, runs=str(tmp_path)))
     again = drawn_pool(elsewhere, 25, 3)
@@ -295,7 +295,7 @@ def drawable(source: LabelledImages) -> set[bytes]:
     return {source.images[row].tobytes() for row in np.flatnonzero(source.weights)}
 
 
-def test_a_cell_trains_on_its_own_images_and_on_none_that_is_held_out(
+def test_a_cell_trains_on_its_own_images_and_on_no_held_out_image(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = replace(study, cfg=changed(study.cfg, runs=str(tmp_path)))
@@ -329,9 +329,7 @@ def test_the_same_seed_gives_the_same_bits(study: Study, tmp_path: Path) -> None
     assert (other / WEIGHTS).read_bytes() != (first / WEIGHTS).read_bytes()
 
 
-def test_measuring_is_of_the_real_held_out_images_and_trains_nothing(
-    study: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measuring_uses_real_held_out_images_and_trains_nothing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell(25, True, None, 3)
     metrics = read_json(measured_cell(study, cell) / "metrics.json")
     segmenter = Segmenter(trained_cell(study, cell), SegmenterOptions.of(study.cfg), len(CLASSES))
@@ -343,7 +341,7 @@ def test_measuring_is_of_the_real_held_out_images_and_trains_nothing(
     assert measured_cell(fewer, cell) != measured_cell(study, cell)
 
 
-def test_the_whole_grid_leaves_rows_and_a_table(
+def test_the_whole_grid_writes_rows_and_a_table(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare(study, tmp_path)

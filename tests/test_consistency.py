@@ -1,4 +1,4 @@
-"""Back-projection: its result reduces to the low-resolution image, and is otherwise unchanged."""
+"""Back-projection: its result reduces to the low-resolution image, and a consistent image stays unchanged."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_a_colour_cast_disappears_and_detail_stays(kind: str) -> None:
     np.testing.assert_allclose(result, truth, atol=0.05)
 
 
-def test_area_s_last_step_is_the_nearest_enlargement() -> None:
-    """Without smooth corrections the smallest correction is added: each block's missing mean to each of its pixels."""
+def test_the_exact_step_for_area_is_the_nearest_neighbour_enlargement() -> None:
+    """Without smooth corrections, each pixel of a block is corrected by the error of the block's mean."""
     start = 100 + 0.2 * images_of("noisy").astype(np.float32)
     low = 90 + 0.3 * images_of("smooth", seed=3, height=16, width=12).astype(np.float32)
     rest = low - reduce(start, FACTOR, "area")

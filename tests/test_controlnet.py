@@ -1,4 +1,4 @@
-"""Masks by a ControlNet on the frozen foundation: it starts as the foundation, and loads with plain diffusers."""
+"""Masks by a ControlNet on the frozen foundation: it has no effect at first, and loads with plain diffusers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parts() -> Parts:
     return Parts(tiny_unet(), tiny_autoencoder(), *tiny_text_encoder())
 
 
-def test_one_hot_masks_have_a_channel_a_class() -> None:
+def test_one_hot_masks_have_one_channel_per_class() -> None:
     masks = np.array([[[0, 1], [2, IGNORED]]], np.uint8)
     result = one_hot(masks, 3)
     assert result.shape == (1, 3, 2, 2) and result.dtype == np.float32
@@ -37,7 +37,7 @@ def test_one_hot_masks_have_a_channel_a_class() -> None:
     assert result.sum(1).tolist() == [[[1, 1], [1, 0]]]
 
 
-def test_at_first_the_foundation_is_not_steered(parts: Parts) -> None:
+def test_an_untrained_controlnet_does_not_steer_the_foundation(parts: Parts) -> None:
     controlnet, objective = new_controlnet(parts, 3, seed=0), Objective()
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(2, CHANNELS, 2, 2, generator=generator) for _ in range(2))
@@ -49,7 +49,7 @@ def test_at_first_the_foundation_is_not_steered(parts: Parts) -> None:
     torch.testing.assert_close(steered, alone)
 
 
-def test_what_cannot_be_steered_is_refused(parts: Parts) -> None:
+def test_a_controlnet_without_a_foundation_is_refused(parts: Parts) -> None:
     with pytest.raises(UserError, match="steers a foundation: give foundation=DIR"):
         new_controlnet(replace(parts, unet=None), 3, seed=0)
 
@@ -69,7 +69,7 @@ def test_the_saved_pipeline_is_a_plain_one(parts: Parts, tmp_path: Path) -> None
     assert np.isfinite(guided).all()
 
 
-def test_the_task_trains_the_controlnet_alone(tmp_path: Path) -> None:
+def test_the_task_trains_only_the_controlnet(tmp_path: Path) -> None:
     cfg = task_config(tmp_path, "downstream.semantic_synthesis.network=controlnet", "downstream.lengths=[2]")
     foundation = tiny_foundation(tmp_path / "foundation", cfg)
     before = weights_digest(DiffusionPipeline.from_pretrained(foundation / "pipeline").unet)

@@ -1,4 +1,4 @@
-"""Degradation to low resolution: PIL, formulas, properties of the random chain; and enlargement."""
+"""Degradation to low resolution: equality with PIL and formulas, properties of the random chain; enlargement."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_bicubic_is_the_antialiased_formula_and_pil_s_float_mode(factor: int) ->
     np.testing.assert_allclose(result[0], np.stack([np.asarray(channel) for channel in pil], axis=-1), atol=1e-3)
 
 
-def test_bicubic_of_eight_bits_is_pil_s_and_the_float_one_rounded() -> None:
+def test_bicubic_of_eight_bits_is_pil_s_and_within_one_level_of_the_float_result() -> None:
     contrasts = (noise(20) > 127).astype(np.uint8) * 255  # their bicubic reduction overshoots nearly everywhere
     for images in (pictures(20, size=64), noise(20), contrasts):
         result = degrade(images, 4, Linear("bicubic"))
@@ -78,13 +78,13 @@ def test_bicubic_of_eight_bits_is_pil_s_and_the_float_one_rounded() -> None:
         assert error.max() <= 1 and (error > 0).mean() < 0.15
 
 
-def test_sides_have_to_be_multiples() -> None:
+def test_sides_must_be_multiples_of_the_factor() -> None:
     for call in (degrade, low_resolution, lambda images, factor: reduce(images, factor, "bicubic")):
         with pytest.raises(UserError, match="factor=5 does not divide 64 x 64 px"):
             call(noise(1), 5)
 
 
-def test_no_images_are_no_images() -> None:
+def test_no_images_give_an_empty_result() -> None:
     for kind in (Linear("area"), Linear("bicubic"), blind_options()):
         assert degrade(noise(0), 4, kind).shape == (0, 16, 16, 3)
     assert reduce(noise(0).astype(np.float32), 4, "area").shape == (0, 16, 16, 3)
@@ -99,7 +99,7 @@ def global_states() -> tuple[object, ...]:
     return random.getstate(), numpy_state["pos"], numpy_state["key"].tolist(), torch.get_rng_state().tolist()
 
 
-def test_blind_depends_on_pixels_seed_and_number_alone() -> None:
+def test_blind_depends_only_on_pixels_seed_and_number() -> None:
     images, blind = pictures(8, size=64), blind_options()
     states = global_states()
     whole = degrade(images, 4, blind)
@@ -121,14 +121,14 @@ def test_blind_has_the_sides_of_the_low_resolution(factor: int, height: int, wid
     assert low.shape == (6, height // factor, width // factor, 3) and low.dtype == np.uint8
 
 
-def test_blind_shows_the_same_scene_unmoved_and_spoilt() -> None:
-    """The means over draws match the area means without a shift; single draws are degraded, each differently."""
+def test_blind_degrades_the_scene_without_a_shift() -> None:
+    """The mean over many draws equals the area means; single draws are degraded, each in a different way."""
     images = gaussian_filter(np.random.default_rng(0).standard_normal((8, 64, 64, 3)), (0, 7, 7, 0))
     images = (128 + 40 * images / images.std()).clip(0, 255).astype(np.uint8)
     drawn = degrade(np.repeat(images, 80, axis=0), 4, blind_options()).astype(float).reshape(8, 80, 16, 16, 3)
     area, mean = low_resolution(images, 4).astype(float), drawn.mean(1)
     assert np.abs(mean.mean((0, 1, 2)) - area.mean((0, 1, 2))).max() < 1
-    # the shift in pixels of the low resolution, by least squares along the slope: a pixel of the high one is 0.25
+    # the shift in low-resolution pixels, by least squares along the slope; a high-resolution pixel is 0.25 of them
     for axis in (1, 2):
         slope = np.gradient(area, axis=axis)[:, 2:-2, 2:-2]
         shift = (slope * (area - mean)[:, 2:-2, 2:-2]).sum() / np.square(slope).sum()
@@ -137,7 +137,7 @@ def test_blind_shows_the_same_scene_unmoved_and_spoilt() -> None:
     assert 2 < np.median(single) < 15 and np.quantile(single, 0.9) > 1.5 * np.quantile(single, 0.1)
 
 
-def test_blur_kernels_are_means_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blur_kernels_have_sum_one_and_the_published_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     ranges, generator, seen = blind_options().first, np.random.default_rng(0), []
     from downstream import basicsr_parts
 
@@ -199,7 +199,7 @@ def test_jpeg_keeps_colours_in_their_channels() -> None:
 # ---------------------------------------------------------------- config, noise, enlargements
 
 
-def test_configs_make_what_they_name() -> None:
+def test_configs_give_the_degradation_that_they_name() -> None:
     assert degradation_of(config()) == Linear("area")
     assert degradation_of(config("degradation=bicubic")) == Linear("bicubic")
     blind = degradation_of(config("degradation=blind", "blind.seed=5", "blind.first.sigma=[0.3,0.4]"))
@@ -210,10 +210,10 @@ def test_configs_make_what_they_name() -> None:
     ("override", "message"),
     [
         ("degradation=sharp", "degradation=sharp is unknown: give area, bicubic or blind"),
-        ("blind.first.sigma=[2,1]", r"blind.first.sigma=\[2, 1\]: give two positive numbers, the least first"),
+        ("blind.first.sigma=[2,1]", r"blind.first.sigma=\[2, 1\]: give two positive numbers, the smaller one first"),
         ("blind.second.photons=[0,1]", r"blind.second.photons=\[0, 1\]: give two positive numbers"),
         ("blind.second.jpeg=50", "blind.second.jpeg=50: give two positive numbers"),
-        ("blind.last_sides=[2,5]", r"blind.last_sides=\[2, 5\]: give two odd numbers, the least first"),
+        ("blind.last_sides=[2,5]", r"blind.last_sides=\[2, 5\]: give two odd numbers, the smaller one first"),
         ("blind.sinc_chance=1.5", "blind.sinc_chance=1.5: give a number from 0 to 1"),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_wrong_config_is_refused(override: str, message: str) -> None:
         degradation_of(config("degradation=blind", override))
 
 
-def test_added_noise_has_its_image_s_deviation() -> None:
+def test_added_noise_has_the_deviation_of_its_image() -> None:
     low = np.full((3, 64, 64, 3), 128, dtype=np.uint8)
     noisy = add_noise(low, np.array([0, 5, 20]), np.random.default_rng(0))
     assert noisy.dtype == np.uint8 and (noisy[0] == 128).all()

@@ -129,7 +129,9 @@ def loaded(parts: Parts, conditioned: UNet2DConditionModel, tmp_path_factory: py
     return pipeline
 
 
-def test_saved_pipeline_feeds_what_was_trained(loaded, parts: Parts, conditioned: UNet2DConditionModel) -> None:
+def test_saved_pipeline_gives_the_network_the_inputs_of_training(
+    loaded, parts: Parts, conditioned: UNet2DConditionModel
+) -> None:
     assert type(loaded) is StableDiffusionInstructPix2PixPipeline
     images = pictures(3)
     raw = encode_condition(parts.autoencoder, images)
@@ -223,7 +225,7 @@ def coloured_corpus(tmp_path: Path) -> Corpus:
     return Corpus("coloured", tmp_path, images, manifest, masks, ("left", "right", "nowhere"))
 
 
-def test_palette_is_natural_and_distinguished(tmp_path: Path) -> None:
+def test_palette_has_the_mean_colours_of_classes_moved_apart(tmp_path: Path) -> None:
     corpus = coloured_corpus(tmp_path)
     natural = natural_palette(corpus, seed=0, distance=0)
     grey = [128, 128, 128]  # colour of a class that never occurs, and of pixels without a class
@@ -342,7 +344,7 @@ def test_a_task_from_a_foundation_and_from_scratch(cfg: DictConfig, foundation: 
         resolve_foundation(changed(cfg, foundation=str(runs["scratch"])))
 
 
-def test_a_baseline_is_measured_as_a_network_is(cfg: DictConfig) -> None:
+def test_a_baseline_is_measured_like_a_network(cfg: DictConfig) -> None:
     task = TASKS["super_resolution"](cfg)
     result = read_json(measure_baselines(cfg, task)["bicubic"] / METRICS_FILE)
     summary = read_json(fine_tune(cfg, task, None, "scratch") / "summary.json")
@@ -391,7 +393,7 @@ def test_masks_are_drawn_in_the_palette_and_judged_by_the_segmenter(cfg: DictCon
     ],
     ids=lambda values: next(iter(values)),
 )
-def test_what_it_is_measured_with_trains_nothing_again(
+def test_changed_measuring_options_do_not_train_again(
     cfg: DictConfig, foundation: Path, values: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = cfg.copy()
@@ -415,7 +417,7 @@ def test_what_it_is_measured_with_trains_nothing_again(
         fine_tune(changed(cfg, downstream__loop__steps=5), task, foundation, "rsprune")
 
 
-def test_scratch_alone_gets_extra_steps(cfg: DictConfig) -> None:
+def test_only_scratch_gets_extra_steps(cfg: DictConfig) -> None:
     task = TASKS["super_resolution"](cfg)
     more = changed(cfg, downstream__extra_steps=3)
     directory = fine_tune(more, task, None, "scratch")
@@ -425,7 +427,7 @@ def test_scratch_alone_gets_extra_steps(cfg: DictConfig) -> None:
     assert (loop_options(more, None).steps, loop_options(more, directory).steps) == (7, 4)
 
 
-def test_a_third_task_is_one_file_and_one_yaml(
+def test_a_new_task_needs_one_file_and_one_yaml(
     cfg: DictConfig,
     repository: Path,
     tmp_path: Path,
@@ -465,10 +467,10 @@ def test_a_corpus_without_masks_leaves_a_task_out(
 ) -> None:
     bare = task_config(Path(cfg.runs).parent, "corpus.masks=null", "corpus.classes=[]")
     assert set(suitable_tasks(bare)) == {"super_resolution"}
-    assert "no semantic_synthesis: corpus folder has no masks in its split train" in capsys.readouterr().err
+    assert "semantic_synthesis is left out: corpus folder has no masks in its split train" in capsys.readouterr().err
 
 
-def test_killed_run_goes_on_to_the_same_network(
+def test_a_killed_run_resumes_to_the_same_network(
     cfg: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = TASKS["super_resolution"](cfg)
@@ -500,14 +502,16 @@ def test_killed_run_goes_on_to_the_same_network(
     assert metrics[0] == metrics[1]
 
 
-def test_what_does_not_fit_is_refused(cfg: DictConfig, foundation: Path, parts: Parts) -> None:
+def test_a_factor_resolution_or_foundation_that_does_not_fit_is_refused(
+    cfg: DictConfig, foundation: Path, parts: Parts
+) -> None:
     task = TASKS["super_resolution"](cfg)
     with pytest.raises(UserError, match="factor=3 does not divide 16 x 16 px"):
         TASKS["super_resolution"](changed(cfg, downstream__super_resolution__factor=3))
     other = changed(cfg, corpus__test__resolution=24)
     with pytest.raises(UserError, match="16 px are trained on, but the held-out ones have 24 px"):
         fine_tune(other, task, foundation, "rsprune")
-    with pytest.raises(UserError, match="trained on latents of side 2, this corpus' have 4"):
+    with pytest.raises(UserError, match="trained on latents of side 2, those of this corpus have 4"):
         conditioned_network(cfg, parts, (CHANNELS, 4, 4), 8)
     with pytest.raises(UserError, match=r"give train\.objective\.prediction=flow"):
         load_parts(changed(cfg, train__objective__prediction="v_prediction"), foundation, corpus_of(cfg, "train"))

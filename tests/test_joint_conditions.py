@@ -74,7 +74,7 @@ def random_batch(size: int = 4) -> tuple[torch.Tensor, ...]:
 def test_residuals_are_summed_and_multiplied_by_the_scales_image_by_image(
     parts: Parts, nets: MultiControlNetModel
 ) -> None:
-    """The same as calling each network separately, one image at a time, without those of scale 0."""
+    """The result equals calling each network separately for one image at a time, without the networks of scale 0."""
     objective, (latents, text, noise, time, *conditions) = Objective(), random_batch()
     scales = torch.tensor([[1.0, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 0]])
     noisy, timesteps, target, _ = objective.noisy(latents, noise, time)
@@ -98,7 +98,7 @@ def test_residuals_are_summed_and_multiplied_by_the_scales_image_by_image(
     assert len({round(float(loss), 5) for loss in losses}) == 4
 
 
-def test_a_condition_that_is_switched_off_teaches_its_network_nothing(parts: Parts, nets: MultiControlNetModel) -> None:
+def test_a_condition_that_is_switched_off_does_not_train_its_network(parts: Parts, nets: MultiControlNetModel) -> None:
     latents, text, noise, time, *conditions = random_batch()
     scales = torch.tensor([[1.0, 0, 1]]).repeat(4, 1)
     loss = steered_loss(nets, parts.unet, Objective(), latents, text, noise, time, *conditions, scales=scales)
@@ -109,7 +109,7 @@ def test_a_condition_that_is_switched_off_teaches_its_network_nothing(parts: Par
     assert moved == [True, False, True]
 
 
-def test_at_first_nothing_is_steered_and_one_channel_count_is_one_network(parts: Parts) -> None:
+def test_untrained_controlnets_do_not_steer_and_one_condition_gives_one_network(parts: Parts) -> None:
     several = new_controlnet(parts, 2, 3, seed=0)
     assert [net.config.conditioning_channels for net in several.nets] == [2, 3]
     assert type(new_controlnet(parts, 2, seed=0)) is ControlNetModel
@@ -122,8 +122,8 @@ def test_at_first_nothing_is_steered_and_one_channel_count_is_one_network(parts:
     torch.testing.assert_close(steered, alone)
 
 
-def test_conditions_arrive_at_the_end_of_their_encoders(parts: Parts) -> None:
-    """Differences between conditions have the same magnitude after the layers before the last one, which is zero."""
+def test_encoders_keep_the_variance_of_their_conditions(parts: Parts) -> None:
+    """Differences between conditions are not lost in the layers before the last one; the last one is zero."""
     several = new_controlnet(parts, 2, 3, 3, seed=0)
     for net, condition in zip(several.nets, random_batch(16)[4:], strict=True):
         encoder = net.controlnet_cond_embedding
@@ -166,7 +166,7 @@ def test_the_saved_pipeline_is_a_plain_one_and_scale_0_switches_a_condition_off(
         assert (drawn(loaded, changed, [1.0, 1.0, 1.0], 2) != whole).any()
 
 
-def test_the_pipeline_takes_pictures_as_they_were_trained_on(loaded: DiffusionPipeline, tmp_path: Path) -> None:
+def test_the_pipeline_gives_the_networks_the_inputs_of_training(loaded: DiffusionPipeline, tmp_path: Path) -> None:
     """For PIL images of edges and low resolution, the saved pipeline gives each network the same input as training."""
     cfg = task_config(tmp_path)
     task, corpus, rows = TASKS["joint_conditions"](cfg), corpus_of(cfg, "train"), np.arange(2)
@@ -193,7 +193,7 @@ def test_the_pipeline_takes_pictures_as_they_were_trained_on(loaded: DiffusionPi
     assert trained[1].any() and trained[1].unique().tolist() == [0, 1]
 
 
-def test_batches_switch_each_condition_off_by_itself() -> None:
+def test_batches_switch_each_condition_off_independently() -> None:
     random = np.random.default_rng(0)
     conditions = [random.random((50, channels, 4, 4), dtype=np.float32) for channels in (2, 3)]
     examples = Examples(
@@ -221,7 +221,7 @@ def test_batches_switch_each_condition_off_by_itself() -> None:
 # ---------------------------------------------------------------- edges
 
 
-def test_edges_are_scikit_image_s_of_the_luma_and_where_the_picture_has_them() -> None:
+def test_edges_are_at_the_borders_and_equal_those_of_scikit_image() -> None:
     halves = np.zeros((2, 32, 32, 3), np.uint8)
     halves[0, :, 16:] = (40, 200, 90)
     halves[1, 16:] = 255
@@ -270,7 +270,7 @@ def run(cfg: DictConfig, foundation: Path) -> Path:
     return fine_tune(cfg, TASKS["joint_conditions"](cfg), foundation, "rsprune")
 
 
-def test_it_is_no_part_of_the_chain(cfg: DictConfig) -> None:
+def test_the_task_is_not_part_of_the_chain(cfg: DictConfig) -> None:
     assert set(TASKS) - set(chain_tasks()) == {"joint_conditions"}
     assert set(suitable_names(cfg)) == {"super_resolution", "semantic_synthesis"}
 
@@ -287,7 +287,7 @@ def test_a_task_s_combinations() -> None:
     assert task("mask").combinations() == task().combinations() == {}
 
 
-def test_a_run_trains_the_controlnets_alone_and_measures_every_combination(
+def test_a_run_trains_only_the_controlnets_and_measures_every_combination(
     cfg: DictConfig, foundation: Path, run: Path
 ) -> None:
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline", use_safetensors=True)
@@ -309,7 +309,7 @@ def test_a_run_trains_the_controlnets_alone_and_measures_every_combination(
     assert sheet.height > (len(NAMES) + len(COMBINATIONS) + 1) * SIZE  # a row each, and the truth
 
 
-def test_with_none_the_foundation_draws(cfg: DictConfig, foundation: Path, run: Path) -> None:
+def test_the_combination_none_draws_as_the_foundation(cfg: DictConfig, foundation: Path, run: Path) -> None:
     task, held = TASKS["joint_conditions"](cfg), held_out_images(cfg)
     none = np.load(draw_outputs(cfg, task.combinations()["none"], run, held) / OUTPUTS)
     pipeline = DiffusionPipeline.from_pretrained(foundation / "pipeline", use_safetensors=True)
@@ -353,14 +353,14 @@ def test_the_command_prints_the_run_and_the_table(
         assert table.loc[name, "edge_agreement"] == pytest.approx(metrics["edge_agreement"])
 
 
-def test_without_masks_edges_and_low_resolution_are_left(
+def test_a_corpus_without_masks_uses_edges_and_low_resolution(
     cfg: DictConfig, foundation: Path, capsys: pytest.CaptureFixture
 ) -> None:
     notice.cache_clear()
     bare = task_config(Path(cfg.runs).parent, "corpus.masks=null", "corpus.classes=[]")
     task = TASKS["joint_conditions"](bare)
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("joint_conditions")]
-    assert line == "joint_conditions without the condition mask: corpus folder has no masks in its split train"
+    assert line == "joint_conditions: the condition mask is left out: corpus folder has no masks in its split train"
     assert list(task.controls) == ["edges", "low_resolution"]
     summary = read_json(fine_tune(bare, task, foundation, "rsprune") / "summary.json")
     assert list(summary["combinations"]) == ["all", "edges alone", "low resolution alone", "none"]
@@ -371,14 +371,14 @@ def test_without_masks_edges_and_low_resolution_are_left(
     ("option", "message"),
     [
         ("foundation=scratch", "steers a trained foundation, foundation=scratch has none"),
-        ("downstream.joint_conditions.conditions=[mask,depth]", "names depth: give some of mask, edges"),
+        ("downstream.joint_conditions.conditions=[mask,depth]", "names depth: choose from mask, edges"),
         ("downstream.joint_conditions.conditions=[mask]", "conditions=mask: give two or more different ones"),
         ("downstream.joint_conditions.conditions=[edges,edges]", "give two or more different ones"),
-        ("downstream.joint_conditions.factor=3", "factor=3: give a divisor of the images' side, 16 px"),
+        ("downstream.joint_conditions.factor=3", "factor=3: give a divisor above 1 of the images' side, 16 px"),
         ("downstream.joint_conditions.dropout=1.0", "dropout=1.0: give at least 0 and less than 1"),
         ("downstream.joint_conditions.canny.low=0.5", r"canny: sigma=1.5 must be above 0, and 0 < low=0.5 <= high=0.1"),
     ],
 )
-def test_what_cannot_be_is_refused(cfg: DictConfig, option: str, message: str) -> None:
+def test_invalid_options_are_refused(cfg: DictConfig, option: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TASKS["joint_conditions"](task_config(Path(cfg.runs).parent, option))

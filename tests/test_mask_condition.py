@@ -22,7 +22,7 @@ from train.objective import Objective
 
 
 def some_masks(classes: int, side: int, seed: int = 0) -> np.ndarray:
-    """Masks with large areas above and single pixels below, some without a class."""
+    """Masks with large areas in the upper half and random pixels in the lower half, some of them without a class."""
     generator = np.random.default_rng(seed)
     masks = generator.integers(0, classes + 1, (4, side, side)).astype(np.uint8)
     masks[masks == classes] = IGNORED
@@ -34,7 +34,7 @@ def coloured(masks: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return palette[np.where(masks == IGNORED, len(palette) - 1, masks)]
 
 
-def test_shares_are_those_of_the_pixels_of_a_cell() -> None:
+def test_fractions_are_those_of_the_pixels_of_a_cell() -> None:
     masks = some_masks(5, 32)
     fractions = class_fractions(masks, class_codes(5, 7), 8)
     assert fractions.shape == (4, 7, 4, 4) and fractions.dtype == np.float32
@@ -45,7 +45,7 @@ def test_shares_are_those_of_the_pixels_of_a_cell() -> None:
     assert not class_fractions(np.full((1, 16, 16), IGNORED, np.uint8), class_codes(5, 7), 8).any()
 
 
-def test_more_classes_than_channels_stay_apart() -> None:
+def test_codes_of_more_classes_than_channels_differ() -> None:
     codes = class_codes(30, 16)
     assert codes.shape == (30, 16)
     assert np.linalg.norm(codes, axis=1) == pytest.approx(1, rel=1e-6)
@@ -55,8 +55,8 @@ def test_more_classes_than_channels_stay_apart() -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2, 8, 14, 30])
-def test_the_encoder_reads_shares_from_a_picture(classes: int) -> None:
-    """It must give the same as counting, for a palette without any structure."""
+def test_the_encoder_computes_fractions_from_a_picture(classes: int) -> None:
+    """The result equals counting of the pixels, for a palette of random colours."""
     palette = np.random.default_rng(classes).integers(0, 256, (classes + 1, 3)).astype(np.uint8)
     autoencoder = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
@@ -72,9 +72,9 @@ def test_the_encoder_reads_shares_from_a_picture(classes: int) -> None:
     np.testing.assert_allclose(result.numpy(), class_fractions(masks, codes, 8), atol=2e-4)
 
 
-def test_what_cannot_read_masks_is_refused() -> None:
+def test_unsuited_autoencoders_and_palettes_are_refused() -> None:
     palette, codes = np.array([[0, 0, 0], [9, 9, 9]], np.uint8), class_codes(1, 4)
-    with pytest.raises(UserError, match="masks cannot enter through a AutoencoderKL"):
+    with pytest.raises(UserError, match="masks cannot be read by an autoencoder of class AutoencoderKL"):
         mask_autoencoder(AutoencoderKL(), palette, codes)
     with pytest.raises(UserError, match="same colour"):
         mask_autoencoder(tiny_autoencoder(), np.zeros((2, 3), np.uint8), class_codes(1, CHANNELS))

@@ -44,11 +44,11 @@ def test_a_network_has_about_as_many_weights_as_requested(factor: int) -> None:
     assert network(torch.zeros(1, 3, 6, 5)).shape == (1, 3, 6 * factor, 5 * factor)
 
 
-def test_what_edsr_cannot_be_is_refused() -> None:
+def test_factors_and_sizes_that_edsr_does_not_support_are_refused() -> None:
     for factor in (1, 5, 6):
         with pytest.raises(UserError, match=f"factor={factor}: the regression network enlarges by 2, 3, 4, 8"):
             new_regression_network(PARAMETERS, factor, seed=0)
-    with pytest.raises(UserError, match="no regression network has about 3000 weights, the least has"):
+    with pytest.raises(UserError, match="no regression network has about 3000 weights, the smallest has"):
         new_regression_network(3000, 4, seed=0)
 
 
@@ -60,7 +60,7 @@ def test_an_untrained_network_is_pil_s_bicubic(factor: int) -> None:
     assert error.max() <= 1 and (error > 0).mean() < 0.3  # PIL rounds twice
 
 
-def test_the_seed_alone_makes_the_weights() -> None:
+def test_the_weights_depend_only_on_the_seed() -> None:
     state = torch.get_rng_state()
     first, same, other = (new_regression_network(PARAMETERS, 4, seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -89,7 +89,7 @@ def test_pairs_stay_pairs_in_all_eight_symmetries() -> None:
     assert {image.tobytes() for image in high} == views and len(views) == 8
 
 
-def test_processes_share_the_batch_that_one_would_have() -> None:
+def test_processes_together_draw_the_batch_of_a_single_process() -> None:
     images = pictures(5)
     draw = paired_batches(degrade(images, 2), images, 6)
     whole = draw(np.random.default_rng(3), slice(6))
@@ -128,7 +128,7 @@ def taught(steps: int, folder: Path | None = None) -> torch.nn.Module:
     return train_loop(Accelerator(), {REGRESSION: network}, batches, pixel_loss, options, folder, label="")[REGRESSION]
 
 
-def test_it_learns_what_bicubic_does_not_know(tmp_path: Path) -> None:
+def test_training_makes_it_better_than_bicubic(tmp_path: Path) -> None:
     network, truth = taught(60, tmp_path), blocks(32, seed=2)
     low = degrade(truth, 2)
     errors = [
@@ -152,7 +152,7 @@ def options_of(cfg: DictConfig) -> LoopOptions:
     return LoopOptions(**cfg.downstream.loop, seed=cfg.seed)
 
 
-def test_the_stage_leaves_a_network_and_is_cached(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stage_saves_a_network_and_is_cached(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {}
 
     def noted(accelerator, modules, draw, loss, options, *rest, **named):
@@ -193,7 +193,7 @@ def test_the_stage_leaves_a_network_and_is_cached(cfg: DictConfig, monkeypatch: 
         {"seed": 1},
     ],
 )
-def test_what_it_learns_from_is_in_its_fingerprint(cfg: DictConfig, change: dict[str, object]) -> None:
+def test_training_options_are_in_its_fingerprint(cfg: DictConfig, change: dict[str, object]) -> None:
     directory, other = train_regression(cfg, PARAMETERS, options_of(cfg)), cfg.copy()
     for name, value in change.items():
         OmegaConf.update(other, name, value)
@@ -201,7 +201,7 @@ def test_what_it_learns_from_is_in_its_fingerprint(cfg: DictConfig, change: dict
     assert result != directory and (result / "regression.safetensors").is_file()
 
 
-def test_evaluation_is_not_in_its_fingerprint(cfg: DictConfig) -> None:
+def test_evaluation_options_are_not_in_its_fingerprint(cfg: DictConfig) -> None:
     directory, other = train_regression(cfg, PARAMETERS, options_of(cfg)), cfg.copy()
     other.downstream.images, other.downstream.super_resolution.dial = 4, 1.0
     assert train_regression(other, PARAMETERS, options_of(other)) == directory

@@ -38,7 +38,7 @@ def noise_of(count: int, samples: int = 1) -> np.ndarray:
 LOW = low_resolution(pictures(5), 4)
 
 
-def test_a_plain_draw_is_what_the_pipeline_draws(restorer: Restorer) -> None:
+def test_a_plain_draw_equals_the_result_of_the_pipeline(restorer: Restorer) -> None:
     noise = noise_of(5)
     pipeline = restorer.pipeline
     images = pipeline(
@@ -82,7 +82,7 @@ def test_the_dial_goes_from_the_mean_to_a_draw(restorer: Restorer) -> None:
 
 
 def test_a_network_that_adds_nothing_gives_the_interpolated_input(restorer: Restorer) -> None:
-    """With a difference of zero the residual is zero: losses of the autoencoder have no effect."""
+    """If the network draws a difference of zero, the residual is zero, and losses of the autoencoder have no effect."""
     still = with_options(restorer, relative=True, residual=True)
 
     def nothing(*args: object) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_known_rebuilt_inputs_change_nothing(restorer: Restorer) -> None:
     np.testing.assert_allclose(model(LOW, noise_of(5), rebuilt=rebuilt), model(LOW, noise_of(5)), atol=1e-3)
 
 
-def test_noise_of_a_level_that_the_network_is_reported() -> None:
+def test_the_text_names_the_level_of_the_added_noise() -> None:
     levels, rows = (0, 20), np.arange(40)
     low = np.full((40, 4, 4, 3), 128, np.uint8)
     shown, texts = _examples(low, rows, levels, 4, [""] * 40, seed=3)

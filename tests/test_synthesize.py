@@ -169,7 +169,7 @@ def test_two_classes_in_one_bit_and_numbers_of_few_bits(tmp_path: Path) -> None:
         assert target.read_bytes()[24] == bits and (seen(target) == mask).all()
 
 
-def test_unknown_is_a_label_and_a_colour(tmp_path: Path) -> None:
+def test_pixels_without_a_class_have_a_label_and_a_colour(tmp_path: Path) -> None:
     mask = classes()
     assert (mask == IGNORED).any()
     Image.fromarray(mask).save(tmp_path / "a.png")
@@ -179,7 +179,7 @@ def test_unknown_is_a_label_and_a_colour(tmp_path: Path) -> None:
     assert (seen(tmp_path / "b.png", {**PALETTE, NO_CLASS: [90, 90, 90]}) == mask).all()
 
 
-def test_no_data_of_a_raster_is_no_class(tmp_path: Path) -> None:
+def test_raster_pixels_without_data_have_no_class(tmp_path: Path) -> None:
     mask = classes()
     mask[mask == IGNORED] = 0
     mask[10:, 5:9] = 99
@@ -204,7 +204,7 @@ def test_no_data_of_a_raster_is_no_class(tmp_path: Path) -> None:
         (list(range(3, 20)), False, "unknown labels 3, 4, 5, 6, 7, 8 and 11 more"),
     ],
 )
-def test_classes_of_what_occurs(keys: list[int], coloured: bool, expected: list[int] | str) -> None:
+def test_classes_of_the_occurring_values(keys: list[int], coloured: bool, expected: list[int] | str) -> None:
     given = (np.array(keys, np.int64), coloured, 3, colour_numbers(PALETTE))
     if isinstance(expected, str):
         with pytest.raises(Unknown, match=f"^{expected}$"):
@@ -216,7 +216,7 @@ def test_classes_of_what_occurs(keys: list[int], coloured: bool, expected: list[
 # ---------------------------------------------------------------- bad input
 
 
-def test_bad_masks_are_one_line_and_leave_nothing(run: Path, tmp_path: Path) -> None:
+def test_bad_masks_give_one_line_and_no_file(run: Path, tmp_path: Path) -> None:
     mask = classes()
     wrong = mask.copy()
     wrong[0, :3] = (3, 9, 200)
@@ -261,5 +261,5 @@ def test_runs_without_colours_or_of_another_task_are_refused(run: Path, tmp_path
     write_json(other / "palette.json", PALETTE)
     write_json(other / "stage.json", {"stage": "super_resolution", "inputs": {}})
     (other / "pipeline").symlink_to(run / "pipeline")
-    with pytest.raises(UserError, match="is a run of super_resolution: give one of semantic_synthesis"):
+    with pytest.raises(UserError, match="is a run of super_resolution: give a run of semantic_synthesis"):
         synthesize(tmp_path / "m.png", tmp_path / "a.png", other)

@@ -1,4 +1,4 @@
-"""Tiles of any length, their weights, the ground's noise, blending: exact, without seams, with bounded memory."""
+"""Tiles: positions, weights, noise, and blending, which is exact, without seams and in bounded memory."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def test_where_two_tiles_overlap_their_ramps_are_sine_and_cosine() -> None:
 
 @settings(max_examples=30)
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 40), st.integers(1, 40))
-def test_the_noise_of_a_cell_depends_on_its_place_alone(top: int, left: int, height: int, width: int) -> None:
+def test_the_noise_of_a_cell_depends_only_on_its_place(top: int, left: int, height: int, width: int) -> None:
     everywhere = ground_noise(3, 0, 0, 100, 100, 2)
     window = ground_noise(3, top, left, height, width, 2)
     assert (window == everywhere[:, top : top + height, left : left + width]).all()
 
 
-def test_the_noise_is_standard_normal_and_another_by_another_seed() -> None:
+def test_the_noise_is_standard_normal_and_differs_between_seeds() -> None:
     noise = ground_noise(3, 0, 0, 100, 100, 4)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     flat = noise.reshape(4, -1)
@@ -134,7 +134,7 @@ def test_the_noise_is_standard_normal_and_another_by_another_seed() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 2, 4]), st.sampled_from([0.0, 0.25, 0.6, 0.9]))
-def test_what_a_tile_repeats_comes_back_exactly(height: int, width: int, factor: int, overlap: float) -> None:
+def test_repeated_pixels_are_blended_exactly(height: int, width: int, factor: int, overlap: float) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     drawn = whole(upscaled(Picture(picture), Repeat(factor=factor), TileOptions(overlap, 3, 0)))
     assert (drawn == picture.repeat(factor, axis=0).repeat(factor, axis=1)).all()
@@ -182,12 +182,12 @@ def test_no_seam_is_visible(ground: Callable[[int, int], np.ndarray], added: Cal
     image = whole(upscaled(picture, Repeat(side=64, added=added), OPTIONS))
     assert step_ratio(image, grid) < 1.02
     seams = whole(upscaled(picture, Repeat(side=64, added=added), TileOptions(0.0, 8, 0)))
-    if ground is smooth:  # the measure detects seams if there are any
+    if ground is smooth:  # to show that the measure detects seams
         assert step_ratio(seams, grid_of(picture, Repeat(side=64), 0.0)) > 1.5
 
 
 def test_overlapping_tiles_start_from_the_same_noise() -> None:
-    """So the result of drawing from the noise alone equals that of a single tile."""
+    """Therefore tiles that depend only on their noise are blended to the same image as one single tile."""
     ground = Picture(np.full((96, 96, 3), 128, np.uint8))
     added = lambda number, noise: 20 * noise[:3].repeat(8, axis=1).repeat(8, axis=2).transpose(1, 2, 0)  # noqa: E731
     image = whole(upscaled(ground, Repeat(added=added), OPTIONS))

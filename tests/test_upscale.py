@@ -110,7 +110,7 @@ def upscale(source: Path, target: Path, run: Path, *overrides: str) -> None:
 
 
 def repeated(source: Path, target: Path, restorer: Repeat | None = None) -> Repeat:
-    """The same with a restorer that repeats pixels."""
+    """Run the command's steps with a restorer that repeats pixels; returns the restorer."""
     restorer = restorer or Repeat()
     options = TileOptions(0.25, 4, 0)
     translation = Translation(
@@ -184,7 +184,7 @@ def test_the_command_draws_what_the_pipeline_draws_tile_by_tile(run: Path, tmp_p
 
 
 def test_the_whole_image_reduces_to_its_input(run: Path, tmp_path: Path) -> None:
-    """Also across the borders of tiles, where blending alone would break it."""
+    """This also holds across the borders of tiles, where blending alone is not consistent with the input."""
     picture = pictures(1, size=40)[0][:, :34] // 2 + 64
     Image.fromarray(picture).save(tmp_path / "a.png")
     errors = []
@@ -252,7 +252,7 @@ def test_a_folder_keeps_its_tree(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_an_upright_picture_is_made_of_a_turned_one(tmp_path: Path) -> None:
+def test_a_rotated_picture_is_made_upright(tmp_path: Path) -> None:
     picture = colours(8, 12)
     exif = Image.Exif()
     exif[274] = 6  # turned by a quarter
@@ -264,7 +264,7 @@ def test_an_upright_picture_is_made_of_a_turned_one(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- GeoTIFF
 
 
-def test_no_data_by_a_value_stays_and_is_made_by_nothing_else(tmp_path: Path) -> None:
+def test_a_no_data_value_stays_and_no_pixel_with_data_gets_it(tmp_path: Path) -> None:
     values = colours(60, 40, seed=2)
     values[:30, :10] = 0
     values[50, 20] = (0, 9, 9)  # data, though one band holds the value
@@ -305,7 +305,7 @@ def test_gaps_are_filled_with_the_nearest_data_before_drawing() -> None:
     assert (filled(Strip(values, None)) == values).all() and (filled(Strip(values, ~valid & valid)) == 0).all()
 
 
-def test_an_alpha_band_is_left_out_and_what_is_clear_has_no_data(tmp_path: Path, capsys) -> None:
+def test_an_alpha_band_is_left_out_and_transparent_pixels_have_no_data(tmp_path: Path, capsys) -> None:
     values = np.dstack([colours(40, 30), np.full((40, 30), 255, np.uint8)])
     values[:10, :, 3] = 0
     path = geotiff(tmp_path / "a.tif", values, photometric="rgb", alpha="yes")
@@ -320,8 +320,8 @@ def test_an_alpha_band_is_left_out_and_what_is_clear_has_no_data(tmp_path: Path,
     assert (np.asarray(Image.open(tmp_path / "b.png"))[20:] == twice(values[..., :3])[20:]).all()
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "alpha" in line] == [
-        f"{tmp_path}/a.tif: its band of alpha is left out, clear pixels have no data",
-        f"{tmp_path}/a.png: its band of alpha is left out",
+        f"{tmp_path}/a.tif: its alpha band is left out, transparent pixels have no data",
+        f"{tmp_path}/a.png: its alpha band is left out",
     ]
 
 
@@ -365,9 +365,9 @@ def test_grey_is_converted_with_a_line(kind: str, tmp_path: Path, capsys) -> Non
     assert f"{path} is grey" in capsys.readouterr().err
 
 
-def test_a_picture_has_no_place_for_a_georeference_and_says_so(tmp_path: Path, capsys) -> None:
+def test_a_georeference_that_a_picture_cannot_store_is_reported(tmp_path: Path, capsys) -> None:
     repeated(geotiff(tmp_path / "a.tif", colours()), tmp_path / "b.png")
-    assert "no place for the georeference" in capsys.readouterr().err
+    assert "cannot store the georeference" in capsys.readouterr().err
     assert names(tmp_path) == ["a.tif", "b.png"]
     Image.fromarray(colours()).save(tmp_path / "plain.tif")
     repeated(tmp_path / "plain.tif", tmp_path / "c.png")
@@ -431,7 +431,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[Path, str]]:
     }
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_bad_input_gives_one_line_and_no_file(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     for source, message in bad_inputs(tmp_path / "bad").values():
         target = tmp_path / "target" / ("out" if source.is_dir() else "out.png")
@@ -441,7 +441,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         assert not (tmp_path / "target").exists()
 
 
-def test_what_is_there_is_kept(run: Path, tmp_path: Path) -> None:
+def test_existing_files_are_kept(run: Path, tmp_path: Path) -> None:
     Image.fromarray(colours(8, 8)).save(tmp_path / "a.png")
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -451,7 +451,7 @@ def test_what_is_there_is_kept(run: Path, tmp_path: Path) -> None:
         (tmp_path / "a.png", tmp_path / "theirs.png"), (tmp_path / "a.png", tmp_path / "folder"),
         (tmp_path, folder), (tmp_path, tmp_path / "theirs.png"), (tmp_path / "a.png", tmp_path / "a.png"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=r"is there and not empty|give a file that ends in"):
+        with pytest.raises(UserError, match=r"already exists and is not empty|give a file that ends in"):
             upscale(source, target, run)
     assert (folder / "theirs.txt").read_text() == (tmp_path / "theirs.png").read_text() == "theirs"
 
@@ -481,15 +481,15 @@ def test_missing_options_and_other_runs_are_refused(run: Path, tmp_path: Path) -
     other.mkdir()
     (other / "pipeline").symlink_to(run / "pipeline")
     write_json(other / "stage.json", {"stage": "semantic_synthesis", "inputs": {}})
-    with pytest.raises(UserError, match="is a run of semantic_synthesis: give one of super_resolution"):
+    with pytest.raises(UserError, match="is a run of semantic_synthesis: give a run of super_resolution"):
         upscale(tmp_path / "a.png", tmp_path / "b.png", other)
-    with pytest.raises(UserError, match="WEBP holds 16383"):
+    with pytest.raises(UserError, match="WEBP allows only 16383 px a side"):
         Image.fromarray(colours(1, 9000)).save(tmp_path / "wide.png")
         upscale(tmp_path / "wide.png", tmp_path / "b.webp", run)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_nothing_half_written_stays(error: type[BaseException], tmp_path: Path) -> None:
+def test_an_interrupted_command_leaves_no_partial_file(error: type[BaseException], tmp_path: Path) -> None:
     class Stops(Repeat):
         def __call__(self, low: np.ndarray, noise: np.ndarray) -> np.ndarray:
             if self.tiles > 40:
@@ -506,7 +506,7 @@ def test_nothing_half_written_stays(error: type[BaseException], tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_gives_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), written_beside(tmp_path / "file" / "a.png"):
         pass
@@ -530,7 +530,7 @@ def test_rows_are_regrouped(heights: list[int]) -> None:
     assert (np.concatenate(flags) == valid).all()
 
 
-def test_the_value_for_no_data_stands_for_nothing_else() -> None:
+def test_pixels_with_data_never_get_the_no_data_value() -> None:
     values = np.array([[[0, 5, 255], [1, 2, 3]]], np.uint8)
     valid = np.array([[True, False]])
     assert with_gaps(Strip(values, valid), 0).tolist() == [[[1, 5, 255], [0, 0, 0]]]
@@ -554,7 +554,7 @@ def test_the_bar_counts_all_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     geotiff(tmp_path / "in" / "a.tif", values, nodata=0)
     Image.fromarray(values).save(tmp_path / "in" / "b.png")
     restorer = repeated(tmp_path / "in", tmp_path / "out")
-    assert [bar.desc.strip(": ") for bar in bars] == ["look", "repeat"]
+    assert [bar.desc.strip(": ") for bar in bars] == ["check", "repeat"]
     assert bars[1].n == bars[1].total == 2 * len(grid_of(Picture(values), restorer, 0.25)) > restorer.tiles
 
 
@@ -602,7 +602,7 @@ def test_without_a_run_the_foundation_is_fine_tuned_once(tmp_path: Path, capsys,
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_two_on_bad_input(run: Path, tmp_path: Path) -> None:
+def test_the_command_exits_with_code_2_on_bad_input(run: Path, tmp_path: Path) -> None:
     script = CONFIGS.parent / "scripts" / "upscale.py"
     (tmp_path / "a,b").mkdir()
     for arguments, code in ((["in=a,b", "out=c"], 2), (["in=d=e.png", "out=f=g.png", "upscale.steps=1"], 0)):

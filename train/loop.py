@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,29 +124,67 @@ def train_loop(
     run = _begin(accelerator, modules, options, checkpoints, take_up)
     steps = range(run.state.step, options.steps)
     bar = progress(steps, label, initial=run.state.step, total=options.steps, unit="step")
-    clock, losses = _Clock(run.state.seconds), []
-    reported = (run.state.step, clock.seconds)
+    monitor = _Monitor(run, bar, label, snapshots, on_snapshot, log)
     for step, batch in zip(bar, _batches(draw, options, steps, accelerator), strict=True):
         torch.manual_seed(np.random.SeedSequence([options.seed, step, accelerator.process_index]).generate_state(1)[0])
-        losses.append(_update(run, compute_loss, batch, options.rate(step)))
-        done = step + 1
-        run.state.images += options.batch_size
-        run.average.update(done)
-        at_report, at_snapshot = done % REPORT_EVERY == 0, on_snapshot is not None and done in snapshots
-        at_checkpoint = done % options.checkpoint_every == 0 or done == options.steps
-        if at_report or at_snapshot or at_checkpoint:
-            _judge(run, accelerator.reduce(torch.stack(losses), "mean").tolist(), done, label)
-            losses.clear()
-        if at_report and accelerator.is_main_process:
-            bar.set_postfix(loss=f"{run.state.loss:.4f}", refresh=False)
-            if log is not None:
-                speed = (done - reported[0]) * options.batch_size / (clock.seconds - reported[1])
-                log({"loss": run.state.loss, "learning_rate": options.rate(step), "images_per_second": speed}, done)
-            reported = (done, clock.seconds)
-        if at_snapshot or at_checkpoint:
-            _keep(run, done, clock, on_snapshot if at_snapshot else None, at_checkpoint)
+        monitor.after_step(step + 1, _update(run, compute_loss, batch, options.rate(step)))
     accelerator.free_memory()
     return run.average.gather()
+
+
+class _Monitor:
+    """Everything that follows an optimizer step: averaging, checking of losses, logging, snapshots and checkpoints.
+
+    Args:
+        bar: the progress bar of the training.
+        label, snapshots, on_snapshot, log: as in `train_loop`.
+    """
+
+    def __init__(
+        self,
+        run: _Run,
+        bar: Any,
+        label: str,
+        snapshots: Sequence[int],
+        on_snapshot: OnSnapshot | None,
+        log: Callable[[dict[str, float], int], None] | None,
+    ) -> None:
+        self._run, self._bar, self._label = run, bar, label
+        self._snapshots, self._on_snapshot, self._log = snapshots, on_snapshot, log
+        self._losses: list[torch.Tensor] = []
+        self._clock = _Clock(run.state.seconds)
+        self._reported = (run.state.step, self._clock.seconds)
+
+    def after_step(self, done: int, loss: torch.Tensor) -> None:
+        """Process the result of one step.
+
+        Args:
+            done: number of finished steps.
+            loss: mean loss of the step, detached.
+        """
+        run, options = self._run, self._run.options
+        self._losses.append(loss)
+        run.state.images += options.batch_size
+        run.average.update(done)
+        at_report, at_snapshot = done % REPORT_EVERY == 0, self._on_snapshot is not None and done in self._snapshots
+        at_checkpoint = done % options.checkpoint_every == 0 or done == options.steps
+        if at_report or at_snapshot or at_checkpoint:
+            _judge(run, run.accelerator.reduce(torch.stack(self._losses), "mean").tolist(), done, self._label)
+            self._losses.clear()
+        if at_report and run.accelerator.is_main_process:
+            self._report(done)
+        if at_snapshot or at_checkpoint:
+            _keep(run, done, self._clock, self._on_snapshot if at_snapshot else None, at_checkpoint)
+
+    def _report(self, done: int) -> None:
+        """Show the loss in the progress bar, and log it with the learning rate and the images per second."""
+        loss, options = self._run.state.loss, self._run.options
+        self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if self._log is not None:
+            before, seconds = self._reported
+            speed = (done - before) * options.batch_size / (self._clock.seconds - seconds)
+            self._log({"loss": loss, "learning_rate": options.rate(done - 1), "images_per_second": speed}, done)
+        self._reported = (done, self._clock.seconds)
 
 
 def _keep(run: _Run, done: int, clock: _Clock, on_snapshot: OnSnapshot | None, checkpoint: bool) -> None:

@@ -1,1 +1,1 @@
-"""One file a task: `make_task(cfg)` returns its `downstream.task.Task`; its settings are `cfg.downstream.<file>`."""
+"""The tasks, one file each: `make_task(cfg)` returns a `downstream.task.Task` from `cfg.downstream.<file>`."""

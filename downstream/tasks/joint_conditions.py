@@ -1,8 +1,8 @@
-"""Several conditions to an image: a mask, edges and a low resolution, each through a ControlNet of its own.
+"""Images from several conditions: a mask, edges and a low resolution, each with a separate ControlNet.
 
-The ControlNets steer one frozen foundation together and are trained together, each switched off now and then, so that
-any of them can be left out of a draw. Several image conditions at once are what CRS-Diff draws from (Tang et al. 2024,
-arXiv 2403.11614), by another network.
+All ControlNets steer the same frozen foundation and are trained together. For each training image, each of them is
+switched off with some probability, so that any condition can be left out when an image is drawn. CRS-Diff (Tang et al.
+2024, arXiv 2403.11614) also draws from several image conditions at once, with another network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from runtime.notices import notice
 
 NAME = "joint_conditions"
-#: `make reproduce` compares foundations with networks from scratch, and here is nothing to steer without a foundation.
+#: `make reproduce` compares foundations with networks from scratch; this task cannot start from scratch.
 IN_CHAIN = False
 MASK, EDGES, LOW = "mask", "edges", "low_resolution"
 METRICS = ("fd", "kid_x1000", "feature_distance")
@@ -40,10 +40,10 @@ class Condition:
     """One of the conditions.
 
     Attributes:
-        control: (corpus, rows) -> what its ControlNet is given, float32 [K, C, R, R] in 0..1.
-        shown: (corpus, rows) -> pictures of it, uint8 [K, R, R, 3].
-        metadata: how it is made, for fingerprints and for conditions.json.
-        metrics: keys of `eval.metrics.METRICS` that tell whether an output follows it.
+        control: (corpus, rows) -> the input of its ControlNet, float32 [K, C, R, R] in 0..1.
+        shown: (corpus, rows) -> pictures of the condition for sample sheets, uint8 [K, R, R, 3].
+        metadata: how the condition is made, for fingerprints and for conditions.json.
+        metrics: keys of `eval.metrics.METRICS` that measure whether an output follows the condition.
     """
 
     control: Callable[[Corpus, np.ndarray], np.ndarray]
@@ -53,14 +53,16 @@ class Condition:
 
 
 def make_task(cfg: DictConfig) -> Task:
-    """The task by `downstream.joint_conditions`.
+    """Make the task from the options `downstream.joint_conditions`.
 
     Raises:
         UserError: there is no foundation to steer, fewer than two conditions are left, or an option is out of range.
     """
     settings = cfg.downstream[NAME]
     if str(cfg.foundation) == SCRATCH:
-        raise UserError(f"{NAME} steers a trained foundation, foundation={SCRATCH} has none: give shipped or DIR")
+        raise UserError(
+            f"{NAME} steers a trained foundation, foundation={SCRATCH} has none: give foundation=shipped or DIR"
+        )
     if not 0 <= settings.dropout < 1:
         raise UserError(f"downstream.{NAME}.dropout={settings.dropout}: give at least 0 and less than 1")
     makers = {MASK: _mask, EDGES: _edges, LOW: _low}
@@ -100,21 +102,24 @@ def make_task(cfg: DictConfig) -> Task:
 
 
 def _chosen_names(cfg: DictConfig, known: tuple[str, ...]) -> list[str]:
-    """`downstream.joint_conditions.conditions` that the corpus has; that it has no masks is reported on stderr.
+    """The names in `downstream.joint_conditions.conditions`; without the mask if the corpus has no masks.
+
+    A mask that is left out is reported on stderr.
 
     Raises:
         UserError: a condition is unknown or named twice, or fewer than two are left.
     """
     names = [str(name) for name in cfg.downstream[NAME].conditions]
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"downstream.{NAME}.conditions names {unknown[0]}: give some of {', '.join(known)}")
+        raise UserError(f"downstream.{NAME}.conditions names {unknown[0]}: choose from {', '.join(known)}")
     if MASK in names and (missing := masks_missing(cfg)):
         names = [name for name in names if name != MASK]
-        notice(f"{NAME} without the condition {MASK}: {missing}")
+        notice(f"{NAME}: the condition {MASK} is left out: {missing}")
     if len(set(names)) < max(2, len(names)):
         raise UserError(
             f"downstream.{NAME}.conditions={','.join(names)}: give two or more different ones of {', '.join(known)}; "
-            "a mask alone is downstream/semantic_synthesis.py, a low resolution alone downstream/super_resolution.py"
+            "for a mask alone use downstream/semantic_synthesis.py, for a low resolution alone "
+            "downstream/super_resolution.py"
         )
     return names
 
@@ -156,7 +161,7 @@ def _detector(cfg: DictConfig) -> Canny:
 def _low(cfg: DictConfig) -> Condition:
     factor, side = int(cfg.downstream[NAME].factor), corpus_of(cfg, "train").resolution
     if factor < 2 or side % factor:
-        raise UserError(f"downstream.{NAME}.factor={factor}: give a divisor of the images' side, {side} px, above 1")
+        raise UserError(f"downstream.{NAME}.factor={factor}: give a divisor above 1 of the images' side, {side} px")
 
     def shown(source: Corpus, rows: np.ndarray) -> np.ndarray:
         return enlarge(low_resolution(source.images[rows], factor), factor, "bicubic")
@@ -167,5 +172,5 @@ def _low(cfg: DictConfig) -> Condition:
 
 
 def _as_control(pictures: np.ndarray) -> np.ndarray:
-    """Pictures as a pipeline feeds them to a ControlNet, float32 [K, 3, R, R] in 0..1 of uint8 [K, R, R, 3]."""
+    """Convert pictures as a pipeline does for a ControlNet, uint8 [K, R, R, 3] to float32 [K, 3, R, R] in 0..1."""
     return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2), dtype=np.float32) / 255

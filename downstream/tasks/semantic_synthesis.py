@@ -1,7 +1,7 @@
-"""Semantic image synthesis: a mask to an image.
+"""Semantic image synthesis: images from masks.
 
-The pipeline is given the mask as a picture in the colours of a palette; the network sees class fractions of latent
-cells (`downstream.mask_condition`).
+The pipeline takes a mask as a picture in the colours of a palette. The network receives the fraction of each class in
+every latent cell (`downstream.mask_condition`).
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from downstream.task import Guidance, Task, Unsuited
 from eval.held_out import HeldOut
 from runtime.errors import UserError
 
-#: Training images whose pixels make the palette.
+#: Number of training images from which the colours of the palette are computed.
 PALETTE_IMAGES = 2000
-#: What palette.json calls pixels that have no class.
+#: Name in palette.json of pixels that have no class.
 NO_CLASS = "no class"
-#: Level of the colour of what never occurs in training.
+#: Grey level of the colour of a class, or of pixels without a class, that do not occur in these images.
 GREY = 128.0
 METRICS = (
     *("fd", "kid_x1000", "precision", "recall", "density", "coverage"),  # between the sets
     *("feature_distance", "miou", "pixel_accuracy"),  # image by image
     "diversity",  # among several images of one mask
 )
-#: How a mask enters: class fractions as further input channels, or a ControlNet on the frozen foundation.
+#: How the network gets the mask: class fractions as further input channels, or a ControlNet on the frozen foundation.
 NETWORKS = ("fractions", "controlnet")
-#: Name of the row of training images whose masks are most like the held-out ones.
+#: Name of the baseline that shows the training images whose masks are most similar to the held-out masks.
 NEAREST = "nearest_mask"
 
 
 def make_task(cfg: DictConfig) -> Task:
-    """The task by `downstream.semantic_synthesis`.
+    """Make the task from the options `downstream.semantic_synthesis`.
 
     Raises:
-        UserError: there is no such network.
+        UserError: there is no such network, or a guidance scale is below 1.
         Unsuited: a split of the corpus has no masks.
     """
     settings = cfg.downstream.semantic_synthesis
@@ -84,7 +84,7 @@ def make_task(cfg: DictConfig) -> Task:
 
 
 def guidance_of(cfg: DictConfig) -> Guidance:
-    """How outputs are guided, by `downstream.semantic_synthesis`.
+    """The guidance scales in the options `downstream.semantic_synthesis`.
 
     Raises:
         UserError: a scale is below 1.
@@ -92,15 +92,17 @@ def guidance_of(cfg: DictConfig) -> Guidance:
     settings = cfg.downstream.semantic_synthesis
     for name in ("guidance_scale", "mask_guidance_scale"):
         if settings[name] < 1:
-            raise UserError(f"downstream.semantic_synthesis.{name}={settings[name]}: give at least 1, which is none")
+            raise UserError(
+                f"downstream.semantic_synthesis.{name}={settings[name]}: give at least 1, which means no guidance"
+            )
     return Guidance(float(settings.guidance_scale), float(settings.mask_guidance_scale))
 
 
 def nearest_masks(corpus: Corpus, held: HeldOut, seed: int, images: int) -> np.ndarray:
-    """For each held-out mask the training image whose mask agrees with it in most pixels, uint8 [N, R, R, 3].
+    """For each held-out mask, the training image whose mask agrees with it in most pixels; uint8 [N, R, R, 3].
 
     Args:
-        images: how many training images are looked through: those that networks are trained on.
+        images: number of training images that are searched: the same ones that networks are trained on.
     """
     rows = training_rows(corpus, images, seed)
     known = np.asarray(corpus.masks[rows])
@@ -112,13 +114,13 @@ def nearest_masks(corpus: Corpus, held: HeldOut, seed: int, images: int) -> np.n
 
 
 def unsuited(cfg: DictConfig) -> str | None:
-    """What keeps the corpus of a config from the task: a split that the task uses has no masks."""
+    """Why the corpus of a config cannot be used for the task: a split has no masks. None: it can be used."""
     missing = masks_missing(cfg)
-    return missing and f"{missing}, semantic synthesis needs them: try corpus=bluemarble"
+    return missing and f"{missing}, but semantic synthesis needs masks: try corpus=bluemarble"
 
 
 def masks_missing(cfg: DictConfig) -> str | None:
-    """Which of the splits that tasks use has no masks, in words; None: all of them have."""
+    """A message about the first split without masks, of the splits that tasks use; None: all of them have masks."""
     for split in ("train", "val", str(cfg.eval.split)):
         source = instantiate(cfg.corpus[split])
         if not source.mask_classes:
@@ -127,12 +129,14 @@ def masks_missing(cfg: DictConfig) -> str | None:
 
 
 def spread_colours(colours: np.ndarray, distance: float) -> np.ndarray:
-    """Push colours apart until any two are `distance` apart, moving only those that are too close.
+    """Move colours apart until every two are at least `distance` apart; only colours that are too close are moved.
 
     Args:
         colours: float [K, 3] in 0..255.
+        distance: smallest Euclidean distance in red, green and blue.
     Returns:
-        float64 [K, 3] in 0..255; the nearest found where the colour cube is too small for the distance.
+        float64 [K, 3] in 0..255. If the colour cube is too small for the distance, the colours after the last of 2,000
+        rounds.
     """
     points = np.asarray(colours, dtype=np.float64).copy()
     generator = np.random.default_rng(0)
@@ -143,15 +147,18 @@ def spread_colours(colours: np.ndarray, distance: float) -> np.ndarray:
         if not close.any():
             break
         step = np.where(close, (distance + 1 - length) / np.maximum(length, 1e-9), 0)[..., None] * between / 4
-        # a little noise, for colours that coincide or were pushed into one corner
+        # a little noise separates colours that are equal or were moved into the same corner
         step = step.sum(1) + close.any(1)[:, None] * generator.normal(scale=0.3, size=points.shape)
         points = (points + step).clip(0, 255)
     return points
 
 
 def natural_palette(corpus: Corpus, seed: int, distance: float, images: int = PALETTE_IMAGES) -> np.ndarray:
-    """Each class's mean colour over training pixels, distinguished, and a colour for pixels without a class: uint8
-    [K + 1, 3]. What never occurs is grey, or nearly so."""
+    """The colours of the classes and, as the last one, of pixels without a class; uint8 [K + 1, 3].
+
+    A colour is the mean over the pixels of its class in `images` training images, or grey if there are none. Similar
+    colours are then moved apart by `spread_colours`.
+    """
     rows = training_rows(corpus, images, seed)
     pixels, masks = corpus.images[rows], corpus.masks[rows]
     values = [*range(len(corpus.mask_classes)), IGNORED]
@@ -160,10 +167,12 @@ def natural_palette(corpus: Corpus, seed: int, distance: float, images: int = PA
 
 
 def by_value(palette: np.ndarray, classes: int) -> np.ndarray:
-    """The colour of every mask value, uint8 [256, 3]: of a class, or that of pixels without one.
+    """The colour of every mask value, uint8 [256, 3]; values that are no class get the colour of pixels without one.
 
     Args:
-        palette: uint8 [K + 1, 3] of the `classes`, with the colour of pixels without a class at the end; grey without.
+        palette: uint8 [K + 1, 3], the colours of the classes and of pixels without a class; or uint8 [K, 3], then
+            pixels without a class are grey.
+        classes: number K of classes.
     """
     colours = np.empty((256, 3), np.uint8)
     colours[:] = palette[classes] if len(palette) > classes else GREY

@@ -1,4 +1,4 @@
-"""Super-resolution: a low-resolution image, enlarged bicubically, to the image it was reduced from."""
+"""Super-resolution: from a low-resolution image, enlarged bicubically, to the image from which it was made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from report.figures import CORRECTNESS, correctness_pictures
 from runtime.artefacts import plain, process_count, stage
 from runtime.errors import UserError
 
-#: What the network draws: the latents' difference to those of the interpolated input, or the latents.
+#: What the network draws: the difference between the image's latents and those of the interpolated input, or the
+#: image's latents.
 TARGETS = ("difference", "image")
 #: Methods without a network.
 BASELINES = ("nearest", "bicubic", "lanczos")
@@ -40,7 +41,7 @@ NOISE_STREAM = 41
 
 
 def make_task(cfg: DictConfig) -> Task:
-    """The task by `downstream.super_resolution`.
+    """Make the task from the options `downstream.super_resolution`.
 
     Raises:
         UserError: the factor does not divide the side of the images, or an option is out of its range.
@@ -71,7 +72,7 @@ def make_task(cfg: DictConfig) -> Task:
         restorer = Restorer(pipeline, factor, int(cfg.downstream.steps), options)
         texts = [with_level(text, levels, 0) for text in task.texts(corpus, rows)]
         small, rebuilt = low(corpus, rows), None
-        if options.residual and process_count() == 1:  # several of them draw other rows each
+        if options.residual and process_count() == 1:  # several processes draw different rows
             key = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "degradation": plain(degradation)}
             rebuilt = _rebuilt(pipeline.vae, enlarge(small, factor, "bicubic"), key, cfg.runs)
         result = restorer(small, noise, texts, "draw super_resolution", rebuilt)
@@ -100,7 +101,7 @@ def make_task(cfg: DictConfig) -> Task:
 
 
 def _rebuilt(vae: nn.Module, enlarged: np.ndarray, key: Mapping[str, Any], runs: str) -> np.ndarray:
-    """`rebuilt_inputs`, which all networks on one autoencoder share; cached."""
+    """The result of `rebuilt_inputs`; cached, because it is the same for all networks with one autoencoder."""
 
     def build(directory: Path) -> None:
         np.save(directory / "images.npy", rebuilt_inputs(vae, enlarged))
@@ -120,9 +121,13 @@ def _metadata(cfg: DictConfig, degradation: Degradation, levels: Sequence[int]) 
 
 
 def restoration_of(cfg: DictConfig) -> Restoration:
-    """How outputs are put together, by `downstream.super_resolution`.
+    """How outputs are computed, from the options `downstream.super_resolution`.
 
-    A blind degradation is not known to consistency, which then takes area means: what a sensor of larger pixels sees.
+    The consistency step needs a known reduction. For the blind degradation it assumes area means, as of a sensor with
+    larger pixels.
+
+    Raises:
+        UserError: an option is out of its range.
     """
     settings = cfg.downstream.super_resolution
     kind = "area" if settings.degradation == "blind" else str(settings.degradation)
@@ -143,10 +148,10 @@ def restoration_of(cfg: DictConfig) -> Restoration:
 
 
 def _noise_levels(levels: Any) -> tuple[int, ...]:
-    """Deviations of the noise on training images in grey levels.
+    """Standard deviations of the noise on training inputs in grey levels, ascending, without repetitions.
 
     Raises:
-        UserError: they are no list of whole numbers from 0 on.
+        UserError: `levels` is not a list of whole numbers of at least 0.
     """
     result = plain(levels)
     if not isinstance(result, list) or not result or not all(isinstance(level, int) and level >= 0 for level in result):
@@ -157,15 +162,18 @@ def _noise_levels(levels: Any) -> tuple[int, ...]:
 
 
 def with_level(text: str, levels: Sequence[int], level: int) -> str:
-    """The text with the noise level that its image has; levels are named only to a network that knows several."""
+    """The text with the noise level of its image; unchanged for a network that was trained without noise."""
     return text if tuple(levels) == (0,) else f"noise {level} {text}".strip()
 
 
 def _examples(
     low: np.ndarray, rows: np.ndarray, levels: Sequence[int], factor: int, texts: Sequence[str], seed: int
 ) -> tuple[np.ndarray, Sequence[str]]:
-    """Noise-level augmentation (Ho et al. 2022, Cascaded Diffusion Models, section 4.2): each image gets noise of one
-    of the levels, and the network is given which."""
+    """Condition pictures and texts of training images, with noise-level augmentation.
+
+    Each image gets noise of a random level, and its text names the level (Ho et al. 2022, Cascaded Diffusion Models,
+    section 4.2).
+    """
     generator = np.random.default_rng([seed, NOISE_STREAM, len(rows)])
     chosen = np.asarray(levels)[generator.integers(len(levels), size=len(rows))]
     noisy = add_noise(low, chosen, generator)
@@ -174,13 +182,13 @@ def _examples(
 
 
 def _measured(held_low: Any, factor: int, kind: str, held: HeldOut, outputs: np.ndarray) -> Mapping[str, np.ndarray]:
-    """Inputs of the metrics that compare an output with what it was made of."""
+    """Inputs of the metrics that compare an output with its low-resolution input."""
     small = held_low(held)
     degraded = reduce(np.asarray(outputs, dtype=np.float32), factor, kind)
     return {"low": small, "degraded": degraded, "enlarged": enlarge(small, factor, "bicubic")}
 
 
 def _maps(held_low: Any, factor: int, held: HeldOut, outputs: np.ndarray) -> dict[str, np.ndarray]:
-    """Where detail is invented, missing, or right."""
+    """Pictures that show where detail is invented, missing or correct."""
     fractions = correctness_maps(outputs, held.images, enlarge(held_low(held), factor, "bicubic"))
     return {"correctness": correctness_pictures(fractions)}
