@@ -171,7 +171,7 @@ def find_scorer(cfg: DictConfig, source: Path) -> ClipScorer | None:
     options = cfg.text_encoder
     if options.kind == "train":
         print(
-            f"no CLIP score: {source} is no run of this repository and text_encoder={options.score_name} is trained "
+            f"no CLIP score: {source} is not a run of this repository and text_encoder={options.score_name} is trained "
             "with one; give text_encoder=clip_hub to score with a CLIP model from the hub",
             file=sys.stderr,
         )

@@ -115,7 +115,9 @@ def find_model(folder: Path) -> Model | None:
         UserError: the folder does not exist, or a snapshot is not inside its run.
     """
     if not folder.is_dir():
-        raise UserError(f"of={folder} is no folder: give a run, a snapshot, a diffusers pipeline or a folder of images")
+        raise UserError(
+            f"of={folder} is not a folder: give a run, a snapshot, a diffusers pipeline or a folder of images"
+        )
     if (folder / SNAPSHOT).is_file():
         pipeline = folder.parent.parent / "pipeline"
         if not (pipeline / INDEX).is_file():

@@ -137,9 +137,11 @@ def thresholds(cfg: DictConfig, kept: Kept, index: KeptIndex, rule: Any) -> Thre
     options = cfg.arrive
     for name in ("near", "similarity"):
         if not -1 <= options[name] <= 1:
-            raise UserError(f"arrive.{name}={options[name]} is no cosine: give a number between -1 and 1")
+            raise UserError(f"arrive.{name}={options[name]} is not a cosine: give a number between -1 and 1")
     if not 0 <= options.entropy_quantile <= 1:
-        raise UserError(f"arrive.entropy_quantile={options.entropy_quantile} is no fraction: give one between 0 and 1")
+        raise UserError(
+            f"arrive.entropy_quantile={options.entropy_quantile} is not a fraction: give a number between 0 and 1"
+        )
     if int(options.neighbours) < 1:
         raise UserError(f"arrive.neighbours={options.neighbours} compares with nothing: give at least 1")
     bits = options.entropy_bits
@@ -166,7 +168,9 @@ def open_earlier(directory: Path, kept: Kept) -> Earlier:
         UserError: the directory holds no answer, the answer is of another selection, or one of its corpora is gone.
     """
     if not (directory / ARRIVALS).is_file() or not (directory / COMPLETE).is_file():
-        raise UserError(f"arrive.after={directory} is no answer: give the directory that prune/arrive.py prints")
+        raise UserError(
+            f"arrive.after={directory} is not a result of prune/arrive.py: give the directory that it prints"
+        )
     inputs = read_json(directory / COMPLETE)["inputs"]
     if inputs["selection"] != kept.directory.resolve().name:
         raise UserError(f"arrive.after={directory} is of the selection {inputs['selection']}, not of {kept.directory}")

@@ -121,7 +121,7 @@ def open_selection(directory: str | Path | None) -> Kept:
         )
     selection = Path(directory).expanduser()
     if not (selection / "selection.parquet").is_file() or not (selection / COMPLETE).is_file():
-        raise UserError(f"selection={directory} is no selection: give the directory that prune/run.py prints")
+        raise UserError(f"selection={directory} is not a selection: give the directory that prune/run.py prints")
     runs, inputs = selection.resolve().parent.parent, read_json(selection / COMPLETE)["inputs"]
     place = runs / "corpus" / inputs["corpus"]
     if not (place / COMPLETE).is_file():

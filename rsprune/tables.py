@@ -71,7 +71,7 @@ def read_selection(directory: str | Path) -> pd.DataFrame:
         )
     table = pd.read_parquet(path)
     if missing := {"id", "kept", "reason"} - set(table):
-        raise UserError(f"{path} is no selection: it has no column {', '.join(sorted(missing))}")
+        raise UserError(f"{path} is not a selection: it has no column {', '.join(sorted(missing))}")
     return table
 
 

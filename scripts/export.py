@@ -147,7 +147,7 @@ def open_subset(selection: Path, access: Mapping[str, Any] | None = None) -> Sub
     """
     metadata = selection / COMPLETE
     if not (selection / "selection.parquet").is_file() or not metadata.is_file():
-        raise UserError(f"selection={selection} is no selection: give the directory that prune/run.py prints")
+        raise UserError(f"selection={selection} is not a selection: give the directory that prune/run.py prints")
     directory = selection.resolve().parent.parent / "corpus" / read_json(metadata)["inputs"]["corpus"]
     if not (directory / COMPLETE).is_file():
         raise UserError(f"the corpus of {selection} is not in {directory}: prune again")

@@ -70,7 +70,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             raise UserError(f"page.{name}={value}: give a whole number from {low} to {high}")
     duplicate = options["duplicate"]
     if duplicate is not None and not (isinstance(duplicate, (int, float)) and -1 <= duplicate <= 1):
-        raise UserError(f"page.duplicate={duplicate} is no cosine: give a number between -1 and 1, or null")
+        raise UserError(f"page.duplicate={duplicate} is not a cosine: give a number between -1 and 1, or null")
     return options
 
 

@@ -430,7 +430,7 @@ def test_files_get_their_verdicts_in_parts_as_at_once_and_the_selection_stays(
 def test_what_is_no_selection_or_another_one_is_refused_in_one_line(
     folders: Path, selection: Path, tmp_path: Path
 ) -> None:
-    for place, message in ((None, "selection=null"), (tmp_path, "is no selection: give the directory")):
+    for place, message in ((None, "selection=null"), (tmp_path, "is not a selection: give the directory")):
         with pytest.raises(UserError, match=message):
             open_selection(place)
     kept = open_selection(selection)
@@ -443,7 +443,7 @@ def test_what_is_no_selection_or_another_one_is_refused_in_one_line(
     result = as_selected(cfg, kept, {})
     assert result.corpus.train.resolution == 32 and result.corpus.train.split == "all"
     assert as_selected(cfg, kept, {"corpus.train.split": "train"}).corpus.train.split == "train"
-    with pytest.raises(UserError, match=r"arrive\.after=.* is no answer"):
+    with pytest.raises(UserError, match=r"arrive\.after=.* is not a result of prune/arrive\.py"):
         arrived(selection, folders / "new", f"arrive.after={tmp_path}")
     with pytest.raises(UserError, match=r"arrive\.near=2"):
         arrived(selection, folders / "new", "arrive.near=2")

@@ -165,7 +165,7 @@ def test_options_out_of_range_are_one_line(options: dict, line: str) -> None:
 
 def test_a_cleaning_ratio_for_a_scene_that_is_none_is_one_line() -> None:
     method = DLDC(cleaning_ratio={"forrest": 0.1})
-    with pytest.raises(UserError, match=r"'forrest', which is no scene: give some of airport, forest, harbour"):
+    with pytest.raises(UserError, match=r"'forrest', which is not a scene: give some of airport, forest, harbour"):
         method.estimated_budget(pool_of(50))
 
 

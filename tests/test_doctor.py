@@ -120,8 +120,8 @@ def test_deep_bands_their_levels_and_a_fourth_band(tmp_path: Path, diagnose) -> 
         geotiff(root / f"naip{number}.tif", colours(bands=4), x=500_000 + 50_000 * number)
     message = diagnose("corpus=folder", f"corpus.root={root}")
     assert message["formats"] == [
-        "10 x GTiff uint16, 3 bands (B02, B03, B04; shown: 3, 2, 1), with a place",
-        "10 x GTiff uint8, 4 bands (red, green, blue, alpha; shown: 1, 2, 3), with a place",
+        "10 x GTiff uint16, 3 bands (B02, B03, B04; shown: 3, 2, 1), georeferenced",
+        "10 x GTiff uint8, 4 bands (red, green, blue, alpha; shown: 1, 2, 3), georeferenced",
     ]
     assert message["values"][0].startswith("uint16 x 3: ") and message["alpha"] == ["uint8 x 3: not alpha: left out"]
     ends = message["stretch"][0].removeprefix("uint16 x 3: ").removesuffix(" becomes 0 to 255").split(", ")
@@ -136,7 +136,7 @@ def test_scenes_and_their_cover(tmp_path: Path, diagnose) -> None:
     message = diagnose("corpus=geotiff", f"corpus.root={tmp_path / 'data'}", "corpus.tile=64", "corpus.train.split=all")
     assert message["corpus"] == ["geotiff: 4 images"] and message["files"] == [".tif 1"]
     assert message["formats"] == [
-        "1 x GTiff uint8, 3 bands (red, green, blue; shown: 1, 2, 3), with a place, 150 x 150 px"
+        "1 x GTiff uint8, 3 bands (red, green, blue; shown: 1, 2, 3), georeferenced, 150 x 150 px"
     ]
     assert message["captions"] == ["0 of 4 images have one of their own"], "tiles without captions have none"
     assert message["covered"] == ["1 of 1 scenes to less than 95%, s.tif to 73%; corpus.edge=shift covers all of them"]

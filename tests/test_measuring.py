@@ -114,7 +114,7 @@ def test_runs_snapshots_and_pipelines_are_reported_apart(run: Path, tmp_path: Pa
     (tmp_path / "images").mkdir()
     assert find_model(tmp_path / "images") is None
     for wrong in (tmp_path / "nothing", tmp_path / "file.txt"):
-        with pytest.raises(UserError, match="is no folder"):
+        with pytest.raises(UserError, match="is not a folder"):
             find_model(wrong)
 
 

@@ -667,7 +667,7 @@ def test_every_peer_s_config_makes_it_and_the_page_has_its_row(name: str) -> Non
         (["peer=crs_diff", "of=x"], "last.ckpt is not read, because its local adapter"),
         (["peer=georssd", "of=x"], "error: of=x has no model_index.json: give the folder of georssd's pipeline"),
         (["peer=georssd"], "error: nothing to measure: give of=DIR"),
-        (["peer=none", "of=nowhere"], "error: of=nowhere is no folder"),
+        (["peer=none", "of=nowhere"], "error: of=nowhere is not a folder"),
     ],
 )
 def test_the_command_ends_with_one_line_and_exit_code_2(

@@ -263,9 +263,7 @@ def test_a_network_that_is_gone_ends_the_run_which_goes_on_later(
     there.manifest()
     gone = Fault("lost", path=r".*part-[12]\.tar")
     store.faults.append(gone)
-    with pytest.raises(
-        UserError, match=r"part-1\.tar: no connection, after all repetitions: run the same command again"
-    ):
+    with pytest.raises(UserError, match=r"part-1\.tar: no connection, after all retries: run the same command again"):
         index_corpus(there, tmp_path / "there")
     gone.times = 0
     store.seen.clear()
@@ -581,7 +579,7 @@ def test_a_copy_to_a_folder_of_this_machine(result: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("https://user:pw@h/x?token=Zq1", r"copy_to=https://h/x: HTTP servers take no folders"),
+        ("https://user:pw@h/x?token=Zq1", r"copy_to=https://h/x: HTTP servers do not accept folders"),
         ("s3://no-such-bucket/x", "there is no such bucket"),
     ],
 )

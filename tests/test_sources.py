@@ -338,7 +338,7 @@ def test_folder_masks_come_with_their_images(tmp_path: Path) -> None:
     assert corpus.manifest["reason"].tolist() == ["", "mask: not an image", "mask: missing"]
     with pytest.raises(UserError, match=r"corpus\.classes"):
         ImageFolder(str(tmp_path), masks="masks")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         ImageFolder(str(tmp_path), masks="labels", classes=("a",))
 
 
@@ -480,7 +480,7 @@ def test_shards_that_change_are_found_out(tmp_path: Path) -> None:
     assert [data for data, _, _ in source.originals(np.array([1]))] == [other]
     shard(tmp_path / "a.tar", [("y.tif", other), ("x.tif", one), ("y.mask.png", mask)])
     assert list(source.reader(np.arange(2))()) == [CUT, CUT]
-    with pytest.raises(UserError, match="cannot be read any more"):
+    with pytest.raises(UserError, match="can no longer be read"):
         list(source.originals(np.array([0])))
     shard(tmp_path / "a.tar", [("x.tif", one), ("y.tif", other), ("y.mask.png", mask)])
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: 2 * (len(one) // 512 + 2) * 512 + 540])

@@ -175,7 +175,7 @@ def prompt_embeddings(
     for name in given:
         numbers = torch.as_tensor(np.broadcast_to(np.asarray(metadata[name], dtype=np.float32), (len(prompts),)).copy())
         if not numbers.isfinite().all():
-            raise UserError(f"metadata {name}: {metadata[name]} is no finite number")
+            raise UserError(f"metadata {name}: {metadata[name]} is not a finite number")
         values[:, list(encoder.fields).index(name)] = numbers
     tokens, known = encoder.to(device)(values.to(device))
     tokens = tokens[:, known[0]].to(dtype)

@@ -46,8 +46,8 @@ def place_of(of: str) -> Path:
         return Path(snapshot_download(of, allow_patterns=list(WANTED)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(
-            f"of={of} is no folder, and as a hub name it cannot be fetched ({one_line(error)}): give the folder of the "
-            f"peer's weights ({DOCS})"
+            f"of={of} is not a folder, and it cannot be fetched as a hub name ({one_line(error)}): give the folder of "
+            f"the peer's weights ({DOCS})"
         ) from error
 
 

@@ -86,7 +86,7 @@ class DLDC:
         unknown = sorted(set(given) - names - {""}) if isinstance(given, dict) else []
         if unknown:
             known = ", ".join(sorted(names - {""})[:NAMED])
-            raise UserError(f"prune.cleaning_ratio has {unknown[0]!r}, which is no scene: give some of {known}")
+            raise UserError(f"prune.cleaning_ratio has {unknown[0]!r}, which is not a scene: give some of {known}")
         for name in sorted(set(scores.scene[usable].astype(str).tolist())):
             rows = np.flatnonzero(usable & (scores.scene == name))
             ratio = given.get(name, given.get("", 0.0)) if isinstance(given, dict) else given
