@@ -429,7 +429,7 @@ def matching(images: Iterable[str], masks: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def beside(files: Sequence[str]) -> dict[str, str]:
+def masks_in_same_folder(files: Sequence[str]) -> dict[str, str]:
     """The mask of each image if both are in one folder: masks are the files whose names have a usual mask ending."""
     masks = [file for file in files if _MASK_ENDING.search(_name(file))]
     known = set(masks)

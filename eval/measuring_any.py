@@ -19,7 +19,7 @@ from encoders.embedding import Encoder
 from encoders.pixels import LOAD_ERRORS
 from eval.held_out import HeldOut
 from eval.measuring import (
-    Judges,
+    Evaluators,
     Sampling,
     encoders_of,
     evaluation_sets,
@@ -67,7 +67,7 @@ def measure_any(cfg: DictConfig) -> Path:
     if model is None:
         return measure_folder(cfg, source, sets)
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
-    judges = Judges(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
+    judges = Evaluators(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
     training = find_training(source, corpus, judges.encoders, cfg.runs)
     return _result(cfg, source.name, measure_model(model, sets, judges, Sampling.of(cfg), cfg.runs, training))
 
@@ -85,7 +85,7 @@ def measure_peer(cfg: DictConfig) -> Path:
     model = PeerModel(peer, source, next(iter(sets.values())).corpus.resolution)
     notice(f"{peer.name} draws at {peer.resolution} px; its images are measured at the corpus's {model.side} px")
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
-    judges = Judges(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
+    judges = Evaluators(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
     sampling = Sampling(peer.steps, peer.guidance_scale, int(cfg.eval.seed))
     measured = measure_model(model, sets, judges, sampling, cfg.runs)
     metadata = {**model.metadata, "images": {name: len(held) for name, held in sets.items()}}
@@ -208,7 +208,7 @@ def measure_folder(cfg: DictConfig, source: Path, sets: Mapping[str, HeldOut]) -
     """
     resolution = next(iter(sets.values())).corpus.resolution
     folder = index_corpus(ImageFolder(root=str(source), split="all", resolution=resolution), cfg.runs)
-    judges = Judges(encoders_of(cfg))
+    judges = Evaluators(encoders_of(cfg))
     rows = sample_rows(folder, int(cfg.eval.images), int(cfg.eval.seed), source)
     sets = {name: held.first(len(rows)) for name, held in sets.items()}
 

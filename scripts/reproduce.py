@@ -26,7 +26,7 @@ from encoders.pixels import to_tensor, to_uint8
 from eval.convergence import CONVERGENCE
 from eval.distances import kernel_distance_difference
 from eval.held_out import second_sets
-from eval.measuring import Judges, encoders_of, evaluation_sets, scene_captions
+from eval.measuring import Evaluators, encoders_of, evaluation_sets, scene_captions
 from eval.memorisation import TrainingImages
 from eval.metrics import Quantity
 from eval.reference_rows import Rebuild, reference_rows
@@ -105,7 +105,7 @@ def references(cfg: DictConfig, split: str | None = None) -> Path:
         count = min(cfg.downstream.images, len(held))
         sets[""] = sets["balanced"].first(count)
         further |= {"": further["balanced"].first(count)} if "balanced" in further else {}
-    judges = Judges(encoders_of(cfg), load_text_parts(cfg, corpus).scorer, scene_captions(corpus))
+    judges = Evaluators(encoders_of(cfg), load_text_parts(cfg, corpus).scorer, scene_captions(corpus))
     training = TrainingImages(
         {"corpus": corpus.fingerprint}, np.flatnonzero(corpus.readable), corpus_features(cfg, corpus)
     )

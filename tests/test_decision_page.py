@@ -358,7 +358,7 @@ def test_a_stage_that_names_another_class_builds_nothing(made: Path) -> None:
         {"_class_": "subprocess.Popen", "args": "ls"},
         {"_target_": "os.system", "_class_": "prune.methods.x"},
     ):
-        with pytest.raises(UserError, match="that is none"):
+        with pytest.raises(UserError, match="is not a pruning method"):
             open_decision(replace(kept, inputs={**kept.inputs, "method": method}))
 
 

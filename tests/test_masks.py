@@ -19,7 +19,7 @@ from PIL import Image
 from test_commands import call, forked  # noqa: F401
 
 from corpus.index import Corpus, index_corpus
-from corpus.masks import IGNORED, MaskRule, beside, decode_mask, mask_rule, matching
+from corpus.masks import IGNORED, MaskRule, decode_mask, mask_rule, masks_in_same_folder, matching
 from corpus.sources.folder import ImageFolder
 from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import WebDataset
@@ -366,7 +366,7 @@ def test_masks_are_found_by_their_usual_names() -> None:
         "a/1.jpg": "a/1.png", "a/2_sat.jpg": "a/2_mask.png", "a/3.png": "a/3_Label.tif", "b/4.tif": "b/4.seg.png",
         "b/5_RGB.tif": "b/5_label.tif", "b/6.png": "b/6.png.png",
     }  # fmt: skip
-    assert beside(["1.png", "1_mask.png", "2_sat.jpg", "2_mask.png", "land_mask.png"]) == {
+    assert masks_in_same_folder(["1.png", "1_mask.png", "2_sat.jpg", "2_mask.png", "land_mask.png"]) == {
         "1.png": "1_mask.png", "2_sat.jpg": "2_mask.png",
     }  # fmt: skip
 

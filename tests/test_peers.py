@@ -413,7 +413,7 @@ def test_a_hub_name_is_fetched_without_pickles(tmp_path: Path, monkeypatch: pyte
     assert place_of("owner/name") == tmp_path
     [(name, patterns)] = requested
     assert name == "owner/name" and set(patterns) == {"*.safetensors", "*.json", "*.txt"}
-    with pytest.raises(UserError, match=r"as a hub name it cannot be fetched \(no hub\)"):
+    with pytest.raises(UserError, match=r"it cannot be fetched as a hub name \(no hub\)"):
         place_of("owner/none")
 
 

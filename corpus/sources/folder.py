@@ -33,7 +33,7 @@ from corpus.captions import (
 from corpus.copies import of_files
 from corpus.decoding import EMPTY, read_bytes, stacked_tiff, survey_files
 from corpus.footprints import grounds_of
-from corpus.masks import MISSING, MaskRule, Sample, beside, mask_rule, matching
+from corpus.masks import MISSING, MaskRule, Sample, mask_rule, masks_in_same_folder, matching
 from corpus.masks import SUFFIXES as MASK_SUFFIXES
 from corpus.matching import Images, Rows
 from corpus.names import (
@@ -254,7 +254,7 @@ class ImageFolder(Shown):
             return {}
         root, listed = self._mask_root, self._listing.images
         if root in (self._root, self._root / "images"):
-            pairs = beside([*listed, *self._listing.left_out]).items()
+            pairs = masks_in_same_folder([*listed, *self._listing.left_out]).items()
             return {image: self._root / mask for image, mask in pairs if image in set(listed)}
         masks = [
             (Path(folder) / name).relative_to(root).as_posix()

@@ -53,7 +53,7 @@ class DLDC:
         given = self.cleaning_ratio
         for ratio in given.values() if isinstance(given, dict) else [given]:
             if ratio is not None and not (isinstance(ratio, (int, float)) and 0 <= ratio < 1):
-                raise UserError(f"prune.cleaning_ratio={ratio}: give a part of each scene in [0, 1), or null")
+                raise UserError(f"prune.cleaning_ratio={ratio}: give a fraction of each scene in [0, 1), or null")
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         scores = pair_scores_of(pool, "dldc")
