@@ -1094,7 +1094,7 @@ def test_the_second_of_two_runs_waits_and_says_so(tmp_path: Path, repository: Pa
     assert [run.returncode for run in runs] == [0, 0]
     assert results[0][0] == results[1][0]
     assert (tmp_path / "builds").read_text() == "built\n"
-    assert sum("another run is at work" in error for _, error in results) == 1
+    assert sum("another run is computing" in error for _, error in results) == 1
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(growing: Path, tmp_path: Path, repository: Path) -> None:
