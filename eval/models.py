@@ -121,7 +121,9 @@ def find_model(folder: Path) -> Model | None:
     if (folder / SNAPSHOT).is_file():
         pipeline = folder.parent.parent / "pipeline"
         if not (pipeline / INDEX).is_file():
-            raise UserError(f"of={folder} is a snapshot whose run has no pipeline in {pipeline}: leave it in its run")
+            raise UserError(
+                f"of={folder} is a snapshot, but there is no pipeline in {pipeline}: keep the snapshot inside its run"
+            )
         return Model(pipeline, folder)
     for place in (folder / "pipeline", folder):
         if (place / INDEX).is_file():

@@ -207,7 +207,7 @@ def sizes_of(cfg: DictConfig) -> Sizes | None:
     (channels, factor), side = latents, Views(**cfg.train.views).side(cfg.corpus.train.resolution)
     if side % factor:
         raise UserError(
-            f"images of {side} px do not divide by the autoencoder's {factor}: change corpus.train.resolution"
+            f"image side {side} px is not a multiple of the autoencoder's {factor}: change corpus.train.resolution"
         )
     return Sizes(channels, side // factor, *text)
 

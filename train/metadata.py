@@ -134,7 +134,7 @@ def metadata_values(manifest: pd.DataFrame, fields: Mapping[str, MetadataField])
                 f"leave the field out (~metadata.fields.{name}) or choose metadata=none"
             )
         if np.isnan(values).all():
-            raise UserError(f"metadata.fields.{name}: column {column} of the corpus holds no numbers")
+            raise UserError(f"metadata.fields.{name}: column {column} of the corpus contains no numbers")
         columns.append(values)
     return np.stack(columns, axis=1) if columns else np.empty((len(manifest), 0), dtype=np.float32)
 
@@ -167,7 +167,7 @@ def prompt_embeddings(
     unknown = set(metadata) - set(encoder.fields)
     if unknown:
         raise UserError(
-            f"this model does not know the field {', '.join(sorted(unknown))}: it has {', '.join(encoder.fields)}"
+            f"this model has no field {', '.join(sorted(unknown))}: its fields are {', '.join(encoder.fields)}"
         )
     device, dtype = pipeline.device, pipeline.text_encoder.dtype
     given = [name for name in encoder.fields if name in metadata]
