@@ -358,9 +358,9 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
         ("diffusionsat", lambda d: edited(d / "unet/config.json", num_metadata=5), "takes 5 numbers: peer=diffusion"),
         ("diffusionsat", lambda d: edited(d / "unet/config.json", use_metadata=False), "takes 0 numbers"),
         ("diffusionsat", lambda d: without(d / "unet/config.json"), "unet has no config.json"),
-        ("text2earth", lambda d: edited(d / "unet/config.json", class_embed_type=None), "has no input for the resolution"),
+        ("text2earth", lambda d: edited(d / "unet/config.json", class_embed_type=None), "no input for the resolution"),
         ("text2earth", lambda d: (d / "unet/config.json").write_text("{"), "config.json cannot be read"),
-        ("text2earth", lambda d: (d / "unet/config.json").write_text("[]"), "config.json does not contain a JSON object"),
+        ("text2earth", lambda d: (d / "unet/config.json").write_text("[]"), "config.json contains no JSON object"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_system_is_refused_before_anything_is_computed(

@@ -183,5 +183,5 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(result, dict):
-        raise UserError(f"{path} does not contain a JSON object")
+        raise UserError(f"{path} contains no JSON object")
     return result
