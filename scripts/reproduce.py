@@ -273,15 +273,15 @@ def opening(cfg: DictConfig) -> list[str]:
     duration = "time: not known, since no results are published in results/published"
     if speed is not None:
         duration = (
-            f"time: about {max(1, round(sum(steps + tuned) * speed / 60)):,} min of training, at {speed:.2f} s a step "
-            "as published for two CPU cores, the default model and 64 px; measuring comes on top"
+            f"time: about {max(1, round(sum(steps + tuned) * speed / 60)):,} min of training, at {speed:.2f} s per "
+            "step as published for two CPU cores, the default model and 64 px; measuring needs further time"
         )
     return [
         f"profile {cfg.profile.name}: prune, train {len(steps)} foundation models ({sum(steps):,} steps), fine-tune "
         f"them {len(tuned)} times ({sum(tuned):,} steps), measure all of them, write tables and a report",
         duration,
         f"finished parts are taken from {cfg.runs}; an interrupted run continues with the same command; DRY=1 "
-        "(dry_run=true) prints the plan alone",
+        "(dry_run=true) prints only the plan",
     ]
 
 

@@ -363,7 +363,7 @@ def test_bad_options_are_refused_before_anything_is_drawn(
         ({"foundation": "scratch"}, "contains no pipeline"),
         ({"foundation": str(plain_run), "sample.locations": [{"lon": 1}]}, "has no metadata_encoder"),
         ({"sample.metadata": {"snow": 1}}, "has no field snow"),
-        ({"sample.metadata": 7}, "sample.metadata=7: give a number to each field"),
+        ({"sample.metadata": 7}, "sample.metadata=7: give a number for each field"),
         ({"sample.locations": ["Amazon"]}, "give a list of locations"),
         ({"sample.locations": [{"lon": 1}, {"name": "Amazon", "lon": "x"}]}, "metadata lon=x: give a number"),
         ({"sample.out": "full"}, "is not empty"),
@@ -509,7 +509,7 @@ def test_the_page_has_no_place_and_says_what_its_tabs_need_unless_the_models_hav
     props = [block.get("props", {}) for block in blocks.get_config_file()["components"]]
     labels, texts = {own.get("label") for own in props}, "".join(str(own.get("value")) for own in props)
     assert {"Prompt", "Images", "Seed", "Steps", "Guidance", "Text → image"} <= labels
-    assert not {"Longitude", "Use location", "Bicubic", "Mask"} & labels and "knows no locations" in texts
+    assert not {"Longitude", "Use location", "Bicubic", "Mask"} & labels and "no input for locations" in texts
     for name in ("super_resolution", "semantic_synthesis"):
         assert f"downstream/{name}.py" in texts and f"make demo {name.upper()}=DIR" in texts
 
