@@ -524,7 +524,7 @@ def test_a_browser_filters_explains_and_moves(made: Path, decision: Decision, tm
     assert result["budget"][0].startswith(f"{kept} of 61 images kept")
     assert result["budget"][1].startswith(f"{kept - 1} of 61 images kept") and "1 under budget" in result["budget"][1]
     assert result["budget"][2] == result["budget"][0]
-    assert result["neighbours"] == 8 and "Move out" in result["detail"] and "Selected" in result["detail"]
+    assert result["neighbours"] == 8 and "Move out" in result["detail"] and "Kept: it represents" in result["detail"]
     assert result["picture"].startswith("url(") and len(json.loads(result["kept"])["removed"]) == 1
     scene = int((table["scene"] == result["scene"].strip()).sum())
     lon = decision.kept.corpus.manifest["lon"].to_numpy(float)

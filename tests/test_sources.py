@@ -793,7 +793,7 @@ def test_torchgeo_sets_are_read(made_ucmerced: Path, tmp_path: Path) -> None:
     assert (corpus.images[0] == np.asarray(texture(0, side=256))).all()
     assert len(TorchGeo("UCMerced", str(tmp_path), split="train").manifest()) == 4
     for options, message in (
-        ({"dataset": "Nothing", "root": str(tmp_path)}, "no non-geo data set"),
+        ({"dataset": "Nothing", "root": str(tmp_path)}, "is not a non-geo data set"),
         ({"dataset": "EuroSAT", "root": str(tmp_path)}, "does not find its files"),
     ):
         with pytest.raises(UserError, match=message):
