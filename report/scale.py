@@ -178,10 +178,9 @@ def extrapolations(result: Mapping[str, Any], fitted: Mapping[str, Mapping[str, 
         f"{cluster['name']}: {cluster['nodes']} nodes, each with {cluster['gpus']} GPUs, {cluster['vcpus']} vCPUs, "
         f"{cluster['memory_gib']} GiB of memory and {cluster['network_gbit']} Gbit/s of network ({cluster['source']}). "
         f"**Assumed, not measured, because no GPU was available:** {cluster['images_per_second']:,} images/s of one "
-        f"GPU with the encoder at its own input size; {cluster['network_fraction']:.0%} of the network's rate; selection, weights "
-        f"and table "
-        f"use {cluster['cores_fraction']:.0%} of one node's vCPUs, each as fast as a core here. Beyond 10^7 the fitted "
-        "exponents are extrapolated, and nothing was run."
+        f"GPU with the encoder at its own input size; {cluster['network_fraction']:.0%} of the network's rate; "
+        f"selection, weights and table use {cluster['cores_fraction']:.0%} of one node's vCPUs, each as fast as a core "
+        "here. Beyond 10^7 the fitted exponents are extrapolated, and nothing was run."
     )
     parts = ["## Extrapolation", metadata]
     for images in TARGETS:
