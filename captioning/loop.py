@@ -58,7 +58,7 @@ class Loops:
             raise UserError(f"captioning.most_mismatch={self.most_mismatch}: give a probability between 0 and 1")
         if not self.scorers:
             raise UserError(
-                "captioning.scorers names no scorer: give one, for example +scorer@captioning.scorers.fitted=fitted"
+                "captioning.scorers is empty: give a scorer, for example +scorer@captioning.scorers.fitted=fitted"
             )
 
 
@@ -95,8 +95,8 @@ def clean_captions(material: Material, loops: Loops, runs: Path | str) -> Path:
     if len(given) == 0:
         if loops.describe == "none":
             raise UserError(
-                f"corpus {material.corpus.name} has no captions: give some (docs/corpora.md), or have the images "
-                "described with captioning.describe=mismatched"
+                f"corpus {material.corpus.name} has no captions: give captions (docs/corpora.md), or let a captioner "
+                "describe the images with captioning.describe=mismatched"
             )
         notice(f"no image of {material.corpus.name} has a caption: {loops.captioner.name} describes all of them")
         given, failed = describe(material, _readable(material), loops.captioner, 0, loops.seed, runs)
@@ -107,7 +107,7 @@ def clean_captions(material: Material, loops: Loops, runs: Path | str) -> Path:
                 "(docs/corpora.md), or take another captioner"
             )
     if len(set(given.text.tolist())) == 1:
-        notice("captions: all are the same, so none can be determined to be of another image")
+        notice("captions: all are the same, so mismatched captions cannot be detected")
     pairs, scored = given, score_pairs(material, given, given, loops.scorers, loops.seed, runs)
     for attempt in range(loops.rounds if loops.describe != "none" else 0):
         rows = images_to_describe(material, pairs, scored, loops)
@@ -215,23 +215,23 @@ def summarise(table: pd.DataFrame, refused: pd.DataFrame, scored: Scored, loops:
 def _announce(summary: dict[str, Any]) -> None:
     if len(summary["scenes"]) < 2:
         notice(
-            "captions: all images are of one scene, so captions of another scene cannot be determined: none is called "
-            "mismatched; give scenes in sub-folders, or another reference"
+            "captions: all images are of one scene, so captions of other scenes cannot be detected and no caption is "
+            "marked as mismatched: give scenes in sub-folders, or another reference"
         )
     elif summary["mismatched_fraction"] > SUSPICIOUS:
         notice(
-            f"captions: {summary['mismatched_fraction']:.0%} look as if they belonged to other images: are they alike, "
-            "or in another order than the images?"
+            f"captions: {summary['mismatched_fraction']:.0%} seem to belong to other images: are the captions nearly "
+            "equal, or in a different order than the images?"
         )
     own = {GIVEN, SCENE_NAME} & set(summary["sources"])
     repaired = summary["images"] - sum(summary["chosen"].get(source, 0) for source in own)
     line = (
-        f"captions: {summary['pairs']:,} candidates of {summary['images']:,} images; "
-        f"{summary['mismatched_fraction']:.1%} of the {'given' if own else 'first'} ones are of another scene; "
-        f"{repaired:,} images have a new caption, {summary['mismatched_images']:,} have no good one"
+        f"captions: {summary['pairs']:,} candidates for {summary['images']:,} images; "
+        f"{summary['mismatched_fraction']:.1%} of the {'given' if own else 'first'} captions are of another scene; "
+        f"{repaired:,} images have a new caption, {summary['mismatched_images']:,} have no good caption"
     )
     refused = ", ".join(f"{count:,} {reason}" for reason, count in summary["refused"].items())
-    notice(line + (f"; no candidates: {refused}" if refused else ""))
+    notice(line + (f"; rejected as candidates: {refused}" if refused else ""))
 
 
 def with_captions(corpus: Corpus, directory: Path, most_mismatch: float) -> Corpus:

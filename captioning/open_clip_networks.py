@@ -96,8 +96,8 @@ def _weights(file: Path) -> dict[str, torch.Tensor]:
     try:
         result: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the type of the exception depends on the content of the file
-        raise ValueError("it is no file of tensors alone, and nothing else is read from it") from error
+        raise ValueError("it is not a file that contains only tensors, and other content is not loaded") from error
     result = result.get("state_dict", result) if isinstance(result, dict) else result
     if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
-        raise ValueError("it holds no tensors by name")
+        raise ValueError("it contains no named tensors")
     return {key.removeprefix("module."): value for key, value in result.items()}

@@ -119,7 +119,7 @@ class FittedScorer:
         words = reduction.texts(given.text[learned].tolist())
         weights = 1 / np.bincount(given.image, minlength=len(material.corpus))[rows]
         if not words.any():
-            notice(f"no word comes in two captions: captioning.scorers.{self.name} cannot tell pairs apart")
+            notice(f"no word occurs in two captions: captioning.scorers.{self.name} cannot distinguish pairs")
         folds = [np.flatnonzero(material.fold == fold) for fold in range(int(material.fold.max()) + 1)]
         encoders = []
         for fold in progress(range(len(folds)), f"fit {self.name}", unit="fold"):
@@ -127,7 +127,7 @@ class FittedScorer:
             if len(others) < 2:
                 raise UserError(
                     f"{len(given)} captions are too few to fit captioning.scorers.{self.name} in "
-                    f"{options.folds} folds: give images with captions, or score with a network of the hub "
+                    f"{options.folds} folds: give more images with captions, or score with a network from the hub "
                     "(scorer@captioning.scorers.fitted=openai_clip)"
                 )
             encoders.append(fit_dual_encoder(options, known[others], words[others], weights[others]))
@@ -254,7 +254,7 @@ def _loaded(scorer: NetworkScorer) -> ClipScorer:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"no CLIP for captioning.scorers.{scorer.name} at {scorer.path} ({reason}): give a file, a folder or a hub "
-            "name that can be reached, or leave it out: captioning.scorers has what is fitted to the corpus"
+            "name that can be reached, or leave it out and use the scorers that are fitted to the corpus"
         ) from error
     result.model.to(device())
     return result
@@ -272,7 +272,7 @@ def embed_with_clip(scorer: NetworkScorer, material: Material, pairs: Pairs) -> 
     )  # an object array: one long text does not widen the others
     cut = clip.cut(distinct.tolist()) if len(distinct) else 0
     if cut:
-        notice(f"{cut} of {len(distinct)} different captions are longer than {clip.name} reads, and are cut")
+        notice(f"{cut} of {len(distinct)} different captions are longer than {clip.name} reads, and are truncated")
     scan = Scan("", partial(_image_embeddings, scorer), IMAGES, np.float16, (width,))
 
     def images(rows: np.ndarray) -> np.ndarray:

@@ -224,7 +224,7 @@ def chosen_classes(given: Any) -> tuple[str, ...]:
             f"corpus.class_names={given} cannot be read ({error.strerror}): give a list or a file"
         ) from None
     if not names:
-        raise UserError(f"corpus.class_names={given} names no classes: give a line for each of 0, 1, …")
+        raise UserError(f"corpus.class_names={given} names no classes: give one line per class, for 0, 1, …")
     return names
 
 
@@ -302,7 +302,9 @@ def _json_lines(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             row = None
         name = _file_of(row) if isinstance(row, dict) else None
         if name is None:
-            raise UserError(f'{path}, line {number}, is not a JSON object with a "file_name": mend or remove that line')
+            raise UserError(
+                f'{path}, line {number}, is not a JSON object with a "file_name": correct or remove that line'
+            )
         yield name, row
 
 
@@ -359,7 +361,7 @@ def _cells(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         table = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(row)]
     except csv.Error as error:
-        raise UserError(f"{path} is no table of comma-separated values ({error}): mend or remove it") from None
+        raise UserError(f"{path} is not a valid CSV table ({error}): correct or remove the file") from None
     if not table or len(table[0]) < 2:
         return
     header = [cell.strip() for cell in table[0]]

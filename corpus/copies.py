@@ -46,7 +46,7 @@ def _result(corpus: str, ids: Sequence[str], sizes: Sequence[int], read: Callabl
     keys: list[Hashable] = [size or None for size in sizes]
     for whole in (False, True):
         again = [at for at in _repeated(keys) if not whole or sizes[at] > 2 * END]
-        for at in progress(again, f"look for copies in {corpus}", unit="image"):
+        for at in progress(again, f"search for exact copies in {corpus}", unit="image"):
             try:
                 keys[at] = (keys[at], hashlib.blake2b(read(at, whole), digest_size=16).digest())
             except OSError:

@@ -59,7 +59,7 @@ def _grounds(corpus: str, files: Sequence[Path | None]) -> list[tuple[str, ...]]
     cells: list[tuple[str, ...]] = [()] * len(files)
     placed = [at for at, file in enumerate(files) if file is not None and file.suffix.lower() in PLACED]
     result = {}
-    for at in progress(placed, f"look for locations of {corpus}", unit="image"):
+    for at in progress(placed, f"read locations of {corpus}", unit="image"):
         footprint = footprint_of(files[at])
         if footprint is not None:
             result[at] = footprint

@@ -288,7 +288,7 @@ class ArrayFile:
                     count = file.readinto(data)
                     if not count:
                         raise UserError(
-                            f"{self.path} was cut short: remove {self.path.parent}, run the same command again"
+                            f"{self.path} is truncated: remove {self.path.parent} and run the same command again"
                         )
                     data = data[count:]
         return values
@@ -496,8 +496,8 @@ def _checked_manifest(source: Source) -> pd.DataFrame:
         split = getattr(source, "split", "all")
         if split != "all":
             raise UserError(
-                f"corpus {source.name} has no images in its split {split}: give a corpus that has, or take "
-                f"corpus.{split}.split=all, which is every image whatever its split"
+                f"corpus {source.name} has no images in its split {split}: choose a corpus with this split, or use "
+                f"all of its images with corpus.{split}.split=all"
             )
         raise UserError(f"corpus {source.name} has no images: check its root and its limit")
     if not manifest["id"].is_unique:
@@ -554,7 +554,7 @@ def _earlier(source: Source, runs: Path, manifest: pd.DataFrame) -> tuple[Corpus
 def _copy(previous: Corpus, files: _Files, rows: np.ndarray, origin: np.ndarray) -> None:
     """Copy the images, masks and scan results of rows that an earlier corpus has."""
     scans = {key: np.load(scanned(previous, key), mmap_mode="r") for key in files.scans}
-    for start in progress(range(0, len(rows), CHUNK), "take over", unit="chunk"):
+    for start in progress(range(0, len(rows), CHUNK), "copy unchanged images", unit="chunk"):
         part = rows[start : start + CHUNK]
         files.images.write(part, previous.images[origin[part]])
         if files.masks is not None:

@@ -140,7 +140,7 @@ def _raster(raster: Any, options: RasterOptions) -> str:
     bands = choose_bands(raster, options)
     names = [name or use.name for name, use in zip(raster.descriptions, raster.colorinterp, strict=True)]
     shown = "" if isinstance(bands, str) else f"; shown: {', '.join(str(band) for band in bands.shown)}"
-    place = "with a place" if raster.crs else "without a place"
+    place = "georeferenced" if raster.crs else "not georeferenced"
     no_data = f", no data {raster.nodata:g}" if raster.nodata is not None else ""
     listed = ", ".join(names[:NAMED_BANDS]) + (", …" if len(names) > NAMED_BANDS else "")
     count = f"{raster.count} band" + ("s" if raster.count > 1 else "")

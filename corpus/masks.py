@@ -114,7 +114,7 @@ def mask_rule(classes: Sequence[str] = (), ignore: Any = None, values: Any = Non
     ignore, values, colours = plain(ignore), plain(values), plain(colours)
     for key, result in (("mask_values", values), ("mask_colours", colours)):
         if result is not None and not isinstance(result, dict):
-            raise UserError(f"corpus.{key}={result} is no map: see docs/corpora.md, Masks")
+            raise UserError(f"corpus.{key}={result} is not a mapping: see docs/corpora.md, Masks")
     if values is not None and colours is not None:
         raise UserError("corpus.mask_values and corpus.mask_colours exclude each other: give one of them")
     names = (classes,) if isinstance(classes, str) else tuple(str(name) for name in classes)
@@ -125,13 +125,13 @@ def mask_rule(classes: Sequence[str] = (), ignore: Any = None, values: Any = Non
     if len(names) > MOST_CLASSES:
         raise UserError(f"corpus.classes has {len(names)} names: masks hold at most {MOST_CLASSES} classes")
     if not names and any(option is not None for option in (ignore, values, colours)):
-        raise UserError("corpus.mask_… needs the names of the classes: corpus.classes=[water,forest,…]")
+        raise UserError("the options corpus.mask_… need the class names: give corpus.classes=[water,forest,…]")
     listed = [] if ignore is None else ignore if isinstance(ignore, list) else [ignore]
     requested = {
         colour: IGNORED for item in listed if isinstance(item, str) for colour in _colours(item, "mask_ignore")
     }
     if requested and colours is None:
-        raise UserError("corpus.mask_ignore names colours: give corpus.mask_colours too")
+        raise UserError("corpus.mask_ignore contains colours: give corpus.mask_colours too")
     return MaskRule(
         classes=names,
         ignored=tuple(float(item) for item in listed if not isinstance(item, str) and _is_number(item, "mask_ignore")),
@@ -143,14 +143,16 @@ def mask_rule(classes: Sequence[str] = (), ignore: Any = None, values: Any = Non
 def _is_number(item: Any, key: str) -> bool:
     if isinstance(item, (int, float)) and not isinstance(item, bool):
         return True
-    raise UserError(f"corpus.{key} has {item}, which is no number: give numbers, or colours as '#rrggbb'")
+    raise UserError(f"corpus.{key} has {item}, which is not a number: give numbers, or colours as '#rrggbb'")
 
 
 def _key(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"corpus.mask_values has the key {text}, which is no number: {{0: name, 255: name}}") from None
+        raise UserError(
+            f"corpus.mask_values has the key {text}, which is not a number: {{0: name, 255: name}}"
+        ) from None
 
 
 def _class_of(name: Any, names: Sequence[str]) -> int:
@@ -161,7 +163,7 @@ def _class_of(name: Any, names: Sequence[str]) -> int:
         return name
     if str(name) in names:
         return names.index(str(name))
-    raise UserError(f"the masks' class {name} is none of corpus.classes=[{','.join(names)}]: give one of these")
+    raise UserError(f"the mask class {name} is not in corpus.classes=[{','.join(names)}]: give one of these")
 
 
 def _by_colour(colours: Mapping[str, Any], names: Sequence[str]) -> dict[int, int]:
@@ -169,7 +171,9 @@ def _by_colour(colours: Mapping[str, Any], names: Sequence[str]) -> dict[int, in
     for name, given in colours.items():
         for colour in _colours(given, "mask_colours"):
             if result.setdefault(colour, _class_of(name, names)) != _class_of(name, names):
-                raise UserError(f"corpus.mask_colours gives #{colour:06x} to two classes: give each its own")
+                raise UserError(
+                    f"corpus.mask_colours gives #{colour:06x} to two classes: give each class its own colour"
+                )
     return result
 
 
@@ -181,7 +185,7 @@ def _colours(given: Any, key: str) -> list[int]:
         return [given[0] << 16 | given[1] << 8 | given[2]]
     if isinstance(given, list) and given and all(isinstance(part, (str, list)) for part in given):
         return [colour for part in given for colour in _colours(part, key)]
-    raise UserError(f"corpus.{key} has {given}, which is no colour: give [r,g,b] of 0 to 255, or '#rrggbb'")
+    raise UserError(f"corpus.{key} has {given}, which is not a colour: give [r,g,b] of 0 to 255, or '#rrggbb'")
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -425,7 +429,7 @@ def matching(images: Iterable[str], masks: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def beside(files: Sequence[str]) -> dict[str, str]:
+def masks_in_same_folder(files: Sequence[str]) -> dict[str, str]:
     """The mask of each image if both are in one folder: masks are the files whose names have a usual mask ending."""
     masks = [file for file in files if _MASK_ENDING.search(_name(file))]
     known = set(masks)

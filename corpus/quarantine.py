@@ -80,8 +80,8 @@ def announce(manifest: pd.DataFrame, name: str, directory: Path) -> None:
     reasons = counted(reason_counts(result["reason"]))
     if len(result) == len(manifest):
         raise UserError(
-            f"{name}: none of {len(manifest):,} images can be read: {reasons} (table: {table}): mend what the reasons "
-            "name, or give other images"
+            f"{name}: none of {len(manifest):,} images can be read: {reasons} (table: {table}): correct these "
+            "problems, or give other images"
         )
     notice(f"{name}: {len(result):,} of {len(manifest):,} images quarantined: {reasons} (table: {table})")
 

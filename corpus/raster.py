@@ -148,10 +148,10 @@ def survey_of(images: Iterable[Pixels], options: RasterOptions) -> Survey:
             if image.alpha is not None:
                 alphas.setdefault(image.kind, []).append(image.alpha[:: max(1, len(image.alpha) // 64)].ravel())
     levels = {kind: _levels(np.concatenate(parts)) for kind, parts in values.items()}
-    doubt = "since their files name no colours: corpus.bands=[…] chooses others"
+    doubt = "because the files do not name their colours: choose others with corpus.bands=[…]"
     notes = [f"{guess}, {doubt}" for guess in sorted(guesses)]
     notes += [
-        f"images of {kind} are black: all that were sampled hold {result[0][0]:g}; corpus.stretch=range sets the levels"
+        f"images of {kind} are black: all sampled values are {result[0][0]:g}; set the levels with corpus.stretch=range"
         for kind, result in levels.items()
         if all(low == high for low, high in result)
     ]

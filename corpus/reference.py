@@ -35,8 +35,9 @@ def reference_set(name: str, hub: str, resolution: int, root: str | None = None,
         reason = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__).__name__
         only = f" --include '{config}/*'" if config else ""
         raise UserError(
-            f"reference={name} is not here and the hub's {hub} could not be loaded ({reason}): where there is a "
-            f"network, run `hf download {hub} --repo-type dataset{only} --local-dir DIR`, and give reference.root=DIR; "
-            "or give a folder of images with one sub-folder a class, or take reference=corpus, its own labels or strata"
+            f"reference={name} is not on this machine, and {hub} could not be loaded from the hub ({reason}): run "
+            f"`hf download {hub} --repo-type dataset{only} --local-dir DIR` on a machine with network access and give "
+            "reference.root=DIR; or give a folder of images with one sub-folder per class; or take reference=corpus, "
+            "which uses the labels or strata of the corpus"
         ) from error
     return source

@@ -151,8 +151,8 @@ def opened_system(url: str, access: Access) -> tuple[fsspec.AbstractFileSystem, 
         return system, kind._strip_protocol(url)
     except ImportError as error:
         raise UserError(
-            f"{public(url)} needs a driver that is not installed ({error}): pip install '.[{EXTRA}]' has those of "
-            "S3 and of Google Cloud Storage"
+            f"{public(url)} needs a driver that is not installed ({error}): pip install '.[{EXTRA}]' installs those "
+            "for S3 and Google Cloud Storage"
         ) from None
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{public(url)} cannot be opened ({_first_line(error)}): check the URL and storage=…") from None
@@ -265,7 +265,7 @@ def _translated(url: str, error: BaseException, trouble: str | None) -> Exceptio
     chain = list(_chain(error))
     misfit = next((each for each in chain if isinstance(each, TypeError)), None)
     if misfit is not None:  # the HTTP driver reports this as a missing file
-        return Refused(f"{_first_line(misfit)}: an option of storage that its driver does not know?")
+        return Refused(f"{_first_line(misfit)}: does the driver know all options in storage?")
     names = {kind.__name__ for each in chain for kind in type(each).__mro__}
     statuses = {_status(each) for each in chain}
     if statuses & {401, 403} or "PermissionError" in names or names & _NO_CREDENTIALS:
@@ -604,7 +604,9 @@ class Target:
 
     def _done(self, what: str, name: str, work: Callable[[fsspec.AbstractFileSystem, str], Any]) -> Any:
         if self.url.startswith(("http://", "https://")):
-            raise UserError(f"{self.option}={self}: HTTP servers take no folders, give s3://, gs:// or a folder")
+            raise UserError(
+                f"{self.option}={self}: HTTP servers do not accept folders: give s3://, gs:// or a local folder"
+            )
         whole = f"{self.url.rstrip('/')}/{name}" if name else self.url
         system, path = opened_system(whole, self.access)
         try:
@@ -612,7 +614,7 @@ class Target:
         except PermissionError:
             why = f"no permission, or no credentials: {HOW_TO_GIVE}"
         except FileNotFoundError:
-            why = "there is no such bucket or folder: make it first"
+            why = "there is no such bucket or folder: create it first"
         except (OSError, Cut) as error:
             why = f"{_first_line(error)}: check the URL and the network"
         raise UserError(f"{self.option}={self} cannot be {what} ({why})")
@@ -620,7 +622,7 @@ class Target:
 
 #: Help text for a server that requires credentials.
 HOW_TO_GIVE = (
-    "give them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, …), or as storage={key:…,secret:…}"
+    "give them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, …), or as storage={key:…,secret:…}"
 )
 #: File that marks an unfinished copy and stores its identity.
 UNDER_WAY = "copying.json"

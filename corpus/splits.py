@@ -123,10 +123,10 @@ def assigned(
     known = {name: split_of(name) or "test" for name in set(names) if name}
     unknown = sorted(name for name in known if not split_of(name))
     if unknown:
-        notice(f"{corpus}: no known split is called {', '.join(unknown)}: its images are held out as test")
+        notice(f"{corpus}: unknown split name {', '.join(unknown)}: its images are held out as test")
     nameless = sum(not name for name in names)
     if known and nameless:
-        notice(f"{corpus}: {nameless} of {len(names)} images are named no split, others are: a hash decides about them")
+        notice(f"{corpus}: {nameless} of {len(names)} images have no split name: a hash decides their split")
     carved, fractions = _missing(set(known.values()), val_fraction, test_fraction)
     firsts = np.arange(len(ids)) if firsts is None else firsts
     named = [known[name] if name else "" for name in names]
@@ -142,15 +142,15 @@ def assigned(
     placed = grounds is not None and any(grounds)
     splits = _by_ground(corpus, divide, alone, grounds) if placed else divide(alone, split_for=hashed_split)
     if border := splits.count(""):
-        notice(f"{corpus}: {border} images lie across the border of two splits' ground and are in none")
+        notice(f"{corpus}: {border} images lie across the border of two splits and are in no split")
     counts = Counter(split for split, name in zip(splits, named, strict=True) if name == carved != "" and split)
     counts = {split: counts[split] for split in ("val", "test") if split != carved}
     taken = [f"{count} as {split}" for split, count in counts.items() if count]
     if taken:
         lacking = " and no ".join(split for split, count in counts.items() if count)
         notice(
-            f"{corpus}: the data set names no {lacking}: of its {carved} images a hash of the id takes "
-            f"{' and '.join(taken)}"
+            f"{corpus}: the data set has no {lacking} split: a hash of the id takes {' and '.join(taken)} from its "
+            f"{carved} images"
         )
     return splits
 
@@ -176,8 +176,8 @@ def _by_ground(
     if enough and not set(by_id) - set(splits):
         return splits
     notice(
-        f"{corpus}: the images with a place lie in {len(cells)} cells of ground, too few for the splits: a hash of the "
-        "id splits them, and the splits may share ground"
+        f"{corpus}: the georeferenced images lie in only {len(cells)} ground cells, too few for the splits: they are "
+        "split by a hash of the id, so the splits may share ground"
     )
     return by_id
 
@@ -265,8 +265,8 @@ def elsewhere(corpus: str, splits: Sequence[str], firsts: np.ndarray) -> list[st
     if shared:
         kinds = ", ".join(f"{names} {count}" for names, count in sorted(shared.items()))
         notice(
-            f"{corpus}: {sum(shared.values())} images have exact copies in more than one split ({kinds}), as the data "
-            "set names its splits: what is measured on them was trained on"
+            f"{corpus}: {sum(shared.values())} images have exact copies in more than one split of the data set "
+            f"({kinds}): measurements on them use images that were trained on"
         )
     return result
 
@@ -291,7 +291,7 @@ def check(split: str, val_fraction: float, test_fraction: float, limit: int | No
             or the resolution is below 1.
     """
     if split not in SPLITS:
-        raise UserError(f"corpus.split={split!r} is unknown: there are the splits {', '.join(SPLITS)}")
+        raise UserError(f"corpus.split={split!r} is unknown: choose from {', '.join(SPLITS)}")
     for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction < 1:
             raise UserError(f"corpus.{name}={fraction} is outside [0, 1): give the fraction to hold out")
@@ -303,7 +303,7 @@ def check(split: str, val_fraction: float, test_fraction: float, limit: int | No
     if limit is not None and limit < 1:
         raise UserError(f"corpus.limit={limit} keeps nothing: give at least 1, or null for all")
     if resolution < 1:
-        raise UserError(f"corpus.resolution={resolution} is no image size: give the side in pixels")
+        raise UserError(f"corpus.resolution={resolution} is not an image size: give the side in pixels")
 
 
 def thinned(count: int, limit: int | None) -> np.ndarray:

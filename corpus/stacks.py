@@ -48,8 +48,8 @@ def grouped(
     if stacked:
         example = f" (e.g. {min(others)})" if others else ""
         notice(
-            f"{corpus}: {len(stacked):,} images are stacked from files of one band each; {len(others):,} other files "
-            f"of these scenes are left out{example}"
+            f"{corpus}: {len(stacked):,} images are stacked from single-band files; {len(others):,} other files of "
+            f"these scenes are left out{example}"
         )
     elif not any(isinstance(band, str) for band in bands or ()):
         single = single_bands(files)
@@ -57,8 +57,8 @@ def grouped(
             names = ", ".join(PurePosixPath(file).name for file in single[:3])
             example = "[VV,VH,VV]" if _place(single[0], _RADAR) else "[B04,B03,B02]"
             raise UserError(
-                f"corpus.root={root} has one file a band ({names}, …): say which are red, green and blue by name, such "
-                f"as corpus.bands={example}"
+                f"corpus.root={root} has one file per band ({names}, …): name the bands for red, green and blue, for "
+                f"example corpus.bands={example}"
             )
     return stacked, others
 

@@ -44,7 +44,7 @@ class TransformersEncoder:
     def __post_init__(self) -> None:
         if self.name == INCEPTION:
             raise UserError(
-                f"encoder.name={INCEPTION} is kept for the standard InceptionV3, which fid is defined on: name the "
+                f"encoder.name={INCEPTION} is reserved for the standard InceptionV3 that defines FID: name the "
                 "encoder after its network"
             )
 
@@ -88,5 +88,5 @@ def _transformers_network(encoder: TransformersEncoder) -> tuple[nn.Module, Pixe
         ) from error
     if hasattr(network, "get_image_features") and network.config.vision_config.image_size != encoder.input_size:
         side = network.config.vision_config.image_size
-        raise UserError(f"{encoder.path} takes images of {side} px only: encoder.input_size={side}")
+        raise UserError(f"{encoder.path} accepts only images of {side} px: give encoder.input_size={side}")
     return network.eval().requires_grad_(False).to(device()), recipe

@@ -90,16 +90,16 @@ def _inception(folder: Path, download: bool) -> nn.Module:
         raise _missing(path, "encoder.download=false")
     if _sha256(path) != INCEPTION_SHA256:
         raise UserError(
-            f"{path} is not the InceptionV3 that fid is defined on (its SHA-256 is {_sha256(path)}, not "
-            f"{INCEPTION_SHA256}): remove it, so that it is fetched again, or {AVOID}"
+            f"{path} is not the InceptionV3 that defines FID (its SHA-256 is {_sha256(path)}, not "
+            f"{INCEPTION_SHA256}): remove it, so that it is downloaded again, or {AVOID}"
         )
     return InceptionV3W(str(folder), download=False).eval().requires_grad_(False).to(device())
 
 
 def _missing(path: Path, reason: str) -> UserError:
     return UserError(
-        f"no {path}, the InceptionV3 that fid is defined on, and it was not fetched ({reason}): put the file there, "
-        f"name its folder with encoder.folder (in profile=paper evaluation_encoder.folder), or {AVOID}"
+        f"{path}, the InceptionV3 that defines FID, is missing and could not be downloaded ({reason}): put the file "
+        f"there, give its folder as encoder.folder (in profile=paper evaluation_encoder.folder), or {AVOID}"
     )
 
 
@@ -122,7 +122,7 @@ def _fetch_inception(path: Path) -> None:
         with urlopen(inception_url, timeout=30) as response, partial.open("wb") as file:
             shutil.copyfileobj(response, file)
         if _sha256(partial) != INCEPTION_SHA256:
-            raise OSError(f"{inception_url} sent another file, with the SHA-256 {_sha256(partial)}")
+            raise OSError(f"{inception_url} sent a different file, with the SHA-256 {_sha256(partial)}")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

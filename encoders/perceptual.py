@@ -47,7 +47,7 @@ class PerceptualScorer:
             raise ValueError(f"pairs differ in shape: {images.shape} and {truth.shape}")
         if min(images.shape[1:3]) < LEAST:
             raise UserError(
-                f"LPIPS needs images of {LEAST} px, these have {min(images.shape[1:3])}: set eval.lpips=null"
+                f"LPIPS needs images of at least {LEAST} px, these have {min(images.shape[1:3])}: set eval.lpips=null"
             )
         parts = [slice(start, start + BATCH) for start in range(0, len(images), BATCH)]
         pairs = ((to_tensor(x[part]).to(device()) for x in (images, truth)) for part in parts)
@@ -69,7 +69,7 @@ def perceptual_scorer(weights: str | None) -> PerceptualScorer | None:
     path = Path(weights).expanduser()
     if not path.is_file():
         raise UserError(
-            f"no {path}, which eval.lpips names: put torchvision's AlexNet weights there (alexnet-owt-7be5be79.pth), "
+            f"eval.lpips={path} does not exist: put torchvision's AlexNet weights there (alexnet-owt-7be5be79.pth), "
             "or set eval.lpips=null to leave lpips out"
         )
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # the initial random weights are replaced
@@ -85,7 +85,7 @@ def _backbone(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file does not contain them.
     """
-    refusal = f"{path}, which eval.lpips names, holds no AlexNet of torchvision"
+    refusal = f"eval.lpips={path} is not torchvision's AlexNet"
     remedy = "give alexnet-owt-7be5be79.pth, its tensors as safetensors, or eval.lpips=null"
     try:
         if path.suffix == ".safetensors":
@@ -100,6 +100,6 @@ def _backbone(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
         key = f"features.{name.split('.', 1)[1]}"
         tensor = source.get(key) if isinstance(source, dict) else None
         if not isinstance(tensor, torch.Tensor) or tensor.shape != value.shape:
-            raise UserError(f"{refusal} ({key} is missing or of another shape): {remedy}")
+            raise UserError(f"{refusal} ({key} is missing or has another shape): {remedy}")
         result[name] = tensor
     return result

@@ -108,7 +108,7 @@ def deal(images: np.ndarray, scenes: np.ndarray, size: int, generator: np.random
     for name in names:
         rows = generator.permutation(np.flatnonzero(scenes == name))
         if len(rows) < 2 * each:
-            raise UserError(f"scene {name} has {len(rows)} images, {2 * each} are needed: lower damage.images")
+            raise UserError(f"scene {name} has {len(rows)} images, but {2 * each} are needed: lower damage.images")
         first, second, rest = [*first, rows[:each]], [*second, rows[each : 2 * each]], [*rest, rows[2 * each :]]
     # one of every scene in turn, so that the first `size` are balanced
     reference, clean = (np.stack(rows, axis=1).ravel()[:size] for rows in (first, second))
@@ -130,7 +130,7 @@ def swapped(pool: Pool, strength: float, generator: np.random.Generator) -> np.n
     spare = generator.permutation(pool.spare[pool.scenes[pool.spare] == intruder])
     if len(spare) < len(positions):
         raise UserError(
-            f"scene {intruder} has {len(spare)} spare images, {len(positions)} are needed: lower damage.images"
+            f"scene {intruder} has {len(spare)} spare images, but {len(positions)} are needed: lower damage.images"
         )
     rows = pool.clean.copy()
     rows[positions] = spare[: len(positions)]

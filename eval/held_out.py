@@ -142,7 +142,7 @@ def held_out_sets(
         rows = draw(corpus, usable, size, np.random.default_rng([seed, 100 + index, half]))
         if len(rows) < size and half == 0:
             raise UserError(
-                f"the held-out corpus {corpus.name} has {len(rows)} usable images, eval.images={size} are requested: "
+                f"the held-out corpus {corpus.name} has {len(rows)} usable images, eval.images={size} needs more: "
                 "lower eval.images (eval.convergence_images of snapshots) or hold out more images "
                 "(corpus.test_fraction, corpus.val_fraction)"
             )
@@ -160,7 +160,7 @@ def second_sets(
     for name, held in sets.items():
         if len(held) < size:
             print(
-                f"no row real_held_out of the {name} set: {corpus.name} has {len(held)} further held-out images, "
+                f"no row real_held_out for the {name} set: {corpus.name} has {len(held)} further held-out images, but "
                 f"{size} are needed: lower eval.images or hold out more images",
                 file=sys.stderr,
             )

@@ -49,7 +49,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Judges:
+class Evaluators:
     """The frozen networks that compute metrics; they do not depend on the model that made the images.
 
     Attributes:
@@ -114,7 +114,7 @@ def draw_images(model: Model | PeerModel, held: HeldOut, sampling: Sampling, run
 
 
 def measure_images(
-    images: Path, held: HeldOut, judges: Judges, runs: Path | str, training: TrainingImages | None = None
+    images: Path, held: HeldOut, judges: Evaluators, runs: Path | str, training: TrainingImages | None = None
 ) -> Path:
     """Metrics of the images of a stage, in which image i was drawn from held-out caption i; cached.
 
@@ -156,7 +156,7 @@ class Measured:
 def measure(
     images: np.ndarray,
     held: HeldOut,
-    judges: Judges,
+    judges: Evaluators,
     *,
     captioned: bool = True,
     training: TrainingImages | None = None,
@@ -210,7 +210,7 @@ def compare(
 
 
 def judge_captions(
-    images: np.ndarray, held: HeldOut, judges: Judges
+    images: np.ndarray, held: HeldOut, judges: Evaluators
 ) -> tuple[dict[str, float | None], Confusion | None]:
     """CLIP metrics of images drawn from the held-out captions, and the scenes that CLIP recognises in them.
 
@@ -232,7 +232,7 @@ def embed_rows(encoder: Encoder, images: np.ndarray) -> np.ndarray:
     )
 
 
-def scene_confusion(judges: Judges, held: HeldOut, images: np.ndarray) -> Confusion | None:
+def scene_confusion(judges: Evaluators, held: HeldOut, images: np.ndarray) -> Confusion | None:
     """Confusion of the scenes that CLIP recognises in images of the held-out captions, among the training scenes.
 
     The result is None without a CLIP model or with fewer than two scenes. Images of unknown scene are left out.
@@ -250,7 +250,7 @@ def scene_confusion(judges: Judges, held: HeldOut, images: np.ndarray) -> Confus
     return confusion
 
 
-def real_confusion(held: HeldOut, judges: Judges, runs: Path | str) -> Confusion | None:
+def real_confusion(held: HeldOut, judges: Evaluators, runs: Path | str) -> Confusion | None:
     """Confusion of the scenes that CLIP recognises in the held-out images themselves; cached."""
 
     def build(directory: Path) -> None:
@@ -268,7 +268,7 @@ def with_set(held_out: str, metrics: Mapping[str, float | None]) -> dict[str, fl
 def measure_model(
     model: Model | PeerModel,
     sets: Mapping[str, HeldOut],
-    judges: Judges,
+    judges: Evaluators,
     sampling: Sampling,
     runs: Path | str,
     training: TrainingImages | None = None,

@@ -19,7 +19,7 @@ from encoders.embedding import Encoder
 from encoders.pixels import LOAD_ERRORS
 from eval.held_out import HeldOut
 from eval.measuring import (
-    Judges,
+    Evaluators,
     Sampling,
     encoders_of,
     evaluation_sets,
@@ -67,7 +67,7 @@ def measure_any(cfg: DictConfig) -> Path:
     if model is None:
         return measure_folder(cfg, source, sets)
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
-    judges = Judges(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
+    judges = Evaluators(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
     training = find_training(source, corpus, judges.encoders, cfg.runs)
     return _result(cfg, source.name, measure_model(model, sets, judges, Sampling.of(cfg), cfg.runs, training))
 
@@ -83,9 +83,9 @@ def measure_peer(cfg: DictConfig) -> Path:
     peer.check(source)
     sets = distinct_sets(evaluation_sets(cfg))
     model = PeerModel(peer, source, next(iter(sets.values())).corpus.resolution)
-    notice(f"{peer.name} draws at {peer.resolution} px; its images are measured at the corpus's {model.side} px")
+    notice(f"{peer.name} generates images of {peer.resolution} px; they are measured at the corpus's {model.side} px")
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
-    judges = Judges(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
+    judges = Evaluators(encoders_of(cfg), find_scorer(cfg, source), scene_captions(corpus))
     sampling = Sampling(peer.steps, peer.guidance_scale, int(cfg.eval.seed))
     measured = measure_model(model, sets, judges, sampling, cfg.runs)
     metadata = {**model.metadata, "images": {name: len(held) for name, held in sets.items()}}
@@ -118,7 +118,7 @@ def distinct_sets(sets: Mapping[str, HeldOut]) -> dict[str, HeldOut]:
     """Both sets, or only the natural one if both have the same images, for example a whole split."""
     if len({tuple(sorted(held.rows)) for held in sets.values()}) > 1:
         return dict(sets)
-    notice("both held-out sets hold the same images: they are drawn and measured once, as the natural set")
+    notice("both held-out sets contain the same images: only the natural set is generated and measured")
     return {SETS[-1]: sets[SETS[-1]]}
 
 
@@ -171,8 +171,8 @@ def find_scorer(cfg: DictConfig, source: Path) -> ClipScorer | None:
     options = cfg.text_encoder
     if options.kind == "train":
         print(
-            f"no CLIP score: {source} is no run of this repository and text_encoder={options.score_name} is trained "
-            "with one; give text_encoder=clip_hub to score with a CLIP model from the hub",
+            f"no CLIP score: {source} is not a run of this repository, and text_encoder={options.score_name} exists "
+            "only inside a run: give text_encoder=clip_hub to score with a CLIP model from the hub",
             file=sys.stderr,
         )
         return None
@@ -208,7 +208,7 @@ def measure_folder(cfg: DictConfig, source: Path, sets: Mapping[str, HeldOut]) -
     """
     resolution = next(iter(sets.values())).corpus.resolution
     folder = index_corpus(ImageFolder(root=str(source), split="all", resolution=resolution), cfg.runs)
-    judges = Judges(encoders_of(cfg))
+    judges = Evaluators(encoders_of(cfg))
     rows = sample_rows(folder, int(cfg.eval.images), int(cfg.eval.seed), source)
     sets = {name: held.first(len(rows)) for name, held in sets.items()}
 
@@ -234,14 +234,14 @@ def sample_rows(folder: Corpus, images: int, seed: int, source: Path) -> np.ndar
     readable = np.flatnonzero(folder.readable)
     if len(readable) < FEWEST_IMAGES:
         raise UserError(
-            f"of={source} has {len(readable)} readable images: give at least {FEWEST_IMAGES}, of which a distance "
-            "between sets can be determined"
+            f"of={source} has {len(readable)} readable images: give at least {FEWEST_IMAGES}, because the distances "
+            "between sets need that many"
         )
     if len(readable) < images:
         biased = ", ".join(metric.name for metric in METRICS.values() if metric.biased)
         print(
-            f"{len(readable)} images are compared with as many held-out ones (eval.images={images} were requested): "
-            f"{biased} depend on that number, compare them with those of {len(readable)} images only",
+            f"{len(readable)} images are compared with {len(readable)} held-out images (eval.images={images} were "
+            f"requested): {biased} depend on this number, so compare them only with values for {len(readable)} images",
             file=sys.stderr,
         )
     return np.sort(np.random.default_rng([seed, 330]).permutation(readable)[:images])

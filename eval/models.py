@@ -115,11 +115,15 @@ def find_model(folder: Path) -> Model | None:
         UserError: the folder does not exist, or a snapshot is not inside its run.
     """
     if not folder.is_dir():
-        raise UserError(f"of={folder} is no folder: give a run, a snapshot, a diffusers pipeline or a folder of images")
+        raise UserError(
+            f"of={folder} is not a folder: give a run, a snapshot, a diffusers pipeline or a folder of images"
+        )
     if (folder / SNAPSHOT).is_file():
         pipeline = folder.parent.parent / "pipeline"
         if not (pipeline / INDEX).is_file():
-            raise UserError(f"of={folder} is a snapshot whose run has no pipeline in {pipeline}: leave it in its run")
+            raise UserError(
+                f"of={folder} is a snapshot, but there is no pipeline in {pipeline}: keep the snapshot inside its run"
+            )
         return Model(pipeline, folder)
     for place in (folder / "pipeline", folder):
         if (place / INDEX).is_file():

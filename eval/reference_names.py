@@ -4,8 +4,8 @@ from __future__ import annotations
 
 #: Description of each row, in the order of the tables.
 REFERENCE_ROWS = {
-    "real_held_out": "a second, disjoint set of as many held-out images: what a perfect generator reaches",
-    "real_train": "as many real training images, unpruned",
-    "reconstructed_train": "these training images through the autoencoder: what a perfect latent model reaches",
-    "pca": "these training images through as many principal components as the latents have channels",
+    "real_held_out": "a second, disjoint set of equally many held-out images: the score of a perfect generator",
+    "real_train": "equally many real images from the unpruned training set",
+    "reconstructed_train": "the same training images through the autoencoder: the score of a perfect latent model",
+    "pca": "the same training images reconstructed from as many principal components as the latents have channels",
 }

@@ -10,7 +10,7 @@ import numpy as np
 
 from corpus.index import Corpus
 from eval.held_out import DRAWS, HeldOut
-from eval.measuring import Judges, compare, embed_rows, judge_captions, with_set
+from eval.measuring import Evaluators, compare, embed_rows, judge_captions, with_set
 from eval.memorisation import TrainingImages
 from eval.metrics import METRICS, compute
 from eval.reference_names import REFERENCE_ROWS
@@ -32,7 +32,7 @@ def reference_rows(
     sets: Mapping[str, HeldOut],
     further: Mapping[str, HeldOut],
     corpus: Corpus,
-    judges: Judges,
+    judges: Evaluators,
     rebuilds: Mapping[str, Rebuild],
     seed: int,
     runs: Path | str,
@@ -88,7 +88,7 @@ def reference_rows(
 
 
 def real_held_out(
-    further: HeldOut, held: HeldOut, judges: Judges, training: TrainingImages | None = None
+    further: HeldOut, held: HeldOut, judges: Evaluators, training: TrainingImages | None = None
 ) -> dict[str, float | None]:
     """Metrics of real images against a disjoint held-out set, and CLIP metrics with their captions."""
     metrics = compare(further.features, held, scenes=further.scenes, training=training)

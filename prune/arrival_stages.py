@@ -23,14 +23,14 @@ from prune.arrivals import (
     VERDICTS,
     WORTH,
     Gathered,
+    ImageData,
     Likeness,
-    Looks,
     among_arrivals,
-    beside_kept,
     counts_of,
     digests,
     fill,
     first_of_scenes,
+    nearest_and_repeated_kept,
     priority,
     swaps,
 )
@@ -48,7 +48,7 @@ from runtime.errors import UserError
 from runtime.notices import notice
 
 #: Files that the stages write.
-BESIDE, ARRIVALS, SUMMARY, REPORT_PAGE = "beside.parquet", "arrivals.parquet", "summary.json", "report.html"
+COMPARISON, ARRIVALS, SUMMARY, REPORT_PAGE = "beside.parquet", "arrivals.parquet", "summary.json", "report.html"
 GROWING, FIXED = "growing", "fixed"
 #: Where the repeated image lies: in the kept set or among the arrivals.
 KEPT, ARRIVED = "kept", "arrived"
@@ -88,8 +88,8 @@ def arrive(cfg: DictConfig, kept: Kept) -> Path:
         new = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, kept.measure, kept.encoder)
     if new.resolution != kept.corpus.resolution:
         raise UserError(
-            f"the images of {new.name} have {new.resolution} px, those of {kept.directory} {kept.corpus.resolution}: "
-            "give corpus.train.resolution"
+            f"the images of {new.name} have {new.resolution} px, but those of {kept.directory} have "
+            f"{kept.corpus.resolution} px: give corpus.train.resolution"
         )
     corpora = {corpus.fingerprint: corpus for corpus in [*(earlier.corpora if earlier else ()), new]}
     parts = {}
@@ -101,13 +101,13 @@ def arrive(cfg: DictConfig, kept: Kept) -> Path:
 
     def build(directory: Path) -> None:
         with clock("compare what arrived"):
-            table, looks = together([corpora[name] for name in parts], list(parts.values()), kept, index, cfg.runs)
-            table = answered(table, looks, kept, index, limits.likeness, budget)
+            table, data = together([corpora[name] for name in parts], list(parts.values()), kept, index, cfg.runs)
+            table = answered(table, data, kept, index, limits.likeness, budget)
         summary = summarise(table, kept, index, limits, budget, clock.seconds)
         table.drop(columns="row").to_parquet(directory / ARRIVALS, index=False)
         write_json(directory / SUMMARY, summary)
         write_arrivals_report(
-            directory / REPORT_PAGE, table, summary, looks.images, kept.corpus, np.random.default_rng([0, 7])
+            directory / REPORT_PAGE, table, summary, data.images, kept.corpus, np.random.default_rng([0, 7])
         )
 
     directory = stage(cfg.runs, "arrivals", inputs, build)
@@ -137,11 +137,13 @@ def thresholds(cfg: DictConfig, kept: Kept, index: KeptIndex, rule: Any) -> Thre
     options = cfg.arrive
     for name in ("near", "similarity"):
         if not -1 <= options[name] <= 1:
-            raise UserError(f"arrive.{name}={options[name]} is no cosine: give a number between -1 and 1")
+            raise UserError(f"arrive.{name}={options[name]} is not a cosine: give a number between -1 and 1")
     if not 0 <= options.entropy_quantile <= 1:
-        raise UserError(f"arrive.entropy_quantile={options.entropy_quantile} is no fraction: give one between 0 and 1")
+        raise UserError(
+            f"arrive.entropy_quantile={options.entropy_quantile} is not a fraction: give a number between 0 and 1"
+        )
     if int(options.neighbours) < 1:
-        raise UserError(f"arrive.neighbours={options.neighbours} compares with nothing: give at least 1")
+        raise UserError(f"arrive.neighbours={options.neighbours} is too small: give at least 1")
     bits = options.entropy_bits
     if bits is None:
         bits = kept.summary.get("entropy_threshold")
@@ -166,21 +168,23 @@ def open_earlier(directory: Path, kept: Kept) -> Earlier:
         UserError: the directory holds no answer, the answer is of another selection, or one of its corpora is gone.
     """
     if not (directory / ARRIVALS).is_file() or not (directory / COMPLETE).is_file():
-        raise UserError(f"arrive.after={directory} is no answer: give the directory that prune/arrive.py prints")
+        raise UserError(
+            f"arrive.after={directory} is not a result of prune/arrive.py: give the directory that it prints"
+        )
     inputs = read_json(directory / COMPLETE)["inputs"]
     if inputs["selection"] != kept.directory.resolve().name:
-        raise UserError(f"arrive.after={directory} is of the selection {inputs['selection']}, not of {kept.directory}")
+        raise UserError(f"arrive.after={directory} belongs to selection {inputs['selection']}, not to {kept.directory}")
     corpora = []
     for name in inputs["parts"]:
         place = directory.resolve().parent.parent / "corpus" / name
         if not (place / COMPLETE).is_file():
-            raise UserError(f"arrive.after={directory}: what arrived then is not in {place}: let all arrive at once")
+            raise UserError(f"arrive.after={directory}: its images are no longer in {place}: compare all images anew")
         corpora.append(open_corpus(place))
     return Earlier(tuple(corpora), pd.read_parquet(directory / ARRIVALS))
 
 
 def judged(corpus: Corpus, kept: Kept, index: KeptIndex, limits: Thresholds, runs: Path | str) -> Path:
-    """Run the stage `beside` for one corpus, or find it done; returns its directory."""
+    """Run the stage `arrived` for one corpus, or find it done; returns its directory."""
     likeness = limits.likeness
     inputs = {
         "index": index.fingerprint, "corpus": corpus.fingerprint, "entropy": limits.entropy, "near": likeness.near,
@@ -189,26 +193,28 @@ def judged(corpus: Corpus, kept: Kept, index: KeptIndex, limits: Thresholds, run
 
     def build(directory: Path) -> None:
         entropy = corpus_entropy(corpus, kept.measure, runs)
-        looks = _looks(corpus, kept, index, runs)
-        refuse_not_finite(looks.points.embeddings, corpus.readable, f"the embeddings of corpus {corpus.name}")
-        beside(corpus, entropy, looks, kept, index, limits).to_parquet(directory / BESIDE, index=False)
+        data = _image_data(corpus, kept, index, runs)
+        refuse_not_finite(data.points.embeddings, corpus.readable, f"the embeddings of corpus {corpus.name}")
+        comparison_with_kept(corpus, entropy, data, kept, index, limits).to_parquet(directory / COMPARISON, index=False)
 
     return stage(runs, "arrived", inputs, build)
 
 
-def beside(
-    corpus: Corpus, entropy: np.ndarray, looks: Looks, kept: Kept, index: KeptIndex, limits: Thresholds
+def comparison_with_kept(
+    corpus: Corpus, entropy: np.ndarray, data: ImageData, kept: Kept, index: KeptIndex, limits: Thresholds
 ) -> pd.DataFrame:
     """Table of the comparison of a corpus with the kept set alone, one row per image in corpus order.
 
     Args:
         entropy: float [N], local entropy in bits.
-        looks: embeddings, pixels and locations of the N images.
+        data: embeddings, pixels and locations of the N images.
     """
     readable = np.flatnonzero(corpus.readable)
-    scene, scene_similarity = assign_scenes(looks.points.embeddings, index.prototypes)
-    scenes, theirs = scene[readable], kept.looks(index.prototypes.centre)
-    closest, cosine, result = beside_kept(looks, readable, scenes, theirs, index.index, kept.rows, limits.likeness)
+    scene, scene_similarity = assign_scenes(data.points.embeddings, index.prototypes)
+    scenes, theirs = scene[readable], kept.image_data(index.prototypes.centre)
+    closest, cosine, result = nearest_and_repeated_kept(
+        data, readable, scenes, theirs, index.index, kept.rows, limits.likeness
+    )
     ids = kept.corpus.manifest["id"].to_numpy(dtype=object)
     columns = _columns(len(corpus))
     for name, values in (
@@ -242,37 +248,37 @@ def _columns(count: int) -> dict[str, np.ndarray]:
     }
 
 
-def _looks(corpus: Corpus, kept: Kept, index: KeptIndex, runs: Path | str) -> Looks:
+def _image_data(corpus: Corpus, kept: Kept, index: KeptIndex, runs: Path | str) -> ImageData:
     embeddings = corpus_embeddings(corpus, kept.encoder, runs)
     points = Points(embeddings, index.prototypes.centre)
-    return Looks(points, corpus.images, Locations.together([Locations.of(corpus.manifest, corpus.resolution)]))
+    return ImageData(points, corpus.images, Locations.together([Locations.of(corpus.manifest, corpus.resolution)]))
 
 
 def together(
     corpora: Sequence[Corpus], parts: Sequence[Path], kept: Kept, index: KeptIndex, runs: Path | str
-) -> tuple[pd.DataFrame, Looks]:
+) -> tuple[pd.DataFrame, ImageData]:
     """`union` of the tables and images that the stages of the corpora left."""
-    tables = [pd.read_parquet(part / BESIDE) for part in parts]
-    return union(tables, [_looks(corpus, kept, index, runs) for corpus in corpora])
+    tables = [pd.read_parquet(part / COMPARISON) for part in parts]
+    return union(tables, [_image_data(corpus, kept, index, runs) for corpus in corpora])
 
 
-def union(tables: Sequence[pd.DataFrame], looks: Sequence[Looks]) -> tuple[pd.DataFrame, Looks]:
-    """Join the tables of `beside` and the images of all arrivals; `row` then counts through all parts.
+def union(tables: Sequence[pd.DataFrame], data: Sequence[ImageData]) -> tuple[pd.DataFrame, ImageData]:
+    """Join the tables of `comparison_with_kept` and the images of all arrivals; `row` then counts through all parts.
 
     An image that arrived twice (the same id and the same pixels, or unreadable for the same reason) gets one row.
     """
     starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])])
     table = pd.concat([part.assign(row=part["row"] + start) for part, start in zip(tables, starts, strict=False)])
     again = table.duplicated(["id", "digest", "reason"])
-    points = Points(Gathered([part.points.embeddings for part in looks]), looks[0].points.centre)
-    images = Gathered([part.images for part in looks])
-    return table[~again].reset_index(drop=True), Looks(
-        points, images, Locations.together([part.locations for part in looks])
+    points = Points(Gathered([part.points.embeddings for part in data]), data[0].points.centre)
+    images = Gathered([part.images for part in data])
+    return table[~again].reset_index(drop=True), ImageData(
+        points, images, Locations.together([part.locations for part in data])
     )
 
 
 def answered(
-    table: pd.DataFrame, looks: Looks, kept: Kept, index: KeptIndex, likeness: Likeness, budget: str | int
+    table: pd.DataFrame, data: ImageData, kept: Kept, index: KeptIndex, likeness: Likeness, budget: str | int
 ) -> pd.DataFrame:
     """The final verdicts: find repetitions among the arrivals, then spread the budget over the remaining images."""
     names = np.array([*index.prototypes.names, OPEN_SCENE], dtype=object)
@@ -285,7 +291,7 @@ def answered(
     candidates = np.flatnonzero(verdict == CANDIDATE)
     keys = (table[name].to_numpy()[candidates] for name in ("gain", "digest", "id"))
     candidates = candidates[priority(*keys)]
-    result = among_arrivals(looks, table["row"].to_numpy()[candidates], code[candidates], likeness)
+    result = among_arrivals(data, table["row"].to_numpy()[candidates], code[candidates], likeness)
     repeated = result.match >= 0
     place = pd.Series(np.arange(len(table)), index=table["row"])
     first = table["id"].to_numpy(dtype=object)[place[result.match[repeated]].to_numpy()]
@@ -392,5 +398,5 @@ def announce(directory: Path, new: Corpus, earlier: Earlier | None) -> None:
         before = earlier.table.loc[earlier.table["added"], keys]
         now = table.loc[table["added"], keys]
         gone = len(before) - len(before.merge(now, on=keys))
-        line += f"; {len(now):,} of {len(table):,} so far are added, and {gone:,} that were before are not any more"
+        line += f"; of all {len(table):,} images so far, {len(now):,} are added; {gone:,} added before no longer are"
     notice(line)

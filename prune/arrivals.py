@@ -59,7 +59,7 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Looks:
+class ImageData:
     """The data of N images that a comparison needs.
 
     Attributes:
@@ -118,7 +118,7 @@ class Repeats:
 
 
 def repeats(
-    mine: Looks, rows: np.ndarray, theirs: Looks, candidates: np.ndarray, cosines: np.ndarray, need: np.ndarray,
+    mine: ImageData, rows: np.ndarray, theirs: ImageData, candidates: np.ndarray, cosines: np.ndarray, need: np.ndarray,
     likeness: Likeness,
 ) -> Repeats:  # fmt: skip
     """Find which of its candidates each image repeats.
@@ -175,8 +175,8 @@ def _compared(
     return equal, correlation
 
 
-def beside_kept(
-    arrived: Looks, rows: np.ndarray, scene: np.ndarray, kept: Looks, index: faiss.Index, kept_rows: np.ndarray,
+def nearest_and_repeated_kept(
+    arrived: ImageData, rows: np.ndarray, scene: np.ndarray, kept: ImageData, index: faiss.Index, kept_rows: np.ndarray,
     likeness: Likeness,
 ) -> tuple[np.ndarray, np.ndarray, Repeats]:  # fmt: skip
     """Compare some arrivals with the kept images alone.
@@ -191,7 +191,7 @@ def beside_kept(
         the arrivals repeat.
     """
     closest, cosine, result = np.full(len(rows), -1), np.full(len(rows), np.nan, np.float32), Repeats.none(len(rows))
-    for start in progress(range(0, len(rows), BLOCK), "compare with what is kept", unit="block"):
+    for start in progress(range(0, len(rows), BLOCK), "compare with kept images", unit="block"):
         part = np.arange(start, min(start + BLOCK, len(rows)))
         vectors = arrived.points[rows[part]]
         positions = nearest(index, vectors, likeness.neighbours)
@@ -218,7 +218,7 @@ def priority(gain: np.ndarray, digest: np.ndarray, identifier: np.ndarray) -> np
     return np.lexsort((identifier, digest, -np.round(gain / GAIN_STEP)))
 
 
-def among_arrivals(arrived: Looks, rows: np.ndarray, scene: np.ndarray, likeness: Likeness) -> Repeats:
+def among_arrivals(arrived: ImageData, rows: np.ndarray, scene: np.ndarray, likeness: Likeness) -> Repeats:
     """Find the arrivals that repeat an arrival of higher priority; an image that is itself a repetition does not count.
 
     Args:
@@ -229,7 +229,7 @@ def among_arrivals(arrived: Looks, rows: np.ndarray, scene: np.ndarray, likeness
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int)] if len(rows) else rows
     index = new_index(arrived.points[sample], len(rows))
     leaders = np.empty(0, dtype=np.int64)
-    for start in progress(range(0, len(rows), BLOCK), "compare what arrived", unit="block"):
+    for start in progress(range(0, len(rows), BLOCK), "compare new images with each other", unit="block"):
         part = np.arange(start, min(start + BLOCK, len(rows)))
         vectors, need = arrived.points[rows[part]], likeness.similarity[scene[part]]
         positions = nearest(index, vectors, likeness.neighbours)
@@ -244,7 +244,7 @@ def among_arrivals(arrived: Looks, rows: np.ndarray, scene: np.ndarray, likeness
 
 
 def _first_of_block(
-    arrived: Looks, rows: np.ndarray, vectors: np.ndarray, need: np.ndarray, free: np.ndarray, likeness: Likeness,
+    arrived: ImageData, rows: np.ndarray, vectors: np.ndarray, need: np.ndarray, free: np.ndarray, likeness: Likeness,
     result: Repeats, start: int,
 ) -> np.ndarray:  # fmt: skip
     """Find the distinct images of a block, int64, and record the repetitions in `result`.

@@ -51,7 +51,7 @@ class Settings:
         if ratio is not None:
             budget_of(1, ratio)
         if uniformity is not None and (not _number(uniformity) or not 0 <= uniformity <= 1):
-            raise UserError(f"uniformity={uniformity} is outside [0, 1]: 0 is by size, 1 even")
+            raise UserError(f"uniformity={uniformity} is outside [0, 1]: 0 is proportional to size, 1 is uniform")
         return cls(*(None if value is None else float(value) for value in (ratio, uniformity)))
 
 
@@ -132,7 +132,7 @@ class Decision:
         method, ratio = self.method, self.kept.summary["ratio"] if settings.ratio is None else settings.ratio
         if settings.uniformity is not None and settings.uniformity != self.uniformity:
             if self.uniformity is None:
-                raise UserError(f"the method {self.kept.summary['method']} has no uniformity: leave it as it is")
+                raise UserError(f"the method {self.kept.summary['method']} has no uniformity: leave it unchanged")
             method = replace(method, uniformity=settings.uniformity)
         generator = np.random.default_rng([int(self.kept.inputs["seed"]), 2])
         return method.select(self.pool, budget_of(len(self.pool), ratio), generator)
@@ -150,7 +150,7 @@ def open_decision(kept: Kept) -> Decision:
     name = kept.summary["method"]
     method = instantiate(OmegaConf.create(_targets(kept.inputs["method"])), _convert_="all")
     if getattr(method, "uses_captions", False):
-        return Decision(kept, table, pool, None, f"the method {name} reads captions: change its ratio by prune/run.py")
+        return Decision(kept, table, pool, None, f"the method {name} reads captions: change the ratio by prune/run.py")
     if getattr(method, "keeps_everything", False):
         return Decision(kept, table, pool, None, f"the method {name} keeps everything: there is no ratio to change")
     if "reference" in kept.inputs:
@@ -170,7 +170,7 @@ def _targets(value: Any) -> Any:
         if "_class_" not in value:
             return fields
         if not str(value["_class_"]).startswith(METHODS) or "_target_" in value:
-            raise UserError(f"the selection names a method {value['_class_']} that is none: prune again")
+            raise UserError(f"{value['_class_']} in the selection is not a pruning method: prune again")
         return {"_target_": value["_class_"], **fields}
     return [_targets(item) for item in value] if isinstance(value, list) else value
 
@@ -189,7 +189,7 @@ def edited(selection: Selection, edits: Edits, readable: np.ndarray, ids: Sequen
         (edits.removed, ~kept, "is not kept"),
     ):
         if (wrong := rows[bad[rows]]).size:
-            raise UserError(f"{ids[wrong[0]]} {text}: take it from the list of changes ({len(wrong)} such images)")
+            raise UserError(f"{ids[wrong[0]]} {text}: remove it from the list of changes ({len(wrong)} such images)")
     kept[edits.added], kept[edits.removed] = True, False
     if not kept.any():
         raise UserError("no image is left: keep at least one")

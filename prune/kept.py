@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from corpus.index import Corpus, open_corpus
 from corpus.locations import Locations
 from encoders.efficientnet import EfficientNetLite0
-from prune.arrivals import Looks
+from prune.arrivals import ImageData
 from prune.clusters import CHUNK, Clustering, Points, corpus_points, normalise
 from prune.entropy import LocalEntropy
 from prune.features import corpus_embeddings
@@ -76,10 +76,10 @@ class Kept:
         """Embeddings of the whole corpus, float16 [N, D], memory-mapped."""
         return corpus_embeddings(self.corpus, self.encoder, self.runs)
 
-    def looks(self, centre: np.ndarray) -> Looks:
+    def image_data(self, centre: np.ndarray) -> ImageData:
         """All images of the corpus in the form that comparisons need."""
         locations = Locations.of(self.corpus.manifest, self.corpus.resolution)
-        return Looks(Points(self.embeddings, centre), self.corpus.images, Locations.together([locations]))
+        return ImageData(Points(self.embeddings, centre), self.corpus.images, Locations.together([locations]))
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,10 @@ def open_selection(directory: str | Path | None) -> Kept:
         UserError: no directory is given, it holds no selection, the selection keeps no image, or its corpus is gone.
     """
     if directory is None:
-        raise UserError(
-            "selection=null: say what the images are compared with, selection=DIR as prune/run.py prints it"
-        )
+        raise UserError("selection=null: give the selection to compare with, selection=DIR as prune/run.py prints it")
     selection = Path(directory).expanduser()
     if not (selection / "selection.parquet").is_file() or not (selection / COMPLETE).is_file():
-        raise UserError(f"selection={directory} is no selection: give the directory that prune/run.py prints")
+        raise UserError(f"selection={directory} is not a selection: give the directory that prune/run.py prints")
     runs, inputs = selection.resolve().parent.parent, read_json(selection / COMPLETE)["inputs"]
     place = runs / "corpus" / inputs["corpus"]
     if not (place / COMPLETE).is_file():
@@ -163,7 +161,8 @@ def kept_index(kept: Kept) -> KeptIndex:
     parameters, arrays = read_json(directory / PARAMETERS), load_file(str(directory / SCENES))
     if (agreement := parameters["scene_agreement"]) is not None and agreement < 1:
         notice(
-            f"{kept.directory}: of the kept images {agreement:.1%} lie as near to their scene as the selection noted"
+            f"{kept.directory}: only for {agreement:.1%} of the kept images, the similarity to their scene is the same "
+            "as in the selection"
         )
     threshold = -np.inf if parameters["threshold"] is None else parameters["threshold"]
     prototypes = Prototypes(
@@ -179,7 +178,7 @@ def _filled(points: Points, rows: np.ndarray) -> faiss.Index:
     """A new index of some rows, in the given order."""
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int)]
     index = new_index(points[sample], len(rows))
-    for start in progress(range(0, len(rows), CHUNK), "index what is kept", unit="chunk"):
+    for start in progress(range(0, len(rows), CHUNK), "index kept images", unit="chunk"):
         index.add(np.ascontiguousarray(points[rows[start : start + CHUNK]]))
     return index
 
@@ -266,16 +265,16 @@ def as_selected(cfg: DictConfig, kept: Kept, given: Mapping[str, Any]) -> DictCo
         own, requested = plain(cfg[name]), kept.inputs[name]
         if any(key == name or key.startswith(f"{name}.") for key in given) and own != requested:
             raise UserError(
-                f"{name} is another than that of {kept.directory}, whose images could not be compared: leave it out"
+                f"{name} differs from that of {kept.directory}, so images could not be compared: leave this option out"
             )
         result[name] = requested
         if own != requested:
-            notice(f"{name} is as in {kept.directory}: {requested.get('name', requested.get('_target_'))}")
+            notice(f"{name} is taken from {kept.directory}: {requested.get('name', requested.get('_target_'))}")
     resolution, train = kept.corpus.resolution, result.corpus.train
     if "corpus.train.resolution" in given and int(cfg.corpus.train.resolution) != resolution:
         raise UserError(
             f"corpus.train.resolution={cfg.corpus.train.resolution}: the images of {kept.directory} have "
-            f"{resolution} px, leave it out"
+            f"{resolution} px: leave this option out"
         )
     if "resolution" in train:
         if int(cfg.corpus.train.resolution) != resolution:

@@ -203,7 +203,7 @@ def _hashes(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
     """Perceptual hashes of rows of a corpus, uint64 [K]; cached for the next held-out split of the same corpus."""
     key = (str(corpus.directory), len(rows))
     if key not in _last_hashes:
-        blocks = progress(range(0, len(rows), BLOCK), "look for leaks", unit="block")
+        blocks = progress(range(0, len(rows), BLOCK), "search for leaks", unit="block")
         parts = [perceptual_hashes(corpus.images[rows[start : start + BLOCK]]) for start in blocks]
         _last_hashes.clear()
         _last_hashes[key] = np.concatenate([np.empty(0, np.uint64), *parts])
@@ -232,8 +232,9 @@ def leak_grids(result: Mapping[str, Any] | None, runs: Path) -> list[SampleGrid]
             for row in pairs.head(len(worst)).itertuples()
         ]
         caption = (
-            f"{len(worst)} of {len(pairs):,} pairs, those that count first, by the correlation of their brightness. "
-            f"{part['near_duplicates']:,} of {part['looked_at']:,} {held} images count as duplicates."
+            f"{len(worst)} of {len(pairs):,} pairs: first those that count as duplicates, each group sorted by the "
+            f"correlation of brightness. {part['near_duplicates']:,} of {part['looked_at']:,} {held} images count as "
+            "duplicates."
         )
         grids.append(SampleGrid(name.capitalize(), caption, {held: worst[:, 0], other: worst[:, 1]}, lines, "pair"))
     return grids
@@ -246,7 +247,7 @@ def _words(kind: str) -> str:
 def announce_leaks(result: Mapping[str, Any], name: str) -> None:
     """Print one line on stderr about the images that the splits share; print nothing if they share none."""
     parts = [
-        f"{part['near_duplicates']:,} of {part['looked_at']:,} {split} images look like one that is trained on "
+        f"{part['near_duplicates']:,} of {part['looked_at']:,} {split} images are near-duplicates of training images "
         f"(table: {part['pairs']})"
         for split, part in result["held_out"].items()
         if part["near_duplicates"]
@@ -254,7 +255,7 @@ def announce_leaks(result: Mapping[str, Any], name: str) -> None:
     between = result.get("val_test")
     if between and between["near_duplicates"]:
         parts.append(
-            f"{between['near_duplicates']:,} of {between['looked_at']:,} val images look like one of test "
+            f"{between['near_duplicates']:,} of {between['looked_at']:,} val images are near-duplicates of test images "
             f"(table: {between['pairs']})"
         )
     if result["exact_copies"]:

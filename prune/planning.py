@@ -60,7 +60,7 @@ def plan_lines(cfg: DictConfig, name: str) -> list[str]:
     images = rows[0].images
     selection = _state(lambda: select(cfg, name)[0])
     rows.append(Row(f"select by {name}", images, images * (selection != DONE), selection))
-    kept = "as many as the method finds" if ratio is None else f"{budget_of(images, ratio):,} of {images:,} images"
+    kept = "the method decides how many" if ratio is None else f"{budget_of(images, ratio):,} of {images:,} images"
     return [*_table(rows), "", f"kept: {kept}", *_needs(cfg, sources["corpus"], images)]
 
 

@@ -27,7 +27,7 @@ def copied(directory: Path, target: Target) -> None:
             directory, target, {"stage": "selection", "fingerprint": directory.name}, (COMPLETE, "summary.json")
         )
     except UserError as error:
-        raise UserError(f"{error}; the selection itself is in {directory}, the same command copies it again") from None
+        raise UserError(f"{error}; the selection is in {directory}: run the same command to copy it") from None
     print(f"copied: {target}")
 
 

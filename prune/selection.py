@@ -50,8 +50,8 @@ def reference_rows(corpus: Corpus, per_scene: int, generator: np.random.Generato
     usable = corpus.readable & (labels != "")
     if not usable.any():
         raise UserError(
-            f"the reference set {corpus.name} has no labels: give one with a sub-folder a class (reference=…), or take "
-            "reference=none, which makes strata of the corpus itself"
+            f"the reference set {corpus.name} has no labels: give one with one sub-folder per class (reference=…), or "
+            "take reference=none, which makes strata from the corpus itself"
         )
     groups = [np.flatnonzero(usable & (labels == name)) for name in sorted(set(labels[usable]))]
     return np.sort(np.concatenate([generator.permutation(group)[:per_scene] for group in groups]))
@@ -205,8 +205,8 @@ def _tell_of_strata(count: int) -> None:
     """Print a notice about the strata, once per process, even if a sweep selects many times."""
     if is_main_process():
         print(
-            f"no labels: {count} clusters of the corpus (strata) stand for its scenes; reference=folder "
-            "reference.root=DIR names labelled ones",
+            f"no labels: {count} clusters of the corpus (strata) are used as scenes; give labelled images with "
+            "reference=folder reference.root=DIR",
             file=sys.stderr,
             flush=True,
         )

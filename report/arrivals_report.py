@@ -20,13 +20,13 @@ SHOWN, COLUMNS, PAIRS = 48, 12, 12
 SIDE = 96
 #: Meanings of the verdicts, the most interesting first.
 MEANINGS = {
-    "worth_adding": "new beside what is kept, and within the budget",
-    "not_needed": "new beside what is kept, but the budget goes to others",
-    "redundant": "so near to one that is kept or arrived that it adds nothing, by the embedding",
-    "copy": "equal in every pixel to one that is kept or arrived",
-    "near_duplicate": "the same picture as one that is kept or arrived: pixels correlate",
-    "low_entropy": "local information entropy below the threshold, as of water, cloud or no data",
-    "unreadable": "broken, or nothing that a decoder knows",
+    "worth_adding": "new compared with the kept images, and within the budget",
+    "not_needed": "new compared with the kept images, but other images fill the budget",
+    "redundant": "its embedding is so similar to that of a kept or new image that it adds nothing",
+    "copy": "equal in every pixel to a kept or new image",
+    "near_duplicate": "the same picture as a kept or new image: their pixels correlate",
+    "low_entropy": "local information entropy below the threshold, for example water, cloud or no data",
+    "unreadable": "damaged, or in a format that no decoder reads",
 }
 
 
@@ -58,18 +58,18 @@ def write_arrivals_report(
     write_report(
         path,
         title=f"{summary['added']:,} of {summary['arrived']:,} new images are worth adding",
-        intro=f"New images beside the {summary['kept']:,} that {summary['method']} kept. The kept set is as it was: "
-        "this is a proposal.",
+        intro=f"New images, compared with the {summary['kept']:,} images that {summary['method']} kept. The kept set "
+        "is unchanged: this is a proposal.",
         key_figures=_key_figures(summary),
         tables={name: part for name, part in {"verdicts": _verdicts(counts), "scenes": _scenes(summary)}.items()},
         sheets=_sheets(table, images, generator),
         grids=[grid for grid in (_repeated(table, images, kept), _swaps(table, images, kept)) if grid is not None],
         headings={"sheets": "New images"},
         notes={
-            "tables": "Exact counts, of all that arrived so far.",
-            "sheets": "A random sample of every verdict, and the most alike of the pairs.",
-            "verdicts": "Each image has one verdict, the first that applies from the bottom of this table.",
-            "scenes": "Kept, arrived and added images by scene. Open: like no scene that is known.",
+            "tables": "Exact counts of all images that have arrived so far.",
+            "sheets": "A random sample of every verdict, and the most similar pairs.",
+            "verdicts": "Each image has one verdict: the first one that applies, read from the bottom of this table.",
+            "scenes": "Kept, arrived and added images by scene. Open: similar to no known scene.",
         },
     )
 
@@ -81,10 +81,10 @@ def _key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
         "arrived": f"{summary['arrived']:,}",
         "added": f"{summary['added']:,}",
         "budget": str(summary["budget"]),
-        "of unknown scenes": f"{summary['unknown_scene']:,}",
+        "images of unknown scenes": f"{summary['unknown_scene']:,}",
         "entropy threshold": f"{limits['entropy_bits']:.2f} bits",
-        "redundant from a cosine of": f"{similar['known scene']:.3f}, of unknown scenes {similar['unknown scene']:.3f}",
-        "index of what is kept": f"{summary['index_bytes'] / 1e6:,.1f} MB",
+        "redundant from a cosine of": f"{similar['known scene']:.3f}, in unknown scenes {similar['unknown scene']:.3f}",
+        "index of kept images": f"{summary['index_bytes'] / 1e6:,.1f} MB",
         "seconds": f"{sum(summary['seconds'].values()):,.1f}",
     }
 
@@ -112,7 +112,7 @@ def _scenes(summary: Mapping[str, Any]) -> pd.DataFrame:
 def _sheets(table: pd.DataFrame, images: Images, generator: np.random.Generator) -> list[Picture]:
     """One sheet for every verdict and one for unknown scenes; unreadable images cannot be shown."""
     groups = {name: (table["verdict"] == name, text) for name, text in MEANINGS.items() if name != "unreadable"}
-    groups["unknown_scene"] = (table["unknown_scene"], "like no scene that is known, whatever the verdict")
+    groups["unknown_scene"] = (table["unknown_scene"], "similar to no known scene, whatever the verdict")
     sheets = []
     for name, (chosen, text) in groups.items():
         locations = np.flatnonzero(chosen.to_numpy(dtype=bool))
@@ -147,7 +147,7 @@ def _repeated(table: pd.DataFrame, images: Images, kept: Corpus) -> SampleGrid |
     ]
     columns = {"arrived": np.asarray(images[chosen["row"].to_numpy()]), "repeats": others}
     return SampleGrid(
-        "Near-duplicates", "The most alike, by the correlation of their brightness.", columns, lines, "pair"
+        "Near-duplicates", "The most similar pairs, by the correlation of their brightness.", columns, lines, "pair"
     )
 
 
@@ -161,7 +161,7 @@ def _swaps(table: pd.DataFrame, images: Images, kept: Corpus) -> SampleGrid | No
         "kept": np.stack([_kept_image(kept, identifier) for identifier in chosen["replaces"]]),
     }
     lines = [f"{row.id} for {row.replaces}: gain {row.gain:.3f}" for row in chosen.itertuples()]
-    caption = "What would come for a kept image that has another one near it. A proposal: nothing was changed."
+    caption = "New images that could replace a kept image with a similar kept image. A proposal: nothing was changed."
     return SampleGrid("Exchanges", caption, columns, lines, "exchange")
 
 

@@ -15,7 +15,7 @@ from report.figures import is_wide, method_colours, metric_title
 
 #: Columns that can be the horizontal axis, and their labels.
 LABELS = {axis: axis.replace("_", " ") for axis in AXES} | {"flops": "FLOPs"}
-ONE_SEED = "Bands: 95 % intervals of the images of one seed."
+ONE_SEED = "Bands: 95 % intervals for the sampling of images with one seed."
 SEVERAL_SEEDS = "Bands: the lowest and the highest of {} seeds; the line is their mean."
 
 

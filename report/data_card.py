@@ -25,7 +25,7 @@ EVEN = 1.1
 #: Meanings of the reasons in selection.parquet.
 REASONS = {
     "low_entropy": "lowest local information entropy of the corpus (the fraction `prune.entropy_quantile`)",
-    "redundant": "others of their kind fill the budget",
+    "redundant": "similar images fill the budget",
     "not_drawn": "not selected in a random draw",
 }
 MEANINGS = {"kept": "in this subset", "unreadable": "could not be used; see Quarantine", **REASONS}
@@ -92,7 +92,7 @@ def data_card(record: Record, form: str) -> str:
         "## Leaks between the splits",
         _leaks(record),
         "## Licence",
-        record.licence or "Not given. Look it up before you publish, and name it with `export.licence=NAME`.",
+        record.licence or "Not given. Find out the licence before you publish, and give it with `export.licence=NAME`.",
         "## How to repeat it",
         *_repeat(record, form),
     ]
@@ -222,8 +222,8 @@ def _bias(record: Record) -> Iterator[str]:
     yield _sentence(table)
     weights = weights[kept]
     yield (
-        "Every image has a `weight`: the number of corpus images that it stands for, itself included. Weights go up to "
-        f"{weights.max(initial=0):,.0f}. Sample in proportion to `weight` to get the proportions of the corpus, "
+        "Every image has a `weight`: the number of corpus images that it represents, including itself. Weights go up "
+        f"to {weights.max(initial=0):,.0f}. Sample in proportion to `weight` to get the proportions of the corpus, "
         "uniformly to get those of this table. Sampled by weight, the subset estimates a mean as precisely as "
         f"{weights.sum() ** 2 / max((weights**2).sum(), 1e-12):,.0f} images of equal weight (effective size; Kish "
         "1965)."

@@ -349,12 +349,12 @@ function nearestKept(row) {
 }
 function why(row, cluster) {
   const reason = reasonOf(row), bits = number(data.entropy[row], 2), limit = base.entropy_threshold, sentences = [];
-  const among = cluster ? ` Its cluster has ${number(cluster.size)} images, of which ${number(cluster.kept)} are kept; it is number ${number(cluster.rank)} from the centre.` : "";
+  const among = cluster ? ` Its cluster has ${number(cluster.size)} images, of which ${number(cluster.kept)} are kept; by distance from the centre, it is image number ${number(cluster.rank)}.` : "";
   if (moved.has(row)) sentences.push(`Moved ${isKept(row) ? "in" : "out"} by hand; the selection ${base.kept[row] ? "keeps" : "drops"} it.`);
-  if (reason === "kept") sentences.push("Selected: it stands for its kind within the budget." + among);
+  if (reason === "kept") sentences.push("Kept: it represents similar images within the budget." + among);
   else if (reason === "low_entropy") sentences.push(limit == null ? `Dropped for its low entropy of ${bits} bits.` : `Dropped for its low entropy: ${bits} bits, the threshold is ${number(limit, 2)} bits.`);
-  else if (reason === "redundant") sentences.push("Dropped because others of its kind fill the budget." + among);
-  else if (reason === "not_drawn") sentences.push("Dropped: a random draw left it out.");
+  else if (reason === "redundant") sentences.push("Dropped because similar images fill the budget." + among);
+  else if (reason === "not_drawn") sentences.push("Dropped: the random draw did not select it.");
   else if (reason === "unreadable") sentences.push("It cannot be read, so it is never kept.");
   else sentences.push(`Reason: ${REASONS[reason] ?? reason}.` + among);
   return sentences;
@@ -417,7 +417,7 @@ function budget() {
   $("budget").textContent = `${number(kept)} of ${number(count)} images kept, ${percent(count - kept, count)} removed${hand}${clusters}`;
   $("fraction").firstElementChild.style.width = `${100 * kept / count}%`;
   $("fraction").lastElementChild.style.left = `${100 * base.size / count}%`;
-  $("hand-text").textContent = moved.size ? `${number(inward)} in, ${number(outward)} out. They stay in this browser until they are undone.` : "Nothing yet: choose an image and move it.";
+  $("hand-text").textContent = moved.size ? `${number(inward)} in, ${number(outward)} out. The changes stay in this browser until you undo them.` : "Nothing yet: choose an image and move it.";
   for (const id of ["save-edits", "undo"]) $(id).disabled = !moved.size;
 }
 function coverage() {
@@ -509,12 +509,12 @@ function saveEdits() {
 async function openEdits(file) {
   try {
     const given = JSON.parse(await file.text());
-    if (given.corpus !== metadata.corpus) { tell("This file is of another corpus."); return; }
+    if (given.corpus !== metadata.corpus) { tell("This file belongs to another corpus."); return; }
     take(given);
     keep();
     refilter();
-    tell(`${moved.size} images moved as the file says.`);
-  } catch { tell("This file holds no list of moved images."); }
+    tell(`${moved.size} images moved according to the file.`);
+  } catch { tell("This file contains no list of moved images."); }
 }
 
 /* ---------------------------------------------------------------- the server */
@@ -605,7 +605,7 @@ function pictures() { // the order in which images are shown: mixed, and those w
   for (let row = count - 1; row > 0; row -= 1) { next = (Math.imul(next, 1664525) + 1013904223) >>> 0; const other = next % (row + 1); [mixed[row], mixed[other]] = [mixed[other], mixed[row]]; }
   order = live || beside ? mixed : [...mixed.filter((row) => inside.has(row)), ...mixed.filter((row) => !inside.has(row))];
   const without = count - inside.size;
-  $("thumb-note").textContent = live || !without ? "" : beside ? "" : `This file holds the pictures of ${number(inside.size)} of ${number(count)} images, kept and dropped ones alike; the folder thumbs, where it lies beside this file, has the others.`;
+  $("thumb-note").textContent = live || !without ? "" : beside ? "" : `This page contains the thumbnails of ${number(inside.size)} of ${number(count)} images, both kept and dropped. For the others, put the folder thumbs next to this file.`;
 }
 const loads = (address) => new Promise((done) => { const image = new Image(); image.onload = () => done(true); image.onerror = () => done(false); image.src = address; });
 
@@ -636,7 +636,7 @@ const loads = (address) => new Promise((done) => { const image = new Image(); im
   menus();
   listen();
   if (live) serve();
-  else tell("Another ratio or uniformity, and export: make page SELECTION=DIR, on the machine that has the corpus.");
+  else tell("To change the ratio or uniformity, or to export, run make page SELECTION=DIR on the machine that has the corpus.");
   refilter();
   document.documentElement.dataset.ready = Math.round(performance.now());
 })();

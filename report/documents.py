@@ -203,7 +203,9 @@ def screenshot(page: Path, target: Path, width: int, height: int) -> None:
     """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        raise UserError("no Chromium on PATH to photograph the report with: install it and run make readme again")
+        raise UserError(
+            "no Chromium on PATH, which makes the screenshot of the report: install it and run make readme again"
+        )
     with tempfile.TemporaryDirectory() as profile:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
         flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]

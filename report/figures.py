@@ -207,7 +207,7 @@ def entropy_histogram(entropy: np.ndarray, threshold: float | None, kept: np.nda
     axes.hist(entropy[kept], edges, color=AFTER, label=f"kept, {int(kept.sum()):,} images", zorder=3)
     if threshold is not None:
         axes.axvline(threshold, color=ACCENT, linewidth=2, zorder=4, label=f"threshold, {threshold:.2f} bits")
-    _dress(axes, "Local information entropy", "bits, mean over patches", "images a bin (log)")
+    _dress(axes, "Local information entropy", "bits, mean over patches", "images per bin (log)")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
     axes.yaxis.set_major_formatter(FuncFormatter(_counts))
@@ -460,7 +460,7 @@ def damage_figure(curves: pd.DataFrame) -> Figure:
         axes.set_xticks(curve["step"], [f"{value:g}" for value in curve["strength"]])
     for axes in panels[len(damages) :]:
         axes.set_visible(False)
-    figure.supylabel("growth of KID, half widths of its interval", fontsize=12, color=MUTED)
+    figure.supylabel("increase of KID, in half widths of its interval", fontsize=12, color=MUTED)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=11
     )
@@ -523,7 +523,7 @@ def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]], 
         counts = np.array([[row.get(seen, 0) for seen in names] for row in rows], dtype=float)
         fractions = counts / np.maximum([[sum(row.values())] for row in rows], 1)
         drawn = axes.imshow(fractions, cmap="cividis", vmin=0, vmax=1, aspect="equal", interpolation="nearest")
-        _dress(axes, title, "scene that CLIP sees", "", grid="y")
+        _dress(axes, title, "scene recognised by CLIP", "", grid="y")
         axes.grid(visible=False)
         labels = [_label(name) for name in names]
         axes.set_xticks(range(len(names)), labels, rotation=90)

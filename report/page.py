@@ -28,20 +28,19 @@ ASSETS = ("page.css", "sort.js", "chart.js")
 HEADINGS = {"sheets": "Samples"}
 #: The sentence under each section's heading.
 LEADS = {
-    "tables": "What was measured, one row a method. ↓ lower is better, ↑ higher is better; the best measured value of "
-    "a column is marked. Brackets are 95\u00a0% intervals of the sampling of images alone. They do not say what "
-    "another training seed would change, so a difference within one seed is no proof. Shaded rows are reference rows: "
-    "what the metrics say of real or merely re-encoded images. No model trained on these latents can be expected to do "
-    "better than reconstructed_train. A click on a heading sorts; "
-    "reference rows stay below.",
-    "figures": "How the numbers come about. Colours mean the same method in every figure.",
-    "sheets": "Drawn or restored images as they are, enlarged without smoothing, not picked by hand. Look for "
-    "structure that the metrics may miss: coasts, texture, repeated patterns.",
-    "pairs": "The best pairs fit best among images of their scene. The worst ones, one an image, have given captions "
-    "that are most likely of another scene. A caption that is struck through was thrown out; below it stands the one "
-    "that took its place. Open a scene to see it.",
+    "tables": "The measurements, one row per method. ↓ lower is better, ↑ higher is better; the best measured value of "
+    "a column is marked. Brackets are 95\u00a0% intervals for the sampling of images only. They do not include the "
+    "variation between training seeds, so a difference within one seed is no proof. Shaded rows are reference rows: "
+    "the metrics of real or re-encoded images. No model trained on these latents can be expected to do better than "
+    "reconstructed_train. Click on a heading to sort; reference rows stay below.",
+    "figures": "The data behind the numbers. A method has the same colour in every figure.",
+    "sheets": "Generated or restored images, enlarged without smoothing and not selected by hand. Look for structure "
+    "that the metrics may miss: coasts, texture, repeated patterns.",
+    "pairs": "The best pairs have the best fit among the images of their scene. The worst pairs, one per image, have "
+    "given captions that most likely describe another scene. A caption that is struck through was thrown out; the "
+    "caption that replaced it is shown below it. Open a scene to see its pairs.",
     "galleries": "A random sample of the kept and of the dropped images of every scene. Good pruning keeps variety and "
-    "drops repetition, empty and broken images. Open a scene to see it.",
+    "drops repeated, empty and damaged images. Open a scene to see its images.",
 }
 
 

@@ -159,14 +159,14 @@ def write_pairs_report(path: Path | str, captions: Path, kept: np.ndarray, image
         pairs=pairs,
         links={BACK_LINK: REPORT_PAGE},
         notes={
-            "figures": "Blue are the given pairs, grey are pairs whose captions were shuffled among scenes. Where blue "
-            "follows grey, captions are as wrong as shuffled ones. Captions left of the cut are thrown out; each scene "
-            "has a cut of its own. Below a scene: the estimated part of its captions that is mismatched."
-            + _left_out(len(names) - MOST_PANELS, "drawn"),
-            "tables": "Exact counts, the largest scene first. A click on a heading sorts.",
-            "scenes": "Mismatched fraction: estimated part of the given captions that are of another scene. Thrown "
-            "out: given captions beyond the cut, other than the only one left. Repaired: images whose new caption is "
-            "better than what they had. No good one: images whose best caption is beyond the cut.",
+            "figures": "Blue: the given pairs. Grey: pairs whose captions were shuffled among scenes. Where the blue "
+            "curve follows the grey one, captions fit no better than shuffled ones. Captions left of the cut are "
+            "thrown out; each scene has its own cut. The text below a scene gives the estimated fraction of its "
+            "captions that are mismatched." + _left_out(len(names) - MOST_PANELS, "drawn"),
+            "tables": "Exact counts, the largest scene first. Click on a heading to sort.",
+            "scenes": "Mismatched fraction: estimated fraction of the given captions that are of another scene. Thrown "
+            "out: given captions beyond the cut, except the best caption of an image. Repaired: images whose new "
+            "caption is better than the given one. No good one: images whose best caption is beyond the cut.",
             "pairs": LEADS["pairs"] + _left_out(len(names) - MOST_SCENES, "shown"),
         },
     )
@@ -180,11 +180,11 @@ def _intro(table: PairTable, summary: Mapping[str, Any], name: str) -> str:
     new = table.new
     repaired, described = int((new == "repaired").sum()), int((new == "described").sum())
     without = int(table.chosen["bad"].sum())
-    more = f", {described:,} that had none were described" if described else ""
+    more = f", {described:,} images without a caption were described" if described else ""
     return (
-        f"Every caption was scored by how well it fits its image, against captions of other scenes. An estimated "
-        f"{percentage(summary['mismatched_fraction'])} of the given ones are of another scene. {repaired:,} images got "
-        f"a better caption from the captioner {summary['captioner']}{more}, {without:,} have no good one.\n\n"
+        f"Every caption was scored by how well it fits its image, compared with captions of other scenes. An estimated "
+        f"{percentage(summary['mismatched_fraction'])} of the given captions are of another scene. {repaired:,} images "
+        f"got a better caption from the captioner {summary['captioner']}{more}, {without:,} have no good caption.\n\n"
         f"The method {name} keeps {int(table.chosen['kept'].sum()):,} of the {len(table.chosen):,} images that have a "
         "caption. Training reads the best captions, unless captioning.captions=given."
     )
@@ -224,8 +224,8 @@ def _figures(table: PairTable, captions: Path) -> list[Picture]:
         "evidence": ("Is it another scene's caption?", f"Shuffled among scenes. {line}", "other", cuts),
         "fit": (
             "Is it another image's caption?",
-            "Shuffled among images of the same scene. Where captions are alike, as are those of one scene, blue and "
-            "grey are too. Of an image's good captions the one with the largest score is the best.",
+            "Shuffled among images of the same scene. Captions of one scene are often similar; then the blue and the "
+            "grey curve are similar too. The best caption of an image is the good one with the largest score.",
             "same",
             (),
         ),
@@ -331,7 +331,7 @@ def _card(
 def _caption(row: Mapping[str, Any]) -> Caption:
     chance = row["mismatch"]
     mismatch = "under 0.1%" if chance < 0.001 else f"{chance:.1%}" if chance < 0.0995 else f"{chance:.0%}"
-    alone = ", no better one" if row["bad"] and row["chosen"] else ""
+    alone = ", no better caption" if row["bad"] and row["chosen"] else ""
     note = f"{row['source']}, mismatch {mismatch}, fit\u00a0{signed(row['fit'])}{alone}"
     return Caption(shortened(row["caption"]), note, bool(row["thrown"]))
 

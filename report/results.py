@@ -44,7 +44,7 @@ def read_results(path: Path | str) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number} is not JSON ({error.msg}): remove the line and run again") from error
         if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or "stage" not in row:
-            raise UserError(f"{path}:{number} is no result row (stage, metrics): remove the line and run again")
+            raise UserError(f"{path}:{number} is not a result row (stage, metrics): remove the line and run again")
         rows.append(row)
     return rows
 

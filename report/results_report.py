@@ -111,7 +111,7 @@ def _convergence_figures(run_folders: RunFolders, rows: list[dict], directory: P
         lines = {key: value for key, value in lines.items() if value is not None and key != "pca"}
         data = figure_bytes(convergence_figure(curves, column, x=("images_seen",), references=lines))
         (directory / f"{name}.png").write_bytes(data)
-        caption = "Distance to the scene-balanced validation set during training; training alone has not seen it."
+        caption = "Distance to the scene-balanced validation set during training; training did not use this set."
         drawn = chart(curves, column, references=lines, seeds=seeds)
         pictures.append(Picture(f"Convergence, {METRICS[metric].name}", caption, data, drawn))
     return pictures
@@ -144,11 +144,13 @@ def _figures(run_folders: RunFolders, rows: list[dict], directory: Path) -> list
         figures.append(Picture(title, caption, data))
 
     if (drawn := dial_figure(rows)) is not None:
-        caption = "Super-resolution of one network by its dial: 0 is the mean image, 1 one draw with all detail."
+        caption = (
+            "Super-resolution by one network with several dials: 0 gives the mean image, 1 a sample with all detail."
+        )
         add("super_resolution_dial", "Super-resolution, fidelity and detail", caption, drawn)
     if confusions := _confusions(run_folders):
         caption = "Held-out photographs, and images generated from their captions. A bright diagonal is good."
-        add("scenes_seen", "What CLIP sees in each scene", caption, confusion_figure(confusions))
+        add("scenes_seen", "Scenes recognised by CLIP", caption, confusion_figure(confusions))
     for method, path in _of(run_folders, "selection").items():
         if method == "full":
             continue
@@ -163,7 +165,12 @@ def _figures(run_folders: RunFolders, rows: list[dict], directory: Path) -> list
             histogram = entropy_histogram(
                 table["entropy"].to_numpy(), summary["entropy_threshold"], table["kept"].to_numpy()
             )
-            add(f"entropy_{method}", f"Local entropy, {method}", "Images left of the threshold go first.", histogram)
+            add(
+                f"entropy_{method}",
+                f"Local entropy, {method}",
+                "Images left of the threshold are removed first.",
+                histogram,
+            )
     return figures
 
 
@@ -203,7 +210,7 @@ def _sheets(run_folders: RunFolders, directory: Path) -> list[Picture]:
     sheet = directory / "reconstructions.png"
     names = {"training images": "real_train", "autoencoder": "reconstructed_train", "PCA": "pca"}
     comparison_sheet({label: np.load(references / f"{name}.npy") for label, name in names.items()}).save(sheet)
-    caption = "What the frozen autoencoder and PCA of its latent size keep of an image."
+    caption = "Images reconstructed by the frozen autoencoder and by PCA of the same latent size."
     sheets.append(Picture("Reconstructions", caption, sheet))
     for task in dict.fromkeys(key.split("/")[0] for key in run_folders):
         runs = {

@@ -169,7 +169,7 @@ def extrapolations(result: Mapping[str, Any], fitted: Mapping[str, Mapping[str, 
     if not {"manifest", "index"} <= tiles.keys() or not set(ALONE) <= alone.keys():
         return []
     if min(max(alone[name].sizes) for name in ALONE) < ENOUGH:
-        return ["## Extrapolation", f"None: the largest made set that is measured has fewer than {ENOUGH:,} images."]
+        return ["## Extrapolation", f"None: the largest measured synthetic set has fewer than {ENOUGH:,} images."]
     on_node = {"manifest": tiles["manifest"], **{name: alone[name] for name in ALONE}}
     cluster = result["cluster"]
     metadata = (

@@ -73,7 +73,7 @@ TABLE_NOTES = {
     "cleaning_probe": "Small text-to-image models by the fraction of every scene's pairs that was cleaned, on the "
     "validation split.",
     "caption_quality": "Captions of the same images by their source: the fraction classified as mismatched; the mean "
-    "log ratio between the fit to the image and the fit to another image of its scene; and CLIP scores by judges that "
+    "log ratio between the fit to the image and the fit to another image of its scene; and CLIP scores by models that "
     "were fitted to the given captions of other images.",
     "joint_conditions": "Images drawn by one model with all of its conditions, without each one, with each one only, "
     "and with none, which is its foundation. Edge agreement: F-score of Canny's edges within 1 px of those of the "

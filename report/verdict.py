@@ -14,8 +14,8 @@ from report.results import SUBJECT, Row, run_name
 from report.tables import evaluation_encoder, method_order
 
 CLAIM = (
-    "A diffusion model trained on the subset that RS-Prune keeps generates better than one trained on everything, on a "
-    "random subset, on scene_random's."
+    "A diffusion model trained on the subset that RS-Prune keeps generates better images than one trained on the whole "
+    "corpus, on a random subset or on the subset of scene_random."
 )
 #: The methods that the claim names.
 RIVALS = ("full", "random", "scene_random")
@@ -195,9 +195,9 @@ def seeds_note(comparisons: Sequence[Comparison]) -> str:
         parts.append(
             "One seed"
             + (" where the table says so" if counts[-1] > 1 else "")
-            + ": the interval is that of the drawn images alone. One seed cannot say what another would give."
+            + ": the interval covers the sampling of images only, not the variation between seeds."
         )
     if any(item.basis == UNPAIRED for item in comparisons):
-        parts.append("An unpaired interval joins those of both methods and is wider than a paired one.")
+        parts.append("An unpaired interval combines those of both methods and is wider than a paired one.")
     parts.append("Intervals are not corrected for the number of comparisons.")
     return " ".join(parts)

@@ -43,8 +43,8 @@ def verdict_view(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 _HOW = (
-    "Below zero is better, by the encoder that takes no part in selection or training. A difference smaller than its "
-    "interval is a tie."
+    "Measured with the encoder that takes no part in selection or training. Below zero is better. A difference smaller "
+    "than its interval is a tie."
 )
 
 

@@ -85,7 +85,7 @@ def embed_images(images: np.ndarray, encoder: str = "efficientnet_lite0", *, bat
     from runtime.errors import UserError
 
     if encoder not in _ENCODERS:
-        raise UserError(f"encoder={encoder} is unknown: take {' or '.join(_ENCODERS)}, or embed with a model of yours")
+        raise UserError(f"encoder={encoder} is unknown: take {' or '.join(_ENCODERS)}, or embed with your own model")
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(f"images must be uint8 of shape [images, height, width, 3], not {images.dtype} {images.shape}")

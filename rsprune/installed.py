@@ -26,8 +26,8 @@ def refuse_strangers() -> None:
         result = next((Path(place).resolve() for place in positions if place), None)
         if result != home / name:
             raise ImportError(
-                f"rsprune needs its own package `{name}`, but Python finds {result or 'none'}: rename that one, or "
-                f"start Python where no `{name}` of another project comes first"
+                f"rsprune needs its own package `{name}`, but Python finds {result or 'none'}: rename the other one, "
+                f"or start Python where no `{name}` of another project comes first in the path"
             )
 
 

@@ -35,9 +35,9 @@ def selection_table(
     names = pd.Series(np.asarray(ids).astype(str))
     for what, values in (("ids", names), ("weights", weights)):
         if values is not None and len(values) != size:
-            raise UserError(f"there are {len(values)} {what} and {size} images: give one an image")
+            raise UserError(f"there are {len(values)} {what} for {size} images: give one per image")
     if names.duplicated().any():
-        raise UserError(f"the id {names[names.duplicated()].iloc[0]} is there twice: ids must name one image each")
+        raise UserError(f"the id {names[names.duplicated()].iloc[0]} occurs twice: give each image its own id")
     kept = np.zeros(size, dtype=bool)
     kept[selection.kept] = True
     columns = {
@@ -67,11 +67,11 @@ def read_selection(directory: str | Path) -> pd.DataFrame:
     path = path / _TABLE if path.is_dir() else path
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist: give the directory that `python prune/run.py` printed after selection:"
+            f"{path} does not exist: give the directory that `python prune/run.py` printed after `selection:`"
         )
     table = pd.read_parquet(path)
     if missing := {"id", "kept", "reason"} - set(table):
-        raise UserError(f"{path} is no selection: it has no column {', '.join(sorted(missing))}")
+        raise UserError(f"{path} is not a selection: it has no column {', '.join(sorted(missing))}")
     return table
 
 

@@ -275,7 +275,7 @@ def _alone(path: Path, final: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"another run is at work on {final}: waiting for it", file=sys.stderr, flush=True)
+        print(f"another run is computing {final}: waiting for it", file=sys.stderr, flush=True)
         lock.acquire()
     try:
         yield

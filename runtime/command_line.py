@@ -52,7 +52,7 @@ def refuse_unknown(arguments: Sequence[str]) -> None:
 
     unknown = get_args_parser().parse_known_args(list(arguments))[1]
     if unknown:
-        raise UserError(f"arguments that are not understood: {' '.join(unknown)}: give options such as -m first")
+        raise UserError(f"unknown arguments: {' '.join(unknown)}: give options such as -m first")
 
 
 def quote_paths(arguments: Sequence[str], sweep: bool = False) -> list[str]:

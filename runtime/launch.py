@@ -42,8 +42,8 @@ def launcher_of(options: Sequence[str]) -> list[str] | None:
         return None
     if (requested.num_machines or 1) > 1:
         raise UserError(
-            "accelerate launch --cpu joins several machines through MPI alone, and no --mpirun_hostfile is given: give "
-            "one, or use configs/accelerate/multi_cpu.yaml with ACCELERATE_USE_CPU=true in place of --cpu"
+            "accelerate launch --cpu connects several machines only through MPI: give --mpirun_hostfile, or use "
+            "configs/accelerate/multi_cpu.yaml with ACCELERATE_USE_CPU=true in place of --cpu"
         )
     kind = ["--no-python"] if requested.no_python else ["-m"] if requested.module else []
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -97,7 +97,7 @@ def check_launch() -> None:
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         raise UserError(
-            f"the launch sets gradient_accumulation_steps={accumulation}: leave it out, and give train.loop.micro_batch"
+            f"the launch sets gradient_accumulation_steps={accumulation}: leave it out and set train.loop.micro_batch"
         )
     plugin = requested_plugin()
     if plugin is None:
@@ -106,7 +106,7 @@ def check_launch() -> None:
 
     if _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         raise UserError(
-            f"the launch asks for {plugin}, which Accelerate runs on GPUs alone: on CPUs, launch with "
+            f"the launch asks for {plugin}, which Accelerate supports only on GPUs: on CPUs, launch with "
             "configs/accelerate/multi_cpu.yaml"
         )
     if plugin == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":

@@ -78,8 +78,8 @@ def in_processes(
         yield from _in_order(pool, function, items, WINDOW * workers)
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, probably for want of memory: "
-            "run the same command again to go on, with fewer workers (corpus.workers=1)"
+            "a worker process was killed, probably because memory ran out: "
+            "run the same command again to continue, with fewer workers (corpus.workers=1)"
         ) from None
 
 

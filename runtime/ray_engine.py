@@ -45,8 +45,8 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1"}
 #: If the cluster's head node is gone, Ray ends this process without a message. This shell waits for the end of the
 #: process and prints the message.
 WITNESS = (
-    'read -r ended || echo "error: the Ray cluster is gone, or this command was killed: what is done is kept, run the '
-    'same command again to go on, or with engine=local" >&2'
+    'read -r ended || echo "error: the Ray cluster is gone, or this command was killed: finished work is kept, run the '
+    'same command again to continue, or with engine=local" >&2'
 )
 #: Columns of a block, which has one row: a `Done` and the item's number.
 COLUMN, ITEM = "done", "item"
@@ -192,7 +192,7 @@ class RayEngine:
                 block = result.get(timeout=1)
             except Empty:
                 if machines - _machines() and time.monotonic() - last > PATIENCE and data._current_executor:
-                    notice("ray: a machine was lost: its work goes to the others")
+                    notice("ray: a machine was lost: the other machines repeat its work")
                     return
                 continue
             if block is None:
@@ -259,8 +259,8 @@ class RayEngine:
         result = int(ray.cluster_resources().get(kind, 0) / max(each, 1e-9))
         if not result:
             raise UserError(
-                f"engine.gpus_per_actor={self.gpus_per_actor}: the Ray cluster has not so many GPUs on any machine: "
-                "take 0 to embed on CPUs"
+                f"engine.gpus_per_actor={self.gpus_per_actor}: no machine of the Ray cluster has that many GPUs: take "
+                "0 to embed on CPUs"
             )
         return result
 
@@ -388,8 +388,8 @@ def _through(work: _Work, gpus: float, batch: dict[str, np.ndarray]) -> dict[str
     try:
         if not ray.get(work.attempts.begin.remote((work.stage, item))):
             raise UserError(
-                "a worker was killed again and again at the same images, probably for want of memory: give each more "
-                "(engine.cpus_per_worker=2), or take engine=local corpus.workers=1"
+                "a worker was killed repeatedly at the same images, probably because memory ran out: give each worker "
+                "more (engine.cpus_per_worker=2), or take engine=local corpus.workers=1"
             )
         done = through(work.functions, done, gpus)
     except UserError as error:  # Ray Data would keep only the text of the error
@@ -444,6 +444,6 @@ def _explained() -> Iterator[None]:
         raise
     except import_errors.RayError as error:
         raise UserError(
-            f"the Ray cluster or its workers died ({type(error).__name__}): what is done is kept, run the same command "
-            "again, or with engine=local"
+            f"the Ray cluster or its workers died ({type(error).__name__}): finished work is kept, run the same "
+            "command again, or with engine=local"
         ) from error

@@ -104,7 +104,7 @@ class Cells:
             if type(error).__module__.split(".")[0] not in LAUNCHERS:
                 raise
             self._foreseen.append(False)
-            line = f"error: the launcher gave up ({type(error).__name__}): run the same command again to go on"
+            line = f"error: the launcher failed ({type(error).__name__}): run the same command again to go on"
             print(line, file=sys.stderr, flush=True)
             return []
         for cell, result in zip(batch, results, strict=True):

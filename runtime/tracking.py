@@ -178,7 +178,7 @@ def _started(cfg: DictConfig, stage: str, name: str) -> Any:
         except Exception as error:
             _failed_modes.add(choice)
             folder = Path(cfg.runs) / "wandb"
-            offline = f"this run and those after it are written to {folder}, for `wandb sync`"
+            offline = f"this and later runs are written to {folder}: upload them with `wandb sync`"
             _warn(
                 f"Weights & Biases, {choice},",
                 error,

@@ -184,7 +184,9 @@ def main(cfg: DictConfig) -> None:
     rows = np.flatnonzero(corpus.readable)[: cfg.bench.training_images]
     size = cfg.train.loop.batch_size
     if len(rows) < size:
-        raise UserError(f"the corpus has {len(rows)} readable images, a batch {size}: give a larger corpus")
+        raise UserError(
+            f"the corpus has {len(rows)} readable images, fewer than a batch of {size}: give a larger corpus"
+        )
     text = load_text_parts(cfg, corpus)
     accelerator = make_accelerator(cfg)
     for part in (autoencoder, text.text_encoder):

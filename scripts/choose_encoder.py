@@ -144,7 +144,7 @@ def main(cfg: DictConfig) -> None:
     table = summary(result, metadata)
     others = [name for name in table.index if name != selecting.name]
     if not others:
-        raise UserError(f"damage.encoders holds {selecting.name} alone, which selects: add one that does not")
+        raise UserError(f"damage.encoders contains only {selecting.name}, which selects images: add another encoder")
     title = f"Known damage to {len(clean)} images of {cfg.corpus.name}"
     results = Path(cfg.results) / cfg.profile.name / "encoders" / str(cfg.corpus.name)
     results.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def main(cfg: DictConfig) -> None:
     records = {"encoders": table.reset_index().to_dict("records"), "damages": result.to_dict("records")}
     write_json(results / "encoders.json", {"chosen": others[0], **records})
     print(table.to_string(float_format=lambda value: f"{value:.3g}"))
-    print(f"chosen: {others[0]}, of those that do not select")
+    print(f"chosen: {others[0]}, among the encoders that do not select images")
     print(f"results: {results}")
 
 

@@ -161,10 +161,10 @@ def batches(picture: Picture, model: Restorer | Synthesizer, options: TileOption
 def absent_tab(name: str, variable: str) -> None:
     """A tab with instructions for a task without a network."""
     gr.Markdown(
-        "This tab needs a network that was fine-tuned for the task; this copy of the repository has none. It is made "
-        "by\n"
+        "This tab needs a network that was fine-tuned for the task, and this copy of the repository has none. Train "
+        "it with\n"
         f"```\npython downstream/{name}.py foundation=shipped\n```\n"
-        f"which prints `run: DIR` at its end, after some minutes on two CPU cores. Then start the page by\n"
+        f"which prints `run: DIR` when it is done, after some minutes on two CPU cores. Then start the page with\n"
         f"```\nmake demo {variable}=DIR\n```"
     )
 
@@ -221,7 +221,7 @@ def text_tab(cfg: DictConfig, sampler: Sampler) -> None:
                 )
             place: list[gr.components.Component] = []
             if not {"lon", "lat"} <= set(sampler.fields):
-                gr.Markdown("This model knows no locations; one that was trained with `metadata=location` does.")
+                gr.Markdown("This model has no input for locations; a model trained with `metadata=location` has one.")
             else:
                 with gr.Group():
                     use = gr.Checkbox(False, label="Use location")
@@ -281,8 +281,8 @@ def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarra
     factor, most = restorer.factor, int(cfg.demo.most_side) // restorer.factor
 
     gr.Markdown(
-        f"A picture of any shape is drawn at {factor} times its size. One of more than {most} px is reduced to that "
-        "before; `scripts/upscale.py` has no such limit."
+        f"A picture of any shape is enlarged {factor} times. A picture of more than {most} px is first reduced to this "
+        "size; `scripts/upscale.py` has no such limit."
     )
     with gr.Row():
         with gr.Column(min_width=260):
@@ -296,7 +296,9 @@ def super_resolution_tab(cfg: DictConfig, restorer: Restorer, example: np.ndarra
                 buttons=BUTTONS,
                 elem_classes="picture",
             )
-            dial = gr.Slider(0, 1, restorer.options.dial, step=0.05, label="Detail: 0 smooth and faithful, 1 all of it")
+            dial = gr.Slider(
+                0, 1, restorer.options.dial, step=0.05, label="Detail: 0 smooth and faithful, 1 full detail"
+            )
             seed, steps = seed_and_steps(cfg)
             button = gr.Button("Enlarge", variant="primary")
         with gr.Column(min_width=260):
@@ -352,7 +354,7 @@ def mask_tab(
         f'<span style="{swatch};background:{code}"></span> {name}' for name, code in zip(palette, codes, strict=True)
     )
     gr.Markdown(
-        f"Paint a mask, or upload one of any shape in these colours or with the classes' numbers; what is bare counts "
+        f"Paint a mask, or upload a mask of any shape in these colours or with class numbers. Unpainted pixels count "
         f"as {next(iter(palette))}.\n\n{legend}"
     )
     with gr.Row():
@@ -370,7 +372,7 @@ def mask_tab(
                 height=CANVAS + 110,
                 format="png",
             )
-            prompt = gr.Textbox(label="Prompt, as the image would be captioned; may be empty")
+            prompt = gr.Textbox(label="Prompt: a caption of the image; may be empty")
             seed, steps = seed_and_steps(cfg)
             longer = gr.Slider(
                 1,
@@ -382,7 +384,7 @@ def mask_tab(
             button = gr.Button("Draw", variant="primary")
         with gr.Column(min_width=260):
             output = drawing("Image", CANVAS)
-            used = drawing("Mask as the model sees it", CANVAS // 2)
+            used = drawing("Mask that the model receives", CANVAS // 2)
     button.click(
         shown(mask_handler(cfg, synthesizer, colours)),
         [mask, prompt, seed, steps, longer],
@@ -458,7 +460,7 @@ def main(cfg: DictConfig) -> None:
         )
     except OSError as error:
         raise UserError(
-            f"demo.host={options['host']} demo.port={port}: cannot listen there, give another: {error}"
+            f"demo.host={options['host']} demo.port={port}: cannot listen there, give another port: {error}"
         ) from error
     print(f"demo: {public or address}", flush=True)
     blocks.block_thread()

@@ -50,12 +50,12 @@ def split_lines(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """Sizes of the splits, and their overlap."""
     total = max(1, sum(len(table) for table in tables.values()))
     sizes = ", ".join(f"{name} {len(table):,} ({len(table) / total:.0%})" for name, table in tables.items())
-    shared = [f"{count} cells of ground in {names}" for names, count in shared_ground(tables).items()]
+    shared = [f"{count} ground cells in both {names}" for names, count in shared_ground(tables).items()]
     placed = any("ground" in table and (table["ground"] != "").any() for table in tables.values())
     copies = sum(copies_across_splits(table) for table in tables.values())
     if copies:
         shared.append(f"{copies:,} images have exact copies in another split")
-    unshared = "no cell of ground in two splits" if placed else "no exact copies; where the images lie is not known"
+    unshared = "no ground cell in two splits" if placed else "no exact copies; the locations of images are not known"
     return [f"splits     {sizes}", f"overlap    {'; '.join(shared) or unshared}"]
 
 
@@ -67,7 +67,7 @@ def text_lines(table: pd.DataFrame) -> list[str]:
     about = f"{scenes.nunique():,} on {len(scenes):,} images: {named}{more}" if len(scenes) else "none: unlabelled"
     own = (table["caption"] != "") & (table["caption"] != table["scene"].map(scene_caption))
     example = f", e.g. {table.loc[own, 'caption'].iloc[0][:80]!r}" if own.any() else ""
-    return [f"scenes     {about}", f"captions   {own.sum():,} of {len(table):,} images have one of their own{example}"]
+    return [f"scenes     {about}", f"captions   {own.sum():,} of {len(table):,} images have their own caption{example}"]
 
 
 def look_lines(source: Source, result: Inspection) -> list[str]:
@@ -86,18 +86,18 @@ def look_lines(source: Source, result: Inspection) -> list[str]:
         fractions = class_fractions(result.classes, source.mask_classes)
         looked = len(result.images) + unfit
         lines.append(
-            f"masks      {len(result.images)} of {looked} images have one that fits"
+            f"masks      {len(result.images)} of {looked} images have a valid mask"
             + (f": {fractions}" * bool(fractions))
         )
     covered = getattr(source, "metadata", {}).get("covered", {})
     if partly := sorted((fraction, name) for name, fraction in covered.items() if fraction < COVERED):
         lines.append(
-            f"covered    {len(partly):,} of {len(covered):,} scenes to less than {COVERED:.0%}, {partly[0][1]} to "
-            f"{partly[0][0]:.0%}; corpus.edge=shift covers all of them"
+            f"covered    tiles cover less than {COVERED:.0%} of {len(partly):,} of {len(covered):,} scenes, and "
+            f"{partly[0][0]:.0%} of {partly[0][1]}; corpus.edge=shift covers scenes completely"
         )
     bad = sum(result.reasons.values())
     why = f": {counted(reason_counts(result.reasons.elements()))}" if bad else ""
-    return [*lines, f"quarantine {bad} of the {result.looked_at} images that were looked at{why}"]
+    return [*lines, f"quarantine {bad} of the {result.looked_at} images in the sample{why}"]
 
 
 def stretch_lines(source: Source, survey: Survey) -> list[str]:
@@ -130,7 +130,7 @@ def main(cfg: DictConfig) -> None:
         for line in (*file_lines(source), *split_lines(tables), *text_lines(table), *look_lines(source, result)):
             print(line)
     if not result.images:
-        raise UserError(f"none of the {result.looked_at} images that were looked at can be read: see the reasons above")
+        raise UserError(f"none of the {result.looked_at} images in the sample can be read: see the reasons above")
     try:
         thumbnails(result.images).save(picture)
     except OSError as error:

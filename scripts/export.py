@@ -147,14 +147,14 @@ def open_subset(selection: Path, access: Mapping[str, Any] | None = None) -> Sub
     """
     metadata = selection / COMPLETE
     if not (selection / "selection.parquet").is_file() or not metadata.is_file():
-        raise UserError(f"selection={selection} is no selection: give the directory that prune/run.py prints")
+        raise UserError(f"selection={selection} is not a selection: give the directory that prune/run.py prints")
     directory = selection.resolve().parent.parent / "corpus" / read_json(metadata)["inputs"]["corpus"]
     if not (directory / COMPLETE).is_file():
         raise UserError(f"the corpus of {selection} is not in {directory}: prune again")
     corpus = open_corpus(directory)
     kept = pd.read_parquet(selection / "selection.parquet")
     if "weight" not in kept:
-        raise UserError(f"{selection} has no weights, since an earlier version made it: prune again")
+        raise UserError(f"{selection} has no weights, because an earlier version made it: prune again")
     if kept["id"].tolist() != corpus.manifest["id"].tolist():
         raise UserError(f"{selection} does not belong to {directory}: prune again")
     inputs = read_json(directory / COMPLETE)["inputs"]
@@ -167,7 +167,7 @@ def open_subset(selection: Path, access: Mapping[str, Any] | None = None) -> Sub
         raise UserError(f"the images of {selection} changed since they were pruned: prune again, then export")
     manifest = corpus.manifest
     if "weight" in manifest:  # a column of the user, or of an export that was pruned again
-        notice(f"the corpus has a column weight: it is exported as {OWN_WEIGHT}, and weight is this selection's")
+        notice(f"the corpus has a column weight: it is exported as {OWN_WEIGHT}; weight is the selection's weight")
         manifest = manifest.rename(columns={"weight": OWN_WEIGHT})
     weighted = replace(corpus, manifest=manifest.assign(weight=kept["weight"]))
     return Subset(weighted, np.flatnonzero(kept["kept"].to_numpy()), source)
@@ -193,7 +193,7 @@ def _reached(kept: str, access: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "urls" in access and public(str(access["urls"])) != kept:
         raise UserError(
-            f"corpus.urls={public(str(access['urls']))} is not what was pruned: give {kept}, or leave it out"
+            f"corpus.urls={public(str(access['urls']))} is not the pruned corpus: give {kept}, or leave it out"
         )
     return dict(access)
 
@@ -256,7 +256,7 @@ def to_folder(subset: Subset, target: Path, links: bool = False) -> None:
     `no_split`). `corpus=folder` reads it back with labels, captions and masks.
     """
     if links and not isinstance(subset.source, ImageFolder):
-        raise UserError("to=symlinks needs a corpus=folder, whose files can be linked to: take to=folder")
+        raise UserError("to=symlinks needs corpus=folder, because only its files can be linked: take to=folder")
     (target / "images").mkdir()
     with (target / "images" / "metadata.jsonl").open("w", encoding="utf-8") as lines:
         for item, row in zip(subset.items(), subset.rows, strict=True):
@@ -306,8 +306,8 @@ def to_webdataset(subset: Subset, target: Path, shard_size: int) -> None:
     if unseen.total():
         formats = ", ".join(f"{suffix} {number}" for suffix, number in sorted(unseen.items()) if number)
         print(
-            f"{unseen.total()} of {count} images ({formats}) will not be seen by open_clip and other readers that look "
-            f"for {', '.join(SEEN)} alone: export.reencode=png turns them into PNG",
+            f"{unseen.total()} of {count} images ({formats}) will not be seen by open_clip and other readers that read "
+            f"only {', '.join(SEEN)}: export.reencode=png converts them to PNG",
             file=sys.stderr,
         )
 
@@ -372,13 +372,13 @@ def chosen_subset(cfg: DictConfig) -> Subset:
     if reencode not in (None, "png"):
         raise UserError(f"export.reencode={reencode} is unknown: give png, or null to keep all files as they are")
     if reencode and cfg.to == "symlinks":
-        raise UserError("export.reencode=png makes new files, to=symlinks none: take to=folder")
+        raise UserError("export.reencode=png makes new files, but to=symlinks cannot: take to=folder")
     subset = replace(open_subset(Path(cfg.selection).expanduser(), access_fields(cfg)), reencode=reencode is not None)
     if len(subset.rows) == 0:
         unreadable = int((~subset.corpus.readable).sum())
         raise UserError(
-            f"{cfg.selection} keeps none of its {len(subset.corpus)} images ({unreadable} unreadable): nothing to "
-            "export, prune again with a lower ratio or readable images"
+            f"{cfg.selection} keeps none of its {len(subset.corpus)} images ({unreadable} unreadable): prune again "
+            "with a lower ratio or readable images"
         )
     return subset
 
@@ -430,7 +430,7 @@ def upload(cfg: DictConfig, subset: Subset, local: Path, target: Target, identit
         UserError: the target has other files, or cannot be written; then the local folder is kept.
     """
     if cfg.to == "symlinks":
-        raise UserError(f"to=symlinks links files of this machine, which export.out={target} cannot: take to=folder")
+        raise UserError(f"to=symlinks can link files only on this machine, not in export.out={target}: take to=folder")
     refuse_foreign(target, identity, (MARK,))
     shutil.rmtree(local, ignore_errors=True)
     write(cfg, subset, local)
@@ -438,7 +438,7 @@ def upload(cfg: DictConfig, subset: Subset, local: Path, target: Target, identit
     try:
         copy_folder(local, target, identity, (MARK,))
     except UserError as error:
-        raise UserError(f"{error}; the export itself is in {local}, the same command copies it again") from None
+        raise UserError(f"{error}; the export is in {local}: run the same command to copy it") from None
     shutil.rmtree(local)
     _tell_of_network(subset)
     print(f"export: {target}")

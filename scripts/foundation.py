@@ -54,8 +54,8 @@ def _replace(cfg: DictConfig, target: Path, write: Callable[[Path], None]) -> No
     if (size := size_of(partial)) > cfg.shipped.most_bytes:
         shutil.rmtree(partial)
         raise UserError(
-            f"{target.name} takes {size:,} bytes, shipped.most_bytes={cfg.shipped.most_bytes:,} allows fewer: choose a "
-            "smaller model, or raise it"
+            f"{target.name} has {size:,} bytes, more than shipped.most_bytes={cfg.shipped.most_bytes:,}: choose a "
+            "smaller model, or raise the limit"
         )
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)

@@ -123,7 +123,7 @@ def resumptions(
         result = digests(runs)
         if result != expected:
             names = sorted(name for name in expected.keys() | result.keys() if expected.get(name) != result.get(name))
-            raise UserError(f"after kills these differ from an undisturbed run: {', '.join(names[:5])}")
+            raise UserError(f"after kills these files differ from those of an undisturbed run: {', '.join(names[:5])}")
         shutil.rmtree(runs)
 
 

@@ -65,13 +65,13 @@ def files_by_class(options: DictConfig) -> dict[str, list[Path]]:
         UserError: there are fewer than two classes, or one has too few images.
     """
     if options.root is None:
-        raise UserError("long_tail.root is not set: give a folder with one sub-folder a class")
+        raise UserError("long_tail.root is not set: give a folder with one sub-folder per class")
     files: dict[str, list[Path]] = {}
     for path in sorted(Path(options.root).expanduser().rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             files.setdefault(path.parent.name, []).append(path)
     if len(files) < 2:
-        raise UserError(f"long_tail.root={options.root} has no two classes: give a folder with one sub-folder a class")
+        raise UserError(f"long_tail.root={options.root} has fewer than two classes: give one sub-folder per class")
     for name, paths in files.items():
         if len(paths) <= options.reference:
             raise UserError(f"class {name} has only {len(paths)} images: lower long_tail.reference")

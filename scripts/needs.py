@@ -196,7 +196,7 @@ def _encoder_need(key: str, cfg: DictConfig) -> Need:
 
 def _inception_need(key: str, encoder: InceptionV3, timeout: float) -> Need:
     path = Path(encoder.folder).expanduser() / INCEPTION_FILE
-    advice = f"put it there or give {key}.folder=DIR that holds it"
+    advice = f"put it there, or give its folder as {key}.folder=DIR"
     if path.is_file():
         if INCEPTION_SHA256.startswith(file_digest(path)):
             return Need(key, str(path), HERE)
@@ -244,7 +244,10 @@ def _source_need(key: str, source: Any, local: str, cfg: DictConfig) -> Need:
     only = f" --include '{source.config}/*'" if source.config else ""
     fetch = f"hf download {source.path} --repo-type dataset{only} --local-dir DIR"
     return Need(
-        key, what, MISSING, f"{key}: the data set {source.path} {reason}; or fetch it by `{fetch}`, give {local}"
+        key,
+        what,
+        MISSING,
+        f"{key}: the data set {source.path} {reason}; or download it with `{fetch}` and give {local}",
     )
 
 
@@ -272,19 +275,19 @@ def is_hub_name(path: str) -> bool:
 def hub_refusal(name: str, revision: str | None, kind: str, timeout: float) -> str | None:
     """The reason why a hub repository cannot be downloaded, and what to do; None if it can."""
     if constants.HF_HUB_OFFLINE:
-        return "is not in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub: unset it where there is a network"
+        return "is not in the hub's cache, and HF_HUB_OFFLINE is set: unset it on a machine with network access"
     try:
         info = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=timeout)
         if info.gated:
             HfApi().auth_check(name, repo_type=kind)
     except GatedRepoError:
-        return "is gated: accept its terms on its page of the hub, and log in with `hf auth login`"
+        return "is gated: accept its terms on its hub page, and log in with `hf auth login`"
     except RevisionNotFoundError:
         return f"has no revision {revision} on the hub: give another, or null"
     except RepositoryNotFoundError:
         return "is not on the hub, or is private: check its name, or log in with `hf auth login`"
     except (HTTPError, OSError) as error:
-        return f"is not in the hub's cache, and the hub cannot be reached ({_reason(error)}): run where it can"
+        return f"is not in the hub's cache, and the hub cannot be reached ({_reason(error)}): use a machine that can"
     return None
 
 

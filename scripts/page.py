@@ -70,7 +70,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             raise UserError(f"page.{name}={value}: give a whole number from {low} to {high}")
     duplicate = options["duplicate"]
     if duplicate is not None and not (isinstance(duplicate, (int, float)) and -1 <= duplicate <= 1):
-        raise UserError(f"page.duplicate={duplicate} is no cosine: give a number between -1 and 1, or null")
+        raise UserError(f"page.duplicate={duplicate} is not a cosine: give a number between -1 and 1, or null")
     return options
 
 
@@ -93,7 +93,7 @@ def content(cfg: DictConfig, decision: Decision) -> tuple[Shown, Thumbnails]:
         "selection": name, "corpus": kept.corpus.fingerprint, "duplicate": duplicate,
         "entropy_threshold": kept.summary.get("entropy_threshold"),
     }  # fmt: skip
-    title = f"{kept.corpus.name}, {kept.summary['method']}: what stays, what goes, and why"
+    title = f"{kept.corpus.name}, {kept.summary['method']}: kept and dropped images, with reasons"
     shown = Shown(title, metadata, table, kept.corpus.manifest, columns, kept.corpus.images)
     return shown, Thumbnails(options["tile"], options["embedded"], options["thumbnails"])
 
@@ -209,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             given = self._given()
             if not self._own_host() or self.headers.get("X-Page") != "1":
-                self._answer(HTTPStatus.FORBIDDEN, {"error": "this is no request of the page"})
+                self._answer(HTTPStatus.FORBIDDEN, {"error": "this request does not come from the page"})
             elif action is None:
                 self._answer(HTTPStatus.NOT_FOUND, {"error": f"{self.path} is not here"})
             else:
@@ -230,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             given = json.loads(self.rfile.read(int(length)))
         except ValueError:
-            raise UserError("this is no JSON") from None
+            raise UserError("the request is not JSON") from None
         if not isinstance(given, dict):
             raise UserError("give a JSON object")
         return given
@@ -275,7 +275,7 @@ def main(cfg: DictConfig) -> None:
     try:
         server = Server((HOST, options["port"]), handler_of(session))
     except OSError as error:
-        raise UserError(f"page.port={options['port']}: cannot listen there, give another: {error}") from error
+        raise UserError(f"page.port={options['port']}: cannot listen there, give another port: {error}") from error
     print(f"page: http://{HOST}:{options['port']}/", flush=True)
     with server:
         server.serve_forever()

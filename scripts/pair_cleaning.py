@@ -74,7 +74,7 @@ def labelled_corpus(cfg: DictConfig) -> Corpus:
     readable = corpus.manifest[corpus.readable]
     if (readable["scene"] == "").all() or (readable["caption"] == "").all():
         raise UserError(
-            f"corpus {corpus.name} has no scenes or no captions: give images in a folder a scene, with captions.jsonl"
+            f"corpus {corpus.name} has no scenes or no captions: give a folder of images per scene, with captions.jsonl"
         )
     return corpus
 

@@ -207,7 +207,7 @@ def sizes_of(cfg: DictConfig) -> Sizes | None:
     (channels, factor), side = latents, Views(**cfg.train.views).side(cfg.corpus.train.resolution)
     if side % factor:
         raise UserError(
-            f"images of {side} px do not divide by the autoencoder's {factor}: change corpus.train.resolution"
+            f"image side {side} px is not a multiple of the autoencoder's {factor}: change corpus.train.resolution"
         )
     return Sizes(channels, side // factor, *text)
 
@@ -320,13 +320,13 @@ def _check(part: Part, sizes: Sizes | None, look: _Looking) -> None:
     tuned = cfg.corpus.train.resolution
     if tested != (pretrained or tuned) or (part.fine_tunings and tested != tuned):
         look.problems.append(
-            f"held-out images have {tested} px, but {pretrained or tuned} px are pretrained on"
-            + (f" and {tuned} px fine-tuned on" if part.fine_tunings else "")
-            + ": give all of them one side (corpus.train.resolution, corpus.test.resolution, train.views.crop=null)"
+            f"held-out images have {tested} px, but pretraining uses {pretrained or tuned} px"
+            + (f" and fine-tuning {tuned} px" if part.fine_tunings else "")
+            + ": give all the same side (corpus.train.resolution, corpus.test.resolution, train.views.crop=null)"
         )
     if part.fine_tunings and not cfg.model.get("unet"):
         look.problems.append(
-            "the tasks need model.unet, for the foundations or from scratch, and this model has none: choose "
+            "the tasks need model.unet, with a foundation or from scratch, and this model has no U-Net: choose "
             "model=ldm_tiny, ldm_small or ldm_base"
         )
 
@@ -434,11 +434,11 @@ def lines_of(plan: Plan, cfg: DictConfig) -> list[str]:
         f"optimizer steps, {flops:.3g} FLOP, {gpu_hours(flops, cfg):.3g} GPU-hours",
         f"assumed: {cfg.plan.utilisation:.0%} (plan.utilisation) of {cfg.plan.peak_tflops:g} TFLOP/s "
         "(plan.peak_tflops) on each GPU",
-        "counted: the denoising network, three forward passes for an image that is trained on; not the autoencoder, "
-        "the text encoder, what selects and what judges",
+        "counted: the denoising network, three forward passes per training image; not counted: the autoencoder, the "
+        "text encoder, the selection and the measurements",
     ]
     if any(need.key.startswith("corpus.") and need.state == MISSING for need in plan.needs):
-        lines.append("planned as if the corpus were fit for every task: it is not here")
+        lines.append("the corpus is not on this machine: the plan assumes that it is suitable for every task")
     lines += ["", "networks and data"]
     width = max(len(need.key) for need in plan.needs)
     lines += [f"  {need.key:{width}}  {need.state:8}  {need.what}" for need in plan.needs]

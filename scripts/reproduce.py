@@ -26,7 +26,7 @@ from encoders.pixels import to_tensor, to_uint8
 from eval.convergence import CONVERGENCE
 from eval.distances import kernel_distance_difference
 from eval.held_out import second_sets
-from eval.measuring import Judges, encoders_of, evaluation_sets, scene_captions
+from eval.measuring import Evaluators, encoders_of, evaluation_sets, scene_captions
 from eval.memorisation import TrainingImages
 from eval.metrics import Quantity
 from eval.reference_rows import Rebuild, reference_rows
@@ -105,7 +105,7 @@ def references(cfg: DictConfig, split: str | None = None) -> Path:
         count = min(cfg.downstream.images, len(held))
         sets[""] = sets["balanced"].first(count)
         further |= {"": further["balanced"].first(count)} if "balanced" in further else {}
-    judges = Judges(encoders_of(cfg), load_text_parts(cfg, corpus).scorer, scene_captions(corpus))
+    judges = Evaluators(encoders_of(cfg), load_text_parts(cfg, corpus).scorer, scene_captions(corpus))
     training = TrainingImages(
         {"corpus": corpus.fingerprint}, np.flatnonzero(corpus.readable), corpus_features(cfg, corpus)
     )
@@ -273,15 +273,15 @@ def opening(cfg: DictConfig) -> list[str]:
     duration = "time: not known, since no results are published in results/published"
     if speed is not None:
         duration = (
-            f"time: about {max(1, round(sum(steps + tuned) * speed / 60)):,} min of training, at {speed:.2f} s a step "
-            "as published for two CPU cores, the default model and 64 px; measuring comes on top"
+            f"time: about {max(1, round(sum(steps + tuned) * speed / 60)):,} min of training, at {speed:.2f} s per "
+            "step as published for two CPU cores, the default model and 64 px; measuring needs further time"
         )
     return [
         f"profile {cfg.profile.name}: prune, train {len(steps)} foundation models ({sum(steps):,} steps), fine-tune "
         f"them {len(tuned)} times ({sum(tuned):,} steps), measure all of them, write tables and a report",
         duration,
         f"finished parts are taken from {cfg.runs}; an interrupted run continues with the same command; DRY=1 "
-        "(dry_run=true) prints the plan alone",
+        "(dry_run=true) prints only the plan",
     ]
 
 

@@ -60,7 +60,7 @@ def rows_of(cfg: DictConfig, sampler: Sampler) -> list[Row]:
     """
     shared, locations = plain(cfg.sample.metadata) or {}, plain(cfg.sample.locations)
     if not isinstance(shared, Mapping):
-        raise UserError(f"sample.metadata={shared}: give a number to each field, e.g. sample.metadata.lon=-60")
+        raise UserError(f"sample.metadata={shared}: give a number for each field, e.g. sample.metadata.lon=-60")
     if locations is None:
         locations = [{}]
     if not isinstance(locations, list) or not locations or not all(isinstance(place, Mapping) for place in locations):

@@ -55,7 +55,7 @@ def affordable(table: pd.DataFrame, images_seen: float, most_repeats: float) -> 
     result = table[images_seen / table["kept"] <= most_repeats]
     if result.empty:
         raise UserError(
-            f"suggest.images_seen={images_seen:g}: every ratio of quality.curve shows some image more than "
+            f"suggest.images_seen={images_seen:g}: at every ratio of quality.curve some image is seen more than "
             f"suggest.most_repeats={most_repeats:g} times: lower one or raise the other"
         )
     return result.reset_index(drop=True)
@@ -84,8 +84,8 @@ def main(cfg: DictConfig) -> None:
     if measured is not None:
         print(measured[1].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
         print(
-            f"suggested: ratio={measured[0]:g}, the nearest to balanced validation images after {images_seen:,} images "
-            f"in the trainings of {cfg.suggest.experiment}"
+            f"suggested: ratio={measured[0]:g}, which is nearest to the balanced validation images after "
+            f"{images_seen:,} training images in the trainings of {cfg.suggest.experiment}"
         )
         return
     table = curve(cfg, method)
@@ -94,8 +94,8 @@ def main(cfg: DictConfig) -> None:
     if images_seen is not None:
         print(
             f"no trainings of {cfg.corpus.name} at several ratios reach {images_seen:,} images (make sweep "
-            f"EXPERIMENT={cfg.suggest.experiment}): the ratio is the knee among those at which no kept image is seen "
-            f"more than {cfg.suggest.most_repeats:g} times"
+            f"EXPERIMENT={cfg.suggest.experiment}): the suggestion is the knee of the curve over the ratios at which "
+            f"no kept image is seen more than {cfg.suggest.most_repeats:g} times"
         )
     results = Path(cfg.results) / cfg.profile.name / "suggest"
     results.mkdir(parents=True, exist_ok=True)

@@ -163,9 +163,9 @@ def check_folder(root: Path, masked: bool, manifest: pd.DataFrame, message: str)
         and not Path(file).name.lower().startswith(("captions.", "metadata.", "classes.txt"))
         and not (file.endswith(TEXTS) and file.rpartition(".")[0] in stems)
     }  # fmt: skip
-    result = re.search(r"folder: ([\d,]+) files passed over", message)
+    result = re.search(r"folder: ([\d,]+) files ignored", message)
     given = int(result[1].replace(",", "")) if result else 0
-    assert given == len(rest), f"{given} files passed over, but {len(rest)} are no rows: {sorted(rest)[:8]}"
+    assert given == len(rest), f"{given} files ignored, but {len(rest)} are no rows: {sorted(rest)[:8]}"
 
 
 # -------------------------------------------------------------------------------------------------------------- shards
@@ -337,15 +337,15 @@ def check_shards(rows: int, passed: int, cut: dict[str, int], manifest: pd.DataF
         number = re.search(r"shard(\d+)\.tar$", shard)[1]
         of_shard = manifest["id"].str.contains(rf"(?:^|[^0-9])cut{number}_\d+", regex=True)
         end = manifest["id"].str.startswith(shard)
-        assert of_shard.sum() >= size or end.any() or "shards hold nothing" in message, (
+        assert of_shard.sum() >= size or end.any() or "shards are empty" in message, (
             f"{shard} had {size} images, has {of_shard.sum()} rows, and no reason"
         )
     whole = manifest[~broken_rows & ~manifest["id"].str.startswith(tuple(cut) or ("\0",))]
     strange = [row for row in whole["id"] if row in ("s.jpg", "s")]  # names from a broken header
     assert len(whole) - len(strange) == rows, f"{len(whole)} rows of {rows}: {sorted(whole['id'])[:40]}"
-    result = re.search(r"webdataset: ([\d,]+) members passed over", message)
+    result = re.search(r"webdataset: ([\d,]+) members ignored", message)
     given = int(result[1].replace(",", "")) if result else 0
-    assert given >= passed and (cut or given == passed), f"{given} members passed over, not {passed}: {message}"
+    assert given >= passed and (cut or given == passed), f"{given} members ignored, not {passed}: {message}"
 
 
 # -------------------------------------------------------------------------------------------------------------- scenes
@@ -388,7 +388,7 @@ def check_scenes(root: Path, manifest: pd.DataFrame, message: str) -> None:
     assert rows <= names, f"rows of no file: {sorted(rows - names)[:3]}"
     assert len(missing) == (int(left[1]) if left else 0), f"no rows of {sorted(missing)[:5]}: {message}"
     others = {file for file in others if not file.endswith(".tfw")}
-    result = re.search(r"geotiff: ([\d,]+) files passed over", message)
+    result = re.search(r"geotiff: ([\d,]+) files ignored", message)
     assert (int(result[1].replace(",", "")) if result else 0) == len(others), (
         f"{sorted(others)[:5]} are not counted: {message}"
     )

@@ -21,8 +21,16 @@ from scipy.ndimage import gaussian_filter
 from corpus.index import Corpus
 from corpus.locations import ELSEWHERE, SAME, UNKNOWN, Locations
 from prune import neighbour_index
-from prune.arrival_stages import Thresholds, answered, arrive, beside, budget_option, nearest_others, union
-from prune.arrivals import Gathered, Likeness, Looks, fill, first_of_scenes, swaps
+from prune.arrival_stages import (
+    Thresholds,
+    answered,
+    arrive,
+    budget_option,
+    comparison_with_kept,
+    nearest_others,
+    union,
+)
+from prune.arrivals import Gathered, ImageData, Likeness, fill, first_of_scenes, swaps
 from prune.clusters import Points
 from prune.kept import Kept, KeptIndex, as_selected, open_selection
 from prune.likeness import PairRule
@@ -160,14 +168,16 @@ class World:
         self.limits = Thresholds(BITS, likeness)
 
     def answer(self, parts: list[np.ndarray], budget: str | int = "growing") -> pd.DataFrame:
-        tables, looks = [], []
+        tables, data = [], []
         for number, rows in enumerate(parts):
             columns = {name: values[rows] for name, values in self.columns.items()}
             corpus = corpus_of(str(number), self.ids[rows], self.images[rows], self.readable[rows], **columns)
             locations = Locations.together([Locations.of(corpus.manifest, SIDE)])
-            looks.append(Looks(Points(self.embeddings[rows], np.zeros(WIDTH, np.float32)), corpus.images, locations))
-            tables.append(beside(corpus, self.entropy[rows], looks[-1], self.kept, self.index, self.limits))
-        table, together = union(tables, looks)
+            data.append(ImageData(Points(self.embeddings[rows], np.zeros(WIDTH, np.float32)), corpus.images, locations))
+            tables.append(
+                comparison_with_kept(corpus, self.entropy[rows], data[-1], self.kept, self.index, self.limits)
+            )
+        table, together = union(tables, data)
         return answered(table, together, self.kept, self.index, self.limits.likeness, budget).set_index("id")
 
 
@@ -421,7 +431,7 @@ def test_files_get_their_verdicts_in_parts_as_at_once_and_the_selection_stays(
         first = arrived(selection, folders / "new" / order[0])
         ends.append(arrived(selection, folders / "new" / order[1], f"arrive.after={first}"))
     assert ends[0] == ends[1]
-    assert "so far are added" in capsys.readouterr().err
+    assert "images so far, " in capsys.readouterr().err
     columns = ["verdict", "added", "duplicate_of", "scene", "nearest_kept"]
     pd.testing.assert_frame_equal(read(ends[0])[columns], table[columns])
     assert state(selection) == before
@@ -430,12 +440,12 @@ def test_files_get_their_verdicts_in_parts_as_at_once_and_the_selection_stays(
 def test_what_is_no_selection_or_another_one_is_refused_in_one_line(
     folders: Path, selection: Path, tmp_path: Path
 ) -> None:
-    for place, message in ((None, "selection=null"), (tmp_path, "is no selection: give the directory")):
+    for place, message in ((None, "selection=null"), (tmp_path, "is not a selection: give the directory")):
         with pytest.raises(UserError, match=message):
             open_selection(place)
     kept = open_selection(selection)
     cfg = config(folders / "new", tmp_path, "encoder=efficientnet_lite2")
-    with pytest.raises(UserError, match="encoder is another than that"):
+    with pytest.raises(UserError, match="encoder differs from that"):
         as_selected(cfg, kept, {"encoder": "efficientnet_lite2"})
     assert as_selected(cfg, kept, {}).encoder == kept.inputs["encoder"]
     with pytest.raises(UserError, match=r"corpus\.train\.resolution=64: the images of .* have 32 px"):
@@ -443,7 +453,7 @@ def test_what_is_no_selection_or_another_one_is_refused_in_one_line(
     result = as_selected(cfg, kept, {})
     assert result.corpus.train.resolution == 32 and result.corpus.train.split == "all"
     assert as_selected(cfg, kept, {"corpus.train.split": "train"}).corpus.train.split == "train"
-    with pytest.raises(UserError, match=r"arrive\.after=.* is no answer"):
+    with pytest.raises(UserError, match=r"arrive\.after=.* is not a result of prune/arrive\.py"):
         arrived(selection, folders / "new", f"arrive.after={tmp_path}")
     with pytest.raises(UserError, match=r"arrive\.near=2"):
         arrived(selection, folders / "new", "arrive.near=2")

@@ -60,7 +60,7 @@ def test_an_autoencoder_that_does_not_beat_pca_replaces_nothing(tmp_path: Path) 
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "does not beat PCA" in error and f"{tmp_path}/weights stays as it was" in error
+    assert "is not better than PCA" in error and f"{tmp_path}/weights is unchanged" in error
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["autoencoder", "pca"]  # no run is printed
     assert weights.read_bytes() == b"the weights there were" and list(weights.parent.iterdir()) == [weights]
 
@@ -100,7 +100,7 @@ def test_an_autoencoder_is_kept_if_it_beats_pca(
         recipe += ["autoencoder.recipe.mixed_precision='no'", "autoencoder.recipe.channel_scale=0.5"]
         recipe += [f"autoencoder.recipe.decoder_phases=[{phase('decoder', 1, adversarial=critic)}]"]
         cfg = compose("config", recipe)
-    with contextlib.nullcontext() if better else pytest.raises(UserError, match="does not beat PCA"):
+    with contextlib.nullcontext() if better else pytest.raises(UserError, match="is not better than PCA"):
         command.main(cfg)
     assert weights.exists() == better
     if not better or psnr < pca["psnr"]:

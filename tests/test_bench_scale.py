@@ -132,7 +132,7 @@ def test_the_bench_goes_on_where_it_ended(tmp_path: Path) -> None:
         assert row["seconds"] > 0 and row["cpu_seconds"] > 0
         assert 0 < row["peak_anonymous_gb"] <= row["peak_rss_gb"]
     assert list((tmp_path / "runs" / "bench_scale").iterdir()) == [], "a size that is done leaves nothing"
-    assert "None: the largest made set" in (tmp_path / "scale.md").read_text()
+    assert "None: the largest measured synthetic set" in (tmp_path / "scale.md").read_text()
     assert (tmp_path / "results" / "smoke" / "bench_scale.png").stat().st_size > 10_000
 
 

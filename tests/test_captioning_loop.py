@@ -365,7 +365,9 @@ def test_captions_that_say_nothing_condemn_no_image(tmp_path: Path, captions: li
 def test_captions_without_a_common_word_are_reported(tmp_path: Path, capsys) -> None:
     result, captions = few(tmp_path, captions=UNKNOWN)
     cleaned(result, scripted(result, captions), tmp_path, describe="none")
-    assert "no word comes in two captions: captioning.scorers.fitted cannot tell pairs apart" in capsys.readouterr().err
+    assert (
+        "no word occurs in two captions: captioning.scorers.fitted cannot distinguish pairs" in capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------- caching
@@ -449,7 +451,7 @@ def test_the_order_of_batches_and_blocks_changes_no_text(tmp_path: Path, monkeyp
         ({"describe": "some"}, "captioning.describe=some is unknown: give none, mismatched, all"),
         ({"most_mismatch": 0}, "captioning.most_mismatch=0"),
         ({"most_mismatch": 1.0}, "captioning.most_mismatch=1.0"),
-        ({"scorers": ()}, "captioning.scorers names no scorer"),
+        ({"scorers": ()}, "captioning.scorers is empty"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(options: dict, line: str) -> None:

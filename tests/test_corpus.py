@@ -324,7 +324,7 @@ def test_folder_takes_a_split_that_is_missing_from_the_others(tmp_path: Path, ca
     assert parts["test"] == {f"test/{number}.png" for number in range(200)}
     assert parts["train"] | parts["val"] == {f"train/{number}.png" for number in range(200)}
     assert not parts["train"] & parts["val"] and 5 < len(parts["val"]) < 40
-    assert capsys.readouterr().err.count("the data set names no val") == 1
+    assert capsys.readouterr().err.count("the data set has no val split") == 1
     (tmp_path / "test").rename(tmp_path / "val")
     parts = {split: folder_ids(tmp_path, split) for split in ("train", "val", "test")}
     assert len(parts["train"]) == 200 and not parts["val"] & parts["test"]
@@ -686,7 +686,7 @@ def test_an_array_file_is_read_whole_or_refused(tmp_path: Path, monkeypatch: pyt
             return super().readinto(buffer[:5]) if self.tell() < 150 else 0
 
     monkeypatch.setattr("corpus.index.open", lambda path, mode, buffering: Ends(path, mode), raising=False)
-    with pytest.raises(UserError, match=r"values\.npy was cut short"):
+    with pytest.raises(UserError, match=r"values\.npy is truncated"):
         file.read(rows)
 
 

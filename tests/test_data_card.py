@@ -104,7 +104,7 @@ def test_unlabelled_images_are_counted_by_the_scenes_of_the_method() -> None:
 def test_an_earlier_selection_without_records_has_a_card_too() -> None:
     bare = record().selection[["id", "kept", "weight"]]
     text = data_card(Record("tiles", np.full(10, "", dtype=object), bare), "webdataset")
-    assert "Not given. Look it up" in text and "Not searched" in text
+    assert "Not given. Find out the licence" in text and "Not searched" in text
 
 
 def test_the_licence_of_the_export_comes_first() -> None:

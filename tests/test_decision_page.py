@@ -358,7 +358,7 @@ def test_a_stage_that_names_another_class_builds_nothing(made: Path) -> None:
         {"_class_": "subprocess.Popen", "args": "ls"},
         {"_target_": "os.system", "_class_": "prune.methods.x"},
     ):
-        with pytest.raises(UserError, match="that is none"):
+        with pytest.raises(UserError, match="is not a pruning method"):
             open_decision(replace(kept, inputs={**kept.inputs, "method": method}))
 
 
@@ -524,7 +524,7 @@ def test_a_browser_filters_explains_and_moves(made: Path, decision: Decision, tm
     assert result["budget"][0].startswith(f"{kept} of 61 images kept")
     assert result["budget"][1].startswith(f"{kept - 1} of 61 images kept") and "1 under budget" in result["budget"][1]
     assert result["budget"][2] == result["budget"][0]
-    assert result["neighbours"] == 8 and "Move out" in result["detail"] and "Selected" in result["detail"]
+    assert result["neighbours"] == 8 and "Move out" in result["detail"] and "Kept: it represents" in result["detail"]
     assert result["picture"].startswith("url(") and len(json.loads(result["kept"])["removed"]) == 1
     scene = int((table["scene"] == result["scene"].strip()).sum())
     lon = decision.kept.corpus.manifest["lon"].to_numpy(float)

@@ -165,7 +165,7 @@ def test_options_out_of_range_are_one_line(options: dict, line: str) -> None:
 
 def test_a_cleaning_ratio_for_a_scene_that_is_none_is_one_line() -> None:
     method = DLDC(cleaning_ratio={"forrest": 0.1})
-    with pytest.raises(UserError, match=r"'forrest', which is no scene: give some of airport, forest, harbour"):
+    with pytest.raises(UserError, match=r"'forrest', which is not a scene: give some of airport, forest, harbour"):
         method.estimated_budget(pool_of(50))
 
 
@@ -228,7 +228,7 @@ def test_scorers_are_chosen_by_name(tmp_path: Path) -> None:
     assert [type(scorer) for scorer in scorers] == [FittedScorer, OpenClipScorer, HubScorer, OpenClipScorer]
     assert [scorer.name for scorer in scorers] == ["fitted", "remoteclip_vit_l14", "clip_vit_l14", "georsclip_vit_b32"]
     assert scorers[1].architecture == "ViT-B-32"
-    with pytest.raises(UserError, match=r"captioning\.scorers names no scorer"):
+    with pytest.raises(UserError, match=r"captioning\.scorers is empty"):
         captioned.loops_of(config("captioning.scorers.fitted=null"))
     assert config("prune=dldc", "captioning.most_mismatch=0.3").prune.most_mismatch == 0.3
 

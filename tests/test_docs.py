@@ -107,7 +107,7 @@ def test_the_first_example_runs_as_written(repository: Path, tmp_path: Path) -> 
     for shell in ([sys.executable, "-c", first[0]], ["bash", "-euo", "pipefail", "-c", first[1]]):
         done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-    assert "no labels: 12 clusters of the corpus (strata) stand for its scenes" in done.stderr
+    assert "no labels: 12 clusters of the corpus (strata) are used as scenes" in done.stderr
     assert len(list((tmp_path / "best" / "images").rglob("*.png"))) == 150
     [report] = (tmp_path / "runs" / "selection").glob("*/report.html")
     assert "150 of 1,000 images kept" in report.read_text(encoding="utf-8")

@@ -81,10 +81,10 @@ def test_a_folder_with_masks_captions_and_broken_files(tmp_path: Path, diagnose,
     )  # fmt: skip
     assert message["corpus"] == ["folder: 30 images"] and message["files"] == [".jpg 30"]
     assert message["scenes"] == ["1 on 30 images: Beach 30"]
-    assert message["captions"] == ["12 of 30 images have one of their own, e.g. 'sand 0'"]
+    assert message["captions"] == ["12 of 30 images have their own caption, e.g. 'sand 0'"]
     assert message["formats"] == ["29 x JPEG RGB", "1 x no image that can be opened"]
-    assert message["masks"] == ["28 of 29 images have one that fits: water 38%, sand 38%, ignored 25%"]
-    assert message["quarantine"] == ["2 of the 30 images that were looked at: mask: missing 1, not an image 1"]
+    assert message["masks"] == ["28 of 29 images have a valid mask: water 38%, sand 38%, ignored 25%"]
+    assert message["quarantine"] == ["2 of the 30 images in the sample: mask: missing 1, not an image 1"]
     counts = [int(part.split()[1]) for part in message["splits"][0].split(", ")]
     assert sum(counts) == 30 and "no exact copies" in message["overlap"][0]
     assert {path: path.stat().st_mtime_ns for path in before if path != tmp_path} == {
@@ -120,15 +120,15 @@ def test_deep_bands_their_levels_and_a_fourth_band(tmp_path: Path, diagnose) -> 
         geotiff(root / f"naip{number}.tif", colours(bands=4), x=500_000 + 50_000 * number)
     message = diagnose("corpus=folder", f"corpus.root={root}")
     assert message["formats"] == [
-        "10 x GTiff uint16, 3 bands (B02, B03, B04; shown: 3, 2, 1), with a place",
-        "10 x GTiff uint8, 4 bands (red, green, blue, alpha; shown: 1, 2, 3), with a place",
+        "10 x GTiff uint16, 3 bands (B02, B03, B04; shown: 3, 2, 1), georeferenced",
+        "10 x GTiff uint8, 4 bands (red, green, blue, alpha; shown: 1, 2, 3), georeferenced",
     ]
     assert message["values"][0].startswith("uint16 x 3: ") and message["alpha"] == ["uint8 x 3: not alpha: left out"]
     ends = message["stretch"][0].removeprefix("uint16 x 3: ").removesuffix(" becomes 0 to 255").split(", ")
     for end in ends:
         low, high = map(float, end.split(" to "))
         assert 0 < low < 120 and 2880 < high < 3000
-    assert message["overlap"] == ["no cell of ground in two splits"]
+    assert message["overlap"] == ["no ground cell in two splits"]
 
 
 def test_scenes_and_their_cover(tmp_path: Path, diagnose) -> None:
@@ -136,10 +136,12 @@ def test_scenes_and_their_cover(tmp_path: Path, diagnose) -> None:
     message = diagnose("corpus=geotiff", f"corpus.root={tmp_path / 'data'}", "corpus.tile=64", "corpus.train.split=all")
     assert message["corpus"] == ["geotiff: 4 images"] and message["files"] == [".tif 1"]
     assert message["formats"] == [
-        "1 x GTiff uint8, 3 bands (red, green, blue; shown: 1, 2, 3), with a place, 150 x 150 px"
+        "1 x GTiff uint8, 3 bands (red, green, blue; shown: 1, 2, 3), georeferenced, 150 x 150 px"
     ]
-    assert message["captions"] == ["0 of 4 images have one of their own"], "tiles without captions have none"
-    assert message["covered"] == ["1 of 1 scenes to less than 95%, s.tif to 73%; corpus.edge=shift covers all of them"]
+    assert message["captions"] == ["0 of 4 images have their own caption"], "tiles without captions have none"
+    assert message["covered"] == [
+        "tiles cover less than 95% of 1 of 1 scenes, and 73% of s.tif; corpus.edge=shift covers scenes completely"
+    ]
 
 
 def test_the_bands_that_are_shown_are_the_chosen_ones(tmp_path: Path, diagnose) -> None:
@@ -162,13 +164,13 @@ def test_shards(tmp_path: Path, diagnose) -> None:
                 tar.addfile(info, io.BytesIO(data))
     message = diagnose("corpus=webdataset", f"corpus.urls={tmp_path / 'a.tar'}")
     assert message["files"] == [".tar 1"] and message["formats"] == ["8 x PNG RGB"]
-    assert message["captions"] == ["8 of 8 images have one of their own, e.g. 'a field'"]
+    assert message["captions"] == ["8 of 8 images have their own caption, e.g. 'a field'"]
 
 
 def test_nothing_readable_and_no_picture_are_one_line(tmp_path: Path, diagnose) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(UserError, match="none of the 1 images that were looked at can be read"):
+    with pytest.raises(UserError, match="none of the 1 images in the sample can be read"):
         diagnose("corpus=folder", f"corpus.root={tmp_path / 'bad'}")
     picture(tmp_path / "good" / "a.png")
     with pytest.raises(UserError, match=r"doctor\.picture=.*cannot be written"):

@@ -234,7 +234,7 @@ def test_the_sets_of_a_pool_are_disjoint_and_balanced(labelled) -> None:
     assert sorted(rows.tolist()) == list(range(220))
     for part in (labelled.reference, labelled.clean):
         assert np.unique(labelled.scenes[part], return_counts=True)[1].tolist() == [10] * 4
-    with pytest.raises(UserError, match=r"scene a has 30 images, 40 are needed: lower damage\.images"):
+    with pytest.raises(UserError, match=r"scene a has 30 images, but 40 are needed: lower damage\.images"):
         deal(labelled.images, labelled.scenes, 80, np.random.default_rng(0))
 
 

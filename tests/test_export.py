@@ -459,7 +459,7 @@ def test_export_refuses_in_one_line(folder: ImageFolder, tmp_path: Path) -> None
     (full / "theirs.txt").write_text("keep")
     cases = [
         (selection, "tape", tmp_path / "a", "to=tape is unknown"),
-        (tmp_path / "none", "folder", tmp_path / "a", "is no selection"),
+        (tmp_path / "none", "folder", tmp_path / "a", "is not a selection"),
         (selection, "folder", full, "is not empty"),
     ]
     changed = (selection, "folder", tmp_path / "a", "changed since they were pruned")

@@ -84,7 +84,7 @@ def test_cells_keep_numbers_quotes_and_commas(tmp_path: Path, capsys: pytest.Cap
     assert "Beach/b.jpg" in ImageFolder(str(tmp_path), split="test", test_fraction=0.0).manifest()["id"].tolist()
     (tmp_path / "metadata.csv").write_text("height;width\n3;4\n")
     assert captions(tmp_path)["Beach/a.jpg"] == ["a satellite image of beach"]
-    assert "metadata.csv names no images: give it a column or field file_name" in capsys.readouterr().err
+    assert "metadata.csv does not name its images: add a column or field file_name" in capsys.readouterr().err
 
 
 def test_texts_beside_the_images(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_image_itself_comes_before_its_thumbnail(tmp_path: Path, capsys: pyt
     )
     corpus = index_corpus(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE, workers=1), tmp_path / "runs")
     assert corpus.manifest["id"].tolist() == ["s"] and (corpus.images[0] == pixels(jpeg(1))).all()
-    assert "webdataset: 2 members passed over: .jpg 1, .npy 1\n" in capsys.readouterr().err
+    assert "webdataset: 2 members ignored: .jpg 1, .npy 1\n" in capsys.readouterr().err
 
 
 def test_what_has_no_image_says_what_was_met(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_folder_s_images_are_found_by_suffix_or_content(tmp_path: Path, capsys
         (root / name).write_text("of no picture at all")
     table = ImageFolder(str(root)).manifest()
     assert table["id"].tolist() == sorted(kinds)
-    assert capsys.readouterr().err == "folder: 3 files passed over: .csv 1, .mp4 2\n"
+    assert capsys.readouterr().err == "folder: 3 files ignored: .csv 1, .mp4 2\n"
 
 
 def test_a_folder_of_other_things_says_what_they_are(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_suffixes_that_are_no_unicode_stop_nothing(tmp_path: Path, capsys: pytes
     texture(0).save(tmp_path / "d" / "a.png")
     (tmp_path / "d" / odd).write_bytes(b"x")
     assert len(index_corpus(ImageFolder(str(tmp_path / "d"), resolution=SIDE), tmp_path / "runs")) == 1
-    assert "folder: 1 files passed over: '.\\udcff\\n' 1\n" in capsys.readouterr().err
+    assert "folder: 1 files ignored: '.\\udcff\\n' 1\n" in capsys.readouterr().err
 
 
 def test_shards_of_a_folder_or_of_a_pattern(tmp_path: Path) -> None:

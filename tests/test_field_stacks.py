@@ -56,7 +56,7 @@ def bigearthnet(write: Write, count: int = 4) -> tuple[Path, np.ndarray]:
 
 def test_a_folder_of_patches_in_one_file_a_band(write: Write, tmp_path: Path, capsys) -> None:
     root, truth = bigearthnet(write)
-    with pytest.raises(UserError, match=r"one file a band \(S2A_0_B01\.tif, .*corpus\.bands=\[B04,B03,B02\]"):
+    with pytest.raises(UserError, match=r"one file per band \(S2A_0_B01\.tif, .*corpus\.bands=\[B04,B03,B02\]"):
         ImageFolder(str(root)).manifest()
     with pytest.raises(UserError, match="by name"):
         ImageFolder(str(root), bands=(4, 3, 2)).manifest()
@@ -67,7 +67,7 @@ def test_a_folder_of_patches_in_one_file_a_band(write: Write, tmp_path: Path, ca
     assert (corpus.manifest["scene"] == "").all()  # a patch's own folder is not a class
     assert np.abs(corpus.images - truth.transpose(0, 2, 3, 1) / 3000 * 255).max() <= 0.51
     message = capsys.readouterr().err
-    assert "4 images are stacked from files of one band each; 12 other files of these scenes are left out" in message
+    assert "4 images are stacked from single-band files; 12 other files of these scenes are left out" in message
 
 
 def test_deep_stacks_share_one_stretch_and_go_out_as_they_are(write: Write) -> None:
@@ -81,7 +81,7 @@ def test_deep_stacks_share_one_stretch_and_go_out_as_they_are(write: Write) -> N
     with rasterio.MemoryFile(data) as memory, memory.open() as raster:
         assert (raster.read() == truth[2]).all() and raster.crs.to_epsg() == 32633
         assert raster.transform.c == 618_000
-    with pytest.raises(UserError, match="one file a band"):
+    with pytest.raises(UserError, match="one file per band"):
         source.path(0)
 
 
@@ -237,7 +237,7 @@ def test_one_place_alone_is_split_by_the_id_and_said(write: Write, capsys) -> No
     for split in ("train", "val", "test"):
         table = ImageFolder(str(root), split=split).manifest()
         assert len(table) and {hashed_split(name, 0.1, 0.1) for name in table["id"]} == {split}
-    assert "lie in 1 cells of ground, too few" in capsys.readouterr().err
+    assert "lie in only 1 ground cells, too few" in capsys.readouterr().err
 
 
 def test_ground_decides_where_the_data_set_names_no_split(capsys) -> None:

@@ -149,7 +149,7 @@ def test_other_rows_are_another_version(tmp_path: Path, place: str, streaming: b
 
 
 def test_a_stream_has_one_reader(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"leave corpus\.workers at null"):
+    with pytest.raises(UserError, match=r"leave corpus\.workers=null"):
         HuggingFace(save("bare", tmp_path, range(2)), streaming=True, workers=2)
 
 
@@ -170,6 +170,6 @@ def test_originals_have_the_suffix_of_their_format(tmp_path: Path, streaming: bo
     assert sum(isinstance(image, np.ndarray) for image in source.reader(np.arange(5))()) == 4
     result = list(source.originals(np.arange(4)))
     assert result == [(data, suffix, None) for suffix, data in files.items() if suffix]
-    with pytest.raises(UserError, match="cannot be read any more") as caught:
+    with pytest.raises(UserError, match="can no longer be read") as caught:
         list(source.originals(np.arange(5)))
     assert "\n" not in str(caught.value)

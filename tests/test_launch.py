@@ -160,7 +160,7 @@ def test_plugins_of_gpus_are_refused_on_cpus(tmp_path, config):
     )  # fmt: skip
     lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
     assert done.returncode != 0 and len(lines) == 1, done.stderr[-3000:]
-    assert "on GPUs alone" in lines.pop() and "run: " not in done.stdout and not (tmp_path / "runs").exists()
+    assert "only on GPUs" in lines.pop() and "run: " not in done.stdout and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
@@ -183,7 +183,7 @@ def test_what_a_launch_may_ask_for(monkeypatch):
     for variables, message in (
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps=4.*micro_batch"),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "True"}, "on GPUs alone"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "True"}, "only on GPUs"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "not installed"),
     ):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=message):

@@ -73,7 +73,7 @@ def test_copies_in_another_format_are_found_and_no_others(leaking: Path, tmp_pat
     assert {name: part["near_duplicates"] for name, part in result["held_out"].items()} == {"val": 0, "test": 3}
     assert len(pd.read_parquet(tmp_path / "runs" / result["held_out"]["test"]["pairs"])) == 3
     announce_leaks(result, "folder")
-    assert "3 of 12 test images look like one that is trained on" in capsys.readouterr().err
+    assert "3 of 12 test images are near-duplicates of training images" in capsys.readouterr().err
 
 
 def test_no_more_images_are_looked_at_than_requested(leaking: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_other_dates_and_places_are_counted_apart(placed: Path, tmp_path: Path, 
     [pair] = pd.read_parquet(tmp_path / "runs" / result["val_test"]["pairs"]).itertuples()
     assert (pair.held_out, pair.image, pair.kind) == ("val/a/nowhere.jpg", "test/a/too.jpg", "near_duplicate")
     announce_leaks(result, "placed")
-    assert "1 of 6 val images look like one of test" in capsys.readouterr().err
+    assert "1 of 6 val images are near-duplicates of test images" in capsys.readouterr().err
 
     first, second, third = leak_grids(result, tmp_path / "runs")
     assert [grid.title for grid in (first, second, third)] == ["Train and val", "Train and test", "Val and test"]

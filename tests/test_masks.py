@@ -19,7 +19,7 @@ from PIL import Image
 from test_commands import call, forked  # noqa: F401
 
 from corpus.index import Corpus, index_corpus
-from corpus.masks import IGNORED, MaskRule, beside, decode_mask, mask_rule, matching
+from corpus.masks import IGNORED, MaskRule, decode_mask, mask_rule, masks_in_same_folder, matching
 from corpus.sources.folder import ImageFolder
 from corpus.sources.huggingface import HuggingFace
 from corpus.sources.webdataset import WebDataset
@@ -326,15 +326,15 @@ def test_the_nearest_pixels_of_a_larger_mask_are_taken() -> None:
         ({"values": {0: "a"}, "colours": {"a": "#000000"}}, "exclude each other"),
         ({"values": {0: "water"}}, "class water is none of"),
         ({"values": {0: 2}}, "class 2 is none of"),
-        ({"values": {"a": 0}}, "key a, which is no number"),
-        ({"values": [0, 255]}, "is no map"),
-        ({"colours": {"a": "blue"}}, "is no colour"),
-        ({"colours": {"a": [0, 0, 256]}}, "is no colour"),
+        ({"values": {"a": 0}}, "key a, which is not a number"),
+        ({"values": [0, 255]}, "is not a mapping"),
+        ({"colours": {"a": "blue"}}, "is not a colour"),
+        ({"colours": {"a": [0, 0, 256]}}, "is not a colour"),
         ({"colours": {"c": "#000000"}}, "class c is none of"),
         ({"colours": {"a": "#000000", "b": [0, 0, 0]}}, "#000000 to two classes"),
         ({"ignore": ["#000000"]}, "give corpus.mask_colours too"),
-        ({"ignore": ["white"], "colours": {"a": "#000000"}}, "is no colour"),
-        ({"ignore": [[1]]}, "is no number"),
+        ({"ignore": ["white"], "colours": {"a": "#000000"}}, "is not a colour"),
+        ({"ignore": [[1]]}, "is not a number"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict, words: str) -> None:
@@ -366,7 +366,7 @@ def test_masks_are_found_by_their_usual_names() -> None:
         "a/1.jpg": "a/1.png", "a/2_sat.jpg": "a/2_mask.png", "a/3.png": "a/3_Label.tif", "b/4.tif": "b/4.seg.png",
         "b/5_RGB.tif": "b/5_label.tif", "b/6.png": "b/6.png.png",
     }  # fmt: skip
-    assert beside(["1.png", "1_mask.png", "2_sat.jpg", "2_mask.png", "land_mask.png"]) == {
+    assert masks_in_same_folder(["1.png", "1_mask.png", "2_sat.jpg", "2_mask.png", "land_mask.png"]) == {
         "1.png": "1_mask.png", "2_sat.jpg": "2_mask.png",
     }  # fmt: skip
 

@@ -20,7 +20,7 @@ from eval.generate import generate, starting_noise
 from eval.held_out import HeldOut
 from eval.measuring import (
     IMAGES,
-    Judges,
+    Evaluators,
     Sampling,
     compare,
     draw_images,
@@ -114,7 +114,7 @@ def test_runs_snapshots_and_pipelines_are_reported_apart(run: Path, tmp_path: Pa
     (tmp_path / "images").mkdir()
     assert find_model(tmp_path / "images") is None
     for wrong in (tmp_path / "nothing", tmp_path / "file.txt"):
-        with pytest.raises(UserError, match="is no folder"):
+        with pytest.raises(UserError, match="is not a folder"):
             find_model(wrong)
 
 
@@ -149,7 +149,7 @@ def test_images_are_drawn_once_and_depend_on_their_number_alone(run: Path, tmp_p
 
 def test_a_new_metric_is_computed_on_the_images_that_are_there(run: Path, tmp_path: Path, monkeypatch) -> None:
     held = made_held_out(made_corpus(), np.arange(20))
-    judges = Judges((Moments(),), Clip(), {"ice": ["ice"], "sea": ["sea"]})
+    judges = Evaluators((Moments(),), Clip(), {"ice": ["ice"], "sea": ["sea"]})
     drawn = draw_images(Model(run / "pipeline"), held, Sampling(1, 1.0, 7), tmp_path / "runs")
     before = read_json(measure_images(drawn, held, judges, tmp_path / "runs") / "metrics.json")
     assert {"fd_moments", "kid_x1000_moments", "precision_moments", "clip_made", "scene_accuracy_made"} <= set(before)
@@ -167,7 +167,7 @@ def test_drawn_images_teach_a_classifier_the_scene_of_their_caption() -> None:
     """Images without a caption are not used for training, and held-out images without scenes not for testing."""
     corpus = made_corpus()
     corpus.images[::2] //= 4  # the ice is dark, so its scene is visible in the mean colour
-    held, judges = made_held_out(corpus, np.arange(30)), Judges((Moments(),))
+    held, judges = made_held_out(corpus, np.arange(30)), Evaluators((Moments(),))
     name = "classification_accuracy_moments"
     drawn = np.roll(corpus.images[:30], 2, axis=0)
     assert measure(drawn, held, judges).metrics[name] == 1
@@ -182,7 +182,7 @@ def test_drawn_images_teach_a_classifier_the_scene_of_their_caption() -> None:
 
 def test_images_are_compared_with_the_training_images_where_these_are_known(run: Path, tmp_path: Path) -> None:
     corpus, train = made_corpus(), made_corpus(40, seed=8)
-    held, judges = made_held_out(corpus, np.arange(20)), Judges((Moments(),))
+    held, judges = made_held_out(corpus, np.arange(20)), Evaluators((Moments(),))
     kept = np.arange(0, 40, 2)
     features = {"moments": Moments()(train.images)}
     training = TrainingImages({"selection": "a"}, kept, features.__getitem__)
@@ -206,7 +206,7 @@ def test_every_encoder_judges_and_captions_only_where_there_are_some() -> None:
     other = replace(held, features={"moments": held.features["moments"], "twice": 2 * held.features["moments"]})
     result = compare({"moments": held.features["moments"], "twice": 2 * held.features["moments"]}, other)
     assert result["fd_moments"] == pytest.approx(0, abs=1e-3) and "fd_twice" in result
-    judges = Judges((Moments(),), Clip(), {"ice": ["a"], "sea": ["b"]})
+    judges = Evaluators((Moments(),), Clip(), {"ice": ["a"], "sea": ["b"]})
     assert "clip_made" not in measure(corpus.images[:30], held, judges, captioned=False).metrics
     assert "clip_made" in measure(corpus.images[:30], held, judges).metrics
 
@@ -227,10 +227,10 @@ def test_what_is_seen_in_images_of_each_scene() -> None:
     images = np.full((6, 4, 4, 3), 10, np.uint8)
     images[[0, 1]] = 200
     described = {"ice": ["a"], "sea": ["b"]}
-    result = scene_confusion(Judges((), Clip(), described), held, images)
+    result = scene_confusion(Evaluators((), Clip(), described), held, images)
     assert result == {"ice": {"ice": 1, "sea": 1}, "sea": {"ice": 1, "sea": 1}}
-    assert scene_confusion(Judges((), Clip(), {"ice": ["a"]}), held, images) is None
-    assert scene_confusion(Judges((), None, described), held, images) is None
+    assert scene_confusion(Evaluators((), Clip(), {"ice": ["a"]}), held, images) is None
+    assert scene_confusion(Evaluators((), None, described), held, images) is None
 
 
 def test_noise_of_an_image_does_not_depend_on_the_others() -> None:
@@ -263,7 +263,7 @@ def test_a_folder_is_sampled_by_seed_and_compared_one_for_one(cfg, tmp_path: Pat
     assert "eval.images" not in capsys.readouterr().err
     cfg.of = str(write_folder(tmp_path / "few", FEWEST_IMAGES))
     measure_any(cfg)
-    assert f"{FEWEST_IMAGES} images are compared with as many held-out ones" in capsys.readouterr().err
+    assert f"{FEWEST_IMAGES} images are compared with {FEWEST_IMAGES} held-out images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, FEWEST_IMAGES - 1])
@@ -316,7 +316,7 @@ def test_json_files_hold_null_for_what_is_no_number(tmp_path: Path) -> None:
 def test_images_without_captions_are_not_scored_against_empty_words() -> None:
     held = made_held_out(made_corpus(40), np.arange(40))
     blank = replace(held, captions=[""] * 40)
-    judges = Judges((Moments(),), Clip())
+    judges = Evaluators((Moments(),), Clip())
     assert "clip_made" in measure(held.images, held, judges).metrics
     assert "clip_made" not in measure(held.images, blank, judges).metrics
 
@@ -356,7 +356,7 @@ def test_reference_rows_are_real_and_rebuilt_images_n_against_n(tmp_path: Path) 
         "reconstructed_train": Rebuild("same", lambda images: images),
         "pca": Rebuild("dark", lambda images: images // 2),
     }
-    judges = Judges((Moments(),), Clip(), {"ice": ["a"], "sea": ["b"]})
+    judges = Evaluators((Moments(),), Clip(), {"ice": ["a"], "sea": ["b"]})
     training = TrainingImages({"corpus": "all"}, np.arange(80), {"moments": Moments()(corpus.images)}.__getitem__)
     directory = reference_rows(
         {"balanced": held}, {"balanced": further}, corpus, judges, rebuilds, 0, tmp_path, training

@@ -94,7 +94,7 @@ def test_a_folder_of_scenes_with_a_pipe_and_a_link_to_itself(
     result = reasons(corpus)
     assert result["pipe.tif"] == result["pipe.vrt"] == NOT_A_FILE and result["loop.tif"] and result["self.vrt"]
     assert result["a.tif/000000_000000"] == ""
-    assert "geotiff: 1 files passed over: .csv 1" in capsys.readouterr().err
+    assert "geotiff: 1 files ignored: .csv 1" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ rasters
@@ -215,7 +215,7 @@ def test_members_without_bytes_are_counted(tmp_path: Path, capsys: pytest.Captur
             member.type = kind
             tar.addfile(member)
     indexed(WebDataset(urls=str(tmp_path / "a.tar"), resolution=8), tmp_path)
-    assert "webdataset: 2 members passed over: none 1, .png 1" in capsys.readouterr().err
+    assert "webdataset: 2 members ignored: none 1, .png 1" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------------- texts
@@ -268,4 +268,4 @@ def test_a_shard_of_zeros_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     write(tmp_path / "a.tar", {"a.png": png()})
     (tmp_path / "b.tar").write_bytes(bytes(10_240))
     indexed(WebDataset(urls=f"{tmp_path / 'a.tar'}::{tmp_path / 'b.tar'}", resolution=8), tmp_path)
-    assert f"webdataset: 1 of 2 shards hold nothing, e.g. {tmp_path / 'b.tar'}" in capsys.readouterr().err
+    assert f"webdataset: 1 of 2 shards are empty, e.g. {tmp_path / 'b.tar'}" in capsys.readouterr().err

@@ -220,7 +220,7 @@ def test_a_selection_as_a_table_and_as_tags(selection: rsprune.Selection, tmp_pa
         pd.testing.assert_frame_equal(rsprune.read_selection(place), table)
     with pytest.raises(UserError, match="39 ids and 40 images"):
         rsprune.selection_table(selection, ids[1:])
-    with pytest.raises(UserError, match=r"a/1\.png is there twice"):
+    with pytest.raises(UserError, match=r"a/1\.png occurs twice"):
         rsprune.selection_table(selection, [ids[1], *ids[1:]])
     with pytest.raises(UserError, match="does not exist"):
         rsprune.read_selection(tmp_path / "nowhere")

@@ -560,7 +560,7 @@ def test_a_clip_of_a_folder_scores_as_transformers_does(clip_folder: Path, tmp_p
     result, pairs = pictured(captions, tmp_path)
     scorer = HubScorer("tiny", str(clip_folder))
     images, texts = scorer.embed(result, pairs, pairs)
-    assert "1 of 2 different captions are longer than tiny reads, and are cut\n" in capsys.readouterr().err
+    assert "1 of 2 different captions are longer than tiny reads, and are truncated\n" in capsys.readouterr().err
     assert not images[1].any() and len(texts) == 3
     model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), clip_tokenizer(16)
     processor = CLIPImageProcessor(do_resize=False, do_center_crop=False)
@@ -614,7 +614,7 @@ def test_all_forms_of_open_clip_s_weights_are_the_same(open_clip_folder: Path, t
         OpenClipScorer("tiny", "tiny-test", str(open_clip_folder / name)).embed(result, pairs, pairs)
         for name in ("plain.safetensors", "plain.pt", "wrapped.pt")
     ]
-    assert capsys.readouterr().err == "1 of 3 different captions are longer than tiny reads, and are cut\n"
+    assert capsys.readouterr().err == "1 of 3 different captions are longer than tiny reads, and are truncated\n"
     for images, texts in results[1:]:
         np.testing.assert_array_equal(images, results[0][0])
         np.testing.assert_array_equal(texts, results[0][1])
@@ -637,12 +637,12 @@ def test_all_forms_of_open_clip_s_weights_are_the_same(open_clip_folder: Path, t
     ("architecture", "file", "reason"),
     [
         ("tiny-test", "gone.pt", "no such file"),
-        ("tiny-test", "objects.pt", "no file of tensors alone"),
-        ("tiny-test", "text.pt", "no file of tensors alone"),
-        ("tiny-test", "empty.pt", "no file of tensors alone"),
+        ("tiny-test", "objects.pt", "not a file that contains only tensors"),
+        ("tiny-test", "text.pt", "not a file that contains only tensors"),
+        ("tiny-test", "empty.pt", "not a file that contains only tensors"),
         ("tiny-test", "text.safetensors", "header"),
-        ("tiny-test", "list.pt", "no tensors by name"),
-        ("tiny-test", "numbers.pt", "no tensors by name"),
+        ("tiny-test", "list.pt", "no named tensors"),
+        ("tiny-test", "numbers.pt", "no named tensors"),
         ("tiny-test", "half.pt", "its weights are not those of tiny-test"),
         ("unheard-of", "plain.pt", "unheard-of"),
     ],

@@ -285,7 +285,7 @@ def test_nothing_is_wrong_or_all_or_nothing_is_there(tmp_path):
     assert "mismatched, cut" not in pages["right"] and "no cut" in pages["right"] and "<del" not in pages["right"]
     groups = {name: Counter(alt.split(", ")[1] for alt, _, _ in shown(html)) for name, html in pages.items()}
     assert groups["right"]["best"] == groups["right"]["worst"] > 0
-    assert groups["wrong"]["best"] == 0 < groups["wrong"]["worst"] and "no better one" in pages["wrong"]
+    assert groups["wrong"]["best"] == 0 < groups["wrong"]["worst"] and "no better caption" in pages["wrong"]
     assert "<del" not in pages["wrong"]  # an image's only caption is not removed
     assert not groups["none"] and 'id="table-scenes"' not in pages["none"]
 

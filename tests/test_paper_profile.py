@@ -305,7 +305,7 @@ def test_only_the_inception_network_gives_fid(tmp_path: Path) -> None:
     names = compare({encoder.name: features[0]}, SimpleNamespace(features={encoder.name: features[1]}))
     assert "fid" in names and not any(name.startswith("fd_") for name in {*names} - {"fd_infinity_inception"})
     assert "fid" not in compare({"dinov2": features[0]}, SimpleNamespace(features={"dinov2": features[1]}))
-    with pytest.raises(UserError, match="kept for the standard InceptionV3"):
+    with pytest.raises(UserError, match="reserved for the standard InceptionV3"):
         TransformersEncoder(name="inception", path="owner/name")
     with pytest.raises(TypeError):
         InceptionV3(name="inception_of_mine")
@@ -355,7 +355,7 @@ def test_another_file_than_fid_s_network_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("encoders.inception.urlopen", lambda *_, **__: io.BytesIO(b"<html>log in</html>"))
     with pytest.raises(UserError) as error:
         InceptionV3(folder=str(tmp_path))(pictures(1))
-    assert "sent another file" in one_line(error) and list(tmp_path.iterdir()) == []
+    assert "sent a different file" in one_line(error) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -348,7 +348,7 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
         ("georssd", lambda d: without(d / "model_index.json"), "has no model_index.json: give the folder of geor"),
         ("georssd", lambda d: edited(d / "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline: peer=ge"),
         ("text2earth", lambda d: edited(d / "model_index.json", _class_name=["x", "Other"]), "is a Other: peer=text"),
-        ("georssd", lambda d: without(d / UNET_FILE), "unet has no weights: a .safetensors file is looked for"),
+        ("georssd", lambda d: without(d / UNET_FILE), "unet has no weights: a .safetensors file is needed"),
         ("georssd", lambda d: without(d / "vae"), "vae has no weights"),
         ("georssd", lambda d: pickled(d / UNET_FILE), "is a pickle, which can run code when it is read"),
         ("diffusionsat", lambda d: pickled(d / UNET_FILE), "is a pickle, which can run code"),
@@ -358,9 +358,9 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
         ("diffusionsat", lambda d: edited(d / "unet/config.json", num_metadata=5), "takes 5 numbers: peer=diffusion"),
         ("diffusionsat", lambda d: edited(d / "unet/config.json", use_metadata=False), "takes 0 numbers"),
         ("diffusionsat", lambda d: without(d / "unet/config.json"), "unet has no config.json"),
-        ("text2earth", lambda d: edited(d / "unet/config.json", class_embed_type=None), "is given no resolution"),
+        ("text2earth", lambda d: edited(d / "unet/config.json", class_embed_type=None), "no input for the resolution"),
         ("text2earth", lambda d: (d / "unet/config.json").write_text("{"), "config.json cannot be read"),
-        ("text2earth", lambda d: (d / "unet/config.json").write_text("[]"), "config.json holds no JSON object"),
+        ("text2earth", lambda d: (d / "unet/config.json").write_text("[]"), "config.json contains no JSON object"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_system_is_refused_before_anything_is_computed(
@@ -413,7 +413,7 @@ def test_a_hub_name_is_fetched_without_pickles(tmp_path: Path, monkeypatch: pyte
     assert place_of("owner/name") == tmp_path
     [(name, patterns)] = requested
     assert name == "owner/name" and set(patterns) == {"*.safetensors", "*.json", "*.txt"}
-    with pytest.raises(UserError, match=r"as a hub name it cannot be fetched \(no hub\)"):
+    with pytest.raises(UserError, match=r"it cannot be fetched as a hub name \(no hub\)"):
         place_of("owner/none")
 
 
@@ -475,10 +475,11 @@ def test_an_image_is_of_the_caption_in_its_line(tmp_path: Path) -> None:
     last = peer.draw(loaded, captions, rows, np.array([2]), SIZE, **OPTIONS)
     np.testing.assert_array_equal(last, images[[2]])  # for every process that draws it
     with pytest.raises(
-        UserError, match=r"has no image of the caption of b\.jpg: draw every caption of the split with rs"
+        UserError,
+        match=r"has no image for the caption of b\.jpg: generate an image for every caption of the split with rs",
     ):
         peer.draw(loaded, ["a lake", "a hill", "a lake"], rows, np.arange(1), SIZE, **OPTIONS)
-    with pytest.raises(UserError, match=r"of the caption of c\.jpg"):
+    with pytest.raises(UserError, match=r"for the caption of c\.jpg"):
         peer.draw(loaded, ["an airport", "a lake", "an airport"], rows, np.arange(1), SIZE, **OPTIONS)
 
 
@@ -502,7 +503,7 @@ def test_folders_without_images_or_with_too_few_lines_are_refused(tmp_path: Path
         PEERS["rsdiff"].check(tmp_path / "x")
     (tmp_path / "x" / "captions.txt").unlink()
     (tmp_path / "x" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(UserError, match=r"a.png cannot be read .*: draw it again"):
+    with pytest.raises(UserError, match=r"a.png cannot be read .*: generate it again"):
         drawn(PEERS["rsdiff"], tmp_path / "x", table({"id": "a.jpg"}))
 
 
@@ -565,7 +566,10 @@ def test_a_whole_split_is_measured_once(capsys: pytest.CaptureFixture) -> None:
     one, same, other = (SimpleNamespace(rows=np.array(rows)) for rows in ([0, 1, 2], [2, 0, 1], [0, 1, 3]))
     assert distinct_sets({"balanced": one, "natural": same}) == {"natural": same}
     assert distinct_sets({"balanced": one, "natural": other}) == {"balanced": one, "natural": other}
-    assert "both held-out sets hold the same images: they are drawn and measured once" in capsys.readouterr().err
+    assert (
+        "both held-out sets contain the same images: only the natural set is generated and measured"
+        in capsys.readouterr().err
+    )
 
 
 def test_peers_are_measured_as_any_model_is(folders: dict[str, Path], tmp_path: Path, monkeypatch, capsys) -> None:
@@ -579,7 +583,9 @@ def test_peers_are_measured_as_any_model_is(folders: dict[str, Path], tmp_path: 
     metadata = read_json(directory / PEER)
     assert (metadata["peer"], metadata["drawn_px"], metadata["measured_px"]) == ("georssd", SIZE, SIZE)
     assert (metadata["steps"], metadata["images"]) == (2, {"balanced": 8, "natural": 8})
-    assert f"georssd draws at {SIZE} px; its images are measured at the corpus's {SIZE} px" in capsys.readouterr().err
+    assert (
+        f"georssd generates images of {SIZE} px; they are measured at the corpus's {SIZE} px" in capsys.readouterr().err
+    )
     monkeypatch.setattr(GeoRSSD, "load", lambda *_: pytest.fail("drawn again"))
     assert measure_any(cfg) == directory
     # the same pipeline, measured without a name, gives the same images
@@ -667,7 +673,7 @@ def test_every_peer_s_config_makes_it_and_the_page_has_its_row(name: str) -> Non
         (["peer=crs_diff", "of=x"], "last.ckpt is not read, because its local adapter"),
         (["peer=georssd", "of=x"], "error: of=x has no model_index.json: give the folder of georssd's pipeline"),
         (["peer=georssd"], "error: nothing to measure: give of=DIR"),
-        (["peer=none", "of=nowhere"], "error: of=nowhere is no folder"),
+        (["peer=none", "of=nowhere"], "error: of=nowhere is not a folder"),
     ],
 )
 def test_the_command_ends_with_one_line_and_exit_code_2(

@@ -282,10 +282,10 @@ def test_what_is_missing_ends_the_command(command, tmp_path: Path, capsys) -> No
     [
         (["model=pretrained"], "model.pretrained is not given: give model.pretrained="),
         (["model=dit_s"], "the tasks need model.unet"),
-        (["train.views.crop=32"], "give all of them one side"),
-        (["corpus.train.resolution=60"], "do not divide by the autoencoder's 8"),
+        (["train.views.crop=32"], "give all the same side"),
+        (["corpus.train.resolution=60"], "is not a multiple of the autoencoder's 8"),
         (["ratio=1.5"], "ratio"),
-        (["train.resume=nowhere"], "train.resume=nowhere holds no checkpoint"),
+        (["train.resume=nowhere"], "train.resume=nowhere contains no checkpoint"),
         (["train.objective.prediction=wind"], "train."),
     ],
 )

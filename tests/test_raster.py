@@ -121,7 +121,7 @@ def test_bands_that_no_file_names_are_a_guess_that_is_reported(tmp_path: Path, c
             data = geotiff(colours(bands=count, high=3000, kind="uint16"))
             (folder / f"{number}.tif").write_bytes(data)
         index_corpus(ImageFolder(str(folder), resolution=SIDE, split="all"), tmp_path / "runs")
-        message = f"folder: {words}, since their files name no colours: corpus.bands=[…] chooses others\n"
+        message = f"folder: {words}, because the files do not name their colours: choose others with corpus.bands=[…]\n"
         assert capsys.readouterr().err.count(message) == 1
         index_corpus(ImageFolder(str(folder), resolution=SIDE, split="all", bands=(1,)), tmp_path / "runs")
         assert words not in capsys.readouterr().err
@@ -130,7 +130,7 @@ def test_bands_that_no_file_names_are_a_guess_that_is_reported(tmp_path: Path, c
 def test_deep_images_of_one_value_are_black_and_that_is_reported() -> None:
     options = RasterOptions()
     constant = image_pixels(geotiff(np.full((1, SIDE, SIDE), 700, np.uint16)), options)
-    assert "all that were sampled hold 700" in survey_of([constant], options).notes[0]
+    assert "all sampled values are 700" in survey_of([constant], options).notes[0]
     assert survey_of([constant, image_pixels(geotiff(colours(0, 900, 1, "uint16")), options)], options).notes == ()
 
 
@@ -436,7 +436,7 @@ def test_bands_in_files_of_their_own_are_stacked(write: Write, tmp_path: Path) -
     write(f"{product}_B04_20m.tif", truth[:1, ::2, ::2], pixel=20)
     write(f"{product}_SCL_20m.tif", NOISE.integers(0, 12, (1, 48, 48)).astype(np.uint8), pixel=20)
     write(f"{product}_TCI_10m.tif", (truth / 12).astype(np.uint8))
-    with pytest.raises(UserError, match=r"one file a band .*corpus\.bands=\[B04,B03,B02\]"):
+    with pytest.raises(UserError, match=r"one file per band .*corpus\.bands=\[B04,B03,B02\]"):
         GeoTiff(str(root), resolution=32).manifest()
     source = GeoTiff(str(root), resolution=32, bands=("B04", "B03", "B02"), stretch="range", low=0, high=3000)
     table = source.manifest()

@@ -179,7 +179,7 @@ def test_items_keep_their_order_and_errors_their_words(
     assert [done.value for done in ray_engine.run(steps, iter(range(20)))] == [4 * value for value in range(20)]
     with pytest.raises(UserError, match="item 0 is bad: mend it"):
         list(ray_engine.run([Step(refuse, network=network)], range(8)))
-    with pytest.raises(UserError, match="a worker was killed again and again at the same images"):
+    with pytest.raises(UserError, match="a worker was killed repeatedly at the same images"):
         list(ray_engine.run([Step(die_at_three, network=network)], range(8)))
 
 

@@ -263,9 +263,7 @@ def test_a_network_that_is_gone_ends_the_run_which_goes_on_later(
     there.manifest()
     gone = Fault("lost", path=r".*part-[12]\.tar")
     store.faults.append(gone)
-    with pytest.raises(
-        UserError, match=r"part-1\.tar: no connection, after all repetitions: run the same command again"
-    ):
+    with pytest.raises(UserError, match=r"part-1\.tar: no connection, after all retries: run the same command again"):
         index_corpus(there, tmp_path / "there")
     gone.times = 0
     store.seen.clear()
@@ -581,7 +579,7 @@ def test_a_copy_to_a_folder_of_this_machine(result: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("https://user:pw@h/x?token=Zq1", r"copy_to=https://h/x: HTTP servers take no folders"),
+        ("https://user:pw@h/x?token=Zq1", r"copy_to=https://h/x: HTTP servers do not accept folders"),
         ("s3://no-such-bucket/x", "there is no such bucket"),
     ],
 )
@@ -644,11 +642,11 @@ def test_an_export_that_cannot_be_written_stays_here(store: Store, tmp_path: Pat
     corpus = index_corpus(source(store, split="all"), tmp_path / "runs")
     selection, prefix = selection_of(corpus, tmp_path / "runs"), f"s3://tiles/{tmp_path.name}"
     store.faults.append(Fault("busy", "PUT", r".*kept\.txt"))
-    with pytest.raises(UserError, match=r"cannot be written .* the export itself is in .*\.upload") as caught:
+    with pytest.raises(UserError, match=r"cannot be written .* the export is in .*\.upload") as caught:
         export(selection, store, "list", prefix, tmp_path / "results", corpus={"retries": 1, "timeout": 2})
     (kept,) = (tmp_path / "results").rglob("kept.txt")
     assert str(kept.parent) in str(caught.value)
-    with pytest.raises(UserError, match="to=symlinks links files of this machine"):
+    with pytest.raises(UserError, match="to=symlinks can link files only on this machine"):
         export(selection, store, "symlinks", prefix, tmp_path / "results")
 
 
@@ -661,7 +659,7 @@ def test_an_export_of_signed_urls_takes_new_ones(store: Store, tmp_path: Path) -
         export(selection, store, "list", str(tmp_path / "out"), tmp_path / "results")
     options = {"results": tmp_path / "results", "storage": {}, "corpus": {"urls": f"{url}?token=new"}}
     export(selection, store, "list", str(tmp_path / "out"), **options)
-    with pytest.raises(UserError, match="is not what was pruned"):
+    with pytest.raises(UserError, match="is not the pruned corpus"):
         export(selection, store, "list", str(tmp_path / "o2"), tmp_path / "results", corpus={"urls": "http://h/x.tar"})
 
 

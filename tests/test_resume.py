@@ -53,9 +53,9 @@ def test_a_run_its_checkpoints_and_one_of_them_are_found(run: Path) -> None:
 
 def test_what_cannot_be_taken_up_is_refused(run: Path, tmp_path: Path) -> None:
     for named in (tmp_path / "no_such", tmp_path, run / SNAPSHOTS, run / "checkpoints" / "00000060.partial"):
-        with pytest.raises(UserError, match="holds no checkpoint: give"):
+        with pytest.raises(UserError, match="contains no checkpoint: give"):
             start_of(config(f"train.resume={named}"))
-    with pytest.raises(UserError, match=r"00000040 has done 40 steps already: give train\.loop\.steps more"):
+    with pytest.raises(UserError, match=r"00000040 has already 40 steps: give a larger train\.loop\.steps"):
         start_of(config(f"train.resume={run}", "train.loop.steps=40"))
 
 

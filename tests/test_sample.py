@@ -162,7 +162,7 @@ def test_metadata_changes_the_image(placed_run: Path) -> None:
     [
         ("plain_run", {"lon": 1}, "has no metadata_encoder"),
         ("transformer_run", {"lon": 1}, "has no metadata_encoder"),
-        ("placed_run", {"lon": 1, "snow": 2}, "does not know snow: it knows lon, lat"),
+        ("placed_run", {"lon": 1, "snow": 2}, "has no field snow: its fields are lon, lat"),
         ("placed_run", {"lon": "east"}, "metadata lon=east: give a number"),
         ("placed_run", {"lon": float("nan")}, "metadata lon=nan: give a number"),
         ("placed_run", {"lat": [1, 2]}, "give a number"),
@@ -222,7 +222,7 @@ def test_other_pipelines_are_refused(translation_run: Path, plain_run: Path, tmp
     with pytest.raises(UserError, match=r"demo\.x=.* is a StableDiffusionPipeline"):
         load_pipeline(plain_run, "demo.x", ("StableDiffusionInstructPix2PixPipeline",))
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match="holds no pipeline"):
+        with pytest.raises(UserError, match="contains no pipeline"):
             load_sampler(folder)
 
 
@@ -324,7 +324,7 @@ def test_places_and_prompts_are_rows_with_the_same_noise(call: Command, placed_r
 @pytest.mark.slow
 def test_the_command_refuses_in_one_line(call: Command, plain_run: Path, tmp_path: Path) -> None:
     cases = [
-        (["prompt=ice", f"foundation={tmp_path}"], "holds no pipeline"),
+        (["prompt=ice", f"foundation={tmp_path}"], "contains no pipeline"),
         ([f"foundation={plain_run}", "prompt="], "the prompt is empty"),
         ([f"foundation={plain_run}", "prompt=ice", "sample.metadata.lon=1"], "has no metadata_encoder"),
     ]
@@ -360,10 +360,10 @@ def test_bad_options_are_refused_before_anything_is_drawn(
         ({"prompt": ["ice", " "]}, "the prompt is empty"),
         ({"images": "none"}, "images=none: give a whole number"),
         ({"sample.batch_size": 0}, "batch_size=0"),
-        ({"foundation": "scratch"}, "holds no pipeline"),
+        ({"foundation": "scratch"}, "contains no pipeline"),
         ({"foundation": str(plain_run), "sample.locations": [{"lon": 1}]}, "has no metadata_encoder"),
-        ({"sample.metadata": {"snow": 1}}, "does not know snow"),
-        ({"sample.metadata": 7}, "sample.metadata=7: give a number to each field"),
+        ({"sample.metadata": {"snow": 1}}, "has no field snow"),
+        ({"sample.metadata": 7}, "sample.metadata=7: give a number for each field"),
         ({"sample.locations": ["Amazon"]}, "give a list of locations"),
         ({"sample.locations": [{"lon": 1}, {"name": "Amazon", "lon": "x"}]}, "metadata lon=x: give a number"),
         ({"sample.out": "full"}, "is not empty"),
@@ -509,7 +509,7 @@ def test_the_page_has_no_place_and_says_what_its_tabs_need_unless_the_models_hav
     props = [block.get("props", {}) for block in blocks.get_config_file()["components"]]
     labels, texts = {own.get("label") for own in props}, "".join(str(own.get("value")) for own in props)
     assert {"Prompt", "Images", "Seed", "Steps", "Guidance", "Text → image"} <= labels
-    assert not {"Longitude", "Use location", "Bicubic", "Mask"} & labels and "knows no locations" in texts
+    assert not {"Longitude", "Use location", "Bicubic", "Mask"} & labels and "no input for locations" in texts
     for name in ("super_resolution", "semantic_synthesis"):
         assert f"downstream/{name}.py" in texts and f"make demo {name.upper()}=DIR" in texts
 

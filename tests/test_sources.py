@@ -338,7 +338,7 @@ def test_folder_masks_come_with_their_images(tmp_path: Path) -> None:
     assert corpus.manifest["reason"].tolist() == ["", "mask: not an image", "mask: missing"]
     with pytest.raises(UserError, match=r"corpus\.classes"):
         ImageFolder(str(tmp_path), masks="masks")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         ImageFolder(str(tmp_path), masks="labels", classes=("a",))
 
 
@@ -480,7 +480,7 @@ def test_shards_that_change_are_found_out(tmp_path: Path) -> None:
     assert [data for data, _, _ in source.originals(np.array([1]))] == [other]
     shard(tmp_path / "a.tar", [("y.tif", other), ("x.tif", one), ("y.mask.png", mask)])
     assert list(source.reader(np.arange(2))()) == [CUT, CUT]
-    with pytest.raises(UserError, match="cannot be read any more"):
+    with pytest.raises(UserError, match="can no longer be read"):
         list(source.originals(np.array([0])))
     shard(tmp_path / "a.tar", [("x.tif", one), ("y.tif", other), ("y.mask.png", mask)])
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: 2 * (len(one) // 512 + 2) * 512 + 540])
@@ -793,7 +793,7 @@ def test_torchgeo_sets_are_read(made_ucmerced: Path, tmp_path: Path) -> None:
     assert (corpus.images[0] == np.asarray(texture(0, side=256))).all()
     assert len(TorchGeo("UCMerced", str(tmp_path), split="train").manifest()) == 4
     for options, message in (
-        ({"dataset": "Nothing", "root": str(tmp_path)}, "no non-geo data set"),
+        ({"dataset": "Nothing", "root": str(tmp_path)}, "is not a non-geo data set"),
         ({"dataset": "EuroSAT", "root": str(tmp_path)}, "does not find its files"),
     ):
         with pytest.raises(UserError, match=message):
@@ -1094,7 +1094,7 @@ def test_the_second_of_two_runs_waits_and_says_so(tmp_path: Path, repository: Pa
     assert [run.returncode for run in runs] == [0, 0]
     assert results[0][0] == results[1][0]
     assert (tmp_path / "builds").read_text() == "built\n"
-    assert sum("another run is at work" in error for _, error in results) == 1
+    assert sum("another run is computing" in error for _, error in results) == 1
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(growing: Path, tmp_path: Path, repository: Path) -> None:

@@ -93,9 +93,9 @@ def test_val_comes_out_of_train_where_train_and_test_are_named(capsys: pytest.Ca
     assert result["test"] == named(names, "testing")
     assert result["val"] == {identifier for identifier in named(names, "train") if place(identifier) < 0.1}
     assert result["train"] == named(names, "train") - result["val"]
-    line = capsys.readouterr().err
-    assert line == (
-        f"photos: the data set names no val: of its train images a hash of the id takes {len(result['val'])} as val\n"
+    assert capsys.readouterr().err == (
+        f"photos: the data set has no val split: a hash of the id takes {len(result['val'])} as val from its "
+        "train images\n"
     )
     assert of(names, val_fraction=0.0)["train"] == named(names, "train") and capsys.readouterr().err == ""
 
@@ -106,7 +106,8 @@ def test_half_of_val_is_test_where_train_and_val_are_named(capsys: pytest.Captur
     assert result["train"] == named(names, "train")
     assert result["val"] | result["test"] == named(names, "validation") and not result["val"] & result["test"]
     assert result["test"] == {identifier for identifier in named(names, "validation") if place(identifier) < 0.5}
-    assert capsys.readouterr().err.count("names no test: of its val images") == 1
+    line = f"has no test split: a hash of the id takes {len(result['test'])} as test from its val images"
+    assert capsys.readouterr().err.count(line) == 1
 
 
 def test_an_image_without_a_name_goes_by_the_hash_beside_those_with_one() -> None:
@@ -119,7 +120,7 @@ def test_an_image_without_a_name_goes_by_the_hash_beside_those_with_one() -> Non
 def test_what_has_an_unknown_name_is_not_trained_on(capsys: pytest.CaptureFixture) -> None:
     names = ["train", "val", "mystery"]
     assert of(names)["test"] == named(names, "mystery")
-    assert capsys.readouterr().err == ("photos: no known split is called mystery: its images are held out as test\n")
+    assert capsys.readouterr().err == ("photos: unknown split name mystery: its images are held out as test\n")
 
 
 @pytest.mark.parametrize("names", [["val"], ["test"], ["val", "test"]], ids=str)
@@ -247,9 +248,7 @@ def test_parts_of_a_set_are_called_by_the_same_names() -> None:
 
 def test_images_in_no_split_s_folder_are_counted(capsys: pytest.CaptureFixture) -> None:
     of(["train", "val", "test", ""])
-    assert capsys.readouterr().err == (
-        "photos: 5000 of 20000 images are named no split, others are: a hash decides about them\n"
-    )
+    assert capsys.readouterr().err == ("photos: 5000 of 20000 images have no split name: a hash decides their split\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- copies
@@ -273,9 +272,8 @@ def test_copies_of_named_splits_are_counted(capsys: pytest.CaptureFixture) -> No
     assert elsewhere("photos", ["train", "train", "test", "val", "val", "test"], firsts) == [
         "test", "test", "train", "", "test", "val",
     ]  # fmt: skip
-    line = capsys.readouterr().err
-    assert line.startswith(
-        "photos: 2 images have exact copies in more than one split (train and test 1, val and test 1)"
+    assert capsys.readouterr().err.startswith(
+        "photos: 2 images have exact copies in more than one split of the data set (train and test 1, val and test 1)"
     )
     assert elsewhere("photos", ["train"] * 6, firsts) == [""] * 6 and capsys.readouterr().err == ""
 
@@ -339,4 +337,5 @@ def test_copies_between_named_folders_are_a_column(tmp_path: Path, capsys: pytes
         f"train/{number}.png": "test" if number > 3 else "" for number in range(6)
     }
     assert [copies_across_splits(table) for table in (train, val, test)] == [2, 0, 2]
-    assert capsys.readouterr().err.count("2 images have exact copies in more than one split (train and test 2)") == 1
+    line = "2 images have exact copies in more than one split of the data set (train and test 2)"
+    assert capsys.readouterr().err.count(line) == 1

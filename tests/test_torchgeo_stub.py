@@ -401,7 +401,7 @@ def test_images_are_squared_and_made_smaller(root: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["Nothing", "RasterDataset", "DatasetNotFoundError", "__name__"])
 def test_a_class_that_is_no_non_geo_set_is_one_line(root: Path, name: str) -> None:
-    with pytest.raises(UserError, match=rf"corpus\.dataset={name} is no non-geo data set of torchgeo") as caught:
+    with pytest.raises(UserError, match=rf"corpus\.dataset={name} is not a non-geo data set of torchgeo") as caught:
         source(name, root).manifest()
     assert "\n" not in str(caught.value)
 
@@ -419,7 +419,7 @@ def test_files_that_are_not_there_are_one_line(tmp_path: Path, name: str) -> Non
     [
         ({"dataset": None}, "needs a class and its folder"),
         ({"root": None}, "needs a class and its folder"),
-        ({"root": "nowhere"}, "corpus.root=nowhere is no folder"),
+        ({"root": "nowhere"}, "corpus.root=nowhere is not a folder"),
         ({"split": "holdout"}, "split='holdout' is unknown"),
         ({"limit": 0}, "limit"),
     ],

@@ -300,7 +300,7 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
         take_up(tmp_path / "wide", start, flat(steps=18), width=7)
     assert "\n" not in str(e.value) and not (tmp_path / "wide" / "checkpoints").exists()
     (start / "net.safetensors").rename(start / "other.safetensors")
-    with pytest.raises(UserError, match=r"does not fit these networks \(it has net_average, optimizer, other\)"):
+    with pytest.raises(UserError, match=r"does not fit these networks \(it contains net_average, optimizer, other\)"):
         take_up(tmp_path / "named", start, flat(steps=18))
 
 
@@ -318,5 +318,7 @@ def test_divergence_names_the_command_that_goes_on(tmp_path):
     start = tmp_path / "short" / "checkpoints" / "00000012"
     module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
     arguments = (Accelerator(cpu=True), {"net": module}, draw, explode, flat(steps=18), tmp_path / "bad")
-    with pytest.raises(UserError, match=r"at step 13; go on from .* with train\.resume=00000012, or"):
+    with pytest.raises(
+        UserError, match=r"at step 13; continue from .* with the same command and train\.resume=00000012, or"
+    ):
         train_loop(*arguments, label="t", start=start, take_up=take)

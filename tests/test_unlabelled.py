@@ -137,8 +137,8 @@ def test_every_method_prunes_a_flat_folder(name: str, flat: Path, capsys: pytest
     if name in SCENIC:
         assert summary["strata"] == {"source": "corpus", "count": 6}
         assert lines == [
-            "no labels: 6 clusters of the corpus (strata) stand for its scenes; reference=folder "
-            "reference.root=DIR names labelled ones"
+            "no labels: 6 clusters of the corpus (strata) are used as scenes; give labelled images with "
+            "reference=folder reference.root=DIR"
         ]
         assert "6, strata of the corpus" in (directory / "report.html").read_text()
     else:

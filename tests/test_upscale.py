@@ -475,7 +475,7 @@ def test_missing_options_and_other_runs_are_refused(run: Path, tmp_path: Path) -
         jobs_of(None, "b.png", "in", str)
     with pytest.raises(UserError, match="out=… is missing"):
         jobs_of(tmp_path, None, "in", str)
-    with pytest.raises(UserError, match=r"run=.* holds no pipeline"):
+    with pytest.raises(UserError, match=r"run=.* contains no pipeline"):
         upscale(tmp_path / "a.png", tmp_path / "b.png", tmp_path)
     other = tmp_path / "other"
     other.mkdir()

@@ -234,14 +234,14 @@ def build_autoencoder(cfg: DictConfig, corpus: Corpus, directory: Path) -> Autoe
             trained,
             phases=phases_of(recipe.decoder_phases, seed),
             directory=directory / "decoder",
-            label="autoencoder, decoder alone",
+            label="autoencoder, decoder only",
         )
 
 
 def main(cfg: DictConfig) -> None:
     """`make autoencoder`: train by the recipe, compare with PCA on the training split, write weights and model card."""
     if process_count() > 1:
-        raise UserError("train/autoencoder.py is one process: start it without `accelerate launch`")
+        raise UserError("train/autoencoder.py runs in one process: start it without `accelerate launch`")
     recipe = cfg.autoencoder.recipe
     corpus = index_corpus(instantiate(cfg.corpus.train), cfg.runs)
 
@@ -263,9 +263,9 @@ def main(cfg: DictConfig) -> None:
     # training with a critic improves texture at the expense of pixel error
     if ours[distance] >= pca[distance] or (ours["psnr"] <= pca["psnr"] and not textured):
         raise UserError(
-            f"the autoencoder in {directory} does not beat PCA of its latent size in "
-            f"{'' if textured else 'PSNR and in '}Fréchet distance, so {cfg.autoencoder.path} stays as it was: train "
-            "it longer (autoencoder.recipe)"
+            f"the autoencoder in {directory} is not better than PCA of the same latent size in "
+            f"{'' if textured else 'PSNR and in '}Fréchet distance, so {cfg.autoencoder.path} is unchanged: train it "
+            "longer (autoencoder.recipe)"
         )
     target = REPOSITORY / cfg.autoencoder.path
     trained.save_pretrained(target)

@@ -58,7 +58,7 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
     set_seed(int(cfg.seed))
     precision, plugin = str(cfg.train.mixed_precision), requested_plugin()
     if plugin and precision == "fp16":
-        raise UserError(f"{plugin} does not go with train.mixed_precision=fp16: give bf16 or no")
+        raise UserError(f"{plugin} does not support train.mixed_precision=fp16: give bf16 or no")
     # the others wait at a barrier while the first process evaluates, longer than the default of ten minutes
     options = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(days=1))], "mixed_precision": precision}
     if plugin == "FSDP":  # weights stay in float32 and autocast sets each operation's type, as without shards
@@ -87,7 +87,7 @@ def _settle_deepspeed(plugin: DeepSpeedPlugin, precision: str) -> None:
         )
     if config.get("gradient_accumulation_steps") not in (None, 1, "auto"):
         raise UserError(
-            "DeepSpeed's config sets gradient_accumulation_steps: leave it out, and give train.loop.micro_batch"
+            "DeepSpeed's config sets gradient_accumulation_steps: leave it out and set train.loop.micro_batch"
         )
     config["torch_autocast"] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
     # the default of 5e8 elements takes more memory than sharding the moments of a network of this size saves
@@ -245,13 +245,13 @@ def load_pretrained(cfg: DictConfig) -> Pretrained:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"no StableDiffusionPipeline at model.pretrained={name} ({reason}): give a run of this repository, a "
-            "pipeline's folder or a hub name that can be reached, or start from nothing with model=ldm_tiny"
+            "pipeline's folder or a hub name that can be reached, or train from scratch with model=ldm_tiny"
         ) from error
     learned, requested = prediction_of(pipeline.scheduler), cfg.train.objective.prediction
     if learned != requested:
         raise UserError(
-            f"model.pretrained={name} predicts {learned}, train.objective.prediction={requested} asks for another: "
-            f"give train.objective.prediction={learned}"
+            f"model.pretrained={name} predicts {learned}, but train.objective.prediction={requested}: give "
+            f"train.objective.prediction={learned}"
         )
     files = sorted(Path(path).rglob("*.safetensors")) if Path(path).is_dir() else []
     key = fingerprint(files=[file_digest(file) for file in files]) if files else path

@@ -89,7 +89,9 @@ def sampling_fractions(weights: np.ndarray, weighting: float) -> np.ndarray | No
         UserError: `weighting` is outside [0, 1].
     """
     if not 0 <= weighting <= 1:
-        raise UserError(f"train.weighting={weighting}: give 0 (every kept image alike) to 1 (as the corpus has them)")
+        raise UserError(
+            f"train.weighting={weighting}: give a number from 0 (uniform) to 1 (in proportion to the weights)"
+        )
     if weighting == 0:
         return None
     powers = np.asarray(weights, dtype=np.float64) ** weighting

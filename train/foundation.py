@@ -128,7 +128,7 @@ def _check_sides(cfg: DictConfig, autoencoder: nn.Module, corpus: Corpus, test: 
     factor = 2 ** (len(getattr(autoencoder.config, "block_out_channels", [0] * 4)) - 1)
     if side % factor:
         raise UserError(
-            f"images of {side} px do not divide by the autoencoder's {factor}: change corpus.train.resolution"
+            f"image side {side} px is not a multiple of the autoencoder's {factor}: change corpus.train.resolution"
         )
     if test.resolution != side:
         raise UserError(
@@ -266,7 +266,7 @@ def _modules(run: _Run, subset: Subset, accelerator: Accelerator) -> Modules:
         network.register_to_config(sample_size=side)
     if run.fields and masks_padding(network):
         raise UserError(
-            "metadata needs a U-Net, whose pipeline takes further tokens: give metadata=none or model=ldm_tiny"
+            "metadata needs a U-Net, whose pipeline accepts additional tokens: give metadata=none or model=ldm_tiny"
         )
     if accelerator.is_main_process and not (run.directory / "pipeline" / INDEX).is_file():
         run.pipeline(network).save_pretrained(run.directory / "pipeline")

@@ -147,7 +147,7 @@ class Views:
         """
         if self.crop and self.crop > resolution:
             raise UserError(
-                f"train.views.crop={self.crop} is larger than the corpus' images of {resolution} px: "
+                f"train.views.crop={self.crop} is larger than the corpus images of {resolution} px: "
                 "lower it or raise corpus.train.resolution"
             )
         return self.crop or resolution

@@ -258,7 +258,7 @@ def _begin(
     """Load the latest checkpoint, if there is one, and let Accelerate prepare the networks and the optimizer."""
     if options.batch_size % accelerator.num_processes:
         raise UserError(
-            f"batch_size={options.batch_size} does not divide over {accelerator.num_processes} processes: "
+            f"batch_size={options.batch_size} cannot be divided among {accelerator.num_processes} processes: "
             "choose a multiple of the process count"
         )
     average = Average(modules, options.ema_halflife, options.batch_size)
@@ -294,7 +294,7 @@ def _load(modules: Modules, average: Average, checkpoints: Checkpoints) -> None:
     files = {f"{name}{kind}" for name in modules for kind in ("", "_average")}
     try:
         if checkpoints.names() != {*files, "optimizer"}:
-            raise OSError(f"it has {', '.join(sorted(checkpoints.names()))}")
+            raise OSError(f"it contains {', '.join(sorted(checkpoints.names()))}")
         for name, module in modules.items():
             module.load_state_dict(checkpoints.tensors(name))
             average.modules[name].load_state_dict(checkpoints.tensors(f"{name}_average"))
@@ -365,8 +365,8 @@ def _judge(run: _Run, losses: Sequence[float], done: int, label: str) -> None:
         recent = float(np.mean(state.losses[-REPORT_EVERY:]))
         if recent > divergence * state.lowest:
             raise UserError(
-                f"{label}: the loss has run away to {recent:.3g} at step {done}, {recent / state.lowest:.0f} times its "
-                f"lowest ({state.lowest:.3g}); {advice}"
+                f"{label}: the loss has diverged to {recent:.3g} at step {done}, {recent / state.lowest:.0f} times its "
+                f"lowest value ({state.lowest:.3g}); {advice}"
             )
         state.lowest = min(state.lowest, recent)
 
@@ -379,7 +379,7 @@ def _advice(run: _Run) -> str:
     if run.take_up is None:
         return f"the last good checkpoint is {latest}: {change} mixed_precision=no, and run again"
     return (
-        f"go on from the last good checkpoint by the same command with {run.take_up(latest)}, or {change} "
+        f"continue from the last good checkpoint with the same command and {run.take_up(latest)}, or {change} "
         "mixed_precision=no"
     )
 

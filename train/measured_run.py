@@ -21,7 +21,7 @@ from eval.convergence import CONVERGENCE, summarise
 from eval.held_out import HeldOut
 from eval.measuring import (
     IMAGES,
-    Judges,
+    Evaluators,
     Sampling,
     draw_images,
     encoders_of,
@@ -60,7 +60,7 @@ class Evaluation:
         training: the images on which the run is trained.
     """
 
-    judges: Judges
+    judges: Evaluators
     sampling: Sampling
     final: Mapping[str, HeldOut]
     while_training: HeldOut
@@ -69,7 +69,7 @@ class Evaluation:
     @classmethod
     def of(cls, cfg: DictConfig, corpus: Corpus, selection: Path, text: TextParts) -> Evaluation:
         """Make it from a config, the CLIP model of the text encoder and the captions of the training corpus."""
-        judges = Judges(encoders_of(cfg), text.scorer, scene_captions(corpus))
+        judges = Evaluators(encoders_of(cfg), text.scorer, scene_captions(corpus))
         balanced = evaluation_sets(cfg, "val", images=cfg.eval.convergence_images)["balanced"]
         training = kept_images(selection, corpus, corpus_features(cfg, corpus))
         return cls(judges, Sampling.of(cfg), evaluation_sets(cfg), balanced, training)

@@ -134,7 +134,7 @@ def metadata_values(manifest: pd.DataFrame, fields: Mapping[str, MetadataField])
                 f"leave the field out (~metadata.fields.{name}) or choose metadata=none"
             )
         if np.isnan(values).all():
-            raise UserError(f"metadata.fields.{name}: column {column} of the corpus holds no numbers")
+            raise UserError(f"metadata.fields.{name}: column {column} of the corpus contains no numbers")
         columns.append(values)
     return np.stack(columns, axis=1) if columns else np.empty((len(manifest), 0), dtype=np.float32)
 
@@ -167,7 +167,7 @@ def prompt_embeddings(
     unknown = set(metadata) - set(encoder.fields)
     if unknown:
         raise UserError(
-            f"this model does not know the field {', '.join(sorted(unknown))}: it has {', '.join(encoder.fields)}"
+            f"this model has no field {', '.join(sorted(unknown))}: its fields are {', '.join(encoder.fields)}"
         )
     device, dtype = pipeline.device, pipeline.text_encoder.dtype
     given = [name for name in encoder.fields if name in metadata]
@@ -175,7 +175,7 @@ def prompt_embeddings(
     for name in given:
         numbers = torch.as_tensor(np.broadcast_to(np.asarray(metadata[name], dtype=np.float32), (len(prompts),)).copy())
         if not numbers.isfinite().all():
-            raise UserError(f"metadata {name}: {metadata[name]} is no finite number")
+            raise UserError(f"metadata {name}: {metadata[name]} is not a finite number")
         values[:, list(encoder.fields).index(name)] = numbers
     tokens, known = encoder.to(device)(values.to(device))
     tokens = tokens[:, known[0]].to(dtype)

@@ -44,8 +44,8 @@ def _usage(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
     if cfg.metadata.fields:
         given = "'sample.metadata={" + ",".join(f"{name}:NUMBER" for name in cfg.metadata.fields) + "}'"
         metadata = (
-            f"\n## Metadata\n\nThe model also reads {', '.join(cfg.metadata.fields)}, encoded by `{FOLDER}/`; without "
-            "them it is drawn from by plain diffusers as above. With them:\n\n```\npython scripts/sample.py "
+            f"\n## Metadata\n\nThe model also reads {', '.join(cfg.metadata.fields)}, encoded by `{FOLDER}/`. Plain "
+            "diffusers, as above, samples without them. With them:\n\n```\npython scripts/sample.py "
             f'foundation=RUN prompt="a satellite image of desert" {given}\n```\n'
         )
     return f"""## Use

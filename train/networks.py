@@ -59,7 +59,7 @@ def new_transformer(
     if latent_size % config["patch_size"]:
         raise UserError(
             f"model.transformer.patch_size={config['patch_size']} does not divide latents of side {latent_size}: "
-            "choose a patch_size that does, or another corpus.train.resolution"
+            "choose another patch_size or another corpus.train.resolution"
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -55,8 +55,8 @@ def prepare(
     scalars = [name for name, weight in networks.named_parameters() if weight.ndim == 0]
     if sharded and scalars:
         raise UserError(
-            f"FSDP and DeepSpeed take no scalar weights, such as {scalars[0].removeprefix('networks.')}: train this "
-            "network first, by the same command under configs/accelerate/multi_gpu.yaml; what is in runs is kept"
+            f"FSDP and DeepSpeed do not support scalar weights such as {scalars[0].removeprefix('networks.')}: train "
+            "this network first with the same command under configs/accelerate/multi_gpu.yaml; finished stages are kept"
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _blocks(modules)

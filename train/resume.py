@@ -51,14 +51,12 @@ def start_of(cfg: DictConfig) -> Start:
     result = next((path for path in choices if path is not None and (path / STATE).is_file()), None)
     if result is None:
         raise UserError(
-            f"train.resume={named} holds no checkpoint: give a directory of runs/pretrain, or a folder in its "
+            f"train.resume={named} contains no checkpoint: give a directory of runs/pretrain, or a folder in its "
             f"{FOLDER}/ with {STATE}"
         )
     metadata = read_json(result / STATE)
     if metadata["step"] >= cfg.train.loop.steps:
-        raise UserError(
-            f"train.resume={result} has done {metadata['step']} steps already: give train.loop.steps more than that"
-        )
+        raise UserError(f"train.resume={result} has already {metadata['step']} steps: give a larger train.loop.steps")
     return Start(result, metadata["step"], metadata.get("images", metadata["step"] * cfg.train.loop.batch_size))
 
 

@@ -56,7 +56,7 @@ class Sampler:
             )
         unknown = [str(name) for name in metadata if name not in self.fields]
         if unknown:
-            raise UserError(f"{self.folder} does not know {', '.join(unknown)}: it knows {', '.join(self.fields)}")
+            raise UserError(f"{self.folder} has no field {', '.join(unknown)}: its fields are {', '.join(self.fields)}")
         numbers = {}
         for name, value in metadata.items():
             try:
@@ -114,7 +114,7 @@ def check_prompt(prompt: str) -> None:
         UserError: the prompt is empty.
     """
     if not prompt.strip():
-        raise UserError('the prompt is empty: say what to draw, e.g. prompt="a satellite image of desert"')
+        raise UserError('the prompt is empty: describe the image, e.g. prompt="a satellite image of desert"')
 
 
 def check_settings(*, count: Any, seed: Any, steps: Any, guidance_scale: Any) -> None:
@@ -161,7 +161,7 @@ def load_pipeline(directory: Path, option: str, kinds: Sequence[str]) -> tuple[D
     folders = [folder for folder in (directory / "pipeline", directory) if (folder / "model_index.json").is_file()]
     if not folders:
         raise UserError(
-            f"{option}={directory} holds no pipeline (no model_index.json): give the directory that its training "
+            f"{option}={directory} contains no pipeline (no model_index.json): give the directory that its training "
             "printed (run: DIR), or a diffusers pipeline's folder"
         )
     folder = folders[0]

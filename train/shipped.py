@@ -49,7 +49,7 @@ def foundation_path(foundation: object) -> Path:
         return Path(str(foundation)).expanduser()
     if not (FOLDER / "model_index.json").is_file():
         raise UserError(
-            f"foundation={SHIPPED}: {FOLDER} is not here; make foundation trains it, or give foundation=DIR"
+            f"foundation={SHIPPED}: {FOLDER} does not exist: train it with `make foundation`, or give foundation=DIR"
         )
     return FOLDER
 

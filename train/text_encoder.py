@@ -143,7 +143,7 @@ def tell_cut(tokenizer: CLIPTokenizer, texts: Sequence[str], lengths: np.ndarray
     if cut:
         notice(
             f"{cut} of {sum(map(bool, texts))} different captions are longer than the {tokenizer.model_max_length} "
-            "tokens that the text encoder takes, and are cut: one that is trained here takes more with "
+            "tokens of the text encoder, and are truncated: to train a text encoder for longer captions, raise "
             "text_encoder.max_length"
         )
     return cut

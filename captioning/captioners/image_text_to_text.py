@@ -179,7 +179,7 @@ def _loaded(path: str, revision: str | None, dtype: str) -> tuple[ProcessorMixin
         raise UserError(
             f"no image-text-to-text network at captioner.path={path}{commit}: give a hub name that can be reached, "
             "with a revision of its own or null, or a folder with config.json, model.safetensors and the files of its "
-            "processor, or choose captioner=offline, which needs none"
+            "processor, or choose captioner=offline, which needs no network weights"
         ) from error
     return processor, model.eval().requires_grad_(False).to(device())
 

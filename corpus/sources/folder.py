@@ -33,7 +33,7 @@ from corpus.captions import (
 from corpus.copies import of_files
 from corpus.decoding import EMPTY, read_bytes, stacked_tiff, survey_files
 from corpus.footprints import grounds_of
-from corpus.masks import MISSING, MaskRule, Sample, beside, mask_rule, matching
+from corpus.masks import MISSING, MaskRule, Sample, mask_rule, masks_in_same_folder, matching
 from corpus.masks import SUFFIXES as MASK_SUFFIXES
 from corpus.matching import Images, Rows
 from corpus.names import (
@@ -139,7 +139,7 @@ class ImageFolder(Shown):
 
     def __post_init__(self) -> None:
         if self.root is None:
-            raise UserError("corpus=folder reads no folder yet: say which one with corpus.root=DIR")
+            raise UserError("corpus=folder needs a folder of images: give corpus.root=DIR")
         if not self._root.is_dir():
             what = "is not a folder" if self._root.exists() else "does not exist"
             raise UserError(f"corpus.root={self.root} {what}: give a folder of images with corpus.root=DIR")
@@ -147,12 +147,12 @@ class ImageFolder(Shown):
         _ = self.raster
         if self.masks is not None and not self._mask_root.is_dir():
             raise UserError(
-                f"corpus.masks={self.masks} is no folder: give the folder of masks, below the root or elsewhere"
+                f"corpus.masks={self.masks} is not a folder: give the folder of masks, below the root or elsewhere"
             )
         if self.masks is not None and not self.mask_rule:
             raise UserError("corpus.masks needs the names of the mask values: corpus.classes=[water,forest,…]")
         if self.masks is None and any(o is not None for o in (self.mask_ignore, self.mask_values, self.mask_colours)):
-            raise UserError("corpus.mask_… is about masks: say where they are with corpus.masks=DIR")
+            raise UserError("the options corpus.mask_… need masks: give their folder with corpus.masks=DIR")
 
     @property
     def version(self) -> dict[str, str]:
@@ -219,7 +219,7 @@ class ImageFolder(Shown):
             UserError: the image has one file per band.
         """
         if self._chosen[row] in self._listing.stacked:
-            raise UserError(f"{self._chosen[row]} has one file a band, none that could be linked to: take to=folder")
+            raise UserError(f"{self._chosen[row]} has one file per band, so it cannot be linked: take to=folder")
         return self._root / self._chosen[row]
 
     def originals(self, rows: np.ndarray) -> Iterator[tuple[bytes, str, tuple[bytes, str] | None]]:
@@ -239,9 +239,7 @@ class ImageFolder(Shown):
                 parts[0] = stacked_tiff(image, self.raster)
             for part in parts:
                 if isinstance(part, str):
-                    raise UserError(
-                        f"{self._root / file} cannot be read any more ({part}): prune again, or put it back"
-                    )
+                    raise UserError(f"{self._root / file} can no longer be read ({part}): prune again, or restore it")
             suffix = ".tif" if file in self._listing.stacked else honest_suffix(parts[0], Path(file).suffix.lower())
             yield parts[0], suffix, None if mask is None else (parts[1], mask.suffix.lower())
 
@@ -256,7 +254,7 @@ class ImageFolder(Shown):
             return {}
         root, listed = self._mask_root, self._listing.images
         if root in (self._root, self._root / "images"):
-            pairs = beside([*listed, *self._listing.left_out]).items()
+            pairs = masks_in_same_folder([*listed, *self._listing.left_out]).items()
             return {image: self._root / mask for image, mask in pairs if image in set(listed)}
         masks = [
             (Path(folder) / name).relative_to(root).as_posix()
@@ -360,7 +358,7 @@ class ImageFolder(Shown):
             for name, row in table_rows(str(self._root / file), _data(self._root / file)):
                 result.add(name, row, PurePosixPath(file).parent.as_posix())
             if result.count == before:
-                notice(f"{self.name}: {file} names no images: give it a column or field file_name")
+                notice(f"{self.name}: {file} does not name its images: add a column or field file_name")
         return result
 
     @cached_property
@@ -395,7 +393,7 @@ class ImageFolder(Shown):
             notice(f"{self.name}: {len(lost)} of {rows} caption rows match no image, e.g. {lost[0]!r}")
         passed = self._listing.passed_over
         if passed:
-            notice(f"{self.name}: {sum(passed.values())} files passed over: {counted(passed)}")
+            notice(f"{self.name}: {sum(passed.values())} files ignored: {counted(passed)}")
 
     @property
     def _paths(self) -> list[Path]:

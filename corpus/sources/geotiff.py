@@ -139,7 +139,7 @@ class GeoTiff(Shown):
 
     def __post_init__(self) -> None:
         if self.root is None:
-            raise UserError("corpus=geotiff reads no scenes yet: say which with corpus.root=DIR or a file")
+            raise UserError("corpus=geotiff needs scenes: give a folder or a file with corpus.root=PATH")
         if not self._root.exists():
             raise UserError(f"corpus.root={self.root} does not exist: give a folder of GeoTIFF scenes, or one file")
         check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
@@ -221,7 +221,7 @@ class GeoTiff(Shown):
             raise UserError(f"corpus.root={self.root} has no scenes ({', '.join(SUFFIXES)}): give another folder")
         passed = Counter(suffix_of(file) for file in set(result) - set(files) if not is_companion(file))
         if passed:
-            notice(f"{self.name}: {sum(passed.values()):,} files passed over: {counted(passed)}")
+            notice(f"{self.name}: {sum(passed.values()):,} files ignored: {counted(passed)}")
         files = self._without_sources(files)
         stacked, others = grouped(self.name, self._root, files, self.bands)
         used = {file for group in stacked.values() for file in group} | others
@@ -241,7 +241,7 @@ class GeoTiff(Shown):
                     continue
         kept = [file for file in files if os.path.realpath(self._root / file) not in shown]
         if len(kept) < len(files):
-            notice(f"{self.name}: {len(files) - len(kept)} files are left out, which a VRT beside them shows")
+            notice(f"{self.name}: {len(files) - len(kept)} files are left out because a VRT file refers to them")
         return kept
 
     @cached_property
@@ -280,11 +280,11 @@ class GeoTiff(Shown):
                 if self.split == "all" or splits == {self.split}:
                     tiles.append(tile)
         if border and self.split != "all":
-            notice(f"{self.name}: {border} tiles lie across the border of two splits and are in none")
+            notice(f"{self.name}: {border} tiles lie across the border of two splits and are in no split")
         if seen and not tiles:
             notice(
-                f"{self.name}: the scenes lie in {len(seen)} cells of ground, none of which falls to {self.split}: "
-                f"make them smaller with corpus.block (now {self.block} tiles)"
+                f"{self.name}: the scenes lie in {len(seen)} ground cells, and none of them is in {self.split}: make "
+                f"the cells smaller with corpus.block (now {self.block} tiles)"
             )
         return [tiles[row] for row in thinned(len(tiles), self.limit)]
 

@@ -96,14 +96,12 @@ class HuggingFace(Shown):
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise UserError(
-                "corpus=huggingface reads no data set yet: say which with corpus.path=OWNER/NAME or a folder"
-            )
+            raise UserError("corpus=huggingface needs a data set: give corpus.path=OWNER/NAME or a folder")
         check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
         _ = self.raster
         _ = self.mask_rule  # an invalid rule is refused before anything is read
         if self.streaming and self.workers not in (None, 1):
-            raise UserError("corpus.streaming=true reads by one process: leave corpus.workers at null")
+            raise UserError("corpus.streaming=true reads in one process: leave corpus.workers=null")
         if self.streaming:
             object.__setattr__(self, "workers", 1)
 
@@ -127,7 +125,7 @@ class HuggingFace(Shown):
             return {"commit": str(HfApi().dataset_info(str(self.path)).sha), "splits": ",".join(parts)}
         except Exception as error:
             raise UserError(
-                f"the hub does not say which version {self.path} has ({_reason(error)}): try again"
+                f"the version of {self.path} could not be read from the hub ({_reason(error)}): try again"
             ) from error
 
     @cached_property
@@ -178,9 +176,7 @@ class HuggingFace(Shown):
         for record in records:
             data = _bytes(record[column])
             if isinstance(data, str):
-                raise UserError(
-                    f"an image of {self.path} cannot be read any more ({data}): prune again, or put it back"
-                )
+                raise UserError(f"an image of {self.path} can no longer be read ({data}): prune again, or restore it")
             mask = _bytes(record[mask_column]) if mask_column else EMPTY
             yield data, _suffix(data), None if isinstance(mask, str) else (mask, _suffix(mask))
 
@@ -277,7 +273,7 @@ class HuggingFace(Shown):
         chosen = np.arange(len(rows))
         if self.split != "all":
             if self.streaming:
-                notice(f"{self.name}: rows are streamed, so copies of one image in two splits are not looked for")
+                notice(f"{self.name}: rows are streamed, so no search for copies of an image in two splits is done")
             ids = [row["id"] for row in rows]
             firsts = by_key(ids, digests)
             splits = assigned(self.name, ids, names, self.val_fraction, self.test_fraction, firsts)

@@ -65,7 +65,7 @@ class TorchGeo:
         if not self.dataset or not self.root:
             raise UserError("corpus=torchgeo needs a class and its folder: corpus.dataset=EuroSAT corpus.root=DIR")
         if not Path(self.root).expanduser().is_dir():
-            raise UserError(f"corpus.root={self.root} is no folder: give the one that holds {self.dataset}")
+            raise UserError(f"corpus.root={self.root} is not a folder: give the folder of {self.dataset}")
         check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
         if self.bands is not None and len(self.bands) not in (1, 3):
             raise UserError(
@@ -190,7 +190,9 @@ class TorchGeo:
             raise UserError("corpus=torchgeo needs torchgeo: run .venv/bin/python -m pip install '.[geo]'") from None
         kind = getattr(datasets, str(self.dataset), None)
         if not (isinstance(kind, type) and issubclass(kind, datasets.NonGeoDataset)):
-            raise UserError(f"corpus.dataset={self.dataset} is no non-geo data set of torchgeo: see its documentation")
+            raise UserError(
+                f"corpus.dataset={self.dataset} is not a non-geo data set of torchgeo: see its documentation"
+            )
         root = str(Path(str(self.root)).expanduser())
         named = getattr(kind, "splits", None) or getattr(kind, "valid_splits", None)
         splits = named or ("train", "val", "validation", "test")

@@ -198,11 +198,12 @@ class WebDataset(Shown):
 
     def __post_init__(self) -> None:
         if not self.urls:
-            raise UserError("corpus=webdataset reads no shards yet: say which with corpus.urls='DIR/{000..009}.tar'")
+            raise UserError("corpus=webdataset needs shards: give for example corpus.urls='DIR/{000..009}.tar'")
         check(self.split, self.val_fraction, self.test_fraction, self.limit, self.resolution)
         if self.retries < 0 or self.timeout <= 0:
             raise UserError(
-                f"corpus.retries={self.retries}, corpus.timeout={self.timeout}: give 0 or more, and seconds"
+                f"corpus.retries={self.retries}, corpus.timeout={self.timeout}: give 0 or more retries and a time-out "
+                "above 0 seconds"
             )
         _ = self.raster
         _ = self.mask_rule  # an invalid rule is refused before anything is read
@@ -279,7 +280,7 @@ class WebDataset(Shown):
                     raise _gone(error) from None
                 except (OSError, tarfile.TarError):
                     raise UserError(
-                        f"{item.id} cannot be read any more from {item.shard}: prune again, or put the shard back"
+                        f"{item.id} can no longer be read from {item.shard}: prune again, or restore the shard"
                     ) from None
                 data, suffix = parts[0]
                 yield data, honest_suffix(data, suffix), parts[1] if item.mask is not None else None
@@ -291,10 +292,10 @@ class WebDataset(Shown):
             shards = [shard for url in listed for shard in self._shards_at(url)]
         except UnbalancedBracesError:
             raise UserError(
-                f"corpus.urls={public(str(self.urls))} is no list of shards: close its braces, as in {{000..099}}"
+                f"corpus.urls={public(str(self.urls))} is not a list of shards: check its braces, as in {{000..099}}"
             ) from None
         if len(set(shards)) < len(shards):
-            raise UserError(f"corpus.urls={public(str(self.urls))} names a shard twice: name each once")
+            raise UserError(f"corpus.urls={public(str(self.urls))} names a shard twice: name each shard once")
         return shards
 
     def _shard_stamp(self, shard: str) -> str:
@@ -310,7 +311,7 @@ class WebDataset(Shown):
         known = {shard: self._listed[shard] for shard in far if self._listed.get(shard, {}).get("size") is not None}
         others = [shard for shard in far if shard not in known]
         looked = in_threads(partial(_looked_at, access=self._access), others, AT_ONCE)
-        looked = progress(looked, f"look at shards of {self.name}", total=len(others), unit="shard")
+        looked = progress(looked, f"check shards of {self.name}", total=len(others), unit="shard")
         return {**known, **dict(zip(others, looked, strict=True))}
 
     @cached_property
@@ -377,9 +378,9 @@ class WebDataset(Shown):
         if captions:
             notice(f"{self.name}: {len(captions)} of {len(items)} samples have captions ({sum(captions)} captions)")
         if hollow:
-            notice(f"{self.name}: {len(hollow)} of {len(self._shards)} shards hold nothing, e.g. {hollow[0]}")
+            notice(f"{self.name}: {len(hollow)} of {len(self._shards)} shards are empty, e.g. {hollow[0]}")
         if passed:
-            notice(f"{self.name}: {sum(passed.values())} members passed over: {counted(passed)}")
+            notice(f"{self.name}: {sum(passed.values())} members ignored: {counted(passed)}")
         return _named(items)
 
     def _headers(self) -> Iterator[Headers]:
@@ -575,7 +576,7 @@ def _looked_at(shard: str, access: Access) -> dict[str, Any]:
 
 
 def _gone(error: Unreachable) -> UserError:
-    return UserError(f"{error}, after all repetitions: run the same command again to go on, or raise corpus.retries")
+    return UserError(f"{error}, after all retries: run the same command again to continue, or raise corpus.retries")
 
 
 def _removed(path: str, owner: int) -> None:

@@ -19,6 +19,6 @@ class CRSDiff(DrawnImages):
     """Images of captions alone that the code of CRS-Diff has drawn."""
 
     reason: ClassVar[str] = (
-        "its local adapter, content adapter and metadata embedding, without which its U-Net is another model, are not "
-        "of diffusers"
+        "its local adapter, content adapter and metadata embedding do not exist in diffusers, and its U-Net alone is a "
+        "different model"
     )

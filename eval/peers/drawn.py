@@ -43,7 +43,7 @@ class DrawnImages(Peer):
     """
 
     #: Reason why the weights are not read.
-    reason: ClassVar[str] = "its networks are not of diffusers"
+    reason: ClassVar[str] = "its networks do not exist in diffusers"
 
     def check(self, folder: Path) -> None:
         files = [folder] if folder.is_file() else sorted(folder.glob("*"))
@@ -56,8 +56,8 @@ class DrawnImages(Peer):
         lines = self.load(folder).captions
         if lines and len(lines) != len(images):
             raise UserError(
-                f"{folder / CAPTIONS} has {len(lines)} lines for {len(images)} images: give a line an image, in the "
-                "order of their names"
+                f"{folder / CAPTIONS} has {len(lines)} lines for {len(images)} images: give one line per image, in the "
+                "order of the file names"
             )
 
     def load(self, folder: Path) -> Drawn:
@@ -74,7 +74,7 @@ class DrawnImages(Peer):
         for position, row in enumerate(progress(numbers, f"read {self.name}", unit="image")):
             image = decode_image(files[row].read_bytes(), self.resolution)
             if isinstance(image, str):
-                raise UserError(f"{files[row]} cannot be read ({image}): draw it again")
+                raise UserError(f"{files[row]} cannot be read ({image}): generate it again")
             images[position] = image
         return images
 
@@ -95,15 +95,15 @@ class DrawnImages(Peer):
                 path = given[caption.strip()].pop(0)
             if path is None:
                 folder = loaded.files[0].parent
-                raise UserError(f"of={folder} has no image of the caption of {identifier}: {self._advice}")
+                raise UserError(f"of={folder} has no image for the caption of {identifier}: {self._advice}")
             files.append(path)
         return files
 
     @property
     def _advice(self) -> str:
         return (
-            f"draw every caption of the split with {self.name}'s own code and give the folder of these images, each "
-            f"named as the image whose caption it is of, or with a line an image in {CAPTIONS}"
+            f"generate an image for every caption of the split with {self.name}'s own code and give their folder; each "
+            f"file has the name of the image with this caption, or {CAPTIONS} has one line per image"
         )
 
     @staticmethod

@@ -46,8 +46,8 @@ def place_of(of: str) -> Path:
         return Path(snapshot_download(of, allow_patterns=list(WANTED)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(
-            f"of={of} is no folder, and as a hub name it cannot be fetched ({one_line(error)}): give the folder of the "
-            f"peer's weights ({DOCS})"
+            f"of={of} is not a folder, and it cannot be fetched as a hub name ({one_line(error)}): give the folder of "
+            f"the peer's weights ({DOCS})"
         ) from error
 
 
@@ -67,7 +67,7 @@ def weights_of(folder: Path) -> Path:
                 f"{path} is a pickle, which can run code when it is read: convert it to safetensors once with the "
                 f"script in {DOCS} (Weights)"
             )
-    raise UserError(f"{folder} has no weights: a .safetensors file is looked for ({DOCS})")
+    raise UserError(f"{folder} has no weights: a .safetensors file is needed ({DOCS})")
 
 
 def check_parts(folder: Path, peer: str, classes: Sequence[str]) -> None:
@@ -183,5 +183,5 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(result, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} contains no JSON object")
     return result

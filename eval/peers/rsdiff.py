@@ -17,4 +17,4 @@ from eval.peers.drawn import DrawnImages
 class RSDiff(DrawnImages):
     """Images that the code of RSDiff has drawn."""
 
-    reason: ClassVar[str] = "its two U-Nets are of the package imagen-pytorch, not of diffusers"
+    reason: ClassVar[str] = "its two U-Nets come from the package imagen-pytorch, not from diffusers"

@@ -31,8 +31,9 @@ class Text2Earth(Peer):
         config = network_config(folder / "unet", self.name, "UNet2DConditionModel")
         if config.get("class_embed_type") != "timestep":
             raise UserError(
-                f"{folder / 'unet'} is given no resolution (class_embed_type is {config.get('class_embed_type')}, not "
-                f"timestep), so it is none of {self.name}: a plain pipeline is measured by peer=georssd"
+                f"{folder / 'unet'} has no input for the resolution (class_embed_type is "
+                f"{config.get('class_embed_type')}, not timestep), so it is not a {self.name} model: measure a plain "
+                "pipeline with peer=georssd"
             )
 
     def load(self, folder: Path) -> LabelledPipeline:

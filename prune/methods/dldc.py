@@ -53,7 +53,7 @@ class DLDC:
         given = self.cleaning_ratio
         for ratio in given.values() if isinstance(given, dict) else [given]:
             if ratio is not None and not (isinstance(ratio, (int, float)) and 0 <= ratio < 1):
-                raise UserError(f"prune.cleaning_ratio={ratio}: give a part of each scene in [0, 1), or null")
+                raise UserError(f"prune.cleaning_ratio={ratio}: give a fraction of each scene in [0, 1), or null")
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         scores = pair_scores_of(pool, "dldc")
@@ -86,7 +86,7 @@ class DLDC:
         unknown = sorted(set(given) - names - {""}) if isinstance(given, dict) else []
         if unknown:
             known = ", ".join(sorted(names - {""})[:NAMED])
-            raise UserError(f"prune.cleaning_ratio has {unknown[0]!r}, which is no scene: give some of {known}")
+            raise UserError(f"prune.cleaning_ratio has {unknown[0]!r}, which is not a scene: give some of {known}")
         for name in sorted(set(scores.scene[usable].astype(str).tolist())):
             rows = np.flatnonzero(usable & (scores.scene == name))
             ratio = given.get(name, given.get("", 0.0)) if isinstance(given, dict) else given
