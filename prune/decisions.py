@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from prune.kept import Kept
@@ -148,7 +147,7 @@ def open_decision(kept: Kept) -> Decision:
     cfg = OmegaConf.create({"runs": str(kept.runs), "seed": kept.inputs["seed"]})
     pool = corpus_pool(cfg, kept.corpus, kept.measure, kept.encoder, Clock())
     name = kept.summary["method"]
-    method = instantiate(OmegaConf.create(_targets(kept.inputs["method"])), _convert_="all")
+    method = kept.instantiated(_targets(kept.inputs["method"]), _convert_="all")
     if getattr(method, "uses_captions", False):
         return Decision(kept, table, pool, None, f"the method {name} reads captions: change the ratio by prune/run.py")
     if getattr(method, "keeps_everything", False):

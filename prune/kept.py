@@ -10,6 +10,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pandas as pd
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import load_file, save_file
@@ -65,11 +66,25 @@ class Kept:
 
     @property
     def encoder(self) -> EfficientNetLite0:
-        return instantiate(OmegaConf.create(self.inputs["encoder"]))
+        return self.instantiated(self.inputs["encoder"])
 
     @property
     def measure(self) -> LocalEntropy:
-        return instantiate(OmegaConf.create(self.inputs["entropy"]))
+        return self.instantiated(self.inputs["entropy"])
+
+    def instantiated(self, config: Mapping[str, Any], **options: Any) -> Any:
+        """The object of a configuration that is stored with the selection; `options` as for Hydra's `instantiate`.
+
+        Raises:
+            UserError: another version of this project made the selection, and the configuration has changed since.
+        """
+        try:
+            return instantiate(OmegaConf.create(config), **options)
+        except HydraException as error:
+            reason = str(error).strip().splitlines()[-1] if error.__cause__ is None else str(error.__cause__)
+            raise UserError(
+                f"{self.directory} was made by another version of this project ({reason}): prune again"
+            ) from None
 
     @property
     def embeddings(self) -> np.ndarray:

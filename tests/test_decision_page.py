@@ -362,6 +362,13 @@ def test_a_stage_that_names_another_class_builds_nothing(made: Path) -> None:
             open_decision(replace(kept, inputs={**kept.inputs, "method": method}))
 
 
+def test_a_selection_of_another_version_is_refused_in_one_line(made: Path) -> None:
+    kept = open_selection(made)
+    method = {**kept.inputs["method"], "renamed_since": 0.5}
+    with pytest.raises(UserError, match=r"another version of this project \(.*renamed_since.*\): prune again"):
+        open_decision(replace(kept, inputs={**kept.inputs, "method": method}))
+
+
 def test_edits_leave_the_selection_as_it_was() -> None:
     selection = Selection(
         np.array([0, 2]), np.array(["kept", "redundant", "kept"], object), *(np.zeros(3) for _ in range(4))
