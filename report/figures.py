@@ -523,16 +523,41 @@ def confusion_figure(confusions: Mapping[str, Mapping[str, Mapping[str, int]]], 
         counts = np.array([[row.get(seen, 0) for seen in names] for row in rows], dtype=float)
         fractions = counts / np.maximum([[sum(row.values())] for row in rows], 1)
         drawn = axes.imshow(fractions, cmap="cividis", vmin=0, vmax=1, aspect="equal", interpolation="nearest")
-        _dress(axes, title, "scene recognised by CLIP", "", grid="y")
+        _dress(axes, title.replace(", ", ",\n"), "", "", grid="y")  # a panel is narrower than a long title
         axes.grid(visible=False)
         labels = [_label(name) for name in names]
         axes.set_xticks(range(len(names)), labels, rotation=90)
         axes.set_yticks(range(len(names)), labels)
         axes.tick_params(labelsize=9 if len(names) > 12 else 11)
     panels[0].set_ylabel("requested scene", fontsize=12, color=MUTED)
+    panels[len(panels) // 2].set_xlabel("scene recognised by CLIP", fontsize=12, color=MUTED)
     bar = figure.colorbar(drawn, ax=panels, shrink=0.7, format=PercentFormatter(1, decimals=0))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=10, colors=MUTED, length=0)
+    return figure
+
+
+def fidelity_figure(
+    dial: Mapping[str, Sequence[tuple[float, float, float]]], others: Mapping[str, tuple[float, float]]
+) -> Figure:
+    """PSNR against distance of super-resolution: a curve over the dial of a network, and points of other methods.
+
+    Args:
+        dial: by method, its (dial, PSNR in dB, KID×10³) in ascending order of the dial.
+        others: by method without a dial, its (PSNR, KID×10³).
+    """
+    figure = _figure(6.4, 4.4)
+    axes = figure.add_subplot()
+    colours = method_colours([*dial, *others])
+    for name, points in dial.items():
+        axes.plot(*zip(*(point[1:] for point in points), strict=True), marker="o", color=colours[name],
+                  label=f"{name}, by its dial")  # fmt: skip
+        for value, *at in points:
+            axes.annotate(f"{value:g}", at, textcoords="offset points", xytext=(6, 6), fontsize=10, color=MUTED)
+    for (name, (psnr, distance)), marker in zip(others.items(), itertools.cycle(_MARKERS[1:])):
+        axes.plot(psnr, distance, marker, color=colours[name], label=name, markersize=8)
+    _dress(axes, "KID×10³ by PSNR", "PSNR (dB), more is better", "KID×10³, less is better", grid="both")
+    axes.legend(frameon=False, fontsize=11)
     return figure
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from eval.metrics import METRICS, Quantity
 from report.curves import averaged
+from report.figures import fidelity_figure
 from report.results import SUBJECT, Row
 from report.tables import evaluation_encoder, method_order
 from report.verdict import t_interval
@@ -116,21 +118,14 @@ def dial_figure(rows: Sequence[Row]) -> Figure | None:
     points = sorted((point for point in points if point[1].get(name) is not None), key=lambda point: point[0])
     if len(points) < 2:
         return None
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    x, y = ([metrics[key] for _, metrics in points] for key in ("psnr", name))
-    axes.plot(x, y, marker="o", label=f"{SUBJECT}, by its dial")
-    for (dial, _), across, up in zip(points, x, y, strict=True):
-        axes.annotate(f"{dial:g}", (across, up), textcoords="offset points", xytext=(6, 6))
-    others = [row for row in rows if row["stage"] == "super_resolution" and _without_dial(row)]
-    for row in others:
-        if None not in (row["metrics"].get(name), row["metrics"].get("psnr")):
-            axes.plot(row["metrics"]["psnr"], row["metrics"][name], "x", label=row["prune"])
-    axes.set_xlabel("PSNR (dB), more is better")
-    axes.set_ylabel("KID×10³, less is better")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    return figure
+    curve = [(dial, float(metrics["psnr"]), float(metrics[name])) for dial, metrics in points]
+    others: dict[str, list[tuple[float, float]]] = {}  # by method, a point per seed
+    for row in rows:
+        point = [row["metrics"].get(key) for key in ("psnr", name)]
+        if row["stage"] == "super_resolution" and _without_dial(row) and None not in point:
+            others.setdefault(row["prune"], []).append((float(point[0]), float(point[1])))
+    means = {method: tuple(np.mean(values, axis=0)) for method, values in others.items()}
+    return fidelity_figure({SUBJECT: curve}, means)
 
 
 def _without_dial(row: Row) -> bool:

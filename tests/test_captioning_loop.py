@@ -322,7 +322,7 @@ def test_a_corpus_without_captions_is_described_whole(tmp_path: Path, capsys) ->
 
 def test_a_corpus_without_captions_that_may_not_or_cannot_be_described_is_refused(tmp_path: Path) -> None:
     result, captions = few(tmp_path, captions=[""] * 60)
-    with pytest.raises(UserError, match="corpus made has no captions: give some"):
+    with pytest.raises(UserError, match="corpus made has no captions: give captions"):
         cleaned(result, scripted(result, captions), tmp_path, describe="none")
     with pytest.raises(UserError, match=r"no image of made can be described \(no data\)"):
         cleaned(result, scripted(result, [Undescribed("no data")] * 60), tmp_path)

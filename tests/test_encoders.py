@@ -345,5 +345,5 @@ def test_the_choice_is_made_and_written(tmp_path: Path, repository: Path, capsys
         assert alignment["efficientnet_lite0"] == pytest.approx(1) and alignment["efficientnet_lite2"] < 1
         assert len(pd.read_csv(results / "curves.csv")) == 2 * len(DAMAGES) * 6
         assert (results / "encoders.png").read_bytes()[:4] == b"\x89PNG"
-        with pytest.raises(UserError, match="efficientnet_lite0 alone"):
+        with pytest.raises(UserError, match="contains only efficientnet_lite0"):
             choose_encoder.main(compose("config", overrides=[*overrides, "~damage.encoders.efficientnet_lite2"]))

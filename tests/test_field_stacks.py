@@ -58,7 +58,7 @@ def test_a_folder_of_patches_in_one_file_a_band(write: Write, tmp_path: Path, ca
     root, truth = bigearthnet(write)
     with pytest.raises(UserError, match=r"one file per band \(S2A_0_B01\.tif, .*corpus\.bands=\[B04,B03,B02\]"):
         ImageFolder(str(root)).manifest()
-    with pytest.raises(UserError, match="by name"):
+    with pytest.raises(UserError, match="name the bands for red, green and blue"):
         ImageFolder(str(root), bands=(4, 3, 2)).manifest()
     source = ImageFolder(str(root), bands=RGB, stretch="range", low=0, high=3000, resolution=24)
     corpus = index_corpus(source, tmp_path / "runs")

@@ -218,7 +218,7 @@ def test_a_selection_as_a_table_and_as_tags(selection: rsprune.Selection, tmp_pa
     table.to_parquet(tmp_path / "selection.parquet")
     for place in (tmp_path, tmp_path / "selection.parquet"):
         pd.testing.assert_frame_equal(rsprune.read_selection(place), table)
-    with pytest.raises(UserError, match="39 ids and 40 images"):
+    with pytest.raises(UserError, match="39 ids for 40 images"):
         rsprune.selection_table(selection, ids[1:])
     with pytest.raises(UserError, match=r"a/1\.png occurs twice"):
         rsprune.selection_table(selection, [ids[1], *ids[1:]])

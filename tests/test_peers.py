@@ -496,7 +496,7 @@ def test_weights_that_are_not_read_are_refused_with_the_way_out(
 
 
 def test_folders_without_images_or_with_too_few_lines_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no images: draw every caption"):
+    with pytest.raises(UserError, match="has no images: generate an image for every caption"):
         PEERS["rsdiff"].check(tmp_path)
     write_images(tmp_path / "x", ["a.png", "b.png"], ["one line"])
     with pytest.raises(UserError, match=r"captions.txt has 1 lines for 2 images"):

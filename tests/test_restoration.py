@@ -351,7 +351,7 @@ def test_lpips_reads_what_torch_saves_and_leaves_the_random_numbers_alone(weight
     assert torch.equal(torch.random.get_rng_state(), before)
     pair = photographs(LEAST), pictures(3, size=LEAST)
     np.testing.assert_array_equal(scorer.scores(*pair), perceptual_scorer(str(weights)).scores(*pair))
-    with pytest.raises(UserError, match=f"images of {LEAST} px"):
+    with pytest.raises(UserError, match=f"images of at least {LEAST} px"):
         scorer.scores(pair[0][:, 1:], pair[1][:, 1:])
     with pytest.raises(ValueError, match="differ in shape"):
         scorer.scores(pair[0], pair[1][:2])

@@ -823,7 +823,7 @@ def test_a_missing_reference_says_how_to_get_it(saved: Path, tmp_path: Path, mon
         with pytest.raises(UserError, match=r"reference\.root=DIR") as caught:
             reference_set("aid", "blanchon/AID", 32, config=config)
         assert command in str(caught.value) and "\n" not in str(caught.value)
-        assert "could not be loaded (offline, try (later) again)" in str(caught.value)
+        assert "could not be loaded from the hub (offline, try (later) again)" in str(caught.value)
         causes = [caught.value.__cause__, caught.value.__cause__.__cause__]
         assert [type(cause) for cause in causes] == [UserError, ConnectionError]
     monkeypatch.undo()
