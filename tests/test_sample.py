@@ -36,6 +36,7 @@ from downstream.any_size import TileOptions, agreeing, synthesized, upscaled, wh
 from downstream.drawing import load_restorer, load_synthesizer
 from downstream.imagery import Picture
 from downstream.restoration import Restoration
+from downstream.tasks.semantic_synthesis import guidance_of
 from eval.generate import starting_noise
 from report.figures import GAP
 from runtime.artefacts import read_json, write_json
@@ -475,7 +476,8 @@ def test_the_page_translates_pictures(client, translation_run: Path, tmp_path: P
     known = list(PALETTE.values())
     classes = np.array([[known.index(colour) for colour in row] for row in colours], np.uint8)
     assert classes.shape == (18, 30)
-    synthesizer = load_synthesizer(translation_run, "run", steps=2, prompt="a desert")
+    guidance = guidance_of(config())
+    synthesizer = load_synthesizer(translation_run, "run", steps=2, prompt="a desert", guidance=guidance)
     expected = whole(synthesized(Picture(classes), synthesizer, TileOptions(0.5, 32, 3)))
     assert (np.asarray(Image.open(output).convert("RGB")) == expected).all()
 
@@ -502,9 +504,12 @@ def test_the_page_renders_in_a_browser_without_a_network(demo: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_page_has_no_place_and_says_what_its_tabs_need_unless_the_models_have(plain_run: Path) -> None:
+def test_the_page_has_no_place_and_says_what_its_tabs_need_unless_the_models_have(
+    plain_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from scripts.demo import page
 
+    monkeypatch.setattr("scripts.demo.shipped_network", lambda *_: None)
     blocks = page(config(f"foundation={plain_run}"))
     props = [block.get("props", {}) for block in blocks.get_config_file()["components"]]
     labels, texts = {own.get("label") for own in props}, "".join(str(own.get("value")) for own in props)
