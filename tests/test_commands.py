@@ -189,8 +189,7 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
         for path in (alone, tmp_path / results[0].removeprefix("run: "))
     ]
     np.testing.assert_allclose(curves[1]["loss"], curves[0]["loss"], rtol=1e-3)
-    # the ranks draw their own dropouts of captions, so the images differ; their distance does within its interval
-    assert (curves[1][KID].between(curves[0][f"{KID}_low"], curves[0][f"{KID}_high"])).all()
+    np.testing.assert_allclose(curves[1][KID], curves[0][KID], rtol=0.05)
 
 
 @pytest.mark.parametrize(
