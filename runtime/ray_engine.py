@@ -40,7 +40,7 @@ MOST_IN_BLOCK, LEAST_BLOCKS = 4, 16
 #: If a machine was lost, seconds to wait for a result before its items are started again.
 PATIENCE = 15
 #: Ray runs networks in threads. The heaps of glibc for threads return freed memory to the system in spite of
-#: `keep_freed_memory`, and getting it back cost a sixth of a worker's time. With one heap they do not.
+#: `keep_freed_memory`, and the system then zeroes its pages again for every layer. With one heap they do not.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1"}
 #: If the cluster's head node is gone, Ray ends this process without a message. This shell waits for the end of the
 #: process and prints the message.
