@@ -169,6 +169,8 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
     """`accelerate launch` with two CPU processes (gloo): the same global batch, so the same curve."""
     arguments = ["profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none"]
     alone = ran("train/pretrain.py", *arguments, cwd=home)
+    # the same text encoder: one that is trained with another number of threads differs, and changes the images
+    shutil.copytree(home / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("pretrain", "wandb"))
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     variables = {**environment(), "OMP_NUM_THREADS": "1"}
     if launch == "options":
@@ -188,8 +190,8 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
         pd.read_json(path / "convergence.jsonl", lines=True)
         for path in (alone, tmp_path / results[0].removeprefix("run: "))
     ]
-    np.testing.assert_allclose(curves[1]["loss"], curves[0]["loss"], rtol=1e-3)
-    np.testing.assert_allclose(curves[1][KID], curves[0][KID], rtol=0.05)
+    np.testing.assert_allclose(curves[1]["loss"], curves[0]["loss"], rtol=1e-4)
+    np.testing.assert_allclose(curves[1][KID], curves[0][KID], rtol=0.01)
 
 
 @pytest.mark.parametrize(
