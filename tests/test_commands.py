@@ -169,7 +169,7 @@ def test_two_processes_pretrain_as_one(home, tmp_path, launch):
     """`accelerate launch` with two CPU processes (gloo): the same global batch, so the same curve."""
     arguments = ["profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none"]
     alone = ran("train/pretrain.py", *arguments, cwd=home)
-    # the same text encoder: one that is trained with another number of threads differs, and changes the images
+    # the same earlier stages: those that a launch trains anew differ slightly, and that changes the images
     shutil.copytree(home / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("pretrain", "wandb"))
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     variables = {**environment(), "OMP_NUM_THREADS": "1"}
