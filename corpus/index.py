@@ -465,7 +465,13 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
             bar.update(len(decoded.rows))
     ledger.close()
 
-    reasons = _reasons(noted, previous, origin)
+    _write_tables(directory, source, manifest, _reasons(noted, previous, origin))
+    state.unlink()  # removed first: a killed run with this file needs the reasons, one without it starts again
+    noted.unlink()
+
+
+def _write_tables(directory: Path, source: Source, manifest: pd.DataFrame, reasons: np.ndarray) -> None:
+    """Write the manifest with the reasons of unreadable images, the quarantine table, and the file about the corpus."""
     manifest["readable"] = reasons == ""
     manifest["reason"] = reasons
     manifest.to_parquet(directory / "manifest.parquet", index=False, row_group_size=ROW_GROUP)
@@ -476,8 +482,6 @@ def _build(source: Source, runs: Path, directory: Path, scans: Sequence[Scan]) -
         "metadata": getattr(source, "metadata", {}),
     }
     write_json(directory / "corpus.json", about)
-    state.unlink()  # removed first: a killed run with this file needs the reasons, one without it starts again
-    noted.unlink()
 
 
 def _shards(source: Source, rows: np.ndarray) -> list[str]:

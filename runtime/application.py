@@ -22,6 +22,8 @@ from runtime.quiet import silence_libraries
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from runtime.sweep import Cells
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3), in malloc.h
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -65,17 +67,11 @@ def run(main: Callable) -> None:
     """Run a Hydra main function: user errors end in one line on stderr and exit code 2."""
     import hydra
     from hydra.errors import HydraException
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from runtime.artefacts import is_main_process, process_count, running_in
     from runtime.command_line import is_sweep, quote_paths, refuse_unknown
-    from runtime.engine import using
     from runtime.errors import UserError
-    from runtime.launch import check_launch, join_tasks, start_the_others
-    from runtime.provenance import command
-    from runtime.redaction import hide, secret_values
+    from runtime.launch import check_launch, start_the_others
     from runtime.sweep import Cells
 
     cells = Cells()
@@ -83,27 +79,7 @@ def run(main: Callable) -> None:
 
     @functools.wraps(main)
     def guarded(cfg: DictConfig) -> None:
-        hide(secret_values(OmegaConf.to_container(cfg, resolve=False)))
-        if cells.elsewhere():  # a launcher's process has not run the set-up of this function
-            join_tasks()
-            prepare_process()
-        with cells.counted():
-            try:
-                quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
-                with quiet, command(cfg), running_in(cfg.runs), using(instantiate(cfg.engine)):
-                    main(cfg)  # with several processes, only the first one prints the result
-            except Exception as error:  # caught inside, otherwise Hydra prints its own report first
-                message = explained(error, cfg.runs)
-                if cells.outlives() or cells.elsewhere():
-                    cells.unforeseen(error, cfg.runs) if message is None else cells.foreseen(message)
-                if cells.elsewhere():
-                    if process_count() > 1:  # other processes of this cell may wait for it in a collective operation
-                        sys.exit(cells.exit_code)
-                    raise  # the launcher keeps it until all cells are done
-                if not cells.outlives():
-                    if message is None:
-                        raise
-                    _fail(message)
+        _run_cell(main, cfg, cells)
 
     try:
         start_the_others()
@@ -121,6 +97,47 @@ def run(main: Callable) -> None:
         _fail("interrupted: run the same command again to go on")
     if cells.exit_code:
         sys.exit(cells.exit_code)
+
+
+def _run_cell(main: Callable, cfg: DictConfig, cells: Cells) -> None:
+    """Run `main` with one composed configuration, and report its errors as `cells` requires."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from runtime.artefacts import is_main_process, running_in
+    from runtime.engine import using
+    from runtime.launch import join_tasks
+    from runtime.provenance import command
+    from runtime.redaction import hide, secret_values
+
+    hide(secret_values(OmegaConf.to_container(cfg, resolve=False)))
+    if cells.elsewhere():  # a launcher's process has not run the set-up of `run`
+        join_tasks()
+        prepare_process()
+    with cells.counted():
+        try:
+            quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
+            with quiet, command(cfg), running_in(cfg.runs), using(instantiate(cfg.engine)):
+                main(cfg)  # with several processes, only the first one prints the result
+        except Exception as error:  # caught inside, otherwise Hydra prints its own report first
+            _report(error, cfg.runs, cells)
+
+
+def _report(error: Exception, runs: str, cells: Cells) -> None:
+    """Report the error of a cell: in one line if the user can fix it. Ends the process or raises where it must."""
+    from runtime.artefacts import process_count
+
+    message = explained(error, runs)
+    if cells.outlives() or cells.elsewhere():
+        cells.unforeseen(error, runs) if message is None else cells.foreseen(message)
+    if cells.elsewhere():
+        if process_count() > 1:  # other processes of this cell may wait for it in a collective operation
+            sys.exit(cells.exit_code)
+        raise error  # the launcher keeps it until all cells are done
+    if not cells.outlives():
+        if message is None:
+            raise error
+        _fail(message)
 
 
 def explained(error: Exception, runs: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -210,11 +210,31 @@ def main(cfg: DictConfig) -> None:
     sample, states = torch.zeros(1, *subset.latent_shape), torch.from_numpy(np.array(subset.prompts[:1])).float()
     flops = training_flops(network, sample.to(accelerator.device), states.to(accelerator.device))
     peak = peak_flops(accelerator.device, compute_dtype(str(cfg.train.mixed_precision)))
+    description = (
+        f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters, "
+        f"latents {channels} x {side} x {side}, batch {size}, {len(rows)} images of {corpus.resolution} px"
+    )
+    result = {"machine": machine(), "network": description, **summarise(figures, encoding, flops, peak)}
+    for name, value in (*result["images_per_second"].items(), *result["ratios"].items()):
+        print(f"{name:60s} {value:10.2f}")
+    print(f"{'model FLOPs utilisation':60s} {result['model_flops_utilisation']:10.0%}")
+    path = Path(cfg.results) / "bench_training.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(f"results: {path.parent}")
+
+
+def summarise(figures: Mapping[str, np.ndarray], encoding: float, flops: float, peak: float) -> dict:
+    """Medians of the measured rates, their ratios, and the utilisation of the machine.
+
+    Args:
+        figures: images per second of every round, for the loops `usual`, `bare` and `ours`.
+        encoding: images per second of encoding latents and text.
+        flops: floating-point operations of training with one image.
+        peak: floating-point operations per second that the machine can do.
+    """
     rates = {name: float(np.median(values)) for name, values in figures.items()}
-    metadata = {
-        "machine": machine(),
-        "network": f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters, "
-        f"latents {channels} x {side} x {side}, batch {size}, {len(rows)} images of {corpus.resolution} px",
+    return {
         "images_per_second": {
             "decode, encode, tokenise and embed in every step": rates["usual"],
             "forward, backward and optimiser step alone (limit)": rates["bare"],
@@ -229,13 +249,6 @@ def main(cfg: DictConfig) -> None:
         "gflop_per_image": flops / 1e9,
         "peak_gflops": peak / 1e9,
     }
-    for name, value in (*metadata["images_per_second"].items(), *metadata["ratios"].items()):
-        print(f"{name:60s} {value:10.2f}")
-    print(f"{'model FLOPs utilisation':60s} {metadata['model_flops_utilisation']:10.0%}")
-    path = Path(cfg.results) / "bench_training.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, metadata)
-    print(f"results: {path.parent}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +339,14 @@ def mask_handler(
     return from_mask
 
 
+def legend(palette: Iterable[str], codes: Iterable[str]) -> str:
+    """HTML of the names of the classes, each behind a square of its colour."""
+    swatch = "display:inline-block;width:1em;height:1em;margin-left:.6em;vertical-align:-.15em;border:1px solid #8888"
+    return " ".join(
+        f'<span style="{swatch};background:{code}"></span> {name}' for name, code in zip(palette, codes, strict=True)
+    )
+
+
 def mask_tab(
     cfg: DictConfig,
     synthesizer: Synthesizer,
@@ -349,13 +357,9 @@ def mask_tab(
     colours = np.array(list(palette.values()), dtype=np.uint8)
     codes = ["#" + bytes(colour).hex() for colour in colours]
     most = int(cfg.demo.most_side)
-    swatch = "display:inline-block;width:1em;height:1em;margin-left:.6em;vertical-align:-.15em;border:1px solid #8888"
-    legend = " ".join(
-        f'<span style="{swatch};background:{code}"></span> {name}' for name, code in zip(palette, codes, strict=True)
-    )
     gr.Markdown(
         f"Paint a mask, or upload a mask of any shape in these colours or with class numbers. Unpainted pixels count "
-        f"as {next(iter(palette))}.\n\n{legend}"
+        f"as {next(iter(palette))}.\n\n{legend(palette, codes)}"
     )
     with gr.Row():
         with gr.Column(min_width=460):

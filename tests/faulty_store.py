@@ -71,105 +71,103 @@ class Store:
         return [part for verb, path, part in self.seen if verb == method and re.fullmatch(pattern, path)]
 
 
-def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Forwards requests to the server behind `store`, or answers with a fault; subclasses set `store`."""
 
-        def log_message(self, *_: object) -> None:
-            pass
+    protocol_version = "HTTP/1.1"
+    store: Store
 
-        def handle(self) -> None:
-            with suppress(ConnectionError, TimeoutError):  # the client gave up, as expected
-                super().handle()
+    def log_message(self, *_: object) -> None:
+        pass
 
-        def answer(self) -> None:
-            path = self.path.split("?")[0]
-            body, part = self.body(), self.part()
-            fault = store.fault_of(self.command, path, part)
-            kind = fault.kind if fault else ""
-            if kind == "late":
-                time.sleep(1.5)
-                self.close_connection = True
-                return
-            if kind == "lost":
-                self.close_connection = True
-                self.connection.close()
-                return
-            named = re.search(r"Credential=([^/]*)/", self.headers.get("Authorization", ""))
-            if kind == "busy":
-                self.send(503, [], SLOW_DOWN.encode())
-            elif named and named[1] != KEY:
-                self.send(403, [], DENIED.format(key=named[1]).encode())
-            else:
-                self.forward(body, fault, part)
+    def handle(self) -> None:
+        with suppress(ConnectionError, TimeoutError):  # the client gave up, as expected
+            super().handle()
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+    def answer(self) -> None:
+        path = self.path.split("?")[0]
+        body, part = self.body(), self.part()
+        fault = self.store.fault_of(self.command, path, part)
+        kind = fault.kind if fault else ""
+        if kind == "late":
+            time.sleep(1.5)
+            self.close_connection = True
+            return
+        if kind == "lost":
+            self.close_connection = True
+            self.connection.close()
+            return
+        named = re.search(r"Credential=([^/]*)/", self.headers.get("Authorization", ""))
+        if kind == "busy":
+            self.send(503, [], SLOW_DOWN.encode())
+        elif named and named[1] != KEY:
+            self.send(403, [], DENIED.format(key=named[1]).encode())
+        else:
+            self.forward(body, fault, part)
 
-        def part(self) -> tuple[int, int] | None:
-            result = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            return (int(result[1]), int(result[2]) + 1) if result else None
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
-        def body(self) -> bytes:
-            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
+    def part(self) -> tuple[int, int] | None:
+        result = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        return (int(result[1]), int(result[2]) + 1) if result else None
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
             self.rfile.readline()
-            return b"".join(parts)
+        self.rfile.readline()
+        return b"".join(parts)
 
-        def forward(self, body: bytes, fault: Fault | None, part: tuple[int, int] | None) -> None:
-            dropped = (
-                "expect",
-                "transfer-encoding",
-                "connection",
-                *(("range",) if fault and fault.kind == "whole" else ()),
-            )
-            headers = {key: value for key, value in self.headers.items() if key.lower() not in dropped}
-            headers["Content-Length"] = str(len(body))
-            behind = http.client.HTTPConnection(*store.behind, timeout=30)
-            behind.request(self.command, self.path, body or None, headers)
-            result = behind.getresponse()
-            data = result.read()
-            behind.close()
-            kept = [
-                (key, value)
-                for key, value in result.getheaders()
-                if key.lower() not in ("connection", "date", "server")
-            ]
-            self.send(result.status, kept, data, fault, part)
+    def forward(self, body: bytes, fault: Fault | None, part: tuple[int, int] | None) -> None:
+        dropped = (
+            "expect",
+            "transfer-encoding",
+            "connection",
+            *(("range",) if fault and fault.kind == "whole" else ()),
+        )
+        headers = {key: value for key, value in self.headers.items() if key.lower() not in dropped}
+        headers["Content-Length"] = str(len(body))
+        behind = http.client.HTTPConnection(*self.store.behind, timeout=30)
+        behind.request(self.command, self.path, body or None, headers)
+        result = behind.getresponse()
+        data = result.read()
+        behind.close()
+        kept = [
+            (key, value) for key, value in result.getheaders() if key.lower() not in ("connection", "date", "server")
+        ]
+        self.send(result.status, kept, data, fault, part)
 
-        def send(
-            self, status: int, headers: list, data: bytes, fault: Fault | None = None, part: tuple | None = None
-        ) -> None:
-            self.send_response(status)
-            lengths = [value for key, value in headers if key.lower() == "content-length"]
-            for key, value in headers:
-                if key.lower() not in ("content-length", "transfer-encoding"):
-                    self.send_header(key, value)
-            length = lengths[0] if self.command == "HEAD" and lengths else str(len(data))
-            self.send_header("Content-Length", length)
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            if fault and fault.kind == "cut":
-                start = part[0] if part else 0
-                end = len(data) // 2 if fault.at is None else max(0, fault.at - start)
-                self.wfile.write(data[:end])
+    def send(
+        self, status: int, headers: list, data: bytes, fault: Fault | None = None, part: tuple | None = None
+    ) -> None:
+        self.send_response(status)
+        lengths = [value for key, value in headers if key.lower() == "content-length"]
+        for key, value in headers:
+            if key.lower() not in ("content-length", "transfer-encoding"):
+                self.send_header(key, value)
+        length = lengths[0] if self.command == "HEAD" and lengths else str(len(data))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault and fault.kind == "cut":
+            start = part[0] if part else 0
+            end = len(data) // 2 if fault.at is None else max(0, fault.at - start)
+            self.wfile.write(data[:end])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(1)
+        elif fault and fault.kind == "slow":
+            step = max(1, len(data) // 4)
+            for at in range(0, len(data), step):
+                self.wfile.write(data[at : at + step])
                 self.wfile.flush()
-                self.close_connection = True
-                self.connection.shutdown(1)
-            elif fault and fault.kind == "slow":
-                step = max(1, len(data) // 4)
-                for at in range(0, len(data), step):
-                    self.wfile.write(data[at : at + step])
-                    self.wfile.flush()
-                    time.sleep(0.05)
-            else:
-                self.wfile.write(data)
-
-    return Handler
+                time.sleep(0.05)
+        else:
+            self.wfile.write(data)
 
 
 @contextmanager
@@ -183,7 +181,7 @@ def running_store() -> Iterator[Store]:
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     store = Store(0, moto.get_host_and_port())
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(store))
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("HandlerOfStore", (Handler,), {"store": store}))
     proxy.daemon_threads = True
     store.port = proxy.server_port
     thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)

@@ -71,12 +71,10 @@ def make_task(cfg: DictConfig) -> Task:
     def draw(pipeline: DiffusionPipeline, corpus: Corpus, rows: np.ndarray, noise: np.ndarray) -> np.ndarray:
         restorer = Restorer(pipeline, factor, int(cfg.downstream.steps), options)
         texts = [with_level(text, levels, 0) for text in task.texts(corpus, rows)]
-        small, rebuilt = low(corpus, rows), None
-        if options.residual and process_count() == 1:  # several processes draw different rows
-            key = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "degradation": plain(degradation)}
-            rebuilt = _rebuilt(pipeline.vae, enlarge(small, factor, "bicubic"), key, cfg.runs)
-        result = restorer(small, noise, texts, "draw super_resolution", rebuilt)
-        return result.round().astype(np.uint8)
+        key = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "degradation": plain(degradation)}
+        cached = options.residual and process_count() == 1  # several processes draw different rows
+        rebuilt = _rebuilt(pipeline.vae, condition(corpus, rows), key, cfg.runs) if cached else None
+        return restorer(low(corpus, rows), noise, texts, "draw super_resolution", rebuilt).round().astype(np.uint8)
 
     task = Task(
         name="super_resolution",
