@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dct
 
+from runtime.errors import UserError
+
 #: Number of images read at a time.
 BLOCK = 256
 #: Largest number of different bits, of 64, in hashes of near-duplicates (measured rates: docs/method.md, section 5).
@@ -51,6 +53,8 @@ def near_duplicate_fraction(images: np.ndarray | ImageRows, bits: int = NEAR_DUP
     Args:
         images: uint8 [N, H, W, 3].
         bits: largest number of different bits.
+    Raises:
+        UserError: the array has another shape or dtype.
     """
     return float((nearest_hash(perceptual_hashes(images)) <= bits).mean()) if len(images) else 0.0
 
@@ -86,7 +90,15 @@ def perceptual_hashes(images: np.ndarray | ImageRows) -> np.ndarray:
 
     Args:
         images: uint8 [N, H, W, 3].
+    Raises:
+        UserError: the array has another shape or dtype.
     """
+    if not isinstance(images, ImageRows):
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise UserError(
+                f"images must be uint8 of shape [images, height, width, 3], not {images.dtype} {images.shape}"
+            )
     hashes = np.empty(len(images), dtype=np.uint64)
     for start, block in _blocks(images):
         side = (_HASHED_SIDE, _HASHED_SIDE)

@@ -8,6 +8,9 @@ from functools import lru_cache
 import numba
 import numpy as np
 
+from runtime.errors import UserError
+from runtime.ranges import check_options
+
 AGGREGATES = ("mean", "min", "quantile", "fraction")
 
 
@@ -79,8 +82,18 @@ def _steps(count: int) -> tuple[np.ndarray, float]:
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """ITU-R BT.601 luma, rounded, uint8 [H, W], of an image uint8 [H, W, 3]; a grey image [H, W] is returned as is."""
+    """ITU-R BT.601 luma, rounded, uint8 [H, W], of an image uint8 [H, W, 3]; a grey image [H, W] is returned as is.
+
+    Raises:
+        UserError: the image has another shape or dtype, or no pixels.
+    """
     image = np.ascontiguousarray(image)
+    # checked here because the compiled functions would read beyond the arrays
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
+        raise UserError(
+            f"an image must be uint8 of shape [height, width, 3] or [height, width], not {image.dtype} {image.shape}: "
+            "give the images one by one, and scale other values to 0-255 first"
+        )
     return image if image.ndim == 2 else _luma(image)
 
 
@@ -122,7 +135,7 @@ class LocalEntropy:
         no_data: luma value of missing pixels (for example borders of a mosaic), which are not counted; None: every
             pixel is counted.
     Raises:
-        ValueError: the aggregate is unknown, or `bins` is not a power of two.
+        UserError: the aggregate is unknown, `patch` is below 1, or `bins` is not a power of two.
     """
 
     patch: int = 16
@@ -135,12 +148,17 @@ class LocalEntropy:
 
     def __post_init__(self) -> None:
         if self.aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate={self.aggregate}: give one of {', '.join(AGGREGATES)}")
+            raise UserError(f"entropy.aggregate={self.aggregate}: give one of {', '.join(AGGREGATES)}")
+        check_options(self, "entropy", counts=("patch",), fractions=("quantile",), at_least_zero=("bits",))
         if self.bins not in [2**power for power in range(1, 9)]:
-            raise ValueError(f"bins={self.bins}: give a power of two from 2 to 256")
+            raise UserError(f"entropy.bins={self.bins}: give a power of two from 2 to 256")
 
     def __call__(self, image: np.ndarray) -> float:
-        """Entropy of an image uint8 [H, W, 3] or [H, W]; 0 if more than half of every patch is no data."""
+        """Entropy of an image uint8 [H, W, 3] or [H, W]; 0 if more than half of every patch is no data.
+
+        Raises:
+            UserError: the image has another shape or dtype, or no pixels.
+        """
         grey = luma(image)
         if self.denoise:
             import cv2  # imported here: only the median filter needs it
@@ -168,5 +186,9 @@ def entropies(measure: LocalEntropy, images: np.ndarray) -> np.ndarray:
 
 
 def local_entropy(image: np.ndarray, patch: int = 16) -> float:
-    """Mean entropy, in bits, of the `patch` x `patch` pixel patches of one image, uint8 [H, W, 3] or [H, W]."""
+    """Mean entropy, in bits, of the `patch` x `patch` pixel patches of one image, uint8 [H, W, 3] or [H, W].
+
+    Raises:
+        UserError: the image has another shape or dtype, or no pixels, or `patch` is below 1.
+    """
     return LocalEntropy(patch=patch)(image)

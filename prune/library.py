@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from prune.clusters import CHUNK
 from prune.methods import rsprune
 from prune.pool import Method, Pool, Selection, checked
 from runtime.errors import UserError
+from runtime.ranges import check_seed
 
 NAMED = 5  # largest number of bad rows that an error message names
 
@@ -26,11 +28,12 @@ class RSPrune:
         parameters: parameters of `prune.methods.rsprune.RSPrune`, for example `uniformity=0.5`.
     Raises:
         TypeError: a parameter is unknown.
-        UserError: the ratio is out of range.
+        UserError: the ratio, the seed or a parameter is out of range.
     """
 
     def __init__(self, ratio: float = 0.85, *, seed: int = 0, **parameters: Any) -> None:
         budget_of(1, ratio)
+        check_seed(seed)
         self.ratio = ratio
         self.seed = seed
         self.method = rsprune.RSPrune(**parameters)
@@ -71,7 +74,8 @@ def select_from_arrays(
     """Run any pruning method on arrays.
 
     Args:
-        method: the pruning method, for example `prune.methods.semdedup.SemDeDup()`.
+        method: the pruning method, for example `prune.methods.semdedup.SemDeDup()`; not an `RSPrune` of this module,
+            which has a ratio and a seed of its own.
         embeddings: float [N, D], one row per image; a memory map is read in parts.
         ratio: fraction of the images to remove, in [0, 1).
         seed: random seed; the same seed gives the same selection.
@@ -83,8 +87,17 @@ def select_from_arrays(
     Returns:
         the selection: `kept` is int64 [K], ascending; `reason`, `scene`, `cluster` etc. have one entry per image.
     Raises:
-        UserError: shapes disagree, a value is not finite, or the ratio is out of range.
+        UserError: `method` is not a pruning method, shapes disagree, a value is not finite, or the ratio or the seed is
+            out of range.
     """
+    if isinstance(method, RSPrune):
+        raise UserError(
+            f"RSPrune has a ratio and a seed of its own: call RSPrune(ratio={ratio}, seed={seed}).select(embeddings, "
+            "...), or give select_from_arrays a method of prune.methods"
+        )
+    if isinstance(method, type) or not callable(getattr(method, "select", None)):
+        raise UserError(f"{method!r} is not a pruning method: give an object with the function select, e.g. SemDeDup()")
+    check_seed(seed)
     pool = _pool(embeddings, entropy, reference, labels, readable)
     budget = budget_of(len(pool), ratio)
     selection = method.select(pool, budget, np.random.default_rng([seed, 2]))
@@ -135,9 +148,11 @@ def budget_of(images: int, ratio: float) -> int:
     Raises:
         UserError: the ratio is not in [0, 1).
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise UserError(f"ratio={ratio} is outside [0, 1): it is the fraction that is removed, for example ratio=0.85")
-    return images - round(ratio * images)
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= ratio < 1:
+        raise UserError(
+            f"ratio={ratio} is not a number in [0, 1): it is the fraction that is removed, for example ratio=0.85"
+        )
+    return images - round(float(ratio) * images)
 
 
 def _matrix(values: np.ndarray, name: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from prune.clusters import (
 from prune.pool import Pool
 from runtime.engine import engine
 from runtime.errors import UserError
+from runtime.ranges import check_options
 
 OPEN_SCENE = "open"
 #: Number of images per task of a worker that assigns scenes.
@@ -76,6 +77,7 @@ class SceneRule:
     split_open: bool = False
 
     def __post_init__(self) -> None:
+        check_options(self, "prune", counts=("prototypes_per_class",), fractions=("threshold_quantile",))
         if self.classifier not in CLASSIFIERS:
             raise UserError(f"prune.scene_classifier={self.classifier} is unknown: take {', '.join(CLASSIFIERS)}")
 

@@ -79,6 +79,11 @@ def select(cfg: DictConfig, name: str) -> tuple[Path, Corpus]:
     encoder = instantiate(cfg.encoder)
     with clock("scan"):
         corpus = scan_corpus(instantiate(cfg.corpus.train), cfg.runs, measure, encoder)
+    if ratio is not None and budget_of(len(corpus), ratio) == 0:
+        raise UserError(
+            f"ratio={ratio} removes all {len(corpus)} images of corpus {corpus.name}: give a lower ratio, or a larger "
+            "corpus"
+        )
     corpus, pairs = _with_captions(cfg, captioned.given_captions(cfg, corpus), method, measure, encoder, clock)
     scenes = scene_source(cfg, corpus, method)
     inputs = _inputs(cfg, corpus, method, ratio, scenes, pairs)

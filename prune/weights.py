@@ -9,6 +9,7 @@ import faiss
 import numpy as np
 
 from prune.clusters import CHUNK, Clustering, Points, mean_embedding, members_of
+from runtime.errors import UserError
 from runtime.progress import progress
 
 #: Largest number of multiplications for an exhaustive search; above it, an inverted file on fewer dimensions is used.
@@ -40,7 +41,10 @@ def images_represented(
         generator: draws the images that the inverted file is fitted to, if one is needed.
     Returns:
         float32 [N], 0 where an image is not kept; the sum is the number of readable images.
+    Raises:
+        UserError: shapes disagree, or `kept` does not hold ascending rows of readable images.
     """
+    _check(embeddings, readable, kept)
     weights = np.zeros(len(embeddings), dtype=np.float32)
     if len(kept) == 0:
         return weights
@@ -57,6 +61,25 @@ def images_represented(
     owner = np.where(own >= 0, own, owner)  # a kept image represents itself, even if another kept image is equal to it
     weights[kept] = np.bincount(owner, minlength=len(kept))
     return weights
+
+
+def _check(embeddings: np.ndarray, readable: np.ndarray, kept: np.ndarray) -> None:
+    """Check the arguments of `images_represented`."""
+    readable, kept = np.asarray(readable), np.asarray(kept)
+    if embeddings.ndim != 2 or readable.shape != (len(embeddings),) or readable.dtype != bool:
+        raise UserError(
+            f"readable must be bool [N] for embeddings [N, D], not {readable.dtype} {readable.shape} for "
+            f"{embeddings.shape}"
+        )
+    if kept.ndim != 1 or not (np.issubdtype(kept.dtype, np.integer) or len(kept) == 0):
+        raise UserError(
+            f"kept must be the rows of the kept images, int64 [K], not {kept.dtype} {kept.shape}: give "
+            "selection.kept, or np.flatnonzero of a mask"
+        )
+    if len(kept) and (kept[0] < 0 or kept[-1] >= len(readable) or (np.diff(kept) <= 0).any()):
+        raise UserError(f"kept must be ascending rows from 0 to {len(readable) - 1}: sort them and remove repetitions")
+    if len(kept) and not readable[kept].all():
+        raise UserError("kept has rows of unreadable images: remove them")
 
 
 def effective_size(weights: np.ndarray) -> float:

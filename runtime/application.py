@@ -108,6 +108,7 @@ def _run_cell(main: Callable, cfg: DictConfig, cells: Cells) -> None:
     from runtime.engine import using
     from runtime.launch import join_tasks
     from runtime.provenance import command
+    from runtime.ranges import check_seed
     from runtime.redaction import hide, secret_values
 
     hide(secret_values(OmegaConf.to_container(cfg, resolve=False)))
@@ -118,6 +119,7 @@ def _run_cell(main: Callable, cfg: DictConfig, cells: Cells) -> None:
         try:
             quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
             with quiet, command(cfg), running_in(cfg.runs), using(instantiate(cfg.engine)):
+                check_seed(cfg.seed)
                 main(cfg)  # with several processes, only the first one prints the result
         except Exception as error:  # caught inside, otherwise Hydra prints its own report first
             _report(error, cfg.runs, cells)

@@ -10,6 +10,7 @@ import numpy as np
 from prune.clusters import cluster_diagnostics, corpus_clusters
 from prune.neighbours import nearest_neighbours
 from prune.pool import Pool, Selection
+from runtime.ranges import check_options
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class D2Pruning:
     gamma_forward: float = 1.0
     gamma_reverse: float = 1.0
     clusters: int | None = None
+
+    def __post_init__(self) -> None:
+        check_options(
+            self, "prune", counts=("neighbours", "clusters"), at_least_zero=("gamma_forward", "gamma_reverse")
+        )
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, points, labels, distances = corpus_clusters(pool, self.clusters, generator)

@@ -10,6 +10,7 @@ import numpy as np
 from prune.clusters import corpus_points
 from prune.neighbours import nearest_neighbours
 from prune.pool import Pool, Selection
+from runtime.ranges import check_options
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class FacilityLocation:
     """
 
     neighbours: int = 64
+
+    def __post_init__(self) -> None:
+        check_options(self, "prune", counts=("neighbours",))
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, points = corpus_points(pool)

@@ -10,6 +10,7 @@ import numpy as np
 from prune.allocation import water_fill
 from prune.clusters import Clustering, Points, cluster_diagnostics, corpus_points, kmeans, members_of, nearest_centroid
 from prune.pool import Pool, Selection
+from runtime.ranges import check_options
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class HierarchicalKMeans:
     levels: int = 3
     resampling: int = 3
     resample_size: int = 4
+
+    def __post_init__(self) -> None:
+        check_options(self, "prune", counts=("shrink", "levels", "resample_size"), counts_or_zero=("resampling",))
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, points = corpus_points(pool)

@@ -9,6 +9,7 @@ import numpy as np
 from prune.clusters import Points, cluster_diagnostics, corpus_points, members_of
 from prune.pool import Pool, Selection
 from prune.scenes import assign_scenes, fit_prototypes
+from runtime.ranges import check_options
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class ModerateCoreset:
     uses_reference = True
 
     prototypes_per_class: int = 8
+
+    def __post_init__(self) -> None:
+        check_options(self, "prune", counts=("prototypes_per_class",))
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, points = corpus_points(pool)

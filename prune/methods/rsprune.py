@@ -13,6 +13,7 @@ from prune.pool import Pool, Selection, everywhere
 from prune.ranks import ascending, below_quantile
 from prune.scenes import OPEN_SCENE, SceneRule, Scenes
 from runtime.engine import engine
+from runtime.ranges import check_options
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,14 @@ class RSPrune:
     reference_duplicates: float | None = 0.99
 
     def __post_init__(self) -> None:
-        _ = self._scene_rule  # raises an error for an unknown classifier
+        _ = self._scene_rule  # raises an error for wrong options of the scenes
+        check_options(
+            self,
+            "prune",
+            counts=("images_per_cluster", "clusters_per_scene", "max_clusters", "sample_per_cluster"),
+            fractions=("entropy_quantile", "uniformity", "representativeness", "reference_duplicates"),
+            at_least_zero=("entropy_bits", "duplicate_similarity"),
+        )
 
     @property
     def uses_reference(self) -> bool:

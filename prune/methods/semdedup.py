@@ -8,6 +8,7 @@ import numpy as np
 
 from prune.clusters import cluster_diagnostics, corpus_clusters, members_of, ranked
 from prune.pool import Pool, Selection
+from runtime.ranges import check_options
 
 BLOCK = 2048
 
@@ -26,6 +27,9 @@ class SemDeDup:
     """
 
     clusters: int | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self, "prune", counts=("clusters",))
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, points, labels, distances = corpus_clusters(pool, self.clusters, generator)

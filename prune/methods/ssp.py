@@ -8,6 +8,8 @@ import numpy as np
 
 from prune.clusters import cluster_diagnostics, corpus_clusters, ranked
 from prune.pool import Pool, Selection
+from runtime.errors import UserError
+from runtime.ranges import check_options
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class SSPPrototypes:
     clusters: int | None = None
 
     def __post_init__(self) -> None:
+        check_options(self, "prune", counts=("clusters",))
         if self.keep not in ("hard", "easy"):
-            raise ValueError(f"keep={self.keep}: give hard or easy")
+            raise UserError(f"keep={self.keep}: give hard or easy")
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, _, labels, distances = corpus_clusters(pool, self.clusters, generator)

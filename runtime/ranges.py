@@ -1,0 +1,59 @@
+"""Ranges of options: a value outside its range ends a command in one line, before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from runtime.errors import UserError
+
+
+def check_options(
+    owner: Any,
+    prefix: str,
+    *,
+    counts: Sequence[str] = (),
+    counts_or_zero: Sequence[str] = (),
+    fractions: Sequence[str] = (),
+    at_least_zero: Sequence[str] = (),
+) -> None:
+    """Check fields of a dataclass; None is allowed where the type of the field says so.
+
+    Args:
+        owner: the dataclass, whose annotations are strings (`from __future__ import annotations`).
+        prefix: group of the options, for the message, for example "prune".
+        counts: fields that must be integers from 1.
+        counts_or_zero: fields that must be integers from 0.
+        fractions: fields that must be numbers from 0 to 1.
+        at_least_zero: fields that must be finite numbers from 0.
+    Raises:
+        UserError: a value is out of its range.
+    """
+    optional = {field.name for field in dataclasses.fields(owner) if "None" in str(field.type)}
+    rules = [
+        (counts, lambda value: isinstance(value, Integral) and value >= 1, "an integer from 1"),
+        (counts_or_zero, lambda value: isinstance(value, Integral) and value >= 0, "an integer from 0"),
+        (fractions, lambda value: isinstance(value, Real) and 0 <= value <= 1, "a number from 0 to 1"),
+        (at_least_zero, lambda value: isinstance(value, Real) and 0 <= value < math.inf, "a number from 0"),
+    ]
+    for names, allowed, description in rules:
+        for name in names:
+            value = getattr(owner, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not allowed(value):
+                null = ", or null" if name in optional else ""
+                raise UserError(f"{prefix}.{name}={value}: give {description}{null}")
+
+
+def check_seed(seed: Any) -> None:
+    """Check a random seed.
+
+    Raises:
+        UserError: the seed is not an integer from 0.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise UserError(f"seed={seed}: give an integer from 0")
