@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from runtime.progress import progress
 
 #: Files that contain durations or times.
-TIMED = ("report.html", "README.md")
+TIMED = ("report.html", "README.md", "log.jsonl")
 
 
 def make_corpus(folder: Path, images: int, generator: np.random.Generator) -> None:

@@ -80,12 +80,13 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (31.0, 101.0, 0.02, False),
         (29.0, 90.0, 0.0, False),
         (29.0, 90.0, 0.02, True),
+        (26.9, 90.0, 0.02, False),
     ],
 )
 def test_an_autoencoder_is_kept_if_it_beats_pca(
     tiles: Path, monkeypatch: pytest.MonkeyPatch, psnr: float, distance: float, critic: float, better: bool
 ) -> None:
-    """It must be better in both measures; with a critic, which increases the pixel error, only in the distance.
+    """It must be better in both measures; with a critic, which increases the pixel error, it may lose 3 dB of PSNR.
 
     The training has one step per phase; its metrics are replaced by given values.
     """

@@ -63,7 +63,16 @@ def assert_the_same(one: Path, other: Path, count: int) -> None:
     pd.testing.assert_frame_equal(*tables)
     assert len(tables[0]) == count and tables[0]["scene"].nunique() > 1
     summaries = [read_json(path / "summary.json") for path in (one, other)]
-    for key in ("images", "kept", "scenes", "true_scenes", "reasons", "quarantined", "entropy_threshold", "metadata"):
+    for key in (
+        "images",
+        "kept",
+        "scenes",
+        "true_scenes",
+        "reasons",
+        "quarantined",
+        "entropy_threshold",
+        "diagnostics",
+    ):
         assert summaries[0][key] == summaries[1][key], key
 
 
