@@ -19,6 +19,8 @@ def check_options(
     counts_or_zero: Sequence[str] = (),
     fractions: Sequence[str] = (),
     at_least_zero: Sequence[str] = (),
+    above_zero: Sequence[str] = (),
+    probabilities: Sequence[str] = (),
 ) -> None:
     """Check fields of a dataclass; None is allowed where the type of the field says so.
 
@@ -29,6 +31,8 @@ def check_options(
         counts_or_zero: fields that must be integers from 0.
         fractions: fields that must be numbers from 0 to 1.
         at_least_zero: fields that must be finite numbers from 0.
+        above_zero: fields that must be finite numbers above 0.
+        probabilities: fields that must be numbers between 0 and 1, but neither 0 nor 1.
     Raises:
         UserError: a value is out of its range.
     """
@@ -38,6 +42,8 @@ def check_options(
         (counts_or_zero, lambda value: isinstance(value, Integral) and value >= 0, "an integer from 0"),
         (fractions, lambda value: isinstance(value, Real) and 0 <= value <= 1, "a number from 0 to 1"),
         (at_least_zero, lambda value: isinstance(value, Real) and 0 <= value < math.inf, "a number from 0"),
+        (above_zero, lambda value: isinstance(value, Real) and 0 < value < math.inf, "a number above 0"),
+        (probabilities, lambda value: isinstance(value, Real) and 0 < value < 1, "a probability between 0 and 1"),
     ]
     for names, allowed, description in rules:
         for name in names:

@@ -177,7 +177,7 @@ def test_ssp_keeps_one_end_of_the_distances(keep, sign):
 
 
 def test_ssp_refuses_another_word():
-    with pytest.raises(ValueError, match="give hard or easy"):
+    with pytest.raises(UserError, match="give hard or easy"):
         SSPPrototypes(keep="medium")
 
 

@@ -73,9 +73,9 @@ def test_a_median_takes_sensor_noise_away():
 
 
 def test_unknown_aggregates_and_bins_are_refused():
-    with pytest.raises(ValueError, match="aggregate=max: give one of"):
+    with pytest.raises(UserError, match="aggregate=max: give one of"):
         LocalEntropy(aggregate="max")
-    with pytest.raises(ValueError, match="power of two"):
+    with pytest.raises(UserError, match="power of two"):
         LocalEntropy(bins=100)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from prune.clusters import cluster_diagnostics, corpus_clusters, members_of, normalise
 from prune.pool import Pool, Selection
-from runtime.errors import UserError
 from runtime.ranges import check_options
 
 
@@ -32,9 +31,7 @@ class DensityPruning:
     neighbours: int = 20
 
     def __post_init__(self) -> None:
-        check_options(self, "prune", counts=("neighbours", "clusters"))
-        if not self.temperature > 0:
-            raise UserError(f"prune.temperature={self.temperature}: give a number above 0")
+        check_options(self, "prune", counts=("neighbours", "clusters"), above_zero=("temperature",))
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, points, labels, distances = corpus_clusters(pool, self.clusters, generator)

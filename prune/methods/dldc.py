@@ -9,6 +9,7 @@ import numpy as np
 from prune.allocation import proportional
 from prune.pool import PairScores, Pool, Selection
 from runtime.errors import UserError
+from runtime.ranges import check_options
 
 #: Reasons to drop an image: its caption describes another scene; captions of other images of its scene fit better; it
 #: has no caption.
@@ -48,8 +49,7 @@ class DLDC:
     cleaning_ratio: float | dict[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.most_mismatch < 1:
-            raise UserError(f"prune.most_mismatch={self.most_mismatch}: give a probability between 0 and 1")
+        check_options(self, "prune", probabilities=("most_mismatch",))
         given = self.cleaning_ratio
         for ratio in given.values() if isinstance(given, dict) else [given]:
             if ratio is not None and not (isinstance(ratio, (int, float)) and 0 <= ratio < 1):

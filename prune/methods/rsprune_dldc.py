@@ -9,7 +9,7 @@ import numpy as np
 from prune.methods.dldc import MISMATCHED, NO_CAPTION, pair_scores_of
 from prune.methods.rsprune import RSPrune
 from prune.pool import Pool, Selection
-from runtime.errors import UserError
+from runtime.ranges import check_options
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class RSPruneDLDC(RSPrune):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.most_mismatch < 1:
-            raise UserError(f"prune.most_mismatch={self.most_mismatch}: give a probability between 0 and 1")
+        check_options(self, "prune", probabilities=("most_mismatch",))
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         scores = pair_scores_of(pool, "rsprune_dldc")

@@ -32,7 +32,7 @@ class SSPPrototypes:
     def __post_init__(self) -> None:
         check_options(self, "prune", counts=("clusters",))
         if self.keep not in ("hard", "easy"):
-            raise UserError(f"keep={self.keep}: give hard or easy")
+            raise UserError(f"prune.keep={self.keep}: give hard or easy")
 
     def select(self, pool: Pool, budget: int, generator: np.random.Generator) -> Selection:
         rows, _, labels, distances = corpus_clusters(pool, self.clusters, generator)
