@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,14 +98,22 @@ def load_clip(
     Raises:
         one of `encoders.pixels.LOAD_ERRORS`: the model cannot be loaded.
     """
-    from transformers import CLIPModel, CLIPTokenizer  # slow to import
+    from transformers import CLIPModel  # slow to import
 
     model = CLIPModel.from_pretrained(folder, revision=revision, use_safetensors=True).eval().requires_grad_(False)
-    words = CLIPTokenizer.from_pretrained(tokenizer, revision=revision)
+    words = _tokenizer(tokenizer, revision)
     pixels = to_tensor if plain else PixelRecipe.of(folder, model.config.vision_config.image_size, revision)
     files = sorted(path for path in Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
     key = fingerprint(weights=[file_digest(path) for path in files] or [folder, revision])
     return ClipScorer(name, model, words, key, pixels)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(path: str, revision: str | None) -> CLIPTokenizer:
+    """A tokenizer from a folder or the hub; kept, because reading it takes longer than reading a small network."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(path, revision=revision)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:

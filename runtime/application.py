@@ -108,7 +108,7 @@ def _run_cell(main: Callable, cfg: DictConfig, cells: Cells) -> None:
     from runtime.engine import using
     from runtime.launch import join_tasks
     from runtime.provenance import command
-    from runtime.ranges import check_seed
+    from runtime.ranges import check_overrides, check_seed
     from runtime.redaction import hide, secret_values
 
     hide(secret_values(OmegaConf.to_container(cfg, resolve=False)))
@@ -119,10 +119,21 @@ def _run_cell(main: Callable, cfg: DictConfig, cells: Cells) -> None:
         try:
             quiet = contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO())
             with quiet, command(cfg), running_in(cfg.runs), using(instantiate(cfg.engine)):
+                check_overrides(cfg, _set_keys(), _defaults)
                 check_seed(cfg.seed)
                 main(cfg)  # with several processes, only the first one prints the result
         except Exception as error:  # caught inside, otherwise Hydra prints its own report first
             _report(error, cfg.runs, cells)
+
+
+def _set_keys() -> list[str]:
+    """Keys of the options that the command line sets, without those of paths."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from runtime.command_line import is_path
+
+    keys = (override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task)
+    return [key for key in keys if not is_path(key) and not set("~@/") & set(key)]
 
 
 def _report(error: Exception, runs: str, cells: Cells) -> None:

@@ -189,7 +189,7 @@ def changed(cfg: DictConfig, **options: object) -> DictConfig:
         ({"augmentation__amounts": [101]}, "give percentages above 0"),
         ({"augmentation__seeds": []}, "at least one seed"),
         ({"augmentation__generated_fraction": 1.0}, "a fraction between 0 and 1"),
-        ({"augmentation__ratio": 1.5}, "ratio=1.5 is outside"),
+        ({"augmentation__ratio": 1.5}, "ratio=1.5 is not a number"),
         ({"augmentation__pool": 2, "augmentation__ratio": 0.9}, "keeps none of 2 images"),
         ({"augmentation__run": "nowhere"}, "augmentation.run=nowhere is no run of semantic synthesis"),
     ],

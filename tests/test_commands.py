@@ -77,7 +77,7 @@ def ran(*arguments: str, cwd: Path, by=call) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory, forked) -> Path:
     """A working directory in which the complete smoke profile has run, after one kill."""
     directory = tmp_path_factory.mktemp("smoke")
     process = subprocess.Popen(
@@ -96,7 +96,7 @@ def home(tmp_path_factory) -> Path:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (directory / "results" / "smoke" / "report.html").exists()
-    done = call("scripts/reproduce.py", "profile=smoke", cwd=directory)
+    done = forked("scripts/reproduce.py", "profile=smoke", cwd=directory)
     assert done.returncode == 0, done.stderr[-3000:]
     return directory
 
@@ -131,21 +131,21 @@ def test_reproduce_leaves_the_contract_behind(home):
     assert "http://" not in page.replace("http://www.w3.org", "") and "data:image/" in page
 
 
-def test_the_plan_of_a_finished_chain_has_nothing_left(home):
+def test_the_plan_of_a_finished_chain_has_nothing_left(home, forked):
     stages = sorted(str(path) for path in (home / "runs").glob("*/*"))
-    done = call("scripts/reproduce.py", "profile=smoke", "dry_run=true", cwd=home)
+    done = forked("scripts/reproduce.py", "profile=smoke", "dry_run=true", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     [(finished, planned)] = re.findall(r"^done: (\d+) of (\d+); left: 0 optimizer steps", done.stdout, re.M)
     assert finished == planned and "to do" not in done.stdout
     assert sorted(str(path) for path in (home / "runs").glob("*/*")) == stages
 
 
-def test_again_is_a_cache_hit_with_the_same_tables(home):
+def test_again_is_a_cache_hit_with_the_same_tables(home, forked):
     tables = home / "results" / "smoke" / "tables"
     before = {path.name: path.read_bytes() for path in tables.iterdir()}
     stages = sorted(str(path) for path in (home / "runs").glob("*/*"))
     start = time.monotonic()
-    done = call("scripts/reproduce.py", "profile=smoke", cwd=home)
+    done = forked("scripts/reproduce.py", "profile=smoke", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path.name: path.read_bytes() for path in tables.iterdir()} == before
     assert sorted(str(path) for path in (home / "runs").glob("*/*") if "wandb" not in str(path)) == [
@@ -156,8 +156,8 @@ def test_again_is_a_cache_hit_with_the_same_tables(home):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_tables_of_an_undisturbed_one(home, tmp_path):
-    done = call("scripts/reproduce.py", "profile=smoke", cwd=tmp_path)
+def test_a_killed_run_ends_with_the_tables_of_an_undisturbed_one(home, forked, tmp_path):
+    done = forked("scripts/reproduce.py", "profile=smoke", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for path in sorted((home / "results" / "smoke" / "tables").iterdir()):
         assert (tmp_path / "results" / "smoke" / "tables" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -165,10 +165,10 @@ def test_a_killed_run_ends_with_the_tables_of_an_undisturbed_one(home, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["options", "config"])
-def test_two_processes_pretrain_as_one(home, tmp_path, launch):
+def test_two_processes_pretrain_as_one(home, forked, tmp_path, launch):
     """`accelerate launch` with two CPU processes (gloo): the same global batch, so the same curve."""
     arguments = ["profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none"]
-    alone = ran("train/pretrain.py", *arguments, cwd=home)
+    alone = ran("train/pretrain.py", *arguments, cwd=home, by=forked)
     # the same earlier stages: those that a launch trains anew differ slightly, and that changes the images
     shutil.copytree(home / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("pretrain", "wandb"))
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -245,8 +245,8 @@ def test_going_on_from_a_pipeline_with_low_rank_updates(home, forked):
     assert all(".attn" in key and key.endswith("weight") for key in changed)
 
 
-def test_prune_leaves_the_contract_behind(home):
-    directory = ran("prune/run.py", "profile=smoke", "prune=rsprune", "ratio=0.85", cwd=home)
+def test_prune_leaves_the_contract_behind(home, forked):
+    directory = ran("prune/run.py", "profile=smoke", "prune=rsprune", "ratio=0.85", cwd=home, by=forked)
     table = pd.read_parquet(directory / "selection.parquet")
     assert list(table.columns) == [
         "id", "kept", "reason", "entropy", "scene", "scene_similarity", "cluster", "centroid_distance",
@@ -263,8 +263,8 @@ def test_prune_leaves_the_contract_behind(home):
     assert (directory / "report.html").stat().st_size > 10_000
 
 
-def test_pretrain_leaves_a_pipeline_that_plain_diffusers_draws_with(home):
-    directory = ran("train/pretrain.py", "profile=smoke", "prune=rsprune", "tracker=none", cwd=home)
+def test_pretrain_leaves_a_pipeline_that_plain_diffusers_draws_with(home, forked):
+    directory = ran("train/pretrain.py", "profile=smoke", "prune=rsprune", "tracker=none", cwd=home, by=forked)
     assert {"pipeline", "convergence.jsonl", "samples", "checkpoints", "summary.json"} <= set(os.listdir(directory))
     lines = [json.loads(line) for line in (directory / "convergence.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40]
@@ -280,10 +280,10 @@ def test_pretrain_leaves_a_pipeline_that_plain_diffusers_draws_with(home):
     assert plain.stdout.strip() == "StableDiffusionPipeline (64, 64)", plain.stderr[-2000:]
 
 
-def test_measuring_a_run_again_gives_what_its_summary_says(home):
+def test_measuring_a_run_again_gives_what_its_summary_says(home, forked):
     runs = json.loads((home / "results" / "smoke" / "runs.json").read_text())
     (run,) = runs["foundation/rsprune"]
-    done = call("eval/measure.py", f"of={run}", "profile=smoke", "tracker=none", cwd=home)
+    done = forked("eval/measure.py", f"of={run}", "profile=smoke", "tracker=none", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     *_, metrics, last = done.stdout.strip().splitlines()
     assert last.startswith("results: ")
@@ -294,11 +294,11 @@ def test_measuring_a_run_again_gives_what_its_summary_says(home):
         assert value == pytest.approx(summary["metrics"][key], rel=1e-5), key
 
 
-def test_tables_are_regenerated(home):
+def test_tables_are_regenerated(home, forked):
     tables = home / "results" / "smoke" / "tables"
     before = (tables / "generation.md").read_text()
     (tables / "generation.md").unlink()
-    done = call("scripts/tables.py", "profile=smoke", "tracker=none", cwd=home)
+    done = forked("scripts/tables.py", "profile=smoke", "tracker=none", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tables / "generation.md").read_text() == before
 
@@ -441,7 +441,7 @@ def test_the_selection_of_a_folder_does_not_depend_on_the_workers(forked, tmp_pa
     assert tables[0] == tables[1] == tables[2]
 
 
-def test_a_killed_embedding_leaves_nothing_that_looks_whole(home, tmp_path):
+def test_a_killed_embedding_leaves_nothing_that_looks_whole(home, forked, tmp_path):
     shutil.copytree(home / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("wandb", "pretrain"))
     for pattern in ("embedding", "selection", "corpus/*/scanned"):  # so that embedding is a separate pass again
         for path in (tmp_path / "runs").glob(pattern):
@@ -457,7 +457,7 @@ def test_a_killed_embedding_leaves_nothing_that_looks_whole(home, tmp_path):
     process.kill()
     process.wait()
     assert not [path for path in tmp_path.glob("runs/selection/*") if not path.name.endswith(".partial")]
-    done = call(*arguments, cwd=tmp_path)
+    done = forked(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     again = tmp_path / done.stdout.strip().splitlines()[-1].removeprefix("selection: ")
     runs = json.loads((home / "results" / "smoke" / "runs.json").read_text())

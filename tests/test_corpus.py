@@ -80,13 +80,6 @@ def manifest(world: BlueMarble) -> pd.DataFrame:
     return world.manifest()
 
 
-def tiles_of(world: BlueMarble, **options: object) -> BlueMarble:
-    """Blue Marble with other options, without decoding its maps again."""
-    source = BlueMarble(**options)
-    source.__dict__.update(world=world.world, _scene_map=world._scene_map)
-    return source
-
-
 def scene_of(name: str) -> str:
     return next(scene for start, scene in SCENE_OF_NAME.items() if name.startswith(start))
 
@@ -157,7 +150,7 @@ def test_splits_share_no_pixel(train_stride: int, held_out_stride: int) -> None:
 
 def test_two_grounds_share_no_pixel(world: BlueMarble) -> None:
     """Every second ground cell of test, and the others, have tiles of all scenes, for two held-out sets."""
-    table = tiles_of(world, split="test", stride=4).manifest()
+    table = BlueMarble(split="test", stride=4).manifest()
     places = table["id"].str.split("/").str[1].str.split("_", expand=True).astype(int).to_numpy()
     owner = np.full((HEIGHT, WIDTH), -1, dtype=int)
     names = sorted(set(table["ground"]))
@@ -197,7 +190,7 @@ def test_scene_map_knows_places(world: BlueMarble, zones: tuple[np.ndarray, dict
 
 def test_masks_agree_with_an_independent_lookup(world: BlueMarble, zones: tuple[np.ndarray, dict[int, str]]) -> None:
     numbers, names = zones
-    source = tiles_of(world, limit=40)
+    source = BlueMarble(limit=40)
     table = source.manifest()
     generator = np.random.default_rng(0)
     rows = list(zip(table.itertuples(), source.reader(np.arange(40))(), strict=True))
@@ -216,7 +209,7 @@ def test_masks_agree_with_an_independent_lookup(world: BlueMarble, zones: tuple[
 
 
 def test_captions_follow_the_areas(world: BlueMarble) -> None:
-    source = tiles_of(world, limit=400)
+    source = BlueMarble(limit=400)
     table = source.manifest()
     seen = set()
     for tile, (_, mask) in zip(table.itertuples(), source.reader(np.arange(400))(), strict=True):
@@ -234,7 +227,7 @@ def test_captions_follow_the_areas(world: BlueMarble) -> None:
 
 
 def test_coordinates_are_tile_centres(world: BlueMarble) -> None:
-    table = tiles_of(world, limit=50).manifest()
+    table = BlueMarble(limit=50).manifest()
     for tile in table.itertuples():
         row, column = map(int, tile.id.split("/")[1].split("_"))
         assert tile.lon == pytest.approx((column + 32) / 15 - 180)
@@ -492,7 +485,7 @@ def test_folder_config(tiny_folder: Path, repository: Path) -> None:
 
 
 def test_sources_hand_on_what_the_index_expects(world: BlueMarble, tiny_folder: Path) -> None:
-    sources: list[Source] = [tiles_of(world, limit=5), ImageFolder(str(tiny_folder), limit=5)]
+    sources: list[Source] = [BlueMarble(limit=5), ImageFolder(str(tiny_folder), limit=5)]
     for source in sources:
         table = source.manifest()
         assert {"id", "scene", "caption"} <= set(table.columns) and len(table) == 5

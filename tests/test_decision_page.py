@@ -331,7 +331,7 @@ def test_what_cannot_be_is_refused_in_one_line(made: Path, decision: Decision, s
     kept = np.flatnonzero(decision.table["kept"]).tolist()
     unreadable = np.flatnonzero(decision.table["reason"] == "unreadable").tolist()
     for given, text in (
-        ({"ratio": 1.0}, "outside"), ({"ratio": "x"}, "outside"), ({"uniformity": 2}, "outside"),
+        ({"ratio": 1.0}, "not a number in"), ({"ratio": "x"}, "not a number in"), ({"uniformity": 2}, "outside"),
         ({"uniformity": True}, "outside"), ({"added": "x"}, "list"), ({"added": [0.5]}, "list"),
         ({"removed": [0, 0]}, "list"), ({"removed": [10**9]}, "list"), ({"added": [-1]}, "list"),
         ({"added": kept[:1]}, "is kept already"), ({"removed": unreadable}, "is not kept"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+from runtime.errors import UserError
 from train.objective import Objective, denoising_loss, prediction_of
 
 SHAPE = (4, 3, 5, 5)
@@ -119,7 +120,7 @@ def test_the_sampler_of_an_objective_recovers_the_data(objective: Objective) -> 
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(options: dict, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UserError, match=named):
         Objective(**options)
 
 

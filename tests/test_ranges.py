@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import rsprune
 from prune.methods.semdedup import SemDeDup
 from rsprune import LocalEntropy, RSPrune, UserError, images_represented, local_entropy, select_from_arrays
+from runtime.ranges import COUNTS, check_overrides
+from train.loop import LoopOptions
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CHOICES = [OmegaConf.load(path) for path in (CONFIGS / "prune").glob("*.yaml")]
@@ -118,3 +121,65 @@ def test_ratios_and_seeds_are_checked() -> None:
         for ratio, seed in ((0.5, 1), (np.float32(0.5), np.int64(1)))
     )
     np.testing.assert_array_equal(one.kept, other.kept)
+
+
+# ---------------------------------------------------------------- options on the command line
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.views.crops=many", "train.views.crops=many: give a number, for example 1"),
+        ("train.flow_shift=-1", "train.flow_shift=-1: give a number from 0"),
+        ("train.flow_shift=true", "train.flow_shift=True: give a number"),
+        ("train.loop.compile=perhaps", "train.loop.compile=perhaps: give true or false"),
+        ("eval.images=0", "eval.images=0: give an integer from 1"),
+        ("eval.steps=2.5", "eval.steps=2.5: give an integer from 1"),
+        ("downstream.variants=-2", "downstream.variants=-2: give a number from 0"),
+        ("leaks=x", "leaks=x: give a number"),
+    ],
+)
+def test_an_override_keeps_the_type_of_its_default(override: str, words: str) -> None:
+    cfg, defaults = config(override), config()
+    with pytest.raises(UserError) as error:
+        check_overrides(cfg, [override.partition("=")[0]], lambda: defaults)
+    assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.objective.time_mean=-0.5", "train.objective.prediction=epsilon", "train.loop.micro_batch=4",
+        "ratio=null",
+        "eval.images=8", "train.loop.compile=true", "corpus.train.limit=null", "train.loop.steps=7",
+    ],
+)  # fmt: skip
+def test_other_overrides_are_left_alone(override: str) -> None:
+    cfg, defaults = config(override), config()
+    check_overrides(cfg, [override.partition("=")[0]], lambda: defaults)
+
+
+def test_defaults_are_composed_only_where_a_value_may_be_wrong() -> None:
+    def never() -> DictConfig:
+        raise AssertionError
+
+    check_overrides(config("eval.images=8", "ratio=0.5"), ["eval.images", "ratio"], never)
+
+
+def test_counts_are_options_and_their_defaults_are_counts() -> None:
+    cfg = config()
+    assert all(isinstance(OmegaConf.select(cfg, key), int) for key in COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 0), ("batch_size", 2.5), ("learning_rate", 0), ("decay", 1.5), ("micro_batch", 0), ("warmup", -1)],
+)
+def test_a_training_loop_refuses_what_it_cannot_do(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"loop\.{name}={value}: give a"):
+        LoopOptions(**{"steps": 1, "batch_size": 1, "learning_rate": 1e-3, name: value})

@@ -141,12 +141,9 @@ def objective_of(cfg: DictConfig) -> Objective:
     """The objective of a config.
 
     Raises:
-        UserError: its options contradict each other.
+        UserError: its options contradict each other, or one is out of its range.
     """
-    try:
-        return Objective(**cfg.train.objective)
-    except ValueError as error:
-        raise UserError(f"train.{error}") from None
+    return Objective(**cfg.train.objective)
 
 
 @dataclass(frozen=True)

