@@ -19,7 +19,9 @@ SIGNED = ("train.objective.time_mean",)
 COUNTS = (
     *("eval.images", "eval.convergence_images", "eval.steps", "train.snapshots", "reference.per_scene"),
     *("downstream.images", "downstream.training_images", "downstream.steps", "sample.steps", "images"),
-    *("corpus.train.resolution", "text_encoder.max_length"),
+    *("encoder.input_size", "encoder.batch_size", "evaluation_encoder.input_size", "evaluation_encoder.batch_size"),
+    *("text_encoder.width", "text_encoder.layers", "text_encoder.patch", "text_encoder.max_length"),
+    "corpus.train.resolution",
 )
 
 
