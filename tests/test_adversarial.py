@@ -9,7 +9,7 @@ from torch.nn import functional
 from train.adversarial import PROBE, SMOOTHNESS, Bands, Critic, adversarial_losses
 
 
-def test_each_loss_reaches_its_own_network_alone() -> None:
+def test_each_loss_has_gradients_only_for_its_own_network() -> None:
     torch.manual_seed(0)
     critic, images = Critic(width=8), torch.rand(2, 3, 32, 32) * 2 - 1
     made = images.clone().requires_grad_()
@@ -24,7 +24,7 @@ def test_each_loss_reaches_its_own_network_alone() -> None:
     assert all(parameter.grad is not None for parameter in critic.parameters())
 
 
-def test_the_losses_are_logistic_with_a_penalty_of_change() -> None:
+def test_the_losses_are_logistic_and_the_critic_has_a_smoothness_penalty() -> None:
     torch.manual_seed(0)
     critic = nn.Conv2d(3, 1, 1)
     real, made = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
@@ -37,7 +37,7 @@ def test_the_losses_are_logistic_with_a_penalty_of_change() -> None:
     torch.testing.assert_close(of_decoder, -functional.logsigmoid(critic(made)).mean())
 
 
-def test_bands_are_the_image_and_what_smoothing_takes_from_it() -> None:
+def test_bands_are_the_image_and_its_difference_from_the_smoothed_image() -> None:
     images = torch.rand(1, 3, 16, 16, dtype=torch.float64)
     bands = Bands()(images)
     smooth = functional.conv2d(images, torch.full((3, 1, 3, 3), 1 / 9, dtype=torch.float64), groups=3)

@@ -53,7 +53,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- the index
 
 
-def test_the_index_finds_what_brute_force_finds_and_keeps_it_in_a_file(tmp_path: Path) -> None:
+def test_the_index_agrees_with_brute_force_and_can_be_saved_and_loaded(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     known, requested = (unit(generator.normal(size=(n, 24))).astype(np.float32) for n in (300, 40))
     index = new_index(known, len(known))
@@ -91,7 +91,7 @@ def test_a_large_index_is_approximate_and_still_finds_near_duplicates(monkeypatc
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6), st.integers(0, 60))
-def test_scenes_are_filled_as_by_adding_one_at_a_time_to_the_smallest(scenes: list, budget: int) -> None:
+def test_filling_scenes_equals_adding_one_image_at_a_time_to_the_smallest_scene(scenes: list, budget: int) -> None:
     kept, available = (np.array(values) for values in zip(*scenes, strict=True))
     added = np.zeros(len(kept), int)
     for _ in range(min(budget, int(available.sum()))):
@@ -100,12 +100,12 @@ def test_scenes_are_filled_as_by_adding_one_at_a_time_to_the_smallest(scenes: li
     assert fill(kept, available, budget).tolist() == added.tolist()
 
 
-def test_of_each_scene_the_first_are_chosen() -> None:
+def test_the_first_images_of_each_scene_are_chosen() -> None:
     chosen = first_of_scenes(np.array([1, 0, 1, 1, 2, 0]), np.array([1, 2, 0]))
     assert chosen.tolist() == [True, True, True, False, False, False]
 
 
-def test_an_exchange_must_pay_and_leaves_one_of_two_redundant_images() -> None:
+def test_an_exchange_needs_enough_gain_and_keeps_one_of_two_similar_images() -> None:
     similarity, neighbour = np.array([0.99, 0.99, 0.5, 0.9]), np.array([1, 0, 3, 2])
     order = np.array([0, 1, 3, 2])
     assert swaps(np.array([0.4, 0.3, 0.2]), similarity, neighbour, order) == [(0, 0), (1, 3)]
@@ -226,7 +226,7 @@ def brute_force(world: World) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_every_verdict_is_that_of_brute_force(seed: int) -> None:
+def test_every_verdict_agrees_with_brute_force(seed: int) -> None:
     world = World(seed)
     table = world.answer([np.arange(120)])
     expected = brute_force(world)
@@ -243,7 +243,7 @@ def test_every_verdict_is_that_of_brute_force(seed: int) -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 3), st.lists(st.integers(0, 119), max_size=4), st.randoms(use_true_random=False))
-def test_parts_in_any_order_give_what_the_whole_gives(seed: int, cuts: list[int], random) -> None:
+def test_arrivals_in_parts_and_any_order_get_the_same_answer_as_all_at_once(seed: int, cuts: list[int], random) -> None:
     world, order = World(seed), list(range(120))
     budget = random.choice(["growing", "fixed", 7])
     whole = world.answer([np.arange(120)], budget)
@@ -255,7 +255,7 @@ def test_parts_in_any_order_give_what_the_whole_gives(seed: int, cuts: list[int]
     pd.testing.assert_frame_equal(result[columns].sort_index(), whole[columns].sort_index(), rtol=1e-5)
 
 
-def test_a_fixed_budget_names_the_most_redundant_kept_images_once() -> None:
+def test_a_fixed_budget_replaces_each_redundant_kept_image_at_most_once() -> None:
     world = World(4)
     table = world.answer([np.arange(120)], "fixed")
     added = table[table["added"]]
@@ -271,7 +271,7 @@ def test_a_fixed_budget_names_the_most_redundant_kept_images_once() -> None:
     assert (added["gain"].to_numpy() > 1 - lost).all()
 
 
-def test_a_number_is_the_most_that_is_added() -> None:
+def test_a_number_as_budget_limits_the_added_images_and_other_values_are_refused() -> None:
     world = World(5)
     assert [int(world.answer([np.arange(120)], most)["added"].sum()) for most in (0, 3)] == [0, 3]
     assert [budget_option(value) for value in ("growing", "fixed", 3)] == ["growing", "fixed", 3]
@@ -280,7 +280,7 @@ def test_a_number_is_the_most_that_is_added() -> None:
             budget_option(value)
 
 
-def test_another_date_of_a_place_is_no_duplicate_unless_it_is_reported_so() -> None:
+def test_options_decide_if_other_dates_and_locations_count_as_duplicates() -> None:
     """Arrivals with almost the same pixels: of one location and date, of another date, of another location."""
     verdicts = {}
     for name, place, date, rule in (
@@ -307,7 +307,7 @@ def test_another_date_of_a_place_is_no_duplicate_unless_it_is_reported_so() -> N
     }  # fmt: skip
 
 
-def test_rows_of_several_arrays_are_read_where_they_lie() -> None:
+def test_rows_gathered_from_several_arrays_equal_those_of_their_concatenation() -> None:
     parts = [np.arange(6).reshape(3, 2), np.arange(6, 14).reshape(4, 2)]
     gathered, whole = Gathered(parts), np.concatenate(parts)
     assert gathered.shape == whole.shape and len(gathered) == 7
@@ -315,7 +315,7 @@ def test_rows_of_several_arrays_are_read_where_they_lie() -> None:
         assert (gathered[rows] == whole[rows]).all()
 
 
-def test_places_share_ground_where_their_squares_overlap() -> None:
+def test_locations_share_ground_if_their_squares_overlap() -> None:
     metres = 1 / 111_320
     table = pd.DataFrame(
         {
@@ -400,7 +400,7 @@ def read(directory: Path) -> pd.DataFrame:
     return table.set_index("id").sort_index()
 
 
-def test_files_get_their_verdicts_in_parts_as_at_once_and_the_selection_stays(
+def test_files_in_parts_get_the_same_verdicts_and_the_selection_is_unchanged(
     folders: Path, selection: Path, capsys
 ) -> None:
     before = state(selection)
@@ -437,7 +437,7 @@ def test_files_get_their_verdicts_in_parts_as_at_once_and_the_selection_stays(
     assert state(selection) == before
 
 
-def test_what_is_no_selection_or_another_one_is_refused_in_one_line(
+def test_invalid_selections_and_options_that_contradict_them_are_refused(
     folders: Path, selection: Path, tmp_path: Path
 ) -> None:
     for place, message in ((None, "selection=null"), (tmp_path, "is not a selection: give the directory")):
@@ -461,7 +461,7 @@ def test_what_is_no_selection_or_another_one_is_refused_in_one_line(
         arrived(selection, folders / "new", "other_date=never")
 
 
-def test_a_random_selection_and_one_with_labels_have_scenes_and_thresholds(folders: Path, tmp_path: Path) -> None:
+def test_random_and_rsprune_selections_have_scenes_and_thresholds(folders: Path, tmp_path: Path) -> None:
     labelled = tmp_path / "labelled"
     for number in range(14):
         save(labelled / "hill" / f"{number}.png", landscape(number))
@@ -489,7 +489,7 @@ def test_a_random_selection_and_one_with_labels_have_scenes_and_thresholds(folde
 
 
 @pytest.mark.slow
-def test_the_command_says_where_its_answer_is_and_ends_with_2_on_bad_input(
+def test_the_command_prints_its_result_folder_and_exits_with_2_on_bad_input(
     folders: Path, selection: Path, tmp_path: Path
 ) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess:

@@ -120,7 +120,7 @@ def test_fingerprint_changes_with_the_value(first, second) -> None:
     assert (fingerprint(inputs=first) == fingerprint(inputs=second)) == same
 
 
-def test_fingerprint_sees_every_kind_of_input() -> None:
+def test_fingerprint_depends_on_every_kind_of_input() -> None:
     distinct = [
         fingerprint(options=Options()),
         fingerprint(options=Options(steps=4)),
@@ -137,7 +137,7 @@ def test_fingerprint_sees_every_kind_of_input() -> None:
     assert len(distinct[0]) == 16 and int(distinct[0], 16) >= 0
 
 
-def test_write_json_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_readers_never_see_a_partly_written_json_file(tmp_path: Path) -> None:
     path = tmp_path / "metadata.json"
     write_json(path, {"round": 0, "filler": "x" * 100_000})
     seen, stop = [], threading.Event()
@@ -174,7 +174,7 @@ def test_write_json_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkey
     assert read_json(path)["value"] == 1
 
 
-def test_file_digest_follows_the_content(tmp_path: Path) -> None:
+def test_file_digest_changes_with_the_content(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"abc")
     assert file_digest(path) == "ba7816bf8f01cfea"  # SHA-256 of "abc", FIPS 180-2, appendix B.1

@@ -136,7 +136,7 @@ def test_mixed_batches_keep_their_fraction(fraction: float, generated: int) -> N
     assert seen == {0, 2, 101, 102}  # images of weight 0 are never drawn
 
 
-def test_one_source_fills_its_batches() -> None:
+def test_a_single_source_fills_its_batches() -> None:
     real, drawn = levels(0, 2, [1, 1]), levels(100, 2, [1, 1])
     assert sources_of(real, None, 8, 0.5) == [(real, 8)]
     assert sources_of(None, drawn, 8, 0.5) == [(drawn, 8)]
@@ -264,7 +264,7 @@ def test_the_same_seed_draws_the_same_images_and_another_seed_a_new_pool(study: 
     assert drawn_pool(elsewhere, 25, 4).name != pool.name
 
 
-def test_random_and_pruned_choices_have_the_same_number(study: Study) -> None:
+def test_random_and_pruned_choices_have_the_same_number_of_images(study: Study) -> None:
     pool = drawn_pool(study, 100, 3)
     result = {choice: chosen(study, pool, choice, 3) for choice in (RANDOM, PRUNED)}
     for kept in result.values():
@@ -320,7 +320,7 @@ def test_a_cell_trains_on_its_own_images_and_on_no_held_out_image(
         assert not drawable(source) & held_out
 
 
-def test_the_same_seed_gives_the_same_bits(study: Study, tmp_path: Path) -> None:
+def test_the_same_seed_gives_bit_identical_weights(study: Study, tmp_path: Path) -> None:
     cell = Cell(25, True, RANDOM, 3)
     first = trained_cell(study, cell)
     again = trained_cell(replace(study, cfg=changed(study.cfg, runs=str(tmp_path))), cell)

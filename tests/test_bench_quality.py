@@ -15,7 +15,7 @@ with initialize_config_dir(str(CONFIGS), version_base="1.3"):
 @pytest.mark.parametrize(
     ("seconds", "probe_seconds", "steps"), [(300, 20.0, 1500), (300, 20.9, 1400), (300, 3.01, 9900), (1, 50, 2)]
 )
-def test_steps_fit_into_the_seconds_and_are_round(seconds: float, probe_seconds: float, steps: int) -> None:
+def test_steps_fit_into_the_given_seconds_and_are_rounded(seconds: float, probe_seconds: float, steps: int) -> None:
     result = steps_within(seconds, 100, probe_seconds)
     assert result == steps
     assert result * probe_seconds / 100 <= seconds
@@ -28,5 +28,5 @@ def test_every_change_composes(change: list[str]) -> None:
     assert (changed == default) == (not change or change == ["eval.steps=25"])
 
 
-def test_no_change_is_there_twice() -> None:
+def test_no_change_is_listed_twice() -> None:
     assert len({tuple(change) for change in CHANGES}) == len(CHANGES) and CHANGES[0] == []

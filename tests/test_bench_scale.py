@@ -52,7 +52,7 @@ def result() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_model_is_found_again() -> None:
+def test_the_fit_recovers_the_parameters_of_the_cost_model() -> None:
     rows = rows_of(TILES, "index", 3e-5, 1.07, 0.4, 2e-7, (10_000, 30_000, 100_000, 300_000))
     rows[0]["seconds"] = 1e6  # below fit_from
     model = fit(rows, 30_000)
@@ -65,7 +65,7 @@ def test_the_model_is_found_again() -> None:
     assert fit(rows[:2], 10**9).sizes == (10_000, 30_000), "all, where too few are large"
 
 
-def test_the_arithmetic_of_the_extrapolation(result: dict[str, Any]) -> None:
+def test_extrapolated_hours_and_memory_follow_from_the_fitted_models(result: dict[str, Any]) -> None:
     fitted = {part: models(result["rows"], part, result["fit_from"]) for part in (TILES, SYNTHETIC)}
     on_node = {**fitted[SYNTHETIC], "manifest": fitted[TILES]["manifest"]}
     steps = {step.stage: step.hours for step in arithmetic(10**8, result, on_node)}
@@ -82,7 +82,7 @@ def test_the_arithmetic_of_the_extrapolation(result: dict[str, Any]) -> None:
         assert f"{name} 0.50 + 1.00e-07 N = 100 GB" in message or f"{name} 0.50 + 1.00e-07 N = 101 GB" in message
 
 
-def test_the_document_says_what_is_measured_and_what_is_assumed(result: dict[str, Any]) -> None:
+def test_the_document_lists_measurements_assumptions_and_the_extrapolation(result: dict[str, Any]) -> None:
     text = scale_document(result)
     for words in (
         "Assumed, not measured",
@@ -111,7 +111,7 @@ def test_repeated_tiles_differ_and_are_the_same_for_one_seed() -> None:
 
 
 @pytest.mark.slow
-def test_the_bench_goes_on_where_it_ended(tmp_path: Path) -> None:
+def test_a_repeated_bench_measures_only_the_missing_sizes(tmp_path: Path) -> None:
     overrides = [
         "profile=smoke", f"runs={tmp_path / 'runs'}", f"results={tmp_path / 'results'}", "tracker=none",
         "corpus.train.limit=200", "bench_scale.sizes=[300,600]", "bench_scale.synthetic_sizes=[1000,2000]",
@@ -137,13 +137,13 @@ def test_the_bench_goes_on_where_it_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_that_fails_ends_the_bench_in_one_line(tmp_path: Path) -> None:
+def test_a_failing_stage_ends_the_bench_with_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="manifest of 5 images ended with 1"):
         measured("manifest", Plan(TILES, 5, str(tmp_path / "nowhere"), 64, 32, 10, 16, 0))
 
 
 @pytest.mark.slow
-def test_both_engines_are_timed_and_select_alike(tmp_path: Path) -> None:
+def test_both_engines_are_timed_and_select_the_same_images(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="engine=ray needs the extra ray")
     command = [
         sys.executable, "scripts/bench_engines.py", "profile=smoke", f"runs={tmp_path / 'runs'}", "tracker=none",

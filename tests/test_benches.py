@@ -47,7 +47,7 @@ def test_bench_of_training_compares_three_loops(tmp_path: Path) -> None:
     assert "latents 4 x 2 x 2, batch 4, 8 images of 16 px" in result["network"] and result["machine"]
 
 
-def test_bench_of_the_stages_names_their_limits(tmp_path: Path) -> None:
+def test_bench_of_the_stages_reports_rates_and_limits(tmp_path: Path) -> None:
     result = left_by("bench", tmp_path, "bench.files=16")
     assert result["files"] == "16 JPEGs of 400 x 400 px" and result["machine"]
     rates, fractions = result["images_per_second"], result["fractions"]
@@ -60,7 +60,7 @@ def test_bench_of_the_stages_names_their_limits(tmp_path: Path) -> None:
     assert positive(rates) and positive(fractions)
 
 
-def test_bench_of_pairs_names_its_limits(tmp_path: Path) -> None:
+def test_bench_of_pairs_reports_rates_and_limits(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "scripts/bench_pairs.py", *tiny_overrides(tmp_path), "bench.sizes=[400,2000]"],
         cwd=ROOT, capture_output=True, text=True, timeout=900,

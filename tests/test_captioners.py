@@ -127,7 +127,7 @@ def test_a_mirrored_picture_is_described_by_mirrored_words(seed: int, axis: int)
         assert described(np.ascontiguousarray(np.flip(image, axis)), plan, seed=seed) == swapped
 
 
-def test_a_pond_is_round_surrounded_and_in_the_centre() -> None:
+def test_a_pond_is_described_as_round_surrounded_and_central() -> None:
     image = picture(GREEN)
     image[disk((64, 64), 25)] = BLUE
     for text in every_wording(image, "long"):
@@ -163,7 +163,7 @@ def test_small_white_squares_are_counted(count: int) -> None:
         ((1, 1), "parallel lines run diagonally|diagonal lines"),
     ],
 )
-def test_stripes_are_parallel_lines(turned: tuple[int, int], words: str) -> None:
+def test_stripes_are_described_as_parallel_lines(turned: tuple[int, int], words: str) -> None:
     rows, columns = np.mgrid[:128, :128]
     wave = np.sin((turned[0] * rows + turned[1] * columns) * 2 * np.pi / 12)
     image = (np.uint8(GREEN) + 40 * wave[..., None]).clip(0, 255).astype(np.uint8)
@@ -171,7 +171,7 @@ def test_stripes_are_parallel_lines(turned: tuple[int, int], words: str) -> None
     assert "lines" not in described(halves(), "long")  # one border is not a pattern
 
 
-def test_a_board_of_squares_has_lines_at_right_angles() -> None:
+def test_a_chequer_board_is_described_with_lines_at_right_angles() -> None:
     board = np.kron(np.indices((10, 10)).sum(0) % 2, np.ones((12, 12)))
     image = np.where(board[..., None] > 0, np.uint8(TAN), np.uint8(GREY)).astype(np.uint8)
     assert "at right angles" in described(image, "long")
@@ -186,7 +186,7 @@ def test_a_board_of_squares_has_lines_at_right_angles() -> None:
         ((127, 0, 0, 127), "from the lower left to the upper right"),
     ],
 )
-def test_a_strip_runs_from_end_to_end(ends: tuple[int, int, int, int], words: str) -> None:
+def test_a_strip_is_described_with_its_direction(ends: tuple[int, int, int, int], words: str) -> None:
     image = picture(GREEN)
     rows, columns = line(*ends)
     for row, column in zip(rows, columns, strict=True):
@@ -196,7 +196,7 @@ def test_a_strip_runs_from_end_to_end(ends: tuple[int, int, int, int], words: st
     assert words in described(image, "objects")
 
 
-def test_textures_are_reported_apart() -> None:
+def test_different_textures_are_described_by_different_words() -> None:
     for noise, words in ((0, "smooth"), (20, "fine"), (60, "detail|edges")):
         image = blocks(3) if noise == 0 else picture(GREEN, noise=noise)
         image = picture(TAN, noise=1.5) if noise == 0 else image
@@ -205,7 +205,7 @@ def test_textures_are_reported_apart() -> None:
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_places_hold_what_they_promise(seed: int) -> None:
+def test_the_named_position_agrees_with_the_centroid(seed: int) -> None:
     """The centroid of a rectangle lies on the side that its place names; without a side it lies near the middle."""
     rng = np.random.default_rng(seed)
     top, bottom = np.sort(rng.choice(65, 2, replace=False))
@@ -234,7 +234,7 @@ def test_fractions_in_words_grow_with_the_fraction() -> None:
         assert key in fraction_of(fraction)
 
 
-def test_every_kind_of_ground_is_recognised() -> None:
+def test_every_kind_of_land_cover_is_recognised_by_its_colour() -> None:
     colours = {
         "green": GREEN, "dark green": (25, 55, 25), "turquoise": (90, 190, 190), "blue": BLUE, "dark": (20, 20, 22),
         "bare": TAN, "grey": GREY, "white": WHITE, "red": (180, 70, 55),
@@ -258,7 +258,7 @@ def test_an_image_without_colour_is_described_by_shades() -> None:
 # ------------------------------------------------------------------------------------ the offline one: masks and scenes
 
 
-def test_a_mask_s_classes_go_before_the_colours() -> None:
+def test_the_classes_of_a_mask_take_precedence_over_colours() -> None:
     mask = np.zeros((300, 300), np.uint8)
     mask[:, 150:] = 1
     mask[100:200, :60] = 2
@@ -270,7 +270,7 @@ def test_a_mask_s_classes_go_before_the_colours() -> None:
         assert not re.search(r"grey|never|building areas covers", text), text
 
 
-def test_a_mask_whose_classes_say_nothing_is_left_aside() -> None:
+def test_a_mask_without_meaningful_class_names_is_ignored() -> None:
     for classes in ((), ("background", "class 1")):
         metadata = ImageMetadata(mask=np.eye(40, dtype=np.uint8), classes=classes)
         assert described(halves(), "layout", metadata) == described(halves(), "layout")
@@ -286,19 +286,19 @@ def test_a_mask_whose_classes_say_nothing_is_left_aside() -> None:
         ("industrial-area", "an industrial area"), ("St. Mary's church", "a st mary's church"),
     ],
 )  # fmt: skip
-def test_a_scene_takes_its_article(scene: str, phrase: str) -> None:
+def test_a_scene_name_gets_the_correct_article(scene: str, phrase: str) -> None:
     assert scene_phrase(scene_words(scene)) == phrase
 
 
 @pytest.mark.parametrize("scene", ["", "   ", "class 12", "???", "12", "\0\n\t", "-'-", "\ud83d"[:0]])
-def test_what_is_no_word_is_no_scene(scene: str) -> None:
+def test_scene_names_without_meaningful_words_are_ignored(scene: str) -> None:
     assert scene_words(scene) == ""
     assert described(halves(), "short", ImageMetadata(scene)) == described(halves(), "short")
 
 
 @given(st.text(max_size=80) | st.text(alphabet="ab -'.,;:\n", min_size=1, max_size=20).map(lambda text: text * 500))
 @settings(max_examples=80, deadline=None)
-def test_any_scene_leaves_a_sane_text(scene: str) -> None:
+def test_any_scene_name_gives_a_clean_text_of_limited_length(scene: str) -> None:
     for plan in PLANS:
         text = described(halves(), plan, ImageMetadata(scene))
         assert text == " ".join(text.split()) and text.endswith(".") and "\n" not in text
@@ -306,12 +306,12 @@ def test_any_scene_leaves_a_sane_text(scene: str) -> None:
     assert len(scene_words(scene)) <= 60 and len(scene_words(scene).split()) <= 8
 
 
-def test_half_a_character_in_a_scene_does_not_fail() -> None:
+def test_a_lone_surrogate_or_a_very_long_scene_name_does_not_fail() -> None:
     assert described(halves(), "short", ImageMetadata("river \ud83d")).encode()
     assert described(halves(), "short", ImageMetadata("x" * 10_000)).encode()
 
 
-def test_the_scene_is_reported_by_every_plan() -> None:
+def test_every_plan_mentions_the_scene() -> None:
     for plan in PLANS:
         assert all("storage tanks" in text for text in every_wording(blocks(1), plan, ImageMetadata("StorageTanks")))
 
@@ -341,7 +341,7 @@ def test_any_image_has_a_well_formed_text_or_a_reason(
 
 @given(arrays(np.uint8, (12, 12, 3)))
 @settings(max_examples=60, deadline=None)
-def test_raw_pixels_have_a_well_formed_text(image: np.ndarray) -> None:
+def test_arbitrary_pixels_give_a_well_formed_text_or_no_data(image: np.ndarray) -> None:
     for attempt in range(4):
         [text] = OfflineCaptioner()(image[None], [ImageMetadata("port")], attempt, [3])
         if isinstance(text, str):
@@ -351,7 +351,7 @@ def test_raw_pixels_have_a_well_formed_text(image: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_plans_are_well_formed_and_grow(seed: int) -> None:
+def test_texts_of_plans_are_well_formed_and_increase_in_length(seed: int) -> None:
     image = blocks(seed, cells=2 ** (seed % 5))
     for scene in ("", "storage tanks", "dense residential"):
         texts = {plan: described(image, plan, ImageMetadata(scene), seed) for plan in PLANS}
@@ -362,7 +362,7 @@ def test_plans_are_well_formed_and_grow(seed: int) -> None:
         assert not COLOUR_WORDS & set(re.findall(r"[\w-]+", texts["objects"].lower())), texts["objects"]
 
 
-def test_one_seed_one_text_and_other_seeds_others() -> None:
+def test_the_same_seed_gives_the_same_text_and_other_seeds_give_others() -> None:
     captioner, image = OfflineCaptioner(), blocks(5)
     for attempt in range(4):
         texts = [captioner(image[None], [NOTHING], attempt, [seed])[0] for seed in range(20)]
@@ -384,7 +384,7 @@ def test_a_text_does_not_depend_on_its_batch() -> None:
     assert captioner(images[:0], [], 0, []) == []
 
 
-def test_what_shows_nothing_is_undescribed() -> None:
+def test_black_images_and_flat_images_without_metadata_are_not_described() -> None:
     captioner = OfflineCaptioner()
     black, flat = np.zeros((1, 64, 64, 3), np.uint8), picture(BLUE)[None]
     specks = black.copy()
@@ -411,7 +411,7 @@ def test_unknown_plans_are_refused(plans: list[str]) -> None:
         OfflineCaptioner(plans=plans)
 
 
-def test_nouns_agree_and_articles_fit() -> None:
+def test_nouns_have_correct_plurals_and_articles() -> None:
     rng = np.random.default_rng(0)
     for seed in range(30):
         measured = layout(land_cover(blocks(seed)))
@@ -499,8 +499,8 @@ def noisy(count: int = 4, size: int = 24) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def test_greedy_blip_says_what_the_library_s_own_steps_say(blip: str) -> None:
-    """With its prefix removed, and without a prefix."""
+def test_greedy_blip_gives_the_same_text_as_the_library_itself(blip: str) -> None:
+    """With a prefix, which is removed from the text, and without a prefix."""
     network = BlipForConditionalGeneration.from_pretrained(blip, use_safetensors=True).eval()
     processor = BlipProcessor.from_pretrained(blip)
     captioner = ImageTextToText("blip", blip, prompts=["", "an aerial image of"], temperatures=[0, 0], max_new_tokens=9)
@@ -515,7 +515,7 @@ def test_greedy_blip_says_what_the_library_s_own_steps_say(blip: str) -> None:
     assert len(seen) > 3
 
 
-def test_a_chat_network_is_asked_with_the_image_and_the_prompt(qwen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_network_receives_the_image_and_the_prompt(qwen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     requested, decode = [], Qwen2Tokenizer.decode
     generate = Qwen2_5_VLForConditionalGeneration.generate
 
@@ -537,7 +537,9 @@ def test_a_chat_network_is_asked_with_the_image_and_the_prompt(qwen: str, monkey
 
 
 @pytest.mark.parametrize("which", ["blip", "qwen"])
-def test_an_image_s_seed_alone_decides_its_sample(which: str, request: pytest.FixtureRequest) -> None:
+def test_a_sampled_text_depends_on_the_seed_of_its_image_and_not_on_the_batch(
+    which: str, request: pytest.FixtureRequest
+) -> None:
     captioner = ImageTextToText(
         which, request.getfixturevalue(which), prompts=["a", "the left of {scene}"], temperatures=[0, 1], top_p=1.0,
         max_new_tokens=12,
@@ -557,7 +559,7 @@ def test_an_image_s_seed_alone_decides_its_sample(which: str, request: pytest.Fi
     assert len({str(text) for text in captioner(same, [NOTHING] * 12, 0, range(12))}) == 1
 
 
-def test_noise_draws_by_the_probabilities() -> None:
+def test_seeded_noise_samples_tokens_by_their_probabilities() -> None:
     """The fraction of seeds with a token as argmax is the token's probability, within four standard deviations."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]).repeat(4000, 1)
     drawn = SeededNoise(range(4000))(torch.empty(0), logits).argmax(1)
@@ -566,14 +568,14 @@ def test_noise_draws_by_the_probabilities() -> None:
     assert (fraction - expected).abs().le(4 * (expected * (1 - expected) / 4000).sqrt()).all()
 
 
-def test_the_last_attempts_repeat_those_that_sample(blip: str) -> None:
+def test_further_attempts_repeat_the_plans_that_sample(blip: str) -> None:
     captioner = ImageTextToText("blip", blip, prompts=["a", "b", "c"], temperatures=[0, 0.5, 1])
     assert [captioner.plan(attempt) for attempt in range(7)] == [0, 1, 2, 1, 2, 1, 2]
     assert [ImageTextToText("x", blip).plan(attempt) for attempt in range(3)] == [0, 0, 0]
     assert captioner(noisy(), [NOTHING] * 4, 1, range(4)) != captioner(noisy(), [NOTHING] * 4, 3, range(4))
 
 
-def test_a_network_is_loaded_on_first_use_and_once(blip: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_network_is_loaded_only_once_on_first_use(blip: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     captioning = "captioning.captioners.image_text_to_text"
     loads, load = [], BlipProcessor.from_pretrained
     monkeypatch.setattr(f"{captioning}.AutoProcessor.from_pretrained", lambda *a, **k: loads.append(a) or load(blip))
@@ -586,7 +588,7 @@ def test_a_network_is_loaded_on_first_use_and_once(blip: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("path", ["{folder}/nothing", "owner/nothing", "{folder}"])
-def test_a_network_that_is_not_there_is_one_line(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_gives_a_one_line_error(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     path = path.format(folder=tmp_path)
     captioner = ImageTextToText("x", path, revision="abc")
@@ -608,7 +610,7 @@ def test_a_network_that_is_not_there_is_one_line(path: str, tmp_path: Path, monk
         ({"dtype": "int8"}, "captioner.dtype=int8"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options: dict, named: str) -> None:
+def test_invalid_options_are_refused(options: dict, named: str) -> None:
     with pytest.raises(UserError, match=re.escape(named)):
         ImageTextToText("x", "owner/name", **options)
 
@@ -621,17 +623,17 @@ def test_options_that_do_not_fit_are_refused(options: dict, named: str) -> None:
         ("a\x00 field\ufffd", "a field"),
     ],
 )  # fmt: skip
-def test_what_a_network_wrote_becomes_a_caption(written: str, expected: str | Undescribed) -> None:
+def test_the_output_of_a_network_is_cleaned_into_a_caption(written: str, expected: str | Undescribed) -> None:
     assert caption(written, "What lies where?") == expected
 
 
-def test_a_sentence_that_was_cut_off_is_left_out() -> None:
+def test_a_truncated_last_sentence_is_removed_unless_it_is_the_only_one() -> None:
     assert caption("A river. It is beside a", "", cut_off=True) == "A river."
     assert caption("A river. It is beside a", "") == "A river. It is beside a"
     assert caption("A river beside a", "", cut_off=True) == "A river beside a"
 
 
-def test_prompts_name_the_scene_or_do_not_ask_about_it() -> None:
+def test_prompts_contain_the_scene_or_drop_the_sentences_about_it() -> None:
     requested = "This is {scene}. What lies where? Is it {scene}?"
     assert prompt(requested, "BaseballField") == "This is baseball field. What lies where? Is it baseball field?"
     assert prompt(requested, "") == prompt(requested, "class 3") == "What lies where?"
@@ -639,7 +641,7 @@ def test_prompts_name_the_scene_or_do_not_ask_about_it() -> None:
     assert prompt("{not} {0} {scene}", "a {scene}") == "{not} {0} a scene"
 
 
-def test_prompts_are_cut_off_token_by_token() -> None:
+def test_prompt_tokens_are_removed_from_the_generated_tokens() -> None:
     given = torch.tensor([[7, 1, 2, 3]])
     for written, rest in (
         ([7, 1, 2, 3, 4, 5], [4, 5]),

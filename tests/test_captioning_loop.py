@@ -109,14 +109,14 @@ def repaired(tmp_path_factory) -> tuple:
     return result, captioner, directory, table, wrong, captions
 
 
-def test_every_given_caption_stays_a_candidate(repaired: tuple) -> None:
+def test_every_given_caption_remains_a_candidate(repaired: tuple) -> None:
     result, _, _, table, _, _ = repaired
     first = table[table["round"] == 0]
     assert first["caption"].tolist() == result.corpus.manifest["caption"].tolist()
     assert first["image"].tolist() == list(range(400)) and set(first["source"]) == {GIVEN}
 
 
-def test_images_with_mismatched_captions_are_described_again_and_no_others(repaired: tuple) -> None:
+def test_only_images_with_mismatched_captions_are_described_again(repaired: tuple) -> None:
     result, captioner, _, table, wrong, _ = repaired
     flagged = table["image"][(table["round"] == 0) & (table["mismatch"] > 0.5)].tolist()
     assert shown_rows(captioner, result, 0) == flagged
@@ -125,7 +125,7 @@ def test_images_with_mismatched_captions_are_described_again_and_no_others(repai
     assert set(again) < set(flagged) and {row % 4 for row in again if row in flagged} == {0}
 
 
-def test_scores_of_given_captions_do_not_move_when_others_are_written(repaired: tuple) -> None:
+def test_new_captions_do_not_change_the_scores_of_given_captions(repaired: tuple) -> None:
     result, captioner, directory, table, _, _ = repaired
     runs = directory.parent.parent
     before = pd.read_parquet(clean_captions(result, Loops(SCORERS, captioner, describe="none"), runs) / CAPTIONS)
@@ -133,7 +133,7 @@ def test_scores_of_given_captions_do_not_move_when_others_are_written(repaired: 
     np.testing.assert_allclose(table[columns][table["round"] == 0], before[columns], atol=1e-3)
 
 
-def test_a_script_without_spaces_is_read_letter_by_letter(tmp_path: Path) -> None:
+def test_mismatched_captions_are_found_in_a_script_without_spaces(tmp_path: Path) -> None:
     features, captions, scenes = world(400)
     letters = {word: chr(0x4E00 + 7 * number) for number, word in enumerate(sorted({*" ".join(captions).split()}))}
     dirty, wrong = swapped(["".join(letters[word] for word in text.split()) for text in captions], scenes, 0.3)
@@ -143,7 +143,7 @@ def test_a_script_without_spaces_is_read_letter_by_letter(tmp_path: Path) -> Non
     assert flagged[wrong].mean() > 0.9 and flagged[~wrong].mean() < 0.02
 
 
-def test_repaired_images_have_a_caption_that_is_right(repaired: tuple) -> None:
+def test_repaired_images_have_a_correct_caption(repaired: tuple) -> None:
     result, _, directory, table, wrong, captions = repaired
     chosen = table[table["chosen"]].set_index("image")
     assert len(chosen) == 400 and chosen.index.is_unique
@@ -155,7 +155,7 @@ def test_repaired_images_have_a_caption_that_is_right(repaired: tuple) -> None:
     assert corpus.manifest["caption"].tolist() == chosen["caption"].tolist() and corpus.captions == directory.name
 
 
-def test_the_lists_hold_good_captions_the_best_first(repaired: tuple) -> None:
+def test_caption_lists_contain_the_good_captions_with_the_best_one_first(repaired: tuple) -> None:
     result, _, directory, table, _, _ = repaired
     corpus = with_captions(result.corpus, directory, 0.5)
     for row, texts in enumerate(corpus.manifest["captions"]):
@@ -165,7 +165,7 @@ def test_the_lists_hold_good_captions_the_best_first(repaired: tuple) -> None:
         assert sorted(texts) == sorted(good["caption"] if len(good) else own["caption"][own["chosen"]])
 
 
-def test_the_summary_counts_the_table(repaired: tuple) -> None:
+def test_the_summary_agrees_with_the_table(repaired: tuple) -> None:
     _, _, directory, table, wrong, _ = repaired
     summary, chosen = read_json(directory / SUMMARY), table[table["chosen"]]
     assert summary["pairs"] == len(table) and summary["images"] == 400
@@ -178,7 +178,7 @@ def test_the_summary_counts_the_table(repaired: tuple) -> None:
     assert summary["refused"] == {} and summary["captioner"] == "scripted"
 
 
-def test_scores_of_images_are_those_of_the_chosen(repaired: tuple) -> None:
+def test_the_scores_of_an_image_are_those_of_its_chosen_caption(repaired: tuple) -> None:
     result, _, directory, table, _, _ = repaired
     scores, chosen = scores_of_images(result.corpus, directory), table[table["chosen"]]
     for name, column in (("mismatch", "mismatch"), ("fit", "fit"), ("cosine", "cosine_fitted")):
@@ -192,7 +192,9 @@ def test_scores_of_images_are_those_of_the_chosen(repaired: tuple) -> None:
         max_size=20,
     )
 )
-def test_the_best_candidate_is_the_rule_s(rows: list[tuple[int, float, float]]) -> None:
+def test_the_chosen_candidate_agrees_with_a_direct_implementation_of_the_rule(
+    rows: list[tuple[int, float, float]],
+) -> None:
     rows = sorted(rows, key=lambda row: row[0])
     image, mismatch, fit = (np.array(column) for column in zip(*rows, strict=True)) if rows else [np.empty(0)] * 3
     chosen = best_of_images(image, pd.DataFrame({"mismatch": mismatch, "fit": fit}), 0.5)
@@ -215,7 +217,7 @@ def few(tmp_path: Path, count: int = 60, captions: list | None = None) -> tuple[
     return material(features, own if captions is None else captions, scenes, tmp_path / "corpus"), own
 
 
-def test_none_are_described_or_all_are(tmp_path: Path) -> None:
+def test_describe_none_describes_no_image_and_describe_all_every_image(tmp_path: Path) -> None:
     result, captions = few(tmp_path)
     captioner = scripted(result, [[f"first {text}", f"second {text}"] for text in captions])
     _, table = cleaned(result, captioner, tmp_path, describe="none")
@@ -226,7 +228,7 @@ def test_none_are_described_or_all_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 3])
-def test_an_image_is_described_so_many_times_at_most(tmp_path: Path, rounds: int) -> None:
+def test_rounds_limits_the_number_of_descriptions_per_image(tmp_path: Path, rounds: int) -> None:
     result, _captions = few(tmp_path, captions=[text if row else "" for row, text in enumerate(world(60)[1])])
     captioner = scripted(result, [Undescribed("too dark")] * 60)
     directory, _ = cleaned(result, captioner, tmp_path, rounds=rounds)
@@ -235,7 +237,7 @@ def test_an_image_is_described_so_many_times_at_most(tmp_path: Path, rounds: int
     assert refused["reason"].tolist() == [EMPTY, "too dark"][: 1 + bool(rounds)]  # reported once
 
 
-def test_images_without_a_caption_get_one_and_those_that_cannot_are_quarantined(tmp_path: Path) -> None:
+def test_images_without_a_caption_get_one_or_are_quarantined(tmp_path: Path) -> None:
     given_texts = list(world(60)[1])
     given_texts[3], given_texts[5], given_texts[7] = "", " ??? ", ["!", "..."]
     result, captions = few(tmp_path, captions=given_texts)
@@ -256,7 +258,7 @@ def test_images_without_a_caption_get_one_and_those_that_cannot_are_quarantined(
     assert manifest["captions"][7] == ["!", "..."], "an image without a candidate keeps what it has"
 
 
-def test_a_captioner_s_text_without_words_is_none(tmp_path: Path) -> None:
+def test_a_text_without_words_from_a_captioner_is_refused(tmp_path: Path) -> None:
     result, captions = few(tmp_path, captions=[text if row > 1 else "" for row, text in enumerate(world(60)[1])])
     directory, table = cleaned(result, scripted(result, ["", " - 12 -", *captions[2:]]), tmp_path)
     assert table["image"].tolist() == list(range(2, 60))
@@ -271,11 +273,11 @@ def test_a_captioner_s_text_without_words_is_none(tmp_path: Path) -> None:
         ("__", False), ("🌲🌲", False),
     ],
 )  # fmt: skip
-def test_a_text_has_words_in_any_script(text: str, fine: bool) -> None:
+def test_words_are_recognised_in_any_script(text: str, fine: bool) -> None:
     assert has_words(text) is fine
 
 
-def test_odd_captions_beside_plain_ones(tmp_path: Path) -> None:
+def test_unusual_captions_are_kept_unchanged_and_scored(tmp_path: Path) -> None:
     """They are kept unchanged, up to the last of 10,000 characters."""
     odd = ["word " * 2000, "森林和道路在河边", "Лес и дорога", "नदी के पास जंगल"]
     odd += ["a\nforest\tand  roads", "forest 🌲" * 3]
@@ -285,7 +287,7 @@ def test_odd_captions_beside_plain_ones(tmp_path: Path) -> None:
     assert np.isfinite(table[["mismatch", "fit", "evidence", "cosine_fitted"]].to_numpy()).all()
 
 
-def test_what_comes_with_a_corpus(tmp_path: Path) -> None:
+def test_given_pairs_have_no_repeats_and_empty_captions_are_refused(tmp_path: Path) -> None:
     """Several captions per image, a repeated one, one that only names the scene, an unreadable image."""
     captions: list = [["a lake ", "a lake", "two boats"], "a satellite image of forest", ["", "sand"], "gone", None]
     result = material(np.eye(5, dtype=np.float32), captions, ["forest"] * 5, tmp_path)
@@ -309,7 +311,7 @@ def test_pairs_join_image_by_image_without_repeats() -> None:
 # ---------------------------------------------------------------- odd corpora
 
 
-def test_a_corpus_without_captions_is_described_whole(tmp_path: Path, capsys) -> None:
+def test_all_images_of_a_corpus_without_captions_are_described(tmp_path: Path, capsys) -> None:
     result, captions = few(tmp_path, captions=[""] * 60)
     captioner = scripted(result, captions)
     directory, table = cleaned(result, captioner, tmp_path)
@@ -320,7 +322,7 @@ def test_a_corpus_without_captions_is_described_whole(tmp_path: Path, capsys) ->
     assert with_captions(result.corpus, directory, 0.5).manifest["caption"].tolist() == captions
 
 
-def test_a_corpus_without_captions_that_may_not_or_cannot_be_described_is_refused(tmp_path: Path) -> None:
+def test_a_corpus_without_captions_is_refused_if_it_cannot_be_described(tmp_path: Path) -> None:
     result, captions = few(tmp_path, captions=[""] * 60)
     with pytest.raises(UserError, match="corpus made has no captions: give captions"):
         cleaned(result, scripted(result, captions), tmp_path, describe="none")
@@ -328,7 +330,7 @@ def test_a_corpus_without_captions_that_may_not_or_cannot_be_described_is_refuse
         cleaned(result, scripted(result, [Undescribed("no data")] * 60), tmp_path)
 
 
-def test_one_scene_alone_has_no_captions_of_others(tmp_path: Path) -> None:
+def test_a_corpus_of_one_scene_has_no_mismatched_captions(tmp_path: Path) -> None:
     features, captions, _ = world(60)
     result = material(features, captions, ["forest"] * 60, tmp_path / "corpus")
     captioner = scripted(result, captions)
@@ -338,7 +340,7 @@ def test_one_scene_alone_has_no_captions_of_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("captioned", [True, False])
-def test_few_images_end_in_a_result_or_one_line(tmp_path: Path, count: int, captioned: bool) -> None:
+def test_few_images_give_a_result_or_a_clear_error(tmp_path: Path, count: int, captioned: bool) -> None:
     features, captions, scenes = world(count)
     result = material(features, captions if captioned else [""] * count, scenes, tmp_path / "corpus")
     if count < 3:
@@ -355,7 +357,9 @@ def test_few_images_end_in_a_result_or_one_line(tmp_path: Path, count: int, capt
     ids=["one caption for all", "one without spaces", "no common word"],
 )
 @pytest.mark.parametrize("labelled", [True, False])
-def test_captions_that_say_nothing_condemn_no_image(tmp_path: Path, captions: list[str], labelled: bool) -> None:
+def test_uninformative_captions_are_rarely_reported_as_mismatched(
+    tmp_path: Path, captions: list[str], labelled: bool
+) -> None:
     features, _, scenes = world(60)
     result = material(features, captions, scenes if labelled else [""] * 60, tmp_path / "corpus")
     _, table = cleaned(result, scripted(result, captions), tmp_path)
@@ -385,7 +389,7 @@ def test_a_second_run_builds_nothing(tmp_path: Path) -> None:
     assert len(captioner.shown) == count
 
 
-def test_a_killed_description_goes_on_from_its_last_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_description_resumes_from_its_last_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(describing, "BLOCK", 8)
     result, captions = few(tmp_path, captions=[""] * 60)
     killed = scripted(result, captions, dies_at=5)  # in the middle of the third block
@@ -401,8 +405,8 @@ def test_a_killed_description_goes_on_from_its_last_block(tmp_path: Path, monkey
     assert sorted(path.name for path in stage.iterdir()) == ["descriptions.parquet", "stage.json"]
 
 
-def test_a_captioner_of_another_name_signs_for_itself(tmp_path: Path) -> None:
-    """Even if it writes the same words, or none."""
+def test_the_name_of_the_captioner_is_recorded_even_for_equal_texts(tmp_path: Path) -> None:
+    """Also if two captioners write the same words, or if no image is described."""
     result, captions = few(tmp_path, captions=[text if row else "" for row, text in enumerate(world(60)[1])])
     for name in ("first", "second"):
         directory, table = cleaned(result, scripted(result, captions, name=name), tmp_path)
@@ -413,7 +417,7 @@ def test_a_captioner_of_another_name_signs_for_itself(tmp_path: Path) -> None:
         assert read_json(directory / SUMMARY)["captioner"] == name
 
 
-def test_other_options_are_other_results(tmp_path: Path) -> None:
+def test_other_options_and_other_captions_give_other_result_folders(tmp_path: Path) -> None:
     result, captions = few(tmp_path)
     base = Loops(SCORERS, scripted(result, [f"seen: {text}" for text in captions]))
     again = replace(SMALL, power=1.0)
@@ -427,7 +431,9 @@ def test_other_options_are_other_results(tmp_path: Path) -> None:
     assert clean_captions(changed, base, tmp_path) not in directories
 
 
-def test_the_order_of_batches_and_blocks_changes_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_do_not_depend_on_the_sizes_of_batches_and_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The seed of an image depends only on its id, the seed and the attempt."""
 
     class Drawn(Scripted):
@@ -454,7 +460,7 @@ def test_the_order_of_batches_and_blocks_changes_no_text(tmp_path: Path, monkeyp
         ({"scorers": ()}, "captioning.scorers is empty"),
     ],
 )
-def test_options_that_cannot_be_are_one_line(options: dict, line: str) -> None:
+def test_invalid_options_are_refused(options: dict, line: str) -> None:
     with pytest.raises(UserError, match=line):
         Loops(**{"scorers": SCORERS, "captioner": Scripted({}), **options})
 
@@ -466,7 +472,7 @@ def test_options_that_cannot_be_are_one_line(options: dict, line: str) -> None:
         (world(80)[1], ["forest"] * 80, "captions: all images are of one scene"),
     ],
 )
-def test_what_cannot_be_determined_is_reported(
+def test_identical_captions_and_a_single_scene_are_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], captions: list[str], scenes: list[str], message: str
 ) -> None:
     notice.cache_clear()

@@ -27,7 +27,7 @@ def autoencoder() -> AutoencoderTiny:
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_deviations_become_what_the_exponent_says(
+def test_scaled_channels_have_the_deviations_required_by_the_exponent(
     autoencoder: AutoencoderTiny, exponent: float, tmp_path: Path
 ) -> None:
     images = torch.rand(250, 3, 32, 32) * 2 - 1
@@ -51,5 +51,5 @@ def test_deviations_become_what_the_exponent_says(
         torch.testing.assert_close(decode(loaded, encode(loaded, images)), again)
 
 
-def test_a_channel_that_never_changes_stays_finite() -> None:
+def test_the_gain_of_a_constant_channel_is_finite() -> None:
     assert torch.isfinite(channel_gains(torch.tensor([1.0, 0.0]).double(), 1.0)).all()

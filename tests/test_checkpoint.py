@@ -26,7 +26,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_newest_one_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert checkpoints.newest() is None and checkpoints.metadata() == {}
     for step in (90, 100):
@@ -41,7 +41,7 @@ def test_the_newest_one_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert result[key].dtype == value.dtype and torch.equal(result[key], value)
 
 
-def test_the_newest_k_stay_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_newest_k_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     (tmp_path / "00000030.partial").mkdir()
     for step in (9, 10, 40, 100):
@@ -55,7 +55,7 @@ def test_the_newest_k_stay_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails_at", ["second file", "metadata", "rename"])
-def test_an_interrupted_write_leaves_the_old_one(
+def test_an_interrupted_write_keeps_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
     checkpoints = Checkpoints(tmp_path)

@@ -35,14 +35,14 @@ def solved(features: np.ndarray, scenes: np.ndarray, reference: np.ndarray) -> n
     return SCENES[scores.argmax(1)]
 
 
-def test_it_is_the_accuracy_of_the_regression_that_scipy_finds() -> None:
+def test_the_score_equals_the_accuracy_of_a_regression_solved_by_scipy() -> None:
     (scenes, features), (truth, reference) = scenes_and_features(90, 0), scenes_and_features(400, 1)
     expected = float((solved(features, scenes, reference) == truth).mean())
     assert 0.6 < expected < 0.98
     assert classification_accuracy(features, scenes, reference, truth) == pytest.approx(expected, abs=0.003)
 
 
-def test_images_of_wrong_scenes_teach_nothing() -> None:
+def test_images_of_wrong_scenes_lower_the_score() -> None:
     (scenes, features), (truth, reference) = scenes_and_features(600, 0, 0.3), scenes_and_features(600, 1, 0.3)
     assert classification_accuracy(features, scenes, reference, truth) == 1
     shuffled = np.random.default_rng(0).permutation(scenes)
@@ -51,7 +51,7 @@ def test_images_of_wrong_scenes_teach_nothing() -> None:
     assert classification_accuracy(features, turned, reference, truth) == 0
 
 
-def test_images_without_a_scene_count_nowhere() -> None:
+def test_images_without_a_scene_are_ignored() -> None:
     (scenes, features), (truth, reference) = scenes_and_features(300, 0), scenes_and_features(300, 1)
     known = np.arange(300) % 3 > 0
     expected = classification_accuracy(features[known], scenes[known], reference[known], truth[known])
@@ -59,7 +59,7 @@ def test_images_without_a_scene_count_nowhere() -> None:
     assert result == expected
 
 
-def test_it_is_undefined_without_two_scenes_to_learn_or_any_to_test_on() -> None:
+def test_the_score_is_undefined_without_two_training_scenes_or_any_test_scene() -> None:
     scenes, features = scenes_and_features(20, 0)
     none = np.full(20, "")
     assert classification_accuracy(features, np.full(20, "ice"), features, scenes) is None

@@ -46,7 +46,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("sweep", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_path_that_exists_is_that_path(place: Path, name: str, sweep: bool) -> None:
+def test_an_existing_path_is_read_as_that_path(place: Path, name: str, sweep: bool) -> None:
     (place / name).mkdir(parents=True)
     for argument in (name, f"./{name}", f"{place}/{name}"):
         (result,) = read(["corpus=folder", f"corpus.root={argument}"], "corpus.train.root", sweep)
@@ -57,7 +57,7 @@ def test_a_path_that_exists_is_that_path(place: Path, name: str, sweep: bool) ->
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(blacklist_characters="\0/", codec="utf-8"), min_size=1, max_size=12), st.booleans())
-def test_any_name_of_a_file_is_read_as_it_is(tmp_path_factory: pytest.TempPathFactory, name: str, sweep: bool) -> None:
+def test_any_file_name_is_read_unchanged(tmp_path_factory: pytest.TempPathFactory, name: str, sweep: bool) -> None:
     if name in (".", ".."):
         return
     folder = tmp_path_factory.mktemp("any")
@@ -89,13 +89,15 @@ def test_any_name_of_a_file_is_read_as_it_is(tmp_path_factory: pytest.TempPathFa
         ("+of=a,b", "a,b"),
     ],
 )
-def test_a_path_that_does_not_exist(argument: str, path: str | None) -> None:
+def test_a_nonexistent_path_is_unquoted_and_resolved(argument: str, path: str | None) -> None:
     (line,) = quote_paths([argument])
     (override,) = OverridesParser.create().parse_overrides([line])
     assert OmegaConf.create({"runs": "runs", "of": override.value()}).of == path
 
 
-def test_a_tilde_is_the_home_directory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_means_the_home_directory_unless_a_folder_has_that_name(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(place / "home"))
     assert read(["runs=~/a,b"], "runs") == [f"{place}/home/a,b"]
     urls = read(["corpus=webdataset", "corpus.urls=~/{0..1}.tar::~/2.tar"], "corpus.train.urls")
@@ -124,7 +126,7 @@ def test_lists_of_shards_keep_their_braces_and_colons(words: list[str], urls: st
         assert result == [urls]
 
 
-def test_commas_sweep_where_no_path_is_called_so(place: Path) -> None:
+def test_commas_separate_sweep_values_unless_they_belong_to_an_existing_path(place: Path) -> None:
     (place / "a,b").mkdir()
     assert read(["runs=x=1,it's,[y]"], "runs", True) == ["x=1", "it's", "[y]"]
     assert read(["runs=a,b"], "runs", True) == ["a,b"]
@@ -134,7 +136,7 @@ def test_commas_sweep_where_no_path_is_called_so(place: Path) -> None:
     assert read(["runs=a\\,c,null"], "runs", True) == ["a,c", None]
 
 
-def test_all_other_arguments_stay_as_they_are() -> None:
+def test_all_other_arguments_are_unchanged() -> None:
     given = [
         "-m", "--config-dir=a,b", "ratio=0.5,0.8", "prune=random,rsprune", "corpus.classes=[a,b]", "prompt=[x,y]",
         "~metadata.fields.date", "+eval.targets.loss=0.1", "encoder@evaluation_encoder=inception", "seed=range(0,3)",
@@ -147,11 +149,11 @@ def test_all_other_arguments_stay_as_they_are() -> None:
     ("arguments", "sweeps"),
     [(["ratio=0.5"], False), (["-m"], True), (["ratio=1,2", "--multirun"], True), (["hydra.mode=MULTIRUN"], True)],
 )
-def test_sweeps_are_reported_from_runs(arguments: list[str], sweeps: bool) -> None:
+def test_sweeps_are_distinguished_from_single_runs(arguments: list[str], sweeps: bool) -> None:
     assert is_sweep(arguments) == sweeps
 
 
-def test_every_key_of_a_path_is_known() -> None:
+def test_every_option_that_takes_a_path_is_recognised() -> None:
     """The keys with a folder or a file in the commands' documents and error messages."""
     known = (
         "runs", "results", "foundation", "selection", "of", "out", "corpus.root", "corpus.masks", "corpus.urls",
@@ -173,7 +175,7 @@ def small_folder(root: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["year=2019/region=eu", "a,b", "Images (1)", "it's", "[x]", "{y}", "$HOME", "~t "])
-def test_a_command_reads_and_writes_such_folders(place: Path, repository: Path, name: str) -> None:
+def test_a_command_reads_and_writes_folders_with_unusual_names(place: Path, repository: Path, name: str) -> None:
     small_folder(place / name)
     options = [
         "corpus=folder", f"corpus.root={name}", "corpus.workers=0", "corpus.train.split=all",

@@ -101,7 +101,7 @@ def home(tmp_path_factory, forked) -> Path:
     return directory
 
 
-def test_reproduce_leaves_the_contract_behind(home):
+def test_reproduce_writes_the_documented_rows_tables_figures_and_report(home):
     results = home / "results" / "smoke"
     rows = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} >= {
@@ -140,7 +140,7 @@ def test_the_plan_of_a_finished_chain_has_nothing_left(home, forked):
     assert sorted(str(path) for path in (home / "runs").glob("*/*")) == stages
 
 
-def test_again_is_a_cache_hit_with_the_same_tables(home, forked):
+def test_a_second_reproduce_is_a_cache_hit_with_the_same_tables(home, forked):
     tables = home / "results" / "smoke" / "tables"
     before = {path.name: path.read_bytes() for path in tables.iterdir()}
     stages = sorted(str(path) for path in (home / "runs").glob("*/*"))
@@ -156,7 +156,7 @@ def test_again_is_a_cache_hit_with_the_same_tables(home, forked):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_tables_of_an_undisturbed_one(home, forked, tmp_path):
+def test_a_killed_and_resumed_run_gives_the_tables_of_an_uninterrupted_run(home, forked, tmp_path):
     done = forked("scripts/reproduce.py", "profile=smoke", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for path in sorted((home / "results" / "smoke" / "tables").iterdir()):
@@ -165,7 +165,7 @@ def test_a_killed_run_ends_with_the_tables_of_an_undisturbed_one(home, forked, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["options", "config"])
-def test_two_processes_pretrain_as_one(home, forked, tmp_path, launch):
+def test_two_processes_pretrain_with_the_same_curve_as_one(home, forked, tmp_path, launch):
     """`accelerate launch` with two CPU processes (gloo): the same global batch, so the same curve."""
     arguments = ["profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none"]
     alone = ran("train/pretrain.py", *arguments, cwd=home, by=forked)
@@ -204,7 +204,7 @@ def test_two_processes_pretrain_as_one(home, forked, tmp_path, launch):
     ],
     ids=["v_prediction_and_locations", "transformer_and_tensorboard"],
 )  # fmt: skip
-def test_choices_of_pretraining(home, overrides, forked):
+def test_other_objectives_networks_and_metadata_give_a_complete_run(home, overrides, forked):
     """Another objective, network, and metadata with the caption: the run is complete and its pipeline loads."""
     directory = ran(
         "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "train.loop.steps=4",
@@ -228,7 +228,7 @@ def test_choices_of_pretraining(home, overrides, forked):
 
 
 @pytest.mark.slow
-def test_going_on_from_a_pipeline_with_low_rank_updates(home, forked):
+def test_low_rank_training_from_a_pipeline_changes_only_attention_weights(home, forked):
     first = ran(
         "train/pretrain.py", "profile=smoke", "prune=rsprune", "ratio=0.85", "tracker=none", cwd=home, by=forked
     )
@@ -245,7 +245,7 @@ def test_going_on_from_a_pipeline_with_low_rank_updates(home, forked):
     assert all(".attn" in key and key.endswith("weight") for key in changed)
 
 
-def test_prune_leaves_the_contract_behind(home, forked):
+def test_prune_writes_the_documented_table_summary_and_report(home, forked):
     directory = ran("prune/run.py", "profile=smoke", "prune=rsprune", "ratio=0.85", cwd=home, by=forked)
     table = pd.read_parquet(directory / "selection.parquet")
     assert list(table.columns) == [
@@ -263,7 +263,7 @@ def test_prune_leaves_the_contract_behind(home, forked):
     assert (directory / "report.html").stat().st_size > 10_000
 
 
-def test_pretrain_leaves_a_pipeline_that_plain_diffusers_draws_with(home, forked):
+def test_plain_diffusers_draws_with_the_pipeline_of_pretrain(home, forked):
     directory = ran("train/pretrain.py", "profile=smoke", "prune=rsprune", "tracker=none", cwd=home, by=forked)
     assert {"pipeline", "convergence.jsonl", "samples", "checkpoints", "summary.json"} <= set(os.listdir(directory))
     lines = [json.loads(line) for line in (directory / "convergence.jsonl").read_text().splitlines()]
@@ -280,7 +280,7 @@ def test_pretrain_leaves_a_pipeline_that_plain_diffusers_draws_with(home, forked
     assert plain.stdout.strip() == "StableDiffusionPipeline (64, 64)", plain.stderr[-2000:]
 
 
-def test_measuring_a_run_again_gives_what_its_summary_says(home, forked):
+def test_measuring_a_run_again_gives_the_metrics_of_its_summary(home, forked):
     runs = json.loads((home / "results" / "smoke" / "runs.json").read_text())
     (run,) = runs["foundation/rsprune"]
     done = forked("eval/measure.py", f"of={run}", "profile=smoke", "tracker=none", cwd=home)
@@ -345,7 +345,7 @@ def test_suggest_names_a_ratio_on_its_curve(home, forked):
     assert (results / "rsprune.png").stat().st_size > 5_000
 
 
-def test_long_tail_makes_a_hard_corpus_and_judges_methods(home, forked, tmp_path):
+def test_long_tail_makes_a_long_tailed_corpus_and_evaluates_methods(home, forked, tmp_path):
     random = np.random.default_rng(0)
     for name in ("coast", "field", "town"):
         (tmp_path / name).mkdir()
@@ -412,7 +412,7 @@ def test_bench_of_selection_measures_time_and_memory(home):
         (("scripts/tables.py", "results=/no/such/results"), "/no/such/results"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(home, forked, arguments, named):
+def test_bad_input_gives_a_one_line_error_and_exit_code_2(home, forked, arguments, named):
     script, *overrides = arguments
     before = sorted(path for path in (home / "runs").glob("*/*") if "wandb" not in str(path))
     done = forked(script, "profile=smoke", "tracker=none", *overrides, cwd=home)
@@ -441,7 +441,7 @@ def test_the_selection_of_a_folder_does_not_depend_on_the_workers(forked, tmp_pa
     assert tables[0] == tables[1] == tables[2]
 
 
-def test_a_killed_embedding_leaves_nothing_that_looks_whole(home, forked, tmp_path):
+def test_after_a_killed_embedding_a_new_run_gives_the_same_selection(home, forked, tmp_path):
     shutil.copytree(home / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("wandb", "pretrain"))
     for pattern in ("embedding", "selection", "corpus/*/scanned"):  # so that embedding is a separate pass again
         for path in (tmp_path / "runs").glob(pattern):

@@ -62,7 +62,7 @@ def test_a_consistent_image_is_not_changed(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_colour_cast_disappears_and_detail_stays(kind: str) -> None:
+def test_a_colour_cast_is_removed_and_detail_is_kept(kind: str) -> None:
     truth = images_of("textured").astype(np.float32)
     truth = 30 + truth * (195 / 255)  # no value is near 0 or 255
     cast = truth + np.array([12, -12, 12], dtype=np.float32)

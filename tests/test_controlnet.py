@@ -54,7 +54,7 @@ def test_a_controlnet_without_a_foundation_is_refused(parts: Parts) -> None:
         new_controlnet(replace(parts, unet=None), 3, seed=0)
 
 
-def test_the_saved_pipeline_is_a_plain_one(parts: Parts, tmp_path: Path) -> None:
+def test_the_saved_pipeline_loads_with_plain_diffusers(parts: Parts, tmp_path: Path) -> None:
     steered_pipeline(parts, new_controlnet(parts, 2, seed=0), Objective().scheduler()).save_pretrained(tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipeline) is StableDiffusionControlNetPipeline

@@ -96,7 +96,7 @@ def paint(tiles: np.ndarray, size: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- Blue Marble
 
 
-def test_default_training_tiles_are_16830(manifest: pd.DataFrame) -> None:
+def test_the_default_training_split_has_16830_tiles(manifest: pd.DataFrame) -> None:
     assert len(manifest) == 16_830
     assert manifest["id"].is_unique
     fractions = manifest["scene"].value_counts(normalize=True)
@@ -109,7 +109,7 @@ def digest(ids: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
-def test_training_tiles_are_those_that_the_shipped_autoencoder_has_seen(manifest: pd.DataFrame) -> None:
+def test_training_tiles_are_those_the_shipped_autoencoder_was_trained_on(manifest: pd.DataFrame) -> None:
     """Digests of the manifest from before the val split was introduced."""
     assert digest(manifest["id"]) == "3488d73638b413de6af7cd792aac92ef422b8bb694ed52c3475e3688977b81e1"
     assert digest(manifest["scene"]) == "4cd9fde73689251485179f36b816df9765b8b7ebab766ac23a3b41d3655d68a6"
@@ -128,7 +128,7 @@ def test_val_is_every_third_cell_of_the_held_out_blocks(world: BlueMarble) -> No
 
 
 @pytest.mark.parametrize("every", [2, 3, 5])
-def test_every_so_many_blocks_one_is_held_out(every: int) -> None:
+def test_one_of_every_n_blocks_is_held_out(every: int) -> None:
     fractions = {
         split: set(BlueMarble(split=split, stride=180, resolution=180, held_out_every=every).corners()[:, 1] // 180)
         for split in ("train", "val", "test", "all")
@@ -139,7 +139,7 @@ def test_every_so_many_blocks_one_is_held_out(every: int) -> None:
 
 
 @pytest.mark.parametrize(("train_stride", "held_out_stride"), [(24, 8), (13, 11), (64, 1000)])
-def test_splits_share_no_pixel(train_stride: int, held_out_stride: int) -> None:
+def test_splits_have_no_common_pixel(train_stride: int, held_out_stride: int) -> None:
     covered = np.zeros((HEIGHT, WIDTH), dtype=int)
     for split, stride in (("train", train_stride), ("val", held_out_stride), ("test", held_out_stride)):
         painted = paint(BlueMarble(split=split, stride=stride).corners(), 64) > 0
@@ -148,7 +148,7 @@ def test_splits_share_no_pixel(train_stride: int, held_out_stride: int) -> None:
     assert covered.max() == 1
 
 
-def test_two_grounds_share_no_pixel(world: BlueMarble) -> None:
+def test_ground_cells_have_no_common_pixel_and_both_halves_have_all_scenes(world: BlueMarble) -> None:
     """Every second ground cell of test, and the others, have tiles of all scenes, for two held-out sets."""
     table = BlueMarble(split="test", stride=4).manifest()
     places = table["id"].str.split("/").str[1].str.split("_", expand=True).astype(int).to_numpy()
@@ -163,7 +163,7 @@ def test_two_grounds_share_no_pixel(world: BlueMarble) -> None:
         assert set(counts.index) == set(SCENES) and counts.min() > 90
 
 
-def test_splits_share_no_pixel_after_indexing(tmp_path: Path, repository: Path) -> None:
+def test_splits_of_the_shipped_configuration_have_no_common_pixel(tmp_path: Path, repository: Path) -> None:
     """The same for the shipped configuration, read back from the ids of its manifests."""
     with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
         config = compose("bluemarble")
@@ -179,7 +179,9 @@ def test_splits_share_no_pixel_after_indexing(tmp_path: Path, repository: Path) 
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_scene_map_knows_places(world: BlueMarble, zones: tuple[np.ndarray, dict[int, str]], place: str) -> None:
+def test_the_scene_map_agrees_with_known_places(
+    world: BlueMarble, zones: tuple[np.ndarray, dict[int, str]], place: str
+) -> None:
     longitude, latitude, expected = PLACES[place]
     numbers, names = zones
     number = numbers[int((90 - latitude) / 180 * numbers.shape[0]), int((longitude + 180) / 360 * numbers.shape[1])]
@@ -208,7 +210,7 @@ def test_masks_agree_with_an_independent_lookup(world: BlueMarble, zones: tuple[
         assert tile.scene == SCENES[counts.argmax()]
 
 
-def test_captions_follow_the_areas(world: BlueMarble) -> None:
+def test_captions_follow_from_the_areas_of_the_scenes(world: BlueMarble) -> None:
     source = BlueMarble(limit=400)
     table = source.manifest()
     seen = set()
@@ -246,7 +248,7 @@ def test_coordinates_are_tile_centres(world: BlueMarble) -> None:
     ],
     ids=str,
 )
-def test_bluemarble_refuses_what_cannot_be_tiled(options: dict) -> None:
+def test_bluemarble_refuses_invalid_options(options: dict) -> None:
     with pytest.raises(UserError, match="corpus") as caught:
         BlueMarble(**options)
     assert "\n" not in str(caught.value)
@@ -255,7 +257,7 @@ def test_bluemarble_refuses_what_cannot_be_tiled(options: dict) -> None:
 # --------------------------------------------------------------------------------------------------------- folder
 
 
-def test_folder_labels_captions_and_ids(tiny_folder: Path) -> None:
+def test_folder_gives_labels_captions_and_ids(tiny_folder: Path) -> None:
     table = ImageFolder(str(tiny_folder)).manifest().set_index("id")
     assert list(table.index) == [
         "BaseballField/a.png", "BaseballField/b.bmp", "BaseballField/deeper/c.tif",
@@ -269,7 +271,7 @@ def test_folder_labels_captions_and_ids(tiny_folder: Path) -> None:
     assert table.loc["dry_river/b.bmp", "caption"] == "a satellite image of dry river"
 
 
-def test_folder_is_indexed_with_its_broken_file_counted(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_broken_file_of_a_folder_is_indexed_with_a_reason(tiny_folder: Path, tmp_path: Path) -> None:
     corpus = index_corpus(ImageFolder(str(tiny_folder), resolution=16), tmp_path / "runs")
     assert corpus.images.shape == (8, 16, 16, 3) and corpus.masks is None
     broken = corpus.manifest["id"] == "dry_river/broken.jpg"
@@ -308,7 +310,7 @@ def test_folder_splits_by_caption_row_then_folder_then_hash(tiny_folder: Path) -
         assert set(table["scene"]) == {"Scene"}
 
 
-def test_folder_takes_a_split_that_is_missing_from_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_folder_takes_a_missing_split_from_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         for number in range(200):
@@ -324,7 +326,7 @@ def test_folder_takes_a_split_that_is_missing_from_the_others(tmp_path: Path, ca
     assert parts["val"] | parts["test"] == {f"val/{number}.png" for number in range(200)} and len(parts["val"]) > 70
 
 
-def test_folder_hash_holds_out_the_fraction(tmp_path: Path) -> None:
+def test_the_hash_holds_out_the_requested_fraction_of_a_folder(tmp_path: Path) -> None:
     for number in range(1000):
         (tmp_path / f"{number}.png").touch()
     held_out = ImageFolder(str(tmp_path), split="test", test_fraction=0.1).manifest()
@@ -332,7 +334,7 @@ def test_folder_hash_holds_out_the_fraction(tmp_path: Path) -> None:
     assert set(held_out["scene"]) == {""} == set(held_out["caption"])
 
 
-def test_folder_limit_spreads_evenly(tmp_path: Path) -> None:
+def test_the_limit_of_a_folder_takes_evenly_spaced_images(tmp_path: Path) -> None:
     for number in range(100):
         (tmp_path / f"{number:03d}.png").touch()
     chosen = ImageFolder(str(tmp_path), limit=12).manifest()["id"].tolist()
@@ -401,7 +403,7 @@ def test_unreadable_files_have_a_reason(tmp_path: Path, content: bytes | None, r
     assert read_image(path, 8) == reason
 
 
-def test_folder_version_follows_every_file(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_version_of_a_folder_changes_with_every_relevant_file(tiny_folder: Path, tmp_path: Path) -> None:
     def version() -> dict[str, str]:
         return ImageFolder(str(tiny_folder)).version
 
@@ -443,7 +445,7 @@ def test_folder_names_need_not_be_unicode(tmp_path: Path) -> None:
     assert corpus.readable.all()
 
 
-def test_folder_errors_are_one_line_that_helps(tmp_path: Path, tiny_folder: Path) -> None:
+def test_errors_about_a_folder_are_one_line_and_name_the_cause(tmp_path: Path, tiny_folder: Path) -> None:
     def message(**options: object) -> str:
         with pytest.raises(UserError) as caught:
             ImageFolder(**options).manifest()
@@ -470,7 +472,7 @@ def test_empty_split_is_an_error(tiny_folder: Path, tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "runs" / "corpus").iterdir() if not path.name.endswith(".partial")]
 
 
-def test_folder_config(tiny_folder: Path, repository: Path) -> None:
+def test_the_folder_config_passes_its_options_to_all_splits(tiny_folder: Path, repository: Path) -> None:
     with initialize_config_dir(str(repository / "configs" / "corpus"), version_base="1.3"):
         config = compose("folder", overrides=[f"root={tiny_folder}", "train.resolution=32", "test_fraction=0.4"])
         unset = compose("folder")
@@ -484,7 +486,7 @@ def test_folder_config(tiny_folder: Path, repository: Path) -> None:
     assert isinstance(caught.value.__cause__, UserError) and "corpus.root=DIR" in str(caught.value.__cause__)
 
 
-def test_sources_hand_on_what_the_index_expects(world: BlueMarble, tiny_folder: Path) -> None:
+def test_sources_provide_the_columns_and_samples_that_the_index_expects(world: BlueMarble, tiny_folder: Path) -> None:
     sources: list[Source] = [BlueMarble(limit=5), ImageFolder(str(tiny_folder), limit=5)]
     for source in sources:
         table = source.manifest()
@@ -523,12 +525,12 @@ def test_workers_keep_the_order_and_hold_few_items(stream_of) -> None:
 
 
 @pytest.mark.parametrize("stream_of", [in_threads, in_processes])
-def test_workers_pass_errors_on(stream_of) -> None:
+def test_errors_in_workers_are_raised_in_the_caller(stream_of) -> None:
     with pytest.raises(ZeroDivisionError):
         list(stream_of(reciprocal, [1, 0, 1], workers=2))
 
 
-def test_a_killed_worker_is_one_clear_line() -> None:
+def test_a_killed_worker_gives_a_one_line_error() -> None:
     with pytest.raises(UserError, match="a worker process was killed") as caught:
         list(in_processes(kill_self, [1], workers=2))
     assert "\n" not in str(caught.value)
@@ -571,7 +573,7 @@ def test_worker_count_changes_neither_the_index_nor_its_name(
     assert len({(corpus.directory / "images.npy").read_bytes() for corpus in corpora}) == 1
 
 
-def test_one_pass_finds_what_separate_passes_find(tmp_path: Path) -> None:
+def test_one_pass_gives_the_same_results_as_separate_passes(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for index, texture in enumerate(np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)):
         Image.fromarray(texture).save(tmp_path / "images" / f"{index}.png")
@@ -621,7 +623,7 @@ def complaint(row: int) -> str:
     return f"ungültig {row:03d} " + "写" * 95 + "\n"
 
 
-def test_a_reason_of_any_length_survives_a_kill_and_the_next_index(
+def test_long_reasons_survive_a_kill_and_are_reused_by_the_next_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(complaint(0).encode()) == 300
@@ -658,7 +660,7 @@ def test_a_reason_of_any_length_survives_a_kill_and_the_next_index(
     np.testing.assert_array_equal(grown.images[:, 0, 0, 0], [0 if row % 3 == 0 else row for row in range(count + 5)])
 
 
-def test_an_array_file_is_read_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_file_is_read_completely_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system call reads at most 2 GiB, and may read less at any time."""
 
     class Short(FileIO):
@@ -683,7 +685,7 @@ def test_an_array_file_is_read_whole_or_refused(tmp_path: Path, monkeypatch: pyt
         file.read(rows)
 
 
-def test_a_large_jpeg_decodes_small_and_alike(tmp_path: Path) -> None:
+def test_decoding_a_large_jpeg_at_reduced_size_agrees_with_full_decoding(tmp_path: Path) -> None:
     """Decoding at a fraction of the size gives the same picture as full decoding and averaging."""
     random = np.random.default_rng(0)
     rough = Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((768, 768))
@@ -693,7 +695,7 @@ def test_a_large_jpeg_decodes_small_and_alike(tmp_path: Path) -> None:
     assert np.abs(result - np.asarray(whole)).mean() < 2
 
 
-def test_aid_is_a_folder_corpus(shared_data: Path, tmp_path: Path) -> None:
+def test_aid_is_indexed_as_a_folder_corpus(shared_data: Path, tmp_path: Path) -> None:
     root = shared_data / "aid"
     if not root.is_dir():
         pytest.skip("../shared/data/aid is absent")

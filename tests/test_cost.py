@@ -25,7 +25,7 @@ def line(worker: str, elapsed: float, images: int, cpu: float) -> dict:
     }
 
 
-def test_sums_go_over_all_runs_of_a_stage() -> None:
+def test_costs_are_summed_over_all_runs_of_a_stage() -> None:
     first = [line("a:1", 2.0, 10, 1.5), line("a:2", 3.0, 10, 2.5)]
     second = [line("a:3", 1.0, 5, 0.25), line("a:3", 4.0, 5, 0.25) | {"engine": "ray"}]
     assert cost_of([*first, *second]) == {
@@ -34,7 +34,7 @@ def test_sums_go_over_all_runs_of_a_stage() -> None:
     assert cost_of([])["seconds"] == 0
 
 
-def test_a_log_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
+def test_a_log_continues_after_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
     log = StageLog(tmp_path, "corpus", "tiles (train)")
     log.add(Done(None, "host:7", 1.25, 0.5), np.array([0, 1, 4]), 1, ["a.tar", "b.tar"])
     with (tmp_path / LOG).open("a") as file:
@@ -51,7 +51,7 @@ def test_a_log_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> N
     assert json.loads((tmp_path / COST).read_text())["cpu_seconds"] == 0.75
 
 
-def test_a_clock_tells_work_from_waiting() -> None:
+def test_a_clock_distinguishes_cpu_time_from_waiting() -> None:
     clock = Clock()
     with clock("wait"):
         time.sleep(0.3)
@@ -77,7 +77,7 @@ def states(lines: list[str]) -> list[str]:
     return [" ".join(part.split()) for part in lines[1:3]]
 
 
-def test_a_plan_knows_what_is_there_and_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_counts_finished_work_and_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, runs, generator = tmp_path / "data", tmp_path / "runs", np.random.default_rng(0)
     root.mkdir()
     for number in range(2 * CHUNK + 8):

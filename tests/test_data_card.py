@@ -74,7 +74,7 @@ def test_factors_are_fractions_of_the_subset_over_those_of_the_corpus() -> None:
     assert np.allclose(same[["factor", "weighted"]], 1)
 
 
-def test_the_card_says_what_went_why_and_what_is_biased() -> None:
+def test_the_card_lists_removed_images_reasons_and_biases() -> None:
     text = data_card(record(), "folder")
     assert text.startswith("# Data card: 4 of 10 images of tiles\n") and FORMS["folder"] in text
     for line in (
@@ -89,7 +89,7 @@ def test_the_card_says_what_went_why_and_what_is_biased() -> None:
     assert "/home/me" not in text and data_card(record(), "folder") == text
 
 
-def test_images_that_cannot_be_used_do_not_count_in_the_bias() -> None:
+def test_unreadable_images_do_not_count_in_the_bias() -> None:
     whole = record()
     broken = whole.selection.assign(reason=np.where(np.arange(10) == 9, "unreadable", whole.selection["reason"]))
     text = data_card(record(selection=broken), "folder")
@@ -107,11 +107,11 @@ def test_an_earlier_selection_without_records_has_a_card_too() -> None:
     assert "Not given. Find out the licence" in text and "Not searched" in text
 
 
-def test_the_licence_of_the_export_comes_first() -> None:
+def test_the_licence_of_the_export_replaces_that_of_the_corpus() -> None:
     assert "## Licence\n\nCC0\n" in data_card(record(given_licence="CC0"), "folder")
 
 
-def test_the_command_has_the_options_that_are_not_as_in_the_files() -> None:
+def test_the_repeat_command_contains_the_options_that_differ_from_the_defaults() -> None:
     command = repeat_command(record())
     assert command == (
         "python prune/run.py corpus=folder corpus.licence=CC-BY-4.0 corpus.root=DIR 'corpus.bands=[4,1,2]' "
@@ -120,7 +120,7 @@ def test_the_command_has_the_options_that_are_not_as_in_the_files() -> None:
 
 
 @pytest.mark.parametrize("form", EXPORT_FORMS)
-def test_every_form_carries_the_same_card_every_time(form: str, tmp_path: Path) -> None:
+def test_exporting_a_form_twice_gives_the_same_data_card(form: str, tmp_path: Path) -> None:
     root = tmp_path / "corpus"
     for row in range(10):
         (root / ("sea", "land")[row % 2]).mkdir(parents=True, exist_ok=True)

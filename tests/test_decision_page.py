@@ -68,7 +68,7 @@ def points_of(count: int, width: int, seed: int = 0) -> np.ndarray:
     return (points + 3).astype(np.float16)
 
 
-def test_neighbours_groups_and_nearest_kept_are_those_of_brute_force() -> None:
+def test_neighbours_groups_and_nearest_kept_agree_with_brute_force() -> None:
     random = np.random.default_rng(1)
     embeddings, readable = points_of(150, 12), random.random(150) > 0.1
     kept = readable & (random.random(150) < 0.3)
@@ -164,7 +164,7 @@ def shown_of(count: int, **columns: np.ndarray) -> Shown:
     return Shown(EVIL, {"selection": EVIL}, table, manifest, arrays, images)
 
 
-def test_the_page_holds_the_selection_and_escapes_what_users_name() -> None:
+def test_the_page_contains_the_selection_and_escapes_user_text() -> None:
     lon, lat = np.linspace(-180, 180, 50), np.linspace(-80, 80, 50)
     lon[3] = np.nan
     shown = shown_of(50, lon=lon, lat=lat)
@@ -187,7 +187,7 @@ def test_the_page_holds_the_selection_and_escapes_what_users_name() -> None:
     assert "lon" not in on_page(decision_page(shown_of(5), Thumbnails(8, 10, 100), beside=False))[1]
 
 
-def test_thumbnails_lie_where_the_page_looks_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thumbnails_are_at_the_positions_that_the_page_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("report.decision_page.ATLAS_SIDE", 4)
     shown = shown_of(60)
     flat = np.random.default_rng(5).integers(0, 256, (60, 1, 1, 3), dtype=np.uint8)
@@ -212,7 +212,7 @@ def test_thumbnails_lie_where_the_page_looks_for_them(tmp_path: Path, monkeypatc
     assert ATLAS_SIDE**2 * 48**2 * 3 < 20_000_000
 
 
-def test_a_bundle_is_the_same_bytes_for_the_same_data() -> None:
+def test_a_bundle_is_reproducible_and_unpacks_to_its_columns() -> None:
     columns = {"a": np.arange(3, dtype=np.uint8), "b": np.arange(4, dtype=np.float32), "c": np.eye(2, dtype=np.int32)}
     header, data = bundle(columns, {"t": ["é", "\ud800"]})
     result = unpacked(data, header)
@@ -278,7 +278,7 @@ def state(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("overrides", [("ratio=0.5",), ("ratio=0.8",), ("ratio=0.8", "prune.uniformity=0.0")])
-def test_selecting_again_is_what_prune_selects_bit_for_bit(made: Path, session: Session, overrides: tuple) -> None:
+def test_selecting_again_on_the_page_equals_prune_bit_for_bit(made: Path, session: Session, overrides: tuple) -> None:
     expected = pd.read_parquet(select(config_of(root_of(made), *overrides), "rsprune")[0] / "selection.parquet")
     given = {name.rpartition(".")[2]: float(value) for name, _, value in (text.partition("=") for text in overrides)}
     answer = session.select(given)
@@ -292,7 +292,7 @@ def test_selecting_again_is_what_prune_selects_bit_for_bit(made: Path, session: 
     assert answer["seconds"] >= 0 and json.dumps(answer)
 
 
-def test_what_is_moved_by_hand_becomes_a_selection_of_its_own(made: Path, session: Session, tmp_path: Path) -> None:
+def test_images_moved_by_hand_are_saved_as_a_new_selection(made: Path, session: Session, tmp_path: Path) -> None:
     before, table = state(made), pd.read_parquet(made / "selection.parquet")
     readable = table["reason"] != "unreadable"
     added = np.flatnonzero(~table["kept"] & readable)[[0, 3]].tolist()
@@ -318,7 +318,7 @@ def test_what_is_moved_by_hand_becomes_a_selection_of_its_own(made: Path, sessio
     assert again.kept.inputs["by_hand"]["removed"] == table["id"][removed].tolist()
 
 
-def test_without_a_change_the_selection_is_the_one_that_was_opened(made: Path, session: Session) -> None:
+def test_saving_without_a_change_returns_the_opened_selection(made: Path, session: Session) -> None:
     assert session.save({}) == {"selection": str(made)}
     assert session.save({"ratio": 0.5, "uniformity": 1.0, "added": [], "removed": []}) == {"selection": str(made)}
     other = Path(session.save({"ratio": 0.75, "uniformity": 0.5})["selection"])
@@ -327,7 +327,7 @@ def test_without_a_change_the_selection_is_the_one_that_was_opened(made: Path, s
     assert read_json(other / "summary.json")["kept"] == 61 - round(0.75 * 61)
 
 
-def test_what_cannot_be_is_refused_in_one_line(made: Path, decision: Decision, session: Session) -> None:
+def test_invalid_requests_and_options_are_refused(made: Path, decision: Decision, session: Session) -> None:
     kept = np.flatnonzero(decision.table["kept"]).tolist()
     unreadable = np.flatnonzero(decision.table["reason"] == "unreadable").tolist()
     for given, text in (
@@ -352,7 +352,7 @@ def test_what_cannot_be_is_refused_in_one_line(made: Path, decision: Decision, s
             checked(config(f"page.{option}"))
 
 
-def test_a_stage_that_names_another_class_builds_nothing(made: Path) -> None:
+def test_a_stage_that_names_a_class_outside_the_methods_is_refused(made: Path) -> None:
     kept = open_selection(made)
     for method in (
         {"_class_": "subprocess.Popen", "args": "ls"},
@@ -362,14 +362,14 @@ def test_a_stage_that_names_another_class_builds_nothing(made: Path) -> None:
             open_decision(replace(kept, inputs={**kept.inputs, "method": method}))
 
 
-def test_a_selection_of_another_version_is_refused_in_one_line(made: Path) -> None:
+def test_a_selection_of_another_version_is_refused(made: Path) -> None:
     kept = open_selection(made)
     method = {**kept.inputs["method"], "renamed_since": 0.5}
     with pytest.raises(UserError, match=r"another version of this project \(.*renamed_since.*\): prune again"):
         open_decision(replace(kept, inputs={**kept.inputs, "method": method}))
 
 
-def test_edits_leave_the_selection_as_it_was() -> None:
+def test_edits_do_not_change_the_original_selection() -> None:
     selection = Selection(
         np.array([0, 2]), np.array(["kept", "redundant", "kept"], object), *(np.zeros(3) for _ in range(4))
     )
@@ -383,7 +383,7 @@ def test_edits_leave_the_selection_as_it_was() -> None:
 # ---------------------------------------------------------------- the server
 
 
-def test_a_browser_that_leaves_is_no_error(capfd: pytest.CaptureFixture) -> None:
+def test_a_disconnected_browser_is_not_reported_as_an_error(capfd: pytest.CaptureFixture) -> None:
     server = Server((HOST, 0), type("Handler", (), {}))
     for error, message in ((BrokenPipeError(), False), (ZeroDivisionError(), True)):
         try:
@@ -416,7 +416,7 @@ def requested(port: int, method: str, path: str, body: bytes | None = None, **he
     return result
 
 
-def test_the_server_answers_its_own_page_alone(session: Session, decision: Decision) -> None:
+def test_the_server_refuses_unknown_paths_and_requests_from_other_sites(session: Session, decision: Decision) -> None:
     with serving(session) as port:
         status, page = requested(port, "GET", "/")
         assert status == 200 and page == session.page and b'data-live="{&quot;ratio' in page
@@ -439,7 +439,7 @@ def test_the_server_answers_its_own_page_alone(session: Session, decision: Decis
             assert status == 400 and "\n" not in json.loads(answer)["error"]
 
 
-def test_the_page_is_reported_what_can_be_changed(decision: Decision) -> None:
+def test_the_page_receives_the_options_that_can_be_changed(decision: Decision) -> None:
     html = live('<!doctype html>\n<html lang="en">', replace(decision, method=None, fixed='a "quote" <b>'))
     given = json.loads(unescape(re.search(r'data-live="([^"]*)"', html)[1]))
     assert given["fixed"] == 'a "quote" <b>' and given["uniformity"] is None and given["ratio"] == 0.5
@@ -521,7 +521,9 @@ STATIC = """
 
 
 @pytest.mark.slow
-def test_a_browser_filters_explains_and_moves(made: Path, decision: Decision, tmp_path: Path) -> None:
+def test_the_page_in_a_browser_filters_explains_and_moves_images(
+    made: Path, decision: Decision, tmp_path: Path
+) -> None:
     cfg = config_of(root_of(made), f"selection={made}", "page.embedded=20")
     page = write_decision_page(tmp_path / "page", *content(cfg, decision))
     page.write_text(with_probe(page.read_text(encoding="utf-8"), STATIC), encoding="utf-8")
@@ -557,7 +559,7 @@ LIVE = """
 
 
 @pytest.mark.slow
-def test_a_browser_selects_again_and_exports(made: Path, session: Session, tmp_path: Path) -> None:
+def test_the_page_in_a_browser_selects_again_and_exports(made: Path, session: Session, tmp_path: Path) -> None:
     page = session.page
     session.page = with_probe(page.decode(), LIVE).encode()
     try:

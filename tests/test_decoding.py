@@ -48,7 +48,7 @@ def ycck(colour: tuple[int, int, int], black: int = 255) -> bytes:
 @pytest.mark.parametrize(
     "colour", [(220, 30, 30), (20, 90, 200), (40, 160, 60), (128, 128, 128), (250, 250, 250), (5, 5, 5)]
 )
-def test_a_ycck_jpeg_has_the_colours_it_was_made_of(colour: tuple[int, int, int]) -> None:
+def test_a_ycck_jpeg_decodes_to_its_original_colours(colour: tuple[int, int, int]) -> None:
     image = decode_image(ycck(colour), SIDE).astype(int)
     assert np.abs(image - colour).max() <= 4, image[0, 0]
 
@@ -72,7 +72,7 @@ def test_black_ink_darkens_a_ycck_jpeg() -> None:
         (OSError(errno.ESTALE, "stale file handle"), decoding.UNREADABLE_FILE),
     ],
 )
-def test_what_the_system_refuses_has_a_reason(
+def test_files_that_cannot_be_opened_get_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, reason: str
 ) -> None:
     texture().save(tmp_path / "a.png")
@@ -85,7 +85,7 @@ def test_what_the_system_refuses_has_a_reason(
     assert read_bytes(tmp_path / "a.png") == read_image(tmp_path / "a.png", SIDE) == reason
 
 
-def test_a_file_whose_disk_fails_halfway_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_of_the_disk_gets_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(io.BytesIO):
         def read(self, *_: object) -> bytes:
             raise OSError(errno.EIO, "input/output error")
@@ -186,15 +186,15 @@ def refusals(folder: Path, most: int) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read the memory from")
-def test_a_header_that_claims_too_much_is_refused_before_a_pixel(tmp_path: Path) -> None:
-    """Decoded, each takes 89 MB or more; without the project's limit, the ones that Pillow accepts end otherwise."""
+def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(tmp_path: Path) -> None:
+    """Decoding one takes 89 MB or more; without the project's limit, those that Pillow accepts end differently."""
     assert refusals(tmp_path, decoding.MAX_PIXELS) == [decoding.TOO_MANY_PIXELS] * len(BOMBS)
     assert decoding.TOO_MANY_PIXELS not in refusals(tmp_path, 10**12)[3:]
 
 
 @pytest.mark.parametrize("name", [name for name in BOMBS if "GDAL" not in name and "floats" not in name])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_mask_that_claims_too_much_is_refused(name: str) -> None:
+def test_a_mask_whose_header_claims_too_many_pixels_is_refused(name: str) -> None:
     assert decode_mask(BOMBS[name](), mask_rule(["a", "b"]), SIDE) == decoding.TOO_MANY_PIXELS
 
 
@@ -256,11 +256,11 @@ def test_the_first_frame_or_page_is_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEEP_SEVERAL)
-def test_the_first_deep_page_is_taken(name: str) -> None:
+def test_the_first_page_of_a_deep_tiff_is_taken(name: str) -> None:
     assert_the_first_of(DEEP_SEVERAL[name]())
 
 
-def test_of_an_animated_gif_the_first_frame_is_taken() -> None:
+def test_the_first_frame_of_an_animated_gif_is_taken() -> None:
     assert (decode_image(animation(), 20) == (255, 0, 0)).all()
     noise = [texture(seed).quantize(256) for seed in range(3)]
     moving = encoded(noise[0], "GIF", save_all=True, append_images=noise[1:])
@@ -268,7 +268,7 @@ def test_of_an_animated_gif_the_first_frame_is_taken() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF"])
-def test_a_mask_is_the_first_frame_or_page(kind: str) -> None:
+def test_a_mask_is_read_from_the_first_frame_or_page(kind: str) -> None:
     classes = (np.arange(SIDE * SIDE) % 256).reshape(SIDE, SIDE).astype(np.uint8)  # all occur: GIF drops unused values
     masks = [Image.fromarray(values, mode="P") for values in (classes, classes.T)]
     for mask in masks:
@@ -281,7 +281,7 @@ def test_a_mask_is_the_first_frame_or_page(kind: str) -> None:
 # ------------------------------------------------------------------------------------------------------- deep colours
 
 
-def test_no_data_of_float_colours_is_left_out() -> None:
+def test_nodata_pixels_of_float_colours_are_black_and_do_not_affect_the_stretch() -> None:
     values = FLOATS[0].copy()
     values[:8] = -9999
     image = decode_image(tiff(values, photometric="rgb", extratags=[(42113, "s", 0, "-9999", False)]), SIDE)

@@ -57,7 +57,7 @@ def cubic_weights(side: int, factor: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_bicubic_is_the_antialiased_formula_and_pil_s_float_mode(factor: int) -> None:
+def test_bicubic_agrees_with_the_antialiased_formula_and_pil_in_float_mode(factor: int) -> None:
     images = (pictures(4, size=64) * 0.6 + 50).astype(np.float32)[:, :, :48]  # no overshoots
     result = reduce(images, factor, "bicubic")
     expected = np.einsum("ih,nhwc,jw->nijc", cubic_weights(64, factor), images, cubic_weights(48, factor))
@@ -67,7 +67,7 @@ def test_bicubic_is_the_antialiased_formula_and_pil_s_float_mode(factor: int) ->
     np.testing.assert_allclose(result[0], np.stack([np.asarray(channel) for channel in pil], axis=-1), atol=1e-3)
 
 
-def test_bicubic_of_eight_bits_is_pil_s_and_within_one_level_of_the_float_result() -> None:
+def test_bicubic_of_8_bits_equals_pil_and_differs_from_floats_by_at_most_one_level() -> None:
     contrasts = (noise(20) > 127).astype(np.uint8) * 255  # their bicubic reduction overshoots nearly everywhere
     for images in (pictures(20, size=64), noise(20), contrasts):
         result = degrade(images, 4, Linear("bicubic"))
@@ -99,7 +99,7 @@ def global_states() -> tuple[object, ...]:
     return random.getstate(), numpy_state["pos"], numpy_state["key"].tolist(), torch.get_rng_state().tolist()
 
 
-def test_blind_depends_only_on_pixels_seed_and_number() -> None:
+def test_blind_degradation_depends_only_on_pixels_seed_and_number() -> None:
     images, blind = pictures(8, size=64), blind_options()
     states = global_states()
     whole = degrade(images, 4, blind)
@@ -116,12 +116,12 @@ def test_blind_depends_only_on_pixels_seed_and_number() -> None:
 
 
 @pytest.mark.parametrize(("factor", "height", "width"), [(2, 32, 48), (4, 64, 32), (8, 64, 64)])
-def test_blind_has_the_sides_of_the_low_resolution(factor: int, height: int, width: int) -> None:
+def test_blind_degradation_has_the_size_of_the_low_resolution(factor: int, height: int, width: int) -> None:
     low = degrade(noise(6, height, width), factor, blind_options())
     assert low.shape == (6, height // factor, width // factor, 3) and low.dtype == np.uint8
 
 
-def test_blind_degrades_the_scene_without_a_shift() -> None:
+def test_blind_degradation_does_not_shift_the_image() -> None:
     """The mean over many draws equals the area means; single draws are degraded, each in a different way."""
     images = gaussian_filter(np.random.default_rng(0).standard_normal((8, 64, 64, 3)), (0, 7, 7, 0))
     images = (128 + 40 * images / images.std()).clip(0, 255).astype(np.uint8)
@@ -159,7 +159,7 @@ def test_blur_kernels_have_sum_one_and_the_published_frequencies(monkeypatch: py
     assert all(symmetric)  # then filter and convolution are equal
 
 
-def test_sinc_kernels_ring() -> None:
+def test_sinc_kernels_have_negative_lobes() -> None:
     blind, generator = blind_options(cutoff=(0.5, 0.6)), np.random.default_rng(0)
     with np.errstate(all="raise"):
         kernels = [degradation._sinc_kernel(blind, (7, 21), generator) for _ in range(50)]
@@ -233,7 +233,7 @@ def test_added_noise_has_the_deviation_of_its_image() -> None:
     assert edges.max() == 255 and edges.min() > 20  # clipped, not wrapped around
 
 
-def test_enlargements_are_pil_s() -> None:
+def test_enlargements_equal_those_of_pil() -> None:
     low = pictures(3)[:, :, :8]
     assert (enlarge(low, 4, "nearest") == low.repeat(4, axis=1).repeat(4, axis=2)).all()
     for kind, filtered in (("bicubic", Image.Resampling.BICUBIC), ("lanczos", Image.Resampling.LANCZOS)):

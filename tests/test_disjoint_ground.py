@@ -17,7 +17,7 @@ def covered(source, rows: np.ndarray) -> np.ndarray:
     return world
 
 
-def test_no_pixel_is_trained_on_and_measured() -> None:
+def test_training_and_measurement_have_no_common_pixel() -> None:
     """The foundation sees a subset of the split train, tasks see other rows of it; neither uses test and val."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", ["tracker=none"])

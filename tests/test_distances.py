@@ -49,7 +49,7 @@ def test_frechet_distance_agrees_with_clean_fid():
 
 
 @pytest.mark.parametrize("count", [60, 100])
-def test_the_extrapolated_distance_is_nearer_the_true_one(count):
+def test_the_extrapolated_distance_is_closer_to_the_true_distance(count):
     """For two Gaussians with a known distance: the mean over draws, and most single draws."""
     dimensions, shift, scale = 12, 0.4, 1.3
     truth = dimensions * (shift**2 + (scale - 1) ** 2)
@@ -67,7 +67,7 @@ def test_the_extrapolated_distance_is_nearer_the_true_one(count):
     assert np.mean(abs(extrapolated - truth) < abs(plain - truth)) > 0.7
 
 
-def test_the_extrapolated_distance_is_the_intercept_over_one_by_n():
+def test_the_extrapolated_distance_is_the_intercept_of_a_line_over_one_by_n():
     first, second = gaussians(90)
     sizes = [45, 51, 58, 64, 71, 77, 84, 90]
     generator = np.random.default_rng([3, 320])
@@ -113,7 +113,7 @@ def test_the_interval_is_the_jackknife_of_torchmetrics_estimates():
     assert (high - low) / 2 == pytest.approx(2.446912 * error, rel=1e-6)  # Student's t of 6 degrees of freedom, 97.5 %
 
 
-def test_kernel_distance_is_unbiased_and_its_interval_covers():
+def test_kernel_distance_is_unbiased_and_its_interval_covers_the_true_value():
     covered = []
     for seed in range(60):
         random = np.random.default_rng(seed)
@@ -124,7 +124,7 @@ def test_kernel_distance_is_unbiased_and_its_interval_covers():
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
 
 
-def test_a_paired_difference_is_sharper_than_two_intervals_and_covers():
+def test_the_interval_of_a_paired_difference_is_narrower_and_covers_the_expectation():
     """Two sets with the same noise in their images; one is at a slightly larger distance."""
     differences, intervals, alone = [], [], []
     for seed in range(40):
@@ -143,7 +143,7 @@ def test_a_paired_difference_is_sharper_than_two_intervals_and_covers():
     assert np.mean(high - low) < np.mean(alone)
 
 
-def test_paired_sets_have_one_size():
+def test_paired_sets_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match="differ in size: 5, 4, 5"):
         kernel_distance_difference(np.ones((5, 2)), np.ones((4, 2)), np.ones((5, 2)))
 

@@ -65,7 +65,9 @@ def clean_of(pool: Pool) -> np.ndarray:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 200), st.integers(0, 30), st.floats(0, 0.999, allow_subnormal=False), st.integers(0, 5))
-def test_exact_budgets_and_what_goes_first(size: int, unreadable: int, ratio: float, seed: int) -> None:
+def test_budgets_are_exact_and_worse_kinds_of_pairs_are_removed_first(
+    size: int, unreadable: int, ratio: float, seed: int
+) -> None:
     """No pair of a worse kind is kept while one of a better kind is removed: clean, mismatched, without a caption."""
     pool = pool_of(size, seed, min(unreadable, size))
     budget = size - round(ratio * size)
@@ -85,7 +87,7 @@ def test_exact_budgets_and_what_goes_first(size: int, unreadable: int, ratio: fl
     assert selection.diagnostics == {"mismatched": kinds[1].sum(), "without_caption": without.sum()}
 
 
-def test_without_a_ratio_exactly_the_pairs_stay_that_are_not_mismatched() -> None:
+def test_without_a_ratio_exactly_the_matched_pairs_are_kept() -> None:
     pool = pool_of(300, unreadable=9)
     assert DLDC().estimated_budget(pool) == clean_of(pool).sum()
     np.testing.assert_array_equal(kept_by(DLDC(), pool, DLDC().estimated_budget(pool)), clean_of(pool))
@@ -94,7 +96,7 @@ def test_without_a_ratio_exactly_the_pairs_stay_that_are_not_mismatched() -> Non
     np.testing.assert_array_equal(kept_by(strict, pool, strict.estimated_budget(pool)), expected)
 
 
-def test_every_scene_keeps_the_same_part_and_its_best_fitting() -> None:
+def test_every_scene_keeps_the_same_fraction_and_its_best_fitting_pairs() -> None:
     pool = pool_of(600)
     scores, clean = pool.pair_scores, clean_of(pool)
     kept = kept_by(DLDC(), pool, 150)
@@ -121,7 +123,7 @@ def test_a_cleaning_ratio_holds_for_every_scene(ratio: float | dict) -> None:
         assert not len(gone) or gone.min() >= stay.max()
 
 
-def test_a_reason_says_whether_a_pair_was_mismatched_or_only_fitted_less() -> None:
+def test_reasons_distinguish_mismatched_pairs_from_less_fitting_ones() -> None:
     """A cleaning ratio also removes well-matched pairs."""
     pool = pool_of(200, mismatched=0.1, without=0)
     method = DLDC(cleaning_ratio=0.5)
@@ -133,7 +135,7 @@ def test_a_reason_says_whether_a_pair_was_mismatched_or_only_fitted_less() -> No
     assert selection.diagnostics["mismatched"] == (pool.pair_scores.mismatch > 0.6).sum()
 
 
-def test_the_order_of_pairs_knows_the_method_s_own_threshold() -> None:
+def test_the_order_of_pairs_uses_the_threshold_of_the_method() -> None:
     scores = PairScores(
         np.float32([0.3, 0.1, 0.25]), np.float32([9, 1, 2]), np.zeros(3, np.float32), np.full(3, "a", object)
     )
@@ -155,7 +157,7 @@ def test_the_order_of_pairs_knows_the_method_s_own_threshold() -> None:
         ({"most_mismatch": 1.5}, "prune.most_mismatch=1.5"),
     ],
 )
-def test_options_out_of_range_are_one_line(options: dict, line: str) -> None:
+def test_options_out_of_range_are_refused(options: dict, line: str) -> None:
     with pytest.raises(UserError, match=line):
         DLDC(**options)
     if "most_mismatch" in options:
@@ -163,7 +165,7 @@ def test_options_out_of_range_are_one_line(options: dict, line: str) -> None:
             RSPruneDLDC(**options)
 
 
-def test_a_cleaning_ratio_for_a_scene_that_is_none_is_one_line() -> None:
+def test_a_cleaning_ratio_for_an_unknown_scene_is_refused() -> None:
     method = DLDC(cleaning_ratio={"forrest": 0.1})
     with pytest.raises(UserError, match=r"'forrest', which is not a scene: give some of airport, forest, harbour"):
         method.estimated_budget(pool_of(50))
@@ -174,14 +176,14 @@ def test_a_cleaning_ratio_for_a_scene_that_is_none_is_one_line() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 80), st.integers(0, 80), st.integers(0, 3))
-def test_clip_score_is_the_order_of_the_cosine(size: int, budget: int, seed: int) -> None:
+def test_clip_score_keeps_the_pairs_with_the_highest_cosine(size: int, budget: int, seed: int) -> None:
     pool = pool_of(size, seed, unreadable=size // 9)
     cosine = np.where(pool.readable, np.nan_to_num(pool.pair_scores.cosine, nan=-9), -99)
     expected = np.argsort(-cosine, kind="stable")[: min(budget, int(pool.readable.sum()))]
     assert sorted(expected.tolist()) == ClipScore().select(pool, budget, np.random.default_rng(0)).kept.tolist()
 
 
-def test_rsprune_dldc_is_rsprune_where_no_pair_is_mismatched() -> None:
+def test_rsprune_dldc_equals_rsprune_if_no_pair_is_mismatched() -> None:
     pool = pool_of(300, unreadable=7, mismatched=0, without=0)
     for budget in (0, 40, 250, 293, 300):
         ours, theirs = (method.select(pool, budget, np.random.default_rng(3)) for method in (RSPruneDLDC(), RSPrune()))
@@ -192,7 +194,7 @@ def test_rsprune_dldc_is_rsprune_where_no_pair_is_mismatched() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 150), st.floats(0, 1, allow_subnormal=False), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 3))
-def test_rsprune_dldc_keeps_a_mismatched_image_only_where_it_must(
+def test_rsprune_dldc_keeps_mismatched_images_only_if_clean_ones_are_used_up(
     size: int, fraction: float, mismatched: float, seed: int
 ) -> None:
     pool = pool_of(size, seed, size // 8, mismatched)
@@ -241,18 +243,20 @@ def test_scorers_are_chosen_by_name(tmp_path: Path) -> None:
         ("auto", "rsprune_dldc", (True, True)),
     ],
 )  # fmt: skip
-def test_pairs_are_scored_where_somebody_reads_them(choice: str, prune: str, requested: tuple[bool, bool]) -> None:
+def test_pairs_are_scored_if_the_method_or_the_captions_option_requires_it(
+    choice: str, prune: str, requested: tuple[bool, bool]
+) -> None:
     cfg = config(f"prune={prune}", f"captioning.captions={choice}")
     assert captioned.requested(cfg, instantiate(cfg.prune, _convert_="all")) == requested
 
 
 @pytest.mark.parametrize("option", ["rounds=often", "most_mismatch=high", "seed=x"])
-def test_a_word_in_place_of_a_number_is_one_line(option: str) -> None:
+def test_a_word_in_place_of_a_number_is_refused(option: str) -> None:
     with pytest.raises(UserError, match=f"captioning.{option}: give a number"):
         captioned.loops_of(config(f"captioning.{option}"))
 
 
-def test_words_that_are_unknown_are_one_line() -> None:
+def test_unknown_caption_choices_and_missing_ratios_are_refused() -> None:
     cfg = config("captioning.captions=mine")
     with pytest.raises(UserError, match=r"captioning\.captions=mine is unknown: give given, best, auto"):
         captioned.requested(cfg, instantiate(cfg.prune, _convert_="all"))
@@ -321,7 +325,7 @@ def test_dldc_cleans_a_corpus_of_files(folder: Path, runs: Path) -> None:
     assert (given["source"] == "scene name").sum() == 5  # images without a caption get the name of their folder
 
 
-def test_the_best_captions_leave_a_selection_without_them_alone(folder: Path, runs: Path) -> None:
+def test_choosing_the_best_captions_does_not_change_a_random_selection(folder: Path, runs: Path) -> None:
     arguments = (folder, runs, "prune=random", "ratio=0.5")
     given, plain = select(of_folder(*arguments), "random")
     best, corpus = select(of_folder(*arguments, "captioning.captions=best"), "random")
@@ -332,7 +336,7 @@ def test_the_best_captions_leave_a_selection_without_them_alone(folder: Path, ru
     assert pd.read_parquet(best / "selection.parquet")["kept"].sum() == 75
 
 
-def test_a_method_that_reads_scores_can_leave_the_given_captions(folder: Path, runs: Path) -> None:
+def test_a_method_that_reads_scores_can_keep_the_given_captions(folder: Path, runs: Path) -> None:
     arguments = ("prune=rsprune_dldc", "ratio=0.5", "reference.per_scene=20", "captioning.captions=given")
     directory, corpus = select(of_folder(folder, runs, *arguments, "captioning.describe=none"), "rsprune_dldc")
     assert corpus.captions == "" and not corpus.manifest["caption"].str.contains("percent").any()
@@ -342,7 +346,7 @@ def test_a_method_that_reads_scores_can_leave_the_given_captions(folder: Path, r
     assert is_wrong(table["id"][table["reason"] == MISMATCHED]).mean() > 0.9
 
 
-def test_a_corpus_without_labels_has_scenes_of_its_own(folder: Path, tmp_path: Path) -> None:
+def test_a_corpus_without_labels_uses_strata_as_scenes(folder: Path, tmp_path: Path) -> None:
     """Strata replace scenes, the same for every training seed; the default reference, the corpus, has no scenes."""
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -371,7 +375,7 @@ SMOKE = ("profile=smoke", "corpus.train.limit=160", "encoder.input_size=64", "tr
 
 
 @pytest.mark.parametrize("prune", ["prune=dldc", "prune=rsprune_dldc"])
-def test_the_command(place: Path, forked, prune: str) -> None:  # noqa: F811
+def test_the_command_writes_a_selection_and_finds_it_again(place: Path, forked, prune: str) -> None:  # noqa: F811
     name = prune.removeprefix("prune=")
     ratio = "ratio=null" if name == "dldc" else "ratio=0.85"
     arguments = ("prune/run.py", *SMOKE, prune, ratio)
@@ -388,7 +392,7 @@ def test_the_command(place: Path, forked, prune: str) -> None:  # noqa: F811
     assert ran(*arguments, cwd=place, by=forked) == directory
 
 
-def test_a_ratio_of_null_is_one_line_for_a_method_that_finds_none(place: Path, forked) -> None:  # noqa: F811
+def test_ratio_null_gives_a_one_line_error_for_a_method_that_needs_a_ratio(place: Path, forked) -> None:  # noqa: F811
     done = forked("prune/run.py", *SMOKE, "prune=rsprune", "ratio=null", cwd=place)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
     assert "ratio=null: prune=rsprune cannot tell how much to remove, give ratio=0.85 for example" in done.stderr

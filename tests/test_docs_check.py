@@ -39,7 +39,7 @@ def problems(path: Path, text: str) -> list[str]:
         ("`python prune/run.py prun=random`", "1: prune/run.py: Key 'prun' is not in struct"),
     ],
 )
-def test_a_fault_is_found(tmp_path: Path, text: str, problem: str) -> None:
+def test_each_kind_of_fault_is_found_with_its_line(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "other.md").write_text("# Near\n", encoding="utf-8")
     [result] = problems(tmp_path / "document.md", text)
     assert result.startswith(problem)
@@ -59,7 +59,7 @@ def test_a_fault_is_found(tmp_path: Path, text: str, problem: str) -> None:
         "`python prune/run.py prune=mine` with `configs/prune/mine.yaml`",
     ],
 )
-def test_what_is_right_is_not_reported(tmp_path: Path, text: str) -> None:
+def test_correct_text_is_not_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "other.md").write_text("# Near\n", encoding="utf-8")
     assert problems(tmp_path / "document.md", text) == []
 
@@ -77,6 +77,6 @@ def test_generated_tables_that_were_edited_are_found(tmp_path: Path) -> None:
     assert problem.startswith("README.md: its tables are not those of results/published")
 
 
-def test_all_documents_are_looked_at() -> None:
+def test_all_documents_are_checked() -> None:
     result = {document.path.relative_to(ROOT).as_posix() for document in documents(ROOT)}
     assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/library.md", "docs/results.md"} <= result

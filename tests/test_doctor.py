@@ -62,7 +62,7 @@ def diagnose(tmp_path: Path, monkeypatch, capsys):
     return run
 
 
-def test_a_folder_with_masks_captions_and_broken_files(tmp_path: Path, diagnose, capsys) -> None:
+def test_masks_captions_and_broken_files_of_a_folder_are_reported(tmp_path: Path, diagnose, capsys) -> None:
     root = tmp_path / "data"
     for number in range(30):
         picture(root / "images" / "Beach" / f"{number:02d}.jpg")
@@ -111,7 +111,7 @@ def test_no_image_is_read_twice(tmp_path: Path, diagnose, monkeypatch) -> None:
     assert corpus.decoding._remembered is None
 
 
-def test_deep_bands_their_levels_and_a_fourth_band(tmp_path: Path, diagnose) -> None:
+def test_deep_bands_their_stretch_and_a_fourth_band_are_reported(tmp_path: Path, diagnose) -> None:
     root = tmp_path / "data"
     for number in range(10):
         geotiff(
@@ -131,7 +131,7 @@ def test_deep_bands_their_levels_and_a_fourth_band(tmp_path: Path, diagnose) -> 
     assert message["overlap"] == ["no ground cell in two splits"]
 
 
-def test_scenes_and_their_cover(tmp_path: Path, diagnose) -> None:
+def test_scenes_and_their_coverage_by_tiles_are_reported(tmp_path: Path, diagnose) -> None:
     geotiff(tmp_path / "data" / "s.tif", colours(side=150))
     message = diagnose("corpus=geotiff", f"corpus.root={tmp_path / 'data'}", "corpus.tile=64", "corpus.train.split=all")
     assert message["corpus"] == ["geotiff: 4 images"] and message["files"] == [".tif 1"]
@@ -144,7 +144,7 @@ def test_scenes_and_their_cover(tmp_path: Path, diagnose) -> None:
     ]
 
 
-def test_the_bands_that_are_shown_are_the_chosen_ones(tmp_path: Path, diagnose) -> None:
+def test_the_report_names_the_chosen_bands(tmp_path: Path, diagnose) -> None:
     geotiff(tmp_path / "data" / "s.tif", colours(bands=4, side=150))
     chosen = ("corpus=geotiff", f"corpus.root={tmp_path / 'data'}", "corpus.tile=64", "corpus.train.split=all")
     [line] = diagnose(*chosen, "corpus.bands=[4,1,2]")["formats"]
@@ -153,7 +153,7 @@ def test_the_bands_that_are_shown_are_the_chosen_ones(tmp_path: Path, diagnose) 
     assert "shown: 4, 1, 2" in diagnose(*folder, "corpus.bands=[4,1,2]")["formats"][0]
 
 
-def test_shards(tmp_path: Path, diagnose) -> None:
+def test_shards_are_reported(tmp_path: Path, diagnose) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(8):
             buffer = io.BytesIO()
@@ -167,7 +167,7 @@ def test_shards(tmp_path: Path, diagnose) -> None:
     assert message["captions"] == ["8 of 8 images have their own caption, e.g. 'a field'"]
 
 
-def test_nothing_readable_and_no_picture_are_one_line(tmp_path: Path, diagnose) -> None:
+def test_unreadable_corpora_and_invalid_options_are_refused(tmp_path: Path, diagnose) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(UserError, match="none of the 1 images in the sample can be read"):
@@ -187,7 +187,7 @@ def test_thumbnails_show_the_images_in_order() -> None:
     assert thumbnails(images[:1]).size == (160, 160)
 
 
-def test_descriptions_of_files_that_are_no_rasters() -> None:
+def test_files_that_are_no_rasters_are_described() -> None:
     buffer = io.BytesIO()
     Image.new("P", (4, 4)).save(buffer, "GIF")
     assert describe(buffer.getvalue()) == "GIF P" and describe(b"nothing") == "no image that can be opened"

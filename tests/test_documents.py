@@ -74,8 +74,8 @@ def test_no_table_of_readme_is_wider_than_four_columns_or_a_laptop() -> None:
     assert max(len(line) for line in tables) <= 120
 
 
-def test_every_link_of_readme_and_docs_leads_somewhere() -> None:
-    """Except for links to generated pages."""
+def test_every_link_of_readme_and_docs_has_a_target() -> None:
+    """Links to generated pages are excepted."""
     coming = {"CONTRIBUTING.md", "CHANGELOG.md", "docs/library.md", "docs/page.md"}
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
@@ -83,7 +83,7 @@ def test_every_link_of_readme_and_docs_leads_somewhere() -> None:
             assert path.exists() or path.relative_to(ROOT).as_posix() in coming, f"{page.name}: {target}"
 
 
-def test_the_toy_example_keeps_the_rare_and_thins_the_frequent() -> None:
+def test_the_toy_example_keeps_rare_points_and_thins_frequent_ones() -> None:
     example = toy_example()
     random, pruned = (
         {name: int((example.kept[method] & (example.classes == name)).sum()) for name in COUNTS}
@@ -114,7 +114,7 @@ def test_distances_in_the_plane_are_cosines_of_the_lifted_points() -> None:
     assert cosine[distance < 0.1].min() > 0.95 and np.abs(cosine[distance > 3]).mean() < 0.15
 
 
-def test_the_pictures_show_what_they_are_given() -> None:
+def test_the_figures_show_the_given_points_and_tiles() -> None:
     example = toy_example()
     figure = toy_figure(example.points, example.classes, example.kept)
     texts = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]

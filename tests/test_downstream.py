@@ -103,7 +103,7 @@ def test_scaling_factor_is_folded_into_the_first_convolution() -> None:
     torch.testing.assert_close(trained, served, rtol=1e-5, atol=1e-6)
 
 
-def test_weights_digest_sees_one_changed_weight(parts: Parts) -> None:
+def test_weights_digest_changes_with_one_weight(parts: Parts) -> None:
     changed = widen(parts.unet, 0)
     assert weights_digest(changed) == weights_digest(parts.unet)
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_all_tasks_are_found_and_configured(repository: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(chain_tasks()))
-def test_a_task_from_a_foundation_and_from_scratch(cfg: DictConfig, foundation: Path, name: str) -> None:
+def test_a_task_trains_from_a_foundation_and_from_scratch(cfg: DictConfig, foundation: Path, name: str) -> None:
     task = TASKS[name](cfg)
     assert task.name == name
     cfg = changed(cfg, foundation=str(foundation))
@@ -360,7 +360,7 @@ def test_a_baseline_is_measured_like_a_network(cfg: DictConfig) -> None:
     assert perfect["ssim"] == pytest.approx(1) and perfect[f"fd_{evaluation_encoder(cfg)}"] < 1e-6
 
 
-def test_masks_are_drawn_in_the_palette_and_judged_by_the_segmenter(cfg: DictConfig) -> None:
+def test_masks_are_drawn_in_the_palette_and_evaluated_by_the_segmenter(cfg: DictConfig) -> None:
     task = TASKS["semantic_synthesis"](cfg)
     directory = fine_tune(cfg, task, None, "scratch")
     palette = read_json(directory / "palette.json")
@@ -462,7 +462,7 @@ def test_a_new_task_needs_one_file_and_one_yaml(
     assert (grey == grey[..., :1]).all()
 
 
-def test_a_corpus_without_masks_leaves_a_task_out(
+def test_a_task_that_needs_masks_is_left_out_for_a_corpus_without_masks(
     cfg: DictConfig, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     bare = task_config(Path(cfg.runs).parent, "corpus.masks=null", "corpus.classes=[]")

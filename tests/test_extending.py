@@ -34,7 +34,7 @@ def defined(page: str) -> dict[str, Any]:
     return module.__dict__
 
 
-def test_the_method_keeps_its_budget_and_spreads_over_entropies() -> None:
+def test_the_example_method_keeps_its_budget_and_spreads_over_entropies() -> None:
     method = defined("add_a_method.md")["Strided"]()
     random = np.random.default_rng(0)
     entropy, readable = random.uniform(0, 8, 200), np.arange(200) % 10 != 0
@@ -47,7 +47,7 @@ def test_the_method_keeps_its_budget_and_spreads_over_entropies() -> None:
     assert yaml.safe_load(config) == {"_target_": "prune.methods.strided.Strided", "offset": 0.0}
 
 
-def test_the_captioner_describes_each_image_and_differs_by_attempt() -> None:
+def test_the_example_captioner_describes_each_image_and_differs_by_attempt() -> None:
     [config] = blocks("add_a_captioner.md", "yaml")
     options = yaml.safe_load(config)
     assert options.pop("_target_") == "captioning.captioners.brightness.Brightness"
@@ -58,7 +58,7 @@ def test_the_captioner_describes_each_image_and_differs_by_attempt() -> None:
     assert first == ["a dark baseball field", "a bright land"] and set(first).isdisjoint(second)
 
 
-def test_the_corpus_is_indexed(tmp_path: Path) -> None:
+def test_the_example_corpus_is_indexed(tmp_path: Path) -> None:
     source = defined("add_a_corpus.md")["Noise"](count=6, resolution=16)
     corpus = index_corpus(source, tmp_path)
     assert corpus.readable.all() and corpus.images.shape == (6, 16, 16, 3)
@@ -67,7 +67,7 @@ def test_the_corpus_is_indexed(tmp_path: Path) -> None:
     assert yaml.safe_load(config)["train"]["_target_"] == "corpus.sources.noise.Noise"
 
 
-def test_the_metric_is_an_entry_of_the_table() -> None:
+def test_the_example_metric_is_an_entry_of_the_table() -> None:
     [entry] = blocks("add_a_metric.md", "python")
     made = {"Metric": Metric}
     exec(entry, made)

@@ -65,7 +65,9 @@ def captions(root: Path, **options: object) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
 @pytest.mark.parametrize("header", [("file_name", "text"), ("Filename", "Caption"), ("image", "sentence"), None])
-def test_tables_of_cells(tmp_path: Path, separator: str, header: tuple[str, str] | None) -> None:
+def test_captions_are_read_from_csv_and_tsv_tables(
+    tmp_path: Path, separator: str, header: tuple[str, str] | None
+) -> None:
     images(tmp_path)
     with (tmp_path / ("captions.tsv" if separator == "\t" else "metadata.csv")).open("w", newline="") as file:
         table = csv.writer(file, delimiter=separator)
@@ -87,7 +89,7 @@ def test_cells_keep_numbers_quotes_and_commas(tmp_path: Path, capsys: pytest.Cap
     assert "metadata.csv does not name its images: add a column or field file_name" in capsys.readouterr().err
 
 
-def test_texts_beside_the_images(tmp_path: Path) -> None:
+def test_captions_are_read_from_text_files_beside_the_images(tmp_path: Path) -> None:
     images(tmp_path)
     written = {
         "a.txt": "written beside", "b.caption": "in another suffix", "c.jpg.txt": "after the whole name",
@@ -128,7 +130,7 @@ DOCUMENTS = {
 @pytest.mark.parametrize("kind", DOCUMENTS)
 @pytest.mark.parametrize("place", ["dataset_rsicd.json", "captions.json", "annotations/captions_train2017.json"])
 @pytest.mark.parametrize("below", ["", "images/"])
-def test_documents_of_captions(tmp_path: Path, kind: str, place: str, below: str) -> None:
+def test_captions_are_read_from_json_documents(tmp_path: Path, kind: str, place: str, below: str) -> None:
     images(tmp_path, [below + name for name in NAMES])
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text(json.dumps(DOCUMENTS[kind]))
@@ -137,7 +139,7 @@ def test_documents_of_captions(tmp_path: Path, kind: str, place: str, below: str
         assert len(ImageFolder(str(tmp_path), split="test").manifest()) == 6
 
 
-def test_five_rows_an_image_are_five_captions(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_five_rows_of_an_image_give_five_captions(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images(tmp_path)
     lines(tmp_path / "metadata.jsonl", [{"file_name": n, "text": f"{k} of {n}"} for n in NAMES for k in range(5)])
     (tmp_path / "metadata.csv").write_text("file_name,lon,text\nBeach/a.jpg,4.5,0 of Beach/a.jpg\n")
@@ -150,7 +152,7 @@ def test_five_rows_an_image_are_five_captions(tmp_path: Path, capsys: pytest.Cap
 # ---------------------------------------------------------------------------------------------------------- spellings
 
 
-def test_other_spellings_of_the_path(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_spellings_of_an_image_path_are_matched(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = images(tmp_path / "tiles", [*NAMES, "Beach/g.jpg", "Beach/h.jpg", "Beach/i.png"])
     spelled = {
         "a": "Beach\\a.jpg", "b": "./Beach/b.jpg", "c": "./../tiles/Beach/c.jpg", "d": "beach/D.JPG",
@@ -166,7 +168,7 @@ def test_other_spellings_of_the_path(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("on_disk", "in_row"), [("NFD", "NFC"), ("NFC", "NFD")])
-def test_either_unicode_form(tmp_path: Path, on_disk: str, in_row: str) -> None:
+def test_file_names_match_in_either_unicode_normal_form(tmp_path: Path, on_disk: str, in_row: str) -> None:
     name = f"Straße/{unicodedata.normalize(on_disk, 'Köln')}.jpg"
     images(tmp_path, [name, "Straße/b.jpg"])
     row = f"Straße/{unicodedata.normalize(in_row, 'Köln')}.jpg"
@@ -174,7 +176,7 @@ def test_either_unicode_form(tmp_path: Path, on_disk: str, in_row: str) -> None:
     assert captions(tmp_path)[name] == ["a town on the Rhine"]
 
 
-def test_what_fits_two_images_fits_none(tmp_path: Path) -> None:
+def test_an_ambiguous_image_name_matches_no_image(tmp_path: Path) -> None:
     result = Images(tmp_path, ["a/x.jpg", "b/x.jpg", "A.png", "a.png", "c/y.jpg", "train/z.jpg"])
     assert result.find("a/x.jpg", ".") == ("a/x.jpg", True)
     assert result.find("x.jpg", ".") is None and result.find("x.jpg", "b") == ("b/x.jpg", True)
@@ -184,7 +186,7 @@ def test_what_fits_two_images_fits_none(tmp_path: Path) -> None:
     assert result.find("/far/away/train/z.jpg", ".") == ("train/z.jpg", False)
 
 
-def test_a_row_that_names_an_image_exactly_goes_first(tmp_path: Path) -> None:
+def test_a_row_with_the_exact_image_name_takes_precedence(tmp_path: Path) -> None:
     images(tmp_path, ["train/a.jpg"])
     rows = [{"file_name": "a.jpg", "text": "perhaps"}, {"file_name": "train/a.jpg", "text": "surely"}]
     lines(tmp_path / "captions.jsonl", rows)
@@ -195,7 +197,7 @@ def test_a_row_that_names_an_image_exactly_goes_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252", "utf-32"])
-def test_one_function_decodes_every_text(tmp_path: Path, encoding: str) -> None:
+def test_captions_are_decoded_from_every_common_encoding(tmp_path: Path, encoding: str) -> None:
     text = "Häuser an der Küste – “white”"
     assert decoded(text.encode(encoding)) == text
     images(tmp_path)
@@ -223,7 +225,7 @@ def test_a_text_with_a_broken_byte_keeps_its_other_letters() -> None:
         (7, []), (np.array(["one", "two"], object), ["one", "two"]), (None, []), ("  ", []), ([None, "one"], ["one"]),
     ],
 )  # fmt: skip
-def test_captions_come_in_many_shapes(value: object, expected: list[str]) -> None:
+def test_captions_are_read_from_strings_lists_and_dictionaries(value: object, expected: list[str]) -> None:
     assert own_captions({"captions": value}) == expected
 
 
@@ -240,7 +242,7 @@ def test_numbers_are_no_captions(text: str, expected: list[str]) -> None:
     assert captions_in(text) == expected
 
 
-def test_names_of_scenes() -> None:
+def test_scene_names_and_captions_are_derived_from_labels() -> None:
     assert [scene_name(value) for value in ("3", 3, 3.0, "BaseballField", None, -1, float("nan"), "7b")] == [
         "class 3", "class 3", "class 3", "BaseballField", "", "", "", "7b",
     ]  # fmt: skip
@@ -251,7 +253,7 @@ def test_names_of_scenes() -> None:
     assert class_list(b'{"1": "b", "0": "a"}') == class_list(b'["a", "b"]') == ("a", "b")
 
 
-def test_rows_of_a_hub_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_captions_are_read_from_the_rows_of_a_hub_data_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = {
         "image": [{"bytes": encoded(texture(row)), "path": None} for row in range(3)],
         "sentences": [[{"raw": "one"}, {"raw": "two"}], [{"raw": "three"}], []],
@@ -262,7 +264,7 @@ def test_rows_of_a_hub_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "huggingface: 2 of 3 rows have captions (3 captions)\n" in capsys.readouterr().err
 
 
-def test_metadata_of_a_sample_and_its_text(tmp_path: Path) -> None:
+def test_captions_in_the_metadata_take_precedence_over_the_text_file(tmp_path: Path) -> None:
     data = encoded(texture(0), "JPEG")
     metadata = {
         "a": {"caption": "of the metadata"}, "b": {"captions": ["one", "two"]}, "c": {},
@@ -276,7 +278,7 @@ def test_metadata_of_a_sample_and_its_text(tmp_path: Path) -> None:
     assert list(table["captions"][1]) == ["one", "two"]
 
 
-def test_a_broken_table_is_one_line(tmp_path: Path) -> None:
+def test_a_broken_table_gives_a_one_line_error(tmp_path: Path) -> None:
     images(tmp_path)
     (tmp_path / "captions.jsonl").write_text('{"file_name": "a.jpg"}\n{"text": "of nothing"}\n')
     with pytest.raises(UserError, match=r"captions\.jsonl, line 2") as caught:
@@ -287,7 +289,7 @@ def test_a_broken_table_is_one_line(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- length
 
 
-def test_captions_that_are_cut_are_counted(capsys: pytest.CaptureFixture) -> None:
+def test_truncated_captions_are_counted(capsys: pytest.CaptureFixture) -> None:
     begin = "a wide flat plain beside a slow brown river with several small farms and narrow roads between them"
     texts = ["", f"{begin} near an airport", f"{begin} near a harbour", "a river"]
     tokenizer = clip_tokenizer(16)
@@ -301,7 +303,7 @@ def test_captions_that_are_cut_are_counted(capsys: pytest.CaptureFixture) -> Non
 # ------------------------------------------------------------------------------------------------------ several labels
 
 
-def test_several_labels_of_one_image_are_its_caption(tmp_path: Path) -> None:
+def test_several_labels_of_an_image_become_its_caption(tmp_path: Path) -> None:
     """BigEarthNet has up to a dozen: they give words but no scene; the image's own caption comes first."""
     labels = ["Pastures", "Mixed forest"]
     images(tmp_path / "folder", ["a.jpg", "b.jpg"])

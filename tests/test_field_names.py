@@ -47,7 +47,7 @@ def read(source: WebDataset, tmp_path: Path) -> dict[str, tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
-def test_keys_that_begin_anew_in_every_shard_are_ids_of_their_own(tmp_path: Path) -> None:
+def test_keys_repeated_in_several_shards_get_different_ids(tmp_path: Path) -> None:
     for number in range(2):
         shard(tmp_path / f"s-{number}.tar", [(f"{row:06d}.jpg", jpeg(10 * number + row)) for row in range(3)])
     shard(tmp_path / "other.tar", [("only.jpg", jpeg(99)), ("000002.jpg", jpeg(98))])
@@ -58,7 +58,7 @@ def test_keys_that_begin_anew_in_every_shard_are_ids_of_their_own(tmp_path: Path
     assert (corpus.images[3] == pixels(jpeg(10))).all()
 
 
-def test_shards_of_one_name_in_two_folders_are_reported_apart(tmp_path: Path) -> None:
+def test_shards_of_one_name_in_two_folders_get_different_ids(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         shard(tmp_path / folder / "0.tar", [("x.jpg", jpeg(ord(folder)))])
@@ -77,12 +77,12 @@ def test_ids_of_metadata_that_repeat_are_replaced_by_shard_and_key(tmp_path: Pat
     assert {reason for reason, _ in result.values()} == {""}
 
 
-def test_ids_never_meet_those_that_were_there_before() -> None:
+def test_new_ids_never_equal_existing_ids() -> None:
     assert unique_ids(["a", "a", "s/a"], ["a", "a", "k"], ["s.tar", "t.tar", "t.tar"]) == ["s/a#2", "t/a", "s/a"]
     assert unique_ids(["a", "b"], ["a", "b"], ["s.tar", "s.tar"]) == ["a", "b"]
 
 
-def test_two_members_of_one_name_are_a_row_and_a_reason(tmp_path: Path) -> None:
+def test_the_second_member_of_one_name_is_refused_as_a_duplicate(tmp_path: Path) -> None:
     shard(tmp_path / "a.tar", [("a.jpg", jpeg(0)), ("b.jpg", jpeg(1)), ("a.jpg", jpeg(2)), ("a.txt", b"the first")])
     corpus = index_corpus(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE, workers=1), tmp_path / "runs")
     assert corpus.manifest[["id", "reason"]].to_numpy().tolist() == [["a", ""], ["a#2", DUPLICATE], ["b", ""]]
@@ -108,7 +108,7 @@ def test_images_of_a_shard_are_found_by_last_suffix_or_content(tmp_path: Path, i
     assert out == data and suffix in (".jpg", ".jpeg", ".png")
 
 
-def test_image_and_mask_of_one_key(tmp_path: Path) -> None:
+def test_image_and_mask_of_one_key_are_distinguished(tmp_path: Path) -> None:
     mask = encoded(Image.fromarray(np.full((32, 32), 1, np.uint8)))
     for number, name in enumerate(("mask.png", "seg.png", "label.tif", "gt.png")):
         members = [(f"a.{name}", mask), ("a.image.jpg", jpeg(0)), ("a.output.cls", b"4")]
@@ -121,7 +121,7 @@ def test_image_and_mask_of_one_key(tmp_path: Path) -> None:
         assert (sample.mask == 1).all() and (sample.image == pixels(jpeg(0))).all(), name
 
 
-def test_members_may_lie_anywhere_in_the_shard(tmp_path: Path) -> None:
+def test_members_of_a_sample_may_be_anywhere_in_the_shard(tmp_path: Path) -> None:
     images = [(f"{row:03d}.jpg", jpeg(row)) for row in range(4)]
     texts = [(f"{row:03d}.txt", b"a beach, no. %d" % row) for row in reversed(range(4))]
     shard(tmp_path / "x.tar", [*images, *texts])
@@ -129,7 +129,7 @@ def test_members_may_lie_anywhere_in_the_shard(tmp_path: Path) -> None:
     assert result == {f"{row:03d}": ("", f"a beach, no. {row}") for row in range(4)}
 
 
-def test_dots_in_keys_do_not_make_one_sample_of_many(tmp_path: Path) -> None:
+def test_samples_whose_keys_contain_dots_are_not_merged(tmp_path: Path) -> None:
     names = ["S2A.20190101.tile1", "S2A.20190101.tile2", "tile_12.5_43.25", "tile_12.5_43.50", "v1.0"]
     members = [(f"{name}.jpg", jpeg(row)) for row, name in enumerate(names)]
     members += [(f"{name}.txt", f"about {name}".encode()) for name in names]
@@ -138,13 +138,13 @@ def test_dots_in_keys_do_not_make_one_sample_of_many(tmp_path: Path) -> None:
     assert result == {name: ("", f"about {name}") for name in names}
 
 
-def test_images_of_several_words_share_what_has_none(tmp_path: Path) -> None:
+def test_several_images_of_one_key_share_its_metadata(tmp_path: Path) -> None:
     shard(tmp_path / "a.tar", [("s.left.jpg", jpeg(0)), ("s.right.jpg", jpeg(1)), ("s.json", b'{"scene": "port"}')])
     table = WebDataset(str(tmp_path / "a.tar"), resolution=SIDE).manifest()
     assert table[["id", "scene"]].to_numpy().tolist() == [["s.left", "port"], ["s.right", "port"]]
 
 
-def test_the_image_itself_comes_before_its_thumbnail(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_image_takes_precedence_over_its_thumbnail(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shard(
         tmp_path / "a.tar", [("s.thumb.jpg", jpeg(0)), ("s.jpg", jpeg(1)), ("s.npy", b"numbers"), ("README.md", b"x")]
     )
@@ -153,7 +153,7 @@ def test_the_image_itself_comes_before_its_thumbnail(tmp_path: Path, capsys: pyt
     assert "webdataset: 2 members ignored: .jpg 1, .npy 1\n" in capsys.readouterr().err
 
 
-def test_what_has_no_image_says_what_was_met(tmp_path: Path) -> None:
+def test_the_reason_for_a_missing_image_lists_the_suffixes_of_the_sample(tmp_path: Path) -> None:
     shard(
         tmp_path / "a.tar", [("a.txt", b"alone"), ("a.npy", b"1"), ("b.jpg", jpeg(0)), ("plain", jpeg(1)), ("n", b"x")]
     )
@@ -163,7 +163,7 @@ def test_what_has_no_image_says_what_was_met(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_more_suffixes_of_images_by_option(tmp_path: Path) -> None:
+def test_an_option_adds_suffixes_of_images(tmp_path: Path) -> None:
     tga = encoded(texture(0), "TGA")
     shard(tmp_path / "a.tar", [("a.rgb", tga), ("a.txt", b"x y")])
     (tmp_path / "folder").mkdir()
@@ -175,7 +175,7 @@ def test_more_suffixes_of_images_by_option(tmp_path: Path) -> None:
         assert len(ImageFolder(str(tmp_path / "folder"), **options).manifest()) == 1 + count
 
 
-def test_samples_are_the_same_in_any_order() -> None:
+def test_samples_do_not_depend_on_the_order_of_members() -> None:
     names = ["a.jpg", "a.txt", "a.mask.png", "b.x.jpg", "b.y.jpg", "b.json", "c.txt"]
     kinds = [kind_of(name, b"") for name in names]
     random = np.random.default_rng(0)
@@ -216,7 +216,7 @@ def test_a_folder_s_images_are_found_by_suffix_or_content(tmp_path: Path, capsys
     assert capsys.readouterr().err == "folder: 3 files ignored: .csv 1, .mp4 2\n"
 
 
-def test_a_folder_of_other_things_says_what_they_are(tmp_path: Path) -> None:
+def test_the_error_about_a_folder_without_images_lists_the_suffixes(tmp_path: Path) -> None:
     (tmp_path / "a.nc").write_bytes(b"CDF")
     with pytest.raises(UserError, match=r"1 files are something else: \.nc 1"):
         ImageFolder(str(tmp_path)).manifest()
@@ -237,11 +237,11 @@ def test_the_first_bytes_name_the_format(kind: str, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("text", [b"BM25 ranks texts", b"P5 is a mask", b"P6", b"II*", b"RIFF....WAVE", b"", b"GIF"])
-def test_other_first_bytes_name_none(text: bytes) -> None:
+def test_first_bytes_of_other_files_name_no_format(text: bytes) -> None:
     assert image_suffix(text) == "" and kind_of("x", text) == "other"
 
 
-def test_a_suffix_that_tells_the_truth_stays() -> None:
+def test_an_unusual_or_wrong_suffix_is_replaced_by_that_of_the_format() -> None:
     data = jpeg(0)
     assert [honest_suffix(data, suffix) for suffix in (".jpeg", ".jpg", ".jfif", ".png", "")] == [
         ".jpeg",
@@ -250,7 +250,7 @@ def test_a_suffix_that_tells_the_truth_stays() -> None:
 
 
 @pytest.mark.parametrize("layout", ["train/images/Beach", "images/train/Beach", "Beach/train", "train/Beach"])
-def test_images_lie_below_splits_and_splits_below_images(tmp_path: Path, layout: str) -> None:
+def test_split_folders_are_found_at_every_level(tmp_path: Path, layout: str) -> None:
     for split in ("train", "val2017", "Testing"):
         folder = tmp_path / layout.replace("train", split)
         folder.mkdir(parents=True)
@@ -267,7 +267,7 @@ def test_images_lie_below_splits_and_splits_below_images(tmp_path: Path, layout:
 # ------------------------------------------------------------------------------------------------------- class numbers
 
 
-def test_numbers_are_no_scene_names(tmp_path: Path) -> None:
+def test_class_numbers_of_shards_become_scene_names(tmp_path: Path) -> None:
     members = [
         pair for row in range(4) for pair in ((f"{row}.png", encoded(texture(row))), (f"{row}.cls", b"%d" % row))
     ]
@@ -284,7 +284,7 @@ def test_numbers_are_no_scene_names(tmp_path: Path) -> None:
     assert beside.version != WebDataset(str(tmp_path / "0.tar"), class_names=[]).version
 
 
-def test_folders_that_are_numbers_take_their_names_from_a_list(tmp_path: Path) -> None:
+def test_numbered_folders_take_their_scene_names_from_a_list(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / "d" / str(number)).mkdir(parents=True)
         texture(number).save(tmp_path / "d" / str(number) / "a.png")
@@ -299,7 +299,7 @@ def test_folders_that_are_numbers_take_their_names_from_a_list(tmp_path: Path) -
         ImageFolder(str(tmp_path / "d"), class_names=str(tmp_path / "gone.txt")).manifest()
 
 
-def test_class_numbers_of_a_table(tmp_path: Path) -> None:
+def test_class_numbers_of_a_table_become_scene_names(tmp_path: Path) -> None:
     rows = {"image": [{"bytes": encoded(texture(row)), "path": None} for row in range(4)], "label": [0, 1, -1, 7]}
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
     table = HuggingFace(str(tmp_path)).manifest()
@@ -311,7 +311,7 @@ def test_class_numbers_of_a_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names that are no Unicode exist on POSIX alone")
-def test_suffixes_that_are_no_unicode_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_suffixes_that_are_no_unicode_do_not_stop_indexing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     odd = os.fsdecode(b"a.\xff\n")
     shard(tmp_path / "a.tar", [(odd, b"x"), ("b.jpg", jpeg(0)), (os.fsdecode(b"b.\xfe"), b"y")])
     corpus = index_corpus(WebDataset(str(tmp_path / "a.tar"), resolution=SIDE), tmp_path / "runs")
@@ -323,7 +323,7 @@ def test_suffixes_that_are_no_unicode_stop_nothing(tmp_path: Path, capsys: pytes
     assert "folder: 1 files ignored: '.\\udcff\\n' 1\n" in capsys.readouterr().err
 
 
-def test_shards_of_a_folder_or_of_a_pattern(tmp_path: Path) -> None:
+def test_shards_are_found_by_folder_or_pattern(tmp_path: Path) -> None:
     """img2dataset writes a folder with statistics next to the shards. Spaces and commas are not separators."""
     folder = tmp_path / "laion, part (1)"
     folder.mkdir()
@@ -342,7 +342,7 @@ def test_shards_of_a_folder_or_of_a_pattern(tmp_path: Path) -> None:
             WebDataset(urls=urls).manifest()
 
 
-def test_a_split_without_images_says_whose_they_are(tmp_path: Path) -> None:
+def test_the_error_about_a_split_without_images_names_the_option(tmp_path: Path) -> None:
     for number in range(4):
         path = tmp_path / "data" / ("validation", "test")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ def bigearthnet(write: Write, count: int = 4) -> tuple[Path, np.ndarray]:
     return root, truth
 
 
-def test_a_folder_of_patches_in_one_file_a_band(write: Write, tmp_path: Path, capsys) -> None:
+def test_patches_with_one_file_per_band_are_stacked(write: Write, tmp_path: Path, capsys) -> None:
     root, truth = bigearthnet(write)
     with pytest.raises(UserError, match=r"one file per band \(S2A_0_B01\.tif, .*corpus\.bands=\[B04,B03,B02\]"):
         ImageFolder(str(root)).manifest()
@@ -70,7 +70,7 @@ def test_a_folder_of_patches_in_one_file_a_band(write: Write, tmp_path: Path, ca
     assert "4 images are stacked from single-band files; 12 other files of these scenes are left out" in message
 
 
-def test_deep_stacks_share_one_stretch_and_go_out_as_they_are(write: Write) -> None:
+def test_deep_stacks_have_one_stretch_and_are_exported_unchanged(write: Write) -> None:
     root, truth = bigearthnet(write)
     source = ImageFolder(str(root), bands=RGB, resolution=24)
     levels = source.survey.levels["uint16 x 3"]
@@ -85,7 +85,7 @@ def test_deep_stacks_share_one_stretch_and_go_out_as_they_are(write: Write) -> N
         source.path(0)
 
 
-def test_a_band_that_changes_is_read_again_and_one_that_is_gone_is_a_reason(write: Write, tmp_path: Path) -> None:
+def test_a_changed_band_changes_the_version_and_a_missing_band_gets_a_reason(write: Write, tmp_path: Path) -> None:
     root, _ = bigearthnet(write)
     source = ImageFolder(str(root), bands=RGB, resolution=24)
     before = source.manifest()["stamp"], source.version
@@ -99,7 +99,7 @@ def test_a_band_that_changes_is_read_again_and_one_that_is_gone_is_a_reason(writ
     assert images[2] == "vanished" and images[3] == "damaged or truncated" and isinstance(images[1], np.ndarray)
 
 
-def test_masks_and_captions_belong_to_the_place(write: Write, tmp_path: Path) -> None:
+def test_masks_and_captions_are_matched_to_the_patch(write: Write, tmp_path: Path) -> None:
     root, _ = bigearthnet(write)
     for patch in range(4):
         folder = tmp_path / "masks" / f"S2A_{patch}"
@@ -127,12 +127,12 @@ def test_masks_and_captions_belong_to_the_place(write: Write, tmp_path: Path) ->
         (["S1A_VV.tif", "S1A_VH.tif"], ("VV", "VH", "VV"), "S1A", 0),
     ],
 )  # fmt: skip
-def test_products_of_other_houses(files: list[str], bands: tuple[str, ...], place: str, left: int) -> None:
+def test_bands_of_other_products_are_stacked(files: list[str], bands: tuple[str, ...], place: str, left: int) -> None:
     result, others = stacks(files, bands)
     assert list(result) == [place] and len(result[place]) == 3 and len(others) == left
 
 
-def test_quality_masks_of_a_safe_product_are_no_stack() -> None:
+def test_quality_masks_of_a_safe_product_are_not_stacked() -> None:
     """Since baseline 04.00 a product has MSK_QUALIT_B02.jp2 and similar files next to the images."""
     granule = "S2A_MSIL2A_X.SAFE/GRANULE/L2A_T36KVU"
     images = [f"{granule}/IMG_DATA/R{size}m/T36KVU_{b}_{size}m.jp2" for size in (10, 20) for b in (*RGB, "SCL")]
@@ -143,19 +143,19 @@ def test_quality_masks_of_a_safe_product_are_no_stack() -> None:
     assert scene_folders(f"europe/{granule}/IMG_DATA/T36KVU") == ("europe",)
 
 
-def test_what_is_no_band_is_no_stack() -> None:
+def test_files_that_are_no_bands_are_not_stacked() -> None:
     assert single_bands(["a_b1.png", "a_b2.png", "a_b3.png", "tb12.tif", "web1.tif", "B1.tif"]) == []
     assert stacks(["a.tif", "b.tif"], RGB) == ({}, set())
     assert place_of("p/S2A_10_labels.json", {"p/S2A_1"}) is None
 
 
-def test_files_that_are_called_as_bands_but_hold_three_are_images(write: Write) -> None:
+def test_files_named_like_bands_but_with_three_bands_are_images(write: Write) -> None:
     for name in ("block_b1.tif", "block_b2.tif", "block_b3.tif"):
         root = write(name, np.zeros((3, 8, 8), np.uint8))
     assert len(ImageFolder(str(root), resolution=8).manifest()) == 3
 
 
-def test_scenes_of_one_band_alone(write: Write) -> None:
+def test_a_single_band_can_be_read_alone(write: Write) -> None:
     values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
     write("p/x_B08.tif", values)
     root = write("p/x_B04.tif", values // 2)
@@ -205,7 +205,7 @@ def test_no_ground_is_in_two_splits(patches: Path, capsys) -> None:
     assert set(tables["train"]["ground"]) & set(tables["test"]["ground"]) <= {""}
 
 
-def test_two_zones_of_utm_share_the_grid(tmp_path: Path, write: Write) -> None:
+def test_a_patch_has_the_same_footprint_in_two_utm_zones(tmp_path: Path, write: Write) -> None:
     """The same patch in the projection of the neighbouring zone falls into the same cell."""
     from rasterio.warp import transform
 
@@ -218,7 +218,7 @@ def test_two_zones_of_utm_share_the_grid(tmp_path: Path, write: Write) -> None:
     assert 160 <= first.side < 165 and 160 <= second.side < 180  # the zones are rotated against each other
 
 
-def test_images_without_a_place_stay_where_they_were(write: Write, tmp_path: Path) -> None:
+def test_images_without_a_location_are_split_by_the_hash_of_their_id(write: Write, tmp_path: Path) -> None:
     random = np.random.default_rng(5)
     (tmp_path / "plain").mkdir()
     for number in range(40):
@@ -229,7 +229,7 @@ def test_images_without_a_place_stay_where_they_were(write: Write, tmp_path: Pat
         assert {hashed_split(name, 0.1, 0.1) for name in table["id"]} <= {split} and "ground" not in table
 
 
-def test_one_place_alone_is_split_by_the_id_and_said(write: Write, capsys) -> None:
+def test_images_of_a_single_location_are_split_by_id_and_reported(write: Write, capsys) -> None:
     """For example patches with an invented location, or many dates of one location."""
     random = np.random.default_rng(6)
     for number in range(60):
@@ -240,7 +240,7 @@ def test_one_place_alone_is_split_by_the_id_and_said(write: Write, capsys) -> No
     assert "lie in only 1 ground cells, too few" in capsys.readouterr().err
 
 
-def test_ground_decides_where_the_data_set_names_no_split(capsys) -> None:
+def test_ground_decides_the_splits_that_the_data_set_does_not_name(capsys) -> None:
     ids = [f"{number}.tif" for number in range(200)]
     grounds = [(f"1,{number // 2}",) for number in range(200)]
     result = assigned("c", ids, [""] * 200, 0.1, 0.1, None, grounds)
@@ -254,7 +254,7 @@ def test_ground_decides_where_the_data_set_names_no_split(capsys) -> None:
     assert edge == [splits.pop() if len(splits) == 1 else "" for splits in expected] and "" in edge
 
 
-def test_few_places_fill_the_splits_and_stay_whole(capsys) -> None:
+def test_few_locations_fill_the_splits_and_are_not_divided(capsys) -> None:
     """Ten locations at three dates.
 
     A hash of ten cells may leave a split empty; a hash of the ids would separate the dates of a location.

@@ -79,7 +79,7 @@ def parts() -> TextParts:
         ("dit_b", 4, 32, 768, 119),
     ],
 )
-def test_networks_have_the_sizes_their_names_stand_for(name, channels, side, width, millions) -> None:
+def test_networks_have_the_expected_number_of_parameters(name, channels, side, width, millions) -> None:
     """A DiT of 12 blocks, width d: 16 d^2 each for two attentions and an MLP, and 6 d^2 for the times of all blocks."""
     with torch.device("meta"):
         network = new_network(config(f"model={name}").model, channels, side, width, seed=0)
@@ -87,7 +87,7 @@ def test_networks_have_the_sizes_their_names_stand_for(name, channels, side, wid
     assert count == pytest.approx(millions, rel=0.03)
 
 
-def test_a_transformer_starts_from_nothing_and_learns() -> None:
+def test_a_new_transformer_predicts_zero_and_learns() -> None:
     network = new_transformer(TRANSFORMER, CHANNELS, 4, 8, seed=0)
     generator = torch.Generator().manual_seed(1)
     latents, text = torch.randn(4, CHANNELS, 4, 4, generator=generator), torch.randn(4, 6, 8, generator=generator)
@@ -105,12 +105,12 @@ def test_a_transformer_starts_from_nothing_and_learns() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_a_transformer_does_not_divide_every_latent() -> None:
+def test_a_patch_size_that_does_not_divide_the_latents_is_refused() -> None:
     with pytest.raises(UserError, match="patch_size"):
         new_transformer({**TRANSFORMER, "patch_size": 3}, CHANNELS, 4, 8, seed=0)
 
 
-def test_a_transformers_pipeline_is_plain_diffusers_and_sees_no_padding(parts, tmp_path) -> None:
+def test_the_pipeline_of_a_transformer_is_plain_diffusers_and_masks_padding(parts, tmp_path) -> None:
     network = new_transformer(TRANSFORMER, CHANNELS, SIZE // 8, 8, seed=0)
     nn.init.normal_(network.proj_out.weight, std=0.3)
     made = text_to_image_pipeline(
@@ -144,7 +144,7 @@ def saved(parts, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_or_a_pipeline_is_gone_on_from(saved: Path) -> None:
+def test_pretrained_weights_are_loaded_from_a_run_or_a_pipeline(saved: Path) -> None:
     for path in (saved, saved / "pipeline"):
         cfg = config("model=pretrained", f"model.pretrained={path}", "train.objective.prediction=epsilon")
         result = load_pretrained(cfg)
@@ -157,7 +157,7 @@ def test_a_run_or_a_pipeline_is_gone_on_from(saved: Path) -> None:
     ("path", "named"),
     [("{saved}", "prediction=epsilon"), ("{saved}/nothing", "model.pretrained"), ("no/name", "no/name")],
 )
-def test_what_cannot_be_gone_on_from_is_refused(saved: Path, path: str, named: str, monkeypatch) -> None:
+def test_unsuitable_pretrained_models_are_refused(saved: Path, path: str, named: str, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cfg = config("model=pretrained", f"model.pretrained={path.format(saved=saved)}")
     with pytest.raises(UserError, match=named) as error:
@@ -165,7 +165,7 @@ def test_what_cannot_be_gone_on_from_is_refused(saved: Path, path: str, named: s
     assert "\n" not in str(error.value)
 
 
-def test_low_rank_updates_train_alone_load_and_merge(parts, tmp_path) -> None:
+def test_only_low_rank_updates_train_and_they_load_and_merge(parts, tmp_path) -> None:
     network = tiny_unet()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     targets = list(config("model=lora", "model.pretrained=x").model.lora.targets)
@@ -201,7 +201,7 @@ def test_low_rank_updates_train_alone_load_and_merge(parts, tmp_path) -> None:
 # ---------------------------------------------------------------- metadata
 
 
-def test_a_field_that_is_missing_is_as_if_there_were_no_metadata() -> None:
+def test_missing_metadata_fields_have_no_effect() -> None:
     unet, encoder = tiny_unet(), new_encoder(PLACE, 8, seed=0)
     latents, text, time = torch.randn(3, CHANNELS, 2, 2), torch.randn(3, 8, 8), torch.tensor([10.0, 500.0, 990.0])
     values = torch.tensor([[20.0, 10.0], [np.nan, 45.0], [np.nan, np.nan]])
@@ -217,13 +217,13 @@ def test_a_field_that_is_missing_is_as_if_there_were_no_metadata() -> None:
     assert not torch.allclose(both[0], none[0], atol=1e-3)
 
 
-def test_scaled_fields() -> None:
+def test_metadata_fields_are_scaled_to_0_to_1000() -> None:
     np.testing.assert_allclose(PLACE["lon"].scaled(torch.tensor([-180.0, 0, 180, 999])), [0, 500, 1000, 1000])
     field = MetadataField(0.1, 1000, log=True)
     np.testing.assert_allclose(field.scaled(torch.tensor([0.1, 10.0, 1000.0])), [0, 500, 1000], atol=1e-3)
 
 
-def test_metadata_of_a_manifest() -> None:
+def test_metadata_values_are_read_from_the_manifest() -> None:
     manifest = pd.DataFrame(
         {
             "lon": [1.5, np.nan],
@@ -246,7 +246,7 @@ def test_metadata_of_a_manifest() -> None:
         metadata_values(manifest, {"empty": MetadataField(0, 1)})
 
 
-def test_dropped_metadata() -> None:
+def test_metadata_fields_are_dropped_independently() -> None:
     values = np.ones((4000, 2), dtype=np.float32)
     dropped = np.isnan(drop(values, np.random.default_rng(0), 0.25))
     assert dropped.mean() == pytest.approx(0.25, abs=0.02) and not np.isnan(values).any()
@@ -281,7 +281,7 @@ def test_a_pipeline_draws_with_metadata_and_without(parts, tmp_path) -> None:
 # ---------------------------------------------------------------- captions and latents
 
 
-def test_every_caption_of_an_image_has_its_turn() -> None:
+def test_all_captions_of_an_image_are_picked_equally_often() -> None:
     manifest = pd.DataFrame(
         {"caption": ["a", "x", "b"], "captions": [["a", "b", "c"], None, np.array(["b", "x"])]},
     )
@@ -292,7 +292,7 @@ def test_every_caption_of_an_image_has_its_turn() -> None:
     np.testing.assert_allclose(fractions, [[1 / 3] * 3 + [0, 0], [0, 0, 0, 1, 0], [0, 0.5, 0, 0.5, 0]], atol=0.04)
 
 
-def test_one_caption_an_image_takes_no_random_number() -> None:
+def test_picking_a_single_caption_uses_no_random_number() -> None:
     captions, random = Captions.of(pd.DataFrame({"caption": ["a", "b", "a"]})), np.random.default_rng(0)
     assert captions.pick(np.array([2, 1, 0]), random).tolist() == [0, 1, 0]
     assert random.random() == np.random.default_rng(0).random()
@@ -312,7 +312,7 @@ def corpus_of(images: np.ndarray) -> Corpus:
     return Corpus("made", Path("made"), images, manifest, None, ())
 
 
-def test_cached_latents_are_the_autoencoders_and_resume(tmp_path, monkeypatch) -> None:
+def test_cached_latents_equal_those_of_the_autoencoder_and_resume(tmp_path, monkeypatch) -> None:
     from train import latents as module
 
     monkeypatch.setattr(module, "ENCODE_BATCH", 4)
@@ -340,7 +340,7 @@ def test_cached_latents_are_the_autoencoders_and_resume(tmp_path, monkeypatch) -
     assert half.dtype == np.float16
 
 
-def test_crops_are_the_images_own_and_larger_ones_are_refused() -> None:
+def test_crops_are_parts_of_their_image_and_too_large_crops_are_refused() -> None:
     images, rows, views = to_tensor(pictures(3, size=24)), np.array([5, 9, 11]), Views(symmetries=2, crops=2, crop=16)
     assert len(views) == 4 and views.side(24) == 16
     taken = views.take(images, rows, 2, seed=0)
@@ -351,7 +351,7 @@ def test_crops_are_the_images_own_and_larger_ones_are_refused() -> None:
         Views(crop=32).side(24)
 
 
-def test_a_variational_autoencoder_leaves_mean_and_deviation(tmp_path) -> None:
+def test_latents_of_a_variational_autoencoder_are_mean_and_deviation(tmp_path) -> None:
     torch.manual_seed(0)
     autoencoder = AutoencoderKL(
         block_out_channels=(8,), norm_num_groups=4, latent_channels=2, scaling_factor=0.5
@@ -367,7 +367,7 @@ def test_a_variational_autoencoder_leaves_mean_and_deviation(tmp_path) -> None:
 # ---------------------------------------------------------------- the loop
 
 
-def test_parts_of_a_batch_sum_up_to_it(tmp_path) -> None:
+def test_micro_batches_give_the_same_weights_as_whole_batches(tmp_path) -> None:
     whole = fit(tmp_path / "whole")
     for size in (2, 3):  # the last part of three is smaller
         parts_ = fit(tmp_path / f"parts_{size}", replace(OPTIONS, micro_batch=size))
@@ -375,7 +375,7 @@ def test_parts_of_a_batch_sum_up_to_it(tmp_path) -> None:
             torch.testing.assert_close(parts_[key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout_repeats_itself_after_a_kill(tmp_path) -> None:
+def test_dropout_is_reproduced_after_a_kill(tmp_path) -> None:
     whole = fit(tmp_path / "whole", dropout=0.5)
     fit(tmp_path / "cut", replace(OPTIONS, steps=12, checkpoint_every=6, keep_checkpoints=2), dropout=0.5)
     kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
@@ -389,14 +389,14 @@ def test_dropout_repeats_itself_after_a_kill(tmp_path) -> None:
         assert torch.equal(resumed[key], value)
 
 
-def test_a_loss_that_runs_away_stops_the_training(tmp_path) -> None:
+def test_a_diverging_loss_stops_the_training(tmp_path) -> None:
     options = replace(OPTIONS, steps=400, learning_rate=30.0, gradient_clip=1e9, warmup=200, divergence=3.0)
     with pytest.raises(UserError, match="diverged to") as error:
         fit(tmp_path, options)
     assert "learning_rate" in str(error.value) and "checkpoint" in str(error.value)
 
 
-def test_compiled_networks_keep_their_weights_names(tmp_path, monkeypatch) -> None:
+def test_compiled_networks_keep_the_names_of_their_weights(tmp_path, monkeypatch) -> None:
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     fit(tmp_path, replace(OPTIONS, compile=True))
@@ -425,7 +425,7 @@ def saved_losses(directory: Path) -> list[float]:
     return json.loads((directory / "checkpoints" / "00000012" / "state.json").read_text())["losses"]
 
 
-def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None:
+def test_two_processes_train_like_one_and_continue_its_checkpoint(tmp_path) -> None:
     """gloo on the CPU: the same global batch, so the same curve except for the order of sums."""
     snapshots = []
     one = fit(tmp_path / "one", on_snapshot=lambda *given: snapshots.append(given))
@@ -449,7 +449,7 @@ def test_two_processes_train_as_one_does_and_resume_each_other(tmp_path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
-def test_plugins_train_as_one_process_does_and_resume_each_other(tmp_path, config) -> None:
+def test_plugins_train_like_one_process_and_each_continues_the_other(tmp_path, config) -> None:
     """Accelerate's plugins over gloo: checkpoints are complete, so each can continue from the other's."""
     if config == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install '.[deepspeed]')")
@@ -497,7 +497,7 @@ def interrupted(directory: Path, step: int) -> None:
 # ---------------------------------------------------------------- the hub
 
 
-def test_a_finished_pipeline_goes_to_the_hub_or_says_why_not(tmp_path, monkeypatch) -> None:
+def test_pushing_a_pipeline_uploads_it_or_reports_the_reason(tmp_path, monkeypatch) -> None:
     from train import pretrain as command
 
     calls = []
@@ -532,7 +532,7 @@ def test_training_flops_are_three_forward_passes() -> None:
     assert peak_flops(torch.device("cpu"), torch.float32, 256, 0.05) > 1e8
 
 
-def test_snapshots_come_evenly_or_every_so_many_images() -> None:
+def test_snapshots_are_evenly_spaced_or_at_intervals_of_images() -> None:
     options = LoopOptions(steps=100, batch_size=32, learning_rate=1e-3)
     assert snapshot_steps(config("train.snapshots=4"), options) == [25, 50, 75, 100]
     assert snapshot_steps(config("train.snapshot_every_images=960"), options) == [30, 60, 90, 100]
@@ -540,7 +540,7 @@ def test_snapshots_come_evenly_or_every_so_many_images() -> None:
     assert snapshot_steps(config("train.snapshots=0"), options) == [100]
 
 
-def test_the_runs_of_a_sweep_share_a_group(monkeypatch) -> None:
+def test_a_sweep_has_its_own_tracking_group_and_a_single_run_has_none(monkeypatch) -> None:
     monkeypatch.setattr(tracking.HydraConfig, "initialized", lambda: True)
     for mode, expected in ((RunMode.RUN, False), (RunMode.MULTIRUN, True)):
         monkeypatch.setattr(tracking.HydraConfig, "get", lambda mode=mode: DictConfig({"mode": mode}))
@@ -551,7 +551,7 @@ def test_the_runs_of_a_sweep_share_a_group(monkeypatch) -> None:
     assert tracking._sweep() != group and group.startswith("sweep-")
 
 
-def test_areas_and_targets() -> None:
+def test_the_summary_of_a_curve_has_its_area_and_the_reached_targets() -> None:
     assert area_under_curve([0, 1, 3], [4, 2, 2]) == pytest.approx((3 + 4) / 3)
     assert area_under_curve([5], [2]) == 2
     assert first_reached([10, 20, 30], [8, 4, 2], 6) == 15
@@ -593,6 +593,6 @@ def test_areas_and_targets() -> None:
         (MetadataField, {"low": 0, "high": 10, "log": True}),
     ],
 )
-def test_views_and_fields_that_cannot_be_are_refused(part, options) -> None:
+def test_invalid_views_and_metadata_fields_are_refused(part, options) -> None:
     with pytest.raises(UserError):
         part(**options)

@@ -33,7 +33,7 @@ print(type(pipeline).__name__, images.shape, bool(np.isfinite(images).all()))
 
 
 @pytest.mark.slow
-def test_all_weights_of_a_pipeline_go_on_training(tmp_path: Path) -> None:
+def test_full_fine_tuning_changes_all_weights_of_the_diffusion_network(tmp_path: Path) -> None:
     folder = tmp_path / "given"
     text_to_image_pipeline(
         tiny_autoencoder(), *tiny_text_encoder(), tiny_unet(), Objective().scheduler()
@@ -79,7 +79,7 @@ def composed() -> DictConfig:
     [("owner/name", "0", ["owner/name"]), (None, "0", []), ("owner/name", "1", [])],
     ids=["requested", "not requested", "another process"],
 )
-def test_a_finished_pipeline_is_pushed_where_requested(
+def test_a_finished_pipeline_is_pushed_only_if_requested_and_by_one_process(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

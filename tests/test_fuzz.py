@@ -53,7 +53,7 @@ def ended(group: int) -> bool:
     return False
 
 
-def judged(result: list[dict]) -> None:
+def check_results(result: list[dict]) -> None:
     """No corpus has a problem, and enough of them ran through all steps for the test to be meaningful."""
     problems = [
         f"seed {one['seed']} {one['source']} {one['overrides']}: {one['problem']}" for one in result if one["problem"]
@@ -64,11 +64,11 @@ def judged(result: list[dict]) -> None:
     assert all(0 < one["readable"] <= one["rows"] for one in through)
 
 
-def test_a_few_mutations_of_each_source(tmp_path: Path) -> None:
-    judged(fuzzed(tmp_path, 5, [("folder", 12), ("webdataset", 12), ("geotiff", 10), ("huggingface", 10)]))
+def test_a_few_mutations_of_each_source_cause_no_problem(tmp_path: Path) -> None:
+    check_results(fuzzed(tmp_path, 5, [("folder", 12), ("webdataset", 12), ("geotiff", 10), ("huggingface", 10)]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["folder", "webdataset", "geotiff", "huggingface"])
-def test_a_thousand_mutations(tmp_path: Path, source: str) -> None:
-    judged(fuzzed(tmp_path, 1000, [(source, 50)] * 5))
+def test_a_thousand_mutations_cause_no_problem(tmp_path: Path, source: str) -> None:
+    check_results(fuzzed(tmp_path, 1000, [(source, 50)] * 5))

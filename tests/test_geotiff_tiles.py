@@ -85,7 +85,7 @@ def test_no_pixel_is_in_tiles_of_two_blocks(write: Write, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("overlap", [-1, 16, 20])
-def test_an_overlap_that_cannot_be_is_one_line(write: Write, overlap: int) -> None:
+def test_an_invalid_overlap_is_refused(write: Write, overlap: int) -> None:
     path = write("a.tif", noise(32, 32))
     with pytest.raises(UserError, match=rf"corpus\.overlap={overlap} must lie in 0\.\.15"):
         GeoTiff(str(path), tile=16, resolution=16, overlap=overlap)
@@ -106,7 +106,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("tile", [16, 32])
-def test_every_tile_knows_its_coordinate_system_and_centre(write: Write, tile: int) -> None:
+def test_every_tile_has_its_coordinate_system_and_centre(write: Write, tile: int) -> None:
     """For every coordinate system of the scene, with and without reduction of the tiles."""
     for name, options in PLACES.items():
         root = write(name, noise(64, 96), **options).parent
@@ -126,7 +126,7 @@ def test_every_tile_knows_its_coordinate_system_and_centre(write: Write, tile: i
         assert row.ground_sampling_distance == pytest.approx(metres, rel=0.04)
 
 
-def test_a_scene_without_a_place_has_none(write: Write, tmp_path: Path) -> None:
+def test_tiles_of_a_scene_without_georeference_have_no_location(write: Write, tmp_path: Path) -> None:
     here = write("here.tif", noise(16, 16))
     with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
         write("nowhere.tif", noise(16, 16), crs=None, transform=rasterio.Affine.identity())
@@ -165,7 +165,7 @@ def test_tiles_with_too_little_data_are_quarantined(holes, tmp_path: Path) -> No
         assert 0 < (~corpus.readable).sum() < len(corpus) == 6
 
 
-def test_pixels_without_data_are_black_and_others_as_they_were(holes, tmp_path: Path) -> None:
+def test_pixels_without_data_are_black_and_others_are_stretched_as_usual(holes, tmp_path: Path) -> None:
     path, values, missing = holes
     corpus = indexed(path, tmp_path, resolution=16, stretch="range", low=LOW, high=HIGH)
     expected = np.where(missing, 0, (values - LOW) * (255 / (HIGH - LOW))).transpose(1, 2, 0)
@@ -177,7 +177,7 @@ def test_pixels_without_data_are_black_and_others_as_they_were(holes, tmp_path: 
             assert np.abs(image - np.clip(expected[window], 0, 255)).max() <= 0.51
 
 
-def test_what_is_no_data_does_not_stretch_the_rest(holes, tmp_path: Path) -> None:
+def test_pixels_without_data_do_not_affect_the_stretch(holes, tmp_path: Path) -> None:
     """The percentiles use only valid pixels: neither NaN nor -9999 in all bands changes them."""
     path, values, missing = holes
     corpus = indexed(path, tmp_path, resolution=16)
@@ -190,7 +190,7 @@ def test_what_is_no_data_does_not_stretch_the_rest(holes, tmp_path: Path) -> Non
                 assert np.abs(image[..., band] - np.where(missing[window], 0, grey)).max() <= 0.51
 
 
-def test_a_scene_of_nothing_is_quarantined_tile_by_tile(write: Write, tmp_path: Path) -> None:
+def test_all_tiles_of_a_scene_without_data_are_quarantined(write: Write, tmp_path: Path) -> None:
     for number, (value, nodata) in enumerate(((np.nan, None), (-1.0, -1.0), (np.nan, np.nan))):
         path = write(f"{number}.tif", np.full((1, 32, 32), value, np.float32), nodata=nodata)
         with pytest.raises(UserError, match=rf"none of 4 images can be read: {NO_DATA} 4 \(table: ") as refused:

@@ -52,7 +52,7 @@ def test_every_leading_part_of_a_balanced_set_is_balanced():
     assert (scenes == "land").sum() == 8  # it has no more, so its turns go to the others
 
 
-def test_halves_are_disjoint_and_share_no_ground():
+def test_halves_are_disjoint_and_have_no_common_ground():
     ground = [f"{index // 10:02d}" if index % 10 < 8 else "" for index in range(100)]
     corpus = made(["sea", "ice"] * 50, ground, unreadable=(3,))
     first, second = halves(corpus, seed=0)
@@ -64,7 +64,7 @@ def test_halves_are_disjoint_and_share_no_ground():
     assert [int(part[:60].sum()) for part in plain] == [30, 30]
 
 
-def test_sets_and_further_sets_share_no_image(tmp_path: Path):
+def test_first_and_second_held_out_sets_have_no_common_image(tmp_path: Path):
     corpus = made(["sea"] * 60 + ["ice"] * 40)
     first = held_out_sets(corpus, [Mean()], 20, 0, tmp_path)
     second = second_sets(corpus, [Mean()], 20, 0, tmp_path)
@@ -76,7 +76,7 @@ def test_sets_and_further_sets_share_no_image(tmp_path: Path):
     assert first["balanced"].rows.tolist() == held_out_sets(corpus, [Mean()], 20, 0, tmp_path)["balanced"].rows.tolist()
 
 
-def test_a_small_split_gives_one_set_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_small_split_gives_only_one_set_and_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     corpus = made(["sea"] * 18 + ["ice"] * 12)
     assert len(held_out_sets(corpus, [Mean()], 25, 0, tmp_path)["natural"]) == 25
     assert second_sets(corpus, [Mean()], 25, 0, tmp_path) == {}

@@ -94,8 +94,8 @@ def result(done: subprocess.CompletedProcess) -> Path:
     return Path(done.stdout.strip().splitlines()[-1].partition(": ")[2])
 
 
-def test_a_corpus_and_a_reference_by_hub_name(hub: Hub, tmp_path: Path) -> None:
-    """Downloaded or streamed, the same selection."""
+def test_a_corpus_and_a_reference_are_read_by_hub_name(hub: Hub, tmp_path: Path) -> None:
+    """Downloading and streaming give the same selection."""
     kept = {}
     for streaming in (False, True):
         hub.requested.clear()
@@ -137,7 +137,7 @@ for name in sys.argv[2:]:
     assert lines == [f"{name} {path} 12 {' '.join(SCENES)}" for name, path in REFERENCES.items()]
 
 
-def test_shards_over_http_are_those_on_the_disk(hub: Hub) -> None:
+def test_shards_over_http_equal_those_on_disk(hub: Hub) -> None:
     code = """
 import os, sys
 import numpy as np
@@ -178,7 +178,7 @@ def test_the_paper_profile_trains_with_networks_by_hub_name(hub: Hub, tmp_path: 
     assert (directory / "pipeline" / "model_index.json").is_file()
 
 
-def test_a_pipeline_to_go_on_from_by_hub_name(hub: Hub, tmp_path: Path) -> None:
+def test_a_pretrained_pipeline_is_loaded_by_hub_name(hub: Hub, tmp_path: Path) -> None:
     done = hub.run(
         "train/pretrain.py", "profile=smoke", "model=lora", "model.pretrained=owner/diffusion", "prune=random",
         "train.objective.prediction=epsilon", "train.loop.steps=2", "text_encoder.train.steps=2",

@@ -59,7 +59,7 @@ def save(place: str, folder: Path, seeds: range, broken: tuple[int, ...] = ()) -
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("place", ["bare", "pattern", "one file", "saved"])
-def test_rows_on_the_disk_are_read(tmp_path: Path, place: str, streaming: bool) -> None:
+def test_rows_are_read_from_every_layout_on_disk(tmp_path: Path, place: str, streaming: bool) -> None:
     path = save(place, tmp_path, range(10), broken=(3,))
     seeds = range(5 if place == "one file" else 10)
     corpus = index_corpus(HuggingFace(path, resolution=SIDE, streaming=streaming), tmp_path / "runs")
@@ -74,7 +74,7 @@ def test_rows_on_the_disk_are_read(tmp_path: Path, place: str, streaming: bool) 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_saved_set_of_splits_keeps_them(tmp_path: Path, streaming: bool) -> None:
+def test_a_saved_data_set_keeps_its_splits(tmp_path: Path, streaming: bool) -> None:
     parts = {"train": made(range(6)), "validation": made(range(20, 22)), "test": made(range(30, 33))}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     names = {"train": "train", "val": "validation", "test": "test"}
@@ -86,7 +86,7 @@ def test_a_saved_set_of_splits_keeps_them(tmp_path: Path, streaming: bool) -> No
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_split_that_a_set_lacks_is_taken_from_another(tmp_path: Path, streaming: bool) -> None:
+def test_a_missing_split_is_taken_from_another(tmp_path: Path, streaming: bool) -> None:
     """val comes from train if there is a test split, test from val if there is none; without train a hash decides."""
     for names in (("train", "test"), ("train", "validation"), ("test",)):
         path = str(tmp_path / "-".join(names))
@@ -106,8 +106,10 @@ def test_a_split_that_a_set_lacks_is_taken_from_another(tmp_path: Path, streamin
 
 
 @pytest.mark.parametrize("place", ["bare", "saved"])
-def test_a_stream_gives_what_is_read_at_once(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several chunks, thinned, and with a split by a hash."""
+def test_a_stream_gives_the_same_corpus_as_reading_all_rows_at_once(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows fill several chunks, are limited to 20, and are split by a hash."""
     monkeypatch.setattr("corpus.index.CHUNK", 8)
     path = save(place, tmp_path, range(40))
     options = {"split": "train", "test_fraction": 0.2, "limit": 20, "resolution": 8}
@@ -122,7 +124,7 @@ def test_a_stream_gives_what_is_read_at_once(tmp_path: Path, place: str, monkeyp
 
 
 @pytest.mark.parametrize("place", ["bare", "saved"])
-def test_a_stream_begins_anew_for_rows_that_lie_behind_it(tmp_path: Path, place: str) -> None:
+def test_a_stream_restarts_for_earlier_rows(tmp_path: Path, place: str) -> None:
     source = HuggingFace(save(place, tmp_path, range(9)), resolution=SIDE, streaming=True)
     for rows in ([6, 7], [2, 8], [8], [0], [0, 1, 2]):
         images = list(source.reader(np.array(rows))())
@@ -133,7 +135,7 @@ def test_a_stream_begins_anew_for_rows_that_lie_behind_it(tmp_path: Path, place:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("place", ["bare", "saved"])
-def test_other_rows_are_another_version(tmp_path: Path, place: str, streaming: bool) -> None:
+def test_other_rows_give_another_version(tmp_path: Path, place: str, streaming: bool) -> None:
     versions = []
     for name, seeds in (("one", range(6)), ("other", range(7))):
         (tmp_path / name).mkdir()
@@ -148,7 +150,7 @@ def test_other_rows_are_another_version(tmp_path: Path, place: str, streaming: b
     assert versions[0] != versions[1]
 
 
-def test_a_stream_has_one_reader(tmp_path: Path) -> None:
+def test_a_stream_with_several_workers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"leave corpus\.workers=null"):
         HuggingFace(save("bare", tmp_path, range(2)), streaming=True, workers=2)
 

@@ -152,7 +152,7 @@ def drawn(pipeline: DiffusionPipeline, images: list, scales: list[float], count:
     ).images  # fmt: skip
 
 
-def test_the_saved_pipeline_is_a_plain_one_and_scale_0_switches_a_condition_off(loaded: DiffusionPipeline) -> None:
+def test_the_saved_pipeline_is_plain_diffusers_and_scale_0_disables_a_condition(loaded: DiffusionPipeline) -> None:
     assert type(loaded) is StableDiffusionControlNetPipeline
     assert type(loaded.controlnet) is MultiControlNetModel and len(loaded.controlnet.nets) == 3
     images = [condition[:2] for condition in random_batch()[4:]]
@@ -275,7 +275,7 @@ def test_the_task_is_not_part_of_the_chain(cfg: DictConfig) -> None:
     assert set(suitable_names(cfg)) == {"super_resolution", "semantic_synthesis"}
 
 
-def test_a_task_s_combinations() -> None:
+def test_a_task_with_several_conditions_lists_their_combinations() -> None:
     def task(*names: str) -> Task:
         controls: dict[str, Callable] = {name: lambda corpus, rows: rows for name in names}
         return Task("t", None, {}, False, (), inputs=lambda held: {}, controls=controls)
@@ -309,7 +309,7 @@ def test_a_run_trains_only_the_controlnets_and_measures_every_combination(
     assert sheet.height > (len(NAMES) + len(COMBINATIONS) + 1) * SIZE  # a row each, and the truth
 
 
-def test_the_combination_none_draws_as_the_foundation(cfg: DictConfig, foundation: Path, run: Path) -> None:
+def test_the_combination_none_draws_like_the_foundation(cfg: DictConfig, foundation: Path, run: Path) -> None:
     task, held = TASKS["joint_conditions"](cfg), held_out_images(cfg)
     none = np.load(draw_outputs(cfg, task.combinations()["none"], run, held) / OUTPUTS)
     pipeline = DiffusionPipeline.from_pretrained(foundation / "pipeline", use_safetensors=True)
@@ -326,7 +326,7 @@ def test_the_combination_none_draws_as_the_foundation(cfg: DictConfig, foundatio
     assert perfect["edge_agreement"] == 1 and perfect["psnr"] > 50 and perfect["consistency"] > 50
 
 
-def test_a_snapshot_holds_all_networks(run: Path) -> None:
+def test_a_snapshot_contains_all_networks(run: Path) -> None:
     [snapshot] = (run / "snapshots").iterdir()
     early, late = load_pipeline(run / "pipeline", snapshot), load_pipeline(run / "pipeline")
     assert len(early.controlnet.nets) == 3
