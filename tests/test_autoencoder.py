@@ -1,4 +1,4 @@
-"""`make autoencoder` as a real command, and the average of the weights that every training keeps."""
+"""`make autoencoder` as a real command, and the condition under which its weights are kept."""
 
 from __future__ import annotations
 

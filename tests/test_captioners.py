@@ -290,7 +290,7 @@ def test_a_scene_name_gets_the_correct_article(scene: str, phrase: str) -> None:
     assert scene_phrase(scene_words(scene)) == phrase
 
 
-@pytest.mark.parametrize("scene", ["", "   ", "class 12", "???", "12", "\0\n\t", "-'-", "\ud83d"[:0]])
+@pytest.mark.parametrize("scene", ["", "   ", "class 12", "???", "12", "\0\n\t", "-'-"])
 def test_scene_names_without_meaningful_words_are_ignored(scene: str) -> None:
     assert scene_words(scene) == ""
     assert described(halves(), "short", ImageMetadata(scene)) == described(halves(), "short")

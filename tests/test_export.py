@@ -341,7 +341,7 @@ def picture(seed: int = 0, side: int = 24) -> Image.Image:
 
 
 def as_open_clip_sees(shard: Path) -> list[dict[str, Any]]:
-    """The samples that open_clip trains on: webdataset's reader, then open_clip's own filter if it is installed."""
+    """The samples that open_clip trains on: webdataset's reader, then the rule of open_clip's filter."""
     webdataset = pytest.importorskip("webdataset", reason="webdataset, whose reader is used, is not installed")
 
     def keeps(sample: dict[str, Any]) -> bool:  # filter_no_caption_or_no_image of open_clip 3.3.0

@@ -547,6 +547,7 @@ def test_a_sweep_has_its_own_tracking_group_and_a_single_run_has_none(monkeypatc
         monkeypatch.setattr(sys, "argv", ["train/pretrain.py", "-m", "ratio=0.5,0.85"])
         group = tracking._sweep()
         assert (group is not None) == expected
+        assert tracking._sweep() == group  # every run of the sweep computes it by itself
     monkeypatch.setattr(sys, "argv", ["train/pretrain.py", "-m", "ratio=0.5,0.9"])
     assert tracking._sweep() != group and group.startswith("sweep-")
 
