@@ -54,13 +54,13 @@ def batches(folder: Path, name: str, processes: int) -> list[dict[int, list[str]
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_any_number_of_processes_leaves_the_same_bytes(launched: Path, processes: int) -> None:
+def test_latents_are_bit_identical_for_any_number_of_processes(launched: Path, processes: int) -> None:
     alone, together = files_of(launched / "ranks_1"), files_of(launched / f"ranks_{processes}")
     assert len(alone) == len(COUNTS) and together == alone
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_every_batch_is_encoded_once_and_the_processes_share_evenly(launched: Path, processes: int) -> None:
+def test_every_batch_is_encoded_once_and_batches_are_divided_evenly(launched: Path, processes: int) -> None:
     (alone,), ranks = batches(launched, "ranks", 1), batches(launched, "ranks", processes)
     for count in COUNTS:
         expected = 2 * -(-count // BATCH)
@@ -70,7 +70,7 @@ def test_every_batch_is_encoded_once_and_the_processes_share_evenly(launched: Pa
         assert fractions == [len(range(rank, expected, processes)) for rank in range(processes)]
 
 
-def test_other_processes_go_on_where_some_were_killed(launched: Path) -> None:
+def test_two_processes_resume_where_three_were_killed(launched: Path) -> None:
     alone, resumed = files_of(launched / "ranks_1"), files_of(launched / "resumed")
     (name,) = resumed
     assert resumed[name] == alone[name]
@@ -81,7 +81,7 @@ def test_other_processes_go_on_where_some_were_killed(launched: Path) -> None:
     assert sum(len(rank[33]) for rank in later) == total - NOTED * (begun // NOTED)
 
 
-def test_the_latents_are_whole(launched: Path) -> None:
+def test_every_row_of_the_latents_is_written_with_the_expected_type(launched: Path) -> None:
     for path in (launched / "ranks_4").glob("latents/*/latents.npy"):
         rows = json.loads((path.parent / "stage.json").read_text())["inputs"]["rows"]
         result = np.load(path)

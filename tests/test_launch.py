@@ -47,7 +47,7 @@ def launched(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_as_many_processes_as_requested(script, tmp_path):
+def test_accelerate_launch_starts_the_requested_number_of_processes(script, tmp_path):
     """The command of docs/training.md; gloo sums over all of them."""
     accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
     command = (accelerate, "launch") if accelerate else (sys.executable, "-m", "accelerate.commands.launch")
@@ -90,7 +90,7 @@ run(main)
 """
 
 
-def test_a_build_of_the_first_process_alone_waits_for_no_other(tmp_path):
+def test_a_build_by_the_first_process_alone_does_not_wait_for_other_processes(tmp_path):
     """It may call functions in which all processes synchronise elsewhere; here it computes all rows itself."""
     script = tmp_path / "script.py"
     script.write_text(BUILDS.format(root=str(ROOT), runs=str(tmp_path / "runs")))
@@ -111,7 +111,7 @@ def test_several_machines_are_refused_in_one_line(script, tmp_path):
     assert done.stdout == ""
 
 
-def test_what_is_a_launch():
+def test_options_of_recognises_accelerate_launch_commands():
     assert options_of(["/v/bin/python3", "/v/bin/accelerate", "launch", "--cpu", "a.py"]) == ["--cpu", "a.py"]
     assert options_of(["/v/bin/python3", "/v/bin/accelerate-launch", "a.py"]) == ["a.py"]
     assert options_of(["python", "-m", "accelerate.commands.launch", "a.py"]) == ["a.py"]
@@ -119,7 +119,7 @@ def test_what_is_a_launch():
         assert options_of(other) is None
 
 
-def test_what_the_launch_asks_for():
+def test_cpu_launches_of_several_processes_use_torch_distributed_run():
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     assert launcher_of(["--cpu", "--num_processes", "2", "a.py", "b=c d"]) == [*start, "2", "a.py", "b=c d"]
     assert launcher_of(["--num-processes=3", "--cpu", "-m", "pkg.mod", "b=1"]) == [*start, "3", "-m", "pkg.mod", "b=1"]
@@ -135,7 +135,7 @@ def test_what_the_launch_asks_for():
         launcher_of(["--cpu", "--num_processes", "2", "--num_machines", "2", "a.py"])
 
 
-def test_without_a_launch_nothing_changes(script, tmp_path, monkeypatch):
+def test_variables_of_batch_systems_do_not_count_as_a_launch(script, tmp_path, monkeypatch):
     """Variables that batch systems export do not count as a launch."""
     for name, value in {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "1234", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
@@ -146,7 +146,7 @@ def test_without_a_launch_nothing_changes(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
-def test_plugins_of_gpus_are_refused_on_cpus(tmp_path, config):
+def test_gpu_plugins_are_refused_on_cpus(tmp_path, config):
     """In a launch that requests them, every process ends before the corpus is read, with the same single line."""
     if config == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: Accelerate's launcher says so by itself")
@@ -164,8 +164,8 @@ def test_plugins_of_gpus_are_refused_on_cpus(tmp_path, config):
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
-def test_a_process_that_is_refused_ends_with_one_line_and_2(tmp_path, name):
-    """On a machine without a visible GPU."""
+def test_a_refused_launch_ends_with_a_one_line_error_and_exit_code_2(tmp_path, name):
+    """The process sees no GPU."""
     environment = {**os.environ, f"ACCELERATE_USE_{name.upper()}": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, str(ROOT / "train" / "pretrain.py"), "profile=smoke", f"runs={tmp_path / 'runs'}"],
@@ -176,7 +176,7 @@ def test_a_process_that_is_refused_ends_with_one_line_and_2(tmp_path, name):
     assert line.startswith(f"error: the launch asks for {name}, ") and "configs/accelerate/multi_cpu.yaml" in line
 
 
-def test_what_a_launch_may_ask_for(monkeypatch):
+def test_check_launch_accepts_fsdp_2_and_refuses_unsupported_options(monkeypatch):
     assert requested_plugin() is None
     check_launch()
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)

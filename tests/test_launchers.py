@@ -45,7 +45,7 @@ def sbatch(options: dict) -> str:
     return _make_sbatch_string("command", folder=options["submitit_folder"], map_count=3, **given)
 
 
-def test_a_cell_on_slurm_has_one_gpu_and_is_queued_again() -> None:
+def test_a_slurm_cell_gets_one_gpu_and_is_requeued() -> None:
     options = launcher("slurm", "hydra.launcher.partition=gpus")
     assert options["submitit_folder"] == "elsewhere/.submitit/%j"
     assert options["max_num_timeout"] > 0, "a cell out of time goes on from its checkpoint"
@@ -55,7 +55,7 @@ def test_a_cell_on_slurm_has_one_gpu_and_is_queued_again() -> None:
     assert any(line.startswith("#SBATCH --signal=USR2@") for line in lines)
 
 
-def test_a_cell_on_several_gpus_has_a_process_each_that_end_together() -> None:
+def test_a_multi_gpu_cell_gets_a_process_per_gpu_and_all_end_together() -> None:
     options = launcher("slurm_multi_gpu", "hydra.launcher.nodes=2")
     lines = sbatch(options).splitlines()
     for line in ("gpus-per-node=8", "ntasks-per-node=8", "nodes=2", "requeue"):
@@ -82,7 +82,7 @@ def ended(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_cells_side_by_side_have_a_thread_each_and_outlive_one_another(tmp_path: Path) -> None:
+def test_parallel_cells_use_one_thread_each_and_continue_after_failures_of_others(tmp_path: Path) -> None:
     done = sweep(tmp_path, "parallel", "seed=1,6,7,2")
     assert done.returncode == 1
     assert ended(tmp_path) == {f"done_{seed}_0": "processes 1 sum 1 threads 1" for seed in (1, 2)} or cores() > 4
@@ -92,7 +92,7 @@ def test_cells_side_by_side_have_a_thread_each_and_outlive_one_another(tmp_path:
 
 
 @pytest.mark.slow
-def test_submitted_cells_outlive_one_that_fails_and_one_that_is_killed(tmp_path: Path) -> None:
+def test_submitted_cells_continue_after_one_fails_and_one_is_killed(tmp_path: Path) -> None:
     done = sweep(tmp_path, "slurm_trial", "seed=8,6,1")
     assert done.returncode == 1
     assert list(ended(tmp_path)) == ["done_1_0"]
@@ -104,7 +104,7 @@ def test_submitted_cells_outlive_one_that_fails_and_one_that_is_killed(tmp_path:
 
 
 @pytest.mark.slow
-def test_the_processes_of_a_submitted_cell_join_and_a_bad_cell_ends_with_2(tmp_path: Path) -> None:
+def test_processes_of_a_submitted_cell_form_one_group_and_a_bad_cell_exits_with_2(tmp_path: Path) -> None:
     done = sweep(tmp_path, "slurm_trial", "hydra.launcher.tasks_per_node=2", "seed=1")
     assert done.returncode == 0, done.stderr
     assert [text.rpartition(" threads")[0] for text in ended(tmp_path).values()] == ["processes 2 sum 3"] * 2

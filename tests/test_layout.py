@@ -78,7 +78,7 @@ def third_party() -> dict[str, set[str]]:
     return {name: owners for name, owners in result.items() if owners}
 
 
-def test_something_is_checked() -> None:
+def test_source_files_configurations_and_entry_points_are_found() -> None:
     assert len(FILES) > 20 and len(CONFIGS) > 5
     assert any(is_entry_point(path) for path in FILES)
 
@@ -91,19 +91,19 @@ def test_no_module_beside_an_entry_point_shadows_another() -> None:
     assert sorted(name_of(module) for module in modules if module.stem in taken) == []
 
 
-def test_no_installed_distribution_holds_a_package_of_ours() -> None:
+def test_no_installed_distribution_has_a_package_name_of_this_project() -> None:
     assert sorted(set(third_party()) & set(PACKAGES)) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_run_one_way(path: Path) -> None:
+def test_packages_import_only_the_allowed_packages(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     used = {name.split(".")[0] for name in imports_of(path)} & set(PACKAGES)
     assert used <= ALLOWED[package], f"{package} may import {sorted(ALLOWED[package])} only"
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name != "scripts"], ids=name_of)
-def test_nobody_imports_an_entry_point(path: Path) -> None:
+def test_no_module_imports_an_entry_point(path: Path) -> None:
     entry_points = {name_of(file).removesuffix(".py").replace("/", ".") for file in FILES if is_entry_point(file)}
     assert sorted(set(imports_of(path)) & entry_points) == []
 
@@ -134,7 +134,7 @@ def test_every_import_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_pickle(path: Path) -> None:
+def test_no_module_uses_pickle(path: Path) -> None:
     modules = {name.split(".")[0] for name in imports_of(path)}
     assert not modules & {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     for node in ast.walk(tree_of(path)):

@@ -61,7 +61,7 @@ def leaking(tmp_path: Path) -> Path:
     return root
 
 
-def test_copies_in_another_format_are_found_and_no_others(leaking: Path, tmp_path: Path, capsys) -> None:
+def test_copies_in_another_format_are_the_only_near_duplicates_found(leaking: Path, tmp_path: Path, capsys) -> None:
     corpus = index_corpus(ImageFolder(str(leaking), split="train", resolution=32), tmp_path / "runs")
     held_out = {name: ImageFolder(str(leaking), split=name, resolution=32) for name in ("val", "test")}
     pairs, looked = near_duplicates(corpus, held_out["test"], 2000)
@@ -76,7 +76,7 @@ def test_copies_in_another_format_are_found_and_no_others(leaking: Path, tmp_pat
     assert "3 of 12 test images are near-duplicates of training images" in capsys.readouterr().err
 
 
-def test_no_more_images_are_looked_at_than_requested(leaking: Path, tmp_path: Path) -> None:
+def test_at_most_the_requested_number_of_readable_images_is_searched(leaking: Path, tmp_path: Path) -> None:
     corpus = index_corpus(ImageFolder(str(leaking), split="train", resolution=32), tmp_path / "runs")
     source = ImageFolder(str(leaking), split="test", resolution=32)
     assert near_duplicates(corpus, source, 4)[1] == 4
@@ -84,14 +84,14 @@ def test_no_more_images_are_looked_at_than_requested(leaking: Path, tmp_path: Pa
     assert near_duplicates(corpus, ImageFolder(str(leaking), split="test", resolution=32), 50)[1] == 11
 
 
-def test_correlation_is_that_of_numpy_and_of_plain_images_nothing() -> None:
+def test_correlation_equals_numpy_and_is_zero_for_constant_images() -> None:
     first, second = landscape(1), landscape(2)
     expected = np.corrcoef(first.mean(-1).ravel(), second.mean(-1).ravel())[0, 1]
     assert correlation(first, second) == pytest.approx(expected) and abs(expected) < 0.5
     assert correlation(np.full((8, 8, 3), 9, np.uint8), np.full((8, 8, 3), 9, np.uint8)) == 0
 
 
-def test_correlations_of_many_pairs_are_those_of_each_alone() -> None:
+def test_correlations_of_many_pairs_equal_those_of_single_pairs() -> None:
     images = np.stack([landscape(number) for number in range(6)])
     together = correlations(images, images[::-1])
     assert together.tolist() == [correlation(*pair) for pair in zip(images, images[::-1], strict=True)]
@@ -124,7 +124,9 @@ def placed(tmp_path: Path) -> Path:
     return root
 
 
-def test_other_dates_and_places_are_counted_apart(placed: Path, tmp_path: Path, capsys) -> None:
+def test_near_duplicates_of_other_dates_or_locations_are_counted_separately(
+    placed: Path, tmp_path: Path, capsys
+) -> None:
     corpus = index_corpus(ImageFolder(str(placed), split="train", resolution=32), tmp_path / "runs")
     val = ImageFolder(str(placed), split="val", resolution=32)
     pairs, looked = near_duplicates(corpus, val, 100)
@@ -159,7 +161,9 @@ def test_other_dates_and_places_are_counted_apart(placed: Path, tmp_path: Path, 
     assert (first.columns["val"][2] == image).all()
 
 
-def test_the_report_shows_the_worst_pairs_and_the_rule_is_part_of_the_selection(placed: Path, tmp_path: Path) -> None:
+def test_the_report_shows_the_worst_pairs_and_the_pair_rule_changes_the_fingerprint(
+    placed: Path, tmp_path: Path
+) -> None:
     summary = prune(placed, tmp_path / "runs")
     [selection] = (tmp_path / "runs" / "selection").iterdir()
     page = (selection / "report.html").read_text()
@@ -181,7 +185,7 @@ def prune(root: Path, runs: Path, *overrides: str) -> dict:
     return json.loads((select(cfg, "random")[0] / "summary.json").read_text())
 
 
-def test_the_summary_of_a_selection_tells_leaks_and_says_so(leaking: Path, tmp_path: Path, capsys) -> None:
+def test_the_summary_counts_leaks_and_one_line_on_stderr_reports_them(leaking: Path, tmp_path: Path, capsys) -> None:
     buffer = io.BytesIO()
     Image.fromarray(landscape(400)).save(buffer, "PNG")
     for name in ("train/a/z.png", "val/a/z.png"):

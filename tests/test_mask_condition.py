@@ -34,7 +34,7 @@ def coloured(masks: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return palette[np.where(masks == IGNORED, len(palette) - 1, masks)]
 
 
-def test_fractions_are_those_of_the_pixels_of_a_cell() -> None:
+def test_class_fractions_equal_the_pixel_fractions_of_each_cell() -> None:
     masks = some_masks(5, 32)
     fractions = class_fractions(masks, class_codes(5, 7), 8)
     assert fractions.shape == (4, 7, 4, 4) and fractions.dtype == np.float32

@@ -99,8 +99,8 @@ DEPTHS = [np.uint8, np.uint16, np.int16, np.int32, np.uint32, np.float32, np.flo
 
 
 @pytest.mark.parametrize("dtype", DEPTHS)
-def test_numbers_of_any_depth_are_classes(dtype: type) -> None:
-    """In TIFFs; Pillow cannot open 64 bits and half floats."""
+def test_numbers_of_any_bit_depth_are_class_numbers(dtype: type) -> None:
+    """The numbers are in TIFFs; Pillow cannot open 64-bit numbers and half floats."""
     truth = blocks(5)
     assert (decode_mask(tiff(truth.astype(dtype)), rule(5), SIDE) == truth).all()
     large = truth.astype(dtype)
@@ -115,7 +115,7 @@ def test_numbers_below_zero_can_be_ignored() -> None:
     assert (decode_mask(tiff(values), rule(3, ignore=-1), SIDE) == np.where(values < 0, IGNORED, values)).all()
 
 
-def test_floats_are_classes_where_they_are_whole() -> None:
+def test_only_whole_floats_are_class_numbers() -> None:
     values = blocks(3).astype(np.float32)
     assert (decode_mask(tiff(values), rule(3), SIDE) == values).all()
     values[0, 0] = 0.5
@@ -127,14 +127,14 @@ def test_floats_are_classes_where_they_are_whole() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
-def test_masks_of_one_bit(kind: str) -> None:
+def test_one_bit_masks_are_read(kind: str) -> None:
     truth = blocks(2)
     data = encoded(Image.fromarray(truth.astype(bool)), kind)
     assert (decode_mask(data, rule(2), SIDE) == truth).all()
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_grey_masks_of_few_bits_are_not_spread(bits: int) -> None:
+def test_values_of_2_and_4_bit_grey_masks_are_not_scaled(bits: int) -> None:
     """Pillow returns 4-bit values as 0, 17, …, 255, so class 1 would be read as class 17."""
     import struct
     import zlib
@@ -157,7 +157,7 @@ def test_grey_masks_of_few_bits_are_not_spread(bits: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{"compress": "lzw"}, {"compress": "zstd"}, {"compress": "lerc"}, {"tiled": True}])
-def test_masks_from_a_gis_are_read_under_any_codec(options: dict) -> None:
+def test_masks_from_a_gis_are_read_with_any_compression(options: dict) -> None:
     truth = blocks(4)
     with rasterio.MemoryFile() as memory:
         tile = {"blockxsize": 16, "blockysize": 16} if "tiled" in options else {}
@@ -169,7 +169,7 @@ def test_masks_from_a_gis_are_read_under_any_codec(options: dict) -> None:
     assert (decode_mask(data, rule(4), SIDE) == truth).all(), "no data of 0 is often the first class"
 
 
-def test_arrays_of_numpy() -> None:
+def test_npy_masks_are_read_and_unsuitable_arrays_get_a_reason() -> None:
     def saved(values: np.ndarray) -> bytes:
         file = io.BytesIO()
         np.save(file, values)
@@ -198,7 +198,7 @@ NO_MASKS = {
 
 
 @pytest.mark.parametrize("name", NO_MASKS)
-def test_what_is_no_mask_has_a_reason(name: str) -> None:
+def test_invalid_masks_get_a_reason(name: str) -> None:
     data, reason = NO_MASKS[name]
     assert decode_mask(data, rule(2), SIDE) == reason
 
@@ -206,7 +206,7 @@ def test_what_is_no_mask_has_a_reason(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------ colours (08)
 
 
-def test_colours_are_classes_by_a_map_alone() -> None:
+def test_colours_need_a_map_to_classes() -> None:
     truth = blocks(6)
     data = png(PALETTE[truth])
     assert decode_mask(data, rule(6), SIDE) == "colours, but no corpus.mask_colours"
@@ -218,7 +218,7 @@ def test_colours_are_classes_by_a_map_alone() -> None:
     assert decode_mask(png(other), mask_rule(SIX, colours=COLOURS), SIDE) == "colour #123456 is none of the 6"
 
 
-def test_colours_can_be_ignored_or_shared() -> None:
+def test_a_colour_map_can_ignore_colours_and_merge_several_into_a_class() -> None:
     truth = blocks(6)
     left = {name: COLOURS[name] for name in SIX[:5]}
     result = decode_mask(png(PALETTE[truth]), mask_rule(SIX[:5], colours=left, ignore=["#ff0000"]), SIDE)
@@ -227,7 +227,7 @@ def test_colours_can_be_ignored_or_shared() -> None:
     assert (decode_mask(png(PALETTE[truth]), mask_rule(colours=both), SIDE) == (truth > 0)).all()
 
 
-def test_a_palette_gives_its_indices_or_its_colours() -> None:
+def test_palette_masks_are_read_by_index_or_with_a_colour_map() -> None:
     truth = blocks(6)
     image = Image.fromarray(truth, "P")
     image.putpalette(PALETTE[::-1].ravel().tolist())
@@ -237,7 +237,7 @@ def test_a_palette_gives_its_indices_or_its_colours() -> None:
         assert (decode_mask(data, mask_rule(SIX, colours=COLOURS), SIDE) == 5 - truth).all()
 
 
-def test_colours_of_a_tiff_that_pillow_does_not_open() -> None:
+def test_colours_of_tiffs_that_pillow_cannot_open_are_mapped_to_classes() -> None:
     truth = blocks(6)
     with rasterio.MemoryFile() as memory:
         with memory.open(driver="GTiff", width=SIDE, height=SIDE, count=3, dtype="uint8", compress="lerc") as raster:
@@ -247,7 +247,7 @@ def test_colours_of_a_tiff_that_pillow_does_not_open() -> None:
     assert decode_mask(data, rule(6), SIDE) == "colours, but no corpus.mask_colours"
 
 
-def test_transparency_is_no_colour() -> None:
+def test_transparency_does_not_change_the_class() -> None:
     truth = blocks(6)
     alpha = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 1), dtype=np.uint8)
     data = png(np.concatenate([PALETTE[truth], alpha], axis=2))
@@ -256,7 +256,7 @@ def test_transparency_is_no_colour() -> None:
     assert (decode_mask(grey, rule(6), SIDE) == truth).all()
 
 
-def test_three_channels_that_are_alike_are_numbers() -> None:
+def test_three_equal_channels_are_read_as_class_numbers() -> None:
     truth = blocks(6)
     assert (decode_mask(png(truth[..., None].repeat(3, axis=2)), rule(6), SIDE) == truth).all()
     black = mask_rule(TWO, colours={"background": "#000000", "building": "#ffffff"})
@@ -279,7 +279,9 @@ def test_three_channels_that_are_alike_are_numbers() -> None:
         ((50, 33), (101, 67), None),
     ],
 )
-def test_a_mask_has_the_shape_of_its_image(mask: tuple[int, int], image: tuple[int, int], reason: str | None) -> None:
+def test_masks_with_another_aspect_ratio_than_their_image_get_a_reason(
+    mask: tuple[int, int], image: tuple[int, int], reason: str | None
+) -> None:
     data = png(np.zeros(mask[::-1], np.uint8))
     pixels = texture(width=image[0], height=image[1])
     for stored in (encoded(pixels), encoded(pixels, "JPEG"), encoded(pixels, "TIFF"), encoded(pixels, "WEBP")):
@@ -293,8 +295,8 @@ def test_a_mask_has_the_shape_of_its_image(mask: tuple[int, int], image: tuple[i
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize(("width", "height"), [(24, 16), (16, 16)])
-def test_a_mask_is_turned_as_its_image_is(width: int, height: int, turn: int, kind: str) -> None:
-    """Together with an image in its own colours, for every camera orientation."""
+def test_a_mask_gets_the_exif_orientation_of_its_image(width: int, height: int, turn: int, kind: str) -> None:
+    """The image shows the mask's values in grey, so that both can be compared for every camera orientation."""
     from PIL import ImageOps
 
     from corpus.decoding import decode_image
@@ -311,7 +313,7 @@ def test_a_mask_is_turned_as_its_image_is(width: int, height: int, turn: int, ki
         assert (decode_mask(mask, rule(5), 16, photo) == expected).all()
 
 
-def test_the_nearest_pixels_of_a_larger_mask_are_taken() -> None:
+def test_larger_masks_are_reduced_by_nearest_neighbour() -> None:
     small = blocks(6)
     large = small.repeat(4, 0).repeat(4, 1)
     assert (decode_mask(png(large), rule(6), SIDE, encoded(texture())) == small).all()
@@ -337,7 +339,7 @@ def test_the_nearest_pixels_of_a_larger_mask_are_taken() -> None:
         ({"ignore": [[1]]}, "is not a number"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options: dict, words: str) -> None:
+def test_invalid_or_contradictory_mask_options_are_refused(options: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         mask_rule(["a", "b"], **options)
     with pytest.raises(UserError, match="at most 255"):
@@ -346,7 +348,7 @@ def test_options_that_mean_nothing_are_refused(options: dict, words: str) -> Non
         mask_rule(ignore=255)
 
 
-def test_options_come_as_hydra_gives_them() -> None:
+def test_mask_rule_accepts_options_from_hydra_configurations() -> None:
     result = OmegaConf.create({"v": {0: "background", 255: "building"}, "i": [7, -1], "c": TWO})
     assert mask_rule(result.c, result.i, result.v) == MaskRule(tuple(TWO), (7.0, -1.0), {0.0: 0, 255.0: 1})
     result = OmegaConf.create({"c": {"a": [1, 2, 3], "b": "#0a0b0c"}})
@@ -385,7 +387,7 @@ def folder(root: Path, **options: object) -> ImageFolder:
     return ImageFolder(str(root), resolution=SIDE, workers=1, **options)
 
 
-def test_masks_beside_their_images_are_no_images(tmp_path: Path) -> None:
+def test_masks_beside_their_images_are_not_indexed_as_images(tmp_path: Path) -> None:
     root = write_pairs(tmp_path / "a", 4, lambda number: png(blocks(3, number)), "images/{}_mask.png")
     for where in (".", "images", str(root)):
         source = folder(root, masks=where, classes=("a", "b", "c"))
@@ -394,7 +396,7 @@ def test_masks_beside_their_images_are_no_images(tmp_path: Path) -> None:
         assert all((corpus.masks[number] == blocks(3, number)).all() for number in range(4))
 
 
-def test_how_many_masks_matched_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_number_of_matched_masks_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = write_pairs(tmp_path / "a", 10, lambda number: png(blocks(3 if number else 4, number)))
     (root / "masks" / "03.png").unlink()
     (root / "masks" / "05.png").rename(root / "masks" / "five.png")
@@ -409,7 +411,7 @@ def test_how_many_masks_matched_is_reported(tmp_path: Path, capsys: pytest.Captu
     )
 
 
-def test_masks_without_a_place_or_names_are_refused(tmp_path: Path) -> None:
+def test_mask_options_without_a_folder_or_class_names_are_refused(tmp_path: Path) -> None:
     root = write_pairs(tmp_path / "a", 1, lambda number: png(blocks(2)))
     with pytest.raises(UserError, match=r"corpus\.masks=DIR"):
         folder(root, classes=("a", "b"), mask_ignore=255)
@@ -473,7 +475,7 @@ def ignoring(tmp_path: Path) -> Corpus:
     return Corpus("rimmed", tmp_path, images, manifest, masks, ("left", "right"))
 
 
-def test_what_has_no_class_has_a_colour_of_its_own(tmp_path: Path) -> None:
+def test_pixels_without_a_class_get_their_own_palette_colour(tmp_path: Path) -> None:
     corpus = ignoring(tmp_path)
     palette = natural_palette(corpus, seed=0, distance=40)
     assert palette.tolist() == [[200, 0, 0], [0, 0, 200], [0, 200, 0]]
@@ -484,7 +486,7 @@ def test_what_has_no_class_has_a_colour_of_its_own(tmp_path: Path) -> None:
     assert by_value(palette[:2], 2)[IGNORED].tolist() == [128, 128, 128]
 
 
-def test_ignored_pixels_count_in_no_number() -> None:
+def test_segmentation_metrics_exclude_ignored_pixels() -> None:
     random = np.random.default_rng(0)
     masks, result = (random.integers(0, 3, (4, 8, 8), dtype=np.uint8) for _ in range(2))
     masks[:, :3] = IGNORED
@@ -496,7 +498,7 @@ def test_ignored_pixels_count_in_no_number() -> None:
     assert mean_intersection_over_union(result, masks, 3) == pytest.approx(np.mean(overlap)), "whatever is found there"
 
 
-def test_ignored_pixels_teach_the_segmenter_nothing() -> None:
+def test_ignored_pixels_do_not_contribute_to_the_segmentation_loss() -> None:
     import torch
 
     from downstream.segmenter import _update
@@ -538,7 +540,7 @@ def prune(by: Callable, cwd: Path, root: Path, *overrides: str):
     )  # fmt: skip
 
 
-def test_masks_that_do_not_fit_end_a_command_in_one_line(tmp_path: Path, forked) -> None:  # noqa: F811
+def test_unmapped_mask_values_end_a_command_with_a_one_line_error(tmp_path: Path, forked) -> None:  # noqa: F811
     binary = write_field(tmp_path / "binary", 4, coloured=False)
     colours = write_field(tmp_path / "colours", 4, coloured=True)
     for root, classes, reason in (
@@ -550,7 +552,7 @@ def test_masks_that_do_not_fit_end_a_command_in_one_line(tmp_path: Path, forked)
         assert f"error: folder: none of 8 images can be read: {reason} (table: " in done.stderr
 
 
-def test_the_options_are_given_on_the_command_line(tmp_path: Path, forked) -> None:  # noqa: F811
+def test_mask_options_work_on_the_command_line(tmp_path: Path, forked) -> None:  # noqa: F811
     binary = write_field(tmp_path / "binary", 4, coloured=False)
     colours = write_field(tmp_path / "colours", 4, coloured=True)
     given = ",".join(

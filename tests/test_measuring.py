@@ -1,4 +1,4 @@
-"""Measuring as a separate stage: judges, cached drawings, new metrics without drawing, folders, reference rows."""
+"""Measuring as a separate stage: evaluators, cached images, new metrics without new images, folders, reference rows."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def run(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- available metrics
 
 
-def test_runs_snapshots_and_pipelines_are_reported_apart(run: Path, tmp_path: Path) -> None:
+def test_find_model_recognises_runs_pipelines_and_snapshots(run: Path, tmp_path: Path) -> None:
     (snapshot,) = snapshots_of(run)
     models = [find_model(place) for place in (run, run / "pipeline", snapshot)]
     assert models == [Model(run / "pipeline"), Model(run / "pipeline"), Model(run / "pipeline", snapshot)]
@@ -118,7 +118,7 @@ def test_runs_snapshots_and_pipelines_are_reported_apart(run: Path, tmp_path: Pa
             find_model(wrong)
 
 
-def test_a_models_key_is_of_its_weights_not_of_its_card(run: Path) -> None:
+def test_a_models_key_depends_on_its_configuration_but_not_on_its_model_card(run: Path) -> None:
     before = Model(run / "pipeline").key
     (run / "pipeline" / "README.md").write_text("a card with figures", encoding="utf-8")
     assert Model(run / "pipeline").key == before
@@ -127,7 +127,7 @@ def test_a_models_key_is_of_its_weights_not_of_its_card(run: Path) -> None:
     assert Model(run / "pipeline").key != before
 
 
-def test_what_does_not_load_is_one_line(run: Path) -> None:
+def test_a_pipeline_that_does_not_load_gives_a_one_line_error(run: Path) -> None:
     (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="does not load") as error:
         Model(run / "pipeline").load()
@@ -137,7 +137,7 @@ def test_what_does_not_load_is_one_line(run: Path) -> None:
 # ---------------------------------------------------------------- drawing and measuring
 
 
-def test_images_are_drawn_once_and_depend_on_their_number_alone(run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_images_are_drawn_once_and_do_not_depend_on_the_batch(run: Path, tmp_path: Path, monkeypatch) -> None:
     held = made_held_out(made_corpus(), np.arange(12))
     model, sampling = Model(run / "pipeline"), Sampling(2, 1.5, 7)
     images = np.load(draw_images(model, held, sampling, tmp_path / "runs") / IMAGES)
@@ -147,7 +147,7 @@ def test_images_are_drawn_once_and_depend_on_their_number_alone(run: Path, tmp_p
     draw_images(model, held, sampling, tmp_path / "runs")
 
 
-def test_a_new_metric_is_computed_on_the_images_that_are_there(run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_new_metric_is_computed_on_cached_images(run: Path, tmp_path: Path, monkeypatch) -> None:
     held = made_held_out(made_corpus(), np.arange(20))
     judges = Evaluators((Moments(),), Clip(), {"ice": ["ice"], "sea": ["sea"]})
     drawn = draw_images(Model(run / "pipeline"), held, Sampling(1, 1.0, 7), tmp_path / "runs")
@@ -163,7 +163,7 @@ def test_a_new_metric_is_computed_on_the_images_that_are_there(run: Path, tmp_pa
     assert {name: after[name] for name in before} == before
 
 
-def test_drawn_images_teach_a_classifier_the_scene_of_their_caption() -> None:
+def test_a_classifier_trained_on_generated_images_uses_the_scenes_of_their_captions() -> None:
     """Images without a caption are not used for training, and held-out images without scenes not for testing."""
     corpus = made_corpus()
     corpus.images[::2] //= 4  # the ice is dark, so its scene is visible in the mean colour
@@ -180,7 +180,7 @@ def test_drawn_images_teach_a_classifier_the_scene_of_their_caption() -> None:
     assert name not in measure(drawn, held, judges).metrics
 
 
-def test_images_are_compared_with_the_training_images_where_these_are_known(run: Path, tmp_path: Path) -> None:
+def test_nearest_training_is_measured_if_the_training_images_are_known(run: Path, tmp_path: Path) -> None:
     corpus, train = made_corpus(), made_corpus(40, seed=8)
     held, judges = made_held_out(corpus, np.arange(20)), Evaluators((Moments(),))
     kept = np.arange(0, 40, 2)
@@ -200,7 +200,7 @@ def test_images_are_compared_with_the_training_images_where_these_are_known(run:
     assert copies["nearest_training_moments"] == pytest.approx(0, abs=1e-4)
 
 
-def test_every_encoder_judges_and_captions_only_where_there_are_some() -> None:
+def test_every_encoder_evaluates_images_and_clip_scores_need_captions() -> None:
     corpus = made_corpus()
     held = made_held_out(corpus, np.arange(30))
     other = replace(held, features={"moments": held.features["moments"], "twice": 2 * held.features["moments"]})
@@ -219,7 +219,7 @@ def test_scenes_are_described_by_training_captions() -> None:
     assert scene_captions(corpus) == {}
 
 
-def test_what_is_seen_in_images_of_each_scene() -> None:
+def test_scene_confusion_counts_recognised_scenes_per_requested_scene() -> None:
     """Images without a known scene are omitted, and a single scene cannot be confused."""
     corpus = made_corpus(6)
     corpus.manifest["scene"] = ["ice", "sea", "", "ice", "sea", "town"]
@@ -256,7 +256,7 @@ def write_folder(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_a_folder_is_sampled_by_seed_and_compared_one_for_one(cfg, tmp_path: Path, capsys) -> None:
+def test_a_small_folder_is_compared_with_as_many_held_out_images(cfg, tmp_path: Path, capsys) -> None:
     cfg.of = str(write_folder(tmp_path / "many", 30))
     metrics = read_json(measure_any(cfg) / "metrics.json")
     assert {"balanced_fd_efficientnet_lite0", "natural_kid_x1000_efficientnet_lite0"} <= set(metrics)
@@ -306,14 +306,14 @@ def test_every_metric_of_a_few_kept_images_is_a_number_or_null(tmp_path: Path) -
         assert (kids <= undefined) == (len(rows) < 4) and ("balanced_precision_moments" in undefined) == (len(rows) < 4)
 
 
-def test_json_files_hold_null_for_what_is_no_number(tmp_path: Path) -> None:
+def test_json_files_store_null_for_nan_and_infinity(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"floor": -np.inf, "list": [np.float32("nan"), 1.5], "deep": {"x": float("inf")}})
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
         "floor": None, "list": [None, 1.5], "deep": {"x": None},
     }  # fmt: skip
 
 
-def test_images_without_captions_are_not_scored_against_empty_words() -> None:
+def test_images_without_captions_get_no_clip_score() -> None:
     held = made_held_out(made_corpus(40), np.arange(40))
     blank = replace(held, captions=[""] * 40)
     judges = Evaluators((Moments(),), Clip())
@@ -321,7 +321,7 @@ def test_images_without_captions_are_not_scored_against_empty_words() -> None:
     assert "clip_made" not in measure(held.images, blank, judges).metrics
 
 
-def test_a_sample_does_not_favour_the_first_names() -> None:
+def test_sample_rows_are_spread_and_depend_on_the_seed() -> None:
     folder = Made(readable=np.ones(1000, dtype=bool), manifest=range(1000))
     rows = sample_rows(folder, 100, 0, Path("x"))
     assert len(set(rows)) == 100 and 400 < rows.mean() < 600
@@ -329,7 +329,7 @@ def test_a_sample_does_not_favour_the_first_names() -> None:
     assert rows.tolist() != sample_rows(folder, 100, 1, Path("x")).tolist()
 
 
-def test_a_folder_sorted_by_scene_measures_as_a_shuffled_one(cfg, tmp_path: Path) -> None:
+def test_a_folder_sorted_by_scene_has_the_same_distance_as_a_shuffled_one(cfg, tmp_path: Path) -> None:
     """The same images with names in order of scene and with random names: the same distance up to sampling."""
     bright, dark = pictures(60, seed=1), pictures(60, seed=2) // 4
     order = np.random.default_rng(0).permutation(120)
@@ -348,7 +348,7 @@ def test_a_folder_sorted_by_scene_measures_as_a_shuffled_one(cfg, tmp_path: Path
 # ---------------------------------------------------------------- reference rows
 
 
-def test_reference_rows_are_real_and_rebuilt_images_n_against_n(tmp_path: Path) -> None:
+def test_reference_rows_measure_real_and_reconstructed_images(tmp_path: Path) -> None:
     """Each number is recomputed from the images; the row of a perfect autoencoder equals that of the real images."""
     corpus, test = made_corpus(80, seed=3), made_corpus(60, seed=4)
     held, further = made_held_out(test, np.arange(20)), made_held_out(test, np.arange(20, 40))

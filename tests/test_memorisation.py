@@ -43,7 +43,7 @@ def test_distances_agree_with_scipy(monkeypatch: pytest.MonkeyPatch, block: int)
     np.testing.assert_allclose(nearest_distances(features, corpus, rows), expected, atol=1e-5)
 
 
-def test_copies_are_near_zero_and_new_images_near_one() -> None:
+def test_nearest_training_is_near_zero_for_copies_and_near_one_for_new_images() -> None:
     corpus, held = embedded(2000, 1).astype(np.float16), embedded(300, 2)
     rows = np.arange(0, 2000, 2)
     copies = corpus[rows[:300]].astype(np.float32)
@@ -55,7 +55,7 @@ def test_copies_are_near_zero_and_new_images_near_one() -> None:
     assert nearest_training(copies + 0.02 * embedded(300, 4), held, corpus, rows) < 0.2, "copies with a little noise"
 
 
-def test_it_is_undefined_of_too_few_images_or_of_copies_that_are_held_out() -> None:
+def test_nearest_training_is_undefined_for_too_few_images_or_held_out_copies() -> None:
     corpus = embedded(50, 1)
     assert np.isnan(nearest_training(embedded(10, 0), embedded(10, 2), corpus, np.arange(3)))
     assert np.isnan(nearest_training(embedded(10, 0), corpus[:10], corpus.astype(np.float16), np.arange(50)))
@@ -84,7 +84,7 @@ def trained(tmp_path: Path) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("below", ["", "pipeline", "snapshots/000000000320"])
-def test_a_run_says_what_it_was_trained_on(trained: SimpleNamespace, below: str) -> None:
+def test_find_training_returns_the_training_images_of_a_run(trained: SimpleNamespace, below: str) -> None:
     result = find_training(trained.run / below, trained.corpus, [trained.encoder], trained.runs)
     assert result.rows.tolist() == [0, 3]
     assert result.key == {"corpus": "corpus", "selection": "chosen"}
@@ -92,7 +92,7 @@ def test_a_run_says_what_it_was_trained_on(trained: SimpleNamespace, below: str)
 
 
 @pytest.mark.parametrize("lacks", ["run", "selection", "embeddings", "corpus", "encoder"])
-def test_what_is_not_at_hand_leaves_the_metric_out(trained: SimpleNamespace, tmp_path: Path, lacks: str) -> None:
+def test_find_training_returns_none_if_a_part_is_missing(trained: SimpleNamespace, tmp_path: Path, lacks: str) -> None:
     source, corpus, encoders = trained.run, trained.corpus, [trained.encoder]
     if lacks == "run":
         source = tmp_path / "elsewhere"
@@ -117,7 +117,7 @@ def test_copies_of_photographs_are_found_through_an_encoder() -> None:
 
 
 @pytest.mark.slow
-def test_a_training_is_measured_against_what_it_has_seen(tmp_path: Path) -> None:
+def test_pretraining_measures_the_distance_to_its_training_images(tmp_path: Path) -> None:
     """The complete `train/pretrain.py`, and the same numbers by `eval/measure.py of=RUN`, from the same stages."""
     cfg = tiny_config(tmp_path, "encoder@evaluation_encoder=efficientnet_lite0", "evaluation_encoder.input_size=32")
     run = pretrain(cfg, "random")

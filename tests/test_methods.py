@@ -77,13 +77,13 @@ def cloud(size: int, dimensions: int = 8, seed: int = 0) -> np.ndarray:
     return (centres[random.integers(5, size=size)] + random.standard_normal((size, dimensions))).astype(np.float32)
 
 
-# ---------------------------------------------------------------- promises of every method
+# ---------------------------------------------------------------- properties of every method
 
 
 @pytest.mark.parametrize("name", SELECTIVE)
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 120), st.integers(0, 20), st.floats(0, 0.999, allow_subnormal=False), st.integers(0, 3))
-def test_exact_budget_and_no_repeats(name, size, unreadable, ratio, seed):
+def test_every_method_keeps_the_exact_budget_without_repeats(name, size, unreadable, ratio, seed):
     pool = pool_of(cloud(size, seed=seed), unreadable=min(unreadable, size), seed=seed)
     budget = size - round(ratio * size)
     selection = SELECTIVE[name].select(pool, budget, np.random.default_rng(seed))
@@ -95,7 +95,7 @@ def test_exact_budget_and_no_repeats(name, size, unreadable, ratio, seed):
 
 @pytest.mark.parametrize("name", SELECTIVE)
 @pytest.mark.parametrize("embeddings", [np.ones((40, 6)), np.zeros((40, 6)), np.eye(40, 6), np.ones((1, 6))])
-def test_degenerate_pools(name, embeddings):
+def test_every_method_keeps_the_exact_budget_of_degenerate_pools(name, embeddings):
     """All equal, all zero, fewer distinct images than clusters, a single one; ratio 0 and 0.999."""
     pool = pool_of(embeddings)
     for budget in (len(embeddings), 1, 0):
@@ -103,7 +103,7 @@ def test_degenerate_pools(name, embeddings):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_seed_same_bits(name):
+def test_same_seed_gives_bit_identical_selections(name):
     pool = pool_of(cloud(400), unreadable=7)
     first, second = (METHODS[name].select(pool, 60, np.random.default_rng(5)) for _ in range(2))
     np.testing.assert_array_equal(first.kept, second.kept)
@@ -111,7 +111,7 @@ def test_same_seed_same_bits(name):
 
 
 @pytest.mark.parametrize("name", ["entropy_only", "herding", "facility"])
-def test_order_of_the_corpus_only_permutes_an_order_free_method(name):
+def test_order_free_methods_keep_the_same_images_for_any_corpus_order(name):
     embeddings = cloud(150)
     order = np.random.default_rng(1).permutation(150)
     pool = pool_of(embeddings)
@@ -135,7 +135,7 @@ def test_coverage_grows_with_the_budget(name):
 
 
 @pytest.mark.parametrize("change", ABLATION)
-def test_every_change_of_the_ablation_exists(change):
+def test_every_ablation_override_composes_and_instantiates(change):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", overrides=["prune=rsprune", change])
     assert instantiate(cfg.prune, _convert_="all") and instantiate(cfg.entropy)
@@ -168,7 +168,7 @@ def test_semdedup_drops_copies_first():
 
 
 @pytest.mark.parametrize(("keep", "sign"), [("hard", 1), ("easy", -1)])
-def test_ssp_keeps_one_end_of_the_distances(keep, sign):
+def test_ssp_keeps_the_images_farthest_from_or_nearest_to_their_prototypes(keep, sign):
     pool = pool_of(cloud(100))
     selection = SSPPrototypes(keep=keep, clusters=4).select(pool, 25, np.random.default_rng(0))
     distance = sign * selection.centroid_distance
@@ -176,7 +176,7 @@ def test_ssp_keeps_one_end_of_the_distances(keep, sign):
     assert distance[selection.kept].min() >= distance[dropped].max()
 
 
-def test_ssp_refuses_another_word():
+def test_ssp_refuses_an_unknown_value_of_keep():
     with pytest.raises(UserError, match="give hard or easy"):
         SSPPrototypes(keep="medium")
 
@@ -201,7 +201,7 @@ def test_herding_takes_the_best_next_image_every_time():
     assert herd(embeddings, mean, 8).tolist() == taken
 
 
-def test_moderate_keeps_the_middle():
+def test_moderate_keeps_the_middle_third_of_the_centroid_distances():
     pool = pool_of(cloud(90))
     selection = ModerateCoreset().select(pool, 30, np.random.default_rng(0))
     order = np.argsort(selection.centroid_distance, kind="stable")
@@ -219,7 +219,7 @@ def test_nearest_feasible_solves_the_quadratic_program():
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.floats(0, 1, allow_subnormal=False), st.integers(0, 9))
-def test_nearest_feasible_is_exact_and_capped(sizes, fraction, seed):
+def test_nearest_feasible_meets_the_budget_and_the_group_sizes(sizes, fraction, seed):
     sizes = np.array(sizes)
     budget = int(fraction * sizes.sum())
     requested = budget * np.random.default_rng(seed).dirichlet(np.full(len(sizes), 0.3))
@@ -234,7 +234,7 @@ def test_outer_distance_is_the_mean_over_the_nearest_centroids():
     np.testing.assert_allclose(outer_distance(centroids, 2), [1, 0.5, 0.5])
 
 
-def test_d2_takes_the_highest_and_lowers_its_neighbours():
+def test_d2_takes_the_highest_score_and_lowers_those_of_its_neighbours():
     score = np.array([1.0, 0.9, 0.5])
     neighbours, weights = np.array([[1], [0], [0]]), np.full((3, 1), 0.8)
     assert greedy(score.copy(), neighbours, weights, 3).tolist() == [0, 2, 1]
@@ -254,7 +254,7 @@ def test_facility_location_agrees_with_plain_greedy():
     assert lazy_greedy(result, similarity, 6).tolist() == taken
 
 
-def test_facility_location_beats_random_at_its_own_aim():
+def test_facility_location_covers_the_corpus_better_than_random():
     pool = pool_of(cloud(300))
     vectors = normalise(pool.embeddings - pool.embeddings.mean(axis=0))
 
@@ -274,7 +274,7 @@ def test_a_tree_is_sampled_evenly_at_every_level():
     assert len(set(sample_tree(levels, 12, np.random.default_rng(0)))) == 12
 
 
-def test_clusters_level_by_level_find_what_one_kmeans_finds():
+def test_hierarchical_and_flat_kmeans_find_pure_clusters():
     random = np.random.default_rng(0)
     centres = normalise(random.standard_normal((32, 64)))
     truth = random.integers(32, size=3000)
@@ -291,7 +291,7 @@ def test_clusters_level_by_level_find_what_one_kmeans_finds():
 
 
 @pytest.mark.parametrize("embeddings", [np.ones((300, 4)), np.r_[np.ones((290, 4)), 3 * np.eye(4).repeat(3, 0)[:10]]])
-def test_images_that_cannot_be_split_end_the_splitting(embeddings):
+def test_splitting_ends_at_equal_images_and_the_budget_is_met(embeddings):
     method = RSPruneMethod(entropy_quantile=0, scenes=False, images_per_cluster=1, max_clusters=3)
     assert len(method.select(pool_of(embeddings), 100, np.random.default_rng(0)).kept) == 100
 
@@ -302,7 +302,7 @@ def test_euclidean_clusters_measure_euclidean_distance():
     assert len(selection.kept) == 20 and selection.centroid_distance.max() > 2  # beyond any cosine distance
 
 
-def test_flat_clusters_of_the_corpus_are_nearest_centroids():
+def test_flat_clustering_assigns_images_to_the_nearest_centroid():
     pool = pool_of(cloud(200), unreadable=5)
     rows, points, labels, _ = corpus_clusters(pool, 6, np.random.default_rng(0))
     assert len(rows) == 195 and labels.max() < 6
@@ -322,7 +322,7 @@ def test_otsu_splits_two_modes():
 # ---------------------------------------------------------------- library use
 
 
-def test_arrays_in_selection_out():
+def test_rsprune_selects_from_arrays_reproducibly():
     embeddings = cloud(200)
     bits = np.random.default_rng(0).uniform(0, 8, 200)
     selection = RSPrune(ratio=0.85).select(
@@ -334,13 +334,13 @@ def test_arrays_in_selection_out():
     np.testing.assert_array_equal(selection.kept, again.kept)
 
 
-def test_embeddings_alone_are_enough():
+def test_methods_select_from_embeddings_alone():
     selection = RSPrune(ratio=0.5, uniformity=0.5).select(cloud(60).astype(np.float16))
     assert len(selection.kept) == 30 and "low_entropy" not in selection.reason
     assert len(select_from_arrays(SemDeDup(), cloud(60), ratio=0.9).kept) == 6
 
 
-def test_bad_arrays_are_named():
+def test_invalid_arrays_and_options_are_named_in_the_error():
     embeddings = cloud(30)
     embeddings[[4, 9], 2] = np.nan
     with pytest.raises(UserError, match=r"embeddings of 2 images are not finite \(rows 4, 9\)"):

@@ -15,14 +15,14 @@ from report.tables import build_tables, show, to_markdown
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("held_out", ["", *SETS])
 @pytest.mark.parametrize("part", ["", "low", "high"])
-def test_a_name_is_taken_apart_as_it_was_built(metric, held_out, part):
+def test_metric_names_are_parsed_back_to_their_parts(metric, held_out, part):
     of = {"encoder": "efficientnet_lite0", "clip": "vit_l14", "": ""}[METRICS[metric].by]
     for minus in ("", "random", "kmeans_uniform"):
         quantity = Quantity(metric, of, held_out, minus, part)
         assert Quantity.parse(quantity.name) == quantity
 
 
-def test_the_contracts_names():
+def test_fixed_metric_names_are_built_and_parsed_and_other_keys_are_not():
     assert Quantity("fd", "inception", "balanced").name == "balanced_fid"
     assert Quantity.parse("fd_infinity_dinov2") == Quantity("fd_infinity", "dinov2")
     assert Quantity.parse("natural_fid") == Quantity("fd", "inception", "natural")
@@ -32,12 +32,12 @@ def test_the_contracts_names():
         assert Quantity.parse(name) is None, name
 
 
-def test_what_is_better_is_reported_by_the_registry():
+def test_the_registry_gives_the_better_direction_of_each_metric():
     better = {name: lower_is_better(name) for name in ("loss", "balanced_fid", "natural_recall_dinov2", "psnr")}
     assert better == {"loss": True, "balanced_fid": True, "natural_recall_dinov2": False, "psnr": False}
 
 
-def test_metrics_run_where_their_inputs_are_known_and_undefined_is_null():
+def test_metrics_are_computed_from_available_inputs_and_undefined_ones_are_null():
     features = np.random.default_rng(0).standard_normal((40, 3))
     result = compute({"features": features, "reference": features + 1}, of={"encoder": "e"}, held_out="balanced")
     names = {"fd", "kid_x1000", "precision", "recall", "density", "coverage", "fd_infinity"}
@@ -49,7 +49,7 @@ def test_metrics_run_where_their_inputs_are_known_and_undefined_is_null():
     assert set(some) == {"recall_e"}
 
 
-def test_a_metric_is_one_entry_that_tables_and_report_show(monkeypatch, tmp_path):
+def test_a_registered_metric_appears_in_tables_and_report(monkeypatch, tmp_path):
     brightness = Metric("brightness", "higher", 1, ("images",), lambda images: Interval(float(images.mean()), 1.0, 9.0))
     monkeypatch.setitem(METRICS, "brightness", brightness)
     rows = []

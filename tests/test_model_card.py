@@ -63,7 +63,7 @@ def test_a_card_names_data_selection_training_and_metrics() -> None:
     assert rows == ["| balanced_fd_e | 219 |", "| natural_kid_x1000_e | 162.3 |"]
 
 
-def test_a_card_says_what_is_not_known_and_begins_with_the_hubs_metadata() -> None:
+def test_a_card_marks_an_unknown_licence_and_starts_with_hub_metadata() -> None:
     text = card()
     assert "licence of the data: not stated (corpus.licence)" in text and "## Metadata" not in text
     metadata = yaml.safe_load(text.split("---\n")[1])

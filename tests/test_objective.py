@@ -49,7 +49,7 @@ def test_times_cover_the_schedule_evenly() -> None:
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_min_snr_weights(prediction: str, gamma: float) -> None:
+def test_min_snr_weights_follow_the_formula(prediction: str, gamma: float) -> None:
     """Hang et al. 2023, section 3.4: min(SNR, gamma) over SNR, and over SNR + 1 for v."""
     objective = Objective(prediction, min_snr_gamma=gamma)
     time = torch.tensor([0.0, 100.0, 500.0, 999.0])
@@ -60,7 +60,7 @@ def test_min_snr_weights(prediction: str, gamma: float) -> None:
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-3)
 
 
-def test_both_min_snr_losses_are_one_loss_of_the_image() -> None:
+def test_min_snr_losses_of_both_prediction_types_are_equal() -> None:
     """A network with an error d of the predicted image has the same weighted loss for both prediction types."""
     time, difference = torch.tensor([300.0]), torch.randn(1, 3, 5, 5)
     losses = []
@@ -119,12 +119,12 @@ def test_the_sampler_of_an_objective_recovers_the_data(objective: Objective) -> 
         ({"caption_dropout": 1.5}, "caption_dropout"),
     ],
 )
-def test_parts_that_do_not_go_together_are_refused(options: dict, named: str) -> None:
+def test_invalid_or_incompatible_objective_options_are_refused(options: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         Objective(**options)
 
 
-def test_schedulers_tell_what_their_network_predicts() -> None:
+def test_prediction_of_returns_the_prediction_type_of_a_scheduler() -> None:
     assert [prediction_of(objective.scheduler()) for objective in (Objective(), *DISCRETE[:2])] == [
         "flow",
         "epsilon",

@@ -53,7 +53,7 @@ def reasons(corpus: Corpus) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------- special files
 
 
-def test_pipes_devices_and_holes_are_not_read(tmp_path: Path) -> None:
+def test_pipes_devices_and_too_large_sparse_files_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")  # reading it would block forever
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")  # reading it would never end
     with open(tmp_path / "hole.jpg", "wb") as file:
@@ -63,7 +63,7 @@ def test_pipes_devices_and_holes_are_not_read(tmp_path: Path) -> None:
     assert read_bytes("a\0b.jpg") == VANISHED
 
 
-def test_a_folder_with_them_is_indexed(tmp_path: Path) -> None:
+def test_a_folder_with_pipes_and_too_large_sparse_files_is_indexed(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     (root / "a.png").write_bytes(png())
@@ -78,7 +78,7 @@ def test_a_folder_with_them_is_indexed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content_hash", [False, True])
-def test_a_folder_of_scenes_with_a_pipe_and_a_link_to_itself(
+def test_a_scene_folder_with_pipes_and_a_circular_link_is_indexed(
     tmp_path: Path, content_hash: bool, capsys: pytest.CaptureFixture
 ) -> None:
     root = tmp_path / "scenes"
@@ -101,7 +101,7 @@ def test_a_folder_of_scenes_with_a_pipe_and_a_link_to_itself(
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300, 0.0])
-def test_a_scene_whose_transform_leads_nowhere_keeps_its_tiles(tmp_path: Path, number: float) -> None:
+def test_a_scene_with_an_invalid_transform_keeps_its_tiles(tmp_path: Path, number: float) -> None:
     root = tmp_path / "scenes"
     root.mkdir()
     for name, transform in (("a.tif", Affine(number, 0, 1, 0, number, 2)), ("b.tif", Affine(10, 0, 5e5, 0, -10, 5e6))):
@@ -115,7 +115,7 @@ def test_a_scene_whose_transform_leads_nowhere_keeps_its_tiles(tmp_path: Path, n
     assert np.isfinite(corpus.manifest.loc[corpus.manifest["id"].str.startswith("b"), ["lon", "lat"]]).all(axis=None)
 
 
-def test_a_scene_of_a_few_bytes_that_claims_millions_of_tiles_is_one_row(tmp_path: Path) -> None:
+def test_a_small_vrt_that_declares_millions_of_tiles_is_quarantined_as_one_row(tmp_path: Path) -> None:
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / "a.tif").write_bytes(png())
     band = '<VRTRasterBand dataType="Byte" band="1"/>'
@@ -126,7 +126,7 @@ def test_a_scene_of_a_few_bytes_that_claims_millions_of_tiles_is_one_row(tmp_pat
 
 
 @pytest.mark.parametrize("size", [2_000, 19_000])
-def test_a_picture_that_claims_more_than_its_bytes_can_be_is_one_row(tmp_path: Path, size: int) -> None:
+def test_a_picture_that_declares_more_pixels_than_its_bytes_is_quarantined(tmp_path: Path, size: int) -> None:
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / "a.tif").write_bytes(png())
     (tmp_path / "scenes" / "b.tif").write_bytes(f"P6 {size} {size} 255\n".encode())
@@ -134,7 +134,7 @@ def test_a_picture_that_claims_more_than_its_bytes_can_be_is_one_row(tmp_path: P
     assert reasons(corpus)["b.tif"] == HOLLOW
 
 
-def test_numbers_near_the_largest_are_shown_without_a_warning() -> None:
+def test_values_near_the_float64_limit_are_stretched_without_a_warning() -> None:
     values = np.array([[[-1.7e308], [1.7e308]]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -142,7 +142,7 @@ def test_numbers_near_the_largest_are_shown_without_a_warning() -> None:
     assert image[0, :, 0].tolist() == [0, 255]
 
 
-def test_a_survey_prints_nothing(capfd: pytest.CaptureFixture) -> None:
+def test_a_survey_of_a_damaged_tiff_prints_nothing(capfd: pytest.CaptureFixture) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 2, (40, 40)).astype(bool)).save(
         buffer, "TIFF", compression="group4"
@@ -157,13 +157,13 @@ def test_a_survey_prints_nothing(capfd: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0)])
-def test_a_mask_of_no_pixels_has_a_reason(shape: tuple[int, int]) -> None:
+def test_a_mask_without_pixels_gets_a_reason(shape: tuple[int, int]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(shape, np.uint8))
     assert decode_mask(buffer.getvalue(), mask_rule(["a", "b"]), 8, None) == NO_PIXELS
 
 
-def test_an_array_beside_an_image_in_a_shard_is_its_mask(tmp_path: Path) -> None:
+def test_an_npy_mask_beside_an_image_in_a_shard_is_read(tmp_path: Path) -> None:
     buffer, mask = io.BytesIO(), np.arange(400).reshape(20, 20) % 2
     np.save(buffer, mask)
     write(tmp_path / "a.tar", {"a.png": png(), "a.mask.npy": buffer.getvalue()})
@@ -183,7 +183,7 @@ def write(path: Path, members: dict[str, bytes], **headers: str) -> None:
 
 
 @pytest.mark.parametrize("headers", [{"GNU.sparse.realsize": "x"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}])
-def test_a_header_that_tarfile_cannot_read_cuts_its_shard_alone(tmp_path: Path, headers: dict[str, str]) -> None:
+def test_an_unreadable_tar_header_affects_only_its_own_shard(tmp_path: Path, headers: dict[str, str]) -> None:
     write(tmp_path / "a.tar", {"first.png": png(), "bad.png": png(1), "last.png": png(2)}, **headers)
     write(tmp_path / "b.tar", {"bad0.png": png(3)}, **{"GNU.sparse.realsize": "x"})
     write(tmp_path / "c.tar", {"whole.png": png(4)})
@@ -193,7 +193,7 @@ def test_a_header_that_tarfile_cannot_read_cuts_its_shard_alone(tmp_path: Path, 
     assert set(result.values()) == {CUT, BROKEN}
 
 
-def test_a_sparse_member_that_claims_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+def test_a_sparse_member_that_declares_8_gib_does_not_affect_other_shards(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", {"a.png": png(), "b.png": png(1)})
     data = bytearray((tmp_path / "a.tar").read_bytes())
     data[124:136] = b"%011o\0" % (2**33 - 1)
@@ -207,7 +207,7 @@ def test_a_sparse_member_that_claims_gigabytes_takes_no_memory(tmp_path: Path) -
     assert corpus.manifest.loc[corpus.readable, "id"].tolist() == ["whole"]
 
 
-def test_members_without_bytes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_pipes_and_links_in_a_shard_are_counted_as_ignored(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path / "a.tar", {"a.png": png()})
     with tarfile.open(tmp_path / "a.tar", "a") as tar:
         for name, kind in (("pipe.png", tarfile.FIFOTYPE), ("link", tarfile.SYMTYPE), ("folder", tarfile.DIRTYPE)):
@@ -221,7 +221,7 @@ def test_members_without_bytes_are_counted(tmp_path: Path, capsys: pytest.Captur
 # -------------------------------------------------------------------------------------------------------------- texts
 
 
-def test_nested_captions_end() -> None:
+def test_deeply_nested_captions_are_ignored() -> None:
     deep: object = "a lake"
     for _ in range(900):
         deep = [deep]
@@ -229,17 +229,17 @@ def test_nested_captions_end() -> None:
     assert own_captions({"captions": [["a lake"]]}) == ["a lake"]
 
 
-def test_a_text_in_brackets_is_no_code() -> None:
+def test_a_caption_in_brackets_is_kept_as_text() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert own_captions({"caption": "[1is a lake]"}) == ["[1is a lake]"]
 
 
-def test_a_text_is_no_scene() -> None:
+def test_a_long_text_is_not_a_scene_name() -> None:
     assert scene_name("x" * LONGEST_SCENE) and scene_name("x" * (LONGEST_SCENE + 1)) == ""
 
 
-def test_keys_of_metadata_become_columns_that_every_table_holds(tmp_path: Path) -> None:
+def test_metadata_keys_become_valid_column_names(tmp_path: Path) -> None:
     metadata = scalars({"\ud800": 1, "a\0b": 2, "": 3, "lon": 4.5})
     pd.DataFrame([metadata]).to_parquet(tmp_path / "a.parquet")
     assert list(metadata.values()) == [1, 2, 3, 4.5] and not any("\0" in key for key in metadata)
@@ -247,7 +247,7 @@ def test_keys_of_metadata_become_columns_that_every_table_holds(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", [r"$\frac$", "$", "_hidden", "x" * 5000, "a\nb\tc", "漢字"])
-def test_any_name_of_a_scene_can_be_drawn(name: str) -> None:
+def test_scene_names_with_special_characters_can_be_plotted(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         silence_libraries()
@@ -257,14 +257,14 @@ def test_any_name_of_a_scene_can_be_drawn(name: str) -> None:
     assert all(len(label) <= LONGEST_LABEL + 4 and "\n" not in label for label in labels)
 
 
-def test_a_warning_of_a_missing_letter_is_not_shown() -> None:
+def test_warnings_about_missing_glyphs_are_silenced() -> None:
     with warnings.catch_warnings(record=True) as caught, contextlib.suppress(Exception):
         silence_libraries()
         warnings.warn("Glyph 28450 (\\N{CJK}) missing from font(s) DejaVu Sans.", UserWarning, stacklevel=1)
     assert not caught
 
 
-def test_a_shard_of_zeros_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_shard_of_zeros_is_reported_as_empty(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path / "a.tar", {"a.png": png()})
     (tmp_path / "b.tar").write_bytes(bytes(10_240))
     indexed(WebDataset(urls=f"{tmp_path / 'a.tar'}::{tmp_path / 'b.tar'}", resolution=8), tmp_path)

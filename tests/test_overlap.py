@@ -21,7 +21,7 @@ def first_number(step: int) -> float:
     return float(np.float32(np.random.default_rng([OPTIONS.seed, step]).standard_normal()))
 
 
-def test_a_batch_is_drawn_while_the_last_one_is_computed(tmp_path: Path) -> None:
+def test_the_next_batch_is_drawn_while_the_current_one_is_computed(tmp_path: Path) -> None:
     """Step k waits until batch k + 1 is being drawn, and the drawing of batch k + 1 waits for step k: both must
     overlap.
 

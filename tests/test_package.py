@@ -73,13 +73,13 @@ def test_every_pin_lies_in_its_range_and_every_range_has_a_pin() -> None:
     assert sorted(set(pinned) - {canonicalize_name(line.name) for line in requested}) == []
 
 
-def test_ranges_have_two_ends_and_the_core_no_torch() -> None:
+def test_version_ranges_have_both_bounds_and_the_core_does_not_need_torch() -> None:
     assert all({part.operator for part in line.specifier} == {">=", "<"} for line in ranges())
     core = {Requirement(line).name for line in PROJECT["project"]["dependencies"]}
     assert len(core) < 15 and not core & {"torch", "hydra-core", "diffusers", "opencv-python"}
 
 
-def test_extras_of_all_exist() -> None:
+def test_the_extra_all_names_existing_extras() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     named = [Requirement(line).extras for lines in extras.values() for line in lines if line.startswith("rs-prune[")]
     assert set().union(*named) <= set(extras)
@@ -89,7 +89,7 @@ def test_extras_of_all_exist() -> None:
 # ---------------------------------------------------------------- imports
 
 
-def test_selecting_from_arrays_imports_little_in_less_than_a_second() -> None:
+def test_selecting_from_arrays_imports_no_heavy_package_in_less_than_2_seconds() -> None:
     done = python(
         "import json, sys, time; start = time.process_time()\n"
         "from rsprune import RSPrune, Selection, images_represented, local_entropy, near_duplicate_fraction\n"
@@ -108,7 +108,7 @@ def test_selecting_from_arrays_imports_little_in_less_than_a_second() -> None:
     assert seconds < 2  # 0.5 s on an idle core, but this core may be busy
 
 
-def test_a_missing_extra_is_one_line() -> None:
+def test_a_missing_extra_gives_a_one_line_error() -> None:
     hidden = "import sys; sys.modules['torch'] = None; sys.modules['cv2'] = None\n"
     call = "import numpy as np, rsprune\ntry: {}\nexcept rsprune.UserError as error: print(error)"
     for code, line in (
@@ -123,7 +123,7 @@ def test_a_missing_extra_is_one_line() -> None:
         importlib.import_module("prune.nowhere")  # an error of the project is not a missing extra
 
 
-def test_a_package_of_another_project_is_named(tmp_path: Path) -> None:
+def test_the_import_error_names_a_shadowing_package_of_another_project(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     ask = "from rsprune import RSPrune"
     assert python(ask, tmp_path).returncode == 0  # a folder without __init__.py does not hide the package
@@ -138,7 +138,7 @@ def test_a_package_of_another_project_is_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the API
 
 
-def test_the_names_are_few_and_documented_and_typed() -> None:
+def test_public_names_are_few_documented_and_typed() -> None:
     assert len(rsprune.__all__) < 20 and set(rsprune.__all__) == set(rsprune._HOME) == set(dir(rsprune))
     documented = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     for name in rsprune.__all__:
@@ -151,14 +151,14 @@ def test_the_names_are_few_and_documented_and_typed() -> None:
         assert PROJECT["tool"]["setuptools"]["package-data"][package] == ["py.typed"]
 
 
-def test_lazy_names_and_those_of_the_type_checker_are_the_same() -> None:
+def test_lazy_names_equal_the_names_for_the_type_checker() -> None:
     tree = ast.parse((ROOT / "rsprune" / "__init__.py").read_text(encoding="utf-8"))
     [block] = [node for node in tree.body if isinstance(node, ast.If)]
     imported = {alias.name: node.module for node in block.body for alias in node.names}
     assert imported == rsprune._HOME
 
 
-def test_versions_of_results_name_this_package() -> None:
+def test_recorded_versions_and_change_log_name_the_package_version() -> None:
     assert versions()["rs-prune"] == PROJECT["project"]["version"]
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"^## \[?([\d.]+)", changes, re.M)[1] == PROJECT["project"]["version"]
@@ -169,7 +169,7 @@ def test_versions_of_results_name_this_package() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("width", [*range(1, 20), 100, 513, 768, 1280])
-def test_points_are_bit_for_bit_those_of_pytorch(dtype: type, width: int) -> None:
+def test_points_equal_pytorch_bit_for_bit(dtype: type, width: int) -> None:
     """Published selections used `torch.norm`; they must be reproducible without torch."""
     generator = np.random.default_rng(width)
     embeddings = (generator.standard_normal((300, width)) * generator.choice([1e-3, 1, 30])).astype(dtype)
@@ -189,7 +189,7 @@ def test_points_are_bit_for_bit_those_of_pytorch(dtype: type, width: int) -> Non
         np.testing.assert_allclose(points[:], vectors.numpy(), rtol=1e-6, atol=1e-7)
 
 
-def test_points_without_rows_and_of_what_is_not_contiguous() -> None:
+def test_points_support_empty_rows_and_non_contiguous_arrays() -> None:
     values = np.random.default_rng(0).standard_normal((40, 24)).astype(np.float16)
     centre = np.zeros(12, np.float32)
     assert Points(values, np.zeros(24, np.float32))[np.empty(0, np.int64)].shape == (0, 24)
@@ -208,7 +208,9 @@ def selection() -> rsprune.Selection:
     )
 
 
-def test_a_selection_as_a_table_and_as_tags(selection: rsprune.Selection, tmp_path: Path) -> None:
+def test_a_selection_is_written_and_read_as_a_table_and_given_as_tags(
+    selection: rsprune.Selection, tmp_path: Path
+) -> None:
     ids = [f"a/{number}.png" for number in range(40)]
     table = rsprune.selection_table(selection, ids, weights=np.ones(40, np.float32))
     assert table["id"][table["kept"]].tolist() == [ids[row] for row in selection.kept]
@@ -229,7 +231,7 @@ def test_a_selection_as_a_table_and_as_tags(selection: rsprune.Selection, tmp_pa
         rsprune.read_selection(tmp_path)
 
 
-def test_a_folder_is_read_as_the_commands_read_it(tiny_folder: Path) -> None:
+def test_read_folder_returns_images_scenes_and_readability(tiny_folder: Path) -> None:
     result = rsprune.read_folder(tiny_folder, side=16)
     assert len(result) == 8 and result.readable.sum() == 7 and result.images.shape == (8, 16, 16, 3)
     assert set(result.scene) == {"BaseballField", "dry_river"}
@@ -252,7 +254,7 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def test_examples_are_of_a_notebook_s_size_and_listed() -> None:
+def test_examples_are_short_and_listed_in_the_documentation() -> None:
     documented = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     for name in EXAMPLES:
         text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
@@ -289,7 +291,7 @@ def test_example_of_shards_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert len(list(tmp_path.glob("kept-*.tar"))) == 2
 
 
-def test_example_of_torchgeo_prunes_a_data_set_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_of_torchgeo_prunes_samples_in_torchgeo_format(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchgeo's samples are dictionaries with an `image`; only the example's `main` needs torchgeo."""
     module = example("torchgeo_dataset")
     values = torch.rand((12, 3, 32, 32), generator=torch.Generator().manual_seed(0)) * 3000

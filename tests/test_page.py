@@ -67,7 +67,7 @@ def html(tmp_path_factory) -> str:
     return write(tmp_path_factory.mktemp("page") / "report.html")
 
 
-def test_seeds_make_one_curve_of_their_mean_and_their_ends():
+def test_curves_of_several_seeds_are_averaged_with_minimum_and_maximum():
     curve = averaged([frame(1.0), frame(0.5), frame(0.9)])
     assert curve[KID].tolist() == pytest.approx([320, 72])
     assert curve[f"{KID}_low"].tolist() == [200, 45] and curve[f"{KID}_high"].tolist() == [400, 90]
@@ -75,7 +75,7 @@ def test_seeds_make_one_curve_of_their_mean_and_their_ends():
     assert averaged([alone]) is alone
 
 
-def test_a_chart_has_every_number_of_its_curves_and_null_for_what_is_missing():
+def test_a_chart_contains_every_value_of_its_curves_and_null_for_missing_ones():
     missing = frame().assign(**{f"{KID}_low": [390.0, np.nan], f"{KID}_high": [410.0, np.nan]}).iloc[::-1]
     data = chart({"random": frame(2), "rsprune": missing, "none": frame()[["step"]]}, KID, references={"real": 3.0})
     series = {line["name"]: line["points"] for line in data["series"]}
@@ -93,13 +93,13 @@ def test_a_chart_has_every_number_of_its_curves_and_null_for_what_is_missing():
     assert axes[-1] == {"key": "flops", "label": "FLOPs"}
 
 
-def test_a_chart_has_the_colours_of_its_picture():
+def test_an_interactive_chart_has_the_colours_of_the_static_figure():
     curves = {name: frame() for name in ("zebra", "random", "herding")}
     drawn = {line.get_label(): line.get_color() for line in convergence_figure(curves, KID).axes[0].lines}
     assert {line["name"]: line["colour"] for line in chart(curves, KID, references={})["series"]} == drawn
 
 
-def test_the_page_carries_the_chart_unharmed_beside_its_picture(html):
+def test_the_page_embeds_escaped_chart_data_beside_the_static_figure(html):
     [text] = re.findall(r'<script type="application/json">(.*?)</script>', html, re.DOTALL)
     data = json.loads(text)
     points = {line["name"]: [point["value"] for point in line["points"]] for line in data["series"]}
@@ -109,7 +109,7 @@ def test_the_page_carries_the_chart_unharmed_beside_its_picture(html):
     assert "<svg hidden>" in html
 
 
-def test_headings_and_cells_carry_what_sorting_needs(html):
+def test_headings_and_cells_contain_the_attributes_for_sorting(html):
     table = html[html.index('id="table-generation"') :]
     assert re.search(r"<table data-sortable>", table)
     headings = re.findall(r'<th scope="col" aria-sort="none" data-sort="(\w+)"', table[: table.index("</thead>")])
@@ -120,7 +120,7 @@ def test_headings_and_cells_carry_what_sorting_needs(html):
     assert "real_train" in references and "real_train" not in measured
 
 
-def test_a_table_of_one_row_and_texts_that_look_like_numbers(tmp_path):
+def test_single_row_tables_are_not_sortable_and_formatted_numbers_are_parsed(tmp_path):
     single = build_tables([row for row in rows() if row["prune"] != "random"][2:])
     plain = pd.DataFrame({"fraction": ["12.5%", "9%"], "count": [1234, 5], "version": ["1.2.3", "1,234"]})
     write_report(tmp_path / "a.html", title="t", intro="i", tables={**single, "plain": plain})
@@ -132,7 +132,7 @@ def test_a_table_of_one_row_and_texts_that_look_like_numbers(tmp_path):
     assert cells == ["12.5", "1234.0", "", "9.0", "5.0", "1234.0"]
 
 
-def test_the_verdict_leads_the_page_with_the_numbers_of_the_rows(html):
+def test_the_verdict_precedes_the_figures_and_shows_paired_differences(html):
     assert html.index('id="verdict"') < html.index('id="figures"') < html.index('id="table-generation"')
     assert "The rows" in html and "2 seeds: the mean paired difference" in html
     body = html[html.index('class="comparisons"') :]
@@ -147,11 +147,11 @@ def test_the_verdict_leads_the_page_with_the_numbers_of_the_rows(html):
     assert verdict_view([row for row in rows() if row["prune"] != "rsprune"]) is None
 
 
-def test_the_same_rows_make_the_same_bytes(html, tmp_path):
+def test_the_page_of_the_same_rows_is_bit_identical(html, tmp_path):
     assert write(tmp_path / "again.html") == html
 
 
-def test_grids_show_each_seed_with_the_images_of_every_method(tmp_path):
+def test_sample_grids_show_the_images_of_every_method_for_each_seed(tmp_path):
     measured = {}
     for number, name in enumerate(("rsprune", "full")):
         measured[name] = []
@@ -201,7 +201,7 @@ PROBE = """<script>addEventListener("load", () => setTimeout(() => {
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_sorts_toggles_and_tells_without_an_error(html, tmp_path):
+def test_the_page_sorts_toggles_and_shows_tooltips_in_a_browser(html, tmp_path):
     early = "<script>window.failed = []; addEventListener('error', (event) => failed.push(event.message));</script>"
     page = html.replace("<head>", "<head>" + early, 1).replace("</body>", PROBE + "</body>")
     (tmp_path / "probe.html").write_text(page, encoding="utf-8")

@@ -68,7 +68,7 @@ def test_uneven_exchanges_differ_between_scenes_by_their_seed() -> None:
     assert not np.array_equal(fractions(0), fractions(1))
 
 
-def test_a_swapped_corpus_has_one_caption_an_image_and_knows_which_changed(tmp_path: Path) -> None:
+def test_a_swapped_corpus_has_one_caption_per_image_and_marks_swapped_ones(tmp_path: Path) -> None:
     _, captions, scenes = world(120)
     several = [[text, "another one"] for text in captions]
     corpus = corpus_of(several, scenes, tmp_path)
@@ -82,7 +82,7 @@ def test_a_swapped_corpus_has_one_caption_an_image_and_knows_which_changed(tmp_p
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, "half"])
-def test_a_share_that_is_none_is_one_line(fraction: object) -> None:
+def test_an_invalid_swap_fraction_is_refused(fraction: object) -> None:
     with pytest.raises(UserError, match=r"captioning\.swapped\.fraction"):
         Swaps(fraction)
 
@@ -109,17 +109,17 @@ def test_detection_agrees_with_scikit_learn(size: int, seed: int) -> None:
     assert result["swap_removed"] == removed / size
 
 
-def test_detection_of_nothing_is_undefined() -> None:
+def test_detection_metrics_without_swapped_captions_are_undefined() -> None:
     result = detection(np.zeros(5, bool), np.arange(5), 0)
     assert result["swap_removed"] == 0 and set(result.values()) == {0.0, None}
 
 
-def test_the_worst_are_those_of_other_scenes_then_those_that_fit_least() -> None:
+def test_worst_first_lists_mismatched_pairs_then_pairs_of_lowest_fit() -> None:
     mismatch, fit = np.array([0.7, 0.1, 0.9, 0.2]), np.array([5.0, 1.0, 9.0, -1.0])
     assert worst_first(mismatch, fit, 0.6).tolist() == [2, 0, 3, 1]
 
 
-def test_the_error_of_shares_is_over_scenes_that_have_pairs() -> None:
+def test_fraction_error_is_the_mean_over_scenes_with_pairs() -> None:
     swapped, scene = np.array([True, False, False, False]), np.array([0, 0, 2, 2])
     assert fraction_error(swapped, scene, np.array([0.4, 0.9, 0.2])) == pytest.approx((0.1 + 0.2) / 2)
 
@@ -177,13 +177,13 @@ def test_the_command_finds_exchanged_captions_and_compares_captioners(photograph
         assert (results / f"{name}.md").stat().st_size > 0
 
 
-def test_an_unknown_arm_is_one_line(tmp_path: Path) -> None:
+def test_an_unknown_arm_gives_a_one_line_error(tmp_path: Path) -> None:
     done = call("scripts/pair_cleaning.py", "profile=smoke", "pair_cleaning.arms=[spoilt]", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "spoilt" in done.stderr
 
 
 @pytest.mark.slow
-def test_the_arms_are_trained_and_judged_by_true_captions(tmp_path: Path) -> None:
+def test_every_arm_is_trained_and_evaluated(tmp_path: Path) -> None:
     done = call(
         "scripts/pair_cleaning.py", "profile=smoke", "pair_cleaning.detection=false", "pair_cleaning.captions=false",
         "train.loop.steps=4", "train.snapshots=1", "eval.images=16", "eval.convergence_images=12", "tracker=none",
@@ -198,7 +198,7 @@ def test_the_arms_are_trained_and_judged_by_true_captions(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_probe_writes_a_file_that_pruning_takes(tmp_path: Path) -> None:
+def test_the_probe_writes_cleaning_ratios_that_pruning_accepts(tmp_path: Path) -> None:
     done = call(
         "scripts/cleaning_probe.py", "profile=smoke", "cleaning_probe.ratios=[0.3,0.0]", "cleaning_probe.steps=4",
         "eval.images=16", "eval.convergence_images=12", "tracker=none", cwd=tmp_path,

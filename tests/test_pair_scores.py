@@ -60,7 +60,7 @@ def one_scene(evidence: np.ndarray, shuffled: np.ndarray) -> Mismatch:
     return fit_mismatch(evidence, np.zeros(len(evidence), int), shuffled, np.zeros(len(shuffled), int), 1)
 
 
-def test_correlations_without_ridge_are_the_canonical_ones() -> None:
+def test_correlations_without_ridge_equal_canonical_correlations() -> None:
     """They are the cosines of the angles between the column spaces (Björck and Golub 1973)."""
     first, second = related()
     expected = np.cos(subspace_angles(*((view - view.mean(0)).astype(np.float64) for view in (first, second))))
@@ -85,7 +85,7 @@ def test_a_ridge_is_a_penalty_on_the_covariance() -> None:
     np.testing.assert_allclose((ours * theirs).mean(0), np.sqrt(np.sort(values)[::-1][:4]), atol=2e-3)
 
 
-def test_a_direction_counts_with_its_correlation_to_a_power() -> None:
+def test_directions_are_scaled_by_a_power_of_their_correlation() -> None:
     first, second = related()
     ours, theirs = projected(PLAIN, first, second)
     scaled, also = projected(replace(PLAIN, power=3.0), first, second)
@@ -94,7 +94,7 @@ def test_a_direction_counts_with_its_correlation_to_a_power() -> None:
     assert projected(replace(PLAIN, dimensions=2), first, second)[0].shape == (len(first), 2)
 
 
-def test_a_pair_of_weight_three_is_three_pairs() -> None:
+def test_weighted_pairs_count_as_repeated_pairs() -> None:
     first, second = related(80)
     weights = np.random.default_rng(0).integers(0, 4, 80)
     weighted = fit_dual_encoder(SMALL, first, second, weights.astype(float))
@@ -138,7 +138,7 @@ def test_words_and_pairs_of_words_of_any_script_are_counted() -> None:
     ],
     ids=["all alike", "one text", "one image", "no common word", "one feature"],
 )
-def test_what_does_not_vary_gives_finite_vectors(features: np.ndarray, texts: list[str]) -> None:
+def test_degenerate_features_and_texts_give_finite_vectors(features: np.ndarray, texts: list[str]) -> None:
     reduction = Reduction.of(SMALL, features.astype(np.float32), texts, np.random.default_rng(0))
     images, words = reduction.images(features), reduction.texts(texts)
     fitted = fit_dual_encoder(SMALL, images, words, np.ones(8))
@@ -146,7 +146,7 @@ def test_what_does_not_vary_gives_finite_vectors(features: np.ndarray, texts: li
 
 
 @pytest.mark.parametrize("options", [{"folds": 1}, {"folds": 0}, {"dimensions": 0}])
-def test_options_out_of_range_are_one_line(options: dict) -> None:
+def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         DualEncoder(**options)
 
@@ -159,7 +159,9 @@ def embedded(scorer: FittedScorer, result: Material) -> tuple[np.ndarray, np.nda
     return *scorer.embed(result, pairs, pairs), pairs
 
 
-def test_same_seed_same_bits_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_seed_gives_identical_embeddings_and_writes_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = material(*world(80), tmp_path / "corpus")
     first, second, other = (embedded(FittedScorer(replace(SMALL, most_pairs=60), seed=s), result) for s in (1, 1, 2))
@@ -169,7 +171,9 @@ def test_same_seed_same_bits_and_no_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_encoder_of_a_fold_has_not_seen_its_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_embeddings_of_a_fold_do_not_depend_on_its_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The embeddings of a fold's images do not depend on the captions of that fold, bit for bit.
 
     The principal directions are fixed here: they depend on all texts, but not on their assignment. The next test covers
@@ -188,7 +192,7 @@ def test_the_encoder_of_a_fold_has_not_seen_its_captions(tmp_path: Path, monkeyp
         assert all(not np.array_equal(again[before.fold == k], images[before.fold == k]) for k in range(5) if k != fold)
 
 
-def test_who_has_which_caption_inside_a_fold_plays_no_part_in_its_scores(tmp_path: Path) -> None:
+def test_scores_of_a_fold_do_not_depend_on_its_caption_assignment(tmp_path: Path) -> None:
     """The complete fit including its common directions: every caption is moved by one image inside its fold.
 
     The directions of texts come from one matrix with reordered rows, so rounding differs and signs may differ.
@@ -208,7 +212,7 @@ def test_who_has_which_caption_inside_a_fold_plays_no_part_in_its_scores(tmp_pat
     assert np.abs(again[seen] @ others[seen].T - images[seen] @ texts[seen].T).max() > 0.05
 
 
-def test_captions_that_are_only_scored_teach_nothing(tmp_path: Path) -> None:
+def test_captions_that_are_only_scored_do_not_change_the_fit(tmp_path: Path) -> None:
     features, captions, scenes = world(80)
     result = material(features, captions, scenes, tmp_path)
     given, _ = given_pairs(result.corpus.manifest)
@@ -220,7 +224,7 @@ def test_captions_that_are_only_scored_teach_nothing(tmp_path: Path) -> None:
     np.testing.assert_allclose(texts[pairs.source == "given"], own, atol=1e-6)
 
 
-def test_scorers_of_other_numbers_of_folds_go_together(tmp_path: Path) -> None:
+def test_a_scorer_with_fewer_folds_embeds_all_images_and_texts(tmp_path: Path) -> None:
     """The images are divided once, for the scorer with the largest number of folds."""
     result = material(*world(80), tmp_path)
     images, texts, _ = embedded(FittedScorer(replace(SMALL, folds=2)), result)
@@ -228,7 +232,7 @@ def test_scorers_of_other_numbers_of_folds_go_together(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
 
 
-def test_unreadable_images_are_zeros_and_scenes_count_only_as_labels(tmp_path: Path) -> None:
+def test_unreadable_images_are_zeros_and_scenes_are_used_only_if_labelled(tmp_path: Path) -> None:
     features, captions, scenes = world(80)
     result = material(features, captions, scenes, tmp_path)
     result.corpus.manifest.loc[3, "readable"] = False
@@ -298,7 +302,7 @@ class Made:
         return result
 
 
-def test_statistics_are_those_of_a_slow_loop() -> None:
+def test_statistics_equal_those_of_a_plain_loop() -> None:
     made = Made.of()
     result = made()
     count = len(made.image_of)
@@ -320,7 +324,7 @@ def test_shuffled_pairs_have_the_caption_of_another_image_of_the_right_scene() -
     assert np.isnan(result.same[made.image_of == 7]).all() and not np.isnan(result.same).all()
 
 
-def test_partners_are_drawn_alike_and_never_the_image_itself() -> None:
+def test_partners_are_drawn_uniformly_and_never_from_the_same_image() -> None:
     image_of = np.array([0, 1, 1, 1, 2, 4, 4])
     partners = np.array([0, 1, 2, 3, 5, 6])
     for pair in range(7):
@@ -334,7 +338,7 @@ def test_partners_are_drawn_alike_and_never_the_image_itself() -> None:
     assert alone.tolist() == [-1, -1] and none.tolist() == [-1]
 
 
-def test_pairs_that_nothing_is_compared_with_change_no_statistic_of_others() -> None:
+def test_pairs_that_are_not_partners_do_not_change_statistics_of_others() -> None:
     """Otherwise a good caption could be lost because another image was described again."""
     made = Made.of()
     given = made.partner
@@ -344,7 +348,7 @@ def test_pairs_that_nothing_is_compared_with_change_no_statistic_of_others() -> 
         np.testing.assert_allclose(getattr(whole, name)[given], getattr(part, name), atol=1e-4, err_msg=name)
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Made.of()
     whole = made()
     monkeypatch.setattr(statistics_module, "BLOCK", 3)
@@ -352,7 +356,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(values, getattr(whole, name), atol=1e-4, err_msg=name)
 
 
-def test_a_sample_stands_for_all_partners(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_of_sampled_partners_approximate_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     features = unit(900, 3)
     made = Made(features, unit(900, 4), np.arange(900), np.zeros(900, int), np.arange(900) % 2, np.ones(900, bool))
     whole, sampled = [], []
@@ -363,14 +367,14 @@ def test_a_sample_stands_for_all_partners(monkeypatch: pytest.MonkeyPatch) -> No
     np.testing.assert_allclose(np.corrcoef(whole[0].ravel(), sampled[0].ravel())[0, 1], 1, atol=0.02)
 
 
-def test_one_scene_alone_is_compared_with_itself() -> None:
+def test_a_single_scene_is_compared_only_with_itself() -> None:
     made = replace(Made.of(), scene=np.zeros(40, int))
     result = made()
     np.testing.assert_array_equal(result.observed[:, :2], result.observed[:, 2:])
     assert np.isnan(result.other).all() and np.isfinite(result.same[made.partner]).all() and result.observed.any()
 
 
-def test_no_pairs_have_no_statistics() -> None:
+def test_an_empty_set_of_pairs_has_empty_statistics() -> None:
     none = Made(unit(3, 0), unit(0, 0), np.empty(0, int), np.zeros(3, int), np.zeros(3, int), np.empty(0, bool))
     assert none().observed.shape == (0, 4)
 
@@ -388,14 +392,14 @@ def mixture(fraction: float, count: int = 6000, gap: float = 3.0, seed: int = 0)
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3, 0.5])
 @pytest.mark.parametrize("gap", [2.0, 3.0])
-def test_the_fraction_of_mismatched_pairs_is_found(fraction: float, gap: float) -> None:
+def test_the_fraction_of_mismatched_pairs_is_estimated(fraction: float, gap: float) -> None:
     observed, shuffled, wrong = mixture(fraction, 20_000, gap)
     assert mismatched_fraction(*learn_evidence(observed, shuffled).cross_fitted) == pytest.approx(
         wrong.mean(), abs=0.03
     )
 
 
-def test_few_pairs_bias_no_fraction() -> None:
+def test_few_pairs_do_not_bias_the_mismatched_fraction() -> None:
     """A regression that was fitted to a pair ranks it above its shuffled ones; the fraction was 0.06 too low here."""
     errors = []
     for seed in range(12):
@@ -404,7 +408,7 @@ def test_few_pairs_bias_no_fraction() -> None:
     assert np.mean(errors) == pytest.approx(0, abs=0.03)
 
 
-def test_pairs_of_an_image_are_crossed_together() -> None:
+def test_pairs_of_an_image_are_in_one_cross_fitting_fold() -> None:
     """Five equal pairs per image: in separate folds, each would be scored by a fit to its own copies."""
     random = np.random.default_rng(0)
     observed, shuffled = (random.standard_normal((40, 12)).repeat(5, 0) for _ in range(2))
@@ -423,7 +427,7 @@ def test_mismatched_pairs_are_found(fraction: float, least: float) -> None:
 
 
 @pytest.mark.parametrize("count", [60, 600, 6000])
-def test_of_pairs_that_all_match_next_to_none_goes(count: int) -> None:
+def test_at_most_5_percent_are_flagged_if_all_pairs_match(count: int) -> None:
     for seed in range(3):
         observed, shuffled, _ = mixture(0, count, seed=seed)
         evidence = learn_evidence(observed, shuffled)
@@ -431,7 +435,7 @@ def test_of_pairs_that_all_match_next_to_none_goes(count: int) -> None:
         assert (result.probability(evidence(observed), np.zeros(count, int)) > 0.5).mean() <= 0.05
 
 
-def test_the_probability_falls_with_the_evidence_and_is_one() -> None:
+def test_the_mismatch_probability_falls_with_the_evidence_and_is_calibrated() -> None:
     """It is monotone and between 0 and 1, and its sum is the number of mismatched pairs."""
     observed, shuffled, wrong = mixture(0.4, 20_000, gap=1.2)
     evidence = learn_evidence(observed, shuffled)
@@ -444,8 +448,8 @@ def test_the_probability_falls_with_the_evidence_and_is_one() -> None:
         assert wrong[near].mean() == pytest.approx(probability[near].mean(), abs=0.12)
 
 
-def test_evidence_orders_pairs_as_the_true_ratio_does() -> None:
-    """Also for unequal deviations: that of the shuffled pairs is twice as large."""
+def test_evidence_orders_pairs_like_the_true_likelihood_ratio() -> None:
+    """This also holds for unequal deviations: that of the shuffled pairs is twice as large."""
     random = np.random.default_rng(0)
     observed, shuffled = random.standard_normal((8000, 4)) + 1.5, 2 * random.standard_normal((8000, 4))
     evidence = learn_evidence(observed, shuffled)
@@ -454,7 +458,7 @@ def test_evidence_orders_pairs_as_the_true_ratio_does() -> None:
     assert spearmanr(evidence(points), exact).statistic > 0.99
 
 
-def test_a_scene_has_a_fraction_of_its_own_if_it_has_pairs_enough() -> None:
+def test_scenes_with_enough_pairs_get_their_own_mismatched_fraction() -> None:
     random = np.random.default_rng(0)
     scene = np.repeat([0, 1, 2, 3], [4000, 4000, 4, 0])
     wrong = random.random(8004) < np.array([0.05, 0.6, 1.0, 0.0])[scene]
@@ -469,13 +473,13 @@ def test_a_scene_has_a_fraction_of_its_own_if_it_has_pairs_enough() -> None:
     assert probability[0] < probability[3] < probability[1]
 
 
-def test_pairs_that_nothing_tells_apart_are_not_called_mismatched() -> None:
+def test_indistinguishable_pairs_are_not_flagged_as_mismatched() -> None:
     evidence = learn_evidence(np.zeros((50, 4)), np.zeros((50, 4)))
     result = one_scene(*evidence.cross_fitted)
     assert result.fraction == 0 and not result.probability(np.zeros(50), np.zeros(50, int)).any()
 
 
-def test_too_few_pairs_teach_no_evidence() -> None:
+def test_too_few_pairs_give_no_evidence_model() -> None:
     observed, shuffled, _ = mixture(0.2, 20)
     missing = np.where(np.arange(20)[:, None] < 19, np.nan, shuffled)
     assert learn_evidence(observed, missing) is None and learn_evidence(observed[:1], shuffled) is None
@@ -483,7 +487,7 @@ def test_too_few_pairs_teach_no_evidence() -> None:
     assert np.isfinite(learn_evidence(observed, half).shuffled).all()
 
 
-# ---------------------------------------------------------------- all of it
+# ---------------------------------------------------------------- complete scoring
 
 
 def test_swapped_captions_are_found_in_a_corpus(tmp_path: Path) -> None:
@@ -501,7 +505,7 @@ def test_swapped_captions_are_found_in_a_corpus(tmp_path: Path) -> None:
     assert (scored.table["mismatch"] > 0.5).mean() <= 0.05
 
 
-def test_a_scorer_beside_itself_changes_no_score(tmp_path: Path) -> None:
+def test_a_duplicated_scorer_does_not_change_the_scores(tmp_path: Path) -> None:
     result = material(*world(100), tmp_path / "corpus")
     given, _ = given_pairs(result.corpus.manifest)
     one = score_pairs(result, given, given, (FittedScorer(SMALL),), 0, tmp_path)
@@ -510,7 +514,7 @@ def test_a_scorer_beside_itself_changes_no_score(tmp_path: Path) -> None:
     np.testing.assert_allclose(two.table[["evidence", "fit"]], one.table[["evidence", "fit"]], atol=1e-4)
 
 
-def test_fit_tells_images_of_one_scene_apart(tmp_path: Path) -> None:
+def test_fit_is_lower_for_captions_of_other_images_of_the_scene(tmp_path: Path) -> None:
     """Captions with the right scene and another image's objects: no mismatch, but a worse fit."""
     features, captions, scenes = world(900)
     vague, wrong = swapped(captions, np.arange(900), 0.2)
@@ -555,7 +559,7 @@ def pictured(captions: list[str], directory: Path, side: int = 32) -> tuple[Mate
     return result, given_pairs(corpus.manifest)[0]
 
 
-def test_a_clip_of_a_folder_scores_as_transformers_does(clip_folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_hub_scorer_of_a_folder_embeds_like_transformers(clip_folder: Path, tmp_path: Path, capsys) -> None:
     captions = ["a forest", "a lake", "a forest", "sand " * 40]
     result, pairs = pictured(captions, tmp_path)
     scorer = HubScorer("tiny", str(clip_folder))
@@ -571,7 +575,7 @@ def test_a_clip_of_a_folder_scores_as_transformers_does(clip_folder: Path, tmp_p
     np.testing.assert_allclose(images[[0, 2, 3]].astype(float) @ texts.T.astype(float), logits, atol=3e-3)
 
 
-def test_a_clip_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_clip_folder_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no CLIP for captioning.scorers.mine at .*nowhere") as error:
         _ = HubScorer("mine", str(tmp_path / "nowhere")).key
     assert "\n" not in str(error.value)
@@ -607,7 +611,9 @@ def open_clip_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_all_forms_of_open_clip_s_weights_are_the_same(open_clip_folder: Path, tmp_path: Path, capsys) -> None:
+def test_all_formats_of_open_clip_weights_give_the_same_embeddings(
+    open_clip_folder: Path, tmp_path: Path, capsys
+) -> None:
     captions = ["a forest", "a lake", "Forests, and ROADS", "sand " * 40]
     result, pairs = pictured(captions, tmp_path)
     results = [
@@ -647,14 +653,16 @@ def test_all_forms_of_open_clip_s_weights_are_the_same(open_clip_folder: Path, t
         ("unheard-of", "plain.pt", "unheard-of"),
     ],
 )
-def test_a_file_that_is_no_clip_is_one_line(open_clip_folder: Path, architecture: str, file: str, reason: str) -> None:
+def test_an_invalid_clip_file_gives_a_one_line_error(
+    open_clip_folder: Path, architecture: str, file: str, reason: str
+) -> None:
     scorer = OpenClipScorer("mine", architecture, str(open_clip_folder / file))
     with pytest.raises(UserError, match=rf"no CLIP for captioning\.scorers\.mine at .*{re.escape(reason)}") as error:
         _ = scorer.key
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_of_transformers_counts_what_it_cuts(open_clip_folder: Path, tmp_path: Path) -> None:
+def test_truncated_texts_are_counted_with_a_transformers_tokenizer(open_clip_folder: Path, tmp_path: Path) -> None:
     clip_tokenizer(20).save_pretrained(tmp_path / "words")
     text = {**ARCHITECTURE["text_cfg"], "hf_tokenizer_name": str(tmp_path / "words")}
     (tmp_path / "tiny-words.json").write_text(json.dumps({**ARCHITECTURE, "text_cfg": text}))
@@ -663,7 +671,7 @@ def test_a_tokenizer_of_transformers_counts_what_it_cuts(open_clip_folder: Path,
     assert clip.cut(["short", "sand " * 18, "sand " * 19, "sand " * 400]) == 2
 
 
-def test_the_key_is_that_of_the_weights(open_clip_folder: Path, tmp_path: Path) -> None:
+def test_the_key_of_a_scorer_depends_on_its_weights(open_clip_folder: Path, tmp_path: Path) -> None:
     weights = torch.load(open_clip_folder / "plain.pt", weights_only=True)
     torch.save({name: value + 1 for name, value in weights.items()}, tmp_path / "other.pt")
     keys = [OpenClipScorer("a", "tiny-test", str(path)).key for path in (open_clip_folder / "plain.pt",
@@ -671,7 +679,7 @@ def test_the_key_is_that_of_the_weights(open_clip_folder: Path, tmp_path: Path) 
     assert keys[0] != keys[1] and all(keys)
 
 
-def test_one_long_caption_does_not_widen_the_others(tmp_path: Path) -> None:
+def test_one_long_caption_does_not_increase_the_memory_of_the_others(tmp_path: Path) -> None:
     """A fixed-width array of 2,000 captions would take 160 MB here."""
 
     class Counted:

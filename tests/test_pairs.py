@@ -83,14 +83,14 @@ def test_psnr_is_the_mean_over_images_and_not_that_of_the_pooled_error() -> None
     assert peak_signal_noise_ratio(many, of) == pytest.approx(np.mean(single))
 
 
-def test_equal_images_count_as_equal_to_eight_bits() -> None:
+def test_equal_images_have_the_largest_psnr_and_an_ssim_of_one() -> None:
     images = pictures(2)
     assert peak_signal_noise_ratio(images, images) == pytest.approx(LARGEST_PSNR)
     assert structural_similarity(images, images) == pytest.approx(1.0)
     assert pytest.approx(58.92, abs=0.01) == LARGEST_PSNR
 
 
-def test_ssim_against_its_formula() -> None:
+def test_ssim_follows_its_formula() -> None:
     """Wang et al. 2004: Gaussian window of 11 px and 1.5 px, valid positions, the mean over channels."""
     first, second = pictures(1, 0, 32).astype(float), pictures(1, 1, 32).astype(float)
     second = 0.6 * first + 0.4 * second
@@ -109,12 +109,12 @@ def test_ssim_against_its_formula() -> None:
     assert result == pytest.approx(expected, abs=1e-4)
 
 
-def test_pairs_have_one_shape() -> None:
+def test_pairs_of_different_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         peak_signal_noise_ratio(pictures(2), pictures(3))
 
 
-def test_segmentation_by_hand() -> None:
+def test_segmentation_metrics_equal_hand_computed_values() -> None:
     masks = np.array([[[0, 0, 1, 1], [0, 0, 1, 1]], [[2, 2, 2, 2], [0, 0, 0, 0]]], dtype=np.uint8)
     result = masks.copy()
     result[0, 0, 0] = 1  # class 0: 7 of 8 found; class 1: 4 of 5
@@ -125,7 +125,7 @@ def test_segmentation_by_hand() -> None:
     assert mean_intersection_over_union(masks, masks, 4) == 1
 
 
-def test_feature_distance_by_hand() -> None:
+def test_feature_distance_equals_a_hand_computed_value() -> None:
     features, truth = np.array([[1.0, 0], [0, 2], [3, 3]]), np.array([[5.0, 0], [1, 0], [0, 1]])
     assert feature_distance(features, truth) == pytest.approx((0 + 1 + (1 - np.sqrt(0.5))) / 3)
 

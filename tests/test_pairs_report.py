@@ -118,7 +118,7 @@ def page(tmp_path_factory) -> tuple[str, pd.DataFrame, Images]:
     return (directory / PAIRS_PAGE).read_text(encoding="utf-8"), table, images
 
 
-def test_the_best_and_the_worst_pairs_stand_with_their_images(page):
+def test_the_best_and_worst_pairs_are_shown_with_their_images(page):
     html, table, _ = page
     cards = shown(html)
     for scene in SIZES:
@@ -146,7 +146,7 @@ def test_the_best_and_the_worst_pairs_stand_with_their_images(page):
     assert repaired and all(lines[0][0] == "del" for lines in repaired)
 
 
-def test_kept_images_say_so(page):
+def test_kept_and_dropped_images_are_labelled(page):
     html, _, _ = page
     figures = re.findall(
         r'<figure class="(kept|dropped)">.*?class="state">(\w+)<.*?"auto">(?:given|offline) (\d+) ', html, re.S
@@ -177,7 +177,7 @@ def test_counts_agree_with_the_table(page):
     ]  # fmt: skip
 
 
-def test_the_cut_of_every_scene_lies_where_the_probability_passes_it():
+def test_the_cut_of_every_scene_separates_pairs_by_mismatch_probability():
     table = candidates()
     result = cuts_by_scene(PairTable.of(table, np.arange(3), 0.5))
     for scene, cut in result.items():
@@ -192,7 +192,7 @@ def test_the_cut_of_every_scene_lies_where_the_probability_passes_it():
 
 
 @pytest.mark.parametrize("small", [False, True])
-def test_the_histogram_holds_every_pair_and_draws_the_cut(small):
+def test_the_histogram_contains_every_pair_and_draws_the_cut(small):
     random = np.random.default_rng(0)
     given, shuffled = random.normal(2, 1, 4000), random.normal(-1, 0.5, 1000)
     given[0] = 1e6  # an outlier is counted, and does not stretch the axis
@@ -213,7 +213,7 @@ def test_the_histogram_holds_every_pair_and_draws_the_cut(small):
     assert line.get_xdata() == [0.1, 0.1]
 
 
-def test_the_page_draws_all_scenes_and_each(page):
+def test_the_page_has_histograms_of_all_scenes_together_and_of_each_scene(page):
     html, table, _ = page
     panels = re.findall(r'<div class="panels">(.*?)</div>', html, re.S)[0]
     result = re.findall(r"<h3>(.*?)</h3>.*?<figcaption>25.0% mismatched, cut\u00a0(.*?)</figcaption>", panels)
@@ -226,7 +226,7 @@ def test_the_page_draws_all_scenes_and_each(page):
     assert not re.search(r"https?://|//[a-z]+\.|@import|url\(|<script[^>]* src|<link", html)
 
 
-def test_captions_of_any_length_and_kind_do_no_harm(tmp_path):
+def test_captions_are_escaped_and_shortened(tmp_path):
     table = candidates()
     table["caption"] = np.where(table.index % 2, EVIL, "x" * 10_000)
     write_pairs_report(
@@ -241,7 +241,7 @@ def test_captions_of_any_length_and_kind_do_no_harm(tmp_path):
     assert shortened("z" * LONGEST_CAPTION) == "z" * LONGEST_CAPTION
 
 
-def test_so_many_images_are_read_at_most_however_many_there_are(tmp_path, page):
+def test_the_number_of_images_read_for_the_page_is_bounded(tmp_path, page):
     _, _, few = page
     assert len(few.read) <= 2 * PER_GROUP * len(SIZES) and few.read == sorted(set(few.read))
     base, parts = candidates(), []
@@ -258,7 +258,7 @@ def test_so_many_images_are_read_at_most_however_many_there_are(tmp_path, page):
     assert len(re.findall(r"<tr><td", html)) == MOST_SCENES + 5
 
 
-def test_a_corpus_that_came_without_captions(tmp_path):
+def test_the_page_of_a_corpus_without_captions_counts_described_images(tmp_path):
     table = candidates()
     table["round"] += 1
     table["source"] = "offline"
@@ -271,7 +271,7 @@ def test_a_corpus_that_came_without_captions(tmp_path):
     assert metadata["images kept"] == "70, 10 without a caption"
 
 
-def test_nothing_is_wrong_or_all_or_nothing_is_there(tmp_path):
+def test_the_page_handles_no_mismatches_only_mismatches_and_no_pairs(tmp_path):
     table = candidates()
     right = table[table["chosen"] & (table["round"] == 0)].assign(mismatch=np.float32(0))
     wrong = table[table["round"] == 0].drop_duplicates("image").assign(mismatch=np.float32(1), chosen=True)
@@ -291,7 +291,7 @@ def test_nothing_is_wrong_or_all_or_nothing_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_report_of_the_run_links_to_the_page_where_there_is_one(tmp_path, page, there):
+def test_the_report_links_to_the_pairs_page_if_it_exists(tmp_path, page, there):
     table = pd.DataFrame(
         {"id": ["a", "b"], "kept": [True, False], "reason": ["kept", "redundant"], "entropy": np.float32([1, 2]),
          "scene": ["x", "x"], "scene_similarity": np.float32(0), "cluster": np.int32(-1),

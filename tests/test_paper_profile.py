@@ -113,13 +113,13 @@ def small_paper(networks: Path, *overrides: str) -> DictConfig:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_composes(choice: str) -> None:
+def test_every_configuration_choice_composes(choice: str) -> None:
     cfg = config(choice)
     OmegaConf.resolve(cfg)
     assert plain(cfg)
 
 
-def test_choices_of_the_profile() -> None:
+def test_the_paper_profile_sets_its_networks_and_resolutions() -> None:
     cfg = config("profile=paper", "corpus.root=DIR")
     assert cfg.profile.name == "paper"
     assert cfg.autoencoder.class_name == "AutoencoderKL" and cfg.text_encoder.kind == "pretrained"
@@ -133,7 +133,7 @@ def test_choices_of_the_profile() -> None:
     assert plain(without.evaluation_encoder) == plain(config().encoder)
 
 
-def test_an_encoder_that_selects_nothing_judges_first() -> None:
+def test_the_evaluation_encoder_comes_before_the_selection_encoder() -> None:
     cfg = config("encoder.input_size=96")
     first, second = encoders_of(cfg)
     assert first == instantiate(cfg.evaluation_encoder) and second == instantiate(cfg.encoder)
@@ -160,7 +160,7 @@ def test_launch_configurations_load(name: str, kind: str) -> None:
 # ---------------------------------------------------------------- the networks
 
 
-def test_all_parts_train_and_draw(networks: Path, tmp_path: Path) -> None:
+def test_all_networks_train_and_the_saved_pipeline_draws_the_same_images(networks: Path, tmp_path: Path) -> None:
     cfg = small_paper(networks)
     autoencoder, _ = load_autoencoder(cfg)
     text = load_text_parts(cfg, None)
@@ -188,7 +188,7 @@ def test_all_parts_train_and_draw(networks: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(*drawn)
 
 
-def test_clip_from_one_folder_gives_both_halves(networks: Path) -> None:
+def test_text_encoder_and_scorer_load_the_same_clip_text_weights(networks: Path) -> None:
     text = load_text_parts(small_paper(networks), None)
     whole = {key.removeprefix("text_model."): value for key, value in text.scorer.model.text_model.state_dict().items()}
     half = {key.removeprefix("text_model."): value for key, value in text.text_encoder.state_dict().items()}
@@ -197,7 +197,7 @@ def test_clip_from_one_folder_gives_both_halves(networks: Path) -> None:
         torch.testing.assert_close(value, whole[key], rtol=0, atol=0)
 
 
-def test_clip_scores_what_its_own_preprocessing_shows(networks: Path) -> None:
+def test_clip_scores_equal_those_with_its_own_preprocessing(networks: Path) -> None:
     text = load_text_parts(small_paper(networks), None)
     images, captions = pictures(3, CLIP_SIDE), ["a harbour", "a river", "a harbour"]
     processor = CLIPImageProcessor.from_pretrained(networks / "clip", do_resize=False, do_center_crop=False)
@@ -232,7 +232,7 @@ def test_encoder_is_the_pooled_output_of_the_network(networks: Path) -> None:
     assert requested.grad.abs().sum() > 0
 
 
-def test_encoder_takes_clip_networks_too(networks: Path) -> None:
+def test_the_transformers_encoder_accepts_clip_networks(networks: Path) -> None:
     encoder = TransformersEncoder(name="remoteclip", path=str(networks / "clip"), input_size=CLIP_SIDE)
     assert encoder.dimensions == 24
     assert encoder(pictures(2)).shape == (2, 24)
@@ -240,7 +240,7 @@ def test_encoder_takes_clip_networks_too(networks: Path) -> None:
         TransformersEncoder(name="remoteclip", path=str(networks / "clip"), input_size=224).network()
 
 
-def test_clip_measures_beside_the_evaluation_encoder(networks: Path) -> None:
+def test_clip_as_an_additional_evaluation_encoder_gives_clip_fid(networks: Path) -> None:
     """CLIP-FID: the Fréchet distance of CLIP's own image embeddings."""
     cfg = config(
         "+encoder@eval.encoders.clip=clip_l", f"eval.encoders.clip.path={networks}/clip",
@@ -328,7 +328,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return message
 
 
-def test_missing_inception_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_inception_network_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise URLError("no route")
 
@@ -343,7 +343,7 @@ def test_missing_inception_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_file_than_fid_s_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_inception_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A TorchScript network that would load, and a server's error page in place of the file."""
     other = torch.jit.trace(torch.nn.Identity(), torch.zeros(1))
     torch.jit.save(other, tmp_path / INCEPTION_FILE)
@@ -368,7 +368,9 @@ def test_another_file_than_fid_s_network_is_refused(tmp_path: Path, monkeypatch:
     ids=["autoencoder", "text_encoder", "encoder"],
 )
 @pytest.mark.parametrize("broken", [False, True])
-def test_missing_network_is_one_line(load, key: str, way_out: str, broken: bool, tmp_path: Path) -> None:
+def test_a_missing_or_broken_network_gives_a_one_line_error(
+    load, key: str, way_out: str, broken: bool, tmp_path: Path
+) -> None:
     path = tmp_path / "nowhere"
     if broken:
         path.mkdir()
@@ -379,7 +381,7 @@ def test_missing_network_is_one_line(load, key: str, way_out: str, broken: bool,
     assert f"{key}={path}" in message and way_out in message
 
 
-def test_command_without_the_hub_ends_in_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_command_without_the_hub_ends_with_a_one_line_error(tiny_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "prune/run.py", "profile=paper", f"corpus.root={tiny_folder}", "tracker=none",
                "corpus.train.resolution=32", f"runs={tmp_path / 'runs'}"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
@@ -447,14 +449,14 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def test_one_process_of_a_launch_builds_and_all_find_it(tmp_path: Path) -> None:
+def test_one_process_of_a_launch_builds_a_stage_and_all_use_it(tmp_path: Path) -> None:
     outputs = printed(launched(tmp_path, ("1", "0"), 0))  # the first process arrives last
     assert outputs == ["['built_by_0']"] * 2
     assert [path.name.endswith(".partial") for path in (tmp_path / "bench").iterdir()] == [False]
 
 
 @pytest.mark.slow
-def test_two_launches_that_train_together_build_once(tmp_path: Path) -> None:
+def test_two_concurrent_launches_build_a_common_stage_once(tmp_path: Path) -> None:
     """For any order of the processes of two launches; the second launch uses the directory that the first one built."""
     first, second = free_ports(2)
     processes = launched(tmp_path, ("1", "0"), first, "together") + launched(tmp_path, ("1", "0"), second, "together")

@@ -155,12 +155,12 @@ def test_numbers_are_scaled_as_in_the_notebook_of_diffusionsat() -> None:
         ({}, [math.nan] * 3),
     ],
 )
-def test_the_date_is_of_whatever_column_has_it(row: dict, expected: list[float]) -> None:
+def test_the_date_is_read_from_year_month_day_or_date_columns(row: dict, expected: list[float]) -> None:
     metadata = metadata_of(row, 64, 64)
     np.testing.assert_equal([metadata[name] for name in ("year", "month", "day")], expected)
 
 
-def test_metres_a_pixel_are_those_of_the_same_ground_at_the_side_that_is_drawn() -> None:
+def test_metres_per_pixel_are_scaled_to_the_drawn_side() -> None:
     peer = PEERS["diffusionsat"]
     at_64, at_128 = (peer.extra({"ground_sampling_distance": 2.0}, side)["labels"][2] for side in (64, 128))
     assert (at_64, at_128) == (2.0 * 64 / SIZE * 1000, 2.0 * 128 / SIZE * 1000)
@@ -174,7 +174,7 @@ def test_metres_a_pixel_are_those_of_the_same_ground_at_the_side_that_is_drawn()
     ("distance", "level"),
     [(128, 10), (64, 11), (2, 16), (1, 17), (0.5, 18), (0.01, 18), (5000, 10), (1.3, 17), (1.5, 16), (math.nan, 0)],
 )
-def test_levels_of_text2earth(distance: float, level: int) -> None:
+def test_text2earth_levels_follow_the_ground_sampling_distance(distance: float, level: int) -> None:
     """README.md of Text2Earth: resolution = 2^(17 - level), 10 to 18."""
     assert level_of(distance) == level
     peer = Text2Earth("text2earth", 256)
@@ -207,7 +207,7 @@ def embedded(weights: dict[str, torch.Tensor], numbers: list[float]) -> np.ndarr
     return result
 
 
-def test_the_metadata_is_added_to_the_time(folders: dict[str, Path]) -> None:
+def test_the_metadata_embedding_is_added_to_the_time_embedding(folders: dict[str, Path]) -> None:
     """Compared with diffusers' U-Net with a class embedding that passes its input through."""
     weights = satellite_weights()
     config = read_json(folders["diffusionsat"] / "unet" / "config.json")
@@ -226,7 +226,7 @@ def test_the_metadata_is_added_to_the_time(folders: dict[str, Path]) -> None:
     assert (result - other).abs().max() > 0.01
 
 
-def test_half_of_guidance_without_a_caption_gets_zeros(folders: dict[str, Path]) -> None:
+def test_the_unconditional_half_of_guidance_gets_zero_labels(folders: dict[str, Path]) -> None:
     seen = []
     pipeline = load(PEERS["text2earth"], folders["text2earth"])
     hook = pipeline.unet.class_embedding.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -243,7 +243,7 @@ def test_half_of_guidance_without_a_caption_gets_zeros(folders: dict[str, Path])
 
 
 @pytest.mark.parametrize("name", ["diffusionsat", "georssd", "text2earth"])
-def test_a_saved_network_draws_images_of_the_side_that_is_requested(folders: dict[str, Path], name: str) -> None:
+def test_saved_peers_draw_images_of_the_requested_side(folders: dict[str, Path], name: str) -> None:
     peer, rows = PEERS[name], table({}, {}, {})
     images = drawn(peer, folders[name], rows)
     assert images.dtype == np.uint8 and images.shape == (3, SIZE, SIZE, 3)
@@ -269,14 +269,14 @@ def test_a_saved_network_draws_images_of_the_side_that_is_requested(folders: dic
         ("georssd", {"lon": -120.0, "ground_sampling_distance": 64.0}, False),
     ],
 )
-def test_what_a_system_is_reported_changes_its_image(
+def test_only_metadata_that_a_peer_uses_changes_its_image(
     folders: dict[str, Path], name: str, change: dict, matters: bool
 ) -> None:
     images = [drawn(PEERS[name], folders[name], table(row)) for row in ({}, change)]
     assert (images[0] != images[1]).any() == matters
 
 
-def test_georssd_is_the_plain_pipeline_of_its_folder(folders: dict[str, Path]) -> None:
+def test_georssd_equals_the_plain_pipeline_of_its_folder(folders: dict[str, Path]) -> None:
     rows = table({}, {})
     result = drawn(PEERS["georssd"], folders["georssd"], rows)
     plain = Model(folders["georssd"]).load()
@@ -284,7 +284,7 @@ def test_georssd_is_the_plain_pipeline_of_its_folder(folders: dict[str, Path]) -
     np.testing.assert_array_equal(result, expected)
 
 
-def test_weights_of_half_precision_are_drawn_with_in_float32(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_half_precision_weights_are_loaded_as_float32(folders: dict[str, Path], tmp_path: Path) -> None:
     for name in ("diffusionsat", "text2earth"):
         folder = shutil.copytree(folders[name], tmp_path / name)
         for path in folder.rglob("*.safetensors"):
@@ -307,7 +307,7 @@ def test_the_sampler_is_the_configured_one_with_the_settings_of_the_folder(folde
     assert own.config.beta_start == other.config.beta_start == 0.002
 
 
-def test_the_unet_is_the_folder_s_or_that_of_the_last_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_unet_comes_from_the_folder_or_its_last_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["diffusionsat"], tmp_path / "x")
     for step in ("50000", "150000", "9000"):
         shutil.copytree(folder / "unet", folder / f"checkpoint-{step}" / "unet")
@@ -363,7 +363,7 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
         ("text2earth", lambda d: (d / "unet/config.json").write_text("[]"), "config.json contains no JSON object"),
     ],
 )  # fmt: skip
-def test_what_is_no_such_system_is_refused_before_anything_is_computed(
+def test_unsuitable_peer_folders_are_refused_by_the_check(
     folders: dict[str, Path], tmp_path: Path, name: str, spoil, message: str
 ) -> None:
     folder = shutil.copytree(folders[name], tmp_path / "x")
@@ -385,7 +385,9 @@ def test_what_is_no_such_system_is_refused_before_anything_is_computed(
         ("text2earth", lambda d: (d / "text_encoder/model.safetensors").write_bytes(b"broken")),
     ],
 )
-def test_what_is_broken_is_one_line(folders: dict[str, Path], tmp_path: Path, name: str, spoil) -> None:
+def test_broken_peer_files_give_a_one_line_error_when_loaded(
+    folders: dict[str, Path], tmp_path: Path, name: str, spoil
+) -> None:
     folder = shutil.copytree(folders[name], tmp_path / "x")
     spoil(folder)
     PEERS[name].check(folder)
@@ -395,7 +397,7 @@ def test_what_is_broken_is_one_line(folders: dict[str, Path], tmp_path: Path, na
 
 
 @pytest.mark.parametrize("of", ["nowhere", "./owner/name", "a/b/c", "~/no/such"])
-def test_a_place_that_is_none(of: str) -> None:
+def test_a_peer_location_that_does_not_exist_is_refused(of: str) -> None:
     with pytest.raises(UserError, match="does not exist: give the folder"):
         place_of(of)
 
@@ -451,7 +453,7 @@ def write_images(folder: Path, names: list[str], captions: list[str] | None = No
     return images
 
 
-def test_an_image_is_of_the_caption_that_it_is_named_after(tmp_path: Path) -> None:
+def test_images_are_matched_to_captions_by_file_name(tmp_path: Path) -> None:
     images = write_images(tmp_path / "x", ["lake_7.png", "airport_1.png", "road.1.png"])
     rows = table({"id": "airport/airport_1.jpg"}, {"id": "lake/lake_7.jpg"}, {"id": "road.1.tif"})
     result = drawn(PEERS["crs_diff"], tmp_path / "x", rows)
@@ -459,7 +461,7 @@ def test_an_image_is_of_the_caption_that_it_is_named_after(tmp_path: Path) -> No
     np.testing.assert_array_equal(drawn(PEERS["crs_diff"], tmp_path / "x", rows, numbers=[2, 0]), images[[2, 1]])
 
 
-def test_an_image_is_of_the_caption_in_its_line(tmp_path: Path) -> None:
+def test_images_are_matched_to_captions_by_the_lines_of_captions_txt(tmp_path: Path) -> None:
     """In the layout of sample_grid.py of rsdiff: numbered files, a contact sheet, and equal captions side by side."""
     lines = ["a lake", "a road .", "a lake", "an airport"]
     images = write_images(
@@ -485,9 +487,7 @@ def test_an_image_is_of_the_caption_in_its_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["last.ckpt", "model.pt", "model.safetensors", "a.bin"])
 @pytest.mark.parametrize(("name", "reason"), [("crs_diff", "local adapter"), ("rsdiff", "imagen-pytorch")])
-def test_weights_that_are_not_read_are_refused_with_the_way_out(
-    tmp_path: Path, name: str, reason: str, file: str
-) -> None:
+def test_unsupported_weights_are_refused_with_an_alternative(tmp_path: Path, name: str, reason: str, file: str) -> None:
     (tmp_path / file).write_bytes(b"x")
     for place in (tmp_path, tmp_path / file):
         with pytest.raises(UserError, match=rf"{file} is not read, because .*{reason}.*own code") as error:
@@ -516,7 +516,7 @@ def held_out(rows: pd.DataFrame, side: int = 8) -> HeldOut:
     return HeldOut("natural", corpus, order, {}, [f"caption {number}" for number in order])
 
 
-def test_images_are_drawn_of_each_row_s_own_metadata_and_resized(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_images_are_drawn_with_the_metadata_of_their_row_and_resized(folders: dict[str, Path], tmp_path: Path) -> None:
     rows = table(*({"lon": float(lon)} for lon in (-150, 0, 150)))
     held, peer, options = held_out(rows, SIZE), PEERS["diffusionsat"], {**OPTIONS, "label": ""}
     model = PeerModel(peer, folders["diffusionsat"], SIZE)
@@ -534,7 +534,7 @@ def test_images_are_drawn_of_each_row_s_own_metadata_and_resized(folders: dict[s
     assert np.abs(whole.reshape(3, 8, 2, 8, 2, 3).mean((2, 4)) - small).max() <= 1
 
 
-def test_the_fingerprint_knows_what_an_image_hangs_on(
+def test_the_fingerprint_includes_exactly_the_inputs_of_an_image(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PeerModel, "load", lambda self: None)
@@ -562,7 +562,7 @@ def test_the_fingerprint_knows_what_an_image_hangs_on(
     assert len({first, *others, place()}) == len(others) + 2
 
 
-def test_a_whole_split_is_measured_once(capsys: pytest.CaptureFixture) -> None:
+def test_identical_held_out_sets_are_measured_once(capsys: pytest.CaptureFixture) -> None:
     one, same, other = (SimpleNamespace(rows=np.array(rows)) for rows in ([0, 1, 2], [2, 0, 1], [0, 1, 3]))
     assert distinct_sets({"balanced": one, "natural": same}) == {"natural": same}
     assert distinct_sets({"balanced": one, "natural": other}) == {"balanced": one, "natural": other}
@@ -572,7 +572,7 @@ def test_a_whole_split_is_measured_once(capsys: pytest.CaptureFixture) -> None:
     )
 
 
-def test_peers_are_measured_as_any_model_is(folders: dict[str, Path], tmp_path: Path, monkeypatch, capsys) -> None:
+def test_peers_are_measured_like_any_other_model(folders: dict[str, Path], tmp_path: Path, monkeypatch, capsys) -> None:
     overrides = ("encoder@evaluation_encoder=efficientnet_lite0", "evaluation_encoder.input_size=32", "eval.images=8")
     sampling = ("peer=georssd", f"peer.resolution={SIZE}", "peer.steps=2", "peer.guidance_scale=1.5")
     cfg = tiny_config(tmp_path, *overrides, *sampling, f"of={folders['georssd']}")
@@ -610,7 +610,7 @@ def rsicd(folder: Path) -> Path:
     return folder / "rsicd"
 
 
-def test_the_protocol_of_rsicd_takes_the_test_split_and_first_captions(
+def test_the_rsicd_protocol_uses_the_test_split_and_first_captions(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
@@ -644,7 +644,7 @@ def test_the_protocol_of_rsicd_takes_the_test_split_and_first_captions(
     assert all(isinstance(metrics[name], float) for name in requested)
 
 
-def test_the_protocol_s_choices() -> None:
+def test_the_rsicd_protocol_sets_split_resolution_and_networks() -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", ["experiment=rsicd", "corpus.root=DIR"])
     assert (cfg.eval.split, cfg.eval.images, cfg.corpus.test.resolution) == ("test", 1093, 256)
@@ -654,7 +654,7 @@ def test_the_protocol_s_choices() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_peer_s_config_makes_it_and_the_page_has_its_row(name: str) -> None:
+def test_every_peer_config_instantiates_and_is_listed_in_the_documentation(name: str) -> None:
     files = {path.stem for path in (CONFIGS / "peer").glob("*.yaml")}
     assert files == {"none", *NAMES}
     peer = instantiate(OmegaConf.load(CONFIGS / "peer" / f"{name}.yaml"))
@@ -676,7 +676,7 @@ def test_every_peer_s_config_makes_it_and_the_page_has_its_row(name: str) -> Non
         (["peer=none", "of=nowhere"], "error: of=nowhere is not a folder"),
     ],
 )
-def test_the_command_ends_with_one_line_and_exit_code_2(
+def test_the_command_ends_with_a_one_line_error_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], line: str
 ) -> None:
     (tmp_path / "x").mkdir()
@@ -690,7 +690,7 @@ def test_the_command_ends_with_one_line_and_exit_code_2(
     assert stop.value.code == 2 and line in error and len(error.splitlines()) == 1
 
 
-def test_labels_reach_the_unet_through_any_batch(folders: dict[str, Path]) -> None:
+def test_images_with_labels_do_not_depend_on_the_batch_size(folders: dict[str, Path]) -> None:
     """Images of one batch equal those of batches of one: every image gets its own label."""
     rows = table(*({"ground_sampling_distance": 2.0**power} for power in range(4)))
     images = drawn(PEERS["text2earth"], folders["text2earth"], rows)

@@ -58,7 +58,7 @@ def no_references(*_: object) -> Path:
 # ---------------------------------------------------------------- cells
 
 
-def test_the_cells_are_those_that_run(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_plan_lists_the_cells_that_run(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cfg = command("profile.seeds=[0,3]", "profile.downstream=[rsprune]", "profile.natural=[rsprune,full]")
     ran, names = [], {}
 
@@ -106,12 +106,12 @@ def test_the_cells_are_those_that_run(command, monkeypatch: pytest.MonkeyPatch, 
     assert len(measured) == 2 + len(ran)
 
 
-def test_tasks_by_the_sources_alone(tiny_folder: Path) -> None:
+def test_suitable_tasks_are_found_from_the_sources_alone(tiny_folder: Path) -> None:
     assert suitable_names(config()) == list(chain_tasks())
     assert suitable_names(config("corpus=folder", f"corpus.root={tiny_folder}")) == ["super_resolution"]
 
 
-def test_a_profile_that_does_not_train_what_it_fine_tunes(command) -> None:
+def test_a_profile_that_fine_tunes_an_untrained_method_is_refused(command) -> None:
     with pytest.raises(UserError, match=r"profile.downstream names \['d2'\]"):
         plan.plan_of(command("profile.downstream=[d2]"), no_references)
 
@@ -142,7 +142,7 @@ def counted(network: nn.Module, latents: torch.Tensor, text: torch.Tensor) -> fl
     return total
 
 
-def test_operations_are_those_of_the_layers() -> None:
+def test_planned_operations_equal_those_of_the_layers() -> None:
     cfg = config("corpus.train.resolution=128")
     sizes = plan.sizes_of(cfg)
     assert sizes == (16, 16, 24, 128)
@@ -157,7 +157,9 @@ def test_operations_are_those_of_the_layers() -> None:
     assert plan.gpu_hours(989e12 * 0.4 * 7200, cfg) == pytest.approx(2)
 
 
-def test_sizes_of_the_paper_without_its_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_network_sizes_of_the_paper_profile_are_known_without_downloads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     cfg = config("profile=paper")
     assert plan.sizes_of(cfg) == (4, 32, 77, 768)
@@ -171,7 +173,7 @@ def test_sizes_of_the_paper_without_its_networks(monkeypatch: pytest.MonkeyPatch
 # ---------------------------------------------------------------- finished parts
 
 
-def test_nothing_is_built(tmp_path: Path) -> None:
+def test_nothing_built_prevents_builds_and_finds_existing_stages(tmp_path: Path) -> None:
     def build(directory: Path) -> None:
         pytest.fail("built")
 
@@ -184,7 +186,7 @@ def test_nothing_is_built(tmp_path: Path) -> None:
         assert stage(tmp_path, "bench", {"seed": 1}, build) == directory
 
 
-def test_progress_of_a_training(tmp_path: Path) -> None:
+def test_progress_of_a_training_is_to_do_begun_or_done(tmp_path: Path) -> None:
     assert plan.progress_of(tmp_path / "run") == plan.TO_DO
     for step in (20, 100):
         (tmp_path / "run.partial" / "checkpoints" / f"{step:08d}").mkdir(parents=True)
@@ -206,7 +208,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_what_is_done_is_found_and_nothing_else_is_made(command, pictures: Path, tmp_path: Path, capsys) -> None:
+def test_a_dry_run_finds_finished_stages_and_creates_no_files(command, pictures: Path, tmp_path: Path, capsys) -> None:
     overrides = ["corpus=folder", f"corpus.root={pictures}", "corpus.train.resolution=32", f"runs={tmp_path}/runs",
                  "profile.methods=[full,random]", "profile.downstream=[]", "profile.natural=[]", "leaks=0",
                  "tracker=none", "ratio=0.5"]  # fmt: skip
@@ -223,7 +225,7 @@ def test_what_is_done_is_found_and_nothing_else_is_made(command, pictures: Path,
 
 
 @pytest.mark.slow
-def test_of_a_finished_chain_all_is_done(command, pictures: Path, tmp_path: Path, monkeypatch) -> None:
+def test_all_stages_of_a_finished_chain_are_done(command, pictures: Path, tmp_path: Path, monkeypatch) -> None:
     """A chain of a few steps; then another sampler, which only measures again and trains nothing."""
     overrides = ["corpus=folder", f"corpus.root={pictures}", "corpus.train.resolution=32", f"runs={tmp_path}/runs",
                  "profile=smoke", "profile.methods=[random]", "profile.downstream=[random]", "profile.natural=[random]",
@@ -263,14 +265,14 @@ def planned(cfg: DictConfig) -> list[str]:
         (None, "corpus.root=DIR"),
     ],
 )
-def test_a_corpus_that_is_not_there_is_one_line(root: str | None, given: str, command, tmp_path: Path) -> None:
+def test_a_missing_corpus_is_reported_in_one_line(root: str | None, given: str, command, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     path = {"???": "'???'", None: "null"}.get(root, f"{tmp_path}/{root}")
     [line] = planned(command("corpus=folder", f"corpus.root={path}", "prune=random", "reference=none"))
     assert given in line
 
 
-def test_what_is_missing_ends_the_command(command, tmp_path: Path, capsys) -> None:
+def test_missing_parts_are_listed_and_end_the_dry_run(command, tmp_path: Path, capsys) -> None:
     cfg = command("corpus=folder", f"corpus.root={tmp_path}/gone", f"autoencoder.path={tmp_path}/vae/of/mine")
     with pytest.raises(UserError, match="2 things are missing"):
         plan.dry_run(cfg, no_references)
@@ -290,7 +292,9 @@ def test_what_is_missing_ends_the_command(command, tmp_path: Path, capsys) -> No
         (["train.objective.prediction=wind"], "train."),
     ],
 )
-def test_what_a_later_stage_would_refuse(overrides, given, command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_reports_options_that_later_stages_would_refuse(
+    overrides, given, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan, "needs", lambda *_, **__: [Need("encoder", "", ON_HUB)])
     assert any(given in line for line in planned(command(*overrides)))
 
@@ -329,7 +333,9 @@ def hub_error(kind: type[Exception]) -> Exception:
         (FakeHub(OSError("no\nroute")), "cannot be reached (no route)"),
     ],
 )
-def test_the_hub_is_requested_what_is_not_here(hub, given, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_hub_is_asked_for_networks_that_are_not_cached(
+    hub, given, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     needs.hub_refusal.cache_clear()
     monkeypatch.setattr(needs, "HfApi", hub)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -341,7 +347,7 @@ def test_the_hub_is_requested_what_is_not_here(hub, given, monkeypatch: pytest.M
     assert "\n" not in need.advice
 
 
-def test_what_the_cache_of_the_hub_holds_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_networks_in_the_hub_cache_count_as_present(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     weights, commit = Weights("encoder.path", "owner/name", "a" * 40, needs.TRANSFORMER), "a" * 40
@@ -360,7 +366,7 @@ def test_what_the_cache_of_the_hub_holds_is_here(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_the_command_of_the_paper_lists_what_it_lacks(tmp_path: Path) -> None:
+def test_the_dry_run_of_the_paper_profile_lists_missing_parts(tmp_path: Path) -> None:
     arguments = ["scripts/reproduce.py", "profile=paper", "dry_run=true", f"evaluation_encoder.folder={tmp_path}",
                  "evaluation_encoder.download=false", f"runs={tmp_path}/runs"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}

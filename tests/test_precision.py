@@ -113,7 +113,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_learns_as_full_precision_does(full: Trained, tmp_path: Path, precision: str) -> None:
+def test_half_precision_losses_agree_with_full_precision(full: Trained, tmp_path: Path, precision: str) -> None:
     half = trained(tmp_path, precision)
     assert half.message["types"] == [{"bf16": "bfloat16", "fp16": "float16"}[precision]]
     assert {str(value.dtype) for value in half.weights.values()} == {"torch.float32"}
@@ -122,7 +122,7 @@ def test_half_precision_learns_as_full_precision_does(full: Trained, tmp_path: P
     assert (half.state["scaler"] is None) == (precision == "bf16")
 
 
-def test_an_interrupted_fp16_run_ends_with_the_same_bits_and_scale(tmp_path: Path) -> None:
+def test_a_resumed_fp16_run_ends_with_the_same_bits_and_loss_scale(tmp_path: Path) -> None:
     """Gradients overflow at the initial scale, so a run with a reset scale would skip updates again after the kill."""
     whole = trained(tmp_path / "whole", "fp16", scale=4)
     done = process(tmp_path / "cut", "fp16", scale=4, stop_at=13)
@@ -142,14 +142,14 @@ def test_an_interrupted_fp16_run_ends_with_the_same_bits_and_scale(tmp_path: Pat
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_compiled_networks_learn_as_plain_ones_do(full: Trained, tmp_path: Path, precision: str) -> None:
+def test_losses_of_compiled_networks_agree_with_plain_ones(full: Trained, tmp_path: Path, precision: str) -> None:
     compiled = trained(tmp_path, precision, compiled=True)
     assert compiled.message["graphs"] > 0
     assert compiled.weights.keys() == full.weights.keys()  # without compile's prefix
     np.testing.assert_allclose(compiled.state["losses"], full.state["losses"], rtol=1e-3 if precision == "no" else 0.03)
 
 
-def test_half_precision_that_would_be_full_is_refused(repository: Path) -> None:
+def test_fp16_is_refused_on_a_cpu(repository: Path) -> None:
     """Accelerate accepts fp16 on a CPU but trains in float32."""
     if torch.cuda.is_available():
         pytest.skip("a GPU has half precision")

@@ -56,7 +56,7 @@ def test_aggregates_of_four_known_patches():
     assert bits == pytest.approx({"mean": 6, "min": 0, "quantile": 8, "fraction": 0.75})
 
 
-def test_no_data_is_not_counted():
+def test_entropy_excludes_no_data_pixels():
     busy, hole = np.arange(1, 257).reshape(16, 16) % 255 + 1, np.zeros((16, 16), dtype=int)
     image = grey(np.block([[hole, busy], [hole, busy]]))
     assert LocalEntropy(no_data=0)(image) == pytest.approx(LocalEntropy()(grey(busy)))
@@ -64,7 +64,7 @@ def test_no_data_is_not_counted():
     assert LocalEntropy(no_data=0)(grey(np.zeros((32, 32)))) == 0
 
 
-def test_a_median_takes_sensor_noise_away():
+def test_a_median_filter_removes_sensor_noise():
     noisy = np.full((64, 64), 100)
     speckle = np.random.default_rng(0).permutation(64 * 64)[:200]
     noisy.flat[speckle] = 255
@@ -84,7 +84,7 @@ capacities = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
 @settings(deadline=None)
 @given(capacities, st.floats(0, 1, allow_subnormal=False), st.floats(0, 1, allow_subnormal=False))
-def test_allocation_is_exact_and_capped(sizes, fraction, uniformity):
+def test_allocations_meet_the_budget_and_the_group_sizes(sizes, fraction, uniformity):
     sizes = np.array(sizes)
     budget = int(fraction * sizes.sum())
     for allocation in (water_fill(sizes, budget), proportional(sizes, budget), allocate(sizes, budget, uniformity)):
@@ -106,7 +106,7 @@ def test_proportional_uses_largest_remainders():
 @pytest.mark.parametrize(
     ("images", "ratio", "kept"), [(100, 0.85, 15), (101, 0.5, 51), (7, 0.0, 7), (16830, 0.85, 2524)]
 )
-def test_budget(images, ratio, kept):
+def test_budget_of_returns_the_number_of_kept_images(images, ratio, kept):
     assert budget_of(images, ratio) == kept
 
 
@@ -154,7 +154,7 @@ def test_every_method_keeps_the_exact_budget(images, unreadable, ratio, seed):
         assert (selection.reason[~pool.readable] == "unreadable").all()
 
 
-def test_full_keeps_all_that_is_readable():
+def test_full_keeps_all_readable_images():
     pool, _ = blobs([30, 5], unreadable=4)
     assert len(Full().select(pool, 3, np.random.default_rng(0)).kept) == 31
 
@@ -174,7 +174,7 @@ def test_uniformity_zero_is_proportional():
     assert abs(np.bincount(scenes[selection.kept])[0] - 90) <= 2
 
 
-def test_entropy_step_removes_the_least_informative_first_and_gives_back_the_best():
+def test_entropy_step_drops_lowest_entropies_and_returns_the_best_to_fill_the_budget():
     pool, _ = blobs([200])
     selection = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0))
     dropped = np.flatnonzero(selection.reason == "low_entropy")
@@ -184,7 +184,7 @@ def test_entropy_step_removes_the_least_informative_first_and_gives_back_the_bes
 
 @settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 10**6).map(lambda parts: parts / 10**6))
-def test_as_many_are_dropped_as_lie_below_the_quantile_where_no_two_are_equal(count, quantile):
+def test_below_quantile_counts_distinct_values_below_the_quantile(count, quantile):
     values = np.arange(count, dtype=np.float64)
     assert below_quantile(count, quantile) == (values < np.quantile(values, quantile) - 1e-9).sum()
 
@@ -203,7 +203,7 @@ def test_without_equal_entropies_the_entropy_step_is_a_threshold(quantile):
     )
 
 
-def test_equal_entropies_at_the_cut_do_not_switch_the_entropy_step_off():
+def test_equal_entropies_at_the_cut_do_not_disable_the_entropy_step():
     pool, _ = blobs([301])
     pool = replace(pool, entropy=np.where(np.arange(301) < 240, 0, pool.entropy).astype(np.float32))
     selection = RSPrune().select(pool, 40, np.random.default_rng(0))
@@ -215,7 +215,7 @@ def test_equal_entropies_at_the_cut_do_not_switch_the_entropy_step_off():
     np.testing.assert_array_equal(np.flatnonzero(again.reason == "low_entropy"), dropped)
 
 
-def test_equal_entropies_leave_the_randomness_of_the_method_alone():
+def test_equal_entropies_do_not_change_the_random_numbers_of_the_method():
     """If the same images are dropped, by a draw among equal entropies or by rank, the result is bit-identical."""
     pool, _ = blobs([250, 60])
     tied = replace(pool, entropy=np.minimum(pool.entropy, 3))
@@ -228,7 +228,7 @@ def test_equal_entropies_leave_the_randomness_of_the_method_alone():
 
 
 @pytest.mark.parametrize("rule", [{"entropy_bits": 3.0}, {"entropy_otsu": True}])
-def test_a_threshold_in_bits_keeps_all_that_lie_at_it(rule):
+def test_an_entropy_threshold_keeps_images_at_the_threshold(rule):
     pool, _ = blobs([200])
     pool = replace(pool, entropy=np.repeat(np.float32([0.0, 1.0, 3.0, 7.0]), 50))
     selection = RSPrune(**rule).select(pool, 20, np.random.default_rng(0))
@@ -237,7 +237,7 @@ def test_a_threshold_in_bits_keeps_all_that_lie_at_it(rule):
     assert 0 < selection.diagnostics["dropped_by_entropy"] < 200
 
 
-def test_what_comes_back_is_counted_apart_from_what_was_dropped():
+def test_returned_images_are_counted_separately_from_dropped_ones():
     pool, _ = blobs([201])
     metadata = RSPrune(entropy_quantile=0.5).select(pool, 150, np.random.default_rng(0)).diagnostics
     assert metadata["dropped_by_entropy"] == 100 and metadata["returned_by_entropy"] == 49
@@ -248,7 +248,7 @@ def test_what_comes_back_is_counted_apart_from_what_was_dropped():
     )
 
 
-def test_the_order_of_equal_values_is_random_fixed_and_drawn_only_for_them():
+def test_ascending_orders_equal_values_randomly_but_reproducibly():
     values = np.random.default_rng(0).permutation(50).astype(np.float32)
     np.testing.assert_array_equal(ascending(values), np.argsort(values))
     order = ascending(np.zeros(1000))
@@ -258,7 +258,7 @@ def test_the_order_of_equal_values_is_random_fixed_and_drawn_only_for_them():
     assert (np.diff(values[ascending(values)]) >= 0).all()
 
 
-def test_entropy_only_draws_from_equal_entropies_and_needs_some():
+def test_entropy_only_draws_among_equal_entropies_and_needs_entropies():
     pool, _ = blobs([400])
     tied = replace(pool, entropy=np.repeat(np.float32([1.0, 5.0]), 200))
     kept = EntropyOnly().select(tied, 100, np.random.default_rng(0)).kept
@@ -267,7 +267,7 @@ def test_entropy_only_draws_from_equal_entropies_and_needs_some():
         EntropyOnly().select(replace(pool, entropy=np.full(400, np.nan, np.float32)), 10, np.random.default_rng(0))
 
 
-def test_unknown_scenes_are_not_lost():
+def test_images_of_unknown_scenes_are_labelled_open_and_kept():
     pool, _ = blobs([200, 200])
     stranger = np.zeros_like(pool.embeddings[:30])
     stranger[:, 3] = -60
@@ -285,7 +285,7 @@ def test_unknown_scenes_are_not_lost():
     assert (selection.kept >= 400).sum() >= 10
 
 
-def test_the_open_threshold_holds_for_images_the_prototypes_have_not_seen():
+def test_the_open_threshold_holds_for_images_outside_the_reference():
     random = np.random.default_rng(0)
     centres = random.standard_normal((5, 64))
     labels = np.repeat(np.arange(5), 60)
@@ -295,12 +295,12 @@ def test_the_open_threshold_holds_for_images_the_prototypes_have_not_seen():
     assert np.mean(scenes == 5) < 0.1  # near the requested 5 %; it would be far above if measured on the fitted images
 
 
-def test_a_reference_with_one_image_a_class_sets_no_threshold():
+def test_a_reference_with_one_image_per_class_sets_no_threshold():
     prototypes = fit_prototypes(np.eye(3, 8), np.array(["a", "b", "c"]), 4, 0.01, seed=0)
     assert prototypes.threshold == -np.inf and len(prototypes.vectors) == 3
 
 
-def test_same_seed_same_selection():
+def test_same_seed_gives_the_same_selection():
     pool, _ = blobs([300, 100, 20])
     first, second = (RSPrune().select(pool, 60, np.random.default_rng(7)) for _ in range(2))
     np.testing.assert_array_equal(first.kept, second.kept)
@@ -309,7 +309,7 @@ def test_same_seed_same_selection():
     assert not np.array_equal(Random().select(pool, 60, np.random.default_rng(7)).kept, other.kept)
 
 
-def test_picks_are_near_the_centroid_then_spread_and_duplicates_come_last():
+def test_cluster_picks_start_near_the_centroid_then_spread_and_skip_duplicates():
     angles = np.array([0.0, 0.001, 0.3, 0.6, 0.9])
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     picked, skipped = pick_in_cluster(points, angles.astype(np.float32), 3, 0.34, 0.98)
@@ -328,7 +328,7 @@ def test_picks_are_near_the_centroid_then_spread_and_duplicates_come_last():
     st.sampled_from([0.5, 0.9, 0.98, 2.0]),
     st.integers(0, 99),
 )
-def test_the_duplicate_guard_counts_every_image_it_passes_over(size, fraction, representativeness, similarity, seed):
+def test_the_duplicate_guard_counts_every_image_that_it_skips(size, fraction, representativeness, similarity, seed):
     """Compared with the rule in plain Python."""
     random = np.random.default_rng(seed)
     angles = random.choice(random.uniform(0, 2, 8), size) + 1e-3 * random.standard_normal(size)
@@ -346,7 +346,7 @@ def test_the_duplicate_guard_counts_every_image_it_passes_over(size, fraction, r
     assert skipped == expected
 
 
-def test_a_selection_says_how_often_its_duplicate_guard_acted():
+def test_a_selection_counts_images_skipped_by_the_duplicate_guard():
     pool, _ = blobs([300, 40])
     copies = np.concatenate([pool.embeddings, pool.embeddings[:60] * 1.0001])
     pool = replace(
@@ -368,7 +368,7 @@ def test_a_selection_says_how_often_its_duplicate_guard_acted():
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 40), st.sampled_from([0.5, 0.9, 0.98, 2.0]), st.integers(0, 99))
-def test_an_image_repeats_a_distinct_one_before_it(size, similarity, seed):
+def test_distinct_of_marks_images_that_repeat_no_earlier_distinct_one(size, similarity, seed):
     """Compared with the rule in plain Python."""
     random = np.random.default_rng(seed)
     angles = random.choice(random.uniform(0, 2, 8), size) + 1e-3 * random.standard_normal(size)
@@ -381,7 +381,7 @@ def test_an_image_repeats_a_distinct_one_before_it(size, similarity, seed):
     assert np.flatnonzero(result).tolist() == sorted(expected)
 
 
-def test_nearest_similarities_are_those_of_all_pairs():
+def test_nearest_similarities_equal_those_of_all_pairs():
     points = np.random.default_rng(0).standard_normal((2100, 5)).astype(np.float32)
     points /= np.linalg.norm(points, axis=1, keepdims=True)
     pairs = points @ points.T
@@ -394,7 +394,7 @@ def test_nearest_similarities_are_those_of_all_pairs():
     st.floats(0, 1, allow_subnormal=False),
     st.floats(0, 1, allow_subnormal=False),
 )
-def test_repetitions_fill_what_distinct_images_leave(groups, fraction, uniformity):
+def test_repetitions_are_allocated_only_after_all_distinct_images(groups, fraction, uniformity):
     distinct, more = np.array(groups).T
     sizes = distinct + more
     budget = int(fraction * sizes.sum())
@@ -406,7 +406,7 @@ def test_repetitions_fill_what_distinct_images_leave(groups, fraction, uniformit
         assert (result >= distinct).all()
 
 
-def test_what_is_nearer_than_reference_images_are_repeats():
+def test_images_closer_than_reference_images_count_as_repetitions():
     """The reference's images are 0.3 rad apart: crops within that distance of one another count as one."""
     angles = np.concatenate([np.arange(6) * 0.3 + 0.01 * copy for copy in range(5)])
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -50,7 +50,7 @@ def folder(root: Path, whole: int = 3, html: int = 2, empty: int = 1) -> Path:
 # ------------------------------------------------------------------------------------------------------------- grouping
 
 
-def test_reasons_are_grouped_by_what_they_say() -> None:
+def test_reasons_that_differ_only_in_values_are_grouped() -> None:
     reasons = ["mask: class 7 of 2", "empty file", "mask: class 255 of 2", "mask: class 9 of 2", "empty file"]
     assert list(reason_counts(reasons).items()) == [("mask: class … of 2", 3), ("empty file", 2)]
 
@@ -71,7 +71,7 @@ def test_values_that_differ_are_left_out_of_a_groups_name(reasons: list[str], na
     assert reason_counts(reasons) == {name: 2}
 
 
-def test_reasons_of_other_words_stay_apart() -> None:
+def test_reasons_with_different_words_are_not_grouped() -> None:
     assert reason_counts(["no decoder for LERC", "no decoder for ZSTD"]) == {
         "no decoder for LERC": 1, "no decoder for ZSTD": 1,
     }  # fmt: skip
@@ -125,7 +125,7 @@ def broken_parquet(root: Path) -> Source:
 
 
 @pytest.mark.parametrize("broken", [broken_folder, broken_shard, broken_parquet])
-def test_every_source_says_it_and_an_index_that_is_there_says_it_again(
+def test_every_source_reports_quarantined_images_and_a_cached_index_repeats_it(
     broken: Callable[[Path], Source], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     from runtime.notices import notice
@@ -146,7 +146,7 @@ def test_every_source_says_it_and_an_index_that_is_there_says_it_again(
     assert capsys.readouterr().err.splitlines() == [line]
 
 
-def test_a_corpus_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+def test_a_corpus_without_readable_images_is_refused(tmp_path: Path) -> None:
     source = ImageFolder(str(folder(tmp_path / "corpus", whole=0, html=3, empty=2)), resolution=SIDE)
     for _ in range(2):  # built, and opened
         with pytest.raises(UserError) as refused:
@@ -164,7 +164,7 @@ def prune(by: Callable, cwd: Path, *overrides: str):
     return by("prune/run.py", *arguments, f"runs={cwd}/runs", *overrides, cwd=cwd)
 
 
-def test_a_command_says_what_it_quarantined_each_time(tmp_path: Path, forked) -> None:  # noqa: F811
+def test_a_command_reports_quarantined_images_at_every_run(tmp_path: Path, forked) -> None:  # noqa: F811
     root = folder(tmp_path / "corpus", whole=12, html=5, empty=1)
     for _ in range(2):
         done = prune(forked, tmp_path, f"corpus.root={root}", "corpus.train.split=all")
@@ -186,8 +186,8 @@ def test_the_line_names_the_split(tmp_path: Path, forked) -> None:  # noqa: F811
     assert "folder (train): 3 of 9 images quarantined: not an image 3 " in done.stderr
 
 
-def test_a_command_on_nothing_readable_ends_with_one_line(tmp_path: Path, forked) -> None:  # noqa: F811
-    """For the corpus, and for the reference set of a readable corpus."""
+def test_a_command_without_readable_images_ends_with_a_one_line_error(tmp_path: Path, forked) -> None:  # noqa: F811
+    """This holds for the corpus and for the reference set of a readable corpus."""
     bad = folder(tmp_path / "bad", whole=0, html=4, empty=0)
     good = folder(tmp_path / "good", whole=8, html=0, empty=0)
     cases = {
@@ -214,14 +214,14 @@ def broken_in(root: Path, split: str) -> Path:
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_split_of_which_nothing_can_be_read_is_refused(split: str, tmp_path: Path) -> None:
+def test_a_split_without_readable_images_is_refused(split: str, tmp_path: Path) -> None:
     source = ImageFolder(str(broken_in(tmp_path / "corpus", split)), split=split, resolution=SIDE)
     with pytest.raises(UserError, match=rf"folder \({split}\): none of 3 images can be read: not an image 2, empty"):
         index_corpus(source, tmp_path / "runs")
 
 
 @pytest.mark.slow
-def test_held_out_images_of_which_none_can_be_read_end_a_training(tmp_path: Path) -> None:
+def test_unreadable_held_out_images_end_a_pretraining(tmp_path: Path) -> None:
     root = broken_in(tmp_path / "corpus", "val")
     done = call(
         "train/pretrain.py", "profile=smoke", "corpus=folder", f"corpus.root={root}", "prune=random", "ratio=0.5",

@@ -83,7 +83,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_readers_are_quiet_and_others_are_not(workers: int, tmp_path: Path) -> None:
+def test_messages_of_image_libraries_are_silenced_and_others_are_shown(workers: int, tmp_path: Path) -> None:
     """libtiff and libpng write to the descriptor from C, so the test checks the descriptor of a real process."""
     (tmp_path / "images").mkdir()
     for name, data in noisy_files().items():
@@ -101,7 +101,7 @@ def test_readers_are_quiet_and_others_are_not(workers: int, tmp_path: Path) -> N
     assert [line for line in message if "warnings.warn(" not in line] == []
 
 
-def test_the_descriptor_is_given_back_whatever_happens(capfd: pytest.CaptureFixture) -> None:
+def test_stderr_is_restored_after_an_exception(capfd: pytest.CaptureFixture) -> None:
     from runtime.quiet import native_stderr_closed
 
     with pytest.raises(KeyError), native_stderr_closed():
@@ -115,7 +115,7 @@ def test_the_descriptor_is_given_back_whatever_happens(capfd: pytest.CaptureFixt
     assert "from C" not in text and "afterwards" in text and "later" in text
 
 
-def test_warnings_of_other_modules_still_show() -> None:
+def test_warnings_of_other_modules_are_still_shown() -> None:
     import warnings
 
     from runtime.quiet import silence_libraries
@@ -133,7 +133,7 @@ def test_warnings_of_other_modules_still_show() -> None:
     }  # fmt: skip
 
 
-def test_a_command_on_rasters_says_its_own_lines_alone(tmp_path: Path, forked) -> None:  # noqa: F811
+def test_a_command_on_rasters_prints_only_its_own_lines(tmp_path: Path, forked) -> None:  # noqa: F811
     """Field row 39: many bands; Pillow's log had one line per file."""
     random = np.random.default_rng(0)
     (tmp_path / "corpus").mkdir()

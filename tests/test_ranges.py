@@ -31,13 +31,13 @@ EMBEDDINGS = np.random.default_rng(1).normal(size=(40, 8)).astype(np.float32)
 READABLE = np.ones(40, dtype=bool)
 
 
-def test_there_are_options_to_check() -> None:
+def test_numeric_options_of_methods_are_found() -> None:
     assert len(OPTIONS) > 40
 
 
 @pytest.mark.parametrize("value", [-1, "many", float("nan"), True])
 @pytest.mark.parametrize(("target", "name"), OPTIONS)
-def test_no_numeric_option_of_a_method_takes_what_is_no_such_number(target: str, name: str, value: object) -> None:
+def test_numeric_options_of_methods_refuse_invalid_numbers(target: str, name: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"\.{name}={value}: give a") as error:
         get_class(target)(**{name: value})
     assert "\n" not in str(error.value)
@@ -47,12 +47,12 @@ def test_no_numeric_option_of_a_method_takes_what_is_no_such_number(target: str,
     ("name", "value"),
     [("uniformity", 1.01), ("images_per_cluster", 0), ("max_clusters", 2.5), ("reference_duplicates", 2)],
 )
-def test_options_of_rsprune_have_an_upper_and_a_lower_end(name: str, value: float) -> None:
+def test_options_of_rsprune_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"prune.{name}={value}"):
         RSPrune(**{name: value})
 
 
-def test_an_option_may_be_null_where_its_type_says_so() -> None:
+def test_only_optional_options_accept_null() -> None:
     RSPrune(reference_duplicates=None, entropy_bits=None, clusters_per_scene=None)
     with pytest.raises(UserError, match=r"prune\.uniformity=None"):
         RSPrune(uniformity=None)
@@ -67,7 +67,7 @@ def test_an_option_may_be_null_where_its_type_says_so() -> None:
     ids=["batch", "16 bit", "floats", "one channel", "four channels", "no pixels", "channels first", "16 bit grey",
          "grey batch"],
 )  # fmt: skip
-def test_local_entropy_refuses_what_is_no_image(image: np.ndarray) -> None:
+def test_local_entropy_refuses_invalid_images(image: np.ndarray) -> None:
     with pytest.raises(UserError, match="an image must be uint8"):
         local_entropy(image)
     with pytest.raises(UserError, match="an image must be uint8"):
@@ -87,19 +87,21 @@ def test_local_entropy_refuses_what_is_no_image(image: np.ndarray) -> None:
         (np.arange(40) != 3, np.array([2, 3]), "unreadable"),
     ],
 )
-def test_weights_refuse_rows_that_are_not_kept_images(readable: np.ndarray, kept: np.ndarray, words: str) -> None:
+def test_images_represented_refuses_invalid_rows_of_kept_images(
+    readable: np.ndarray, kept: np.ndarray, words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         images_represented(EMBEDDINGS, readable, kept, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("images", [IMAGE, np.stack([IMAGE / 255] * 2), np.stack([IMAGE[..., 0]] * 2)])
-def test_hashes_refuse_what_are_no_images(images: np.ndarray) -> None:
+def test_perceptual_hashes_refuse_invalid_images(images: np.ndarray) -> None:
     for function in (rsprune.perceptual_hashes, rsprune.near_duplicate_fraction):
         with pytest.raises(UserError, match=r"images must be uint8 of shape \[images, height, width, 3\]"):
             function(images)
 
 
-def test_select_from_arrays_refuses_what_is_no_method() -> None:
+def test_select_from_arrays_refuses_invalid_methods() -> None:
     with pytest.raises(UserError, match=r"RSPrune\(ratio=0.5, seed=3\).select"):
         select_from_arrays(RSPrune(), EMBEDDINGS, ratio=0.5, seed=3)
     for method in (SemDeDup, "rsprune", None):
@@ -107,7 +109,7 @@ def test_select_from_arrays_refuses_what_is_no_method() -> None:
             select_from_arrays(method, EMBEDDINGS, ratio=0.5)
 
 
-def test_ratios_and_seeds_are_checked() -> None:
+def test_invalid_ratios_and_seeds_are_refused() -> None:
     for ratio in (1, -0.1, "0.5", None, True, float("nan"), 85):
         with pytest.raises(UserError, match="is not a number in"):
             select_from_arrays(SemDeDup(), EMBEDDINGS, ratio=ratio)
@@ -144,7 +146,7 @@ def config(*overrides: str) -> DictConfig:
         ("leaks=x", "leaks=x: give a number"),
     ],
 )
-def test_an_override_keeps_the_type_of_its_default(override: str, words: str) -> None:
+def test_overrides_of_another_type_or_out_of_range_are_refused(override: str, words: str) -> None:
     cfg, defaults = config(override), config()
     with pytest.raises(UserError) as error:
         check_overrides(cfg, [override.partition("=")[0]], lambda: defaults)
@@ -159,19 +161,19 @@ def test_an_override_keeps_the_type_of_its_default(override: str, words: str) ->
         "eval.images=8", "train.loop.compile=true", "corpus.train.limit=null", "train.loop.steps=7",
     ],
 )  # fmt: skip
-def test_other_overrides_are_left_alone(override: str) -> None:
+def test_valid_overrides_are_accepted(override: str) -> None:
     cfg, defaults = config(override), config()
     check_overrides(cfg, [override.partition("=")[0]], lambda: defaults)
 
 
-def test_defaults_are_composed_only_where_a_value_may_be_wrong() -> None:
+def test_defaults_are_not_composed_for_valid_overrides() -> None:
     def never() -> DictConfig:
         raise AssertionError
 
     check_overrides(config("eval.images=8", "ratio=0.5"), ["eval.images", "ratio"], never)
 
 
-def test_counts_are_options_and_their_defaults_are_counts() -> None:
+def test_count_options_exist_and_have_integer_defaults() -> None:
     cfg = config()
     assert all(isinstance(OmegaConf.select(cfg, key), int) for key in COUNTS)
 
@@ -180,6 +182,6 @@ def test_counts_are_options_and_their_defaults_are_counts() -> None:
     ("name", "value"),
     [("steps", 0), ("batch_size", 2.5), ("learning_rate", 0), ("decay", 1.5), ("micro_batch", 0), ("warmup", -1)],
 )
-def test_a_training_loop_refuses_what_it_cannot_do(name: str, value: float) -> None:
+def test_loop_options_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"loop\.{name}={value}: give a"):
         LoopOptions(**{"steps": 1, "batch_size": 1, "learning_rate": 1e-3, name: value})

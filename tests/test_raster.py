@@ -58,14 +58,14 @@ def shown(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("infrared", ["noise", "low", "zero"])
-def test_near_infrared_that_gdal_calls_alpha_changes_no_colour(infrared: str) -> None:
+def test_near_infrared_declared_as_alpha_does_not_change_the_colours(infrared: str) -> None:
     """GDAL declares a fourth band of 8 bits as alpha; the near infrared of a lake is dark, and may be 0 everywhere."""
     fourth = {"noise": colours(80, 255, 1), "low": np.full((1, SIDE, SIDE), 6), "zero": np.zeros((1, SIDE, SIDE))}
     values = np.concatenate([colours(60, 121), fourth[infrared].astype(np.uint8)])
     assert (decode_image(geotiff(values), SIDE) == shown(values[:3])).all()
 
 
-def test_of_a_corpus_with_infrared_no_image_is_clear() -> None:
+def test_a_survey_of_the_corpus_prevents_reading_infrared_as_alpha() -> None:
     """A patch with infrared 0 on one half looks like alpha by itself; the sample of the corpus shows that it is not."""
     half = np.concatenate([colours(60, 121), np.full((1, SIDE, SIDE), 255, np.uint8)])
     half[3, :, : SIDE // 2] = 0
@@ -77,7 +77,7 @@ def test_of_a_corpus_with_infrared_no_image_is_clear() -> None:
     assert (alone[:, : SIDE // 2] == 0).all() and (alone[:, SIDE // 2 :] == shown(half[:3])[:, SIDE // 2 :]).all()
 
 
-def test_alpha_of_a_picture_stays_alpha() -> None:
+def test_transparent_pixels_of_pictures_are_black() -> None:
     picture = np.dstack([shown(colours(50, 200)), np.full((SIDE, SIDE), 255, np.uint8)])
     picture[:8, :, 3] = 0
     for kind in ("PNG", "TIFF", "WEBP"):
@@ -87,7 +87,7 @@ def test_alpha_of_a_picture_stays_alpha() -> None:
         assert (image[:8] == 0).all() and (image[8:] == picture[8:, :, :3]).all(), kind
 
 
-def test_named_bands_are_found_whatever_their_order() -> None:
+def test_named_bands_are_found_in_any_order() -> None:
     values = colours(0, 256, 13)
     names = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
     assert (decode_image(geotiff(values, names), SIDE) == shown(values[[3, 2, 1]])).all()
@@ -99,7 +99,7 @@ def test_named_bands_are_found_whatever_their_order() -> None:
     assert (decode_image(described, SIDE) == shown(values[[3, 2, 1]])).all()
 
 
-def test_many_bands_without_names_ask_for_a_choice() -> None:
+def test_many_unnamed_bands_need_a_choice_of_bands() -> None:
     values = colours(0, 3000, 13, "uint16")
     assert decode_image(geotiff(values), SIDE) == "has 13 bands: choose three with corpus.bands"
     assert decode_image(geotiff(values), SIDE, RasterOptions(bands=(1, 2, 14))) == "has 13 bands, not 14"
@@ -109,7 +109,7 @@ def test_many_bands_without_names_ask_for_a_choice() -> None:
     assert np.abs(chosen - shown(values[[3, 2, 1]]) / 3000 * 255).max() <= 0.51
 
 
-def test_bands_that_no_file_names_are_a_guess_that_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_guessed_colours_of_unnamed_bands_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Four bands may also be blue, green, red, infrared; two bands of a radar are two polarisations."""
     options = RasterOptions()
     named = geotiff(colours(bands=4, high=3000, kind="uint16"), ("blue", "green", "red", "nir"))
@@ -127,7 +127,7 @@ def test_bands_that_no_file_names_are_a_guess_that_is_reported(tmp_path: Path, c
         assert words not in capsys.readouterr().err
 
 
-def test_deep_images_of_one_value_are_black_and_that_is_reported() -> None:
+def test_constant_deep_images_are_reported() -> None:
     options = RasterOptions()
     constant = image_pixels(geotiff(np.full((1, SIDE, SIDE), 700, np.uint16)), options)
     assert "all sampled values are 700" in survey_of([constant], options).notes[0]
@@ -144,7 +144,7 @@ def test_bands_of_an_ordinary_picture_can_be_chosen() -> None:
     assert "has 3 bands" in decode_image(buffer.getvalue(), SIDE, RasterOptions(bands=(4, 3, 2)))
 
 
-def test_a_palette_shows_its_colours() -> None:
+def test_palette_images_are_shown_in_their_colours() -> None:
     indices = NOISE.integers(0, 6, (1, SIDE, SIDE)).astype(np.uint8)
     table = {index: (40 * index, 255 - 30 * index, index, 255) for index in range(6)}
     image = decode_image(geotiff(indices, palette=table, nodata=5), SIDE)
@@ -161,7 +161,7 @@ def test_complex_values_are_shown_by_their_magnitude() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_less_than_8_bits_reach_from_black_to_white(bits: int) -> None:
+def test_values_of_less_than_8_bits_are_scaled_to_the_full_range(bits: int) -> None:
     values = NOISE.integers(0, 2**bits, (1, SIDE, SIDE)).astype(np.uint8)
     image = decode_image(geotiff(values, nbits=bits, nodata=2**bits - 1), SIDE)
     grey = values[0] * (255 // (2**bits - 1))
@@ -171,7 +171,7 @@ def test_less_than_8_bits_reach_from_black_to_white(bits: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ no data
 
 
-def test_a_pixel_has_no_data_where_all_bands_have_none() -> None:
+def test_a_pixel_has_no_data_only_if_all_bands_have_none() -> None:
     lake = colours(20, 80)
     lake[0] = 0  # water without red
     lake[:, :8] = 0
@@ -191,7 +191,7 @@ def test_nan_in_any_band_is_no_data() -> None:
     assert (image[:4] == 0).all() and image[4:].std() > 50
 
 
-def test_a_mask_of_the_file_is_its_no_data() -> None:
+def test_the_mask_of_a_file_marks_no_data() -> None:
     values, mask = colours(30, 255), np.full((SIDE, SIDE), 255, np.uint8)
     mask[:, :10] = 0
     image = decode_image(geotiff(values, mask=mask), SIDE)
@@ -201,7 +201,7 @@ def test_a_mask_of_the_file_is_its_no_data() -> None:
 @pytest.mark.parametrize(
     ("kind", "no_data"), [("uint8", 255), ("int16", -9999), ("float32", -3.4028234663852886e38), ("uint8", -9999)]
 )
-def test_no_data_by_tag_is_compared_in_the_type_of_the_pixels(kind: str, no_data: float) -> None:
+def test_no_data_values_are_compared_in_the_type_of_the_pixels(kind: str, no_data: float) -> None:
     values = colours(1, 100, kind=kind)
     held = np.iinfo(kind).min <= no_data <= np.iinfo(kind).max if kind != "float32" else True
     if held:
@@ -216,12 +216,12 @@ def test_no_data_by_tag_is_compared_in_the_type_of_the_pixels(kind: str, no_data
     assert (image[:5] == 0).all() and image[5:].std() > 10
 
 
-def test_an_image_of_nothing_has_a_reason() -> None:
+def test_an_image_without_data_gets_a_reason() -> None:
     assert decode_image(geotiff(np.zeros((3, SIDE, SIDE), np.uint8), nodata=0), SIDE) == NO_DATA
     assert decode_image(geotiff(np.full((1, SIDE, SIDE), np.nan, np.float32)), SIDE) == NO_DATA
 
 
-def test_has_data_by_hand() -> None:
+def test_has_data_equals_hand_computed_values() -> None:
     values = np.array([[[0.0, 0.0], [0.0, 1.0], [np.nan, 1.0], [0.0, 7.0]]])
     assert has_data(values, [0, 7]).tolist() == [[True, True, False, False]]
     assert has_data(values, [None, 7]).tolist() == [[True, True, False, True]]
@@ -230,7 +230,7 @@ def test_has_data_by_hand() -> None:
 # ------------------------------------------------------------------------------------------------------------ stretch
 
 
-def test_a_calm_sea_stays_darker_than_a_town() -> None:
+def test_deep_images_are_stretched_by_the_levels_of_the_whole_corpus() -> None:
     options = RasterOptions()
     sea = [geotiff(NOISE.normal(1000, 4, (3, SIDE, SIDE)).astype(np.uint16)) for _ in range(6)]
     town = [geotiff(NOISE.uniform(400, 4000, (3, SIDE, SIDE)).astype(np.uint16)) for _ in range(6)]
@@ -242,7 +242,7 @@ def test_a_calm_sea_stays_darker_than_a_town() -> None:
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "float32", "float64", "uint32"])
-def test_the_type_decides_about_stretching(kind: str) -> None:
+def test_only_types_deeper_than_8_bits_are_stretched(kind: str) -> None:
     """The same dark values: 8-bit values are unchanged, for any deeper type the corpus determines the scale."""
     values = colours(10, 60, kind=kind)
     image = decode_image(geotiff(values), SIDE)
@@ -255,7 +255,7 @@ def test_the_type_decides_about_stretching(kind: str) -> None:
     assert (decode_image(geotiff(values), SIDE, RasterOptions(stretch="none")) == shown(values)).all()
 
 
-def test_the_sample_is_spread_and_weighs_every_image_the_same() -> None:
+def test_the_survey_sample_is_spread_and_weighs_images_equally() -> None:
     assert spread(0) == [] and spread(3) == [0, 1, 2] and spread(1000)[-1] == 999 and len(spread(1000)) == 128
     small = Pixels(np.full((8, 8, 1), 0, np.uint16))
     large = Pixels(np.full((2000, 2000, 1), 1000, np.uint16))
@@ -265,7 +265,7 @@ def test_the_sample_is_spread_and_weighs_every_image_the_same() -> None:
     assert Survey().stamp == "" and metadata.stamp != survey_of([small], RasterOptions()).stamp
 
 
-def test_soft_alpha_is_laid_over_black_as_pillow_does() -> None:
+def test_soft_alpha_is_composited_over_black_like_in_pillow() -> None:
     values, alpha = shown(colours()), colours()[0]
     alpha[alpha < 240] = 255
     alpha[0, 0] = 128
@@ -279,7 +279,7 @@ def test_soft_alpha_is_laid_over_black_as_pillow_does() -> None:
 @pytest.mark.parametrize(
     "options", [{"bands": (1, 2)}, {"bands": (0, 1, 2)}, {"stretch": "log"}, {"stretch": "range", "low": 9, "high": 3}]
 )
-def test_options_that_contradict_each_other_are_one_line(options: dict) -> None:
+def test_invalid_raster_options_give_a_one_line_error(options: dict) -> None:
     with pytest.raises(UserError, match=r"corpus\.") as caught:
         RasterOptions(**options)
     assert "\n" not in str(caught.value)
@@ -297,7 +297,7 @@ PACKED = {
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
-def test_a_compression_changes_no_pixel(name: str, kind: str) -> None:
+def test_lossless_compression_does_not_change_pixels(name: str, kind: str) -> None:
     values = np.random.default_rng(1).integers(0, 256 if kind == "uint8" else 4000, (3, SIDE, SIDE)).astype(kind)
     try:
         packed = geotiff(values, **PACKED[name])
@@ -306,7 +306,7 @@ def test_a_compression_changes_no_pixel(name: str, kind: str) -> None:
     assert (decode_image(packed, SIDE) == decode_image(geotiff(values), SIDE)).all()
 
 
-def test_a_codec_that_is_missing_is_named() -> None:
+def test_a_missing_codec_is_named() -> None:
     data = bytearray(geotiff(colours(kind="uint16")))
     place = data.index((259).to_bytes(2, "little") + (3).to_bytes(2, "little"))  # the tag of the compression
     data[place + 8 : place + 10] = (34661).to_bytes(2, "little")  # JBIG, which is rarely supported
@@ -314,13 +314,13 @@ def test_a_codec_that_is_missing_is_named() -> None:
     assert reason == "no decoder: Cannot open TIFF file due to missing codec JBIG", reason
 
 
-def test_a_cut_raster_is_damaged() -> None:
+def test_a_truncated_raster_is_reported_as_damaged() -> None:
     data = geotiff(colours(kind="uint16"))
     assert decode_image(data[: len(data) // 2], SIDE) == DAMAGED
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
-def test_jpeg_2000_keeps_its_depth(kind: str) -> None:
+def test_jpeg_2000_images_equal_geotiffs_of_the_same_values(kind: str) -> None:
     values = colours(0, 256 if kind == "uint8" else 4000, kind=kind)
     with rasterio.MemoryFile() as memory:
         with memory.open(
@@ -332,7 +332,7 @@ def test_jpeg_2000_keeps_its_depth(kind: str) -> None:
     assert (decode_image(data, SIDE) == decode_image(geotiff(values), SIDE)).all()
 
 
-def test_a_turned_raster_stands_upright() -> None:
+def test_rasters_with_an_orientation_tag_are_made_upright() -> None:
     import tifffile
 
     values = NOISE.integers(0, 4000, (SIDE, SIDE, 3)).astype(np.uint16)
@@ -398,7 +398,7 @@ def ground(root: Path, ids: set, pixel: float = 10) -> np.ndarray:
     return canvas
 
 
-def test_overlapping_scenes_share_no_ground_across_splits(write: Write) -> None:
+def test_overlapping_scenes_have_no_common_ground_across_splits(write: Write) -> None:
     values = colours()  # the content does not matter
     values = np.tile(values, (1, 16, 20))
     root = write("west.tif", values).parent
@@ -411,7 +411,7 @@ def test_overlapping_scenes_share_no_ground_across_splits(write: Write) -> None:
     assert sum(seen[0].ravel()) > 100_000
 
 
-def test_the_sources_of_a_vrt_are_read_once(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sources_of_a_vrt_are_not_indexed_separately(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     root = write("a.tif", np.tile(colours(), (1, 4, 4))).parent
     (root / "mosaic.vrt").write_text(
         '<VRTDataset rasterXSize="128" rasterYSize="128"><SRS>EPSG:32633</SRS>'
@@ -427,7 +427,7 @@ def test_the_sources_of_a_vrt_are_read_once(write: Write, capsys: pytest.Capture
     assert set(table["id"].str.split("/").str[0]) == {"mosaic.vrt"} and len(table) == 64
 
 
-def test_bands_in_files_of_their_own_are_stacked(write: Write, tmp_path: Path) -> None:
+def test_bands_in_separate_files_are_stacked(write: Write, tmp_path: Path) -> None:
     truth = np.random.default_rng(2).integers(0, 3000, (3, 96, 96)).astype(np.uint16)
     product = "T36KVU_20200101/T36KVU"
     for band, name in zip(truth, ("B04", "B03", "B02"), strict=True):
@@ -451,7 +451,7 @@ def test_bands_in_files_of_their_own_are_stacked(write: Write, tmp_path: Path) -
     assert (image[..., 2] == coarse.repeat(2, 0).repeat(2, 1)).all()
 
 
-def test_the_covered_share_of_a_scene_is_reported_and_shifted_tiles_cover_it(write: Write) -> None:
+def test_the_covered_fraction_of_a_scene_is_stored_and_shifted_tiles_cover_it(write: Write) -> None:
     root = write("s.tif", np.tile(colours(), (1, 19, 19))[:, :600, :600])
     left = GeoTiff(str(root), tile=256, resolution=16)
     assert left.metadata["covered"]["s.tif"] == pytest.approx((512 / 600) ** 2, abs=1e-3) and len(left.manifest()) == 4

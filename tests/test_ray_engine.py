@@ -84,13 +84,17 @@ def expected(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_any_number_of_local_workers_gives_the_same(workers: int, tiles: Path, expected: dict, tmp_path: Path) -> None:
+def test_results_are_identical_for_any_number_of_local_workers(
+    workers: int, tiles: Path, expected: dict, tmp_path: Path
+) -> None:
     selected(tiles, tmp_path, f"corpus.workers={workers}")
     assert results(tmp_path) == expected
 
 
 @pytest.mark.parametrize("cpus", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_any_number_of_ray_workers_gives_the_same(cpus: int, tiles: Path, expected: dict, tmp_path: Path) -> None:
+def test_results_are_identical_for_any_number_of_ray_workers(
+    cpus: int, tiles: Path, expected: dict, tmp_path: Path
+) -> None:
     with using(RayEngine(cpus=cpus, rows_from=0)):
         directory = selected(tiles, tmp_path)
     assert results(tmp_path) == expected
@@ -104,7 +108,7 @@ def test_any_number_of_ray_workers_gives_the_same(cpus: int, tiles: Path, expect
 
 
 @pytest.mark.slow
-def test_stages_of_an_indexed_corpus_and_other_scene_rules_are_the_same(tiles: Path, tmp_path: Path) -> None:
+def test_ray_equals_the_local_engine_on_an_indexed_corpus_with_a_classifier(tiles: Path, tmp_path: Path) -> None:
     """Another encoder on the existing images, read by the driver's machine; scenes by a classifier."""
     more = ("encoder.input_size=48", "entropy.patch=8", "prune.scene_classifier=lda")
     for name, engine in (("local", LocalEngine()), ("ray", RayEngine(cpus=2, rows_from=0))):
@@ -118,9 +122,7 @@ def test_stages_of_an_indexed_corpus_and_other_scene_rules_are_the_same(tiles: P
 
 
 @pytest.mark.slow
-def test_shards_are_looked_through_and_read_by_ray(
-    tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_indexes_shards_like_the_local_engine(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("corpus.sources.webdataset.FEW_SHARDS", 1)  # this process reads the headers of few shards
     files = sorted(tiles.rglob("*.png"))[:600]
     for shard in range(20):
@@ -170,7 +172,7 @@ def ray_engine() -> Iterator[RayEngine]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("network", "least_blocks"), [(False, 16), (True, 16), (True, 1)])
-def test_items_keep_their_order_and_errors_their_words(
+def test_ray_keeps_the_order_of_items_and_the_messages_of_errors(
     network: bool, least_blocks: int, ray_engine: RayEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With `least_blocks` 1, a block has four items, and a worker that dies has done some of them."""
@@ -184,7 +186,7 @@ def test_items_keep_their_order_and_errors_their_words(
 
 
 @pytest.mark.slow
-def test_a_table_is_split_among_tasks(ray_engine: RayEngine) -> None:
+def test_map_rows_on_ray_equals_the_local_result(ray_engine: RayEngine) -> None:
     table = Points(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float16), np.zeros(8, np.float32))
     groups = [np.arange(0, 20), np.array([3, 40, 7]), np.arange(20, 50)]
     result, requested = (
@@ -194,7 +196,7 @@ def test_a_table_is_split_among_tasks(ray_engine: RayEngine) -> None:
     np.testing.assert_array_equal(result, requested)
 
 
-def test_local_steps_say_who_computed_and_what_it_cost() -> None:
+def test_local_steps_record_their_worker_and_gpu_seconds() -> None:
     done = list(LocalEngine().run([Step(double), Step(double, network=True)], range(5), workers=2))
     assert [part.value for part in done] == [0, 4, 8, 12, 16]
     assert all(isinstance(part, Done) and not part.worker.endswith(f":{os.getpid()}") for part in done)
@@ -202,14 +204,14 @@ def test_local_steps_say_who_computed_and_what_it_cost() -> None:
     assert alone.worker.endswith(f":{os.getpid()}") and alone.gpu_seconds == 0
 
 
-def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_about_missing_ray_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"needs Ray.*pip install '\.\[ray\]'"):
         list(RayEngine().run([Step(double)], [1]))
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_not_there_is_one_line() -> None:
+def test_an_unreachable_ray_cluster_is_refused() -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     ray.shutdown()  # a fixture's engine may be connected
     with pytest.raises(UserError, match=r"engine\.address=127\.0\.0\.1:1: no Ray cluster answers"):
@@ -270,7 +272,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_a_lost_node_change_nothing(cluster, tiles: Path, expected: dict, tmp_path: Path) -> None:
+def test_results_do_not_change_after_a_killed_worker_and_a_lost_node(
+    cluster, tiles: Path, expected: dict, tmp_path: Path
+) -> None:
     command = Command(tiles, tmp_path, "engine=ray", f"engine.address={cluster.address}")
     assert command.wait_for_chunks(1) < 6
     of_ray("ray::MapWorker")[0].kill()
@@ -283,7 +287,7 @@ def test_a_killed_worker_and_a_lost_node_change_nothing(cluster, tiles: Path, ex
 
 
 @pytest.mark.slow
-def test_what_a_dead_cluster_leaves_the_local_engine_finishes(
+def test_the_local_engine_finishes_the_work_of_a_dead_cluster(
     cluster, tiles: Path, expected: dict, tmp_path: Path
 ) -> None:
     command = Command(tiles, tmp_path, "engine=ray", f"engine.address={cluster.address}")
@@ -302,7 +306,7 @@ def test_what_a_dead_cluster_leaves_the_local_engine_finishes(
     assert errors.splitlines()[-1].startswith("error: "), errors[-2000:]
 
 
-def test_blocks_have_several_items_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_items_are_grouped_into_fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="engine=ray needs the extra ray")
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     assert [RayEngine()._blocks(items) for items in (1, 31, 64, 78, 1000)] == [1, 31, 32, 39, 250]

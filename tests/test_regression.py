@@ -53,7 +53,7 @@ def test_factors_and_sizes_that_edsr_does_not_support_are_refused() -> None:
 
 
 @pytest.mark.parametrize("factor", [3, 4])
-def test_an_untrained_network_is_pil_s_bicubic(factor: int) -> None:
+def test_an_untrained_network_equals_bicubic_interpolation_of_pil(factor: int) -> None:
     low = gaussian_filter(pictures(5), (0, 1, 1, 0))[:, :, :12]
     result = regression_outputs(new_regression_network(PARAMETERS, factor, seed=0), low)
     error = np.abs(result.astype(int) - enlarge(low, factor, "bicubic"))
@@ -68,7 +68,7 @@ def test_the_weights_depend_only_on_the_seed() -> None:
     assert not torch.equal(first["body.conv_first.weight"], other["body.conv_first.weight"])
 
 
-def test_outputs_do_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_do_not_depend_on_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     network, low = taught(steps=1), pictures(7)
     whole = regression_outputs(network, low)
     monkeypatch.setattr(regression, "BATCH", 3)
@@ -80,7 +80,7 @@ def test_outputs_do_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -
 # ---------------------------------------------------------------- training
 
 
-def test_pairs_stay_pairs_in_all_eight_symmetries() -> None:
+def test_both_images_of_a_pair_get_the_same_of_eight_symmetries() -> None:
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
     draw = paired_batches(degrade(images, 2), images, 64)
     low, high = (to_uint8(tensor) for tensor in draw(np.random.default_rng(0), slice(64)))
@@ -128,7 +128,7 @@ def taught(steps: int, folder: Path | None = None) -> torch.nn.Module:
     return train_loop(Accelerator(), {REGRESSION: network}, batches, pixel_loss, options, folder, label="")[REGRESSION]
 
 
-def test_training_makes_it_better_than_bicubic(tmp_path: Path) -> None:
+def test_a_trained_network_has_a_lower_error_than_bicubic(tmp_path: Path) -> None:
     network, truth = taught(60, tmp_path), blocks(32, seed=2)
     low = degrade(truth, 2)
     errors = [
@@ -193,7 +193,7 @@ def test_the_stage_saves_a_network_and_is_cached(cfg: DictConfig, monkeypatch: p
         {"seed": 1},
     ],
 )
-def test_training_options_are_in_its_fingerprint(cfg: DictConfig, change: dict[str, object]) -> None:
+def test_training_options_change_the_fingerprint(cfg: DictConfig, change: dict[str, object]) -> None:
     directory, other = train_regression(cfg, PARAMETERS, options_of(cfg)), cfg.copy()
     for name, value in change.items():
         OmegaConf.update(other, name, value)
@@ -201,7 +201,7 @@ def test_training_options_are_in_its_fingerprint(cfg: DictConfig, change: dict[s
     assert result != directory and (result / "regression.safetensors").is_file()
 
 
-def test_evaluation_options_are_not_in_its_fingerprint(cfg: DictConfig) -> None:
+def test_evaluation_options_do_not_change_the_fingerprint(cfg: DictConfig) -> None:
     directory, other = train_regression(cfg, PARAMETERS, options_of(cfg)), cfg.copy()
     other.downstream.images, other.downstream.super_resolution.dial = 4, 1.0
     assert train_regression(other, PARAMETERS, options_of(other)) == directory

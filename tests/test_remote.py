@@ -113,7 +113,7 @@ def same(result: Corpus, expected: Corpus) -> None:
     ids=lambda value: f"{value.kind}-{value.method}" if isinstance(value, Fault) else None,
 )
 @pytest.mark.parametrize("split", ["all", "train"])
-def test_faults_that_go_away_change_nothing(
+def test_transient_faults_do_not_change_the_corpus(
     store: Store,
     folder: Path,
     tmp_path: Path,
@@ -131,7 +131,7 @@ def test_faults_that_go_away_change_nothing(
     assert [line.partition("repeated: ")[2] for line in lines] == ([message] if message else [])
 
 
-def test_deep_images_are_shown_as_from_the_disk(store: Store, tmp_path: Path) -> None:
+def test_remote_deep_images_equal_local_ones(store: Store, tmp_path: Path) -> None:
     """A sample of them determines the stretch; it is read from the shards before the others."""
     here = tmp_path / "deep"
     here.mkdir()
@@ -147,7 +147,9 @@ def test_deep_images_are_shown_as_from_the_disk(store: Store, tmp_path: Path) ->
     assert len(np.unique(result.images)) > 50
 
 
-def test_splits_are_those_of_local_shards_and_read_each_shard_once(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_splits_equal_those_of_local_shards_and_each_shard_is_read_once(
+    store: Store, folder: Path, tmp_path: Path
+) -> None:
     for split in ("train", "val", "test"):
         here = WebDataset(str(folder), resolution=SIDE, split=split, val_fraction=0.3, test_fraction=0.3)
         there = source(store, split=split, val_fraction=0.3, test_fraction=0.3)
@@ -157,7 +159,7 @@ def test_splits_are_those_of_local_shards_and_read_each_shard_once(store: Store,
     assert sum(stop - start for start, stop in parts) <= 1.02 * size
 
 
-def test_requests_are_few(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_each_shard_needs_one_metadata_request_and_two_reads(store: Store, folder: Path, tmp_path: Path) -> None:
     """For a shard of 30 members: one metadata request, one read of its headers, one read of its adjacent images."""
     index_corpus(source(store, split="all"), tmp_path)
     assert len(store.requested("HEAD")) == 3
@@ -169,7 +171,7 @@ def test_requests_are_few(store: Store, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "urls", ["s3://tiles/set/", "s3://tiles/set", "s3://tiles/set/*.tar", "s3://tiles/set/part-?.tar"]
 )
-def test_folders_and_patterns(store: Store, folder: Path, urls: str) -> None:
+def test_folder_urls_and_patterns_list_the_same_shards(store: Store, folder: Path, urls: str) -> None:
     result = source(store, urls)
     assert result.files == [f"s3://tiles/set/{path.name}" for path in sorted(folder.glob("*.tar"))]
     listed, looked = result.version, source(store).version
@@ -179,14 +181,14 @@ def test_folders_and_patterns(store: Store, folder: Path, urls: str) -> None:
 @pytest.mark.parametrize(
     "urls", ["s3://tiles/none/", "s3://tiles/set/x-*.tar", "s3://tiles/set/x.tar", "s3://gone/a.tar"]
 )
-def test_what_is_not_there_is_one_line_and_not_requested_again(store: Store, urls: str) -> None:
+def test_a_missing_shard_gives_a_one_line_error_without_retries(store: Store, urls: str) -> None:
     with pytest.raises(UserError, match=r"there is no shard s3://") as caught:
         _ = source(store, urls).version
     assert "\n" not in str(caught.value)
     assert len(store.seen) <= 4
 
 
-def test_a_member_s_bytes_are_those_of_the_shard(store: Store, folder: Path) -> None:
+def test_original_bytes_of_members_equal_those_of_local_shards(store: Store, folder: Path) -> None:
     here, there = WebDataset(str(folder), split="all"), source(store, split="all")
     rows = np.array([0, 7, 19, 20])
     assert list(there.originals(rows)) == list(here.originals(rows))
@@ -196,7 +198,7 @@ def test_a_member_s_bytes_are_those_of_the_shard(store: Store, folder: Path) -> 
 
 
 @pytest.mark.parametrize("at", [100_000, 3])
-def test_an_object_that_is_always_cut_is_as_a_shard_cut_on_the_disk(
+def test_a_truncated_object_is_read_like_a_truncated_local_shard(
     store: Store, folder: Path, tmp_path: Path, at: int
 ) -> None:
     cut = tmp_path / "cut"
@@ -215,7 +217,7 @@ def test_an_object_that_is_always_cut_is_as_a_shard_cut_on_the_disk(
     assert (~result.readable).any()
 
 
-def test_members_that_end_early_after_the_headers_were_read_have_the_reason(store: Store, tmp_path: Path) -> None:
+def test_a_member_truncated_after_the_headers_were_read_gets_a_reason(store: Store, tmp_path: Path) -> None:
     there = source(store, split="all")
     there.manifest()
     place = there._items[14].image
@@ -224,7 +226,7 @@ def test_members_that_end_early_after_the_headers_were_read_have_the_reason(stor
     assert result.manifest["reason"].tolist() == [CUT if row == 14 else "" for row in range(30)]
 
 
-def test_an_image_that_cannot_be_reached_is_announced_and_looked_for_again(
+def test_an_unreachable_image_is_quarantined_and_requested_again_later(
     store: Store, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     expected = index_corpus(WebDataset(str(folder), resolution=SIDE, split="all", workers=1), tmp_path / "here")
@@ -245,7 +247,7 @@ def test_an_image_that_cannot_be_reached_is_announced_and_looked_for_again(
     assert index_corpus(source(store, split="all"), tmp_path).fingerprint == again.fingerprint
 
 
-def test_an_image_that_never_can_be_reached_does_not_change_the_corpus_for_ever(store: Store, tmp_path: Path) -> None:
+def test_a_permanently_unreachable_image_gives_a_stable_fingerprint(store: Store, tmp_path: Path) -> None:
     there = source(store, split="all", retries=0)
     there.manifest()
     place = there._items[14].image
@@ -254,7 +256,7 @@ def test_an_image_that_never_can_be_reached_does_not_change_the_corpus_for_ever(
     assert len(set(names)) == 4 and len(set(names[3:])) == 1
 
 
-def test_a_network_that_is_gone_ends_the_run_which_goes_on_later(
+def test_a_network_failure_ends_the_run_and_a_later_run_resumes(
     store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("corpus.index.CHUNK", 5)
@@ -281,20 +283,20 @@ def test_a_network_that_is_gone_ends_the_run_which_goes_on_later(
     ],
     ids=lambda value: f"{value.kind}-{value.method}" if isinstance(value, Fault) else None,
 )
-def test_a_shard_that_cannot_be_reached_is_one_line(store: Store, tmp_path: Path, fault: Fault, reason: str) -> None:
+def test_an_unreachable_shard_gives_a_one_line_error(store: Store, tmp_path: Path, fault: Fault, reason: str) -> None:
     store.faults.append(replace(fault))
     with pytest.raises(UserError, match=rf"s3://tiles/set/part-\d\.tar cannot be opened .*{reason}") as caught:
         index_corpus(source(store, retries=1, timeout=0.4), tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_an_unreachable_server_gives_a_user_error(tmp_path: Path) -> None:
     storage = {"endpoint_url": "http://127.0.0.1:9", "key": KEY, "secret": SECRET}
     with pytest.raises(UserError, match="cannot be opened"):
         _ = WebDataset("s3://tiles/a.tar", storage=storage, retries=0, timeout=1).version
 
 
-def test_a_missing_driver_is_one_line_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_about_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> None:
         raise ImportError("Install s3fs to access S3")
 
@@ -303,7 +305,7 @@ def test_a_missing_driver_is_one_line_that_names_the_extra(monkeypatch: pytest.M
         _ = WebDataset("s3://tiles/a.tar").version
 
 
-def test_what_survey_and_class_names_need_is_never_left_out(store: Store, tmp_path: Path) -> None:
+def test_an_unreachable_file_of_class_names_ends_the_indexing(store: Store, tmp_path: Path) -> None:
     """A network fault there would change how all images are shown, or the names of all scenes."""
     store.faults.append(Fault("busy", "HEAD", r".*classnames\.txt"))
     with pytest.raises(UserError, match=r"classnames\.txt: status 503"):
@@ -318,7 +320,7 @@ def test_what_survey_and_class_names_need_is_never_left_out(store: Store, tmp_pa
     planned=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_reading_gives_the_bytes_of_the_file(parts: list[tuple[int, int]], planned: bool) -> None:
+def test_remote_files_return_the_right_bytes_for_any_reads(parts: list[tuple[int, int]], planned: bool) -> None:
     import fsspec
 
     data = np.random.default_rng(1).bytes(400_000)
@@ -332,7 +334,7 @@ def test_any_reading_gives_the_bytes_of_the_file(parts: list[tuple[int, int]], p
         assert file.tell() == min(len(data), start + count)
 
 
-def test_stretches_hold_all_parts_and_do_not_overlap() -> None:
+def test_stretches_contain_all_parts_and_are_fewer() -> None:
     generator = np.random.default_rng(0)
     for _ in range(50):
         starts = generator.integers(0, 2**27, 40)
@@ -345,7 +347,7 @@ def test_stretches_hold_all_parts_and_do_not_overlap() -> None:
         assert len(joined) < len(parts)
 
 
-def test_what_may_pass_is_reported_from_what_will_not() -> None:
+def test_passing_trouble_separates_transient_from_permanent_errors() -> None:
     import aiohttp
 
     s3 = pytest.importorskip("botocore.exceptions")
@@ -376,7 +378,9 @@ def test_what_may_pass_is_reported_from_what_will_not() -> None:
 # ---------------------------------------------------------------------------------------------------- plain HTTP
 
 
-def test_shards_over_http_with_credentials_in_the_url(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_credentials_in_http_urls_are_neither_stored_nor_fingerprinted(
+    store: Store, folder: Path, tmp_path: Path
+) -> None:
     host = f"127.0.0.1:{store.port}/tiles/set"
     bare = WebDataset(f"http://{host}/part-{{0..2}}.tar", resolution=SIDE, workers=1, split="all", retries=1)
     named = WebDataset(
@@ -389,7 +393,7 @@ def test_shards_over_http_with_credentials_in_the_url(store: Store, folder: Path
         assert path.is_dir() or not any(text in path.read_bytes() for text in (b"pa55word", b"abcdef"))
 
 
-def test_http_troubles_are_reported_apart(store: Store, tmp_path: Path) -> None:
+def test_http_errors_and_missing_files_are_distinguished(store: Store, tmp_path: Path) -> None:
     """fsspec reports all of them as a missing file."""
     url = f"http://127.0.0.1:{store.port}/tiles/set/part-0.tar"
     store.faults += [Fault("busy", "HEAD", times=1), Fault("busy", "GET", times=1)]
@@ -442,11 +446,11 @@ def test_no_credential_is_left_in_a_url(
      "s3://bucket/{a,b}*.tar", "sftp://me@host/x.tar", "hf://datasets/o/n@main/x", "gs://b/a:b@c.tar", "github://o:r@v1/x",
      "http://h/x?page=2&expires=soon", "/data/token=1/a.tar", "memory://b/x.tar", "https://h:80/x:y@z.tar", "a:b@c"],
 )  # fmt: skip
-def test_what_is_no_credential_stays(text: str) -> None:
+def test_urls_without_credentials_are_unchanged(text: str) -> None:
     assert public(text) == text
 
 
-def test_messages_hide_what_is_named_or_known_as_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_hide_named_and_known_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(["hunter2hunter2"])
     monkeypatch.setenv("MY_API_KEY", "from-the-environment")
     message = redacted(
@@ -458,7 +462,7 @@ def test_messages_hide_what_is_named_or_known_as_a_secret(monkeypatch: pytest.Mo
     assert "max_tokens=77" in message and "corpus.storage.secret=***" in message
 
 
-def test_storage_options_are_in_no_fingerprint_and_no_config() -> None:
+def test_fingerprints_contain_no_storage_options_and_configs_no_secrets() -> None:
     one = WebDataset("s3://b/a.tar", storage={"key": "K1", "secret": "S1"}, retries=1, timeout=3)
     assert plain(one) == plain(WebDataset("s3://b/a.tar")) and "S1" not in repr(one)
     text = """
@@ -475,7 +479,7 @@ def test_storage_options_are_in_no_fingerprint_and_no_config() -> None:
     assert plain(cfg.reference)["source"] == {"_target_": "corpus.sources.webdataset.WebDataset", "urls": "s3://b/a"}
 
 
-def test_arguments_that_hydra_does_not_take_are_one_line_without_credentials(capsys: pytest.CaptureFixture) -> None:
+def test_refused_arguments_are_reported_without_credentials(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(UserError, match="give options such as -m first") as caught:
         refuse_unknown(["runs=x", "-m", "storage={key:Zq1234,secret:Zq5678}", "seed=1"])
     assert "Zq" not in redacted(str(caught.value)) and capsys.readouterr().err == ""
@@ -483,7 +487,7 @@ def test_arguments_that_hydra_does_not_take_are_one_line_without_credentials(cap
 
 
 @pytest.mark.slow
-def test_worker_processes_read_as_one_does(
+def test_several_workers_index_the_same_corpus_as_one(
     store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("corpus.index.CHUNK", 5)
@@ -505,7 +509,7 @@ def test_keys_in_an_s3_url_open_it(store: Store) -> None:
     assert SECRET not in json.dumps(named.manifest().to_dict()) and len(named.manifest()) > 20
 
 
-def test_bad_credentials_are_one_line_without_them(store: Store, tmp_path: Path) -> None:
+def test_the_error_about_bad_credentials_does_not_contain_them(store: Store, tmp_path: Path) -> None:
     storage = {**store.storage, "key": "AKIABADBADBADBADBAD0", "secret": "bad+secret/bad"}
     with pytest.raises(UserError, match=r"no permission, or no credentials.*AWS_ACCESS_KEY_ID") as caught:
         index_corpus(source(store, storage=storage), tmp_path)
@@ -531,7 +535,7 @@ def copy(result: Path, target: Target, name: str = "abc") -> None:
 
 
 @pytest.mark.parametrize("fault", [None, Fault("busy", "PUT", ".*", 3), Fault("lost", "PUT", ".*", 2)], ids=str)
-def test_a_copy_is_whole_and_its_summary_comes_last(
+def test_a_copy_is_complete_and_its_summary_is_written_last(
     store: Store, result: Path, fault: Fault | None, tmp_path: Path
 ) -> None:
     prefix = f"s3://tiles/{tmp_path.name}"
@@ -550,7 +554,7 @@ def test_a_copy_is_whole_and_its_summary_comes_last(
         copy(result, target, "other")
 
 
-def test_an_interrupted_copy_has_no_summary_and_goes_on(store: Store, result: Path, tmp_path: Path) -> None:
+def test_an_interrupted_copy_has_no_summary_and_can_be_resumed(store: Store, result: Path, tmp_path: Path) -> None:
     prefix = f"s3://tiles/{tmp_path.name}"
     target = Target(prefix, Access(retries=1, timeout=2, storage=store.storage), "copy_to")
     broken = Fault("busy", "PUT", r".*b\.bin")
@@ -566,7 +570,7 @@ def test_an_interrupted_copy_has_no_summary_and_goes_on(store: Store, result: Pa
     assert system.exists(f"{prefix}/summary.json") and not system.exists(f"{prefix}/{remote.UNDER_WAY}")
 
 
-def test_a_copy_to_a_folder_of_this_machine(result: Path, tmp_path: Path) -> None:
+def test_a_result_is_copied_to_a_local_folder(result: Path, tmp_path: Path) -> None:
     target = Target(str(tmp_path / "there" / "copy"), Access(), "copy_to")
     copy(result, target)
     copy(result, target)
@@ -583,7 +587,7 @@ def test_a_copy_to_a_folder_of_this_machine(result: Path, tmp_path: Path) -> Non
         ("s3://no-such-bucket/x", "there is no such bucket"),
     ],
 )
-def test_targets_that_cannot_be_written_are_one_line(store: Store, result: Path, url: str, message: str) -> None:
+def test_targets_that_cannot_be_written_are_refused(store: Store, result: Path, url: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         copy(result, Target(url, Access(retries=0, storage=store.storage), "copy_to"))
 
@@ -612,10 +616,10 @@ def export(selection: Path, store: Store, form: str, out: str, results: Path, **
 
 
 @pytest.mark.parametrize("form", ["folder", "webdataset", "list"])
-def test_an_export_behind_a_url_is_the_one_on_the_disk(
+def test_a_remote_export_equals_the_local_export(
     store: Store, tmp_path: Path, form: str, capsys: pytest.CaptureFixture
 ) -> None:
-    """For shards behind a URL, which are opened again with the command's own options."""
+    """The corpus consists of shards behind a URL, which are opened again with the command's own options."""
     corpus = index_corpus(source(store, split="all"), tmp_path / "runs")
     selection = selection_of(corpus, tmp_path / "runs")
     prefix = f"s3://tiles/{tmp_path.name}/{form}"
@@ -638,7 +642,7 @@ def test_an_export_behind_a_url_is_the_one_on_the_disk(
         export(selection, store, "list" if form == "folder" else "folder", prefix, tmp_path / "results")
 
 
-def test_an_export_that_cannot_be_written_stays_here(store: Store, tmp_path: Path) -> None:
+def test_an_export_that_cannot_be_uploaded_is_kept_locally(store: Store, tmp_path: Path) -> None:
     corpus = index_corpus(source(store, split="all"), tmp_path / "runs")
     selection, prefix = selection_of(corpus, tmp_path / "runs"), f"s3://tiles/{tmp_path.name}"
     store.faults.append(Fault("busy", "PUT", r".*kept\.txt"))
@@ -650,7 +654,7 @@ def test_an_export_that_cannot_be_written_stays_here(store: Store, tmp_path: Pat
         export(selection, store, "symlinks", prefix, tmp_path / "results")
 
 
-def test_an_export_of_signed_urls_takes_new_ones(store: Store, tmp_path: Path) -> None:
+def test_an_export_of_signed_urls_accepts_new_signatures(store: Store, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{store.port}/tiles/set/part-{{0..2}}.tar"
     old = WebDataset(f"{url}?token=old", resolution=SIDE, workers=1, split="all")
     selection = selection_of(index_corpus(old, tmp_path / "runs"), tmp_path / "runs")
@@ -663,7 +667,7 @@ def test_an_export_of_signed_urls_takes_new_ones(store: Store, tmp_path: Path) -
         export(selection, store, "list", str(tmp_path / "o2"), tmp_path / "results", corpus={"urls": "http://h/x.tar"})
 
 
-# ---------------------------------------------------------------------------------------------- the commands themselves
+# ------------------------------------------------------------------------------------------------------------- commands
 
 
 def run_command(script: str, tmp_path: Path, *options: str, **variables: str) -> subprocess.CompletedProcess:
@@ -693,7 +697,7 @@ def given(tmp_path: Path, done: subprocess.CompletedProcess) -> Iterator[tuple[s
 
 
 @pytest.mark.slow
-def test_no_command_writes_or_says_a_credential(store: Store, tmp_path: Path) -> None:
+def test_no_command_writes_or_prints_a_credential(store: Store, tmp_path: Path) -> None:
     corpus = [
         "corpus=webdataset", "corpus.train.resolution=32", "corpus.train.split=all",
         "prune=random", "ratio=0.5", "corpus.retries=1", "tracker=tensorboard",

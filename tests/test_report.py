@@ -71,7 +71,7 @@ def tiles() -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [1, 3])
 @pytest.mark.parametrize("captioned", [False, True])
-def test_contact_sheet_puts_every_pixel_where_it_says(tiles, scale, captioned):
+def test_contact_sheet_places_every_tile_at_its_position(tiles, scale, captioned):
     labels = ["a caption of several words"] * 7 if captioned else None
     sheet = np.asarray(contact_sheet(tiles, 3, labels, scale))
     height, width = 6 * scale, 4 * scale
@@ -88,7 +88,7 @@ def test_contact_sheet_puts_every_pixel_where_it_says(tiles, scale, captioned):
         assert painted == 7 * height * width
 
 
-def test_captions_stand_below_their_tile_and_keep_to_its_width():
+def test_captions_are_drawn_below_their_tile_within_its_width():
     tiles = np.zeros((2, 64, 64, 3), dtype=np.uint8)
     sheet = np.asarray(contact_sheet(tiles, 2, ["a satellite image of a coast, tropical forest and ocean", ""], 2))
     below = (sheet[GAP + 128 :] != PAPER).any(axis=(0, 2))
@@ -106,7 +106,7 @@ def test_comparison_sheet_enlarges_small_inputs_and_labels_rows_at_the_left(tile
         comparison_sheet({"a": tiles[:2], "b": tiles[:3]})
 
 
-def test_correctness_is_a_row_of_the_sheet_with_its_colours_explained(tiles):
+def test_correctness_maps_are_drawn_in_colours_explained_by_a_legend(tiles):
     fractions = np.zeros((2, 8, 8, 3), dtype=np.float32)
     fractions[0, :4, :, 0], fractions[0, 4:, :, 1], fractions[1, :4, :, 2], fractions[1, 4:] = 1, 1, 1, np.nan
     red, blue, green, grey = (ImageColor.getrgb(colour) for colour in CORRECTNESS.values())
@@ -163,7 +163,7 @@ CONFUSIONS = {
 }
 
 
-def test_scenes_are_counted_by_what_was_seen_in_them():
+def test_scene_table_shows_the_recognised_fraction_of_each_scene():
     table = scene_table(CONFUSIONS)
     assert table.to_dict("list") == {
         "scene": ["airport", "beach", "all"], "images": [4, 4, 8], "photographs": [0.75, 1.0, 0.875],
@@ -172,7 +172,7 @@ def test_scenes_are_counted_by_what_was_seen_in_them():
     assert "| all     |        8 |         0.875 |      0.25 |" in to_markdown("scenes", table)
 
 
-def test_confusion_figure_draws_shares_of_each_scene():
+def test_confusion_figure_draws_fractions_of_each_scene():
     panels = confusion_figure(CONFUSIONS).axes
     names = [label.get_text() for label in panels[0].get_yticklabels()]
     assert names == ["airport", "beach", "forest"]  # forest was recognised, though not requested
@@ -184,7 +184,7 @@ def test_confusion_figure_draws_shares_of_each_scene():
     assert fractions.shape == (5, 5) and not fractions.any()  # the five largest scenes, recognised as another one
 
 
-def test_figures_leave_no_global_state_and_the_same_bytes():
+def test_figures_are_reproducible_and_change_no_global_state():
     import matplotlib.pyplot as plt
 
     before = dict(plt.rcParams)
@@ -325,7 +325,7 @@ def test_prune_report_maps_the_embeddings(tmp_path):
     assert pictures[0] == pictures[1] + 1
 
 
-def test_prune_report_says_what_the_entropy_step_and_the_duplicate_guard_did(tmp_path):
+def test_prune_report_shows_counts_of_the_entropy_step_and_the_duplicate_guard(tmp_path):
     selection, images = _selection(50), np.zeros((50, 8, 8, 3), dtype=np.uint8)
     counts = {"dropped_by_entropy": 1234, "returned_by_entropy": 0, "skipped_as_duplicate": 56, "clusters": 7}
     summary = {**_summary(selection), "diagnostics": counts}
@@ -335,7 +335,7 @@ def test_prune_report_says_what_the_entropy_step_and_the_duplicate_guard_did(tmp
     assert "returned by entropy 0" in text and "skipped as duplicate 56" in text
 
 
-def test_prune_report_shows_where_on_earth_and_why_not(tmp_path):
+def test_prune_report_shows_locations_weights_and_quarantine_reasons(tmp_path):
     selection = _selection(300)
     locations = pd.DataFrame({"lon": np.linspace(-170, 170, 300), "lat": np.linspace(-80, 80, 300)})
     locations.loc[:9, "lon"] = np.nan
@@ -354,7 +354,7 @@ def test_prune_report_shows_where_on_earth_and_why_not(tmp_path):
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 5])
-def test_the_map_parts_what_differs(kinds):
+def test_the_embedding_map_separates_different_kinds(kinds):
     random = np.random.default_rng(0)
     truth = np.arange(200) % kinds
     embeddings = 4 * random.standard_normal((kinds, 30))[truth] + random.standard_normal((200, 30))
@@ -367,7 +367,7 @@ def test_the_map_parts_what_differs(kinds):
 
 
 @pytest.mark.parametrize("embeddings", [np.zeros((5, 4)), np.ones((1, 4)), np.zeros((0, 4)), np.eye(3)])
-def test_the_map_of_next_to_nothing(embeddings):
+def test_the_embedding_map_of_degenerate_embeddings_is_finite(embeddings):
     scenes = np.array(["a", "b", "c"] * 2, dtype=str)[: len(embeddings)]
     assert np.isfinite(embedding_map(embeddings, scenes)).all()
 
@@ -381,7 +381,7 @@ def test_prune_report_of_the_same_seed_is_the_same_file(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_prune_report_of_a_method_without_scenes_clusters_or_entropy(tmp_path):
+def test_prune_report_omits_figures_without_scenes_clusters_and_entropy(tmp_path):
     selection = _selection(50).assign(scene="", cluster=-1, entropy=np.float32("nan"))
     summary = {**_summary(selection), "entropy_threshold": None, "scenes": {}, "true_scenes": {}}
     images = np.zeros((50, 8, 8, 3), dtype=np.uint8)
@@ -391,7 +391,7 @@ def test_prune_report_of_a_method_without_scenes_clusters_or_entropy(tmp_path):
     assert not [image for image in page.images if image["src"].startswith("data:image/png")]
 
 
-def test_published_rows_make_the_document_and_what_is_not_here_stays(tmp_path: Path) -> None:
+def test_the_results_document_is_updated_and_keeps_sections_without_new_rows(tmp_path: Path) -> None:
     """Long runs are made on different days: a table that is not computed again is kept."""
     target, results = tmp_path / "results.md", tmp_path / "results"
     target.write_text("# Results\n\nold note\n\n## A made long tail\n\nold tail\n\n## Of a user\n\ntheir own\n")

@@ -62,7 +62,7 @@ def blurred(images: np.ndarray, width: float) -> np.ndarray:
 # ---------------------------------------------------------------- NIQE
 
 
-def test_niqe_agrees_with_basicsr_where_blocks_are_its_own():
+def test_niqe_agrees_with_basicsr_at_its_own_block_size():
     images = photographs(200)
     expected = [calculate_niqe(image[..., ::-1], crop_border=0) for image in images]  # it takes BGR
     assert np.ptp(expected) > 1
@@ -71,7 +71,7 @@ def test_niqe_agrees_with_basicsr_where_blocks_are_its_own():
 
 
 @pytest.mark.parametrize("side", [64, 128, 288])
-def test_noise_and_blur_are_less_natural_than_a_photograph(side):
+def test_noise_and_blur_increase_niqe(side):
     images = photographs(side)
     for image in images:
         clean = niqe(image[None])
@@ -107,13 +107,13 @@ def test_consistency_is_the_psnr_of_the_degraded_output():
     assert consistency(low, low) == pytest.approx(LARGEST_PSNR)
 
 
-def test_reflectance_by_hand():
+def test_reflectance_equals_a_hand_computed_value():
     low = np.full((2, 4, 4, 3), 100, np.uint8)
     degraded = low.astype(float) + np.array([2.55, -7.65])[:, None, None, None]
     assert reflectance(degraded, low) == pytest.approx((0.01 + 0.03) / 2)
 
 
-def test_spectral_angle_by_hand():
+def test_spectral_angle_equals_hand_computed_values():
     low = np.zeros((1, 2, 2, 3), np.uint8)
     degraded = low.copy()
     low[0, 0], degraded[0, 0] = [[100, 0, 0], [50, 50, 0]], [[0, 200, 0], [50, 0, 0]]  # 90 and 45 degrees
@@ -138,7 +138,7 @@ def test_spatial_finds_a_known_shift():
         assert spatial(reduced(dy, dx), low) == pytest.approx(np.hypot(dy, dx) / 4, abs=0.12)
 
 
-def test_what_is_flat_has_no_shift():
+def test_flat_images_have_no_shift():
     images = photographs(64)
     flat = np.full((1, 64, 64, 3), 90, np.uint8)
     assert spatial(flat, images[:1]) is None and spatial(noisy(flat, 0.3), flat) is None
@@ -146,7 +146,7 @@ def test_what_is_flat_has_no_shift():
     assert spatial(np.concatenate([moved, flat]), np.concatenate([images, flat])) == spatial(moved, images) > 0.5
 
 
-def test_synthesis_is_what_the_output_adds():
+def test_synthesis_measures_the_difference_from_the_enlarged_input():
     images = photographs(64)
     soft = blurred(images, 2)
     assert synthesis(soft, soft) == 0
@@ -157,7 +157,7 @@ def test_synthesis_is_what_the_output_adds():
 # ---------------------------------------------------------------- against the truth
 
 
-def test_colour_error_is_of_each_images_mean_colour():
+def test_colour_error_compares_the_mean_colour_of_each_image():
     truth = np.full((2, 8, 8, 3), 100, np.uint8)
     images = truth.copy()
     images[0] += np.array([3, 0, 6], np.uint8)  # (3 + 0 + 6) / 3
@@ -176,7 +176,7 @@ def scores_by_the_formula(image: np.ndarray, truth: np.ndarray, enlarged: np.nda
     return np.exp(-scores / 0.25) / np.exp(-scores / 0.25).sum()
 
 
-def test_correctness_by_its_formula():
+def test_correctness_follows_its_formula():
     truth = photographs(64)
     enlarged, images = blurred(truth, 2), noisy(blurred(truth, 1), 4)
     result = correctness_maps(images, truth, enlarged)
@@ -194,7 +194,7 @@ def test_correctness_by_its_formula():
     assert checked > 20
 
 
-def test_what_is_invented_missed_and_found_is_reported_apart():
+def test_hallucination_omission_and_improvement_are_distinguished():
     truth = photographs(64)
     enlarged = blurred(truth, 2)
     invented = noisy(enlarged, 60)
@@ -209,7 +209,7 @@ def test_what_is_invented_missed_and_found_is_reported_apart():
         assert list(fractions.values()) == pytest.approx(np.mean(means, axis=0), abs=1e-5)
 
 
-def test_where_nothing_is_missing_all_detail_is_invented():
+def test_all_detail_added_to_a_flat_truth_is_hallucination():
     flat = np.full((1, 16, 16, 3), 90, np.uint8)
     assert hallucination(flat, flat, flat) is None
     images = flat.copy()
@@ -226,7 +226,7 @@ def test_where_nothing_is_missing_all_detail_is_invented():
 # ---------------------------------------------------------------- samples
 
 
-def test_spread_by_hand():
+def test_spread_equals_hand_computed_values():
     samples = np.zeros((2, 3, 4, 4, 3), np.uint8)
     samples[0, 2, 1, 2] = [30, 30, 0]  # one pixel of one image: 0, 0, 30 in two channels
     deviation = np.sqrt((2 * 10**2 + 20**2) / 2)
@@ -241,21 +241,21 @@ def test_spread_by_hand():
         spread_map(samples[:, :1])
 
 
-def test_spread_of_many_samples_is_their_noise_whatever_their_number():
+def test_spread_equals_the_noise_for_any_number_of_samples():
     samples = np.random.default_rng(0).normal(128, 12, (1, 64, 24, 24, 3)).round().astype(np.uint8)
     assert spread(samples) == pytest.approx(12, rel=0.02)
     variances = [np.square(spread_map(samples[:, :k, :, :, :1].repeat(3, -1))).mean() for k in (2, 8, 64)]
     assert variances == pytest.approx([144, 144, 144], rel=0.1)
 
 
-def test_diversity_by_hand():
+def test_diversity_equals_hand_computed_values():
     features = np.array([[[1, 0], [0, 2], [-3, 0]], [[1, 1], [2, 2], [5, 5]]], float)
     assert diversity(features) == pytest.approx((np.mean([1, 2, 1]) + 0) / 2)
     assert diversity(features[:, :1]) is None
     assert compute({"sample_features": features}, of={"encoder": "e"}) == {"diversity_e": pytest.approx(2 / 3)}
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all metrics
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -275,7 +275,7 @@ def test_shapes_that_do_not_fit_are_refused():
         diversity(images[..., 0, 0])
 
 
-def test_the_registry_computes_what_its_inputs_allow():
+def test_the_registry_computes_all_metrics_of_the_available_inputs():
     truth = photographs(64)
     enlarged = blurred(truth, 2)
     low = truth.reshape(3, 16, 4, 16, 4, 3).mean((2, 4)).round().astype(np.uint8)
@@ -329,7 +329,7 @@ def by_hand(path: Path, images: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return result.numpy()
 
 
-def test_lpips_by_its_formula(weights):
+def test_lpips_follows_its_formula(weights):
     scorer = perceptual_scorer(str(weights))
     assert isinstance(scorer, PerceptualScorer)
     truth = photographs(64)
@@ -341,7 +341,7 @@ def test_lpips_by_its_formula(weights):
     assert compute({"lpips_scores": result}, of={}) == {"lpips": pytest.approx(result.mean())}
 
 
-def test_lpips_reads_what_torch_saves_and_leaves_the_random_numbers_alone(weights, tmp_path):
+def test_lpips_reads_torch_files_and_keeps_the_random_state(weights, tmp_path):
     from safetensors.torch import load_file
 
     torch.save(load_file(weights), tmp_path / "alexnet.pth")
@@ -357,7 +357,7 @@ def test_lpips_reads_what_torch_saves_and_leaves_the_random_numbers_alone(weight
         scorer.scores(pair[0], pair[1][:2])
 
 
-def test_without_weights_there_is_no_lpips_and_wrong_ones_are_one_line(weights, tmp_path):
+def test_lpips_needs_weights_and_invalid_ones_give_a_one_line_error(weights, tmp_path):
     assert perceptual_scorer(None) is None
     broken, other, text = (tmp_path / name for name in ("broken.safetensors", "other.safetensors", "text.pth"))
     broken.write_bytes(weights.read_bytes()[:1000])

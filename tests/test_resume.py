@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_its_checkpoints_and_one_of_them_are_found(run: Path) -> None:
+def test_start_of_accepts_a_run_its_checkpoint_folder_or_one_checkpoint(run: Path) -> None:
     newest = Start(run / "checkpoints" / "00000040", 40, 640)
     for named in (run, run / "checkpoints", run / "checkpoints" / "00000040"):
         assert start_of(config(f"train.resume={named}", "train.loop.steps=41")) == newest
@@ -51,7 +51,7 @@ def test_a_run_its_checkpoints_and_one_of_them_are_found(run: Path) -> None:
     assert start_of(config()) == Start() and Start().images_seen(25, 8) == 200
 
 
-def test_what_cannot_be_taken_up_is_refused(run: Path, tmp_path: Path) -> None:
+def test_paths_without_a_usable_checkpoint_are_refused(run: Path, tmp_path: Path) -> None:
     for named in (tmp_path / "no_such", tmp_path, run / SNAPSHOTS, run / "checkpoints" / "00000060.partial"):
         with pytest.raises(UserError, match="contains no checkpoint: give"):
             start_of(config(f"train.resume={named}"))
@@ -59,7 +59,7 @@ def test_what_cannot_be_taken_up_is_refused(run: Path, tmp_path: Path) -> None:
         start_of(config(f"train.resume={run}", "train.loop.steps=40"))
 
 
-def test_fingerprints_of_runs_from_their_own_beginning_are_as_before() -> None:
+def test_fingerprint_inputs_of_runs_without_resume_are_unchanged() -> None:
     inputs = training_inputs(config(), Start())
     assert set(inputs) == {"train"}
     assert set(inputs["train"]) == {
@@ -68,7 +68,7 @@ def test_fingerprints_of_runs_from_their_own_beginning_are_as_before() -> None:
     assert training_inputs(config("train.weighting=0.5"), Start())["train"]["weighting"] == 0.5
 
 
-def test_the_fingerprint_knows_the_checkpoint_and_not_its_place(run: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_includes_the_checkpoint_but_not_its_path(run: Path, tmp_path: Path) -> None:
     def of(place: Path) -> dict:
         cfg = config(f"train.resume={place}")
         return training_inputs(cfg, start_of(cfg))
@@ -82,7 +82,7 @@ def test_the_fingerprint_knows_the_checkpoint_and_not_its_place(run: Path, tmp_p
     assert of(tmp_path / "moved")["resume"] != newest["resume"]
 
 
-def test_the_history_up_to_the_checkpoint_is_taken_over(run: Path, tmp_path: Path) -> None:
+def test_snapshots_up_to_the_checkpoint_are_inherited(run: Path, tmp_path: Path) -> None:
     for _ in range(2):  # an interrupted run repeats it
         inherit_snapshots(Start(run / "checkpoints" / "00000040", 40, 640), tmp_path / "new")
         assert sorted(path.name for path in (tmp_path / "new" / SNAPSHOTS).iterdir()) == [
@@ -93,13 +93,13 @@ def test_the_history_up_to_the_checkpoint_is_taken_over(run: Path, tmp_path: Pat
     assert not (tmp_path / "none").exists()
 
 
-def test_the_advice_is_a_command_line() -> None:
+def test_take_up_returns_quoted_command_line_overrides() -> None:
     advice = take_up(config("train.loop.learning_rate=3"), Path("runs of/it's/00000005"))
     assert advice == """train.resume='runs of/it'"'"'s/00000005' train.loop.learning_rate=0.3"""
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_trained_for_longer(repository: Path, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_trained_for_more_steps(repository: Path, tmp_path: Path) -> None:
     overrides = [*tiny_overrides(tmp_path), *NETWORK]
 
     def pretrained(*further: str) -> subprocess.CompletedProcess:

@@ -183,7 +183,7 @@ def test_every_file_is_kept_dropped_or_quarantined_once(messy: Path, tmp_path: P
 
 
 def test_a_manifest_is_written_in_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a table of millions can be read in pieces: each piece holds exactly its rows."""
+    """A table of millions of rows can be read in pieces: each row group contains exactly its rows."""
     (tmp_path / "corpus").mkdir()
     for number in range(11):
         data = encoded(texture(number)) if number != 6 else b"broken"

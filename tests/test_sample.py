@@ -121,7 +121,7 @@ def translation_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["plain_run", "transformer_run"])
-def test_an_image_depends_on_the_seed_and_its_number_alone(name: str, request: pytest.FixtureRequest) -> None:
+def test_images_depend_on_the_seed_but_not_on_the_number_of_images(name: str, request: pytest.FixtureRequest) -> None:
     run = request.getfixturevalue(name)
     sampler = load_sampler(run, batch_size=4)
     images = sampler.draw("a desert", 9, **SETTINGS)
@@ -136,7 +136,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(name: str, request: p
         assert (sampler.draw("ice", 9, **SETTINGS) != images).any()
 
 
-def test_without_metadata_it_is_the_plain_pipeline(plain_run: Path, placed_run: Path) -> None:
+def test_sampling_without_metadata_equals_the_plain_pipeline(plain_run: Path, placed_run: Path) -> None:
     sampler = load_sampler(placed_run, batch_size=3)
     assert list(sampler.fields) == ["lon", "lat"]
     pipeline = DiffusionPipeline.from_pretrained(plain_run / "pipeline", use_safetensors=True)
@@ -184,7 +184,7 @@ def test_unknown_metadata_is_refused(name: str, metadata: dict, message: str, re
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"), ({"guidance_scale": -1}, "guidance_scale=-1"),
     ],
 )  # fmt: skip
-def test_settings_are_checked(plain_run: Path, change: dict, message: str) -> None:
+def test_invalid_sampling_settings_are_refused(plain_run: Path, change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_sampler(plain_run).draw(**{"prompt": "a desert", "count": 1, **SETTINGS, **change})
 
@@ -211,13 +211,15 @@ def broken(run: Path, target: Path, change: str) -> Path:
 
 
 @pytest.mark.parametrize("change", ["cut", "pickled", "part", "index", "code", "encoder"])
-def test_what_does_not_load_is_refused_in_one_line(placed_run: Path, tmp_path: Path, change: str) -> None:
+def test_broken_pipelines_give_a_one_line_error(placed_run: Path, tmp_path: Path, change: str) -> None:
     with pytest.raises(UserError, match="does not load: ") as error:
         load_sampler(broken(placed_run, tmp_path / change, change))
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-def test_other_pipelines_are_refused(translation_run: Path, plain_run: Path, tmp_path: Path) -> None:
+def test_missing_pipelines_and_those_of_other_classes_are_refused(
+    translation_run: Path, plain_run: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="is a StableDiffusionInstructPix2PixPipeline: give a StableDiffusionPipeline"):
         load_sampler(translation_run)
     with pytest.raises(UserError, match=r"demo\.x=.* is a StableDiffusionPipeline"):
@@ -275,7 +277,7 @@ def pixels(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_the_command_leaves_images_a_sheet_and_what_they_are(call: Command, placed_run: Path, tmp_path: Path) -> None:
+def test_the_command_writes_images_a_sheet_and_metadata(call: Command, placed_run: Path, tmp_path: Path) -> None:
     given = (f"foundation={placed_run}", "prompt=a coast, desert (and it's) ocean", "seed=7")
     folder = drawn(call, tmp_path, *given, "images=3")
     assert folder.parent == tmp_path / "results" / "samples"
@@ -302,7 +304,9 @@ def test_the_command_leaves_images_a_sheet_and_what_they_are(call: Command, plac
 
 
 @pytest.mark.slow
-def test_places_and_prompts_are_rows_with_the_same_noise(call: Command, placed_run: Path, tmp_path: Path) -> None:
+def test_every_location_and_prompt_gets_a_row_with_the_same_noise(
+    call: Command, placed_run: Path, tmp_path: Path
+) -> None:
     locations = "sample.locations=[{name:Amazon,lon:-60,lat:-3},{lon:10}]"
     folder = drawn(call, tmp_path, f"foundation={placed_run}", 'prompt=["a, b", ice]', "images=2", locations)
     listed = read_json(folder / "samples.json")["images"]
@@ -323,7 +327,7 @@ def test_places_and_prompts_are_rows_with_the_same_noise(call: Command, placed_r
 
 
 @pytest.mark.slow
-def test_the_command_refuses_in_one_line(call: Command, plain_run: Path, tmp_path: Path) -> None:
+def test_the_command_gives_one_line_errors(call: Command, plain_run: Path, tmp_path: Path) -> None:
     cases = [
         (["prompt=ice", f"foundation={tmp_path}"], "contains no pipeline"),
         ([f"foundation={plain_run}", "prompt="], "the prompt is empty"),
@@ -337,7 +341,7 @@ def test_the_command_refuses_in_one_line(call: Command, plain_run: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_samples_appear_whole_or_not_at_all(
+def test_an_interrupted_command_leaves_no_partial_samples(
     plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = config("prompt=ice", f"foundation={plain_run}", "images=2", "sample.steps=2", f"sample.out={tmp_path}/out")
@@ -381,12 +385,12 @@ def test_bad_options_are_refused_before_anything_is_drawn(
 
 
 @pytest.mark.parametrize("text", ["a, b", "it's", "x\\", "x\\'y", "(a) {b} [c]: d = 'e' \"f\"", "é", "two\nlines"])
-def test_any_prompt_reaches_the_program_as_it_is(text: str) -> None:
+def test_any_prompt_is_passed_to_hydra_unchanged(text: str) -> None:
     (argument,) = hydra_arguments([f"prompt={text}"])
     assert OverridesParser.create().parse_override(argument).value() == text
 
 
-def test_other_arguments_stay_as_they_are() -> None:
+def test_other_arguments_are_unchanged_and_metadata_fields_are_added() -> None:
     arguments = ["prompt=[a,b]", "prompt='a'", "prompt=", "prompt=null", "seed=1", "sample.metadata={lon:1}"]
     assert hydra_arguments(arguments) == arguments
     assert hydra_arguments(["-m", "prompt=a,b"]) == ["-m", "prompt=a,b"]
@@ -431,7 +435,7 @@ def client(demo: str, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.slow
-def test_the_page_answers_and_names_no_other_host(demo: str) -> None:
+def test_the_page_is_served_and_loads_nothing_from_other_hosts(demo: str) -> None:
     with urllib.request.urlopen(demo, timeout=30) as answer:
         page = answer.read().decode()
     assert answer.status == 200 and '"title":"RS-Prune"' in page
@@ -440,7 +444,7 @@ def test_the_page_answers_and_names_no_other_host(demo: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_draws_what_the_sampler_draws(client, placed_run: Path) -> None:
+def test_the_page_draws_the_same_images_as_the_sampler(client, placed_run: Path) -> None:
     sampler = load_sampler(placed_run, batch_size=4)
     for place, metadata in (((False, 5, 5), {}), ((True, -60, -3), {"lon": -60, "lat": -3})):
         gallery = client.predict("a desert", 2, 3, 2, 1.5, *place, api_name="/draw")
@@ -457,7 +461,7 @@ def test_the_page_shows_user_errors_in_one_line(client) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_translates_pictures(client, translation_run: Path, tmp_path: Path) -> None:
+def test_the_page_enlarges_pictures_and_draws_from_masks(client, translation_run: Path, tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
     file = gradio_client.handle_file(str(tmp_path / "picture.png"))
@@ -504,7 +508,7 @@ def test_the_page_renders_in_a_browser_without_a_network(demo: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_page_has_no_place_and_says_what_its_tabs_need_unless_the_models_have(
+def test_the_page_hides_unsupported_inputs_and_names_commands_for_missing_runs(
     plain_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from scripts.demo import page
@@ -520,7 +524,9 @@ def test_the_page_has_no_place_and_says_what_its_tabs_need_unless_the_models_hav
 
 
 @pytest.mark.slow
-def test_the_demo_refuses_in_one_line(plain_run: Path, translation_run: Path, tmp_path: Path) -> None:
+def test_the_demo_gives_errors_for_a_taken_port_and_unsuitable_options(
+    plain_run: Path, translation_run: Path, tmp_path: Path
+) -> None:
     from scripts.demo import main, page
 
     with socket.socket() as taken:
@@ -546,7 +552,7 @@ def test_the_demo_refuses_in_one_line(plain_run: Path, translation_run: Path, tm
             call(config(*overrides))
 
 
-def test_the_bar_counts_the_calls_of_a_network() -> None:
+def test_the_progress_bar_counts_network_calls() -> None:
     from scripts.demo import counted
 
     network, shown = torch.nn.Linear(2, 2), []
@@ -557,7 +563,7 @@ def test_the_bar_counts_the_calls_of_a_network() -> None:
     assert shown == [(0, 3), (1, 3), (2, 3), (3, 3), (3, 3)]
 
 
-def test_the_page_takes_pictures_and_masks_of_any_shape() -> None:
+def test_the_page_accepts_pictures_and_masks_of_any_shape() -> None:
     from scripts.demo import painted_classes, reduced
 
     picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)

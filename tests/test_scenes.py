@@ -44,7 +44,7 @@ def evenness(kinds: np.ndarray, count: int) -> float:
     return float(-(fractions * np.log(fractions)).sum() / np.log(count))
 
 
-def test_a_classifier_is_right_where_the_nearest_prototype_is_not() -> None:
+def test_classifiers_are_more_accurate_than_prototypes_on_stretched_classes() -> None:
     reference, labels = stretched(600, 0)
     embeddings, truth = stretched(2000, 1)
     accuracy, message = {}, {}
@@ -58,7 +58,7 @@ def test_a_classifier_is_right_where_the_nearest_prototype_is_not() -> None:
         assert message[classifier] == pytest.approx(accuracy[classifier], abs=0.06)
 
 
-def test_the_held_out_accuracy_is_that_of_images_it_was_not_fitted_to() -> None:
+def test_the_held_out_accuracy_uses_images_outside_the_fit() -> None:
     """Random labels can be memorised, but not predicted."""
     generator = np.random.default_rng(2)
     points, labels = generator.standard_normal((300, 40)).astype(np.float32), generator.integers(3, size=300)
@@ -71,7 +71,7 @@ def test_the_held_out_accuracy_is_that_of_images_it_was_not_fitted_to() -> None:
     assert fit_prototypes(np.eye(3, 8), np.array(["a", "b", "c"]), 4, 0.0, seed=0).accuracy is None
 
 
-def test_tightness_is_that_of_clusters_of_images_not_seen() -> None:
+def test_tightness_is_measured_on_images_outside_the_clustering() -> None:
     """For unit vectors in random directions of many dimensions, a cluster's centroid does not predict another image."""
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((4, 300))
@@ -86,7 +86,7 @@ def test_tightness_is_that_of_clusters_of_images_not_seen() -> None:
 
 
 @pytest.mark.parametrize("method", [RSPrune, SceneRandom])
-def test_unknown_kinds_get_their_share(method: type) -> None:
+def test_unknown_kinds_get_an_even_fraction_if_open_images_are_split(method: type) -> None:
     """Three quarters of the kinds are in no reference class; as one scene they would get a sixth of the budget."""
     embeddings, kind, reference, labels = kinds_of(known=15)
     result = {
@@ -109,7 +109,7 @@ def test_open_images_of_one_kind_are_one_stratum() -> None:
     assert open_strata(points, np.arange(500), 0.9999, generator).max() > 1
 
 
-def test_splitting_changes_nothing_where_all_scenes_are_known() -> None:
+def test_splitting_open_images_changes_nothing_if_all_scenes_are_known() -> None:
     embeddings, _, reference, labels = kinds_of(known=60)
     kept = [
         select_from_arrays(

@@ -52,7 +52,7 @@ def test_every_pixel_of_any_side_gets_a_class(side: tuple[int, int]) -> None:
     assert (segment(network, images[1:]) == classes[1:]).all()
 
 
-def test_it_learns_visible_classes_and_keeps_the_best_round(tmp_path: Path) -> None:
+def test_the_segmenter_learns_visible_classes_and_keeps_the_best_round(tmp_path: Path) -> None:
     training, val = striped(tmp_path, 64, 0), striped(tmp_path, 16, 1)
     state, rounds = train_segmenter(new_network(OPTIONS, 2), training, val, OPTIONS)
     short = replace(OPTIONS, most_rounds=1)
@@ -71,7 +71,7 @@ def test_it_learns_visible_classes_and_keeps_the_best_round(tmp_path: Path) -> N
     ("miou", "rounds"),
     [([0.1, 0.3, 0.2, 0.2, 0.9, 0.9], 4), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 6), ([0.5, 0.4, 0.6, 0.5, 0.6, 0.9], 5)],
 )
-def test_it_ends_when_val_stops_improving(
+def test_training_ends_when_val_stops_improving(
     miou: list[float], rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Patience is two rounds, the maximum six; an equal result does not count as better."""
@@ -92,7 +92,7 @@ def test_it_ends_when_val_stops_improving(
     assert not all(torch.equal(kept[best][key], kept[best - 1][key]) for key in state)
 
 
-def test_it_is_cached_and_independent_of_other_options(tmp_path: Path) -> None:
+def test_the_segmenter_is_cached_and_independent_of_other_options(tmp_path: Path) -> None:
     cfg = task_config(tmp_path)
     result = trained_segmenter(cfg)
     assert result.directory.parent == tmp_path / "runs" / "segmenter"

@@ -42,7 +42,9 @@ def shards() -> str:
     webdataset._seen.clear()
 
 
-def test_a_second_look_reads_no_headers(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_of_known_shards_are_not_read_again(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = WebDataset(shards, resolution=8, workers=0).manifest()
     assert len(first) == 2 * SHARDS and first["id"].is_unique
     webdataset._seen.clear()
@@ -70,7 +72,7 @@ def test_a_changed_shard_is_read_again(shards: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_local_shards_are_looked_through_by_any_number_of_workers(workers: int, shards: str, tmp_path: Path) -> None:
+def test_any_number_of_workers_indexes_local_shards_like_remote_ones(workers: int, shards: str, tmp_path: Path) -> None:
     system = fsspec.filesystem("memory")
     for name in system.ls("/headers", detail=False):
         (tmp_path / Path(name).name).write_bytes(system.cat(name))

@@ -18,13 +18,13 @@ from train.text_encoder import byte_tokens, clip_tokenizer, encode_prompts, smal
 CAPTIONS = ["a satellite image of tundra", "Sandy desert, near 12°N", "forêts (dense) & it's 42 roads", ""]
 
 
-def test_merges_are_those_that_make_the_tokens() -> None:
+def test_merges_of_returns_the_merges_that_form_the_tokens() -> None:
     ranks = {("l", "o"): 0, ("lo", "w</w>"): 1, ("e", "r</w>"): 2, ("n", "e"): 3}
     assert merges_of(["low", "lower"], ranks) == {("l", "o"), ("lo", "w</w>"), ("e", "r</w>")}
     assert merges_of(["x"], ranks) == set()
 
 
-def test_known_texts_keep_their_tokens_and_other_words_are_still_read() -> None:
+def test_a_trimmed_tokenizer_keeps_known_tokens_and_encodes_other_words() -> None:
     tokenizer = clip_tokenizer(24)
     small, former = trimmed(tokenizer, CAPTIONS)
     assert 512 < len(former) < 700 and len(np.unique(former)) == len(former)
@@ -35,7 +35,7 @@ def test_known_texts_keep_their_tokens_and_other_words_are_still_read() -> None:
     assert len(unknown) > 3 and small.decode(unknown, skip_special_tokens=True).strip() == "glacier"
 
 
-def test_hidden_states_are_the_same_after_saving(tmp_path: Path) -> None:
+def test_hidden_states_are_the_same_with_the_saved_trimmed_vocabulary(tmp_path: Path) -> None:
     tokenizer = clip_tokenizer(24)
     clip = small_clip(32, width=32, layers=1, patch=8, max_length=24, seed=0)
     encoder = CLIPTextModel(clip.config.text_config).eval()
@@ -49,7 +49,9 @@ def test_hidden_states_are_the_same_after_saving(tmp_path: Path) -> None:
     assert encoder.config.vocab_size == 49408  # the original is unchanged
 
 
-def test_a_shipped_model_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_about_a_missing_shipped_model_names_the_make_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert foundation_path("some/run") == Path("some/run")
     monkeypatch.setattr("train.shipped.FOLDER", tmp_path)
     with pytest.raises(UserError, match="make foundation"):
@@ -57,7 +59,7 @@ def test_a_shipped_model_that_is_not_here_is_one_line(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="this copy of the repository has no shipped foundation")
-def test_the_shipped_model_is_small_and_draws_the_scene_that_it_is_requested() -> None:
+def test_the_shipped_model_is_small_and_draws_the_requested_scene() -> None:
     assert size_of(FOLDER) <= 12_000_000
     sampler = load_sampler(foundation_path("shipped"))
     assert next(sampler.pipeline.unet.parameters()).dtype == torch.float32

@@ -130,7 +130,7 @@ QUARANTINED = {
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_odd_images_are_read(name: str) -> None:
+def test_unusual_image_formats_are_read(name: str) -> None:
     image = decode_image(READABLE[name], SIDE)
     assert isinstance(image, np.ndarray), image
     assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
@@ -138,7 +138,7 @@ def test_odd_images_are_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", QUARANTINED)
-def test_broken_images_have_a_reason(name: str) -> None:
+def test_broken_images_get_a_reason(name: str) -> None:
     data, reason = QUARANTINED[name]
     result = decode_image(data, SIDE)
     assert isinstance(result, str) and result
@@ -167,7 +167,7 @@ def jpegs_of_all_kinds() -> list[bytes]:
 
 
 @pytest.mark.parametrize("resolution", [8, 32, 64])
-def test_jpegs_are_what_pillow_makes_of_them(resolution: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_jpeg_decoding_equals_pillow(resolution: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The faster decoder equals Pillow bit for bit for ordinary JPEGs, and leaves others and broken ones to Pillow."""
     files = jpegs_of_all_kinds()
     faster = sum(decoding.decode_jpeg(data, resolution) is not None for data in files)
@@ -180,7 +180,7 @@ def test_jpegs_are_what_pillow_makes_of_them(resolution: int, monkeypatch: pytes
         assert np.array_equal(mine, pillow)
 
 
-def test_a_cmyk_jpeg_shows_its_colours() -> None:
+def test_a_cmyk_jpeg_is_decoded_with_the_right_colours() -> None:
     """Adobe's inverted four colours: white stays white and red red."""
     picture = Image.new("RGB", (32, 32), (250, 250, 250))
     picture.paste((220, 30, 30), (0, 0, 32, 16))
@@ -240,7 +240,7 @@ def messy(tmp_path: Path) -> Path:
     return root
 
 
-def test_none_of_a_messy_folder_vanishes(messy: Path, tmp_path: Path) -> None:
+def test_every_file_of_a_messy_folder_is_read_or_quarantined(messy: Path, tmp_path: Path) -> None:
     source = ImageFolder(str(messy), resolution=SIDE)
     corpus = index_corpus(source, tmp_path / "runs")
     on_disk = sum(len(files) for _, _, files in os.walk(messy))
@@ -268,7 +268,7 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
 
 
 @contextmanager
-def nobody(home: Path) -> Iterator[None]:
+def unprivileged_user(home: Path) -> Iterator[None]:
     """Root can read everything, so run as another user for a while, to whom `home` belongs."""
     if os.geteuid():
         yield
@@ -286,13 +286,13 @@ def nobody(home: Path) -> Iterator[None]:
         os.setegid(0)
 
 
-def test_what_may_not_be_read_is_quarantined() -> None:
+def test_files_and_folders_without_permission_are_quarantined() -> None:
     with tempfile.TemporaryDirectory() as home:  # other users cannot read pytest's directories
         folder = Path(home)
         (folder / "any").mkdir()
         texture().save(folder / "any" / "a.png")
         index_corpus(ImageFolder(str(folder / "any"), workers=1), folder / "warm")  # imports what it needs, as root
-        with nobody(folder):
+        with unprivileged_user(folder):
             for name in ("open", "shut"):
                 (folder / "root" / name).mkdir(parents=True)
                 texture().save(folder / "root" / name / "a.png")
@@ -316,7 +316,7 @@ def test_files_that_vanish_during_the_run_are_quarantined(tmp_path: Path) -> Non
     assert read[2] == decoding.VANISHED and all(isinstance(read[row], np.ndarray) for row in (0, 1, 3))
 
 
-def test_folder_masks_come_with_their_images(tmp_path: Path) -> None:
+def test_masks_of_a_folder_are_matched_to_their_images(tmp_path: Path) -> None:
     for name in ("images/Beach", "masks/Beach"):
         (tmp_path / name).mkdir(parents=True)
     classes = np.zeros((32, 32), np.uint8)
@@ -373,7 +373,7 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-def test_webdataset_reads_what_the_library_reads(shards: Path, tmp_path: Path) -> None:
+def test_the_webdataset_source_reads_the_same_as_the_library(shards: Path, tmp_path: Path) -> None:
     import webdataset
 
     urls = str(shards / "part-{0..1}.tar")
@@ -403,7 +403,7 @@ MEMBERS = st.lists(
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(MEMBERS)
-def test_members_are_grouped_as_the_library_groups_them(names: list[str]) -> None:
+def test_members_are_grouped_like_in_the_webdataset_library(names: list[str]) -> None:
     """For any order of the members; the library receives each key's members one after the other."""
     from webdataset.tariterators import base_plus_ext, group_by_keys
 
@@ -423,13 +423,13 @@ def test_members_are_grouped_as_the_library_groups_them(names: list[str]) -> Non
 
 
 @pytest.mark.parametrize("urls", ["a.tar", "d/{00..03}.tar", "a{b,c{1..2}}.tar::http://x/{9..10}.tar", "{a}.tar"])
-def test_brace_lists_are_the_library_s(urls: str) -> None:
+def test_brace_lists_expand_like_in_the_webdataset_library(urls: str) -> None:
     from webdataset.shardlists import expand_urls
 
     assert WebDataset(urls)._shards == expand_urls(urls)
 
 
-def test_shards_are_read_without_torch(shards: Path, repository: Path) -> None:
+def test_shards_are_read_without_importing_torch(shards: Path, repository: Path) -> None:
     """Otherwise every decoding process would load it, half a gigabyte each."""
     code = (
         "import sys, numpy as np; from corpus.sources.webdataset import WebDataset\n"
@@ -440,7 +440,7 @@ def test_shards_are_read_without_torch(shards: Path, repository: Path) -> None:
     assert subprocess.run(command, cwd=repository, check=False).returncode == 0
 
 
-def test_what_is_wrong_with_shards_has_a_reason(tmp_path: Path) -> None:
+def test_faults_of_shards_get_a_reason(tmp_path: Path) -> None:
     good = encoded(texture(), "JPEG")
     shard(
         tmp_path / "odd.tar",
@@ -469,7 +469,7 @@ def test_what_is_wrong_with_shards_has_a_reason(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "up.jpg").exists()
 
 
-def test_shards_that_change_are_found_out(tmp_path: Path) -> None:
+def test_shards_that_change_after_the_listing_are_detected(tmp_path: Path) -> None:
     """Another image of the same size at the same place, and a shard truncated in the middle of a mask."""
     one, other = (tiff(np.asarray(texture(seed))) for seed in (1, 2))
     assert len(one) == len(other)
@@ -487,7 +487,7 @@ def test_shards_that_change_are_found_out(tmp_path: Path) -> None:
     assert list(source.reader(np.array([1]))()) == [f"mask: {CUT}"]
 
 
-def test_a_sparse_member_of_any_size_has_a_reason(tmp_path: Path) -> None:
+def test_a_huge_sparse_member_gets_a_reason_and_a_small_one_is_read(tmp_path: Path) -> None:
     """Ten kilobytes that claim 20 GB are not extracted."""
     with (tmp_path / "bomb.png").open("wb") as file:
         file.truncate(20 * 2**30)
@@ -511,7 +511,7 @@ def test_a_sparse_member_of_any_size_has_a_reason(tmp_path: Path) -> None:
     assert (corpus.images[2] == holes).all()
 
 
-def test_links_and_compression_of_shards_have_a_reason(tmp_path: Path) -> None:
+def test_links_in_shards_and_compressed_shards_get_a_reason(tmp_path: Path) -> None:
     """GNU tar stores a file that occurs twice as a hard link."""
     (tmp_path / "a.jpg").write_bytes(encoded(texture(), "JPEG"))
     os.link(tmp_path / "a.jpg", tmp_path / "b.jpg")
@@ -526,7 +526,7 @@ def test_links_and_compression_of_shards_have_a_reason(tmp_path: Path) -> None:
     assert reasons == {"a": "", "plain.tar:b.jpg": LINK, "plain.tar:c.jpg": LINK, "small.tar.gz": COMPRESSED}
 
 
-def test_a_shard_that_breaks_off_anywhere_says_so(tmp_path: Path) -> None:
+def test_truncated_and_damaged_shards_are_reported(tmp_path: Path) -> None:
     good = encoded(texture(), "JPEG")
     shard(tmp_path / "a.tar", [(f"g{number}.jpg", good) for number in range(6)])
     whole = (tmp_path / "a.tar").read_bytes()
@@ -545,7 +545,7 @@ def test_a_shard_that_breaks_off_anywhere_says_so(tmp_path: Path) -> None:
         assert (CUT in [image for image in read if isinstance(image, str)]) == cut, name
 
 
-def test_odd_metadata_stop_nothing(tmp_path: Path) -> None:
+def test_unusual_metadata_do_not_make_images_unreadable(tmp_path: Path) -> None:
     good = encoded(texture(), "JPEG")
     metadata = [
         {"captions": 7},
@@ -568,13 +568,13 @@ def test_odd_metadata_stop_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("urls", ["{000..", "foo://a.tar", "{folder}", "${NOWHERE}.tar"])
-def test_urls_that_lead_nowhere_are_one_line(tmp_path: Path, urls: str) -> None:
+def test_invalid_urls_give_a_one_line_error(tmp_path: Path, urls: str) -> None:
     with pytest.raises(UserError, match="corpus") as caught:
         _ = WebDataset(urls.replace("{folder}", str(tmp_path))).version
     assert "\n" not in str(caught.value)
 
 
-def test_shards_behind_a_url(shards: Path) -> None:
+def test_shards_behind_a_url_are_read(shards: Path) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -632,8 +632,8 @@ def test_huggingface_sets_are_read(saved: Path, tmp_path: Path, place: str, stre
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_masks_and_dates_of_a_hub_set(tmp_path: Path, streaming: bool) -> None:
-    """Also if the mask is the first image column."""
+def test_masks_and_dates_of_a_hub_set_are_read(tmp_path: Path, streaming: bool) -> None:
+    """The mask may also be the first image column."""
     import datasets
 
     masks = np.random.default_rng(0).integers(0, 3, (4, 32, 32), dtype=np.uint8)
@@ -661,7 +661,7 @@ def test_masks_and_dates_of_a_hub_set(tmp_path: Path, streaming: bool) -> None:
         source(classes=("water",), mask_column="nothing").manifest()
 
 
-def test_huggingface_errors_are_one_line(saved: Path) -> None:
+def test_huggingface_errors_have_one_line(saved: Path) -> None:
     for options, message in (
         ({}, "corpus.path"),
         ({"path": str(saved / "nowhere")}, "cannot be loaded"),
@@ -698,7 +698,7 @@ def scenes(tmp_path: Path) -> Path:
     return folder
 
 
-def test_geotiff_tiles_know_their_place(scenes: Path, tmp_path: Path) -> None:
+def test_geotiff_tiles_have_the_location_and_pixels_of_their_place(scenes: Path, tmp_path: Path) -> None:
     corpus = index_corpus(GeoTiff(str(scenes), stretch="none", bands=(3, 2, 1), resolution=32), tmp_path / "runs")
     table = corpus.manifest.set_index("id")
     tile = table.loc["alps/a.tif/000032_000064"]
@@ -718,7 +718,7 @@ def test_geotiff_tiles_know_their_place(scenes: Path, tmp_path: Path) -> None:
     assert corpus.readable.sum() == 12 + 3
 
 
-def test_geotiff_names_what_cannot_be_tiled(scenes: Path, tmp_path: Path) -> None:
+def test_geotiff_scenes_that_cannot_be_tiled_get_a_reason(scenes: Path, tmp_path: Path) -> None:
     reasons = index_corpus(GeoTiff(str(scenes), resolution=80), tmp_path / "runs").manifest.set_index("id")["reason"]
     assert reasons["b.tif"] == "smaller than a tile" and reasons["alps/a.tif/000000_000000"] == ""
     with pytest.raises(UserError, match="no images"):
@@ -739,7 +739,7 @@ def test_geotiff_stretches_deep_values(scenes: Path) -> None:
     assert np.mean([image for image in ranged.reader(np.arange(1, 4))()]) == pytest.approx(1550 / 6000 * 255, abs=8)
 
 
-def test_geotiff_splits_share_no_pixel(scenes: Path) -> None:
+def test_geotiff_splits_have_no_common_pixel(scenes: Path) -> None:
     covered = np.zeros((96, 128), int)
     grounds = {}
     for split in ("train", "val", "test"):
@@ -755,7 +755,7 @@ def test_geotiff_splits_share_no_pixel(scenes: Path) -> None:
     assert covered.max() == 1 and len(grounds) > 9
 
 
-def test_geotiff_errors_are_one_line(scenes: Path) -> None:
+def test_geotiff_errors_have_one_line(scenes: Path) -> None:
     for options in (
         {}, {"root": str(scenes / "none")}, {"root": str(scenes), "overlap": 64},
         {"root": str(scenes), "bands": (1, 2)},
@@ -800,7 +800,7 @@ def test_torchgeo_sets_are_read(made_ucmerced: Path, tmp_path: Path) -> None:
             TorchGeo(**options).manifest()
 
 
-def test_torchgeo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_about_missing_torchgeo_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from corpus.sources.torchgeo import TorchGeo
 
     monkeypatch.setitem(sys.modules, "torchgeo", None)
@@ -811,7 +811,9 @@ def test_torchgeo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # -------------------------------------------------------------------------------------------------------- reference
 
 
-def test_a_missing_reference_says_how_to_get_it(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_about_a_missing_reference_names_the_option(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(*_: object) -> None:
         raise ConnectionError("offline,\n  try (later) again")
 
@@ -853,7 +855,7 @@ def arrays_of(corpus: Corpus, runs: Path, encoder: EfficientNetLite0) -> list[np
 
 
 @pytest.mark.parametrize("content_hash", [False, True])
-def test_only_what_is_new_or_changed_is_read_again(
+def test_only_new_or_changed_files_are_read_again(
     growing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content_hash: bool
 ) -> None:
     encoder, seen, embedded = EfficientNetLite0(input_size=32, batch_size=4), [], []
@@ -885,7 +887,7 @@ def test_only_what_is_new_or_changed_is_read_again(
     np.testing.assert_allclose(result[2].astype(float), whole[2].astype(float), rtol=2e-3, atol=2e-3)
 
 
-def test_a_scan_that_is_new_finds_what_earlier_indexes_have(
+def test_a_new_scan_reuses_embeddings_of_earlier_indexes(
     growing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two encoders alternately on a growing folder: each embeds an image once, whichever of them indexed it."""
@@ -940,7 +942,7 @@ def test_only_new_or_changed_rows_of_a_hub_set_are_read_again(tmp_path: Path, mo
 def test_only_new_or_changed_shards_are_read_again(
     content_hash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Per shard, or per image by its bytes, independent of location."""
+    """Without content hashes, changed shards are read again; with them, only images whose bytes are new."""
 
     def write(name: str, seeds: list[int]) -> None:
         shard(tmp_path / name, [(f"{seed:02d}.png", encoded(texture(seed % 50))) for seed in seeds])
@@ -986,7 +988,7 @@ def test_only_new_or_changed_files_of_torchgeo_are_read_again(
     assert read_again(monkeypatch, source, tmp_path / "runs") == ["UCMerced_LandUse/Images/forest/forest01.tif"]
 
 
-def test_what_could_not_be_read_is_tried_again(growing: Path, tmp_path: Path) -> None:
+def test_unreadable_files_are_tried_again(growing: Path, tmp_path: Path) -> None:
     (growing / "gone.png").symlink_to(tmp_path / "later.png")
     first = index_corpus(ImageFolder(str(growing), resolution=SIDE), tmp_path / "runs")
     assert not first.readable[first.manifest["id"] == "gone.png"].any()
@@ -995,7 +997,7 @@ def test_what_could_not_be_read_is_tried_again(growing: Path, tmp_path: Path) ->
     assert second.directory != first.directory and second.readable.all()
 
 
-def test_a_run_killed_between_two_others_starts_anew(growing: Path, tmp_path: Path, monkeypatch) -> None:
+def test_progress_of_another_set_of_scans_is_not_reused(growing: Path, tmp_path: Path, monkeypatch) -> None:
     """Progress of another set of scans must not be taken for that of this one."""
     source = ImageFolder(str(growing), resolution=32)
     encoders = [EfficientNetLite0(input_size=32, batch_size=size) for size in (2, 4)]
@@ -1020,7 +1022,7 @@ def test_a_run_killed_between_two_others_starts_anew(growing: Path, tmp_path: Pa
     assert corpus.readable.all() and (corpus.images.reshape(9, -1).max(axis=1) > 0).all()
 
 
-def test_grown_shards_are_taken_over(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_unchanged_shards_are_reused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = WebDataset.reader
     monkeypatch.setattr(WebDataset, "reader", lambda self, rows: seen.extend(rows) or real(self, rows))
@@ -1056,7 +1058,7 @@ print(scan_corpus(ImageFolder({root!r}, resolution=32), {runs!r}, LocalEntropy()
 """
 
 
-def test_a_killed_index_goes_on_from_its_last_chunk(growing: Path, tmp_path: Path, repository: Path) -> None:
+def test_a_killed_index_resumes_from_its_last_chunk(growing: Path, tmp_path: Path, repository: Path) -> None:
     def go(runs: Path, deaths: int) -> subprocess.CompletedProcess:
         code = INTERRUPTED.format(repository=str(repository), root=str(growing), runs=str(runs), deaths=deaths)
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -1076,7 +1078,7 @@ def test_a_killed_index_goes_on_from_its_last_chunk(growing: Path, tmp_path: Pat
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_the_second_of_two_runs_waits_and_says_so(tmp_path: Path, repository: Path) -> None:
+def test_the_second_of_two_runs_waits_and_reports_it(tmp_path: Path, repository: Path) -> None:
     code = (
         f"import sys, time; sys.path.insert(0, {str(repository)!r})\n"
         "from pathlib import Path\nfrom runtime.artefacts import stage\n"
@@ -1097,7 +1099,9 @@ def test_the_second_of_two_runs_waits_and_says_so(tmp_path: Path, repository: Pa
     assert sum("another run is computing" in error for _, error in results) == 1
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(growing: Path, tmp_path: Path, repository: Path) -> None:
+def test_a_full_disk_gives_a_one_line_error_and_keeps_existing_results(
+    growing: Path, tmp_path: Path, repository: Path
+) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mount = subprocess.run(
@@ -1162,7 +1166,7 @@ print(len(corpus), int(corpus.readable.sum()), float(entropy.mean()) > 0, peak)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no /proc to read the memory from")
-def test_two_hundred_thousand_images_fit_in_little_memory(tmp_path: Path, repository: Path) -> None:
+def test_two_hundred_thousand_images_are_scanned_in_less_than_1_5_gb(tmp_path: Path, repository: Path) -> None:
     images = [encoded(texture(seed, side=16), "JPEG") for seed in range(100)]
     for number in range(200):
         shard(

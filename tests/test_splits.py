@@ -51,7 +51,7 @@ def place(identifier: str) -> float:
 
 @pytest.mark.parametrize("test_fraction", HELD_OUT_BEFORE)
 @pytest.mark.parametrize("val_fraction", [0.0, 0.1, 0.5])
-def test_the_test_ids_are_those_from_before_val(test_fraction: float, val_fraction: float) -> None:
+def test_adding_val_does_not_change_the_test_ids(test_fraction: float, val_fraction: float) -> None:
     chosen = [hashed_split(identifier, val_fraction, test_fraction) for identifier in IDS]
     test = "\n".join(identifier for identifier, split in zip(IDS, chosen, strict=True) if split == "test")
     assert hashlib.sha256(test.encode()).hexdigest() == HELD_OUT_BEFORE[test_fraction]
@@ -74,20 +74,20 @@ def named(names: list[str], *requested: str) -> set[str]:
     return {identifier for number, identifier in enumerate(IDS) if names[number % len(names)] in requested}
 
 
-def test_three_named_splits_stay_as_they_are(capsys: pytest.CaptureFixture) -> None:
+def test_three_named_splits_are_unchanged(capsys: pytest.CaptureFixture) -> None:
     names = ["train", "dev", "test", "train"]
     assert of(names) == {"train": named(names, "train"), "val": named(names, "dev"), "test": named(names, "test")}
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("names", [[""], ["train"], ["Training"]], ids=str)
-def test_nothing_named_or_train_alone_goes_by_the_hash(names: list[str]) -> None:
+def test_images_without_split_names_or_of_train_alone_are_split_by_hash(names: list[str]) -> None:
     result = of(names)
     assert result["test"] == {identifier for identifier in IDS if place(identifier) < 0.2}
     assert result["val"] == {identifier for identifier in IDS if 0.2 <= place(identifier) < 0.1 + 0.2}
 
 
-def test_val_comes_out_of_train_where_train_and_test_are_named(capsys: pytest.CaptureFixture) -> None:
+def test_val_is_taken_from_train_if_only_train_and_test_are_named(capsys: pytest.CaptureFixture) -> None:
     names = ["train", "train", "testing"]
     result = of(names)
     assert result["test"] == named(names, "testing")
@@ -100,7 +100,7 @@ def test_val_comes_out_of_train_where_train_and_test_are_named(capsys: pytest.Ca
     assert of(names, val_fraction=0.0)["train"] == named(names, "train") and capsys.readouterr().err == ""
 
 
-def test_half_of_val_is_test_where_train_and_val_are_named(capsys: pytest.CaptureFixture) -> None:
+def test_half_of_val_becomes_test_if_only_train_and_val_are_named(capsys: pytest.CaptureFixture) -> None:
     names = ["train", "validation", "train"]
     result = of(names)
     assert result["train"] == named(names, "train")
@@ -110,14 +110,14 @@ def test_half_of_val_is_test_where_train_and_val_are_named(capsys: pytest.Captur
     assert capsys.readouterr().err.count(line) == 1
 
 
-def test_an_image_without_a_name_goes_by_the_hash_beside_those_with_one() -> None:
+def test_images_without_a_split_name_are_split_by_hash_beside_named_ones() -> None:
     names = ["train", "val", "test", ""]
     result, nameless = of(names), named(names, "")
     assert {identifier for identifier in nameless if place(identifier) < 0.2} == result["test"] & nameless
     assert named(names, "val") < result["val"] and named(names, "test") < result["test"]
 
 
-def test_what_has_an_unknown_name_is_not_trained_on(capsys: pytest.CaptureFixture) -> None:
+def test_images_with_an_unknown_split_name_are_held_out_as_test(capsys: pytest.CaptureFixture) -> None:
     names = ["train", "val", "mystery"]
     assert of(names)["test"] == named(names, "mystery")
     assert capsys.readouterr().err == ("photos: unknown split name mystery: its images are held out as test\n")
@@ -135,12 +135,12 @@ def test_the_same_line_is_reported_once(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_parts_of_a_data_set_name_splits_where_one_is_trained_on() -> None:
+def test_part_names_are_split_names_only_if_one_is_train() -> None:
     assert part_names(["train", "extra", "test"]) == {"train": "train", "extra": "extra", "test": "test"}
     assert part_names(["test"]) == {"test": ""} and part_names(["a", "validation"]) == {"a": "", "validation": ""}
 
 
-def test_every_usual_name_is_known() -> None:
+def test_usual_split_names_are_known() -> None:
     assert set(NAMES.values()) == {"train", "val", "test"} and all(name == name.lower() for name in NAMES)
     for name, split in (("training", "train"), ("validation", "val"), ("dev", "val"), ("eval", "test")):
         assert NAMES[name] == split
@@ -157,7 +157,7 @@ def test_every_usual_name_is_known() -> None:
         (("all", 0.1, 0.1, None, 0), "corpus.resolution=0"),
     ],
 )
-def test_what_cannot_be_split_is_one_line(options: tuple, message: str) -> None:
+def test_invalid_split_options_give_a_one_line_error(options: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         check(*options)
     assert "\n" not in str(caught.value)
@@ -184,7 +184,7 @@ def test_every_corpus_has_three_parts_that_differ_in_their_split(name: str, repo
     assert [smoke[part].limit for part in parts] == [480, 400, 400]
 
 
-# ------------------------------------------------------------------------------------------------------ other people's
+# ------------------------------------------------------------------------------------- split names of users' data sets
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_every_corpus_has_three_parts_that_differ_in_their_split(name: str, repo
         ("contest", ""), ("valley", ""), ("Trained", ""), ("development_area", ""), ("test track", ""),
     ],
 )  # fmt: skip
-def test_one_table_of_split_names(name: str, split: str) -> None:
+def test_split_of_maps_usual_names_to_splits(name: str, split: str) -> None:
     assert split_of(name) == split
 
 
@@ -210,12 +210,12 @@ def test_one_table_of_split_names(name: str, split: str) -> None:
         ("data/Beach/val2017", ("val2017", "data")), ("", ("", "")), ("images", ("", "")),
     ],
 )  # fmt: skip
-def test_split_and_scene_of_folders(path: str, expected: tuple[str, str]) -> None:
+def test_split_and_scene_are_read_from_folder_names(path: str, expected: tuple[str, str]) -> None:
     assert folder_split(tuple(filter(None, path.split("/")))) == expected
 
 
 @pytest.mark.parametrize("kind", ["folder", "rows", "shards", "table"])
-def test_every_source_knows_the_same_names(kind: str, tmp_path: Path) -> None:
+def test_every_source_accepts_the_same_split_names(kind: str, tmp_path: Path) -> None:
     names = ["training"] * 12 + ["Testing"] * 4 + ["val2017"] * 4
     data = [encoded(texture(number)) for number in range(len(names))]
     sources = {"folder": ImageFolder, "rows": ImageFolder, "shards": WebDataset, "table": HuggingFace}
@@ -238,7 +238,7 @@ def test_every_source_knows_the_same_names(kind: str, tmp_path: Path) -> None:
     assert counts == [12, 4, 4]
 
 
-def test_parts_of_a_set_are_called_by_the_same_names() -> None:
+def test_parts_of_a_data_set_accept_the_same_split_names() -> None:
     parts = {"Training": 5, "test_a": 3, "validation-1": 2}
     assert part_names(parts) == {name: name for name in parts}
     named = [name for name, count in parts.items() for _ in range(count)]
@@ -246,7 +246,7 @@ def test_parts_of_a_set_are_called_by_the_same_names() -> None:
     assert result == ["train"] * 5 + ["test"] * 3 + ["val"] * 2
 
 
-def test_images_in_no_split_s_folder_are_counted(capsys: pytest.CaptureFixture) -> None:
+def test_images_without_a_split_name_are_counted(capsys: pytest.CaptureFixture) -> None:
     of(["train", "val", "test", ""])
     assert capsys.readouterr().err == ("photos: 5000 of 20000 images have no split name: a hash decides their split\n")
 
@@ -254,20 +254,20 @@ def test_images_in_no_split_s_folder_are_counted(capsys: pytest.CaptureFixture) 
 # -------------------------------------------------------------------------------------------------------------- copies
 
 
-def test_copies_are_where_the_first_of_them_is() -> None:
+def test_copies_are_in_the_split_of_the_first_copy() -> None:
     firsts = np.arange(len(IDS)) // 2 * 2  # every image and the one after it
     result = assigned("photos", IDS, [""] * len(IDS), 0.1, 0.2, firsts)
     assert result[::2] == result[1::2] == [hashed_split(identifier, 0.1, 0.2) for identifier in IDS[::2]]
     assert result[::2] == assigned("photos", IDS, [""] * len(IDS), 0.1, 0.2)[::2]
 
 
-def test_a_copy_without_a_name_goes_with_the_one_that_has_it() -> None:
+def test_a_copy_without_a_split_name_gets_that_of_its_named_copy() -> None:
     ids, firsts = ["a", "b", "c", "d"], np.array([0, 0, 2, 2])
     assert assigned("photos", ids, ["", "test", "val", "train"], 0.1, 0.1, firsts) == ["test", "test", "val", "train"]
     assert assigned("photos", ids, ["val", "", "train", "test"], 0.0, 0.0, firsts)[1] == "val"
 
 
-def test_copies_of_named_splits_are_counted(capsys: pytest.CaptureFixture) -> None:
+def test_copies_across_named_splits_are_counted(capsys: pytest.CaptureFixture) -> None:
     firsts = np.array([0, 0, 0, 3, 4, 4])
     assert elsewhere("photos", ["train", "train", "test", "val", "val", "test"], firsts) == [
         "test", "test", "train", "", "test", "val",
@@ -315,7 +315,7 @@ def test_no_copy_of_a_held_out_image_is_trained_on(kind: str, content_hash: bool
     assert len(held) == 20 and set(held.values()) == {"train", "val", "test"}
 
 
-def test_images_without_copies_stay_where_they_were(tmp_path: Path) -> None:
+def test_images_without_copies_keep_their_hashed_split(tmp_path: Path) -> None:
     """All have the same size and equal ends: only the complete content distinguishes them."""
     for number in range(40):
         data = bytearray(b"\0" * 20_000)
@@ -327,7 +327,7 @@ def test_images_without_copies_stay_where_they_were(tmp_path: Path) -> None:
         assert result == [name for name in names if hashed_split(name, 0.1, 0.3) == split]
 
 
-def test_copies_between_named_folders_are_a_column(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_copies_between_named_folders_are_listed_in_a_column(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for split, numbers in (("train", range(6)), ("test", range(4, 8)), ("val", range(9, 11))):
         (tmp_path / split).mkdir()
         for number in numbers:

@@ -44,7 +44,7 @@ def test_differences_are_paired_by_seed_and_have_students_interval() -> None:
     assert "nearest_mask" not in result.index.get_level_values("other")
 
 
-def test_the_table_says_the_verdict_of_every_length() -> None:
+def test_the_table_shows_the_verdict_of_every_length() -> None:
     table = starts_table(ROWS)
     assert table["steps"].tolist() == [125, 250, 250]
     assert table["rsprune against"].tolist() == ["random", "random", "scratch"]
@@ -62,7 +62,7 @@ def test_curves_are_means_over_seeds() -> None:
     assert curves["random"][f"{KID}_high"].tolist() == [101.5, 103]
 
 
-def test_the_dial_is_drawn_beside_what_has_none() -> None:
+def test_the_dial_figure_includes_references_without_a_dial() -> None:
     dials = [row("rsprune", 0, 9, 100 - 50 * dial, "dial", dial=f"{dial:g}") for dial in (0.0, 0.5, 1.0)]
     others = [row("bicubic", 0, 0, 240, "super_resolution"), row("regression", 0, 9, 230, "super_resolution")]
     figure = dial_figure([*dials, *others, row("full", 0, 9, 5, "super_resolution")])

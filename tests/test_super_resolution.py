@@ -54,7 +54,7 @@ def with_options(restorer: Restorer, **options: object) -> Restorer:
     return replace(restorer, options=replace(restorer.options, **options))
 
 
-def test_one_step_is_the_estimate_of_the_image_from_noise(restorer: Restorer) -> None:
+def test_a_draw_of_one_step_equals_noise_minus_velocity(restorer: Restorer) -> None:
     """For rectified flow: noise minus velocity; the sampler starts a thousandth below pure noise."""
     noise = torch.from_numpy(noise_of(5)[:, 0])
     condition = encode_condition(restorer.pipeline.vae, enlarge(LOW, 4, "bicubic"))
@@ -66,7 +66,7 @@ def test_one_step_is_the_estimate_of_the_image_from_noise(restorer: Restorer) ->
     torch.testing.assert_close(result, noise - velocity, rtol=0.01, atol=0.01)
 
 
-def test_the_dial_goes_from_the_mean_to_a_draw(restorer: Restorer) -> None:
+def test_the_dial_interpolates_between_the_mean_and_draws(restorer: Restorer) -> None:
     noise = noise_of(5, 3)
     condition = encode_condition(restorer.pipeline.vae, enlarge(LOW, 4, "bicubic"))
     text = encode_prompts(restorer.pipeline.text_encoder, restorer.pipeline.tokenizer, [""] * 5)
@@ -107,7 +107,7 @@ def test_consistent_outputs_reduce_to_their_inputs(restorer: Restorer) -> None:
     assert errors[1] < 0.5
 
 
-def test_known_rebuilt_inputs_change_nothing(restorer: Restorer) -> None:
+def test_given_rebuilt_inputs_do_not_change_the_output(restorer: Restorer) -> None:
     model = with_options(restorer, residual=True, relative=True)
     rebuilt = rebuilt_inputs(model.pipeline.vae, enlarge(LOW, 4, "bicubic"))
     np.testing.assert_allclose(model(LOW, noise_of(5), rebuilt=rebuilt), model(LOW, noise_of(5)), atol=1e-3)

@@ -83,7 +83,7 @@ def test_a_launcher_that_starts_processes_ends_the_same_way(tmp_path: Path, argu
     assert errors == (["error: cell ratio=1.5: ratio=1.5 is no fraction"] if code else [])
 
 
-def test_a_duration_is_reported_as_people_do() -> None:
+def test_durations_are_rounded_to_readable_units() -> None:
     assert [duration(seconds) for seconds in (0.4, 89, 90, 600, 5400, 9000)] == [
         "0 s", "89 s", "2 min", "10 min", "1.5 h", "2.5 h",
     ]  # fmt: skip
@@ -96,7 +96,7 @@ def test_the_traceback_of_an_unforeseen_error_is_kept(monkeypatch: pytest.Monkey
     assert "seed=7" in text and "Traceback" in text and "ValueError: nobody" in text
 
 
-def test_a_single_run_ends_as_before(
+def test_a_single_run_reports_errors_without_a_cell_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert sweep(monkeypatch, tmp_path, "ratio=1.5") == 2
@@ -105,7 +105,7 @@ def test_a_single_run_ends_as_before(
         sweep(monkeypatch, tmp_path, "seed=7")
 
 
-def test_of_several_processes_none_goes_on_alone(
+def test_a_failed_cell_ends_the_sweep_of_several_processes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """The other processes would wait for it in the next collective operation."""
@@ -126,7 +126,7 @@ def test_an_interrupt_ends_the_sweep(
 
 
 @pytest.mark.slow
-def test_prune_goes_on_after_a_ratio_that_is_none(repository: Path, tmp_path: Path) -> None:
+def test_prune_continues_after_a_cell_with_an_invalid_ratio(repository: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for index in range(12):
         (tmp_path / "images" / "sea").mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def test_prune_goes_on_after_a_ratio_that_is_none(repository: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_pretraining_goes_on_after_a_cell_that_diverges(repository: Path, tmp_path: Path) -> None:
+def test_pretraining_continues_after_a_cell_that_diverges(repository: Path, tmp_path: Path) -> None:
     overrides = [*tiny_overrides(tmp_path), *NETWORK, "train.loop.learning_rate=1e30,1e-3"]
     done = subprocess.run(
         [sys.executable, str(repository / "train/pretrain.py"), "-m", *overrides],

@@ -98,7 +98,7 @@ def test_the_command_draws_an_image_of_the_masks_size(run: Path, tmp_path: Path,
     assert images[1] == (expected * 255).round().astype(np.uint8).tobytes()
 
 
-def test_a_folder_keeps_its_tree_and_becomes_png(run: Path, tmp_path: Path) -> None:
+def test_a_folder_keeps_its_structure_and_pictures_become_png(run: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "deeper").mkdir(parents=True)
     Image.fromarray(classes()).save(tmp_path / "in" / "a.webp", lossless=True)
     geotiff(tmp_path / "in" / "deeper" / "b.tif", classes()[..., None])
@@ -109,7 +109,7 @@ def test_a_folder_keeps_its_tree_and_becomes_png(run: Path, tmp_path: Path) -> N
         synthesize(tmp_path / "in", tmp_path / "again", run)
 
 
-def test_a_geotiff_keeps_its_place_and_its_gaps(run: Path, tmp_path: Path) -> None:
+def test_a_geotiff_keeps_its_georeference_and_no_data_pixels(run: Path, tmp_path: Path) -> None:
     drawn = []
     for nothing in (77, 200):
         mask = classes(40, 30)
@@ -129,7 +129,7 @@ def test_a_geotiff_keeps_its_place_and_its_gaps(run: Path, tmp_path: Path) -> No
 # ---------------------------------------------------------------- kinds of masks
 
 
-def test_numbers_palettes_and_colours_are_the_same_mask(tmp_path: Path) -> None:
+def test_numbers_palettes_and_colours_give_the_same_classes(tmp_path: Path) -> None:
     mask = classes()
     mask[mask == IGNORED] = 0
     indexed = Image.fromarray(mask, "P")
@@ -158,7 +158,7 @@ def test_numbers_palettes_and_colours_are_the_same_mask(tmp_path: Path) -> None:
         assert (seen(geotiff(tmp_path / f"{name}.tif", values, **profile)) == mask).all(), name
 
 
-def test_two_classes_in_one_bit_and_numbers_of_few_bits(tmp_path: Path) -> None:
+def test_masks_of_1_2_and_4_bits_are_read(tmp_path: Path) -> None:
     mask = (classes() == 1).astype(np.uint8)
     Image.fromarray(mask * 255).convert("1").save(tmp_path / "a.png")
     assert (seen(tmp_path / "a.png") == mask).all()
@@ -204,7 +204,9 @@ def test_raster_pixels_without_data_have_no_class(tmp_path: Path) -> None:
         (list(range(3, 20)), False, "unknown labels 3, 4, 5, 6, 7, 8 and 11 more"),
     ],
 )
-def test_classes_of_the_occurring_values(keys: list[int], coloured: bool, expected: list[int] | str) -> None:
+def test_known_labels_and_colours_become_classes_and_others_are_refused(
+    keys: list[int], coloured: bool, expected: list[int] | str
+) -> None:
     given = (np.array(keys, np.int64), coloured, 3, colour_numbers(PALETTE))
     if isinstance(expected, str):
         with pytest.raises(Unknown, match=f"^{expected}$"):
@@ -216,7 +218,7 @@ def test_classes_of_the_occurring_values(keys: list[int], coloured: bool, expect
 # ---------------------------------------------------------------- bad input
 
 
-def test_bad_masks_give_one_line_and_no_file(run: Path, tmp_path: Path) -> None:
+def test_bad_masks_give_a_one_line_error_and_no_file(run: Path, tmp_path: Path) -> None:
     mask = classes()
     wrong = mask.copy()
     wrong[0, :3] = (3, 9, 200)

@@ -52,7 +52,7 @@ def test_methods_are_ordered_and_references_come_last():
     assert table["kind"].tolist() == ["measured"] * 5 + ["reference"] * 2
 
 
-def test_a_paired_difference_has_a_sign_and_no_best():
+def test_paired_differences_have_a_sign_and_are_not_marked_as_best():
     key = f"{KID}_minus_random"
     paired = {key: -20.4, f"{key}_low": -33.6, f"{key}_high": -7.2}
     rows = [row("generation", "random", kid(310.9)), row("generation", "rsprune", kid(290.5, **paired))]
@@ -93,7 +93,7 @@ def test_a_single_value_is_not_marked_as_best():
     assert "**" not in markdown
 
 
-def test_a_training_by_natural_weights_has_a_row_of_its_own_and_uniform_ones_say_so():
+def test_natural_weights_get_a_separate_row_and_a_column_of_weightings():
     natural = row("generation", "rsprune", kid(260.0), weighting="natural")
     table = build_tables([natural, *GENERATION, *REFERENCES])["generation"]
     head, _, *body = lines_of(to_markdown("generation", table))
@@ -103,7 +103,7 @@ def test_a_training_by_natural_weights_has_a_row_of_its_own_and_uniform_ones_say
     assert "weighting" not in to_markdown("generation", build_tables(GENERATION)["generation"])
 
 
-def test_csv_holds_every_number_of_the_rows_exactly_and_no_timing(tmp_path):
+def test_csv_contains_every_number_of_the_rows_exactly_and_no_timing(tmp_path):
     rows = [*GENERATION, *REFERENCES]
     write_tables(build_tables(rows), tmp_path)
     with open(tmp_path / "generation.csv", encoding="utf-8", newline="") as handle:
@@ -175,7 +175,7 @@ def test_seeds_of_a_cell_become_a_mean_and_a_spread():
     assert to_markdown("generation", one).startswith("One seed:")
 
 
-def test_the_encoder_that_selects_is_shown_by_kid_alone():
+def test_only_kid_is_shown_for_the_selection_encoder():
     other = {"balanced_kid_x1000_efficientnet_lite0": 9.0, "balanced_precision_efficientnet_lite0": 0.3}
     table = build_tables([row("generation", "full", kid(1.0, **other, balanced_density_geoembed=0.5))])["generation"]
     head = lines_of(to_markdown("generation", table))[0]
@@ -242,7 +242,7 @@ def test_append_from_several_processes_loses_nothing(tmp_path):
     assert {(r["prune"], r["step"]) for r in read_results(path)} == {(f"m{w}", s) for w in range(3) for s in range(10)}
 
 
-def test_a_broken_line_is_a_user_error_naming_it(tmp_path):
+def test_the_error_about_a_broken_line_names_the_line(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(GENERATION[0]) + "\n{half", encoding="utf-8")
     with pytest.raises(UserError, match=r"results\.jsonl:2 is not JSON"):

@@ -84,7 +84,7 @@ def test_impossible_tiles_are_refused(arguments: tuple[int, ...]) -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 130))
-def test_positions_beyond_the_end_are_mirrored_as_numpy_does(length: int, stop: int) -> None:
+def test_positions_beyond_the_end_are_mirrored_like_in_numpy(length: int, stop: int) -> None:
     padded = np.pad(np.arange(length), (0, max(0, stop - length)), mode="reflect")[:stop]
     assert reflected(0, stop, length).tolist() == padded.tolist()
     assert reflected(stop // 2, stop, length).tolist() == padded[stop // 2 :].tolist()
@@ -101,7 +101,7 @@ def test_weights_are_positive_smooth_and_add_up_to_one(length: int, overlap: int
     assert (window == window[::-1]).all() and window.min() > 0
 
 
-def test_where_two_tiles_overlap_their_ramps_are_sine_and_cosine() -> None:
+def test_overlapping_tiles_have_squared_sine_and_cosine_weights() -> None:
     first, second = tile_fractions([0, 24], 32, 8)
     middles = np.pi / 2 * (np.arange(8) + 0.5) / 8
     assert np.allclose(first[24:], np.cos(middles) ** 2, atol=1e-6)
@@ -140,7 +140,7 @@ def test_repeated_pixels_are_blended_exactly(height: int, width: int, factor: in
     assert (drawn == picture.repeat(factor, axis=0).repeat(factor, axis=1)).all()
 
 
-def test_strips_are_those_of_the_rows_of_tiles() -> None:
+def test_blended_strips_follow_the_rows_of_tiles() -> None:
     grid = Grid(height=75, width=40, side=32, overlap=8, multiple=8)
     tiles = [[(column, np.full((32, 32, 3), row)) for column in range(2)] for row in range(3)]
     strips = list(blended(grid, tiles))
@@ -197,7 +197,7 @@ def test_overlapping_tiles_start_from_the_same_noise() -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 5))
-def test_strips_come_with_their_neighbours(heights: list[int], rows: int) -> None:
+def test_strips_include_rows_of_their_neighbours(heights: list[int], rows: int) -> None:
     image = np.arange(sum(heights))[:, None]
     ends = np.cumsum(heights)
     result = list(in_context(np.split(image, ends[:-1]), rows))

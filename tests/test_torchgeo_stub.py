@@ -236,7 +236,7 @@ def source(dataset: str, root: Path, **options: Any) -> TorchGeo:
     return TorchGeo(dataset, str(root), resolution=SIDE, **options)
 
 
-def test_the_splits_of_a_class_are_the_corpus_s(root: Path, tmp_path: Path) -> None:
+def test_the_splits_of_a_class_become_the_splits_of_the_corpus(root: Path, tmp_path: Path) -> None:
     for split, first in (("train", 100), ("val", 200), ("test", 300)):
         indexed = index_corpus(source("Splits", root, split=split), tmp_path / "runs")
         assert (indexed.images == np.stack([pixels(first + row) for row in range(6)])).all()
@@ -249,7 +249,7 @@ def test_the_splits_of_a_class_are_the_corpus_s(root: Path, tmp_path: Path) -> N
     }  # fmt: skip
 
 
-def test_a_split_that_the_class_has_not_is_left_out(root: Path) -> None:
+def test_a_missing_val_split_is_taken_from_train(root: Path) -> None:
     ids = source("TwoSplits", root).manifest()["id"].str.split("/").str[0]
     assert ids.tolist() == ["train"] * 6 + ["test"] * 6
     parts = {split: source("TwoSplits", root, split=split).manifest()["id"] for split in ("train", "val", "test")}
@@ -259,14 +259,14 @@ def test_a_split_that_the_class_has_not_is_left_out(root: Path) -> None:
     assert parts["test"].tolist() == ids_of("test", 6)
 
 
-def test_splits_go_by_other_names_too(root: Path) -> None:
+def test_other_names_of_the_val_split_are_recognised(root: Path) -> None:
     """So2Sat uses the name validation and keeps no list; SustainBench uses dev."""
     for dataset, name in (("Validation", "validation"), ("Dev", "dev")):
         for split, expected in (("train", "train"), ("val", name), ("test", "test")):
             assert source(dataset, root, split=split).manifest()["id"].tolist() == ids_of(expected, 6)
 
 
-def test_splits_of_which_none_is_trained_on_say_nothing(root: Path) -> None:
+def test_unknown_split_names_are_replaced_by_a_hashed_split(root: Path) -> None:
     """VHR-10 has the splits positive and negative."""
     parts = [
         source("Kinds", root, split=split, val_fraction=0.3, test_fraction=0.3) for split in ("train", "val", "test")
@@ -285,7 +285,7 @@ def test_a_class_without_splits_is_split_by_a_hash(root: Path) -> None:
     assert len(source("NoSplits", root, split="test", test_fraction=0).manifest()) == 0
 
 
-def test_a_limit_thins_evenly(root: Path) -> None:
+def test_a_limit_takes_images_evenly_from_all_splits(root: Path) -> None:
     thin = source("Splits", root, limit=6)
     assert thin.manifest()["id"].str.split("/").str[0].value_counts().to_dict() == {"train": 2, "val": 2, "test": 2}
     rows = np.array([0, 5])
@@ -311,7 +311,7 @@ def test_files_give_ids_scenes_and_stamps(root: Path, tmp_path: Path) -> None:
     assert (changed.images[1] == pixels(50)).all() and (changed.images[3] == pixels(3)).all()
 
 
-def test_a_file_that_is_damaged_is_quarantined(root: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_quarantined(root: Path, tmp_path: Path) -> None:
     (root / "a" / "a2.png").write_bytes((root / "a" / "a2.png").read_bytes()[:200])
     (root / "b" / "b3.png").write_bytes(b"")
     indexed = index_corpus(source("Files", root), tmp_path / "runs")
@@ -347,14 +347,16 @@ def shown(row: int, bands: list[int]) -> np.ndarray:
         ("BareBands", (2, 1, 0), [2, 1, 0]),
     ],
 )
-def test_bands_go_by_the_class_s_names(root: Path, dataset: str, bands: tuple | None, rows: list[int]) -> None:
+def test_bands_are_chosen_by_the_names_of_the_class_or_by_row(
+    root: Path, dataset: str, bands: tuple | None, rows: list[int]
+) -> None:
     read = list(source(dataset, root, bands=bands).reader(np.array([0, 4, 5]))())
     assert read[1] == DAMAGED
     for image, row in ((read[0], 0), (read[2], 5)):
         assert np.abs(image - shown(row, rows)).max() <= 0.51
 
 
-def test_one_band_is_grey(root: Path) -> None:
+def test_a_single_band_is_shown_in_grey(root: Path) -> None:
     [image] = source("Radar", root).reader(np.array([2]))()
     assert (image == pixels(2)[..., :1]).all()
 
@@ -371,13 +373,13 @@ def test_one_band_is_grey(root: Path) -> None:
         ("Sentinel", (3, 2), r"corpus\.bands=\[3, 2\]: name three"),
     ],
 )
-def test_bands_that_are_not_known_are_one_line(root: Path, dataset: str, bands: tuple | None, message: str) -> None:
+def test_unknown_bands_give_a_one_line_error(root: Path, dataset: str, bands: tuple | None, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         source(dataset, root, bands=bands).manifest()
     assert "\n" not in str(caught.value)
 
 
-def test_an_image_with_fewer_bands_than_the_others_has_a_reason(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_with_fewer_bands_than_the_others_gets_a_reason(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"image": torch.from_numpy(reflectances(1)[:2]), "label": torch.tensor(0)}
     whole = Sentinel.__getitem__
     monkeypatch.setattr(Sentinel, "__getitem__", lambda self, row: few if row == 1 else whole(self, row))
@@ -385,13 +387,13 @@ def test_an_image_with_fewer_bands_than_the_others_has_a_reason(root: Path, monk
     assert images[1] == "has 2 bands, not 4" and isinstance(images[2], np.ndarray)
 
 
-def test_a_row_that_gives_no_label_stops_nothing(root: Path, tmp_path: Path) -> None:
+def test_an_unreadable_row_has_no_scene_and_does_not_stop_the_index(root: Path, tmp_path: Path) -> None:
     indexed = index_corpus(source("BareBands", root, bands=(2, 1, 0)), tmp_path / "runs")
     assert indexed.manifest["reason"].tolist() == ["", "", "", "", DAMAGED, ""]
     assert indexed.manifest["scene"].tolist() == ["BeachSand", "Forest", "BeachSand", "Forest", "", "Forest"]
 
 
-def test_images_are_squared_and_made_smaller(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_cropped_to_a_square_and_reduced(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = np.asarray(texture(0, side=40))[:32]
     image = torch.from_numpy(wide.transpose(2, 0, 1).copy()).float()
     monkeypatch.setattr(NoSplits, "__getitem__", lambda self, row: {"image": image, "label": 0}, raising=False)
@@ -400,14 +402,14 @@ def test_images_are_squared_and_made_smaller(root: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["Nothing", "RasterDataset", "DatasetNotFoundError", "__name__"])
-def test_a_class_that_is_no_non_geo_set_is_one_line(root: Path, name: str) -> None:
+def test_a_class_that_is_not_a_non_geo_data_set_gives_a_one_line_error(root: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"corpus\.dataset={name} is not a non-geo data set of torchgeo") as caught:
         source(name, root).manifest()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["Splits", "TwoSplits", "NoSplits"])
-def test_files_that_are_not_there_are_one_line(tmp_path: Path, name: str) -> None:
+def test_missing_files_give_a_one_line_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"torchgeo's {name} does not find its files in .*empty") as caught:
         source(name, tmp_path / "empty").manifest()
@@ -424,7 +426,7 @@ def test_files_that_are_not_there_are_one_line(tmp_path: Path, name: str) -> Non
         ({"limit": 0}, "limit"),
     ],
 )
-def test_options_that_cannot_be_are_one_line(root: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_torchgeo_options_give_a_one_line_error(root: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         TorchGeo(**{"dataset": "Splits", "root": str(root), **options})
     assert "\n" not in str(caught.value)

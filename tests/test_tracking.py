@@ -106,7 +106,7 @@ def config(folder: Path, *overrides: str) -> DictConfig:
 # ---------------------------------------------------------------- one tracker
 
 
-def test_files_pictures_and_numbers_reach_wandb(runs: list[Run], tmp_path: Path) -> None:
+def test_files_pictures_and_numbers_are_logged_to_wandb(runs: list[Run], tmp_path: Path) -> None:
     (tmp_path / "selection.parquet").write_bytes(b"rows")
     Image.fromarray(np.full((4, 6, 3), 77, np.uint8)).save(tmp_path / "sheet.png")
     cfg = config(tmp_path, "tracker=wandb", "tracker.mode=offline", "tracker.group=mine", "tracker.project=mine_too")
@@ -128,7 +128,7 @@ def test_files_pictures_and_numbers_reach_wandb(runs: list[Run], tmp_path: Path)
     assert run.logged[-1] == ({"loss": 0.5, "model_flops_utilisation": 0.25}, 8)
 
 
-def test_event_files_do_without_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_files_are_written_without_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
     picture = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
     Image.fromarray(picture).save(tmp_path / "sheet.png")
@@ -172,7 +172,7 @@ def broken(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("online_only", [True, False])
-def test_wandb_that_does_not_start_ends_no_stage(
+def test_a_failed_start_of_wandb_does_not_end_the_stage(
     runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, online_only: bool
 ) -> None:
     init = sys.modules["wandb"].init
@@ -186,7 +186,7 @@ def test_wandb_that_does_not_start_ends_no_stage(
     assert len(more) == (not online_only) and [run.logged for run in runs] == [[({"loss": 1.0}, 1)]] * online_only
 
 
-def test_wandb_that_fails_on_the_way_ends_no_stage_and_spares_tensorboard(
+def test_a_wandb_failure_while_logging_does_not_end_the_stage_or_tensorboard(
     runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(Run, "log", broken)
@@ -201,7 +201,7 @@ def test_wandb_that_fails_on_the_way_ends_no_stage_and_spares_tensorboard(
     assert [event.step for event in read(folder).Scalars("loss")] == [0, 1, 2]
 
 
-def test_a_server_that_failed_once_is_not_waited_for_again(
+def test_a_failed_server_is_not_contacted_again(
     runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     requested, init = [], sys.modules["wandb"].init
@@ -240,7 +240,7 @@ def test_no_secret_reaches_a_service_or_a_log(
     assert errors.count("key … is refused") == 2 and "0123" not in errors
 
 
-def test_event_files_on_a_full_disk_end_no_stage(
+def test_a_full_disk_for_event_files_does_not_end_the_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -289,7 +289,7 @@ class Answer(BaseHTTPRequestHandler):
     do_GET = do_POST
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Write no log."""
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         if request.param == "silent":
-            listener.listen(100)  # the system accepts connections, but nobody reads
+            listener.listen(100)  # the system accepts connections, but no process reads from them
             yield f"http://127.0.0.1:{port}"
             return
     if request.param == "absent":
@@ -330,7 +330,7 @@ def tracked(repository: Path, folder: Path, address: str, *overrides: str) -> su
 
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["absent", "silent", 401, 500], indirect=True)
-def test_a_server_that_fails_costs_seconds_and_one_line(repository: Path, tmp_path: Path, server: str) -> None:
+def test_a_failing_server_gives_one_warning_and_offline_runs(repository: Path, tmp_path: Path, server: str) -> None:
     done = tracked(repository, tmp_path, server)
     assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
     (line,) = done.stderr.splitlines()
@@ -340,7 +340,7 @@ def test_a_server_that_fails_costs_seconds_and_one_line(repository: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["absent"], indirect=True)
-def test_a_folder_that_wandb_cannot_write_ends_no_stage(repository: Path, tmp_path: Path, server: str) -> None:
+def test_an_unwritable_wandb_folder_does_not_end_the_stage(repository: Path, tmp_path: Path, server: str) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "wandb").write_text("a file where the folder should be")
     done = tracked(repository, tmp_path, server, "tracker.mode=offline")
@@ -349,7 +349,7 @@ def test_a_folder_that_wandb_cannot_write_ends_no_stage(repository: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_command_whose_wandb_raises_ends_well(tmp_path: Path, repository: Path, tiny_folder: Path) -> None:
+def test_a_command_succeeds_if_wandb_raises(tmp_path: Path, repository: Path, tiny_folder: Path) -> None:
     code = (
         "import sys, wandb, runpy\n"
         "def init(**options): raise RuntimeError('no server')\n"
@@ -393,7 +393,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 
 @pytest.mark.slow
-def test_a_pretraining_tells_wandb_its_selection_samples_and_speed(given: Told) -> None:
+def test_a_pretraining_logs_its_selection_samples_and_speed_to_wandb(given: Told) -> None:
     prune, run = given.wandb
     assert [one.options["job_type"] for one in given.wandb] == ["prune", "pretrain"] and run.finished
     assert isinstance(prune.values("scenes")[None], pd.DataFrame)
@@ -418,7 +418,7 @@ def test_a_pretraining_tells_wandb_its_selection_samples_and_speed(given: Told) 
 
 
 @pytest.mark.slow
-def test_a_pretraining_leaves_event_files_with_the_same_tags(given: Told) -> None:
+def test_a_pretraining_writes_event_files_with_the_values_of_wandb(given: Told) -> None:
     lines = pd.read_json(given.directory / CONVERGENCE, lines=True).set_index("step")
     assert set(given.events.Tags()["scalars"]) == SPEED | set(lines.dropna(axis=1, how="all").columns)
     for name in given.events.Tags()["scalars"]:

@@ -57,7 +57,7 @@ def test_autoencoder_starts_as_pca_exactly():
         torch.testing.assert_close(encode(autoencoder, images), pca.encode(images), rtol=0, atol=1e-4)
 
 
-def test_images_survive_the_round_trip():
+def test_conversion_to_tensors_and_back_keeps_images_unchanged():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     np.testing.assert_array_equal(to_uint8(to_tensor(images)), images)
     assert peak_signal_noise_ratio(np.full((1, 2, 2, 3), 10), np.full((1, 2, 2, 3), 20)) == pytest.approx(
@@ -71,7 +71,7 @@ def test_the_eight_symmetries_are_different():
     assert len(seen) == 8
 
 
-def test_tokenizer_is_clips_own():
+def test_the_tokenizer_equals_that_of_clip():
     import open_clip  # takes seconds, and only this test needs it
 
     text = "A satellite image of dry steppe, naïve 3x — coast's edge"
@@ -114,7 +114,7 @@ def test_flow_loss_is_zero_for_the_true_velocity_and_the_sampler_follows_it():
     torch.testing.assert_close(sample, latents, rtol=0, atol=0.02)
 
 
-def test_noise_of_a_step():
+def test_noise_times_and_caption_dropout_have_the_configured_distributions():
     objective = Objective(time_mean=0.3, time_std=0.8, caption_dropout=0.25)
     noise, time, dropped = objective.draw(np.random.default_rng(0), (4096, 2, 2, 2))
     assert float(noise.mean()) == pytest.approx(0, abs=0.03) and float(noise.std()) == pytest.approx(1, abs=0.02)
@@ -159,7 +159,7 @@ def fit(directory, stop_at: int | None = None, options: LoopOptions = OPTIONS) -
     return {key: value.clone() for key, value in best["net"].state_dict().items()}, seen
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     whole, snapshots = fit(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", stop_at=9)
@@ -170,7 +170,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     assert [step for step, _ in snapshots] == [6, 12]
 
 
-def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
+def test_a_partial_checkpoint_is_never_loaded(tmp_path):
     whole, _ = fit(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", stop_at=9)
@@ -182,14 +182,14 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
     assert len(list((tmp_path / "cut" / "checkpoints").iterdir())) == 1
 
 
-def test_checkpoints_are_safetensors_and_json_alone(tmp_path):
+def test_checkpoints_contain_only_safetensors_and_json(tmp_path):
     fit(tmp_path)
     files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
     assert load_file(next(path for path in files if path.name == "net.safetensors"))["0.weight"].shape == (5, 6)
 
 
-def test_the_average_differs_from_the_weights_and_can_be_off(tmp_path):
+def test_the_weight_average_differs_from_the_weights_and_can_be_disabled(tmp_path):
     averaged, _ = fit(tmp_path / "a")
     plain, _ = fit(tmp_path / "b", options=replace(OPTIONS, ema_halflife=0))
     assert not torch.equal(averaged["0.weight"], plain["0.weight"])
@@ -198,7 +198,7 @@ def test_the_average_differs_from_the_weights_and_can_be_off(tmp_path):
     )
 
 
-def test_divergence_stops_with_the_step(tmp_path):
+def test_the_error_about_divergence_names_the_step(tmp_path):
     module = nn.Linear(1, 1)
 
     def draw(random, rows):
@@ -211,7 +211,7 @@ def test_divergence_stops_with_the_step(tmp_path):
         train_loop(Accelerator(cpu=True), {"net": module}, draw, loss, OPTIONS, tmp_path, label="t")
 
 
-def test_divergence_names_the_last_good_checkpoint(tmp_path):
+def test_the_error_about_divergence_names_the_last_good_checkpoint(tmp_path):
     calls = []
 
     def draw(random, rows):
@@ -259,7 +259,7 @@ def take_up(directory: Path, start: Path, options: LoopOptions, width: int = 5, 
     return {"weights": best["net"].state_dict(), "drawn": len(drawn), "seen": seen}
 
 
-def test_a_finished_training_goes_on_as_if_it_had_been_longer(tmp_path):
+def test_a_continued_training_equals_one_with_more_steps(tmp_path):
     whole, _ = fit(tmp_path / "whole", options=flat(steps=18))
     fit(tmp_path / "short", options=flat(steps=12))
     longer = take_up(tmp_path / "long", tmp_path / "short" / "checkpoints" / "00000012", flat(steps=18))
@@ -270,7 +270,7 @@ def test_a_finished_training_goes_on_as_if_it_had_been_longer(tmp_path):
     assert (metadata["step"], metadata["images"], len(metadata["losses"])) == (18, 72, 6)
 
 
-def test_other_options_count_from_the_checkpoint_on(tmp_path):
+def test_other_options_apply_from_the_checkpoint_on(tmp_path):
     fit(tmp_path / "short", options=flat(steps=12))
     start = tmp_path / "short" / "checkpoints" / "00000012"
     before = load_file(start / "net.safetensors")
@@ -283,7 +283,7 @@ def test_other_options_count_from_the_checkpoint_on(tmp_path):
     assert rates == [(20, pytest.approx(options.rate(19))), (40, pytest.approx(options.rate(39)))]
 
 
-def test_an_interrupted_training_goes_on_from_its_own_checkpoint(tmp_path):
+def test_an_interrupted_continuation_resumes_from_its_own_checkpoint(tmp_path):
     fit(tmp_path / "short", options=flat(steps=12))
     start = tmp_path / "short" / "checkpoints" / "00000012"
     whole = take_up(tmp_path / "whole", start, flat(steps=18))
@@ -304,7 +304,7 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
         take_up(tmp_path / "named", start, flat(steps=18))
 
 
-def test_divergence_names_the_command_that_goes_on(tmp_path):
+def test_the_error_about_divergence_names_the_option_to_continue(tmp_path):
     def take(checkpoint: Path) -> str:
         return f"train.resume={checkpoint.name}"
 

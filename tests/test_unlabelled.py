@@ -89,22 +89,22 @@ def test_the_number_of_strata_is_as_documented(images: int, strata: int) -> None
     assert len(embeddings) == strata and names.tolist() == [f"stratum {number:02d}" for number in range(strata)]
 
 
-def test_strata_are_the_groups_of_the_corpus_and_no_image_is_left_out() -> None:
+def test_every_image_gets_a_stratum_and_no_stratum_mixes_groups() -> None:
     pool, group = pool_of([120, 20, 12, 10], unreadable=2)
     embeddings, names = corpus_strata(pool, np.random.default_rng(0))
     scene, _ = assign_scenes(pool.embeddings, fit_prototypes(embeddings, names, 8, 0.01, seed=0))
     assert (scene < len(names)).all()  # no image has an unknown scene
-    assert all(len(set(group[scene == stratum])) == 1 for stratum in set(scene.tolist()))  # pure
+    assert all(len(set(group[scene == stratum])) == 1 for stratum in set(scene.tolist()))  # no stratum mixes groups
 
 
-def test_strata_depend_on_the_seed_alone() -> None:
+def test_strata_of_the_same_seed_are_identical() -> None:
     pool, _ = pool_of([60, 40])
     first, again = (corpus_strata(pool, np.random.default_rng(3)) for _ in range(2))
     np.testing.assert_array_equal(first[0], again[0])
     assert first[1].tolist() == again[1].tolist()
 
 
-def test_a_corpus_that_is_all_alike_or_unreadable_has_few_or_no_strata() -> None:
+def test_equal_images_form_one_stratum_and_unreadable_images_none() -> None:
     pool, _ = pool_of([50])
     alike = replace(pool, embeddings=np.ones_like(pool.embeddings))
     assert len(corpus_strata(alike, np.random.default_rng(0))[1]) == 1
@@ -112,10 +112,10 @@ def test_a_corpus_that_is_all_alike_or_unreadable_has_few_or_no_strata() -> None
     assert corpus_strata(closed, np.random.default_rng(0))[0].shape == (0, 32)
 
 
-# ---------------------------------------------------------------- who needs a reference
+# ---------------------------------------------------------------- methods that need a reference
 
 
-def test_a_method_that_reads_the_reference_says_so() -> None:
+def test_methods_that_use_the_reference_declare_it() -> None:
     for name in METHODS:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             method = instantiate(compose("config", [f"prune={name}"]).prune, _convert_="all")
@@ -127,7 +127,7 @@ def test_a_method_that_reads_the_reference_says_so() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_prunes_a_flat_folder(name: str, flat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_method_prunes_an_unlabelled_folder(name: str, flat: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory, corpus = select(config(flat, f"prune={name}"), name)
     summary = read_json(directory / "summary.json")
     assert len(corpus) == 70 and summary["kept"] == (70 if name == "full" else 35)
@@ -145,7 +145,7 @@ def test_every_method_prunes_a_flat_folder(name: str, flat: Path, capsys: pytest
         assert summary["strata"] is None and not lines and "reference" not in inputs
 
 
-def test_rsprune_spreads_over_its_strata_and_names_them(flat: Path) -> None:
+def test_rsprune_balances_its_strata_and_names_them(flat: Path) -> None:
     directory, _ = select(config(flat, "prune=rsprune"), "rsprune")
     table = pd.read_parquet(directory / "selection.parquet")
     assert set(table["scene"]) == {f"stratum {number:02d}" for number in range(6)}
@@ -155,7 +155,7 @@ def test_rsprune_spreads_over_its_strata_and_names_them(flat: Path) -> None:
 
 
 def test_no_reference_is_indexed_where_none_is_used(flat: Path, tmp_path: Path) -> None:
-    """For any named set: one that does not exist, an unreachable hub, an unlabelled folder."""
+    """The reference may be a missing folder, an unlabelled folder or a set of a hub that cannot be reached."""
     for reference in (f"reference.root={tmp_path}/gone", f"reference.root={flat}"):
         for name in ("random", "kmeans_uniform"):
             directory, _ = select(config(flat, f"prune={name}", "reference=folder", reference), name)
@@ -186,7 +186,7 @@ def test_own_labels_are_the_reference_unless_none_is_requested(flat: Path, tmp_p
     assert flat_default == flat_none  # the same selection, made once
 
 
-def test_inputs_with_a_reference_are_what_they_were(tmp_path: Path) -> None:
+def test_the_default_reference_of_blue_marble_is_unchanged(tmp_path: Path) -> None:
     """Blue Marble's default, its training tiles, has unchanged keys, so that finished selections stay valid."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", [])
@@ -196,7 +196,7 @@ def test_inputs_with_a_reference_are_what_they_were(tmp_path: Path) -> None:
     assert stages.scene_source(cfg, corpus, RSPrune(scenes=False)) is None
 
 
-# ---------------------------------------------------------------- and after pruning
+# ---------------------------------------------------------------- training and evaluation
 
 
 def test_a_model_is_pretrained_on_an_unlabelled_folder(tmp_path: Path) -> None:

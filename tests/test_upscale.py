@@ -80,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("run"))
 
 
-def test_a_shipped_network_draws_as_its_run(run: Path, tmp_path: Path) -> None:
+def test_a_shipped_network_draws_nearly_the_same_image_as_its_run(run: Path, tmp_path: Path) -> None:
     summary = {"task": "super_resolution", "training_images": 16, "parameters": 5, "steps": 4, "seconds": 1.0,
                "images": 8, "split": "test", "metrics": {"psnr": 20.5, "ssim": None},
                "foundation": "/home/me/run"}  # fmt: skip
@@ -158,7 +158,7 @@ def names(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- the command with a real pipeline
 
 
-def test_the_command_draws_what_the_pipeline_draws_tile_by_tile(run: Path, tmp_path: Path, capsys) -> None:
+def test_the_command_draws_a_tile_like_the_pipeline_and_depends_on_the_seed(run: Path, tmp_path: Path, capsys) -> None:
     picture = pictures(1, size=37)[0][:, :30]
     Image.fromarray(picture).save(tmp_path / "a.png")
     plain = [f"downstream.super_resolution.{option}" for option in ("dial=1.0", "residual=false", "consistency=0")]
@@ -183,7 +183,7 @@ def test_the_command_draws_what_the_pipeline_draws_tile_by_tile(run: Path, tmp_p
     assert (np.asarray(Image.open(tmp_path / "d.png")) != drawn).any()
 
 
-def test_the_whole_image_reduces_to_its_input(run: Path, tmp_path: Path) -> None:
+def test_the_whole_output_reduces_to_its_input(run: Path, tmp_path: Path) -> None:
     """This also holds across the borders of tiles, where blending alone is not consistent with the input."""
     picture = pictures(1, size=40)[0][:, :34] // 2 + 64
     Image.fromarray(picture).save(tmp_path / "a.png")
@@ -196,7 +196,7 @@ def test_the_whole_image_reduces_to_its_input(run: Path, tmp_path: Path) -> None
     assert errors[1] <= 0.5  # rounding alone
 
 
-def test_a_geotiff_with_gaps_through_the_pipeline(run: Path, tmp_path: Path) -> None:
+def test_a_geotiff_with_gaps_is_enlarged_independently_of_its_no_data_value(run: Path, tmp_path: Path) -> None:
     """The values of pixels without data have no effect on pixels with data."""
     valid = np.ones((45, 37), bool)
     valid[20:, :12] = valid[5, 30] = False
@@ -220,7 +220,7 @@ def test_a_geotiff_with_gaps_through_the_pipeline(run: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("suffix", [".png", ".PNG", ".tif", ".webp", ".jpg"])
 @pytest.mark.parametrize("shape", [(45, 37), (1, 1), (3, 300), (300, 2)])
-def test_formats_and_shapes(suffix: str, shape: tuple[int, int], tmp_path: Path) -> None:
+def test_pictures_of_any_format_and_shape_are_enlarged(suffix: str, shape: tuple[int, int], tmp_path: Path) -> None:
     picture = (colours(*shape) // 8 + 100).astype(np.uint8)
     source = tmp_path / f"a{suffix}"
     options = {".webp": {"lossless": True}, ".jpg": {"quality": 95}}.get(suffix, {})
@@ -235,7 +235,7 @@ def test_formats_and_shapes(suffix: str, shape: tuple[int, int], tmp_path: Path)
     assert np.abs(result.astype(int) - expected).mean() < (3 if suffix == ".jpg" else 1e-9)
 
 
-def test_a_folder_keeps_its_tree(run: Path, tmp_path: Path) -> None:
+def test_a_folder_keeps_its_structure(run: Path, tmp_path: Path) -> None:
     root = tmp_path / "in"
     (root / "a" / "b").mkdir(parents=True)
     Image.fromarray(colours(9, 12)).save(root / "x.png")
@@ -264,7 +264,7 @@ def test_a_rotated_picture_is_made_upright(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- GeoTIFF
 
 
-def test_a_no_data_value_stays_and_no_pixel_with_data_gets_it(tmp_path: Path) -> None:
+def test_the_no_data_value_is_kept_and_given_to_no_pixel_with_data(tmp_path: Path) -> None:
     values = colours(60, 40, seed=2)
     values[:30, :10] = 0
     values[50, 20] = (0, 9, 9)  # data, though one band holds the value
@@ -276,7 +276,7 @@ def test_a_no_data_value_stays_and_no_pixel_with_data_gets_it(tmp_path: Path) ->
     assert (result[100, 40] == (1, 9, 9)).all()
 
 
-def test_no_data_by_a_mask_stays_a_mask(tmp_path: Path) -> None:
+def test_a_no_data_mask_is_kept_as_a_mask(tmp_path: Path) -> None:
     values, mask = colours(60, 40), np.full((60, 40), 255, np.uint8)
     mask[10:20, 5:] = 0
     repeated(geotiff(tmp_path / "a.tif", values, mask), tmp_path / "b.tif")
@@ -325,14 +325,14 @@ def test_an_alpha_band_is_left_out_and_transparent_pixels_have_no_data(tmp_path:
     ]
 
 
-def test_a_fourth_band_that_is_no_alpha_is_left_out_with_a_line(tmp_path: Path, capsys) -> None:
+def test_a_fourth_band_other_than_alpha_is_left_out_with_a_message(tmp_path: Path, capsys) -> None:
     values = np.dstack([colours(40, 30), colours(40, 30, seed=1)[..., 0]])
     repeated(geotiff(tmp_path / "a.tif", values, photometric="minisblack"), tmp_path / "b.tif")
     assert (read(tmp_path / "b.tif")[0] == twice(values[..., :3])).all()
     assert "bands 1, 2, 3 are taken as red, green, blue, the other one is left out" in capsys.readouterr().err
 
 
-def test_deep_values_are_stretched_with_a_line(tmp_path: Path, capsys) -> None:
+def test_deep_values_are_stretched_with_a_message(tmp_path: Path, capsys) -> None:
     values = np.random.default_rng(0).uniform(1000, 3000, (80, 60, 3)).astype(np.float32)
     values[:10] = -9999
     values[70:] = np.nan
@@ -348,7 +348,7 @@ def test_deep_values_are_stretched_with_a_line(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("kind", ["L", "1", "I;16", "tif"])
-def test_grey_is_converted_with_a_line(kind: str, tmp_path: Path, capsys) -> None:
+def test_grey_pictures_are_converted_with_a_message(kind: str, tmp_path: Path, capsys) -> None:
     grey = colours(20, 30)[..., 0]
     path = tmp_path / ("a.tif" if kind == "tif" else "a.png")
     if kind == "tif":
@@ -431,7 +431,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[Path, str]]:
     }
 
 
-def test_bad_input_gives_one_line_and_no_file(tmp_path: Path) -> None:
+def test_bad_input_gives_a_one_line_error_and_no_file(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     for source, message in bad_inputs(tmp_path / "bad").values():
         target = tmp_path / "target" / ("out" if source.is_dir() else "out.png")
@@ -506,7 +506,7 @@ def test_an_interrupted_command_leaves_no_partial_file(error: type[BaseException
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_path_that_cannot_be_written_gives_one_line(tmp_path: Path) -> None:
+def test_an_unwritable_path_gives_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), written_beside(tmp_path / "file" / "a.png"):
         pass
@@ -516,7 +516,7 @@ def test_a_path_that_cannot_be_written_gives_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("heights", [[3, 5, 1], [20], [8, 8], [1] * 17, [30, 2]])
-def test_rows_are_regrouped(heights: list[int]) -> None:
+def test_rows_are_regrouped_into_strips_of_equal_height(heights: list[int]) -> None:
     values = colours(sum(heights), 4)
     valid = values[..., 0] > 100
     ends = np.cumsum(heights)[:-1]
@@ -539,7 +539,7 @@ def test_pixels_with_data_never_get_the_no_data_value() -> None:
     assert with_gaps(Strip(values), None).tolist() == values.tolist()
 
 
-def test_the_bar_counts_all_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_counts_all_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bars = []
 
     def watched(items, label, **options):
@@ -559,7 +559,7 @@ def test_the_bar_counts_all_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(not shipped_folder("super_resolution").is_dir(), reason="this copy has no shipped network")
-def test_without_a_run_the_shipped_network_draws(tmp_path: Path, capsys) -> None:
+def test_without_a_run_the_shipped_network_is_used(tmp_path: Path, capsys) -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", ["upscale.steps=2", f"runs={tmp_path}/runs"])
     Image.fromarray(colours(20, 10)).save(tmp_path / "a.png")

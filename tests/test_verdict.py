@@ -31,7 +31,7 @@ def rows_of(values: dict[str, list[float]]) -> list[dict]:
 THREE = {"rsprune": [130.0, 141.0, 137.0], "full": [160.0, 158.0, 171.0], "random": [131.0, 140.0, 139.0]}
 
 
-def test_t_interval_of_known_numbers_and_as_scipy_has_it():
+def test_t_interval_equals_known_numbers_and_scipy():
     # differences 1, 2, 3: deviation 1, t with two degrees of freedom 4.302653, over the root of three
     assert t_interval([1, 2, 3]) == pytest.approx((2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-6)
     differences = [-30.0, -17.0, -34.0, 5.5]
@@ -41,7 +41,7 @@ def test_t_interval_of_known_numbers_and_as_scipy_has_it():
     assert mean == 4 and math.isnan(low) and math.isnan(high)
 
 
-def test_differences_are_paired_by_seed_whatever_the_order_of_rows():
+def test_differences_are_paired_by_seed_for_any_order_of_rows():
     result = {item.other: item for item in compare(rows_of(THREE)[::-1])}
     test = stats.ttest_rel(THREE["rsprune"], THREE["full"]).confidence_interval(0.95)
     full = result["full"]
@@ -57,7 +57,7 @@ def test_a_difference_smaller_than_its_interval_is_a_tie(shift, word):
     assert (result.word, result.basis, result.seeds) == (word, UNPAIRED, 1)
 
 
-def test_one_seed_takes_the_paired_interval_of_the_images_in_either_direction():
+def test_one_seed_uses_the_paired_interval_of_the_images_in_either_direction():
     minus = {f"balanced_{KID}_minus_random{end}": value for end, value in (("", -4.0), ("_low", -6.0), ("_high", -2.0))}
     [result] = compare([row("rsprune", 96, metrics=minus), row("random", 100)])
     assert (result.mean, result.low, result.high, result.basis, result.word) == (-4, -6, -2, PAIRED, "better")
@@ -73,7 +73,7 @@ def test_a_value_without_any_interval_has_no_verdict():
     assert "without an interval against random" in sentences([result])[0]
 
 
-def test_only_like_is_compared_with_like():
+def test_only_rows_with_the_same_settings_are_compared():
     mine = [row("rsprune", 100), row("full", 120), row("random", 130)]
     other = [
         row("random", 1, step=8),
@@ -88,14 +88,14 @@ def test_only_like_is_compared_with_like():
     assert [item.mean for item in compare([*subset, *mine], "subset")] == [-40]
 
 
-def test_a_training_by_natural_weights_is_a_run_of_its_own():
+def test_a_training_with_natural_weights_is_compared_separately():
     natural = row("rsprune", 140, weighting="natural")
     rows = [*rows_of({"rsprune": [100], "full": [120]}), natural]
     result = {(item.subject, item.other): item.mean for item in compare(rows)}
     assert result == {("rsprune", "full"): -20, ("rsprune, natural weights", "full"): 20}
 
 
-def test_the_headline_asks_for_every_method_that_the_claim_names():
+def test_the_headline_needs_rows_of_every_method_in_the_claim():
     values = {name: [100 + 30 * (name != "rsprune")] for name in ("rsprune", "full", "random", "scene_random")}
     assert headline(compare(rows_of(values))) == "The rows support the claim."
     part = headline(compare(rows_of({name: values[name] for name in ("rsprune", "full")})))
@@ -107,7 +107,7 @@ def test_the_headline_asks_for_every_method_that_the_claim_names():
     assert headline(compare(natural)) == headline([]) == "The rows cannot test the claim yet."
 
 
-def test_the_words_and_the_number_of_seeds_are_reported():
+def test_the_sentences_and_the_number_of_seeds_are_reported():
     result = compare(rows_of(THREE))
     assert sentences(result) == ["On the balanced set rsprune is better than full; tied with random."]
     assert seeds_note(result).startswith("3 seeds:") and "One seed" not in seeds_note(result)
@@ -118,7 +118,7 @@ def test_the_words_and_the_number_of_seeds_are_reported():
     assert seeds_note([]) == ""
 
 
-def test_rows_hold_the_paired_differences_that_the_verdict_asks_for(tmp_path, monkeypatch):
+def test_rows_contain_the_paired_differences_that_the_verdict_needs(tmp_path, monkeypatch):
     from scripts import reproduce
 
     random, features, foundations = np.random.default_rng(0), {}, {}

@@ -37,7 +37,7 @@ def raised(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 # ---------------------------------------------------------------- versions and code
 
 
-def test_every_stage_s_code_is_the_one_of_its_version() -> None:
+def test_every_stage_has_unchanged_code_since_its_version_was_stored() -> None:
     assert outdated(read_json(SOURCES)) == []
 
 
@@ -65,7 +65,7 @@ def test_every_stage_is_in_the_table_with_the_module_that_builds_it() -> None:
         (CODE + "\nprint('Doc.')\n", False),
     ],
 )
-def test_only_code_counts(changed: str, same: bool) -> None:
+def test_code_hash_ignores_comments_formatting_and_docstrings(changed: str, same: bool) -> None:
     assert (code_hash(changed) == code_hash(CODE)) == same
 
 
@@ -89,13 +89,13 @@ def test_changed_code_is_reported_until_it_is_stored(tmp_path: Path, monkeypatch
     assert "(encoders/new.py)" in outdated(stored, tmp_path)[0]
 
 
-def test_a_stage_without_a_version_is_a_programmer_s_error(tmp_path: Path) -> None:
+def test_a_stage_without_a_version_raises_a_lookup_error(tmp_path: Path) -> None:
     with pytest.raises(LookupError, match=r"'unheard' is not in runtime/versions\.py"):
         stage(tmp_path, "unheard", {}, lambda directory: None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_raised_version_builds_anew_and_so_do_the_stages_after(
+def test_a_raised_version_rebuilds_its_stage_and_dependent_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("entropy", "embedding", "selection", "subset", "corpus", "held_out")
@@ -109,7 +109,7 @@ def test_a_raised_version_builds_anew_and_so_do_the_stages_after(
     assert versions_of("selection") == expected and expected["entropy"] == 2
 
 
-def test_what_an_older_version_indexed_or_scanned_is_not_taken_over(
+def test_indexes_and_scans_of_older_versions_are_not_reused(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, measured = tmp_path / "runs", []
@@ -133,7 +133,7 @@ def test_what_an_older_version_indexed_or_scanned_is_not_taken_over(
 # ---------------------------------------------------------------- provenance of a stage
 
 
-def test_a_stage_says_what_it_was_built_with(tmp_path: Path) -> None:
+def test_a_stage_records_its_version_commit_packages_and_config(tmp_path: Path) -> None:
     assert read_json(stage(tmp_path, "bench", {"seed": 0}, lambda directory: None) / COMPLETE)["config"] is None
     with command(OmegaConf.create({"seed": 1, "twice": "${seed}"})):
         built = stage(tmp_path, "subset", {"seed": 1}, lambda directory: None)
@@ -150,13 +150,13 @@ def test_a_stage_says_what_it_was_built_with(tmp_path: Path) -> None:
     assert provenance(built) == provenance(tmp_path) == {"commit": "unknown", "versions": {}}
 
 
-def test_a_cached_stage_keeps_the_commit_of_its_making(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_stage_keeps_the_commit_of_its_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.provenance.commit", lambda: "first")
     stage(tmp_path, "bench", {}, lambda directory: monkeypatch.setattr("runtime.provenance.commit", lambda: "second"))
     assert provenance(stage(tmp_path, "bench", {}, lambda directory: None))["commit"] == "first"
 
 
-def test_the_config_that_is_noted_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recorded_config_contains_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RS_PRUNE_TEST", "from the environment")
     cfg = OmegaConf.create(
         {
@@ -183,7 +183,7 @@ def test_the_config_that_is_noted_has_no_secrets(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(GIT is None, reason="git is not installed")
-def test_the_commit_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> str:
         own = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-C", str(tmp_path)]
         return subprocess.run([GIT, *own, *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -215,7 +215,7 @@ def test_the_commit_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---------------------------------------------------------------- classes in fingerprints
 
 
-def test_two_classes_of_one_name_are_two(tmp_path: Path) -> None:
+def test_classes_of_the_same_name_have_different_fingerprints(tmp_path: Path) -> None:
     for name in ("one", "other"):
         text = "from dataclasses import dataclass\n@dataclass\nclass Options:\n    rate: int = 1\n"
         (tmp_path / f"module_{name}.py").write_text(text)
@@ -230,7 +230,7 @@ def test_two_classes_of_one_name_are_two(tmp_path: Path) -> None:
     assert done.stdout.strip() == "True"
 
 
-def test_a_class_has_one_name_in_the_program_and_in_what_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_has_the_same_name_in_a_program_and_when_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert class_name(ImageFolder) == "corpus.sources.folder.ImageFolder"
     assert WITH_ORIGINALS["corpus.sources.folder.ImageFolder"] is ImageFolder
     as_program = type("Phase", (), {"__module__": "__main__"})

@@ -49,7 +49,7 @@ def picture(height: int, width: int, kind: int) -> np.ndarray:
         (16, 16, 4, "aa73c056f05dc31e"),
     ],
 )
-def test_hashes_are_those_of_imagehash(height: int, width: int, kind: int, expected: str) -> None:
+def test_perceptual_hashes_equal_those_of_imagehash(height: int, width: int, kind: int, expected: str) -> None:
     """Expected: `str(imagehash.phash(image))` by ImageHash 4.3.2 with Pillow 12.3."""
     assert perceptual_hashes(picture(height, width, kind)[None]).tobytes().hex() == expected
 
@@ -67,14 +67,14 @@ def test_the_nearest_hash_agrees_with_brute_force_over_several_blocks() -> None:
     assert nearest_hash(hashes[:1]).tolist() == [65]
 
 
-def test_copies_are_counted_and_nothing_else() -> None:
+def test_only_copies_count_as_near_duplicates() -> None:
     images = np.concatenate([noise(10), noise(10)[:2]])
     assert near_duplicate_fraction(images) == pytest.approx(4 / 12)
     assert near_duplicate_fraction(images[:10]) == near_duplicate_fraction(images[:1]) == 0
     assert near_duplicate_fraction(images[:0]) == 0
 
 
-def test_rows_of_a_memory_map_are_measured_as_the_images_themselves(tmp_path) -> None:
+def test_rows_of_a_memory_map_give_the_same_fractions_as_arrays(tmp_path) -> None:
     images = np.concatenate([noise(300), np.full((20, SIZE, SIZE, 3), 9, np.uint8)])
     np.save(tmp_path / "images.npy", images)
     rows = np.arange(0, 320, 3)
@@ -116,7 +116,9 @@ def recompressed(images: np.ndarray, quality: int) -> np.ndarray:
     ],
     ids=["1 px right", "1 px down and right", "JPEG 90", "JPEG 75", "darker", "brighter, ice saturated"],
 )
-def test_changed_tiles_of_blue_marble_count(marble: BlueMarble, change: Callable, least: float) -> None:
+def test_changed_tiles_of_blue_marble_count_as_near_duplicates(
+    marble: BlueMarble, change: Callable, least: float
+) -> None:
     corners = marble.corners()
     corners = corners[(corners < np.array(marble.world.shape[:2]) - SIZE - 2).all(axis=1)][::3]
     tiles = cut(marble.world, corners)
@@ -126,7 +128,7 @@ def test_changed_tiles_of_blue_marble_count(marble: BlueMarble, change: Callable
     assert len(tiles) > 500 and (bits <= NEAR_DUPLICATE_BITS).mean() >= least
 
 
-def test_tiles_of_different_places_on_blue_marble_do_not_count(marble: BlueMarble) -> None:
+def test_tiles_of_different_places_are_rarely_near_duplicates(marble: BlueMarble) -> None:
     tiles = cut(marble.world, marble.corners())
     assert len(tiles) == 2562 and near_duplicate_fraction(tiles) <= 0.025  # tiles that share no pixel
     corners = marble.corners()[(marble.corners() < np.array(marble.world.shape[:2]) - SIZE - 4).all(axis=1)]
@@ -134,7 +136,7 @@ def test_tiles_of_different_places_on_blue_marble_do_not_count(marble: BlueMarbl
     assert (np.bitwise_count(first ^ second) <= NEAR_DUPLICATE_BITS).mean() <= 0.05
 
 
-def test_crops_of_one_photograph_count_and_different_photographs_do_not(shared_data) -> None:
+def test_shifted_crops_are_near_duplicates_and_different_photographs_are_not(shared_data) -> None:
     paths = sorted((shared_data / "aid" / "images").rglob("*.jpg"))[::20]
     photographs = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
     assert near_duplicate_fraction(photographs) <= 0.005
@@ -145,7 +147,7 @@ def test_crops_of_one_photograph_count_and_different_photographs_do_not(shared_d
 # ---------------------------------------------------------------- low information
 
 
-def test_flat_tiles_say_little_and_busy_ones_do_not() -> None:
+def test_flat_tiles_have_low_information_and_noisy_ones_do_not() -> None:
     y, x = np.mgrid[:SIZE, :SIZE]
     waves = 128 + 60 * np.sin(np.linspace(0.05, 1.5, 50)[:, None, None] * x + 0.1 * y)
     corpus = np.repeat(waves[..., None], 3, axis=3).astype(np.uint8)
@@ -157,14 +159,14 @@ def test_flat_tiles_say_little_and_busy_ones_do_not() -> None:
 
 
 @pytest.mark.parametrize("flat", [0, 30, 70, 100])
-def test_a_corpus_of_equal_tiles_still_has_a_lowest_fifth(flat: int) -> None:
+def test_a_fifth_of_the_corpus_has_low_information_even_with_equal_tiles(flat: int) -> None:
     """A threshold alone would count none or all of the tiles with exactly that value."""
     corpus = np.concatenate([np.full((flat, SIZE, SIZE, 3), 9, np.uint8), noise(100 - flat)])
     assert low_information_fraction(corpus, corpus) == pytest.approx(0.2)
     assert low_information_fraction(corpus[:flat], corpus) == pytest.approx(min(1, 20 / flat) if flat else 0)
 
 
-def test_the_size_of_a_jpeg_is_that_of_pillow() -> None:
+def test_jpeg_bytes_per_pixel_agree_with_pillow() -> None:
     images = np.concatenate([noise(2), picture(64, 64, 1)[None], np.zeros((1, 64, 64, 3), np.uint8)])
     sizes = []
     for image in images:
@@ -174,7 +176,7 @@ def test_the_size_of_a_jpeg_is_that_of_pillow() -> None:
     np.testing.assert_allclose(jpeg_bytes_per_pixel(images), sizes, rtol=0.02)
 
 
-# ---------------------------------------------------------------- the subset's own numbers
+# ---------------------------------------------------------------- metrics of a subset
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,9 @@ def test_the_size_of_a_jpeg_is_that_of_pillow() -> None:
     [(np.repeat(noise(1), 40, axis=0), False, 1.0), (noise(40), True, 0.0)],
     ids=["copies with different features", "different images with equal features"],
 )
-def test_the_waste_of_a_subset_is_seen_on_its_pixels(images: np.ndarray, alike: bool, waste: float) -> None:
+def test_the_waste_of_a_subset_is_measured_on_pixels_and_not_on_features(
+    images: np.ndarray, alike: bool, waste: float
+) -> None:
     random = np.random.default_rng(0)
     embeddings = random.standard_normal((40, 6)).astype(np.float32)
     if alike:

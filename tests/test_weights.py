@@ -36,7 +36,7 @@ def by_hand(embeddings: np.ndarray, readable: np.ndarray, kept: np.ndarray) -> n
     return result
 
 
-def test_weights_count_the_images_that_are_nearest() -> None:
+def test_weights_count_the_corpus_images_nearest_to_each_kept_image() -> None:
     embeddings, _ = clustered()
     generator = np.random.default_rng(0)
     readable = generator.random(len(embeddings)) < 0.9
@@ -50,7 +50,7 @@ def test_weights_count_the_images_that_are_nearest() -> None:
 
 
 @pytest.mark.parametrize("many", [10**9, 0])
-def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+def test_an_inverted_file_gives_nearly_the_exact_weights(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
     """With one level of lists, and with lists that are themselves in an inverted file."""
     monkeypatch.setattr(weights, "MANY_KEPT", many)
     monkeypatch.setattr(weights, "LIST_IMAGES", 12)
@@ -69,7 +69,7 @@ def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("many", [10**9, 0])
-def test_lists_without_images_hide_nobody(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+def test_empty_lists_hide_no_image(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
     """If all kept images are equal, all lists except one are empty."""
     monkeypatch.setattr(weights, "MANY_KEPT", many)
     monkeypatch.setattr(weights, "LIST_IMAGES", 5)
@@ -81,7 +81,7 @@ def test_lists_without_images_hide_nobody(monkeypatch: pytest.MonkeyPatch, many:
     assert images_represented(embeddings, np.ones(200, bool), kept, np.random.default_rng(0)).sum() == 200
 
 
-def test_images_looked_up_together_find_what_each_finds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_do_not_depend_on_the_lookup_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings, _ = clustered(3000)
     kept = np.arange(0, 3000, 5)
     monkeypatch.setattr(weights, "EXACT", 0)
@@ -93,14 +93,14 @@ def test_images_looked_up_together_find_what_each_finds_alone(monkeypatch: pytes
     np.testing.assert_array_equal(images_represented(embeddings, readable, kept, np.random.default_rng(0)), result)
 
 
-def test_nothing_kept_and_everything_kept() -> None:
+def test_weights_are_zero_if_nothing_is_kept_and_one_if_everything_is() -> None:
     embeddings, _ = clustered(50)
     readable = np.ones(50, bool)
     assert not images_represented(embeddings, readable, np.empty(0, np.int64), np.random.default_rng(0)).any()
     assert (images_represented(embeddings, readable, np.arange(50), np.random.default_rng(0)) == 1).all()
 
 
-def test_effective_size() -> None:
+def test_effective_size_of_known_weights() -> None:
     assert effective_size(np.array([0, 2, 2, 2], np.float32)) == 3
     assert effective_size(np.zeros(3, np.float32)) == 0
     assert effective_size(np.array([9, 1], np.float32)) == pytest.approx(100 / 82)
@@ -126,7 +126,7 @@ def test_the_weighted_distance_is_the_mean_over_pairs_of_different_images() -> N
     assert even == pytest.approx(kernel_distance(first, second[:30]))
 
 
-def test_weights_undo_an_uneven_draw() -> None:
+def test_weights_correct_the_distance_of_an_unevenly_drawn_subset() -> None:
     """A weighted subset with as many rare as common images has the distribution of the corpus."""
     generator = np.random.default_rng(3)
     draw = lambda common, rare: np.concatenate(  # noqa: E731
@@ -139,7 +139,7 @@ def test_weights_undo_an_uneven_draw() -> None:
     assert plain.low > 100 and mended.low < 0 < mended.high and mended.high < 0.2 * plain.value
 
 
-def test_shares_go_from_uniform_to_natural() -> None:
+def test_sampling_fractions_range_from_uniform_to_natural() -> None:
     weight = np.array([1, 4, 16], np.float32)
     assert sampling_fractions(weight, 0) is None
     np.testing.assert_allclose(sampling_fractions(weight, 0.5), np.array([1, 2, 4]) / 7)
@@ -149,7 +149,7 @@ def test_shares_go_from_uniform_to_natural() -> None:
             sampling_fractions(weight, wrong)
 
 
-def test_training_draws_as_often_as_the_shares_say() -> None:
+def test_training_draws_images_by_their_sampling_fractions() -> None:
     """The latents of image i are all i, so a batch shows which images it contains."""
     latents = np.broadcast_to(np.arange(4, dtype=np.float32)[:, None, None, None], (1, 4, 1, 2, 2))
     captions = Captions.of(pd.DataFrame({"caption": [""] * 4}))

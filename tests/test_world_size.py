@@ -59,7 +59,7 @@ def losses(directory: Path, step: int) -> list[float]:
     return json.loads((directory / "checkpoints" / f"{step:08d}" / "state.json").read_text())["losses"]
 
 
-def test_one_process_goes_on_where_two_were_interrupted(tmp_path: Path) -> None:
+def test_one_process_resumes_where_two_were_interrupted(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole")
     expected = losses(tmp_path / "whole", OPTIONS.steps)
 
