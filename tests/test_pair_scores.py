@@ -443,6 +443,7 @@ def test_the_mismatch_probability_falls_with_the_evidence_and_is_calibrated() ->
     probability = one_scene(*evidence.cross_fitted).probability(values, np.zeros(20_000, int))
     assert (np.diff(probability[np.argsort(values)]) <= 1e-12).all() and np.ptp(probability) > 0.9
     assert probability.min() >= 0 and probability.max() <= 1
+    assert probability.sum() == pytest.approx(wrong.sum(), rel=0.05)
     for low, high in ((0.1, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9)):
         near = (probability > low) & (probability <= high)
         assert wrong[near].mean() == pytest.approx(probability[near].mean(), abs=0.12)

@@ -180,7 +180,7 @@ def test_count_options_exist_and_have_integer_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("batch_size", 2.5), ("learning_rate", 0), ("decay", 1.5), ("micro_batch", 0), ("warmup", -1)],
+    [("steps", 0), ("batch_size", 2.5), ("learning_rate", -0.001), ("decay", 1.5), ("micro_batch", 0), ("warmup", -1)],
 )
 def test_loop_options_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"loop\.{name}={value}: give a"):

@@ -260,7 +260,7 @@ def test_the_survey_sample_is_spread_and_weighs_images_equally() -> None:
     small = Pixels(np.full((8, 8, 1), 0, np.uint16))
     large = Pixels(np.full((2000, 2000, 1), 1000, np.uint16))
     metadata = survey_of([small] * 128 + [large], RasterOptions())
-    assert metadata.levels["uint16 x 1"] == ((0.0, 1000.0),) or metadata.levels["uint16 x 1"][0][0] == 0.0
+    assert metadata.levels["uint16 x 1"][0][0] == 0.0
     assert survey_of([Pixels(np.zeros((4, 4, 3), np.uint8))], RasterOptions()) == Survey()
     assert Survey().stamp == "" and metadata.stamp != survey_of([small], RasterOptions()).stamp
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -344,6 +345,7 @@ def test_stretches_contain_all_parts_and_are_fewer() -> None:
         ]
         joined = stretches_of(parts)
         assert all(any(start <= a and b <= end for start, end in joined) for a, b in parts)
+        assert all(end < start for (_, end), (start, _) in itertools.pairwise(joined))  # in order, without overlap
         assert len(joined) < len(parts)
 
 

@@ -102,6 +102,8 @@ def test_strata_of_the_same_seed_are_identical() -> None:
     first, again = (corpus_strata(pool, np.random.default_rng(3)) for _ in range(2))
     np.testing.assert_array_equal(first[0], again[0])
     assert first[1].tolist() == again[1].tolist()
+    other, _ = corpus_strata(pool, np.random.default_rng(4))
+    assert not np.array_equal(first[0], other)
 
 
 def test_equal_images_form_one_stratum_and_unreadable_images_none() -> None:

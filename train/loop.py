@@ -83,8 +83,8 @@ class LoopOptions:
             counts=("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "micro_batch"),
             counts_or_zero=("warmup", "seed"),
             fractions=("decay",),
-            at_least_zero=("ema_halflife", "weight_decay", "divergence"),
-            above_zero=("learning_rate", "gradient_clip"),
+            at_least_zero=("learning_rate", "ema_halflife", "weight_decay", "divergence"),
+            above_zero=("gradient_clip",),
         )
 
     def rate(self, step: int) -> float:
