@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -222,7 +223,7 @@ class Command:
     """`prune/run.py` on a cluster, in a separate process."""
 
     def __init__(self, tiles: Path, runs: Path, *more: str) -> None:
-        # Ray ends a process that looks for its head node in vain for a minute, and this process looks for it too
+        # Ray ends a process that looks for its head node in vain for a minute; ten seconds are enough here
         reconnect = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
         words = [sys.executable, "prune/run.py", *overrides(tiles, runs), *more]
         self.runs, environment = runs, {**os.environ, **reconnect, "PYTHONPATH": str(ROOT)}
@@ -249,37 +250,56 @@ def of_ray(*names: str) -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if process.name().startswith(names)]
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Two nodes of one CPU each; the command runs on the first."""
-    pytest.importorskip("ray", reason="Ray is not installed")
-    from ray.cluster_utils import Cluster
+class TwoNodes:
+    """A cluster of two nodes of one CPU each; a command that is given its address runs on the first."""
 
+    def __init__(self, folder: Path) -> None:
+        environment = {**os.environ, "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_TMPDIR": str(folder)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "raycluster.py"), str(folder)], env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self.address = self.line()
+
+    def line(self) -> str:
+        """The last line of those that the process prints up to an address or "removed"; Ray prints others."""
+        for line in self.process.stdout:
+            if re.fullmatch(r"[\d.]+:\d+|removed", line.strip()):
+                return line.strip()
+        raise AssertionError("the cluster has ended")
+
+    def lose_the_second_node(self) -> None:
+        self.process.stdin.write("remove\n")
+        self.process.stdin.flush()
+        assert self.line() == "removed"
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    folder = Path(tempfile.mkdtemp(prefix="rs-"))
     monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
-    folder = tempfile.mkdtemp(prefix="rs-")
-    monkeypatch.setenv("RAY_TMPDIR", folder)  # Ray notes the address of the latest cluster there
-    (Path(folder) / "ray").mkdir()
-    first = {"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
-    result = Cluster(initialize_head=True, head_node_args=first)
-    result.second = result.add_node(num_cpus=1)
-    result.wait_for_nodes()
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))  # Ray notes the address of the latest cluster there
+    (folder / "ray").mkdir()
+    result = TwoNodes(folder)
     yield result
-    for process in psutil.Process().children(recursive=True):  # `shutdown` waits forever if the head is dead
+    for process in psutil.Process().children(recursive=True):  # an orderly end waits forever if the head is dead
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::") or folder in " ".join(process.cmdline()):
+            if process.name().startswith("ray::") or str(folder) in " ".join(process.cmdline()):
                 process.kill()
+    result.process.wait()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
 def test_results_do_not_change_after_a_killed_worker_and_a_lost_node(
-    cluster, tiles: Path, expected: dict, tmp_path: Path
+    cluster: TwoNodes, tiles: Path, expected: dict, tmp_path: Path
 ) -> None:
     command = Command(tiles, tmp_path, "engine=ray", f"engine.address={cluster.address}")
     assert command.wait_for_chunks(1) < 6
     of_ray("ray::MapWorker")[0].kill()
     assert command.wait_for_chunks(2) < 6
-    cluster.remove_node(cluster.second, allow_graceful=False)
+    cluster.lose_the_second_node()
     code, out, errors = command.ended()
     assert code == 0, errors
     assert out.splitlines()[-1].startswith("selection: ") and "ray: " in errors
@@ -288,7 +308,7 @@ def test_results_do_not_change_after_a_killed_worker_and_a_lost_node(
 
 @pytest.mark.slow
 def test_the_local_engine_finishes_the_work_of_a_dead_cluster(
-    cluster, tiles: Path, expected: dict, tmp_path: Path
+    cluster: TwoNodes, tiles: Path, expected: dict, tmp_path: Path
 ) -> None:
     command = Command(tiles, tmp_path, "engine=ray", f"engine.address={cluster.address}")
     command.wait_for_chunks(1)
