@@ -39,6 +39,7 @@ $(READY): requirements.txt pyproject.toml
 	    $(BIN)/python -m pip install --quiet --no-deps --force-reinstall \
 	        "$$(sed -n 's/^opencv-python==/opencv-python-headless==/p' requirements.txt)"; }
 	@rm $(UNFINISHED) && touch $(READY)
+	@echo 'set up: export PATH="$(CURDIR)/.venv/bin:$$PATH" makes its python the one of this shell' >&2
 
 reproduce: $(READY)  ## the whole experiment: results/PROFILE/report.html, tables, figures; DRY=1 prints its plan alone
 	$(BIN)/python scripts/reproduce.py profile=$(PROFILE) $(if $(filter-out 0 false,$(DRY)),dry_run=true)

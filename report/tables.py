@@ -7,6 +7,7 @@ between a resumed and an uninterrupted run: no seconds, no machine, no commit.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -484,6 +485,25 @@ def to_markdown(name: str, table: pd.DataFrame) -> str:
     return "\n\n".join(part for part in (seeds_line(table), body, note(name, table)) if part) + "\n"
 
 
+def to_text(name: str, table: pd.DataFrame, width: int) -> str:
+    """A table for a terminal: Markdown; if that is wider than `width`, with a line per column if that is narrower."""
+    markdown = to_markdown(name, table)
+    if _width(markdown) <= width:
+        return markdown
+    shown = show(table)
+    texts = _texts(shown, "**{}**", str).T.reset_index()
+    texts.columns = texts.iloc[0]
+    align = ["left", *["right"] * (texts.shape[1] - 1)]
+    body = texts[1:].to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True)
+    turned = "\n\n".join(part for part in (seeds_line(table), body, note(name, table)) if part) + "\n"
+    return min(markdown, turned, key=_width)
+
+
+def _width(markdown: str) -> int:
+    """Length of the longest line of the table in a text."""
+    return max(len(line) for line in markdown.splitlines() if line.startswith("|"))
+
+
 _SYMBOLS = {"×": r"$\times$", "³": r"\textsuperscript{3}", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "–": "--"}
 _SYMBOLS |= {"±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 
@@ -535,8 +555,11 @@ def write_tables(tables: Mapping[str, pd.DataFrame], directory: Path | str) -> l
 
 
 def publish(results: Path, name: str) -> None:
-    """Write the tables of `results/results.jsonl`, print the table of this name, and print where they are."""
+    """Write the tables of `results/results.jsonl`, print the table of this name, and print where they are.
+
+    A table that is wider than the terminal is printed with a line per column if it is narrower then.
+    """
     tables = build_tables(read_results(results / "results.jsonl"))
     write_tables(tables, results)
-    print(to_markdown(name, tables[name]))
+    print(to_text(name, tables[name], shutil.get_terminal_size((120, 24)).columns))
     print(f"results: {results}")

@@ -284,7 +284,7 @@ def outdated(stored: Mapping[str, Mapping[str, str]], root: Path = ROOT) -> list
         files = [path.relative_to(root).as_posix() for key, path in modules_of(name, root).items() if key in modules]
         lines.append(
             f"code of stage {name} changed ({', '.join(files) or 'other modules'}): "
-            f"raise its version in runtime/versions.py if results change, then {then}"
+            f"raise its version in runtime/versions.py if existing results change, then {then}"
         )
     return lines
 

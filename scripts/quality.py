@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from omegaconf import DictConfig
+from tqdm import tqdm
 
 from prune.measured_subset import measured_subset
 from report.results import append_result, result_row
@@ -29,7 +30,7 @@ def main(cfg: DictConfig) -> None:
         directory = measured_subset(chosen, method)
         metrics = read_json(directory / "metrics.json")
         append_result(results / "results.jsonl", result_row(chosen, "subset", method, ratio, metrics, directory))
-        print(f"{method} {ratio:g}, seed {seed}: {time.perf_counter() - start:.1f} s", flush=True)
+        tqdm.write(f"{method} {ratio:g}, seed {seed}: {time.perf_counter() - start:.1f} s")  # above the bar
     publish(results, "subset_quality")
 
 

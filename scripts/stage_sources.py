@@ -8,7 +8,10 @@ from runtime.versions import SOURCES, outdated, sources
 
 def main() -> None:
     for line in outdated(read_json(SOURCES) if SOURCES.is_file() else {"stages": {}, "modules": {}}):
-        print(f"{line.split(': ')[0]}: recorded; if its results change, raise its version in runtime/versions.py")
+        print(
+            f"{line.split(': ')[0]}: recorded; raise the version of the stage in runtime/versions.py if results that "
+            "exist would change (not for a new file)"
+        )
     write_json(SOURCES, sources())
 
 

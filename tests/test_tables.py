@@ -10,7 +10,7 @@ import re
 import pytest
 
 from report.results import append_result, read_results
-from report.tables import build_tables, latex_escape, seeds_line, to_markdown, write_tables
+from report.tables import build_tables, latex_escape, seeds_line, to_markdown, to_text, write_tables
 from runtime.errors import UserError
 
 
@@ -86,6 +86,16 @@ def test_markdown_shows_rounded_values_intervals_and_the_best_measured_one():
     assert cells["scratch"][distance] == "–"
     assert cells["pca"][column["balanced PSNR (dB) ↑"]] == "30.20"
     assert cells["pca"][column["kind"]] == "reference"
+
+
+def test_a_table_wider_than_the_terminal_has_a_line_per_column():
+    table = build_tables([*GENERATION, *REFERENCES])["generation"]
+    markdown = to_markdown("generation", table)
+    assert to_text("generation", table, 10_000) == markdown
+    text = to_text("generation", table, 120)
+    wide, narrow = ([line for line in lines_of(form) if set(line[0]) - set(":-")] for form in (markdown, text))
+    assert [list(column) for column in zip(*wide, strict=True)] == narrow
+    assert max(map(len, text.splitlines()[:10])) < max(map(len, markdown.splitlines()))
 
 
 def test_a_single_value_is_not_marked_as_best():
