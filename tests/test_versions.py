@@ -79,7 +79,7 @@ def test_changed_code_is_reported_until_it_is_stored(tmp_path: Path, monkeypatch
     (line,) = outdated(stored, tmp_path)
     assert line == (
         "code of stage embedding changed (encoders/net.py): raise its version in runtime/versions.py if "
-        "results change, then run `python scripts/stage_sources.py`"
+        "existing results change, then run `python scripts/stage_sources.py`"
     )
     monkeypatch.setattr("runtime.versions.STAGES", {"embedding": Stage(version=2, modules=("encoders",))})
     assert outdated(stored, tmp_path)[0].startswith("version of stage embedding is 2, but 1 in stage_sources.json")
