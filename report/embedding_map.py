@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,9 @@ def fit_map(embeddings: np.ndarray, scenes: np.ndarray) -> PlaneMap:
     names, sizes = np.unique(scenes.astype(str), return_counts=True)
     if len(names) >= 3 and len(points) > len(names) + 2 and sizes.max() > 1 and np.ptp(reduced) > 0:
         fitted = LinearDiscriminantAnalysis(n_components=2, solver="eigen", shrinkage=0.1, priors=sizes / sizes.sum())
-        steps.append(fitted.fit(reduced, scenes.astype(str)))
+        with warnings.catch_warnings():  # a scene of one image has no covariance and adds none
+            warnings.filterwarnings("ignore", message="Only one sample available")
+            steps.append(fitted.fit(reduced, scenes.astype(str)))
         reduced = fitted.transform(reduced)
     centre = reduced[:, :2].mean(axis=0)
     spread = np.maximum((reduced[:, :2] - centre).std(axis=0), 1e-12)

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -351,6 +352,16 @@ def test_prune_report_shows_locations_weights_and_quarantine_reasons(tmp_path):
     drawn = {points.get_label(): points.get_offsets() for points in axes.collections}
     assert len(drawn["kept"]) == kept[10:].sum() and len(drawn["dropped"]) == (~kept[10:]).sum()
     np.testing.assert_allclose(drawn["kept"], locations.to_numpy()[10:][kept[10:]])
+
+
+def test_a_map_with_scenes_of_one_image_gives_no_warning_of_a_library():
+    generator = np.random.default_rng(0)
+    embeddings = generator.normal(size=(30, 8))
+    scenes = np.array(["forest"] * 14 + ["river"] * 15 + ["port"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        places = embedding_map(embeddings, scenes)
+    assert places.shape == (30, 2) and np.isfinite(places).all()
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 5])
