@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dct
 
-from runtime.errors import UserError
+from runtime.ranges import check_images
 
 #: Number of images read at a time.
 BLOCK = 256
@@ -95,10 +95,7 @@ def perceptual_hashes(images: np.ndarray | ImageRows) -> np.ndarray:
     """
     if not isinstance(images, ImageRows):
         images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise UserError(
-                f"images must be uint8 of shape [images, height, width, 3], not {images.dtype} {images.shape}"
-            )
+        check_images(images)
     hashes = np.empty(len(images), dtype=np.uint64)
     for start, block in _blocks(images):
         side = (_HASHED_SIDE, _HASHED_SIDE)

@@ -482,7 +482,7 @@ def to_markdown(name: str, table: pd.DataFrame) -> str:
     texts = _texts(shown, "**{}**", lambda text: text.replace("|", "\\|"))
     align = ["right" if number else "left" for number in shown.numeric]
     body = texts.to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True)
-    return "\n\n".join(part for part in (seeds_line(table), body, note(name, table)) if part) + "\n"
+    return _with_notes(name, table, body)
 
 
 def to_text(name: str, table: pd.DataFrame, width: int) -> str:
@@ -495,8 +495,12 @@ def to_text(name: str, table: pd.DataFrame, width: int) -> str:
     texts.columns = texts.iloc[0]
     align = ["left", *["right"] * (texts.shape[1] - 1)]
     body = texts[1:].to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True)
-    turned = "\n\n".join(part for part in (seeds_line(table), body, note(name, table)) if part) + "\n"
-    return min(markdown, turned, key=_width)
+    return min(markdown, _with_notes(name, table, body), key=_width)
+
+
+def _with_notes(name: str, table: pd.DataFrame, body: str) -> str:
+    """The text of a table below the line about seeds and above its note."""
+    return "\n\n".join(part for part in (seeds_line(table), body, note(name, table)) if part) + "\n"
 
 
 def _width(markdown: str) -> int:

@@ -83,12 +83,12 @@ def embed_images(images: np.ndarray, encoder: str = "efficientnet_lite0", *, bat
     from importlib import import_module
 
     from runtime.errors import UserError
+    from runtime.ranges import check_images
 
     if encoder not in _ENCODERS:
         raise UserError(f"encoder={encoder} is unknown: take {' or '.join(_ENCODERS)}, or embed with your own model")
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(f"images must be uint8 of shape [images, height, width, 3], not {images.dtype} {images.shape}")
+    check_images(images)
     module, name = _ENCODERS[encoder]
     with needs("encoders", "embed_images"):
         from encoders.embedding import embed

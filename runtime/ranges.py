@@ -1,4 +1,4 @@
-"""Types and ranges of options: a wrong value ends a command in one line, before anything is computed."""
+"""Types and ranges of options and arrays: a wrong one ends a command in one line, before anything is computed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from omegaconf import DictConfig
 
 #: Options that may be below 0 although their default is not.
@@ -77,6 +78,16 @@ def check_seed(seed: Any) -> None:
     """
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise UserError(f"seed={seed}: give an integer from 0")
+
+
+def check_images(images: np.ndarray) -> None:
+    """Check an array of images.
+
+    Raises:
+        UserError: the array is not uint8 [N, H, W, 3].
+    """
+    if images.dtype != "uint8" or images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f"images must be uint8 of shape [images, height, width, 3], not {images.dtype} {images.shape}")
 
 
 def check_overrides(cfg: DictConfig, keys: Iterable[str], defaults: Callable[[], DictConfig]) -> None:

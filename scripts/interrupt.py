@@ -25,11 +25,14 @@ from PIL import Image
 
 from runtime.application import run
 from runtime.artefacts import file_digest, fingerprint
+from runtime.cost import LOG, logged
 from runtime.errors import UserError
 from runtime.progress import progress
 
 #: Files that contain durations or times.
-TIMED = ("report.html", "README.md", "log.jsonl")
+TIMED = ("report.html", "README.md")
+#: Entries of a stage's log that depend on the moment and the process.
+MOMENTARY = ("time", "worker", "elapsed")
 
 
 def make_corpus(folder: Path, images: int, generator: np.random.Generator) -> None:
@@ -85,6 +88,9 @@ def _digest(path: Path, runs: Path) -> str:
     if path.suffix not in (".json", ".jsonl"):
         return file_digest(path)
     text = path.read_text().replace(str(runs), "runs")
+    if path.name == LOG:  # a chunk that was logged but not yet marked as done before a kill is logged again
+        lines = (_timeless({key: line[key] for key in line if key not in MOMENTARY}) for line in logged(path.parent))
+        return fingerprint(metadata=sorted({json.dumps(line) for line in lines}))
     texts = text.splitlines() if path.suffix == ".jsonl" else [text]
     return fingerprint(metadata=[_timeless(json.loads(text)) for text in texts])
 

@@ -71,10 +71,11 @@ def make_task(cfg: DictConfig) -> Task:
     def draw(pipeline: DiffusionPipeline, corpus: Corpus, rows: np.ndarray, noise: np.ndarray) -> np.ndarray:
         restorer = Restorer(pipeline, factor, int(cfg.downstream.steps), options)
         texts = [with_level(text, levels, 0) for text in task.texts(corpus, rows)]
+        small = low(corpus, rows)
         key = {"corpus": corpus.fingerprint, "rows": rows.tolist(), "degradation": plain(degradation)}
         cached = options.residual and process_count() == 1  # several processes draw different rows
-        rebuilt = _rebuilt(pipeline.vae, condition(corpus, rows), key, cfg.runs) if cached else None
-        return restorer(low(corpus, rows), noise, texts, "draw super_resolution", rebuilt).round().astype(np.uint8)
+        rebuilt = _rebuilt(pipeline.vae, enlarge(small, factor, "bicubic"), key, cfg.runs) if cached else None
+        return restorer(small, noise, texts, "draw super_resolution", rebuilt).round().astype(np.uint8)
 
     task = Task(
         name="super_resolution",
