@@ -24,6 +24,8 @@ COUNTS = (
     *("text_encoder.width", "text_encoder.layers", "text_encoder.patch", "text_encoder.max_length"),
     "corpus.train.resolution",
 )
+#: Options that may be null, or integers from the given number.
+NULL_OR_COUNTS = {"corpus.workers": 0, "corpus.train.limit": 1, "corpus.val.limit": 1, "corpus.test.limit": 1}
 
 
 def check_options(
@@ -106,6 +108,11 @@ def check_overrides(cfg: DictConfig, keys: Iterable[str], defaults: Callable[[],
         value = OmegaConf.select(cfg, key)
         if key in COUNTS and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             raise UserError(f"{key}={value}: give an integer from 1")
+        least = NULL_OR_COUNTS.get(key)
+        if least is not None and value is not None:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{key}={value}: give an integer from {least}, or null")
+            continue
         if not (isinstance(value, (str, bool)) or (isinstance(value, Real) and not value >= 0)):
             continue
         default = OmegaConf.select(defaults(), key, throw_on_missing=False)

@@ -144,10 +144,12 @@ def config(*overrides: str) -> DictConfig:
         ("eval.steps=2.5", "eval.steps=2.5: give an integer from 1"),
         ("downstream.variants=-2", "downstream.variants=-2: give a number from 0"),
         ("leaks=x", "leaks=x: give a number"),
+        ("corpus.workers=-1", "corpus.workers=-1: give an integer from 0, or null"),
+        ("corpus.train.limit=many", "corpus.train.limit=many: give an integer from 1, or null"),
     ],
 )
 def test_overrides_of_another_type_or_out_of_range_are_refused(override: str, words: str) -> None:
-    cfg, defaults = config(override), config()
+    cfg, defaults = config("corpus=folder", override), config("corpus=folder")
     with pytest.raises(UserError) as error:
         check_overrides(cfg, [override.partition("=")[0]], lambda: defaults)
     assert str(error.value).startswith(words)
@@ -158,11 +160,11 @@ def test_overrides_of_another_type_or_out_of_range_are_refused(override: str, wo
     [
         "train.objective.time_mean=-0.5", "train.objective.prediction=epsilon", "train.loop.micro_batch=4",
         "ratio=null",
-        "eval.images=8", "train.loop.compile=true", "corpus.train.limit=null", "train.loop.steps=7",
+        "eval.images=8", "train.loop.compile=true", "corpus.train.limit=null", "corpus.workers=0", "train.loop.steps=7",
     ],
 )  # fmt: skip
 def test_valid_overrides_are_accepted(override: str) -> None:
-    cfg, defaults = config(override), config()
+    cfg, defaults = config("corpus=folder", override), config("corpus=folder")
     check_overrides(cfg, [override.partition("=")[0]], lambda: defaults)
 
 
